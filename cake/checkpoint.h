@@ -1,0 +1,907 @@
+// A model directory as Hugging Face's transformers reads and writes it, and what a trainer keeps
+// beside the model.
+//
+//     config.json             Config: load_config, config_json
+//     generation_config.json  token ids that end a text
+//     model.safetensors       weights: load_weights; or shards with model.safetensors.index.json
+//     tokenizer.json ...      copied from the tokenizer's directory
+//     trainer_state.json      what the training loop wants back
+//     optimizer.safetensors   AdamW's and Muon's moments
+//
+// save_checkpoint writes a whole new directory beside the old one, syncs it and exchanges the two
+// in one step: at every moment, a power cut included, one complete checkpoint is there.
+//
+// A safetensors file: 8 bytes with the header's length, a JSON header {name: {dtype, shape,
+// data_offsets}}, then the tensors end to end (huggingface/safetensors, format.md).
+#pragma once
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <set>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cake/gpt.h"
+#include "cake/json.h"
+#include "cake/run.h"
+
+namespace cake {
+
+// ---------------------------------------------------------------------------------------------
+// config.json
+
+// The heads that transformers names in `architectures`.
+inline const char* architecture_name(const Config& c) {
+  const bool lm = c.head == Head::lm;
+  switch (c.family) {
+    case Family::gpt2:
+      return lm ? "GPT2LMHeadModel" : "GPT2ForSequenceClassification";
+    case Family::llama:
+      return lm ? "LlamaForCausalLM" : "LlamaForSequenceClassification";
+    default:
+      return lm ? "Qwen3ForCausalLM" : "Qwen3ForSequenceClassification";
+  }
+}
+inline const char* family_name(Family family) {
+  return family == Family::gpt2 ? "gpt2" : family == Family::llama ? "llama" : "qwen3";
+}
+
+// Reads keys of one config.json; absent and null are the same unless a rule says otherwise.
+struct ConfigReader {
+  const Json& json;
+  const std::string& where;
+
+  template <class T>
+  T get(const char* key) const {
+    return json_get<T>(json, key, where);
+  }
+  template <class T>
+  T get_or(const char* key, const T& fallback) const {
+    return json_get_or<T>(json, key, fallback, where);
+  }
+  bool has(const char* key) const { return json.contains(key) && !json[key].is_null(); }
+  // A feature that the model does not have: only `expected` will do.
+  template <class T>
+  void only(const char* key, const T& expected) const {
+    if (!has(key)) return;
+    if (json_as<T>(json[key], key, where) != expected) {
+      fail(where, ": ", key, ": found ", json_text(json[key]), ", expected ",
+           json_text(Json(expected)), ", all that is supported");
+    }
+  }
+  // transformers allows several end tokens: the first counts here.
+  int token_id(const char* key, int V) const {
+    if (!has(key)) return -1;
+    const Json& value = json[key];
+    if (value.is_array() && value.empty()) return -1;
+    const int id = json_as<int>(value.is_array() ? value[0] : value, key, where);
+    if (id >= V) fail(where, ": ", key, ": found ", id, ", expected less than vocab_size ", V);
+    return std::max(id, -1);
+  }
+};
+
+inline Head parse_head(const ConfigReader& in) {
+  if (!in.has("architectures")) return Head::lm;
+  const Json& names = in.json["architectures"];
+  const std::string name = names.is_array() && names.size() == 1 && names[0].is_string()
+                               ? names[0].get<std::string>()
+                               : json_text(names);
+  const auto ends_with = [&](const std::string& end) {
+    return name.size() >= end.size() && name.substr(name.size() - end.size()) == end;
+  };
+  if (ends_with("ForCausalLM") || ends_with("LMHeadModel") || name == "GPT2Model") return Head::lm;
+  if (!ends_with("ForSequenceClassification")) {
+    fail(in.where, ": architectures: found ", name,
+         ", expected ...ForCausalLM, GPT2LMHeadModel or ...ForSequenceClassification");
+  }
+  size_t labels = 2;  // transformers' default
+  if (in.has("id2label")) labels = in.json["id2label"].size();
+  if (in.has("num_labels")) labels = in.get<size_t>("num_labels");
+  if (labels != 1) fail(in.where, ": id2label: found ", labels, " labels, expected 1: the score");
+  return Head::scalar;
+}
+
+// Before transformers 5: rope_theta and rope_scaling, which may call its type `type`. Since then:
+// rope_parameters with all of it.
+inline Rope parse_rope(const ConfigReader& in) {
+  Rope rope;
+  rope.theta = in.get_or<double>("rope_theta", rope.theta);
+  in.only("partial_rotary_factor", 1.);
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {
+    if (!in.has(key)) continue;
+    const std::string where = in.where + ": " + key;
+    const ConfigReader r{in.json[key], where};
+    rope.theta = r.get_or<double>("rope_theta", rope.theta);
+    r.only("partial_rotary_factor", 1.);
+    const std::string type =
+        r.get_or<std::string>("rope_type", r.get_or<std::string>("type", "default"));
+    if (type == "default") continue;
+    if (type != "llama3") {
+      fail(where, ": rope_type: found ", type, ", expected default or llama3");
+    }
+    rope.factor = r.get<double>("factor");
+    rope.low_freq_factor = r.get<double>("low_freq_factor");
+    rope.high_freq_factor = r.get<double>("high_freq_factor");
+    rope.original_T = r.get<int>("original_max_position_embeddings");
+    if (!(rope.factor >= 1)) fail(where, ": factor: found ", rope.factor, ", expected at least 1");
+    if (!(rope.high_freq_factor > rope.low_freq_factor && rope.low_freq_factor > 0)) {
+      fail(where, ": high_freq_factor: found ", rope.high_freq_factor,
+           ", expected more than low_freq_factor ", rope.low_freq_factor, ", above 0");
+    }
+    if (rope.original_T < 1) {
+      fail(where, ": original_max_position_embeddings: found ", rope.original_T,
+           ", expected at least 1");
+    }
+  }
+  return rope;
+}
+
+inline void parse_gpt2(const ConfigReader& in, Config& c) {
+  c.T = in.get<int>("n_positions");
+  c.L = in.get<int>("n_layer");
+  c.C = in.get<int>("n_embd");
+  c.NH = c.NKV = in.get<int>("n_head");
+  c.HS = c.NH > 0 ? c.C / c.NH : 0;
+  c.F = in.get_or<int>("n_inner", int(std::min<int64_t>(4 * int64_t(c.C), INT32_MAX)));
+  c.tied = in.get_or<bool>("tie_word_embeddings", true);
+  c.norm_eps = in.get_or<double>("layer_norm_epsilon", 1e-5);
+  const auto activation = in.get_or<std::string>("activation_function", "gelu_new");
+  if (activation != "gelu_new" && activation != "gelu_pytorch_tanh") {  // two names of one formula
+    fail(in.where, ": activation_function: found ", activation, ", expected gelu_new");
+  }
+  in.only("scale_attn_weights", true);
+  in.only("scale_attn_by_inverse_layer_idx", false);
+  in.only("add_cross_attention", false);
+}
+
+inline void parse_llama(const ConfigReader& in, Config& c) {
+  const bool qwen3 = c.family == Family::qwen3;
+  c.T = in.get<int>("max_position_embeddings");
+  c.L = in.get<int>("num_hidden_layers");
+  c.C = in.get<int>("hidden_size");
+  c.NH = in.get<int>("num_attention_heads");
+  // A key that is there as null means "as many as query heads" in both families.
+  const bool absent = !in.json.contains("num_key_value_heads");
+  c.NKV = in.get_or<int>("num_key_value_heads", qwen3 && absent ? 32 : c.NH);
+  c.HS = in.get_or<int>("head_dim", qwen3 ? 128 : c.NH > 0 ? c.C / c.NH : 0);
+  if (!qwen3 && !in.has("head_dim") && c.NH > 0 && c.C % c.NH != 0) {
+    fail(in.where, ": num_attention_heads: found ", c.NH, ", expected a divisor of hidden_size ",
+         c.C);
+  }
+  c.F = in.get<int>("intermediate_size");
+  c.tied = in.get_or<bool>("tie_word_embeddings", false);
+  c.norm_eps = in.get_or<double>("rms_norm_eps", 1e-6);
+  c.rope = parse_rope(in);
+  const auto activation = in.get_or<std::string>("hidden_act", "silu");
+  if (activation != "silu" && activation != "swish") {
+    fail(in.where, ": hidden_act: found ", activation, ", expected silu");
+  }
+  in.only("attention_bias", false);
+  in.only("mlp_bias", false);
+  in.only("use_sliding_window", false);
+  if (!qwen3 && in.has("sliding_window")) {  // qwen3 has the key beside its switch
+    fail(in.where, ": sliding_window: found ", json_text(in.json["sliding_window"]),
+         ", expected null: sliding windows are not supported");
+  }
+  if (in.has("layer_types")) {
+    for (const Json& type : in.json["layer_types"]) {
+      if (type != "full_attention") {
+        fail(in.where, ": layer_types: found ", json_text(type), ", expected full_attention");
+      }
+    }
+  }
+}
+
+// `where` names the file in errors.
+inline Config parse_config(const Json& json, const std::string& where) {
+  const ConfigReader in{json, where};
+  Config c;
+  const auto type = in.get<std::string>("model_type");
+  if (type == "gpt2") {
+    c.family = Family::gpt2;
+  } else if (type == "llama") {
+    c.family = Family::llama;
+  } else if (type == "qwen3") {
+    c.family = Family::qwen3;
+  } else {
+    fail(where, ": model_type: found ", type, ", expected gpt2, llama or qwen3");
+  }
+  if (in.has("quantization_config")) {
+    fail(where, ": quantization_config: found a quantized model, expected F32, BF16 or F16");
+  }
+  c.head = parse_head(in);
+  c.V = in.get<int>("vocab_size");
+  c.family == Family::gpt2 ? parse_gpt2(in, c) : parse_llama(in, c);
+  c.check(where);
+  c.bos = in.token_id("bos_token_id", c.V);
+  c.eos = in.token_id("eos_token_id", c.V);
+  c.pad = in.token_id("pad_token_id", c.V);
+  return c;
+}
+
+// Of a model directory.
+inline Config load_config(const std::filesystem::path& dir) {
+  const std::filesystem::path path = dir / "config.json";
+  return parse_config(read_json(path), path.string());
+}
+
+// Keys whose absence means something else to transformers are always written: gpt2's dropouts
+// (0.1), its token ids (50256), llama's (1, 2), qwen3's head_dim and key/value heads.
+inline OrderedJson config_json(const Config& c, bool bf16 = false) {
+  const auto id = [](int token) { return token < 0 ? OrderedJson() : OrderedJson(token); };
+  OrderedJson json{{"architectures", OrderedJson::array({architecture_name(c)})},
+                   {"model_type", family_name(c.family)},
+                   {"dtype", bf16 ? "bfloat16" : "float32"},
+                   {"vocab_size", c.V}};
+  if (c.family == Family::gpt2) {
+    json.update({{"n_positions", c.T},
+                 {"n_embd", c.C},
+                 {"n_layer", c.L},
+                 {"n_head", c.NH},
+                 {"n_inner", c.F},
+                 {"activation_function", "gelu_new"},
+                 {"layer_norm_epsilon", c.norm_eps},
+                 {"resid_pdrop", 0.},
+                 {"embd_pdrop", 0.},
+                 {"attn_pdrop", 0.}});
+  } else {
+    OrderedJson rope{{"rope_theta", c.rope.theta}, {"rope_type", "default"}};
+    if (c.rope.factor > 0) {
+      rope["rope_type"] = "llama3";
+      rope.update({{"factor", c.rope.factor},
+                   {"low_freq_factor", c.rope.low_freq_factor},
+                   {"high_freq_factor", c.rope.high_freq_factor},
+                   {"original_max_position_embeddings", c.rope.original_T}});
+    }
+    json.update({{"max_position_embeddings", c.T},
+                 {"hidden_size", c.C},
+                 {"intermediate_size", c.F},
+                 {"num_hidden_layers", c.L},
+                 {"num_attention_heads", c.NH},
+                 {"num_key_value_heads", c.NKV},
+                 {"head_dim", c.HS},
+                 {"hidden_act", "silu"},
+                 {"rms_norm_eps", c.norm_eps},
+                 {"rope_parameters", rope},
+                 {"rope_theta", c.rope.theta},  // for readers older than rope_parameters
+                 {"attention_bias", false},
+                 {"attention_dropout", 0.}});
+    if (c.rope.factor > 0) json["rope_scaling"] = rope;
+    if (c.family == Family::llama) json["mlp_bias"] = false;
+    if (c.family == Family::qwen3) json["use_sliding_window"] = false;
+  }
+  json.update({{"tie_word_embeddings", c.tied},
+               {"use_cache", true},
+               {"bos_token_id", id(c.bos)},
+               {"eos_token_id", id(c.eos)},
+               {"pad_token_id", id(c.pad)}});
+  if (c.head == Head::scalar) {
+    json.update({{"id2label", {{"0", "score"}}}, {"label2id", {{"score", 0}}}});
+  }
+  return json;
+}
+
+inline OrderedJson generation_config_json(const Config& c) {
+  OrderedJson json{{"do_sample", true}};
+  if (c.bos >= 0) json["bos_token_id"] = c.bos;
+  if (c.eos >= 0) json["eos_token_id"] = c.eos;
+  if (c.pad >= 0) json["pad_token_id"] = c.pad;
+  return json;
+}
+
+// ---------------------------------------------------------------------------------------------
+// safetensors
+
+inline float bf16_to_float(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+inline uint16_t float_to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline float f16_to_float(uint16_t x) {
+  // The same bits read as float lack 112 in the exponent: exact for subnormal numbers too.
+  uint32_t bits = uint32_t(x & 0x7fff) << 13;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  y *= 0x1p112f;
+  std::memcpy(&bits, &y, 4);
+  if ((x & 0x7c00) == 0x7c00) bits |= 0x7f800000;  // infinity, NaN
+  bits |= uint32_t(x & 0x8000) << 16;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// One tensor in a mapped file.
+struct StoredTensor {
+  std::string dtype;           // as in the header: F32, BF16, F16, ...
+  std::vector<int64_t> shape;  //
+  const unsigned char* data;   // of any alignment
+  int64_t count;               // elements
+  std::string where;           // "FILE: NAME", for errors
+
+  std::string shape_text() const {  // (2, 3)
+    std::string text = "(";
+    for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
+    return text + ")";
+  }
+
+  // Elements [begin, begin + out.size()) as float.
+  void read(int64_t begin, std::span<float> out) const {
+    const auto widen = [&](auto convert) {
+      for (size_t i = 0; i < out.size(); i++) {
+        uint16_t half;
+        std::memcpy(&half, data + 2 * (begin + int64_t(i)), 2);
+        out[i] = convert(half);
+      }
+    };
+    if (dtype == "F32") {
+      std::memcpy(out.data(), data + 4 * begin, out.size_bytes());
+    } else if (dtype == "BF16") {
+      widen([](uint16_t x) { return bf16_to_float(x); });
+    } else if (dtype == "F16") {
+      widen([](uint16_t x) { return f16_to_float(x); });
+    } else {
+      fail(where, ": found type ", dtype, ", expected F32, BF16 or F16");
+    }
+  }
+};
+
+inline int64_t dtype_bytes(const std::string& dtype) {  // 0: unknown
+  static const std::map<std::string, int64_t> sizes = {
+      {"F64", 8}, {"I64", 8}, {"U64", 8},  {"F32", 4},     {"I32", 4},
+      {"U32", 4}, {"F16", 2}, {"I16", 2},  {"U16", 2},     {"BF16", 2},
+      {"I8", 1},  {"U8", 1},  {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+  const auto it = sizes.find(dtype);
+  return it == sizes.end() ? 0 : it->second;
+}
+
+// The tensors of one file or of several, by name. Every statement of the headers is checked before
+// any is used.
+class SafeTensors {
+ public:
+  SafeTensors() = default;
+  explicit SafeTensors(const std::filesystem::path& file) { add_file(file); }
+
+  // model.safetensors, or the shards that model.safetensors.index.json lists.
+  static SafeTensors of_model(const std::filesystem::path& dir) {
+    const std::filesystem::path index = dir / "model.safetensors.index.json";
+    if (std::filesystem::exists(dir / "model.safetensors") || !std::filesystem::exists(index)) {
+      return SafeTensors(dir / "model.safetensors");
+    }
+    const Json json = read_json(index);
+    const std::string where = index.string();
+    if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) {
+      fail(where, ": weight_map is missing");
+    }
+    std::map<std::string, std::string> file_of;
+    std::set<std::string> files;
+    for (const auto& item : json["weight_map"].items()) {
+      const auto file = json_as<std::string>(item.value(), item.key(), where);
+      if (file.empty() || std::filesystem::path(file).filename() != file || file == "..") {
+        fail(where, ": ", item.key(), ": found ", file, ", expected the name of a file beside it");
+      }
+      file_of[item.key()] = file;
+      files.insert(file);
+    }
+    SafeTensors all;
+    for (const std::string& file : files) all.add_file(dir / file);
+    for (const auto& entry : file_of) {
+      if (!all.find(entry.first)) {
+        fail(where, ": ", entry.first, ": not found in ", entry.second);
+      }
+    }
+    return all;
+  }
+
+  const StoredTensor* find(const std::string& name) const {  // null when absent
+    const auto it = tensors_.find(name);
+    return it == tensors_.end() ? nullptr : &it->second;
+  }
+  const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
+
+ private:
+  void add_file(const std::filesystem::path& path) {
+    files_.emplace_back(path);
+    const MappedFile& file = files_.back();
+    const std::string where = path.string();
+    if (file.size() < 8) fail(where, ": found ", file.size(), " bytes, expected a header");
+    uint64_t length;
+    std::memcpy(&length, file.data(), 8);
+    if (length > uint64_t(file.size() - 8)) {
+      fail(where, ": found a header of ", length, " bytes, expected at most ", file.size() - 8,
+           ": the file is truncated or no safetensors file");
+    }
+    const Json header = parse_header(file, int64_t(length), where);
+    const unsigned char* data = file.data() + 8 + length;
+    const int64_t data_bytes = file.size() - 8 - int64_t(length);
+    std::map<std::pair<int64_t, int64_t>, std::string> extents;  // in the file's order
+    for (const auto& item : header.items()) {
+      if (item.key() == "__metadata__") continue;
+      const std::string name = where + ": " + item.key();
+      const std::pair<int64_t, int64_t> extent =
+          add_tensor(item.key(), item.value(), data, data_bytes, name);
+      if (extent.first < extent.second && !extents.emplace(extent, item.key()).second) {
+        fail(name, ": data_offsets: found those of ", extents[extent]);
+      }
+    }
+    int64_t end = 0;  // tensors lie end to end from the first byte to the last
+    for (const auto& entry : extents) {
+      if (entry.first.first != end) {
+        fail(where, ": ", entry.second, ": data_offsets: found a begin at ", entry.first.first,
+             ", expected ", end, ", where the tensor before it ends");
+      }
+      end = entry.first.second;
+    }
+    if (end != data_bytes) {
+      fail(where, ": found ", data_bytes, " bytes of tensors, expected the ", end,
+           " of the header");
+    }
+  }
+
+  static Json parse_header(const MappedFile& file, int64_t length, const std::string& where) {
+    std::set<std::string> names;
+    const auto unique = [&](int depth, Json::parse_event_t event, Json& parsed) {
+      if (event == Json::parse_event_t::key && depth == 1 &&
+          !names.insert(parsed.get<std::string>()).second) {
+        fail(where, ": found the tensor ", parsed.get<std::string>(), " twice in the header");
+      }
+      return true;
+    };
+    try {
+      const unsigned char* begin = file.data() + 8;
+      Json header = Json::parse(begin, begin + length, unique);
+      if (!header.is_object()) fail(where, ": found no JSON object as header");
+      return header;
+    } catch (const Json::exception& e) {
+      fail(where, ": the header is no JSON: ", json_complaint(e));
+    }
+  }
+
+  // Checks one entry and returns its extent in the data.
+  std::pair<int64_t, int64_t> add_tensor(const std::string& key, const Json& entry,
+                                         const unsigned char* data, int64_t data_bytes,
+                                         const std::string& where) {
+    StoredTensor t{.dtype = json_get<std::string>(entry, "dtype", where),
+                   .data = nullptr,
+                   .count = 1,
+                   .where = where};
+    const int64_t width = dtype_bytes(t.dtype);
+    if (width == 0) fail(where, ": dtype: found ", t.dtype, ", expected F32, BF16 or F16");
+    if (!entry.contains("shape") || !entry["shape"].is_array()) {
+      fail(where, ": shape: expected a list of sizes");
+    }
+    for (const Json& size : entry["shape"]) {
+      t.shape.push_back(json_as<int64_t>(size, "shape", where));
+      if (t.shape.back() < 0 || __builtin_mul_overflow(t.count, t.shape.back(), &t.count)) {
+        fail(where, ": shape: found ", json_text(entry["shape"]), ", expected possible sizes");
+      }
+    }
+    const Json offsets = entry.contains("data_offsets") ? entry["data_offsets"] : Json();
+    if (!offsets.is_array() || offsets.size() != 2) {
+      fail(where, ": data_offsets: found ", json_text(offsets), ", expected [begin, end]");
+    }
+    const auto begin = json_as<int64_t>(offsets[0], "data_offsets", where);
+    const auto end = json_as<int64_t>(offsets[1], "data_offsets", where);
+    if (begin < 0 || end < begin || end > data_bytes) {
+      fail(where, ": data_offsets: found ", json_text(offsets), ", expected two within the ",
+           data_bytes, " bytes of tensors in the file");
+    }
+    int64_t bytes;
+    if (__builtin_mul_overflow(t.count, width, &bytes) || bytes != end - begin) {
+      fail(where, ": found ", end - begin, " bytes, expected ", t.dtype, " ", t.shape_text());
+    }
+    t.data = data + begin;
+    if (!tensors_.emplace(key, std::move(t)).second) fail(where, ": found in two files");
+    return {begin, end};
+  }
+
+  std::vector<MappedFile> files_;
+  std::map<std::string, StoredTensor> tensors_;
+};
+
+// Writes a file tensor by tensor, in the order in which they were declared.
+class SafeTensorsWriter {
+ public:
+  struct Entry {
+    std::string name;
+    std::vector<int64_t> shape;
+  };
+  SafeTensorsWriter(const std::filesystem::path& path, const std::vector<Entry>& entries, bool bf16)
+      : file_(path), bf16_(bf16) {
+    OrderedJson header{{"__metadata__", {{"format", "pt"}}}};  // transformers asks for it
+    int64_t end = 0;
+    for (const Entry& e : entries) {
+      int64_t count = 1;
+      for (const int64_t n : e.shape) count *= n;
+      const int64_t begin = std::exchange(end, end + count * (bf16 ? 2 : 4));
+      header[e.name] = {
+          {"dtype", bf16 ? "BF16" : "F32"}, {"shape", e.shape}, {"data_offsets", {begin, end}}};
+    }
+    std::string text = header.dump();
+    text.resize((text.size() + 7) / 8 * 8, ' ');  // aligns the data
+    const uint64_t length = text.size();
+    file_.write(&length, sizeof length);
+    file_.write(text);
+  }
+  void write(std::span<const float> values) {
+    if (!bf16_) return file_.write(values.data(), values.size_bytes());
+    narrow_.resize(values.size());
+    std::transform(values.begin(), values.end(), narrow_.begin(), float_to_bf16);
+    file_.write(narrow_.data(), narrow_.size() * sizeof(uint16_t));
+  }
+  void commit() { file_.commit(); }
+
+ private:
+  AtomicFile file_;
+  bool bf16_;
+  std::vector<uint16_t> narrow_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Rows of the parameter table and tensors on disk. Several rows may share one: gpt2's c_attn holds
+// q, k and v, as columns, since gpt2 stores (in, out).
+
+inline std::vector<int64_t> disk_shape(const Tensor& t) {
+  if (t.kind == Kind::vector) return {t.disk_out};
+  if (t.transposed) return {t.in, t.disk_out};
+  return {t.disk_out, t.in};
+}
+
+// A row's values out of its place in the disk tensor.
+inline void gather_row(const Tensor& t, const StoredTensor& disk, std::span<float> out) {
+  if (!t.transposed) return disk.read(int64_t(t.disk_begin) * t.in, out);
+  constexpr int kRows = 16;  // of the disk's, at a time: writes fill cache lines
+  std::vector<float> rows(size_t(kRows) * size_t(t.out));
+  for (int i0 = 0; i0 < t.in; i0 += kRows) {
+    const int n = std::min(kRows, t.in - i0);
+    for (int i = 0; i < n; i++) {
+      disk.read(int64_t(i0 + i) * t.disk_out + t.disk_begin,
+                std::span(rows).subspan(size_t(i) * size_t(t.out), size_t(t.out)));
+    }
+    for (int o = 0; o < t.out; o++)
+      for (int i = 0; i < n; i++)
+        out[size_t(o) * size_t(t.in) + size_t(i0 + i)] =
+            rows[size_t(i) * size_t(t.out) + size_t(o)];
+  }
+}
+
+// The inverse: a row's values into its place in the whole disk tensor.
+inline void scatter_row(const Tensor& t, std::span<const float> row, std::span<float> disk) {
+  if (!t.transposed) {
+    std::copy(row.begin(), row.end(), disk.begin() + int64_t(t.disk_begin) * t.in);
+    return;
+  }
+  constexpr int kRows = 16;
+  for (int i0 = 0; i0 < t.in; i0 += kRows)
+    for (int o = 0; o < t.out; o++)
+      for (int i = i0; i < std::min(i0 + kRows, t.in); i++)
+        disk[size_t(i) * size_t(t.disk_out) + size_t(t.disk_begin + o)] =
+            row[size_t(o) * size_t(t.in) + size_t(i)];
+}
+
+struct LoadOptions {
+  // A model with a scalar head may start from a language model: its head is dropped and the score
+  // gets initial values.
+  bool new_score = false;
+  uint64_t seed = 0;
+};
+
+// Fills every weight from a model directory. Throws Error naming the tensor that is missing,
+// unexpected, or of another shape or type than the Config asks for.
+inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
+                         const LoadOptions& options = {}) {
+  const SafeTensors disk = SafeTensors::of_model(dir);
+  const std::vector<Tensor>& tensors = gpt.table().tensors;
+  const std::string where = (dir / "model.safetensors").string();
+  // transformers also writes base models, without `transformer.` or `model.` in front.
+  const std::string root = gpt.config().family == Family::gpt2 ? "transformer." : "model.";
+  const auto base_name = [&](const std::string& name) {
+    return name.compare(0, root.size(), root) == 0 ? name.substr(root.size()) : name;
+  };
+  const auto find = [&](const std::string& name) {
+    const StoredTensor* t = disk.find(name);
+    return t ? t : disk.find(base_name(name));
+  };
+  std::set<const StoredTensor*> used;
+  std::vector<float> values;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    const Tensor& t = tensors[i];
+    const StoredTensor* stored = find(t.disk);
+    if (!stored && t.name == "score" && options.new_score) {
+      gpt.write(int(i), Slot::weight, initial_values(t, options.seed));
+      continue;
+    }
+    if (!stored) fail(where, ": tensor ", t.disk, " is missing");
+    if (stored->shape != disk_shape(t)) {
+      fail(stored->where, ": found shape ", stored->shape_text(), ", expected ",
+           StoredTensor{.shape = disk_shape(t)}.shape_text());
+    }
+    used.insert(stored);
+    values.resize(size_t(t.size()));
+    gather_row(t, *stored, values);
+    gpt.write(int(i), Slot::weight, values);
+  }
+
+  const auto ends_with = [](const std::string& name, const std::string& end) {
+    return name.size() >= end.size() &&
+           name.compare(name.size() - end.size(), end.size(), end) == 0;
+  };
+  for (const auto& entry : disk.tensors()) {
+    const std::string& name = entry.first;
+    const StoredTensor& stored = entry.second;
+    if (used.count(&stored)) continue;
+    const bool buffer = ends_with(name, ".attn.bias") || ends_with(name, ".attn.masked_bias") ||
+                        ends_with(name, "rotary_emb.inv_freq");
+    if (buffer) continue;  // constants that older versions of transformers stored
+    if (name == "lm_head.weight" && gpt.config().head == Head::scalar && options.new_score)
+      continue;
+    if (name == "lm_head.weight" && gpt.config().head == Head::lm && gpt.config().tied) {
+      const int wte = gpt.table().find("wte");
+      const StoredTensor& embedding = *find(tensors[size_t(wte)].disk);
+      if (stored.shape != embedding.shape) {
+        fail(stored.where, ": found shape ", stored.shape_text(), ", expected ",
+             embedding.shape_text(), " of the embedding it is tied to");
+      }
+      std::vector<float> head(size_t(stored.count)), wanted(size_t(stored.count));
+      stored.read(0, head);
+      embedding.read(0, wanted);
+      if (std::memcmp(head.data(), wanted.data(), head.size() * sizeof(float)) != 0) {
+        fail(stored.where,
+             ": found values that differ from the embedding, expected the same: "
+             "tie_word_embeddings is true");
+      }
+      continue;
+    }
+    fail(stored.where, ": found a tensor that a ", architecture_name(gpt.config()),
+         " of this config.json does not have");
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Saving
+
+struct SaveOptions {
+  std::filesystem::path tokenizer_from;  // a directory with tokenizer.json; empty: none to copy
+  Json trainer_state;                    // null: none
+  bool optimizer = false;                // its moments too: what an exact resume needs
+  bool bf16 = false;                     // weights as BF16; excludes `optimizer`
+};
+
+// The bytes that a checkpoint takes on disk, without the tokenizer's; while one replaces another,
+// both are there.
+inline int64_t checkpoint_bytes(const ParamTable& table, bool optimizer, bool bf16 = false) {
+  int64_t bytes = 0;
+  for (const Tensor& t : table.tensors) {
+    bytes += t.size() * (bf16 ? 2 : 4) + 128;
+    if (optimizer && t.trainable) bytes += t.size() * (t.muon ? 4 : 8) + 256;
+  }
+  return bytes + 4096;
+}
+
+inline void check_finite(const std::string& what, std::span<const float> values) {
+  int64_t bad = 0;  // counted without a branch, at the speed of memory
+  for (const float x : values) bad += !(std::fabs(x) <= FLT_MAX);
+  if (bad > 0) {
+    fail(what, ": found ", bad, " values that are not finite, expected none: not saved");
+  }
+}
+
+inline void save_weights(const std::filesystem::path& path, const Gpt& gpt, bool bf16) {
+  const std::vector<Tensor>& tensors = gpt.table().tensors;
+  std::map<std::string, std::vector<size_t>> rows_of;  // of each tensor on disk
+  std::vector<SafeTensorsWriter::Entry> entries;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    std::vector<size_t>& rows = rows_of[tensors[i].disk];
+    if (rows.empty()) entries.push_back({tensors[i].disk, disk_shape(tensors[i])});
+    rows.push_back(i);
+  }
+  SafeTensorsWriter writer(path, entries, bf16);
+  std::vector<float> row, whole;
+  for (const SafeTensorsWriter::Entry& entry : entries) {
+    const std::vector<size_t>& rows = rows_of[entry.name];
+    const Tensor& first = tensors[rows[0]];
+    whole.resize(size_t(first.disk_out) * size_t(first.in));
+    for (const size_t i : rows) {
+      row.resize(size_t(tensors[i].size()));
+      gpt.read(int(i), Slot::weight, row);
+      check_finite(tensors[i].name, row);
+      scatter_row(tensors[i], row, whole);
+    }
+    writer.write(whole);
+  }
+  writer.commit();
+}
+
+// The moments that the optimizer of a row keeps, by their names in optimizer.safetensors.
+inline std::vector<std::pair<Slot, std::string>> moments(const Tensor& t) {
+  if (!t.trainable) return {};
+  if (t.muon) return {{Slot::moment1, "moment1." + t.name}};
+  return {{Slot::moment1, "moment1." + t.name}, {Slot::moment2, "moment2." + t.name}};
+}
+
+inline void save_moments(const std::filesystem::path& path, const Gpt& gpt) {
+  const std::vector<Tensor>& tensors = gpt.table().tensors;
+  std::vector<SafeTensorsWriter::Entry> entries;
+  for (const Tensor& t : tensors)
+    for (const auto& moment : moments(t)) entries.push_back({moment.second, {t.out, t.in}});
+  SafeTensorsWriter writer(path, entries, false);
+  std::vector<float> values;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    for (const auto& moment : moments(tensors[i])) {
+      values.resize(size_t(tensors[i].size()));
+      gpt.read(int(i), moment.first, values);
+      check_finite(moment.second, values);
+      writer.write(values);
+    }
+  }
+  writer.commit();
+}
+
+inline void copy_tokenizer(const std::filesystem::path& from, const std::filesystem::path& to) {
+  for (const char* name :
+       {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "vocab.json", "merges.txt", "chat_template.jinja"}) {
+    const bool required = std::string(name) == "tokenizer.json";
+    if (required || std::filesystem::exists(from / name)) {
+      write_file(to / name, read_file(from / name));
+    }
+  }
+}
+
+// DIR.new: a checkpoint being written; DIR.old: the one before, while both names change.
+inline std::filesystem::path beside(const std::filesystem::path& dir, const char* suffix) {
+  return dir.string() + suffix;
+}
+
+// Puts `fresh` under the name `dir`; returns where the directory it replaces is now, empty for
+// none. A file system that cannot exchange two names in one step keeps the old one as DIR.old, and
+// repair_checkpoint brings it back if the process ends between the two renames.
+inline std::filesystem::path exchange_directories(const std::filesystem::path& fresh,
+                                                  const std::filesystem::path& dir,
+                                                  bool one_step = true) {
+  const auto move = [](const std::filesystem::path& from, const std::filesystem::path& to) {
+    if (std::rename(from.c_str(), to.c_str()) != 0) {
+      fail(to.string(), ": cannot rename ", from.string(), ": ", errno_text());
+    }
+  };
+  if (!std::filesystem::exists(dir)) {
+    move(fresh, dir);
+    return {};
+  }
+  constexpr unsigned kExchange = 2;  // RENAME_EXCHANGE of <linux/fs.h>
+  if (one_step) {
+    if (syscall(SYS_renameat2, AT_FDCWD, fresh.c_str(), AT_FDCWD, dir.c_str(), kExchange) == 0) {
+      return fresh;
+    }
+    if (errno != EINVAL && errno != ENOSYS && errno != ENOTSUP) {
+      fail(dir.string(), ": cannot exchange with ", fresh.string(), ": ", errno_text());
+    }
+  }
+  const std::filesystem::path old = beside(dir, ".old");
+  move(dir, old);
+  try {
+    move(fresh, dir);
+  } catch (const Error&) {
+    move(old, dir);
+    throw;
+  }
+  return old;
+}
+
+// Brings back DIR from DIR.old when a run ended between the two renames.
+inline void repair_checkpoint(const std::filesystem::path& dir) {
+  const std::filesystem::path old = beside(dir, ".old");
+  if (std::filesystem::exists(dir) || !std::filesystem::exists(old / "config.json")) return;
+  if (std::rename(old.c_str(), dir.c_str()) != 0) {
+    fail(dir.string(), ": cannot rename ", old.string(), ": ", errno_text());
+  }
+}
+
+// Writes the model, and what `options` asks for, as directory `dir`, all of it or nothing: after
+// an Error (a full disk, a tokenizer that cannot be read, weights that are not finite) `dir` is as
+// it was.
+inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const SaveOptions& options) {
+  if (!dir.has_filename()) dir = dir.parent_path();  // "model/" is "model"
+  if (options.bf16 && options.optimizer) {
+    fail(dir.string(), ": found bf16 with the optimizer's state, which needs exact weights");
+  }
+  repair_checkpoint(dir);
+  const std::filesystem::path fresh = beside(dir, ".new");
+  const auto discard = [&] {
+    std::error_code ignored;
+    std::filesystem::remove_all(fresh, ignored);
+  };
+  discard();  // of a run that was killed
+  std::filesystem::path replaced;
+  try {
+    std::filesystem::remove_all(beside(dir, ".old"));
+    std::filesystem::create_directories(fresh);
+    write_json(fresh / "config.json", config_json(gpt.config(), options.bf16));
+    write_json(fresh / "generation_config.json", generation_config_json(gpt.config()));
+    if (!options.tokenizer_from.empty()) copy_tokenizer(options.tokenizer_from, fresh);
+    if (!options.trainer_state.is_null()) {
+      write_file(fresh / "trainer_state.json", options.trainer_state.dump(2) + "\n");
+    }
+    if (options.optimizer) save_moments(fresh / "optimizer.safetensors", gpt);
+    save_weights(fresh / "model.safetensors", gpt, options.bf16);
+    sync_path(fresh);
+    replaced = exchange_directories(fresh, dir);
+  } catch (const std::exception& e) {
+    discard();
+    const bool had = std::filesystem::exists(dir);
+    fail(e.what(), had ? "; the checkpoint that was there is untouched" : "");
+  }
+  sync_path(dir.has_parent_path() ? dir.parent_path() : ".");
+  std::error_code ignored;  // what cannot be removed now goes with the next checkpoint
+  if (!replaced.empty()) std::filesystem::remove_all(replaced, ignored);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Going on
+
+// Reads trainer_state.json and writes the optimizer's moments into `gpt`, which was made with the
+// same optimizer.
+inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
+  const std::filesystem::path state = dir / "trainer_state.json";
+  if (!std::filesystem::exists(state)) {
+    fail(state.string(),
+         ": not found: a model without trainer state cannot be resumed, only "
+         "started from");
+  }
+  const std::filesystem::path path = dir / "optimizer.safetensors";
+  const SafeTensors disk(path);
+  const std::vector<Tensor>& tensors = gpt.table().tensors;
+  size_t used = 0;
+  std::vector<float> values;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    for (const auto& moment : moments(tensors[i])) {
+      const StoredTensor* t = disk.find(moment.second);
+      if (!t)
+        fail(path.string(), ": tensor ", moment.second,
+             " is missing: resume with the "
+             "optimizer that the run began with");
+      const std::vector<int64_t> shape = {tensors[i].out, tensors[i].in};
+      if (t->shape != shape || t->dtype != "F32") {
+        fail(t->where, ": found ", t->dtype, " ", t->shape_text(), ", expected F32 (",
+             tensors[i].out, ", ", tensors[i].in, ")");
+      }
+      values.resize(size_t(t->count));
+      t->read(0, values);
+      gpt.write(int(i), moment.first, values);
+      used++;
+    }
+  }
+  if (used != disk.tensors().size()) {
+    fail(path.string(), ": found ", disk.tensors().size(), " tensors, expected ", used,
+         ": resume with the optimizer that the run began with");
+  }
+  return read_json(state);
+}
+
+// The model directory that `path` means: a model directory itself, or a run's (RUN/model).
+inline std::filesystem::path model_dir(std::filesystem::path path) {
+  if (path.has_parent_path() && !path.has_filename()) path = path.parent_path();
+  repair_checkpoint(path);
+  repair_checkpoint(path / "model");
+  if (std::filesystem::exists(path / "config.json")) return path;
+  if (std::filesystem::exists(path / "model" / "config.json")) return path / "model";
+  if (!std::filesystem::exists(path)) fail(path.string(), ": not found");
+  fail(path.string(), ": found neither config.json nor model/config.json: not a model directory");
+}
+
+}  // namespace cake

@@ -1,0 +1,533 @@
+// The seam between stages and engines: what a model is, and what an engine does with it.
+//
+// A stage hands an engine packed documents, reads the log-probability of each target token, decides
+// one number per token, dL/dlogp, and hands that back; it never sees a transformer. An engine
+// (CpuGpt in train_gpt.cpp, CudaGpt in train_gpt.cu) never sees a stage.
+//
+//     Config  --make_table-->  ParamTable  --one arena of floats-->  Gpt
+//
+// Letters, everywhere in this project: V vocabulary, T longest context, L layers, C channels, NH
+// query heads, NKV key/value heads, HS head size, F feed-forward width, N tokens in a packed batch,
+// D documents in it.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cake/run.h"
+
+namespace cake {
+
+// ---------------------------------------------------------------------------------------------
+// Config: one transformer in the three shapes that Hugging Face publishes.
+
+enum class Family {
+  gpt2,   // learned positions, LayerNorm, GELU (tanh form), biases, tied (Radford et al. 2019)
+  llama,  // RoPE, RMSNorm, SwiGLU, grouped-query attention (Touvron et al. 2023)
+  qwen3,  // llama with an RMSNorm over each head of q and k (Qwen3 report 2025)
+};
+enum class Head {
+  lm,      // logits over the vocabulary
+  scalar,  // one number per position: reward model, critic
+};
+
+struct Rope {
+  double theta = 10000;
+  // rope_type llama3: long wavelengths are divided by `factor`; factor 0 means rope_type default
+  double factor = 0, low_freq_factor = 1, high_freq_factor = 4;
+  int original_T = 8192;
+};
+
+struct Config {
+  Family family = Family::qwen3;
+  Head head = Head::lm;
+  int V = 0;               // vocab_size
+  int T = 0;               // n_positions, max_position_embeddings
+  int L = 0;               // n_layer, num_hidden_layers
+  int C = 0;               // n_embd, hidden_size
+  int NH = 0;              // n_head, num_attention_heads
+  int NKV = 0;             // num_key_value_heads
+  int HS = 0;              // head_dim; NH HS may differ from C
+  int F = 0;               // n_inner, intermediate_size
+  bool tied = false;       // the head is the embedding table
+  double norm_eps = 1e-6;  // layer_norm_epsilon, rms_norm_eps
+  Rope rope;
+  int bos = -1, eos = -1, pad = -1;  // token ids, -1 for none
+
+  bool has_biases() const { return family == Family::gpt2; }
+  bool has_gate() const { return family != Family::gpt2; }  // SwiGLU: two matrices into F
+  int padded_V() const { return (V + 127) / 128 * 128; }    // in memory; the added rows are zero
+  int qkv() const { return (NH + 2 * NKV) * HS; }           // columns of the joint projection
+
+  // Throws Error naming `where` (a file) and the key whose value is impossible.
+  void check(const std::string& where) const {
+    const auto need = [&](bool good, const char* key, auto found, const char* expected) {
+      if (!good) fail(where, ": ", key, ": found ", found, ", expected ", expected);
+    };
+    const bool g = family == Family::gpt2;
+    need(V > 0 && V <= 1 << 24, "vocab_size", V, "1 to 16777216");
+    need(T > 0, g ? "n_positions" : "max_position_embeddings", T, "at least 1");
+    need(L > 0 && L <= 4096, g ? "n_layer" : "num_hidden_layers", L, "1 to 4096");
+    need(C > 0 && C <= 1 << 20, g ? "n_embd" : "hidden_size", C, "1 to 1048576");
+    need(NH > 0 && NH <= 4096, g ? "n_head" : "num_attention_heads", NH, "1 to 4096");
+    need(NKV > 0 && NH % NKV == 0, "num_key_value_heads", NKV, "a divisor of num_attention_heads");
+    need(HS > 0 && HS <= 256, "head_dim", HS, "1 to 256");
+    need(!g || (NH * HS == C && NKV == NH), "n_head", NH, "a divisor of n_embd");
+    need(g || HS % 2 == 0, "head_dim", HS, "an even number, since RoPE rotates pairs");
+    need(F > 0 && F <= 1 << 22, g ? "n_inner" : "intermediate_size", F, "1 to 4194304");
+    need(norm_eps > 0 && norm_eps < 1, g ? "layer_norm_epsilon" : "rms_norm_eps", norm_eps,
+         "between 0 and 1");
+    need(rope.theta > 0, "rope_theta", rope.theta, "above 0");
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// The table of tensors: the one place that knows their order, shapes, names on disk, initial
+// values and optimizers. Initialisation, loading, saving, optimizers and tests loop over its rows.
+
+enum class Kind { embedding, position, matrix, head, vector };  // each has its learning rate
+inline constexpr int kKinds = 5;
+inline constexpr const char* kKindNames[kKinds] = {"embedding", "position", "matrix", "head",
+                                                   "vector"};
+
+struct Tensor {
+  std::string name;         // unique here: "blocks.3.q.weight"
+  Kind kind;                //
+  int out = 0, in = 0;      // a matrix (out, in), row-major; a vector has in = 1
+  int64_t offset = 0;       // of its first float in the arena
+  std::string disk;         // the tensor in model.safetensors that holds it
+  int disk_begin = 0;       // its first output there: rows, or columns when transposed
+  int disk_out = 0;         // outputs of the whole tensor on disk
+  bool transposed = false;  // stored (in, out): gpt2's Conv1D
+  double init_std = 0;      // N(0, init_std); 0 with init_one unset: zeros
+  bool init_one = false;    // ones
+  bool decay = false;       // AdamW's weight decay applies
+  bool muon = false;        // Muon owns it; else AdamW
+  bool trainable = true;    // frozen: no gradient, no dW
+
+  int64_t size() const { return int64_t(out) * in; }
+};
+
+// Where an engine finds a GEMM's operands: rows of the table that lie side by side. -1: absent.
+struct Linear {
+  int64_t weight = -1, bias = -1;  // arena offsets of (out, in) and (out)
+  int out = 0, in = 0;
+};
+struct Norm {
+  int64_t weight = -1, bias = -1;  // (C) each; RMSNorm has no bias
+};
+struct Block {
+  Norm norm1;
+  Linear qkv;           // q, k, v rows: (NH + 2 NKV) HS outputs
+  int64_t q_norm = -1;  // (HS)
+  int64_t k_norm = -1;  // (HS)
+  Linear o;             // NH HS -> C
+  Norm norm2;
+  Linear up;    // gate and up rows: 2F outputs; gpt2: F
+  Linear down;  // F -> C
+};
+
+struct ParamTable {
+  std::vector<Tensor> tensors;  // in the arena's order
+  int64_t size = 0;             // floats in the arena, padding included
+  int64_t wte = -1, wpe = -1;   // (padded V, C), (T, C)
+  std::vector<Block> blocks;
+  Norm final_norm;
+  Linear head;  // lm: (padded V, C), the embedding when tied; scalar: (1, C)
+
+  int64_t parameters() const {  // without padding
+    int64_t n = 0;
+    for (const Tensor& t : tensors) n += t.size();
+    return n;
+  }
+  int64_t matmul_parameters() const {  // that take part in products: blocks and head, once
+    int64_t n = 0;
+    for (const Tensor& t : tensors) {
+      const bool product = t.kind == Kind::matrix || t.kind == Kind::head;
+      if (product || t.offset == head.weight) n += t.size();
+    }
+    return n;
+  }
+  int find(std::string_view name) const {  // index, -1 when absent
+    for (size_t i = 0; i < tensors.size(); i++)
+      if (tensors[i].name == name) return int(i);
+    return -1;
+  }
+};
+
+// Muon for the block matrices when `muon`, AdamW for the rest (reference: models of GPT-2 start
+// from N(0, .02), new ones from N(0, 1/sqrt(fan-in)) with zero projections into the residual).
+inline ParamTable make_table(const Config& c, bool muon = false) {
+  ParamTable table;
+  const bool g = c.family == Family::gpt2;
+  const double residual_std = g ? .02 / std::sqrt(2. * c.L) : 0;
+  const auto fan_in_std = [&](int in) { return g ? .02 : 1 / std::sqrt(double(in)); };
+  const auto align = [&] { table.size = (table.size + 15) / 16 * 16; };  // 64 bytes: a cache line
+  const auto add = [&](Tensor t, int padded_out = 0) {
+    t.offset = table.size;
+    if (t.disk_out == 0) t.disk_out = t.out;
+    table.size += int64_t(std::max(padded_out, t.out)) * t.in;
+    table.tensors.push_back(std::move(t));
+    return table.tensors.back().offset;
+  };
+  const auto vector = [&](const std::string& name, int n, const std::string& disk, bool one) {
+    align();
+    return add(
+        {.name = name, .kind = Kind::vector, .out = n, .in = 1, .disk = disk, .init_one = one});
+  };
+  const auto norm = [&](const std::string& name, const std::string& disk) {
+    Norm n;
+    n.weight = vector(name + ".weight", c.C, disk + ".weight", true);
+    if (g) n.bias = vector(name + ".bias", c.C, disk + ".bias", false);
+    return n;
+  };
+  // One GEMM from `parts` of (name, outputs, name on disk). gpt2 stores q, k, v as one tensor.
+  struct Part {
+    std::string name;
+    int out;
+    std::string disk;
+  };
+  const auto linear = [&](const std::vector<Part>& parts, int in, double std) {
+    Linear l{.in = in};
+    for (const Part& p : parts) l.out += p.out;
+    align();
+    for (const bool bias : {false, true}) {
+      if (bias && !g) break;
+      align();
+      int begin = 0;
+      for (const Part& p : parts) {
+        const bool fused = g && parts.size() > 1;
+        Tensor t{.name = p.name + (bias ? ".bias" : ".weight"),
+                 .kind = bias ? Kind::vector : Kind::matrix,
+                 .out = p.out,
+                 .in = bias ? 1 : in,
+                 .disk = p.disk + (bias ? ".bias" : ".weight"),
+                 .disk_begin = fused ? begin : 0,
+                 .disk_out = fused ? l.out : p.out,
+                 .transposed = g && !bias,
+                 .init_std = bias ? 0 : std,
+                 .decay = !bias,
+                 .muon = !bias && muon};
+        const int64_t offset = add(std::move(t));
+        if (begin == 0) (bias ? l.bias : l.weight) = offset;
+        begin += p.out;
+      }
+    }
+    return l;
+  };
+
+  const std::string root = g ? "transformer." : "model.";
+  align();
+  table.wte = add({.name = "wte",
+                   .kind = Kind::embedding,
+                   .out = c.V,
+                   .in = c.C,
+                   .disk = root + (g ? "wte.weight" : "embed_tokens.weight"),
+                   .init_std = g || c.tied ? .02 : 1},
+                  c.padded_V());
+  if (g) {
+    align();
+    table.wpe = add({.name = "wpe",
+                     .kind = Kind::position,
+                     .out = c.T,
+                     .in = c.C,
+                     .disk = root + "wpe.weight",
+                     .init_std = .01});
+  }
+  for (int i = 0; i < c.L; i++) {
+    const std::string b = "blocks." + std::to_string(i) + ".";
+    const std::string d = root + (g ? "h." : "layers.") + std::to_string(i) + ".";
+    const std::string attn = d + (g ? "attn." : "self_attn.");
+    const int q = c.NH * c.HS, kv = c.NKV * c.HS;
+    Block block;
+    block.norm1 = norm(b + "norm1", d + (g ? "ln_1" : "input_layernorm"));
+    block.qkv = linear({{b + "q", q, attn + (g ? "c_attn" : "q_proj")},
+                        {b + "k", kv, attn + (g ? "c_attn" : "k_proj")},
+                        {b + "v", kv, attn + (g ? "c_attn" : "v_proj")}},
+                       c.C, fan_in_std(c.C));
+    if (c.family == Family::qwen3) {
+      block.q_norm = vector(b + "q_norm.weight", c.HS, attn + "q_norm.weight", true);
+      block.k_norm = vector(b + "k_norm.weight", c.HS, attn + "k_norm.weight", true);
+    }
+    block.o = linear({{b + "o", c.C, attn + (g ? "c_proj" : "o_proj")}}, q, residual_std);
+    block.norm2 = norm(b + "norm2", d + (g ? "ln_2" : "post_attention_layernorm"));
+    block.up =
+        g ? linear({{b + "up", c.F, d + "mlp.c_fc"}}, c.C, fan_in_std(c.C))
+          : linear({{b + "gate", c.F, d + "mlp.gate_proj"}, {b + "up", c.F, d + "mlp.up_proj"}},
+                   c.C, fan_in_std(c.C));
+    block.down =
+        linear({{b + "down", c.C, d + (g ? "mlp.c_proj" : "mlp.down_proj")}}, c.F, residual_std);
+    table.blocks.push_back(block);
+  }
+  table.final_norm = norm("final_norm", root + (g ? "ln_f" : "norm"));
+  table.head = {.weight = table.wte, .out = c.padded_V(), .in = c.C};
+  if (c.head == Head::scalar) {
+    align();
+    table.head.out = 1;
+    table.head.weight = add({.name = "score",
+                             .kind = Kind::head,
+                             .out = 1,
+                             .in = c.C,
+                             .disk = "score.weight",
+                             .init_std = 1 / std::sqrt(c.C + 1.)});
+  } else if (!c.tied) {
+    align();
+    table.head.weight = add({.name = "head",
+                             .kind = Kind::head,
+                             .out = c.V,
+                             .in = c.C,
+                             .disk = "lm_head.weight",
+                             .init_std = g ? .02 : .001,
+                             .decay = true},
+                            c.padded_V());
+  }
+  align();
+  return table;
+}
+
+// A tensor's initial values: a function of the seed, its name and the element's index alone.
+inline std::vector<float> initial_values(const Tensor& t, uint64_t seed) {
+  std::vector<float> values(size_t(t.size()), t.init_one ? 1.f : 0.f);
+  if (t.init_std > 0) {
+    Rng rng{mix64(seed, hash64(t.name))};
+    for (float& x : values) x = float(rng.normal() * t.init_std);
+  }
+  return values;
+}
+
+// ---------------------------------------------------------------------------------------------
+// What goes through an engine
+
+struct Batch {                      // documents packed end to end: no padding anywhere
+  std::span<const int> tokens;      // (N) ids
+  std::span<const int> targets;     // (N) id to predict at each position, or -1 for none
+  std::span<const int> doc_starts;  // (D+1) offsets; attention and positions restart at each
+  float temperature = 1;            // of the distribution that is scored
+};
+
+enum class Pass {
+  train,  // keeps what backward needs
+  score,  // keeps no activations
+};
+
+struct OptimizerStep {
+  int64_t step = 1;                // 1 for the first: AdamW's bias correction
+  std::array<float, kKinds> lr{};  // AdamW's learning rate for each Kind
+  float beta1 = .9f, beta2 = .95f, eps = 1e-8f;
+  float decay = 0;  // AdamW's weight decay, on rows that say so
+  float muon_lr = 0, muon_momentum = .95f, muon_decay = 0;
+  float max_norm = 0;  // of the whole gradient, which is scaled down to it; 0: any
+};
+
+struct UpdateStats {
+  double grad_norm = 0;  // before clipping
+  bool skipped = false;  // the norm was not finite: weights and optimizer state are untouched
+};
+
+enum class Slot { weight, gradient, moment1, moment2 };  // Muon's momentum is moment1
+
+struct Sampling {
+  float temperature = 1;  // 0: the most likely token, the smallest id among equals
+  int top_k = 0;          // 0: all
+  float top_p = 1, min_p = 0;
+  float repetition_penalty = 1;  // of logits of tokens that the sequence holds (Keskar 2019)
+  uint64_t seed = 0;             // the draw is a function of (seed, stream, position)
+  uint64_t stream = 0;           // tells sequences with one seed apart
+};
+
+struct DecodeRow {
+  int sequence = 0;             // of the cache
+  std::span<const int> tokens;  // to append: a prompt, or the token sampled last
+  Sampling sampling;
+  std::span<const int> history;  // for the repetition penalty: all tokens of the sequence so far
+};
+
+struct DecodeResult {  // one entry a row, for the position after its last token
+  std::vector<int> ids;
+  std::vector<float> logp;    // of the id under softmax(logits / temperature) (temperature 0: 1)
+  std::vector<float> logits;  // (rows, V), on request
+};
+
+// Sequences over pages of 64 positions; pages are shared between forks and copied when written.
+// This is the bookkeeping; the memory of the pages is the engine's.
+inline constexpr int kPage = 64;
+
+class KvCache {
+ public:
+  explicit KvCache(int64_t positions) {
+    const int pages = int((positions + kPage - 1) / kPage);
+    references_.assign(size_t(pages), 0);
+    for (int p = pages; p-- > 0;) free_.push_back(p);
+  }
+  virtual ~KvCache() = default;
+
+  int create() {  // an empty sequence
+    for (size_t s = 0; s < sequences_.size(); s++)
+      if (!sequences_[s].alive) return sequences_[s].alive = true, int(s);
+    sequences_.push_back({.alive = true});
+    return int(sequences_.size()) - 1;
+  }
+  int fork(int from) {  // shares every page of `from`
+    const int s = create();
+    sequences_[size_t(s)] = sequences_[size_t(from)];
+    for (int p : sequences_[size_t(s)].pages) references_[size_t(p)]++;
+    return s;
+  }
+  void truncate(int sequence, int length) {
+    Sequence& s = sequences_[size_t(sequence)];
+    s.length = std::min(s.length, length);
+    while (int(s.pages.size()) * kPage >= s.length + kPage) {
+      release(s.pages.back());
+      s.pages.pop_back();
+    }
+  }
+  void free(int sequence) {
+    truncate(sequence, 0);
+    sequences_[size_t(sequence)].alive = false;
+  }
+  int length(int sequence) const { return sequences_[size_t(sequence)].length; }
+  const std::vector<int>& pages(int sequence) const { return sequences_[size_t(sequence)].pages; }
+  int64_t free_positions() const { return int64_t(free_.size()) * kPage; }
+  // Free pages that n more positions would take.
+  int pages_needed(int sequence, int n) const {
+    const Sequence& s = sequences_[size_t(sequence)];
+    const bool copied = s.length % kPage != 0 && references_[size_t(s.pages.back())] > 1;
+    return (s.length + n + kPage - 1) / kPage - int(s.pages.size()) + (n > 0 && copied);
+  }
+
+  // For engines: makes room for n more positions. The first of them may stand in a page that a fork
+  // shares: then the page is replaced, and copy(from, to) must copy its memory.
+  template <class Copy>
+  void append(int sequence, int n, Copy&& copy) {
+    Sequence& s = sequences_[size_t(sequence)];
+    if (s.length % kPage != 0) {
+      int& last = s.pages.back();
+      if (references_[size_t(last)] > 1) {
+        const int fresh = take();
+        copy(last, fresh);
+        release(last);
+        last = fresh;
+      }
+    }
+    s.length += n;
+    while (int(s.pages.size()) * kPage < s.length) s.pages.push_back(take());
+  }
+
+ private:
+  struct Sequence {
+    std::vector<int> pages;
+    int length = 0;
+    bool alive = false;
+  };
+  int take() {
+    if (free_.empty()) {
+      fail("the KV cache is full: found all ", references_.size(), " pages of ", kPage,
+           " positions in use, expected a free one");
+    }
+    const int p = free_.back();
+    free_.pop_back();
+    references_[size_t(p)] = 1;
+    return p;
+  }
+  void release(int p) {
+    if (--references_[size_t(p)] == 0) free_.push_back(p);
+  }
+  std::vector<int> references_, free_;  // pages
+  std::vector<Sequence> sequences_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// The engine
+
+class Gpt {
+ public:
+  virtual ~Gpt() = default;
+  const Config& config() const { return config_; }
+  const ParamTable& table() const { return table_; }
+
+  // Log-probabilities of the batch's targets, or values. One live forward: its activations stay
+  // until the next forward; decode does not disturb them.
+  virtual void forward(const Batch&, Pass) = 0;
+  // From dL/dlogp, dL/dvalue, dL/dentropy, each (N) or empty; adds to the gradients.
+  virtual void backward(std::span<const float> dlogp, std::span<const float> dvalue = {},
+                        std::span<const float> dentropy = {}) = 0;
+  // The same two for weights that are known beforehand: the logits are made once.
+  virtual void forward_backward(const Batch&, std::span<const float> dlogp,
+                                std::span<const float> dvalue = {},
+                                std::span<const float> dentropy = {}) = 0;
+  // Clips, steps every trainable tensor by its optimizer, clears the gradients.
+  virtual UpdateStats update(const OptimizerStep&) = 0;
+  virtual void zero_gradients() = 0;
+
+  // Of the last forward, (N) each; positions without a target hold 0.
+  virtual std::span<const float> logp() = 0;
+  virtual std::span<const float> entropy() = 0;  // nats, of the scored distribution
+  virtual std::span<const float> value() = 0;    // scalar head: read after tokens[n]
+
+  // `positions` are shared by all sequences of the cache, rounded up to pages.
+  virtual std::unique_ptr<KvCache> make_cache(int64_t positions) = 0;
+  // Appends each row's tokens to its sequence and samples the token that follows.
+  virtual void decode(KvCache&, std::span<const DecodeRow>, DecodeResult&, bool logits = false) = 0;
+
+  // Any tensor, (out, in) row-major as float. moment1 and moment2 exist in training only.
+  virtual void read(int tensor, Slot, std::span<float> out) const = 0;
+  virtual void write(int tensor, Slot, std::span<const float> in) = 0;
+
+ protected:
+  Gpt(Config config, bool muon) : config_(config), table_(make_table(config, muon)) {}
+  Config config_;
+  ParamTable table_;
+};
+
+// For every engine of this process; 0: usable_cores().
+void set_threads(int threads);
+
+enum class Device { automatic, cpu, cuda };
+enum class Mode { train, inference };  // inference: no gradients, no optimizer state
+
+struct GptOptions {
+  Device device = Device::automatic;
+  Mode mode = Mode::train;
+  bool muon = false;     // Muon owns the block matrices
+  int batch_tokens = 0;  // the largest N expected: sizes the activations, which grow when needed
+  Gpt* share = nullptr;  // read this model's weights, of the same Config, in place of own ones
+};
+
+// Memory an engine will take, item by item, in bytes; known before anything is allocated.
+struct MemoryPlan {
+  struct Item {
+    std::string what;
+    int64_t bytes;
+    std::string lower;  // the flag or choice that lowers it
+  };
+  std::vector<Item> items;
+  int64_t total() const {
+    int64_t n = 0;
+    for (const Item& i : items) n += i.bytes;
+    return n;
+  }
+};
+
+MemoryPlan plan_memory(const Config&, const GptOptions&);
+// Throws Error when the device was not built in, is not there, or has too little memory. Weights
+// are uninitialised: load a checkpoint or write initial_values.
+std::unique_ptr<Gpt> make_gpt(const Config&, const GptOptions&);
+
+// Operations a second of multiply-adds in registers: the peak that speeds are shares of.
+double measure_peak();
+// Operations that training on packed documents takes, forward and backward.
+double training_operations(const Gpt&, std::span<const int> doc_starts);
+
+inline Device parse_device(const std::string& name) {
+  if (name == "auto") return Device::automatic;
+  if (name == "cpu") return Device::cpu;
+  if (name == "cuda") return Device::cuda;
+  fail("--device: found ", name, ", expected auto, cpu or cuda");
+}
+
+}  // namespace cake

@@ -1,0 +1,90 @@
+// Small JSON files, with errors that name the file and the key.
+#pragma once
+
+#include <filesystem>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <type_traits>
+
+#include "cake/run.h"
+
+namespace cake {
+
+using Json = nlohmann::json;
+using OrderedJson = nlohmann::ordered_json;  // keeps the order in which keys were written
+
+// The parser's complaint without its error code: "parse error at line 1, column 2: ...".
+inline std::string json_complaint(const std::exception& e) {
+  const std::string text = e.what();
+  const size_t end = text.find("] ");
+  return end == std::string::npos ? text : text.substr(end + 2);
+}
+
+inline Json read_json(const std::filesystem::path& path) {
+  try {
+    return Json::parse(read_file(path));
+  } catch (const Json::exception& e) {
+    fail(path.string(), ": not JSON: ", json_complaint(e));
+  }
+}
+
+inline void write_json(const std::filesystem::path& path, const OrderedJson& json) {
+  write_file(path, json.dump(2) + "\n");
+}
+
+// A value in a message: its JSON, shortened.
+inline std::string json_text(const Json& value) {
+  const std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
+  return text.size() <= 60 ? text : text.substr(0, 57) + "...";
+}
+
+// The value as T (bool, an integer, a floating-point type or std::string), of exactly that kind:
+// no string is read as a number, no fraction as an integer.
+template <class T>
+T json_as(const Json& value, const std::string& key, const std::string& where) {
+  const auto need = [&](bool good, const char* expected) {
+    if (!good) fail(where, ": ", key, ": found ", json_text(value), ", expected ", expected);
+  };
+  if constexpr (std::is_same_v<T, bool>) {
+    need(value.is_boolean(), "true or false");
+    return value.template get<bool>();
+  } else if constexpr (std::is_integral_v<T>) {
+    need(value.is_number_integer(), "an integer");
+    if (value.is_number_unsigned()) {
+      const uint64_t x = value.template get<uint64_t>();
+      need(x <= uint64_t(std::numeric_limits<T>::max()), "a smaller integer");
+      return T(x);
+    }
+    const int64_t x = value.template get<int64_t>();  // negative: the parser's choice of type
+    need(x >= int64_t(std::numeric_limits<T>::min()), "a larger integer");
+    need(x < 0 || uint64_t(x) <= uint64_t(std::numeric_limits<T>::max()), "a smaller integer");
+    return T(x);
+  } else if constexpr (std::is_floating_point_v<T>) {
+    need(value.is_number(), "a number");
+    return value.template get<T>();
+  } else {
+    static_assert(std::is_same_v<T, std::string>);
+    need(value.is_string(), "a string");
+    return value.template get<std::string>();
+  }
+}
+
+template <class T>
+T json_get(const Json& object, const std::string& key, const std::string& where) {
+  if (!object.is_object()) fail(where, ": found ", json_text(object), ", expected an object");
+  const auto it = object.find(key);
+  if (it == object.end()) fail(where, ": ", key, " is missing");
+  return json_as<T>(*it, key, where);
+}
+
+// The same, where an absent key or null means `fallback`.
+template <class T>
+T json_get_or(const Json& object, const std::string& key, const T& fallback,
+              const std::string& where) {
+  if (!object.is_object()) fail(where, ": found ", json_text(object), ", expected an object");
+  const auto it = object.find(key);
+  return it == object.end() || it->is_null() ? fallback : json_as<T>(*it, key, where);
+}
+
+}  // namespace cake

@@ -1,0 +1,415 @@
+// Reading records: documents today, JSON lines of any kind.
+//
+//     file or standard input --ByteSource--> bytes, decompressed --LineReader--> lines
+//         --JsonLines--> JSON objects, or plain text in parts      --DocumentReader--> documents
+//
+// Everything is streamed: memory is bounded by one part of a plain text, or the longest line. Kinds
+// come from the name (.jsonl, .ndjson; anything else is plain text, one document a file), and
+// compression from the first bytes, gzip (RFC 1952) or Zstandard (RFC 8878); a name that promises
+// compression must keep its word. Standard input is called "-"; it holds JSON lines when its first
+// byte is '{'. Errors name the file, and the line where there are lines.
+#pragma once
+
+#include <simdjson.h>
+#include <zlib.h>
+#include <zstd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "cake/run.h"
+
+namespace cake {
+
+struct Input {
+  std::string path;  // to open; "-" is standard input
+  std::string name;  // to show in errors
+  Input(std::string path_and_name) : path(path_and_name), name(std::move(path_and_name)) {
+    if (path == "-") name = "standard input";
+  }
+  Input(std::string path, std::string name) : path(std::move(path)), name(std::move(name)) {}
+};
+
+// ---------------------------------------------------------------------------------------------
+// Bytes
+
+class ByteSource {
+ public:
+  explicit ByteSource(const Input& input) : name_(input.name) {
+    std::error_code ec;
+    if (input.path != "-" && std::filesystem::is_directory(input.path, ec)) {
+      fail(name_, ": found a directory, expected a file");
+    }
+    file_.reset(input.path == "-" ? stdin : std::fopen(input.path.c_str(), "rb"));
+    if (!file_) fail(name_, ": cannot open: ", errno_text());
+    refill();
+    start(input.path);
+  }
+
+  // Up to `n` bytes; fewer only at the end.
+  size_t read(char* out, size_t n) {
+    size_t done = 0;
+    while (done < n) {
+      const size_t got = inflate_ ? read_gzip(out + done, n - done)
+                         : zstd_  ? read_zstd(out + done, n - done)
+                                  : read_plain(out + done, n - done);
+      if (got == 0) break;
+      done += got;
+    }
+    return done;
+  }
+
+  const std::string& name() const { return name_; }
+
+ private:
+  struct CloseFile {
+    void operator()(std::FILE* f) const {
+      if (f != stdin) std::fclose(f);
+    }
+  };
+  struct EndInflate {
+    void operator()(z_stream* z) const { inflateEnd(z), delete z; }
+  };
+  struct FreeZstd {
+    void operator()(ZSTD_DStream* z) const { ZSTD_freeDStream(z); }
+  };
+
+  // Reads the next block; false at the end of the file.
+  bool refill() {
+    at_ = 0;
+    size_ = std::fread(in_.data(), 1, in_.size(), file_.get());
+    if (std::ferror(file_.get())) fail(name_, ": cannot read: ", errno_text());
+    return size_ > 0;
+  }
+
+  void start(const std::string& path) {
+    const std::string_view head(in_.data(), size_);
+    const auto begins = [&](std::string_view magic) {
+      return head.substr(0, magic.size()) == magic;
+    };
+    const std::string extension = std::filesystem::path(path).extension().string();
+    if (begins("\x1f\x8b")) {
+      inflate_.reset(new z_stream{});
+      if (inflateInit2(inflate_.get(), 15 + 16) != Z_OK) fail(name_, ": cannot start gzip");
+    } else if (begins("\x28\xb5\x2f\xfd")) {
+      zstd_.reset(ZSTD_createDStream());
+      ZSTD_DCtx_setParameter(zstd_.get(), ZSTD_d_windowLogMax, 31);  // files of --long=31 too
+    } else if (extension == ".gz" || extension == ".zst") {
+      fail(name_, ": found ", head.empty() ? "an empty file" : "other bytes", ", expected ",
+           extension == ".gz" ? "gzip" : "Zstandard", " data");
+    }
+    const std::pair<std::string_view, const char*> others[] = {{"BZh", "bzip2 data"},
+                                                               {"\xfd"
+                                                                "7zXZ",
+                                                                "xz data"},
+                                                               {"PK\x03\x04", "a zip archive"},
+                                                               {"PAR1", "a Parquet file"},
+                                                               {"%PDF-", "a PDF file"},
+                                                               {"WARC/", "a WARC archive"},
+                                                               {"\x7f"
+                                                                "ELF",
+                                                                "a program"}};
+    for (const auto& [magic, what] : others) {
+      if (begins(magic)) fail(name_, ": found ", what, ", expected text, JSON lines, .gz or .zst");
+    }
+  }
+
+  size_t read_plain(char* out, size_t n) {
+    if (at_ == size_ && !refill()) return 0;
+    const size_t got = std::min(n, size_ - at_);
+    std::memcpy(out, in_.data() + at_, got);
+    at_ += got;
+    return got;
+  }
+
+  size_t read_gzip(char* out, size_t n) {  // several members may follow each other
+    n = std::min(n, size_t(1) << 30);
+    inflate_->next_out = reinterpret_cast<Bytef*>(out);
+    inflate_->avail_out = uInt(n);
+    while (inflate_->avail_out == n) {
+      if (at_ == size_ && !refill()) {
+        if (in_frame_) fail(name_, ": the gzip data ends too early: the file is truncated");
+        return 0;
+      }
+      if (!in_frame_) inflateReset(inflate_.get());
+      in_frame_ = true;
+      inflate_->next_in = reinterpret_cast<Bytef*>(in_.data() + at_);
+      inflate_->avail_in = uInt(size_ - at_);
+      const int status = inflate(inflate_.get(), Z_NO_FLUSH);
+      at_ = size_ - inflate_->avail_in;
+      if (status == Z_STREAM_END) {
+        in_frame_ = false;
+      } else if (status != Z_OK && status != Z_BUF_ERROR) {
+        fail(name_, ": damaged gzip data: ", inflate_->msg ? inflate_->msg : "no reason given");
+      }
+    }
+    return n - inflate_->avail_out;
+  }
+
+  size_t read_zstd(char* out, size_t n) {
+    ZSTD_outBuffer target{out, n, 0};
+    while (target.pos == 0) {
+      // A full output may leave decompressed bytes inside: ask before reading on.
+      if (at_ == size_ && !zstd_full_ && !refill()) {
+        if (in_frame_) fail(name_, ": the Zstandard data ends too early: the file is truncated");
+        return 0;
+      }
+      ZSTD_inBuffer source{in_.data(), size_, at_};
+      const size_t left = ZSTD_decompressStream(zstd_.get(), &target, &source);
+      at_ = source.pos;
+      if (ZSTD_isError(left)) fail(name_, ": damaged Zstandard data: ", ZSTD_getErrorName(left));
+      in_frame_ = left != 0;
+      zstd_full_ = target.pos == n && in_frame_;
+    }
+    return target.pos;
+  }
+
+  std::string name_;
+  std::unique_ptr<std::FILE, CloseFile> file_;
+  std::vector<char> in_ = std::vector<char>(1 << 18);
+  size_t at_ = 0, size_ = 0;  // unread bytes of in_
+  std::unique_ptr<z_stream, EndInflate> inflate_;
+  std::unique_ptr<ZSTD_DStream, FreeZstd> zstd_;
+  bool in_frame_ = false, zstd_full_ = false;
+};
+
+// Standard input copied to an unnamed temporary file, so that it can be read twice.
+class SpooledInput {
+ public:
+  explicit SpooledInput(Input& input) {
+    if (input.path != "-") return;
+    file_.reset(std::tmpfile());
+    if (!file_) fail("standard input: cannot create a temporary file: ", errno_text());
+    std::vector<char> block(1 << 18);
+    for (size_t n; (n = std::fread(block.data(), 1, block.size(), stdin)) > 0;) {
+      if (std::fwrite(block.data(), 1, n, file_.get()) != n) {
+        fail("standard input: cannot write a temporary file: ", errno_text());
+      }
+    }
+    if (std::fflush(file_.get()) != 0) {
+      fail("standard input: cannot write a temporary file: ", errno_text());
+    }
+    input.path = concat("/proc/self/fd/", fileno(file_.get()));
+    input.name = "standard input";
+  }
+
+ private:
+  struct CloseFile {
+    void operator()(std::FILE* f) const { std::fclose(f); }
+  };
+  std::unique_ptr<std::FILE, CloseFile> file_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Lines and JSON lines
+
+class LineReader {
+ public:
+  explicit LineReader(const Input& input) : source_(input) {}
+  LineReader(ByteSource source, std::string_view head)  // `head` has been read from it
+      : source_(std::move(source)), buffer_(head.size() + 2 * kBlock), end_(head.size()) {
+    std::copy(head.begin(), head.end(), buffer_.begin());
+  }
+
+  // The next line, without its newline; SIMDJSON_PADDING bytes behind it are readable. It lives
+  // until the next call.
+  bool next(std::string_view& line) {
+    for (size_t searched = begin_;;) {
+      const char* newline =
+          static_cast<const char*>(std::memchr(buffer_.data() + searched, '\n', end_ - searched));
+      if (newline || (ended_ && begin_ < end_)) {
+        const size_t stop = newline ? size_t(newline - buffer_.data()) : end_;
+        line = std::string_view(buffer_.data() + begin_, stop - begin_);
+        begin_ = newline ? stop + 1 : stop;
+        number_++;
+        return true;
+      }
+      if (ended_) return false;
+      searched = end_ - begin_;
+      fill();
+    }
+  }
+  int64_t number() const { return number_; }  // of the line returned last, from 1
+  std::string where() const { return concat(source_.name(), ":", number_); }
+  const std::string& name() const { return source_.name(); }
+
+ private:
+  void fill() {  // moves the unfinished line to the front and reads behind it
+    std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
+    end_ -= begin_, begin_ = 0;
+    if (buffer_.size() - end_ < kBlock + simdjson::SIMDJSON_PADDING) {
+      buffer_.resize(2 * buffer_.size());
+    }
+    const size_t room = buffer_.size() - end_ - simdjson::SIMDJSON_PADDING;
+    const size_t got = source_.read(buffer_.data() + end_, room);
+    end_ += got;
+    ended_ = got < room;
+  }
+
+  static constexpr size_t kBlock = 1 << 20;
+  ByteSource source_;
+  std::vector<char> buffer_ = std::vector<char>(2 * kBlock);
+  size_t begin_ = 0, end_ = 0;  // unread bytes of buffer_
+  bool ended_ = false;
+  int64_t number_ = 0;
+};
+
+class JsonLines {
+ public:
+  explicit JsonLines(const Input& input) : lines_(input) {}
+  explicit JsonLines(LineReader lines) : lines_(std::move(lines)) {}
+
+  // The next object; blank lines are passed over. It lives until the next call.
+  bool next(simdjson::dom::object& object) {
+    for (std::string_view line; lines_.next(line);) {
+      if (lines_.number() == 1 && line.substr(0, 3) == "\xef\xbb\xbf") line.remove_prefix(3);
+      if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
+      simdjson::dom::element element;
+      auto error = parser_.parse(line.data(), line.size(), false).get(element);
+      if (error) fail(where(), ": not JSON: ", simdjson::error_message(error));
+      if (element.get(object) != simdjson::SUCCESS) {
+        fail(where(), ": found ", type_name(element), ", expected an object");
+      }
+      return true;
+    }
+    return false;
+  }
+
+  // A string that must be there.
+  std::string_view get_string(simdjson::dom::object object, std::string_view key) const {
+    simdjson::dom::element value;
+    if (object.at_key(key).get(value)) fail(where(), ": \"", key, "\" is missing");
+    std::string_view text;
+    if (value.get(text)) {
+      fail(where(), ": \"", key, "\": found ", type_name(value), ", expected a string");
+    }
+    return text;
+  }
+
+  std::string where() const { return lines_.where(); }
+  const std::string& name() const { return lines_.name(); }
+
+  static const char* type_name(simdjson::dom::element e) {
+    using simdjson::dom::element_type;
+    switch (e.type()) {
+      case element_type::ARRAY:
+        return "an array";
+      case element_type::OBJECT:
+        return "an object";
+      case element_type::STRING:
+        return "a string";
+      case element_type::BOOL:
+        return "true or false";
+      case element_type::NULL_VALUE:
+        return "null";
+      default:
+        return "a number";
+    }
+  }
+
+ private:
+  LineReader lines_;
+  simdjson::dom::parser parser_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Documents
+
+struct DocumentPart {
+  std::string_view text;  // bytes, cut anywhere when a document has several parts
+  bool begins = false, ends = false;
+};
+
+class DocumentReader {
+ public:
+  explicit DocumentReader(std::vector<Input> inputs, size_t part_bytes = 1 << 22)
+      : inputs_(std::move(inputs)), buffer_(part_bytes) {}
+
+  // The next part of a document: the whole of it when it came as a JSON line. It lives until the
+  // next call.
+  bool next(DocumentPart& part) {
+    for (;;) {
+      if (!text_ && !json_) {
+        if (input_ == inputs_.size()) return false;
+        open(inputs_[input_++]);
+      }
+      if (text_) return next_text(part), true;
+      if (next_json(part)) return true;
+    }
+  }
+
+  // Leaves out the rest of a plain text's document.
+  void skip_document() { text_.reset(); }
+
+  static bool is_jsonl(const Input& input, std::string_view head) {
+    if (input.name == "standard input") {
+      const size_t first = head.find_first_not_of(" \t\r\n\xef\xbb\xbf");
+      return first != std::string_view::npos && head[first] == '{';
+    }
+    std::filesystem::path path = input.path;
+    if (path.extension() == ".gz" || path.extension() == ".zst") path = path.stem();
+    return path.extension() == ".jsonl" || path.extension() == ".ndjson";
+  }
+
+ private:
+  void open(const Input& input) {
+    ByteSource source(input);
+    head_ = source.read(buffer_.data(), buffer_.size());
+    const std::string_view head(buffer_.data(), head_);
+    if (head.empty()) fail(input.name, ": found an empty file, expected text");
+    if (is_jsonl(input, head)) {
+      json_ = std::make_unique<JsonLines>(LineReader(std::move(source), head));
+      records_ = 0;
+    } else {
+      check_text(head, input.name);
+      text_ = std::make_unique<ByteSource>(std::move(source));
+      first_ = true;
+    }
+  }
+
+  static void check_text(std::string_view head, const std::string& name) {
+    // Text has a stray NUL at most; programs, images and UTF-16 are full of them.
+    const std::string_view sample = head.substr(0, 1 << 16);
+    const size_t nuls = size_t(std::count(sample.begin(), sample.end(), '\0'));
+    if (nuls * 1000 > sample.size()) {
+      fail(name, ": found ", nuls, " NUL bytes in the first ", sample.size(),
+           ": binary data, expected text in UTF-8");
+    }
+  }
+
+  void next_text(DocumentPart& part) {
+    const size_t got = first_ ? head_ : text_->read(buffer_.data(), buffer_.size());
+    part = {{buffer_.data(), got}, std::exchange(first_, false), got < buffer_.size()};
+    if (part.ends) text_.reset();
+  }
+
+  bool next_json(DocumentPart& part) {
+    simdjson::dom::object object;
+    if (json_->next(object)) {
+      part = {json_->get_string(object, "text"), true, true};
+      records_++;
+      return true;
+    }
+    if (records_ == 0) fail(json_->name(), ": found no documents, expected JSON lines");
+    json_.reset();
+    return false;
+  }
+
+  std::vector<Input> inputs_;
+  size_t input_ = 0;
+  std::vector<char> buffer_;
+  std::unique_ptr<ByteSource> text_;
+  std::unique_ptr<JsonLines> json_;
+  size_t head_ = 0;  // bytes of buffer_ that open() has read
+  bool first_ = false;
+  int64_t records_ = 0;
+};
+
+}  // namespace cake

@@ -1,0 +1,357 @@
+// A run: what every stage's main needs and no stage's algorithm.
+//
+// Errors with a message a user can act on, the cores a process may use, signals that ask a run to
+// save and stop, random numbers that are a function of a counter, files that are written whole or
+// not at all, the progress line, and metrics.jsonl.
+#pragma once
+
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <filesystem>
+#include <fstream>
+#include <new>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+
+namespace cake {
+
+// ---------------------------------------------------------------------------------------------
+// Errors: one exception type; the message names the file, the line or key, what was found and what
+// was expected. main prints `error: ...` and exits with status 1.
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <class... Parts>
+std::string concat(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw Error(concat(parts...));
+}
+
+// Runs a stage's body; every failure becomes one line on stderr and exit status 1.
+template <class Body>
+int guarded_main(Body&& body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "error: out of memory\n");
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "error: %s\n", e.what());
+  }
+  return 1;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Cores: the physical cores this process may use. Affinity and the container's quota count; two
+// hardware threads of one core count once, since both share its vector units.
+
+inline int usable_cores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
+  std::set<std::pair<int, int>> cores;  // (package, core)
+  int logical = 0;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (!CPU_ISSET(cpu, &set)) continue;
+    logical++;
+    const std::string topology = concat("/sys/devices/system/cpu/cpu", cpu, "/topology/");
+    int package = 0, core = -1;
+    std::ifstream(topology + "physical_package_id") >> package;
+    if (std::ifstream(topology + "core_id") >> core) cores.insert({package, core});
+  }
+  double limit = cores.empty() ? logical : double(cores.size());
+  double quota = 0, period = 0;
+  if (std::ifstream("/sys/fs/cgroup/cpu.max") >> quota >> period) {  // version 2; "max" fails
+    if (period > 0) limit = std::min(limit, quota / period);
+  } else if (std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota &&
+             std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period) {
+    if (quota > 0 && period > 0) limit = std::min(limit, quota / period);
+  }
+  return std::max(1, int(limit));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Signals: the first SIGINT or SIGTERM asks the run to save and stop, the second ends it at once.
+
+inline std::atomic<int> stop_signal{0};  // the signal's number, 0 for none
+
+inline void watch_signals() {
+  const auto handler = [](int signal) {
+    if (stop_signal.exchange(signal)) {
+      std::signal(signal, SIG_DFL);
+      std::raise(signal);
+    }
+  };
+  std::signal(SIGINT, handler);
+  std::signal(SIGTERM, handler);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Random numbers as a function of (seed, counter): any element can be drawn alone, by any thread,
+// on any device. The mixer is splitmix64's finalizer (Steele, Lea, Flood 2014).
+
+inline uint64_t mix64(uint64_t x) {
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+inline uint64_t mix64(uint64_t a, uint64_t b) { return mix64(mix64(a) ^ b); }
+inline uint64_t mix64(uint64_t a, uint64_t b, uint64_t c) { return mix64(mix64(a, b) ^ c); }
+
+inline uint64_t hash64(std::string_view text) {  // FNV-1a, then mixed: seeds from names
+  uint64_t h = 0xcbf29ce484222325;
+  for (unsigned char c : text) h = (h ^ c) * 0x100000001b3;
+  return mix64(h);
+}
+
+// Uniform in (0, 1): never 0, so that its logarithm is finite.
+inline double uniform01(uint64_t bits) { return (double(bits >> 11) + .5) * 0x1p-53; }
+
+struct Rng {  // a stream: the n-th number is mix64(seed, n)
+  uint64_t seed = 0, counter = 0;
+  uint64_t next() { return mix64(seed, counter++); }
+  double uniform() { return uniform01(next()); }
+  uint64_t below(uint64_t n) { return uint64_t((__uint128_t(next()) * n) >> 64); }
+  double normal() {  // Box-Muller, one of the pair
+    const double u = uniform(), v = uniform();
+    return std::sqrt(-2 * std::log(u)) * std::cos(6.283185307179586 * v);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Files: read whole; written whole or not at all (written beside, synced, renamed).
+
+inline std::string errno_text() { return std::strerror(errno); }
+
+inline std::string read_file(const std::filesystem::path& path) {
+  std::error_code ec;
+  if (std::filesystem::is_directory(path, ec)) {
+    fail(path.string(), ": found a directory, expected a file");
+  }
+  std::ifstream in(path, std::ios::binary);
+  if (!in) fail(path.string(), ": cannot open: ", errno_text());
+  std::string text((std::istreambuf_iterator<char>(in)), {});
+  if (in.bad()) fail(path.string(), ": cannot read: ", errno_text());
+  return text;
+}
+
+// Flushes a file or directory to the disk.
+inline void sync_path(const std::filesystem::path& path) {
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) fail(path.string(), ": cannot open: ", errno_text());
+  const int status = fsync(fd);
+  close(fd);
+  if (status != 0 && errno != EINVAL) fail(path.string(), ": cannot sync: ", errno_text());
+}
+
+// A file under construction: bytes go to PATH.partial, commit() syncs it and renames it to PATH;
+// without commit() the partial file is removed and PATH keeps what it had.
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::filesystem::path path)
+      : path_(std::move(path)), partial_(path_.string() + ".partial") {
+    file_ = std::fopen(partial_.c_str(), "wb");
+    if (!file_) fail(partial_.string(), ": cannot create: ", errno_text());
+  }
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+  ~AtomicFile() {
+    if (file_) std::fclose(file_);
+    std::error_code ignored;
+    if (!committed_) std::filesystem::remove(partial_, ignored);
+  }
+  void write(const void* data, size_t bytes) {
+    if (std::fwrite(data, 1, bytes, file_) != bytes) {
+      fail(path_.string(), ": cannot write: ", errno_text());
+    }
+  }
+  void write(std::string_view text) { write(text.data(), text.size()); }
+  void seek(int64_t offset) {
+    if (fseeko(file_, offset, SEEK_SET) != 0) fail(path_.string(), ": cannot seek: ", errno_text());
+  }
+  void close() {  // complete and synced, but not yet under its name
+    bool good = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0;
+    const int error = errno;
+    good = std::fclose(std::exchange(file_, nullptr)) == 0 && good;
+    if (!good) fail(path_.string(), ": cannot write: ", std::strerror(error));
+  }
+  void commit() {
+    if (file_) close();
+    if (std::rename(partial_.c_str(), path_.c_str()) != 0) {
+      fail(path_.string(), ": cannot rename into place: ", errno_text());
+    }
+    committed_ = true;
+  }
+
+ private:
+  std::filesystem::path path_, partial_;
+  std::FILE* file_ = nullptr;
+  bool committed_ = false;
+};
+
+inline void write_file(const std::filesystem::path& path, std::string_view text) {
+  AtomicFile file(path);
+  file.write(text);
+  file.commit();
+}
+
+// A file's bytes in memory, read only; the system loads the pages that are touched.
+class MappedFile {
+ public:
+  explicit MappedFile(std::filesystem::path path) : path_(std::move(path)) {
+    const int fd = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) fail(path_.string(), ": cannot open: ", errno_text());
+    struct stat status;
+    const bool regular = fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
+    if (regular && status.st_size > 0) {
+      size_ = int64_t(status.st_size);
+      void* bytes = mmap(nullptr, size_t(size_), PROT_READ, MAP_SHARED, fd, 0);
+      data_ = bytes == MAP_FAILED ? nullptr : static_cast<const unsigned char*>(bytes);
+    }
+    const int error = errno;
+    ::close(fd);
+    if (!regular) fail(path_.string(), ": found no regular file");
+    if (size_ > 0 && !data_) fail(path_.string(), ": cannot map: ", std::strerror(error));
+  }
+  MappedFile(MappedFile&& other) noexcept
+      : path_(std::move(other.path_)),
+        data_(std::exchange(other.data_, nullptr)),
+        size_(std::exchange(other.size_, 0)) {}
+  MappedFile& operator=(MappedFile&&) = delete;
+  ~MappedFile() {
+    if (data_) munmap(const_cast<unsigned char*>(data_), size_t(size_));
+  }
+  const std::filesystem::path& path() const { return path_; }
+  const unsigned char* data() const { return data_; }
+  int64_t size() const { return size_; }  // bytes
+
+ private:
+  std::filesystem::path path_;
+  const unsigned char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Time and the progress line
+
+inline double now() {  // seconds, monotonic
+  using namespace std::chrono;
+  return duration<double>(steady_clock::now().time_since_epoch()).count();
+}
+
+inline std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
+inline std::string format(const char* pattern, ...) {
+  va_list args, again;
+  va_start(args, pattern);
+  va_copy(again, args);
+  std::string text(size_t(std::max(0, std::vsnprintf(nullptr, 0, pattern, args))), '\0');
+  std::vsnprintf(text.data(), text.size() + 1, pattern, again);
+  va_end(again);
+  va_end(args);
+  return text;
+}
+
+inline std::string duration_text(double seconds) {  // 45s, 2m05s, 3h07m
+  const long s = std::lround(std::max(0., seconds));
+  if (s < 60) return format("%lds", s);
+  if (s < 3600) return format("%ldm%02lds", s / 60, s % 60);
+  return format("%ldh%02ldm", s / 3600, s / 60 % 60);
+}
+
+inline std::string bytes_text(double bytes) {  // 512 B, 3.1 KB, 1.2 GB (powers of 1000)
+  const char* units[] = {"B", "KB", "MB", "GB", "TB"};
+  int u = 0;
+  while (bytes >= 1000 && u < 4) bytes /= 1000, u++;
+  return format(u ? "%.1f %s" : "%.0f %s", bytes, units[u]);
+}
+
+// One line that is rewritten in place on a terminal; in a log, a line at most every `interval`
+// seconds, so that a file stays readable.
+class ProgressLine {
+ public:
+  explicit ProgressLine(double interval = 10) : interval_(interval) {}
+  void show(const std::string& line, bool last = false) {
+    const double t = now();
+    if (terminal_) {
+      std::printf("\r%s\033[K%s", line.c_str(), last ? "\n" : "");
+      open_ = !last;
+    } else if (last || t >= next_) {
+      std::printf("%s\n", line.c_str());
+      next_ = t + interval_;
+    }
+    std::fflush(stdout);
+  }
+  void note(const std::string& text) {  // a lasting line above the progress line
+    if (open_) std::printf("\r\033[K");
+    std::printf("%s\n", text.c_str());
+    std::fflush(stdout);
+    open_ = false;
+  }
+
+ private:
+  bool terminal_ = isatty(STDOUT_FILENO);
+  bool open_ = false;
+  double interval_, next_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------
+// metrics.jsonl: one JSON object a step, appended, {"step": n, ...}
+
+class Metrics {
+ public:
+  // Keeps the lines of earlier steps up to and including `keep_step`, drops what came after: a run
+  // that resumes at a checkpoint writes those steps again.
+  void open(const std::filesystem::path& path, int64_t keep_step) {
+    std::string kept;
+    if (keep_step > 0 && std::filesystem::exists(path)) {
+      std::istringstream lines(read_file(path));
+      for (std::string line; std::getline(lines, line);) {
+        long long step = 0;
+        if (std::sscanf(line.c_str(), "{\"step\":%lld", &step) == 1 && step <= keep_step) {
+          kept += line + "\n";
+        }
+      }
+    }
+    write_file(path, kept);
+    file_.open(path, std::ios::app);
+    if (!file_) fail(path.string(), ": cannot append: ", errno_text());
+    path_ = path;
+  }
+  void write(const std::string& json_object) {
+    file_ << json_object << std::endl;
+    if (!file_) fail(path_.string(), ": cannot write: ", errno_text());
+  }
+
+ private:
+  std::filesystem::path path_;
+  std::ofstream file_;
+};
+
+}  // namespace cake

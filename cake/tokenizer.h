@@ -1,0 +1,80 @@
+// Byte-level BPE: text to token ids and back. The interface; the algorithm is bpe.cpp.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <iterator>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace cake {
+
+struct TokenizerData;
+
+// A value: copies share what they read. All of it may be used by many threads at once.
+class Tokenizer {
+ public:
+  // A model, run or tokenizer directory, or a tokenizer.json, .tiktoken or vocab.bpe file.
+  static Tokenizer load(const std::filesystem::path& path);
+  // Writes tokenizer.json and tokenizer_config.json into a directory. What was loaded from such
+  // files is written back byte for byte.
+  void save(const std::filesystem::path& directory) const;
+
+  // Appends the ids of `text`. Text that looks like a special token is ordinary text unless
+  // `allow_special`.
+  void encode(std::string_view text, std::vector<int>& ids, bool allow_special = false) const;
+  std::vector<int> encode(std::string_view text, bool allow_special = false) const;
+  std::string decode(std::span<const int> ids) const;  // bytes: UTF-8 only if the ids make it so
+
+  int vocab_size() const;                      // the largest id + 1
+  std::string_view token_bytes(int id) const;  // empty for an id that no token has
+  bool is_special(int id) const;               // an added token: never made from ordinary text
+  int special(std::string_view name) const;    // id of a special token, -1 when absent
+  int end_of_text() const;                     // <|endoftext|>; throws Error when absent
+  uint64_t hash() const;                       // of vocabulary, merges, pattern and specials
+
+  // Pre-tokens: the pieces of `text` that merges never cross.
+  std::vector<std::string_view> pieces(std::string_view text) const;
+
+  explicit Tokenizer(std::shared_ptr<const TokenizerData> data) : data_(std::move(data)) {}
+  const TokenizerData& data() const { return *data_; }  // bpe.cpp's own
+
+ private:
+  std::shared_ptr<const TokenizerData> data_;
+};
+
+// Reserved in every new tokenizer, in this order, behind the merges.
+inline constexpr const char* kSpecialTokens[] = {
+    "<|endoftext|>",   "<|im_start|>",     "<|im_end|>",  "<tool_call>", "</tool_call>",
+    "<tool_response>", "</tool_response>", "<think>",     "</think>",    "<|spare_0|>",
+    "<|spare_1|>",     "<|spare_2|>",      "<|spare_3|>", "<|spare_4|>", "<|spare_5|>",
+    "<|spare_6|>",     "<|spare_7|>"};
+inline constexpr int kSpecials = int(std::size(kSpecialTokens));
+
+// Documents: plain text or JSON lines, each also .gz or .zst, or "-"; see cake/records.h. The
+// validation part is a function of the documents and the fraction alone: the tail of a single
+// document, whole documents chosen by a hash of their text when there are more.
+struct Corpus {
+  std::vector<std::string> inputs;
+  double val_fraction = 0;  // 0 <= it < 1
+  int threads = 1;
+  bool quiet = true;  // no progress, no summary
+};
+
+// Trains on the part of the corpus that is not validation. `vocab_size` counts 256 bytes, merges
+// and kSpecials; `pattern` is gpt2, cl100k, qwen2 or o200k. The result is a function of the
+// documents alone: not of their order, nor of the number of threads. Its vocabulary is smaller than
+// asked for when the text runs out of pairs.
+Tokenizer train_tokenizer(const Corpus&, int vocab_size, const std::string& pattern);
+
+// Writes the shards PREFIX_train_*.bin and PREFIX_val_*.bin, then PREFIX.json, which names
+// `tokenizer_path` relative to itself: cake/shards.h. Every document begins with <|endoftext|>.
+struct DataInfo;
+DataInfo encode_corpus(const Corpus&, const Tokenizer&, const std::filesystem::path& tokenizer_path,
+                       const std::filesystem::path& prefix);
+
+}  // namespace cake

@@ -1,0 +1,157 @@
+// What the tests share: real data and its absence, temporary directories, relative errors, and an
+// engine that holds tensors and computes nothing.
+#pragma once
+
+#include <doctest/doctest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <limits>
+#include <memory>
+#include <set>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cake/gpt.h"
+#include "cake/run.h"
+
+namespace cake {
+
+// A file of the real data: $CAKE_DATA, or ../shared/data beside the repository.
+inline std::filesystem::path data_path(const std::string& name) {
+  const char* root = std::getenv("CAKE_DATA");
+  return std::filesystem::path(root && *root ? root : "../shared/data") / name;
+}
+
+// The test cases that said they were skipped; test/main.cpp prints how many.
+inline std::set<std::string>& skipped_tests() {
+  static std::set<std::string> names;
+  return names;
+}
+
+// True when the data are absent: then the test says so by name and returns.
+//     if (skip_without_data("text/tinyshakespeare.txt")) return;
+inline bool skip_without_data(const std::string& name) {
+  if (std::filesystem::exists(data_path(name))) return false;
+  const std::string test = doctest::getContextOptions()->currentTest->m_name;
+  skipped_tests().insert(test);
+  MESSAGE("skipped: " << test << ": " << name << " is not there");
+  return true;
+}
+
+// A directory of its own for one test, removed with all it holds.
+class TempDir {
+ public:
+  TempDir() {
+    std::string pattern = (std::filesystem::temp_directory_path() / "cake-XXXXXX").string();
+    if (!mkdtemp(pattern.data())) fail(pattern, ": cannot create: ", errno_text());
+    path_ = pattern;
+  }
+  TempDir(const TempDir&) = delete;
+  TempDir& operator=(const TempDir&) = delete;
+  ~TempDir() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  const std::filesystem::path& path() const { return path_; }
+  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+// ||a - b|| / ||b||, in double; ||a|| when b is zero. NaN when the sizes differ or any number is
+// not finite: compare with `rel_error(a, b) < tolerance`, which NaN fails.
+template <class A, class B>
+double rel_error(const A& a, const B& b) {
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  if (std::size(a) != std::size(b)) return nan;
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < std::size(a); i++) {
+    const double x = double(a[i]), y = double(b[i]);
+    if (!std::isfinite(x) || !std::isfinite(y)) return nan;
+    difference += (x - y) * (x - y);
+    norm += y * y;
+  }
+  return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
+}
+
+// The message of the Error that `body` throws, or "no error".
+template <class Body>
+std::string error_of(Body&& body) {
+  try {
+    body();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "no error";
+}
+
+inline bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+// An engine's tensors without the engine.
+class FakeGpt : public Gpt {
+ public:
+  explicit FakeGpt(const Config& config, bool muon = false) : Gpt(config, muon) {
+    for (auto& arena : arenas_) arena.assign(size_t(table_.size), 0.f);
+  }
+  // Random everywhere, norms and biases too.
+  void randomize(uint64_t seed, double std = .05) {
+    for (size_t i = 0; i < table_.tensors.size(); i++) {
+      for (int slot = 0; slot < 4; slot++) {
+        Rng rng{mix64(seed, i, uint64_t(slot))};
+        for (float& x : at(int(i), Slot(slot))) x = float(std * rng.normal());
+      }
+    }
+  }
+  std::vector<float> values(int tensor, Slot slot = Slot::weight) const {
+    std::vector<float> out(size_t(table_.tensors[size_t(tensor)].size()));
+    read(tensor, slot, out);
+    return out;
+  }
+  std::vector<float> values(const std::string& name, Slot slot = Slot::weight) const {
+    return values(table_.find(name), slot);
+  }
+
+  void read(int tensor, Slot slot, std::span<float> out) const override {
+    const auto from = const_cast<FakeGpt*>(this)->at(tensor, slot);
+    if (from.size() != out.size()) fail("FakeGpt: read of another size");
+    std::copy(from.begin(), from.end(), out.begin());
+  }
+  void write(int tensor, Slot slot, std::span<const float> in) override {
+    const auto to = at(tensor, slot);
+    if (to.size() != in.size()) fail("FakeGpt: write of another size");
+    std::copy(in.begin(), in.end(), to.begin());
+  }
+
+  void forward(const Batch&, Pass) override { none(); }
+  void backward(std::span<const float>, std::span<const float>, std::span<const float>) override {
+    none();
+  }
+  void forward_backward(const Batch&, std::span<const float>, std::span<const float>,
+                        std::span<const float>) override {
+    none();
+  }
+  UpdateStats update(const OptimizerStep&) override { none(); }
+  void zero_gradients() override { none(); }
+  std::span<const float> logp() override { none(); }
+  std::span<const float> entropy() override { none(); }
+  std::span<const float> value() override { none(); }
+  std::unique_ptr<KvCache> make_cache(int64_t) override { none(); }
+  void decode(KvCache&, std::span<const DecodeRow>, DecodeResult&, bool) override { none(); }
+
+ private:
+  [[noreturn]] static void none() { fail("FakeGpt computes nothing"); }
+  std::span<float> at(int tensor, Slot slot) {
+    const Tensor& t = table_.tensors.at(size_t(tensor));
+    return std::span(arenas_[int(slot)]).subspan(size_t(t.offset), size_t(t.size()));
+  }
+  std::vector<float> arenas_[4];  // one a slot
+};
+
+}  // namespace cake

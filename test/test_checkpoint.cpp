@@ -1,0 +1,751 @@
+// Model directories: config.json's rules, safetensors whole and damaged, weights by the table, and
+// saves that leave all or nothing.
+#include <doctest/doctest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <csignal>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cake/checkpoint.h"
+#include "test/support.h"
+
+using namespace cake;
+
+namespace {
+
+Config tiny(Family family) {
+  const bool g = family == Family::gpt2;
+  Config c{.family = family, .V = 19, .T = 24, .L = 2, .C = 12, .NH = 3};
+  c.NKV = g ? 3 : 1;
+  c.HS = g ? 4 : 6;  // NH HS differs from C in the families that allow it
+  c.F = 20;
+  c.tied = g;
+  c.norm_eps = g ? 1e-5 : 1e-6;
+  c.bos = c.eos = 17;
+  return c;
+}
+
+const Family kFamilies[] = {Family::gpt2, Family::llama, Family::qwen3};
+
+Json base_json(Family family) { return Json::parse(config_json(tiny(family)).dump()); }
+
+std::string config_error(const Json& json) {
+  return error_of([&] { parse_config(json, "config.json"); });
+}
+
+// The error when `key` holds `value`, or is absent.
+std::string with(Json json, const char* key, const Json& value) {
+  json[key] = value;
+  return config_error(json);
+}
+std::string without(Json json, const char* key) {
+  json.erase(key);
+  return config_error(json);
+}
+
+bool same(const Config& a, const Config& b) { return config_json(a) == config_json(b); }
+
+// Every file of a directory with its bytes.
+std::map<std::string, std::string> contents(const std::filesystem::path& dir) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(dir)) {
+    files[entry.path().lexically_relative(dir).string()] =
+        entry.is_directory() ? "" : read_file(entry.path());
+  }
+  return files;
+}
+
+// A safetensors file of a header's text and data.
+void write_raw(const std::filesystem::path& path, const std::string& header,
+               const std::string& data) {
+  const uint64_t length = header.size();
+  write_file(path, std::string(reinterpret_cast<const char*>(&length), 8) + header + data);
+}
+
+// The tensors of a file as (shape, values), to be written again with changes.
+struct Loose {
+  std::vector<int64_t> shape;
+  std::vector<float> values;
+};
+using LooseTensors = std::map<std::string, Loose>;
+
+LooseTensors read_loose(const std::filesystem::path& path) {
+  const SafeTensors file(path);
+  LooseTensors loose;
+  for (const auto& [name, t] : file.tensors()) {
+    loose[name] = {t.shape, std::vector<float>(size_t(t.count))};
+    t.read(0, loose[name].values);
+  }
+  return loose;
+}
+
+void write_loose(const std::filesystem::path& path, const LooseTensors& loose, bool bf16 = false) {
+  std::vector<SafeTensorsWriter::Entry> entries;
+  for (const auto& [name, t] : loose) entries.push_back({name, t.shape});
+  SafeTensorsWriter writer(path, entries, bf16);
+  for (const auto& entry : loose) writer.write(entry.second.values);
+  writer.commit();
+}
+
+void check_same_weights(const FakeGpt& a, const FakeGpt& b) {
+  REQUIRE(a.table().tensors.size() == b.table().tensors.size());
+  for (size_t i = 0; i < a.table().tensors.size(); i++) {
+    CAPTURE(a.table().tensors[i].name);
+    CHECK(a.values(int(i)) == b.values(int(i)));
+  }
+}
+
+std::string load_error(const std::filesystem::path& dir, FakeGpt& gpt, bool new_score = false) {
+  return error_of([&] { load_weights(dir, gpt, {.new_score = new_score, .seed = 5}); });
+}
+
+}  // namespace
+
+// -------------------------------------------------------------------------------------------------
+// config.json
+
+TEST_CASE("a config written is the config read, for every family and head") {
+  for (const Family family : kFamilies) {
+    for (const Head head : {Head::lm, Head::scalar}) {
+      Config c = tiny(family);
+      c.head = head;
+      c.tied = !c.tied;
+      c.pad = 3;
+      c.rope.theta = 50000;
+      if (family == Family::gpt2) c.rope = {};
+      if (family == Family::llama) c.rope = {1e6, 8, 1, 4, 16};
+      const Config back = parse_config(Json::parse(config_json(c).dump()), "x");
+      CHECK(same(back, c));
+      CHECK(back.head == head);
+      CHECK(back.rope.theta == c.rope.theta);
+      CHECK(back.rope.factor == c.rope.factor);
+      CHECK(back.pad == 3);
+    }
+  }
+}
+
+TEST_CASE("absent keys mean what they mean to transformers") {
+  const Config g = parse_config(
+      Json::parse(R"({"model_type":"gpt2","vocab_size":50257,"n_positions":1024,"n_embd":768,
+        "n_layer":12,"n_head":12,"architectures":["GPT2LMHeadModel"],"n_ctx":1024,
+        "resid_pdrop":0.1,"eos_token_id":50256})"),
+      "x");
+  CHECK(g.tied);
+  CHECK(g.F == 3072);
+  CHECK(g.HS == 64);
+  CHECK(g.NKV == 12);
+  CHECK(g.norm_eps == 1e-5);
+  CHECK(g.eos == 50256);
+  CHECK(g.bos == -1);
+  const Json sizes = Json::parse(
+      R"({"vocab_size":1000,"max_position_embeddings":64,"hidden_size":4096,"intermediate_size":99,
+        "num_hidden_layers":2,"num_attention_heads":64,"n_inner":null})");
+  Json json = sizes;
+  json["model_type"] = "llama";
+  const Config l = parse_config(json, "x");
+  CHECK(l.HS == 64);
+  CHECK(l.NKV == 64);
+  CHECK(!l.tied);
+  CHECK(l.norm_eps == 1e-6);
+  CHECK(l.rope.theta == 10000);
+  CHECK(l.rope.factor == 0);
+  json["model_type"] = "qwen3";
+  const Config q = parse_config(json, "x");
+  CHECK(q.HS == 128);
+  CHECK(q.NKV == 32);
+  CHECK(!q.tied);
+  json["num_key_value_heads"] = nullptr;  // there, and null: as many as query heads
+  CHECK(parse_config(json, "x").NKV == 64);
+}
+
+TEST_CASE("RoPE is read from rope_parameters and from rope_theta with rope_scaling") {
+  Json json = base_json(Family::llama);
+  json.erase("rope_parameters");
+  json["rope_theta"] = 500000;
+  CHECK(parse_config(json, "x").rope.theta == 500000);
+  json["rope_scaling"] = nullptr;
+  CHECK(parse_config(json, "x").rope.factor == 0);
+  const Json llama3 = {{"rope_type", "llama3"},
+                       {"factor", 8.},
+                       {"low_freq_factor", 1.},
+                       {"high_freq_factor", 4.},
+                       {"original_max_position_embeddings", 8192}};
+  json["rope_scaling"] = llama3;
+  Rope rope = parse_config(json, "x").rope;
+  CHECK(rope.theta == 500000);
+  CHECK(rope.factor == 8);
+  CHECK(rope.original_T == 8192);
+  json.erase("rope_scaling");
+  json.erase("rope_theta");
+  json["rope_parameters"] = llama3;
+  json["rope_parameters"]["rope_theta"] = 1e6;
+  rope = parse_config(json, "x").rope;
+  CHECK(rope.theta == 1e6);
+  CHECK(rope.high_freq_factor == 4);
+
+  const auto scaled = [&](const char* key, const Json& value) {
+    Json changed = json;
+    changed["rope_parameters"][key] = value;
+    return config_error(changed);
+  };
+  CHECK(contains(scaled("rope_type", "yarn"), "rope_parameters: rope_type: found yarn"));
+  CHECK(contains(scaled("factor", nullptr), "rope_parameters: factor: found null"));
+  CHECK(contains(scaled("factor", 0), "factor: found 0"));
+  CHECK(contains(scaled("high_freq_factor", 1.), "high_freq_factor: found 1"));
+  CHECK(contains(scaled("original_max_position_embeddings", 0), "expected at least 1"));
+  CHECK(contains(scaled("rope_theta", -1.), "rope_theta: found -1"));
+  CHECK(contains(scaled("partial_rotary_factor", .5), "partial_rotary_factor: found 0.5"));
+  json.erase("rope_parameters");
+  json["rope_scaling"] = {{"type", "linear"}, {"factor", 2.}};  // the oldest spelling
+  CHECK(contains(config_error(json), "rope_scaling: rope_type: found linear"));
+}
+
+TEST_CASE("a config.json that cannot be honoured is an error that names the key") {
+  const Json g = base_json(Family::gpt2), l = base_json(Family::llama),
+             q = base_json(Family::qwen3);
+  for (const Json& json : {g, l, q}) {
+    CHECK(config_error(json) == "no error");
+    CHECK(contains(without(json, "model_type"), "config.json: model_type is missing"));
+    CHECK(contains(with(json, "model_type", "mamba"), "model_type: found mamba, expected gpt2"));
+    CHECK(contains(without(json, "vocab_size"), "vocab_size is missing"));
+    CHECK(contains(with(json, "vocab_size", 0), "vocab_size: found 0"));
+    CHECK(contains(with(json, "vocab_size", -5), "vocab_size: found -5"));
+    CHECK(contains(with(json, "vocab_size", 1e300), "vocab_size: found 1e+300"));
+    CHECK(contains(with(json, "vocab_size", 1ull << 40), "expected a smaller integer"));
+    CHECK(contains(with(json, "vocab_size", "19"), "vocab_size: found \"19\""));
+    CHECK(contains(with(json, "eos_token_id", 19), "eos_token_id: found 19, expected less than"));
+    CHECK(contains(with(json, "quantization_config", {{"bits", 4}}), "quantization_config"));
+    CHECK(contains(with(json, "architectures", {"BertForMaskedLM"}), "found BertForMaskedLM"));
+    CHECK(contains(with(json, "architectures", {"XForSequenceClassification"}),
+                   "id2label: found 2 labels"));
+    CHECK(with(json, "bos_token_id", -1) == "no error");
+    CHECK(with(json, "eos_token_id", {3, 4}) == "no error");
+  }
+  for (const char* key : {"n_positions", "n_layer", "n_embd", "n_head"}) {
+    CHECK(contains(without(g, key), std::string(key) + " is missing"));
+    CHECK(contains(with(g, key, 0), std::string(key) + ": found 0"));
+  }
+  CHECK(contains(with(g, "n_head", 5), "n_head: found 5"));
+  CHECK(contains(with(g, "activation_function", "relu"), "activation_function: found relu"));
+  CHECK(contains(with(g, "scale_attn_weights", false), "scale_attn_weights: found false"));
+  CHECK(contains(with(g, "scale_attn_by_inverse_layer_idx", true), "inverse_layer_idx: found"));
+  CHECK(contains(with(g, "add_cross_attention", true), "add_cross_attention: found true"));
+  CHECK(contains(with(g, "layer_norm_epsilon", 0), "layer_norm_epsilon: found 0"));
+  for (const Json& json : {l, q}) {
+    for (const char* key : {"max_position_embeddings", "num_hidden_layers", "hidden_size",
+                            "num_attention_heads", "intermediate_size"}) {
+      CHECK(contains(without(json, key), std::string(key) + " is missing"));
+      CHECK(contains(with(json, key, 0), std::string(key) + ": found 0"));
+    }
+    CHECK(contains(with(json, "hidden_act", "gelu"), "hidden_act: found gelu"));
+    CHECK(contains(with(json, "attention_bias", true), "attention_bias: found true"));
+    CHECK(contains(with(json, "mlp_bias", true), "mlp_bias: found true"));
+    CHECK(contains(with(json, "use_sliding_window", true), "use_sliding_window: found true"));
+    CHECK(contains(with(json, "layer_types", {"full_attention", "sliding_attention"}),
+                   "layer_types: found \"sliding_attention\""));
+    CHECK(contains(with(json, "num_key_value_heads", 2), "num_key_value_heads: found 2"));
+    CHECK(contains(with(json, "head_dim", 5), "head_dim: found 5, expected an even number"));
+    CHECK(contains(with(json, "rms_norm_eps", -1.), "rms_norm_eps: found -1"));
+    CHECK(contains(with(json, "tie_word_embeddings", "no"), "tie_word_embeddings: found \"no\""));
+  }
+  CHECK(contains(with(l, "sliding_window", 4096), "sliding_window: found 4096"));
+  CHECK(with(q, "sliding_window", 4096) == "no error");  // behind its switch
+  Json odd = l;
+  odd.erase("head_dim");
+  CHECK(contains(with(odd, "hidden_size", 13), "num_attention_heads: found 3"));
+  CHECK(contains(config_error(Json::parse("[1]")), "config.json: found [1], expected an object"));
+
+  TempDir dir;
+  CHECK(contains(error_of([&] { load_config(dir.path()); }), "config.json: cannot open"));
+  write_file(dir / "config.json", "{\"model_type\": \"gpt2\",");
+  CHECK(contains(error_of([&] { load_config(dir.path()); }), "config.json: not JSON: parse error"));
+  write_file(dir / "config.json", std::string("\0\1\2", 3));
+  CHECK(contains(error_of([&] { load_config(dir.path()); }), "not JSON"));
+}
+
+// -------------------------------------------------------------------------------------------------
+// safetensors
+
+TEST_CASE("half precisions widen exactly, and bf16 rounds to nearest even") {
+  for (int bits = 0; bits < 1 << 16; bits++) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const double magnitude = exponent == 0    ? std::ldexp(fraction, -24)
+                             : exponent == 31 ? (fraction ? double(NAN) : double(INFINITY))
+                                              : std::ldexp(fraction + 1024, exponent - 25);
+    const float x = f16_to_float(uint16_t(bits));
+    const bool good = std::isnan(magnitude) ? std::isnan(x)
+                                            : double(x) == magnitude * (bits >> 15 ? -1 : 1) &&
+                                                  std::signbit(x) == bool(bits >> 15);
+    if (!good) FAIL("F16 " << bits << " is " << x);
+    const float y = bf16_to_float(uint16_t(bits));
+    if (!(std::isnan(y) ? std::isnan(bf16_to_float(float_to_bf16(y))) : float_to_bf16(y) == bits)) {
+      FAIL("BF16 " << bits << " is " << y);
+    }
+  }
+  CHECK(bf16_to_float(float_to_bf16(1 + 0x1p-8f)) == 1.f);              // tie: to even
+  CHECK(bf16_to_float(float_to_bf16(1 + 3 * 0x1p-8f)) == 1 + 0x1p-6f);  // tie: to even
+  CHECK(bf16_to_float(float_to_bf16(1 + 1.01f * 0x1p-8f)) == 1 + 0x1p-7f);
+  CHECK(std::isinf(bf16_to_float(float_to_bf16(3.4e38f))));
+  uint32_t quiet_at_the_end = 0x7f800001;  // a NaN whose upper half alone would be infinity
+  float nan;
+  std::memcpy(&nan, &quiet_at_the_end, 4);
+  CHECK(std::isnan(bf16_to_float(float_to_bf16(nan))));
+}
+
+TEST_CASE("tensors written are the tensors read, in F32 and BF16") {
+  TempDir dir;
+  const LooseTensors loose = {{"a", {{2, 3}, {1, 2, 3, -4, .5f, 6}}},
+                              {"b.weight", {{4}, {0, 1e-30f, -1e30f, 7}}},
+                              {"empty", {{0, 5}, {}}},
+                              {"scalar", {{}, {3.25f}}}};
+  write_loose(dir / "x", loose);
+  const LooseTensors back = read_loose(dir / "x");
+  REQUIRE(back.size() == 4);
+  for (const auto& [name, t] : loose) {
+    CHECK(back.at(name).shape == t.shape);
+    CHECK(back.at(name).values == t.values);
+  }
+  write_loose(dir / "y", loose, true);
+  CHECK(SafeTensors(dir / "y").find("a")->dtype == "BF16");
+  for (const auto& [name, t] : loose) {
+    // 8 bits of precision: half a unit in the last place is 2^-8 at most
+    CHECK(rel_error(read_loose(dir / "y").at(name).values, t.values) <= 0x1p-8);
+  }
+}
+
+TEST_CASE("a damaged safetensors file is an error that names the file and the tensor") {
+  TempDir dir;
+  const auto path = dir / "m.safetensors";
+  const auto error = [&](const std::string& header, size_t data_bytes) {
+    write_raw(path, header, std::string(data_bytes, '\0'));
+    return error_of([&] { read_loose(path); });
+  };
+  const auto entry = [](const std::string& dtype, const std::string& shape,
+                        const std::string& offsets) {
+    return R"({"a":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" +
+           offsets + "}}";
+  };
+  CHECK(error(entry("F32", "[2,3]", "[0,24]"), 24) == "no error");
+  CHECK(error(R"({"__metadata__":{"format":"pt"}})", 0) == "no error");
+
+  // length
+  CHECK(contains(error_of([&] { SafeTensors file(dir / "none"); }), "none: cannot open"));
+  write_file(path, "");
+  CHECK(contains(error_of([&] { SafeTensors file(path); }), "m.safetensors: found 0 bytes"));
+  write_file(path, "short");
+  CHECK(contains(error_of([&] { SafeTensors file(path); }), "found 5 bytes, expected a header"));
+  write_file(path, "<html><body>404 not found");
+  CHECK(contains(error_of([&] { SafeTensors file(path); }), "truncated or no safetensors file"));
+  write_file(path, std::string(8, '\xff') + "{}");
+  CHECK(contains(error_of([&] { SafeTensors file(path); }), "found a header of 1844674407370955"));
+  write_raw(path, entry("F32", "[2,3]", "[0,24]"), std::string(24, '\0'));
+  std::filesystem::resize_file(path, std::filesystem::file_size(path) - 1);
+  CHECK(contains(error_of([&] { SafeTensors file(path); }),
+                 "m.safetensors: a: data_offsets: found [0,24], expected two within the 23 bytes"));
+  CHECK(contains(error(entry("F32", "[2,3]", "[0,24]"), 28), "found 28 bytes of tensors"));
+  CHECK(contains(error("{}", 4), "found 4 bytes of tensors, expected the 0"));
+  // header
+  CHECK(contains(error("{\"a\":", 0), "the header is no JSON: parse error"));
+  CHECK(contains(error("[]", 0), "found no JSON object"));
+  CHECK(contains(error("", 0), "no JSON"));
+  CHECK(contains(error(R"({"a":3})", 0), "a: found 3, expected an object"));
+  CHECK(contains(error(R"({"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},
+                           "a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}})",
+                       0),
+                 "found the tensor a twice"));
+  CHECK(contains(error(R"({"a":{"shape":[1],"data_offsets":[0,4]}})", 4), "a: dtype is missing"));
+  CHECK(contains(error(R"({"a":{"dtype":"F32","data_offsets":[0,4]}})", 4), "a: shape: expected"));
+  CHECK(contains(error(R"({"a":{"dtype":"F32","shape":[1]}})", 4), "data_offsets: found null"));
+  // type
+  CHECK(contains(error(entry("F33", "[1]", "[0,4]"), 4), "a: dtype: found F33"));
+  CHECK(contains(error(entry("I32", "[1]", "[0,4]"), 4), "a: found type I32, expected F32, BF16"));
+  // shape
+  CHECK(
+      contains(error(entry("F32", "[2,4]", "[0,24]"), 24), "found 24 bytes, expected F32 (2, 4)"));
+  CHECK(contains(error(entry("BF16", "[2,3]", "[0,24]"), 24), "found 24 bytes, expected BF16"));
+  CHECK(contains(error(entry("F32", "[-2,-3]", "[0,24]"), 24), "shape: found [-2,-3]"));
+  CHECK(contains(error(entry("F32", "[2.5]", "[0,10]"), 10), "shape: found 2.5"));
+  CHECK(contains(error(entry("F32", "[4294967296,4294967296]", "[0,0]"), 0), "possible sizes"));
+  CHECK(contains(error(entry("F32", "[4611686018427387904]", "[0,0]"), 0), "found 0 bytes"));
+  // offsets
+  CHECK(contains(error(entry("F32", "[1]", "[4,0]"), 4), "data_offsets: found [4,0]"));
+  CHECK(contains(error(entry("F32", "[1]", "[-4,0]"), 4), "data_offsets: found [-4,0]"));
+  CHECK(contains(error(entry("F32", "[1]", "[0]"), 4), "data_offsets: found [0]"));
+  CHECK(contains(error(entry("F32", "[1]", "[4,8]"), 8), "found a begin at 4, expected 0"));
+  const auto two = [&](const std::string& a, const std::string& b) {
+    return R"({"a":{"dtype":"F32","shape":[2],"data_offsets":)" + a +
+           R"(},"b":{"dtype":"F32","shape":[2],"data_offsets":)" + b + "}}";
+  };
+  CHECK(error(two("[8,16]", "[0,8]"), 16) == "no error");
+  CHECK(contains(error(two("[0,8]", "[4,12]"), 12), "b: data_offsets: found a begin at 4"));
+  CHECK(contains(error(two("[0,8]", "[0,8]"), 8), "b: data_offsets: found those of a"));
+  CHECK(contains(error(two("[0,8]", "[12,20]"), 20), "found a begin at 12, expected 8"));
+}
+
+TEST_CASE("shards are read through their index, whose statements are checked") {
+  TempDir dir;
+  write_loose(dir / "one.safetensors", {{"a", {{2}, {1, 2}}}});
+  write_loose(dir / "two.safetensors", {{"b", {{1}, {3}}}});
+  const auto error = [&](const Json& map) {
+    write_file(dir / "model.safetensors.index.json", Json{{"weight_map", map}}.dump());
+    return error_of([&] { SafeTensors::of_model(dir.path()); });
+  };
+  CHECK(error({{"a", "one.safetensors"}, {"b", "two.safetensors"}}) == "no error");
+  const SafeTensors all = SafeTensors::of_model(dir.path());
+  CHECK(all.tensors().size() == 2);
+  std::vector<float> b(1);
+  all.find("b")->read(0, b);
+  CHECK(b[0] == 3);
+  CHECK(contains(error({{"a", "one.safetensors"}, {"c", "two.safetensors"}}),
+                 "index.json: c: not found in two.safetensors"));
+  CHECK(contains(error({{"a", "none.safetensors"}}), "none.safetensors: cannot open"));
+  CHECK(contains(error({{"a", "../one.safetensors"}}), "a: found ../one.safetensors"));
+  CHECK(contains(error({{"a", 3}}), "a: found 3, expected a string"));
+  CHECK(contains(error("x"), "weight_map is missing"));
+  write_loose(dir / "two.safetensors", {{"a", {{1}, {3}}}});
+  CHECK(
+      contains(error({{"a", "one.safetensors"}, {"b", "two.safetensors"}}), "found in two files"));
+  TempDir empty;
+  CHECK(contains(error_of([&] { SafeTensors::of_model(empty.path()); }),
+                 "model.safetensors: cannot open"));
+}
+
+// -------------------------------------------------------------------------------------------------
+// Weights by the table
+
+TEST_CASE("weights saved are the weights loaded, for every family, head and tying") {
+  for (const Family family : kFamilies) {
+    for (const bool tied : {false, true}) {
+      for (const Head head : {Head::lm, Head::scalar}) {
+        TempDir dir;
+        Config c = tiny(family);
+        c.tied = tied;
+        c.head = head;
+        FakeGpt a(c);
+        a.randomize(1);
+        save_checkpoint(dir / "m", a, {});
+        FakeGpt b(load_config(dir / "m"));
+        load_weights(dir / "m", b);
+        check_same_weights(a, b);
+        CHECK(!std::filesystem::exists(dir / "m/trainer_state.json"));
+        CHECK(!std::filesystem::exists(dir / "m.new"));
+        const bool lm_head = SafeTensors::of_model(dir / "m").find("lm_head.weight");
+        CHECK(lm_head == (head == Head::lm && !tied));
+      }
+    }
+  }
+}
+
+TEST_CASE("gpt2 stores q, k and v as columns of one tensor (in, out)") {
+  TempDir dir;
+  const Config c = tiny(Family::gpt2);
+  FakeGpt gpt(c);
+  gpt.randomize(1);
+  save_checkpoint(dir / "m", gpt, {});
+  const LooseTensors disk = read_loose(dir / "m/model.safetensors");
+  const Loose& weight = disk.at("transformer.h.1.attn.c_attn.weight");
+  const Loose& bias = disk.at("transformer.h.1.attn.c_attn.bias");
+  CHECK(weight.shape == std::vector<int64_t>{12, 36});
+  CHECK(bias.shape == std::vector<int64_t>{36});
+  for (int part = 0; part < 3; part++) {
+    const std::string name = std::string("blocks.1.") + "qkv"[part];
+    const std::vector<float> w = gpt.values(name + ".weight"), b = gpt.values(name + ".bias");
+    for (int o = 0; o < 12; o++) {
+      CHECK(bias.values[size_t(part * 12 + o)] == b[size_t(o)]);
+      for (int i = 0; i < 12; i++) {
+        CHECK(weight.values[size_t(i * 36 + part * 12 + o)] == w[size_t(o * 12 + i)]);
+      }
+    }
+  }
+  const Loose& fc = disk.at("transformer.h.0.mlp.c_fc.weight");
+  CHECK(fc.shape == std::vector<int64_t>{12, 20});
+  CHECK(fc.values[3 * 20 + 7] == gpt.values("blocks.0.up.weight")[7 * 12 + 3]);
+  CHECK(disk.at("transformer.wte.weight").shape == std::vector<int64_t>{19, 12});
+}
+
+TEST_CASE("names without the root, buffers and an equal tied head are accepted") {
+  TempDir dir;
+  for (const Family family : kFamilies) {
+    Config c = tiny(family);
+    c.tied = true;
+    FakeGpt a(c), b(c);
+    a.randomize(1);
+    save_checkpoint(dir / "m", a, {});
+    const auto path = dir / "m/model.safetensors";
+    const LooseTensors disk = read_loose(path);
+    const std::string root = family == Family::gpt2 ? "transformer." : "model.";
+    LooseTensors bare;
+    for (const auto& [name, t] : disk) bare[name.substr(root.size())] = t;
+    bare["h.0.attn.bias"] = {{1, 1, 2, 2}, {1, 0, 1, 1}};
+    bare["h.0.attn.masked_bias"] = {{}, {-1e4}};
+    bare["layers.0.self_attn.rotary_emb.inv_freq"] = {{1}, {1}};
+    write_loose(path, bare);
+    CHECK(load_error(dir / "m", b) == "no error");
+    check_same_weights(a, b);
+
+    LooseTensors with_head = disk;
+    const std::string wte = root + (family == Family::gpt2 ? "wte.weight" : "embed_tokens.weight");
+    with_head["lm_head.weight"] = disk.at(wte);
+    write_loose(path, with_head);
+    CHECK(load_error(dir / "m", b) == "no error");
+    with_head["lm_head.weight"].values[5] += 1;
+    write_loose(path, with_head);
+    CHECK(contains(load_error(dir / "m", b), "lm_head.weight: found values that differ"));
+    with_head["lm_head.weight"] = {{1, 12}, std::vector<float>(12)};
+    write_loose(path, with_head);
+    CHECK(contains(load_error(dir / "m", b), "lm_head.weight: found shape (1, 12)"));
+  }
+}
+
+TEST_CASE("weights of another model are errors that name the tensor") {
+  TempDir dir;
+  const Config c = tiny(Family::qwen3);
+  FakeGpt gpt(c);
+  gpt.randomize(1);
+  save_checkpoint(dir / "m", gpt, {});
+  const auto path = dir / "m/model.safetensors";
+  const LooseTensors good = read_loose(path);
+  const auto error = [&](auto&& change) {
+    LooseTensors changed = good;
+    change(changed);
+    write_loose(path, changed);
+    return load_error(dir / "m", gpt);
+  };
+  const std::string name = "model.layers.1.self_attn.k_proj.weight";
+  CHECK(contains(error([&](auto& t) { t.erase(name); }), "tensor " + name + " is missing"));
+  CHECK(contains(error([&](auto& t) {
+                   t["model.layers.2.mlp.up_proj.weight"] = {{1}, {0}};
+                 }),
+                 "model.layers.2.mlp.up_proj.weight: found a tensor that a Qwen3ForCausalLM"));
+  CHECK(contains(error([&](auto& t) {
+                   t["model.layers.0.self_attn.q_proj.bias"] = {{1}, {0}};
+                 }),
+                 "q_proj.bias: found a tensor"));
+  CHECK(contains(error([&](auto& t) { std::swap(t[name].shape[0], t[name].shape[1]); }),
+                 name + ": found shape (12, 6), expected (6, 12)"));
+  CHECK(contains(error([&](auto& t) {
+                   t["model.norm.weight"].shape = {12, 1};
+                 }),
+                 "model.norm.weight: found shape (12, 1), expected (12)"));
+  CHECK(contains(error([&](auto& t) {
+                   t["lm_head.weight"].shape = {38, 6};
+                 }),
+                 "lm_head.weight: found shape (38, 6), expected (19, 12)"));
+}
+
+TEST_CASE("a reward model starts from a language model only when it says so") {
+  for (const bool tied : {false, true}) {
+    TempDir dir;
+    Config c = tiny(Family::llama);
+    c.tied = tied;
+    FakeGpt lm(c);
+    lm.randomize(1);
+    save_checkpoint(dir / "m", lm, {});
+    c.head = Head::scalar;
+    FakeGpt reward(c);
+    CHECK(contains(load_error(dir / "m", reward), "tensor score.weight is missing"));
+    CHECK(load_error(dir / "m", reward, true) == "no error");
+    const int score = reward.table().find("score");
+    CHECK(reward.values(score) == initial_values(reward.table().tensors[size_t(score)], 5));
+    CHECK(reward.values("wte") == lm.values("wte"));
+    save_checkpoint(dir / "r", reward, {});  // and back: a score that is there is kept
+    reward.randomize(2);
+    const std::vector<float> before = reward.values(score);
+    CHECK(load_error(dir / "r", reward, true) == "no error");
+    CHECK(reward.values(score) != before);
+    CHECK(contains(load_error(dir / "r", lm),
+                   tied ? "score.weight: found a tensor" : "tensor lm_head.weight is missing"));
+  }
+}
+
+TEST_CASE("BF16 weights load to what BF16 can hold") {
+  TempDir dir;
+  FakeGpt a(tiny(Family::qwen3)), b(tiny(Family::qwen3));
+  a.randomize(1);
+  save_checkpoint(dir / "m", a, {.bf16 = true});
+  CHECK(read_json(dir / "m/config.json")["dtype"] == "bfloat16");
+  load_weights(dir / "m", b);
+  for (size_t i = 0; i < a.table().tensors.size(); i++) {
+    CHECK(rel_error(b.values(int(i)), a.values(int(i))) <= 0x1p-8);
+  }
+  CHECK(
+      contains(error_of([&] { save_checkpoint(dir / "m", a, {.optimizer = true, .bf16 = true}); }),
+               "found bf16 with the optimizer's state"));
+}
+
+// -------------------------------------------------------------------------------------------------
+// Trainer state
+
+TEST_CASE("trainer state and moments come back exactly, Muon's and AdamW's") {
+  for (const bool muon : {false, true}) {
+    TempDir dir;
+    const Config c = tiny(Family::qwen3);
+    FakeGpt a(c, muon), b(c, muon);
+    a.randomize(1);
+    const Json state = {{"step", 7}, {"loss", 0.1}, {"seed", 0xffffffffffffffffull}};
+    save_checkpoint(dir / "m", a, {.trainer_state = state, .optimizer = true});
+    load_weights(dir / "m", b);
+    CHECK(load_trainer_state(dir / "m", b) == state);
+    check_same_weights(a, b);
+    for (size_t i = 0; i < a.table().tensors.size(); i++) {
+      const bool owned = a.table().tensors[i].muon;
+      CHECK(b.values(int(i), Slot::moment1) == a.values(int(i), Slot::moment1));
+      CHECK((b.values(int(i), Slot::moment2) == a.values(int(i), Slot::moment2)) == !owned);
+    }
+    FakeGpt other(c, !muon);
+    CHECK(contains(error_of([&] { load_trainer_state(dir / "m", other); }),
+                   "resume with the optimizer that the run began with"));
+    save_checkpoint(dir / "m", a, {});  // without state: gone with the old directory
+    CHECK(contains(error_of([&] { load_trainer_state(dir / "m", b); }),
+                   "trainer_state.json: not found"));
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// All or nothing
+
+TEST_CASE("the tokenizer's files travel with the model") {
+  TempDir dir;
+  FakeGpt gpt(tiny(Family::qwen3));
+  std::filesystem::create_directory(dir / "tok");
+  write_file(dir / "tok/tokenizer.json", "{\"t\":1}");
+  write_file(dir / "tok/tokenizer_config.json", "{}");
+  write_file(dir / "tok/other.txt", "no");
+  save_checkpoint(dir / "m/", gpt, {.tokenizer_from = dir / "tok"});
+  CHECK(read_file(dir / "m/tokenizer.json") == "{\"t\":1}");
+  CHECK(std::filesystem::exists(dir / "m/tokenizer_config.json"));
+  CHECK(!std::filesystem::exists(dir / "m/other.txt"));
+  save_checkpoint(dir / "m", gpt, {.tokenizer_from = dir / "m"});  // from itself
+  CHECK(read_file(dir / "m/tokenizer.json") == "{\"t\":1}");
+}
+
+TEST_CASE("a save that fails leaves the old checkpoint, bit for bit, and nothing else") {
+  TempDir dir;
+  FakeGpt a(tiny(Family::qwen3)), b(tiny(Family::qwen3));
+  a.randomize(1);
+  b.randomize(2);
+  save_checkpoint(dir / "m", a, {.trainer_state = {{"step", 1}}, .optimizer = true});
+  const auto before = contents(dir.path());
+  const SaveOptions options{.trainer_state = {{"step", 2}}, .optimizer = true};
+
+  // A tokenizer that is not there.
+  SaveOptions no_tokenizer = options;
+  no_tokenizer.tokenizer_from = dir / "none";
+  const std::string error = error_of([&] { save_checkpoint(dir / "m", b, no_tokenizer); });
+  CHECK(contains(error, "none/tokenizer.json: cannot open"));
+  CHECK(contains(error, "untouched"));
+  CHECK(contents(dir.path()) == before);
+
+  // Weights or moments that are not finite.
+  for (const Slot slot : {Slot::weight, Slot::moment2}) {
+    for (const float bad : {NAN, INFINITY, -INFINITY}) {
+      FakeGpt broken(tiny(Family::qwen3));
+      std::vector<float> values = broken.values("blocks.1.o.weight");
+      values[3] = bad;
+      broken.write(broken.table().find("blocks.1.o.weight"), slot, values);
+      CHECK(contains(error_of([&] { save_checkpoint(dir / "m", broken, options); }),
+                     "blocks.1.o.weight: found 1 values that are not finite"));
+      CHECK(contents(dir.path()) == before);
+    }
+  }
+
+  // A disk that is full, after any number of bytes: a limit on the size of files stands for it.
+  const auto biggest = std::filesystem::file_size(dir / "m/optimizer.safetensors");
+  for (const double part : {0., .01, .3, .55, .999}) {
+    const pid_t child = fork();
+    if (child == 0) {
+      std::signal(SIGXFSZ, SIG_IGN);
+      const rlimit limit{rlim_t(part * double(biggest)), RLIM_INFINITY};
+      setrlimit(RLIMIT_FSIZE, &limit);
+      const std::string message = error_of([&] { save_checkpoint(dir / "m", b, options); });
+      _exit(contains(message, "cannot write: File too large") && contains(message, "untouched") &&
+                    !contains(message, "\n")
+                ? 0
+                : 1);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    CHECK(status == 0);
+    CHECK(contents(dir.path()) == before);
+  }
+  save_checkpoint(dir / "m", b, options);  // and with room it goes through
+  CHECK(contents(dir.path()) != before);
+  CHECK(contents(dir.path()).size() == before.size());
+}
+
+TEST_CASE("a process killed at any moment of a save leaves a whole checkpoint") {
+  TempDir dir;
+  FakeGpt a(tiny(Family::llama)), b(tiny(Family::llama));
+  a.randomize(1);
+  b.randomize(2);
+  const auto save = [&](const FakeGpt& gpt, int step) {
+    save_checkpoint(dir / "m", gpt, {.trainer_state = {{"step", step}}, .optimizer = true});
+  };
+  save(a, 1);
+  const auto old_files = contents(dir / "m");
+  save(b, 2);
+  const auto new_files = contents(dir / "m");
+  const double start = now();
+  save(b, 2);
+  const double save_seconds = now() - start;
+  for (int moment = 0; moment < 20; moment++) {  // over one and a half saves
+    save(a, 1);
+    const pid_t child = fork();
+    if (child == 0) {
+      for (;;) save(b, 2);
+    }
+    usleep(useconds_t(moment / 20. * 1.5e6 * save_seconds));
+    kill(child, SIGKILL);
+    waitpid(child, nullptr, 0);
+    const auto files = contents(model_dir(dir / "m"));
+    const bool whole = files == old_files || files == new_files;
+    CHECK(whole);
+  }
+  save(a, 1);  // what the killed left is gone
+  CHECK(contents(dir.path()).count("m.new") == 0);
+}
+
+TEST_CASE("an exchange in two steps that was interrupted is repaired") {
+  TempDir dir;
+  FakeGpt a(tiny(Family::llama)), b(tiny(Family::llama));
+  a.randomize(1);
+  b.randomize(2);
+  save_checkpoint(dir / "run/model", a, {});
+  save_checkpoint(dir / "fresh", b, {});
+  const auto old_files = contents(dir / "run/model"), new_files = contents(dir / "fresh");
+
+  // Uninterrupted, as where renameat2 is not supported.
+  const auto replaced = exchange_directories(dir / "fresh", dir / "run/model", false);
+  CHECK(replaced == dir / "run/model.old");
+  CHECK(contents(dir / "run/model") == new_files);
+  CHECK(contents(replaced) == old_files);
+
+  // Ended after the first rename: the old checkpoint comes back, whichever way it is named.
+  std::filesystem::rename(dir / "run/model", dir / "run/model.new");
+  CHECK(model_dir(dir / "run") == dir / "run/model");
+  CHECK(contents(dir / "run/model") == old_files);
+  std::filesystem::rename(dir / "run/model", dir / "run/model.old");
+  CHECK(model_dir(dir / "run/model/") == dir / "run/model");
+  CHECK(contents(dir / "run/model") == old_files);
+  // A save repairs first, and cleans up what is left.
+  std::filesystem::rename(dir / "run/model", dir / "run/model.old");
+  save_checkpoint(dir / "run/model", b, {});
+  CHECK(contents(dir / "run").count("model.old") == 0);
+  CHECK(contents(dir / "run").count("model.new") == 0);
+  CHECK(contents(dir / "run/model") == new_files);
+}
+
+TEST_CASE("a run and its model directory both name the model") {
+  TempDir dir;
+  FakeGpt gpt(tiny(Family::gpt2));
+  save_checkpoint(dir / "run/model", gpt, {});
+  CHECK(model_dir(dir / "run") == dir / "run/model");
+  CHECK(model_dir(dir / "run/model") == dir / "run/model");
+  CHECK(contains(error_of([&] { model_dir(dir / "none"); }), "none: not found"));
+  std::filesystem::create_directory(dir / "empty");
+  CHECK(contains(error_of([&] { model_dir(dir / "empty"); }), "found neither config.json nor"));
+}

@@ -1,0 +1,1074 @@
+// Generation: text from bytes, the generator's schedule over a counting stand-in for an engine, and
+// the CPU engine's decoding against its own forward.
+#include "cake/generate.h"
+
+#include <doctest/doctest.h>
+
+#include <map>
+#include <numeric>
+#include <set>
+
+#include "test/support.h"
+
+namespace {
+
+using namespace cake;
+
+// ---------------------------------------------------------------------------------------------
+// Plain definitions
+
+// Whether `s` begins with a well-formed character, and of how many bytes (Unicode table 3-7).
+int character_length(std::string_view s) {
+  const auto at = [&](size_t i) {
+    return i < s.size() ? int(static_cast<unsigned char>(s[i])) : 0;
+  };
+  const auto tail = [&](size_t i) { return at(i) >= 0x80 && at(i) <= 0xBF; };
+  const int a = at(0), b = at(1);
+  if (s.empty()) return 0;
+  if (a < 0x80) return 1;
+  if (a >= 0xC2 && a <= 0xDF) return tail(1) ? 2 : 0;
+  const bool three = (a == 0xE0 && b >= 0xA0 && b <= 0xBF) || (a >= 0xE1 && a <= 0xEC && tail(1)) ||
+                     (a == 0xED && b >= 0x80 && b <= 0x9F) || (a >= 0xEE && a <= 0xEF && tail(1));
+  if (three) return tail(2) ? 3 : 0;
+  const bool four = (a == 0xF0 && b >= 0x90 && b <= 0xBF) || (a >= 0xF1 && a <= 0xF3 && tail(1)) ||
+                    (a == 0xF4 && b >= 0x80 && b <= 0x8F);
+  return four && tail(2) && tail(3) ? 4 : 0;
+}
+
+bool is_utf8(std::string_view s) {
+  while (!s.empty()) {
+    const int n = character_length(s);
+    if (n == 0) return false;
+    s.remove_prefix(size_t(n));
+  }
+  return true;
+}
+
+// Whether `s` is a proper beginning of some well-formed character: some tail completes it.
+bool is_beginning(std::string_view s) {
+  if (s.empty() || s.size() > 3) return false;
+  for (int x = 0x80; x <= 0xBF; x++) {
+    std::string t(s);
+    t += char(x);
+    for (; t.size() <= 4; t += char(0x80)) {
+      if (character_length(t) == int(t.size())) return true;
+    }
+  }
+  return false;
+}
+
+// The whole string at once: characters, and U+FFFD for each maximal beginning of one.
+std::string to_utf8(std::string_view s) {
+  std::string out;
+  while (!s.empty()) {
+    size_t n = size_t(character_length(s));
+    if (n > 0) {
+      out += s.substr(0, n);
+    } else {
+      n = 1;
+      while (n < s.size() && is_beginning(s.substr(0, n + 1))) n++;
+      out += "\xEF\xBF\xBD";
+    }
+    s.remove_prefix(n);
+  }
+  return out;
+}
+
+std::string stream(const std::vector<std::string>& pieces) {
+  Utf8Stream utf8;
+  std::string text;
+  for (const std::string& p : pieces) {
+    utf8.feed(p, text);
+    REQUIRE(is_utf8(text));  // after every piece
+  }
+  utf8.finish(text);
+  return text;
+}
+
+// The distribution that sampling draws from. The penalty and the temperature come first; then only
+// the tokens stay that are at least min_p times as likely as the likeliest, of these the top_k most
+// likely, of these the fewest that reach top_p of their sum.
+std::map<int, double> sampling_distribution(std::span<const float> logits, const Sampling& s,
+                                            std::span<const int> history) {
+  std::vector<double> z(logits.begin(), logits.end());
+  for (const int id : std::set<int>(history.begin(), history.end())) {
+    double& x = z[size_t(id)];
+    x = x > 0 ? x / s.repetition_penalty : x * s.repetition_penalty;
+  }
+  std::vector<int> order(z.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return z[size_t(a)] > z[size_t(b)]; });
+  if (s.temperature == 0) return {{order[0], 1.}};
+  const auto weight = [&](int id) {  // the likeliest has 1
+    return std::exp((z[size_t(id)] - z[size_t(order[0])]) / s.temperature);
+  };
+  while (weight(order.back()) < s.min_p) order.pop_back();
+  if (s.top_k > 0 && s.top_k < int(order.size())) order.resize(size_t(s.top_k));
+  double sum = 0, reached = 0;
+  for (const int id : order) sum += weight(id);
+  std::map<int, double> kept;
+  for (const int id : order) {
+    if (s.top_p < 1 && reached >= s.top_p * sum) break;
+    kept[id] = weight(id);
+    reached += weight(id);
+  }
+  for (auto& entry : kept) entry.second /= reached;
+  return kept;
+}
+
+// ---------------------------------------------------------------------------------------------
+// A stand-in for an engine: its logits are a hash of every token of the sequence, read through the
+// pages of its cache, so that a wrong page, length or order changes what is sampled.
+
+class TokenCache : public KvCache {
+ public:
+  explicit TokenCache(int64_t positions)
+      : KvCache(positions), memory(size_t((positions + kPage - 1) / kPage * kPage), -1) {}
+  std::vector<int> memory;  // a token a position
+};
+
+class HashGpt : public FakeGpt {
+ public:
+  explicit HashGpt(int T, int V = 64) : FakeGpt(tiny(T, V)) {}
+  static Config tiny(int T, int V) {
+    return {.V = V, .T = T, .L = 1, .C = 2, .NH = 1, .NKV = 1, .HS = 2, .F = 2};
+  }
+
+  std::vector<float> logits(std::span<const int> tokens) const {
+    uint64_t h = 1;
+    for (const int t : tokens) h = mix64(h, uint64_t(t));
+    std::vector<float> z(size_t(config_.V));
+    for (int v = 0; v < config_.V; v++) z[size_t(v)] = float(uniform01(mix64(h, uint64_t(v))) * 6);
+    for (size_t v = 0; v < script.size() && tokens.size() >= script_start; v++) {
+      z.assign(z.size(), -100);
+      z[size_t(script[(tokens.size() - script_start) % script.size()])] = 100;
+    }
+    return z;
+  }
+  // The token after `tokens`: what a request must yield whatever happens around it.
+  std::pair<int, float> sample(std::span<const int> tokens, const Sampling& s) const {
+    const std::vector<float> z = logits(tokens);
+    double u = uniform01(mix64(s.seed, s.stream, tokens.size()));
+    int id = -1;
+    for (const auto& [candidate, p] : sampling_distribution(z, s, tokens)) {
+      id = candidate;
+      if ((u -= p) < 0) break;
+    }
+    const double T = s.temperature > 0 ? s.temperature : 1;
+    double sum = 0;
+    for (const float x : z) sum += std::exp(x / T);
+    return {id, float(z[size_t(id)] / T - std::log(sum))};
+  }
+
+  std::unique_ptr<KvCache> make_cache(int64_t positions) override {
+    return std::make_unique<TokenCache>(positions);
+  }
+  void decode(KvCache& base, std::span<const DecodeRow> rows, DecodeResult& result, bool) override {
+    auto& cache = static_cast<TokenCache&>(base);
+    result.ids.clear();
+    result.logp.clear();
+    int n = 0;
+    for (const DecodeRow& r : rows) {
+      REQUIRE(!r.tokens.empty());
+      const int old = cache.length(r.sequence);
+      cache.append(r.sequence, int(r.tokens.size()), [&](int from, int to) {
+        std::copy_n(&cache.memory[size_t(from * kPage)], kPage, &cache.memory[size_t(to * kPage)]);
+      });
+      const auto slot = [&](int i) -> int& {
+        return cache.memory[size_t(cache.pages(r.sequence)[size_t(i / kPage)] * kPage + i % kPage)];
+      };
+      for (size_t i = 0; i < r.tokens.size(); i++) slot(old + int(i)) = r.tokens[i];
+      std::vector<int> tokens;
+      for (int i = 0; i < cache.length(r.sequence); i++) tokens.push_back(slot(i));
+      REQUIRE(int(tokens.size()) < config_.T);
+      REQUIRE(std::equal(tokens.begin(), tokens.end(), r.history.begin(), r.history.end()));
+      const auto [id, logp] = sample(tokens, r.sampling);
+      result.ids.push_back(id);
+      result.logp.push_back(logp);
+      n += int(r.tokens.size());
+    }
+    fed += n;
+    calls++;
+    largest_call = std::max(largest_call, n);
+    most_rows = std::max(most_rows, int(rows.size()));
+  }
+
+  int64_t fed = 0;
+  int calls = 0, largest_call = 0, most_rows = 0;
+  std::vector<int> script;  // when set: the tokens that follow, whatever was there before
+  size_t script_start = 0;
+};
+
+// Token v is the byte 'a' + v, or what `table` says.
+Generator::TokenBytes bytes_of(std::vector<std::string> table = {}) {
+  if (table.empty()) {
+    for (int v = 0; v < 64; v++) table.push_back(std::string(1, char(32 + v)));
+  }
+  return [table = std::move(table)](int id) { return std::string_view(table.at(size_t(id))); };
+}
+
+// What request number `number` yields by the definition alone.
+Completion expected(const HashGpt& gpt, const Request& r, int number) {
+  Sampling s = r.sampling;
+  s.stream = uint64_t(number);
+  std::vector<int> tokens = r.prompt;
+  Completion c;
+  for (;;) {
+    const auto [id, logp] = gpt.sample(tokens, s);
+    c.ids.push_back(id);
+    c.logp.push_back(logp);
+    tokens.push_back(id);
+    const bool stop = std::find(r.stop_ids.begin(), r.stop_ids.end(), id) != r.stop_ids.end();
+    c.finish = stop                             ? Finish::stop_token
+               : int(c.ids.size()) == r.max_new ? Finish::length
+                                                : Finish::context;
+    if (stop || int(c.ids.size()) == r.max_new || int(tokens.size()) == gpt.config().T) return c;
+  }
+}
+
+std::vector<int> random_tokens(Rng& rng, int n, int V = 64) {
+  std::vector<int> t(static_cast<size_t>(n));
+  for (int& x : t) x = int(rng.below(uint64_t(V)));
+  return t;
+}
+
+// Prompts of many lengths, alone, equal, and with long common beginnings; every kind of limit.
+std::vector<Request> mixed_requests(int n, int T) {
+  Rng rng{7};
+  const std::vector<int> shared = random_tokens(rng, 150);
+  std::vector<Request> requests;
+  for (int i = 0; i < n; i++) {
+    Request r;
+    const int kind = int(rng.below(4));
+    if (kind == 0) r.prompt = random_tokens(rng, 1 + int(rng.below(200)));
+    if (kind == 1) r.prompt = shared;
+    if (kind >= 2) {
+      r.prompt.assign(shared.begin(), shared.begin() + int(1 + rng.below(150)));
+      for (const int t : random_tokens(rng, int(rng.below(20)))) r.prompt.push_back(t);
+    }
+    r.max_new = 1 + int(rng.below(uint64_t(T)));
+    r.sampling.temperature = i % 5 == 0 ? 0 : .7f;
+    r.sampling.top_k = i % 3 == 0 ? 5 : 0;
+    r.sampling.repetition_penalty = i % 2 == 0 ? 1.3f : 1.f;
+    r.sampling.seed = 42;
+    if (i % 4 == 1) r.stop_ids = {3, 60};
+    requests.push_back(std::move(r));
+  }
+  return requests;
+}
+
+void check_equal(const Completion& a, const Completion& b) {
+  CHECK(a.ids == b.ids);
+  CHECK(a.logp == b.logp);
+  CHECK(std::string(finish_name(a.finish)) == finish_name(b.finish));
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------
+
+TEST_CASE("UTF-8 streams whole characters at every division of a text") {
+  const std::string text =
+      "na\u00efve \u20ac 5 \u65e5\u672c\u8a9e \U0001F600\U0001F468\u200D\U0001F469 \u00e9.";
+  for (size_t a = 0; a <= text.size(); a++) {
+    for (size_t b = a; b <= text.size(); b++) {
+      CHECK(stream({text.substr(0, a), text.substr(a, b - a), text.substr(b)}) == text);
+    }
+  }
+  std::vector<std::string> bytes;
+  for (const char c : text) bytes.emplace_back(1, c);
+  CHECK(stream(bytes) == text);
+}
+
+TEST_CASE("UTF-8 streams a character as soon as its last byte is there") {
+  Utf8Stream utf8;
+  std::string text;
+  for (const char* byte : {"\xF0", "\x9F", "\x98"}) {
+    utf8.feed(byte, text);
+    CHECK(text.empty());
+  }
+  utf8.feed("\x80", text);
+  CHECK(text == "\U0001F600");
+}
+
+TEST_CASE("invalid UTF-8 is replaced as the Unicode Standard recommends") {
+  const std::string bad = "\uFFFD";
+  // Tables 3-8 to 3-11 of the Unicode Standard, version 15.
+  CHECK(stream({"\xC0\xAF\xE0\x80\xBF\xF0\x81\x82\x41"}) ==
+        bad + bad + bad + bad + bad + bad + bad + bad + "A");
+  CHECK(stream({"\xED\xA0\x80\xED\xBF\xBF\xED\xAF\x41"}) ==
+        bad + bad + bad + bad + bad + bad + bad + bad + "A");
+  CHECK(stream({"\xF4\x91\x92\x93\xFF\x41\x80\xBF\x42"}) ==
+        bad + bad + bad + bad + bad + "A" + bad + bad + "B");
+  CHECK(stream({"\xE1\x80\xE2\xF0\x91\x92\xF1\xBF\x41"}) == bad + bad + bad + bad + "A");
+  CHECK(stream({"end \xE2\x82"}) == "end " + bad);  // cut short
+}
+
+TEST_CASE("random bytes stream to the same text at every division, and to valid UTF-8") {
+  Rng rng{1};
+  // Bytes that begin, continue and break characters, more often than chance would have them.
+  const std::string alphabet = "a\x80\xBF\x90\xC2\xE0\xA0\xED\x9F\xF0\xF4\x8F\xFF\xC0";
+  for (int trial = 0; trial < 2000; trial++) {
+    std::string bytes;
+    for (uint64_t n = rng.below(12); n-- > 0;) {
+      bytes += trial % 2 ? alphabet[rng.below(alphabet.size())] : char(rng.below(256));
+    }
+    std::vector<std::string> pieces(1);
+    for (const char c : bytes) {
+      pieces.back() += c;
+      if (rng.below(2)) pieces.emplace_back();
+    }
+    CHECK(stream(pieces) == to_utf8(bytes));
+  }
+}
+
+TEST_CASE("stop strings are found across every division and nothing of them is shown") {
+  const std::vector<std::string> stops = {"<end>", "\n\n"};
+  const std::string text = "a <en <end <<end> tail";
+  for (size_t a = 0; a <= text.size(); a++) {
+    for (size_t b = a; b <= text.size(); b++) {
+      StopStrings finder(stops);
+      std::string shown;
+      bool found = false;
+      for (const auto& piece : {text.substr(0, a), text.substr(a, b - a), text.substr(b)}) {
+        if (!found) found = finder.feed(piece, shown);
+        CHECK(std::string("a <en <end <").starts_with(shown));
+      }
+      CHECK(found);
+      CHECK(shown == "a <en <end <");
+    }
+  }
+}
+
+TEST_CASE("only the longest text that may begin a stop string is held back") {
+  StopStrings finder({"aab", "xyz"});
+  std::string shown;
+  CHECK(!finder.feed("aaaa", shown));
+  CHECK(shown == "aa");
+  CHECK(!finder.feed("cxy", shown));
+  CHECK(shown == "aaaac");
+  finder.finish(shown);
+  CHECK(shown == "aaaacxy");
+}
+
+TEST_CASE("the stop string that is complete first ends the text, whatever the division") {
+  Rng rng{5};
+  for (int trial = 0; trial < 3000; trial++) {
+    std::vector<std::string> stops(1 + rng.below(3));
+    for (std::string& s : stops) {
+      for (uint64_t n = 1 + rng.below(5); n-- > 0;) s += char('a' + rng.below(2));
+    }
+    std::string text;
+    for (uint64_t n = rng.below(20); n-- > 0;) text += char('a' + rng.below(3));
+    // By definition: the smallest end, and the smallest start among those.
+    std::string want = text;
+    bool want_found = false;
+    for (size_t end = 1; end <= text.size() && !want_found; end++) {
+      for (const std::string& s : stops) {
+        if (std::string_view(text).substr(0, end).ends_with(s)) {
+          if (!want_found || end - s.size() < want.size()) want = text.substr(0, end - s.size());
+          want_found = true;
+        }
+      }
+    }
+    StopStrings finder(stops);
+    std::string shown;
+    bool found = false;
+    for (size_t i = 0; i < text.size() && !found;) {
+      const size_t n = 1 + rng.below(4);
+      found = finder.feed(std::string_view(text).substr(i, n), shown);
+      i += n;
+    }
+    if (!found) finder.finish(shown);
+    CHECK(found == want_found);
+    CHECK(shown == want);
+  }
+  CHECK_THROWS_AS(StopStrings({""}), Error);
+}
+
+TEST_CASE("a request yields the same tokens in any batch, cache and prefill size") {
+  const int T = 260;
+  HashGpt gpt(T);
+  const std::vector<Request> requests = mixed_requests(40, T);
+  std::vector<Completion> want;
+  for (size_t i = 0; i < requests.size(); i++) want.push_back(expected(gpt, requests[i], int(i)));
+
+  struct Case {
+    int rows;
+    int64_t positions;
+    int prefill;
+  };
+  // From one row at a time, through a cache that is always short, to everything at once.
+  for (const Case& c : {Case{1, 320, 512}, Case{3, 960, 7}, Case{8, 600, 64}, Case{16, 320, 1},
+                        Case{64, 64 * 320, 100000}}) {
+    CAPTURE(c.rows);
+    CAPTURE(c.positions);
+    Generator g(gpt, bytes_of(), {c.rows, c.positions, c.prefill});
+    const int64_t total = g.cache().free_positions();
+    gpt.largest_call = gpt.most_rows = 0;
+    for (const Request& r : requests) g.submit(r);
+    g.run();
+    for (size_t i = 0; i < requests.size(); i++) {
+      CAPTURE(i);
+      REQUIRE(g.done(int(i)));
+      check_equal(g.take(int(i)), want[i]);
+    }
+    CHECK(gpt.most_rows <= c.rows);
+    CHECK(gpt.largest_call <= std::max(c.prefill, c.rows));
+    g.forget();
+    CHECK(g.cache().free_positions() == total);
+  }
+}
+
+TEST_CASE("rows that outgrow the cache wait, in order, and go on with the same tokens") {
+  HashGpt gpt(400);
+  std::vector<Request> requests(8);
+  std::vector<int> order, in_order(8);
+  std::iota(in_order.begin(), in_order.end(), 0);
+  for (size_t i = 0; i < requests.size(); i++) {
+    requests[i].prompt = {int(i), 1, 2};
+    requests[i].max_new = 390;
+    requests[i].on_token = [&](const Token& t) {
+      if (t.last) order.push_back(t.request);
+    };
+  }
+  Generator g(gpt, bytes_of(), {4, 8 * kPage, 512});  // one sequence takes 7 of the 8 pages
+  for (const Request& r : requests) g.submit(r);
+  g.run();
+  CHECK(g.stats().preemptions > 0);
+  CHECK(order == in_order);
+  for (int i = 0; i < 8; i++) check_equal(g.take(i), expected(gpt, requests[size_t(i)], i));
+}
+
+TEST_CASE("as many rows run together as the cache has room for") {
+  for (const int T : {64, 128}) {
+    HashGpt gpt(T);
+    Generator g(gpt, bytes_of(), {4, 4 * T, 512});  // exactly what four whole sequences take
+    for (int i = 0; i < 4; i++) g.submit({.prompt = {i, i}, .max_new = T - 2});
+    g.run();
+    CHECK(gpt.most_rows == 4);
+    CHECK(g.stats().preemptions == 0);
+  }
+}
+
+TEST_CASE("no row is admitted into the page that the next one is about to need") {
+  HashGpt gpt(128);
+  Generator g(gpt, bytes_of(), {4, 2 * kPage, 512});
+  for (int i = 0; i < 2; i++) g.submit({.prompt = std::vector<int>(63, i), .max_new = 30});
+  g.run();
+  CHECK(g.stats().preemptions == 0);
+}
+
+TEST_CASE("a prompt is prefilled once, and what it shares with another only once") {
+  HashGpt gpt(1000);
+  Rng rng{3};
+  const std::vector<int> prompt = random_tokens(rng, 300);
+  const auto fed_by = [&](const std::vector<Request>& requests, int rows) {
+    Generator g(gpt, bytes_of(), {rows, 100 * kPage, 128});
+    gpt.fed = 0;
+    for (const Request& r : requests) g.submit(r);
+    g.run();
+    for (size_t i = 0; i < requests.size(); i++) {
+      check_equal(g.take(int(i)), expected(gpt, requests[i], int(i)));
+    }
+    return gpt.fed;
+  };
+  const Request one{.prompt = prompt, .max_new = 10};
+  // 300 tokens of the prompt, then 9 of the 10 sampled ones; a copy feeds the prompt's last token.
+  CHECK(fed_by({one}, 8) == 309);
+  for (const int rows : {1, 2, 8}) CHECK(fed_by({one, one, one, one, one}, rows) == 309 + 4 * 10);
+  Request longer = one, apart = one;
+  longer.prompt.push_back(1);
+  longer.prompt.push_back(2);
+  apart.prompt[100] ^= 1;
+  CHECK(fed_by({one, longer, apart}, 3) == 309 + 2 + 9 + 200 + 9);
+}
+
+TEST_CASE("a sequence that goes on feeds only what is new") {
+  HashGpt gpt(500);
+  Generator g(gpt, bytes_of(), {2, 20 * kPage, 512});
+  Request r{.prompt = {1, 2, 3, 4, 5}, .max_new = 50};
+  const int first = g.submit(r);
+  g.run();
+  const Completion c = g.take(first);
+  Request turn = r;
+  turn.prompt.insert(turn.prompt.end(), c.ids.begin(), c.ids.end());
+  turn.prompt.push_back(9);
+  gpt.fed = 0;
+  g.submit(turn);
+  g.run();
+  CHECK(g.stats().reused_tokens == 54);
+  CHECK(gpt.fed == 2 + 49);  // the last sampled token, the new one, then those that follow
+  check_equal(g.take(1), expected(gpt, turn, 1));
+  g.forget();
+  gpt.fed = 0;
+  g.submit(turn);
+  g.run();
+  CHECK(gpt.fed == int64_t(turn.prompt.size()) + 49);
+}
+
+TEST_CASE("of the finished sequences those used longest ago leave the cache first") {
+  HashGpt gpt(500);
+  Rng rng{4};
+  const std::vector<int> p = random_tokens(rng, 200), q = random_tokens(rng, 200);
+  std::vector<int> half(p.begin(), p.begin() + 100);
+  for (int i = 0; i < 20; i++) half.push_back(p[size_t(100 + i)] ^ 1);
+  Generator g(gpt, bytes_of(), {2, 100 * kPage, 512});  // keeps two
+  const auto fed_for = [&](const std::vector<int>& prompt) {
+    gpt.fed = 0;
+    g.submit({.prompt = prompt, .max_new = 1});
+    g.run();
+    return gpt.fed;
+  };
+  CHECK(fed_for(p) == 200);
+  CHECK(fed_for(q) == 200);
+  CHECK(fed_for(half) == 20);  // uses p, and so q leaves
+  CHECK(fed_for(p) == 1);
+  CHECK(fed_for(q) == 200);
+}
+
+TEST_CASE("a sequence that is about to be used does not make room for its user") {
+  HashGpt gpt(500);
+  Rng rng{4};
+  std::vector<int> p = random_tokens(rng, 130);
+  Generator g(gpt, bytes_of(), {2, 6 * kPage, 512});
+  g.submit({.prompt = p, .max_new = 1});
+  g.run();
+  g.submit({.prompt = random_tokens(rng, 130), .max_new = 1});
+  g.run();
+  CHECK(g.cache().free_positions() == 0);
+  for (int i = 0; i < 70; i++) p.push_back(i % 64);
+  gpt.fed = 0;
+  g.submit({.prompt = p, .max_new = 1});
+  g.run();
+  CHECK(gpt.fed == 70);
+}
+
+TEST_CASE("samples of one prompt differ, and repeat with the seed") {
+  HashGpt gpt(300);
+  const auto ids = [&](uint64_t seed) {
+    Generator g(gpt, bytes_of(), {4, 2000, 512});
+    Request r{.prompt = {5}, .max_new = 20};
+    r.sampling.seed = seed;
+    g.submit(r);
+    g.submit(r);
+    g.run();
+    return std::pair{g.take(0).ids, g.take(1).ids};
+  };
+  CHECK(ids(1) == ids(1));
+  CHECK(ids(1).first != ids(1).second);
+  CHECK(ids(1) != ids(2));
+}
+
+TEST_CASE("a request ends by its stop token, its length or the context") {
+  HashGpt gpt(20);
+  gpt.script = {7, 8, 9, 10};
+  gpt.script_start = 3;
+  const auto run = [&](Request r) {
+    Generator g(gpt, bytes_of(), {1, 64, 512});
+    r.prompt = {1, 2, 3};
+    g.submit(r);
+    g.run();
+    return g.take(0);
+  };
+  Completion c = run({.max_new = 100, .stop_ids = {50, 9}});
+  CHECK(finish_name(c.finish) == std::string("stop_token"));
+  CHECK(c.ids == std::vector<int>{7, 8, 9});
+  CHECK(c.logp.size() == 3);
+  CHECK(c.text == "'(");  // without the stop token's own bytes
+  c = run({.max_new = 2});
+  CHECK(finish_name(c.finish) == std::string("length"));
+  CHECK(c.ids == std::vector<int>{7, 8});
+  c = run({.max_new = 100});
+  CHECK(finish_name(c.finish) == std::string("context"));
+  CHECK(c.ids.size() == 17);  // prompt and tokens fill the context of 20
+  c = run({.max_new = 17});
+  CHECK(finish_name(c.finish) == std::string("length"));
+}
+
+TEST_CASE("a stop string ends a request across tokens, and its text comes out whole") {
+  HashGpt gpt(100, 8);
+  const std::vector<std::string> table = {"The", " en", "d\xF0\x9F", "\x98\x80!",
+                                          "\nQ", ":",   "",          "x"};
+  gpt.script = {0, 1, 2, 3, 4, 5, 7};
+  gpt.script_start = 1;
+  std::string shown;
+  std::vector<std::string> texts;
+  Request r{.prompt = {7}, .max_new = 50, .stop_strings = {"zzz", "!\nQ:"}};
+  r.on_token = [&](const Token& t) { texts.emplace_back(t.text); };
+  Generator g(gpt, bytes_of(table), {1, 128, 512});
+  g.submit(r);
+  g.run();
+  const Completion c = g.take(0);
+  CHECK(finish_name(c.finish) == std::string("stop_string"));
+  CHECK(c.text == "The end\U0001F600");
+  CHECK(c.ids == std::vector<int>{0, 1, 2, 3, 4, 5});
+  // The "!" waits, since it may begin the stop string, and half an emoji is never shown.
+  CHECK(texts == std::vector<std::string>{"The", " en", "d", "\U0001F600", "", ""});
+
+  // Held text comes out with the last token when the limit ends the request.
+  texts.clear();
+  r.max_new = 5;
+  g.submit(r);
+  g.run();
+  CHECK(g.take(1).text == "The end\U0001F600!\nQ");
+  CHECK(texts.back() == "!\nQ");
+  // A character that is cut short by the limit is replaced, not broken.
+  r.max_new = 3;
+  g.submit(r);
+  g.run();
+  CHECK(g.take(2).text == "The end\uFFFD");
+}
+
+TEST_CASE("tokens are reported in order, and their texts make the completion's") {
+  HashGpt gpt(200);
+  std::vector<Request> requests = mixed_requests(12, 100);
+  for (Request& r : requests) r.prompt.resize(std::min<size_t>(r.prompt.size(), 90));
+  std::map<int, Completion> seen;
+  std::set<int> finished;
+  Generator g(gpt, bytes_of(), {5, 2000, 64});
+  for (Request& r : requests) {
+    r.on_token = [&](const Token& t) {
+      Completion& c = seen[t.request];
+      CHECK(t.index == int(c.ids.size()));
+      CHECK(!finished.count(t.request));
+      c.ids.push_back(t.id);
+      c.logp.push_back(t.logp);
+      c.text += t.text;
+      if (t.last) finished.insert(t.request);
+    };
+    g.submit(r);
+  }
+  g.run();
+  CHECK(finished.size() == requests.size());
+  for (int i = 0; i < int(requests.size()); i++) {
+    const Completion c = g.take(i);
+    CHECK(seen[i].ids == c.ids);
+    CHECK(seen[i].logp == c.logp);
+    CHECK(seen[i].text == c.text);
+  }
+}
+
+TEST_CASE("requests may be added while others run") {
+  HashGpt gpt(100);
+  Generator g(gpt, bytes_of(), {2, 640, 512});
+  Request follow{.prompt = {9, 9}, .max_new = 4};
+  Request r{.prompt = {1}, .max_new = 5};
+  r.on_token = [&](const Token& t) {
+    if (t.last) g.submit(follow);
+  };
+  g.submit(r);
+  g.run();
+  check_equal(g.take(1), expected(gpt, follow, 1));
+}
+
+TEST_CASE("an impossible request is an error that says what was expected") {
+  HashGpt gpt(100);
+  Generator g(gpt, bytes_of(), {2, 64, 512});
+  CHECK_THROWS_WITH_AS(
+      g.submit({.prompt = std::vector<int>(100, 1)}),
+      "request 0: prompt: found 100 tokens, expected 1 to 99, since the model's context is 100",
+      Error);
+  CHECK_THROWS_AS(g.submit({}), Error);
+  CHECK_THROWS_WITH_AS(g.submit({.prompt = {64}}),
+                       "request 0: prompt: found token 64, expected 0 to 63", Error);
+  CHECK_THROWS_AS(g.submit({.prompt = {-1}}), Error);
+  CHECK_THROWS_AS(g.submit({.prompt = {1}, .max_new = 0}), Error);
+  CHECK_THROWS_WITH_AS(
+      g.submit({.prompt = {1}, .max_new = 90}),
+      "request 0: found up to 90 positions, expected at most 64, the size of the KV cache", Error);
+  CHECK_THROWS_AS(Generator(gpt, bytes_of(), {0, 64, 512}), Error);
+  CHECK_THROWS_AS(g.take(0), std::exception);
+  CHECK(!g.step());
+}
+
+TEST_CASE("the cache's default size holds one sequence at least and the bound at most") {
+  Config c = HashGpt::tiny(1000, 64);
+  c.L = 2, c.NKV = 3, c.HS = 8;  // 384 bytes a position
+  CHECK(cache_positions(c, 4, 100, 1 << 30) == 4 * 128);
+  CHECK(cache_positions(c, 4, 5000, 1 << 30) == 4 * 1024);
+  CHECK(cache_positions(c, 4, 5000, 384 * 2000) == 1984);
+  CHECK(cache_positions(c, 4, 5000, 1) == 1024);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The CPU engine: decoding over pages against prefill and against forward, to the bit
+
+namespace {
+
+const Family kFamilies[] = {Family::gpt2, Family::llama, Family::qwen3};
+
+// Odd sizes, random everywhere: norms and biases too.
+std::unique_ptr<Gpt> tiny_engine(Family family, Mode mode = Mode::inference, int T = 200) {
+  const bool g = family == Family::gpt2;
+  const Config c{.family = family,
+                 .V = 137,
+                 .T = T,
+                 .L = 2,
+                 .C = 40,
+                 .NH = 4,
+                 .NKV = g ? 4 : 2,
+                 .HS = g ? 10 : 14,
+                 .F = 51,
+                 .tied = g};
+  auto gpt = make_gpt(c, {.device = Device::cpu, .mode = mode});
+  for (size_t i = 0; i < gpt->table().tensors.size(); i++) {
+    const Tensor& t = gpt->table().tensors[i];
+    Rng rng{mix64(11, i)};
+    std::vector<float> values(size_t(t.size()));
+    for (float& x : values) x = float(.3 * rng.normal() + (t.init_one ? 1 : 0));
+    gpt->write(int(i), Slot::weight, values);
+  }
+  return gpt;
+}
+
+// The logits after `tokens`, appended to a sequence in pieces of the given sizes.
+std::vector<float> append(Gpt& gpt, KvCache& cache, int sequence, std::span<const int> tokens,
+                          int piece = 1 << 20) {
+  DecodeResult result;
+  while (!tokens.empty()) {
+    const size_t n = std::min(tokens.size(), size_t(piece));
+    const DecodeRow row{.sequence = sequence, .tokens = tokens.first(n)};
+    gpt.decode(cache, {&row, 1}, result, true);
+    tokens = tokens.subspan(n);
+  }
+  return result.logits;
+}
+
+// The same in a sequence of its own.
+std::vector<float> logits_after(Gpt& gpt, std::span<const int> tokens, int piece = 1 << 20) {
+  const auto cache = gpt.make_cache(int64_t(tokens.size()));
+  return append(gpt, *cache, cache->create(), tokens, piece);
+}
+
+bool same_bits(std::span<const float> a, std::span<const float> b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size_bytes()) == 0;
+}
+
+bool all_finite(std::span<const float> a) {
+  return !a.empty() && std::all_of(a.begin(), a.end(), [](float x) { return std::isfinite(x); });
+}
+
+}  // namespace
+
+TEST_CASE("decoding token by token and in pieces gives the bits of a whole prefill") {
+  for (const Family family : kFamilies) {
+    CAPTURE(int(family));
+    const auto gpt = tiny_engine(family);
+    Rng rng{1};
+    const std::vector<int> tokens = random_tokens(rng, 200, gpt->config().V);
+    for (const size_t n : {1, 2, 5, 63, 64, 65, 130, 200}) {
+      CAPTURE(n);
+      const std::span<const int> prompt = std::span(tokens).first(n);
+      const std::vector<float> whole = logits_after(*gpt, prompt);
+      CHECK(whole.size() == size_t(gpt->config().V));
+      CHECK(all_finite(whole));
+      for (const int piece : {1, 3, 7, 64, 100}) {
+        CAPTURE(piece);
+        CHECK(same_bits(logits_after(*gpt, prompt, piece), whole));
+      }
+    }
+  }
+}
+
+TEST_CASE("a row has the same bits in any company") {
+  for (const Family family : kFamilies) {
+    CAPTURE(int(family));
+    const auto gpt = tiny_engine(family);
+    Rng rng{2};
+    for (const int R : {1, 2, 5, 17, 64}) {
+      CAPTURE(R);
+      const auto cache = gpt->make_cache(int64_t(R) * 256);
+      std::vector<std::vector<int>> texts;
+      for (int r = 0; r < R; r++) {  // prompts and single tokens in one call
+        texts.push_back(random_tokens(rng, 1 + int(rng.below(r % 2 ? 150 : 3)), gpt->config().V));
+      }
+      std::vector<int> sequences;
+      std::vector<DecodeRow> rows;
+      for (const auto& t : texts) {
+        sequences.push_back(cache->create());
+        const size_t before = t.size() > 100 ? 70 : 0;
+        append(*gpt, *cache, sequences.back(), std::span(t).first(before));
+        rows.push_back({.sequence = sequences.back(), .tokens = std::span(t).subspan(before)});
+      }
+      DecodeResult result;
+      gpt->decode(*cache, rows, result, true);
+      for (size_t r = 0; r < texts.size(); r++) {
+        const size_t V = size_t(gpt->config().V);
+        CHECK(same_bits(std::span(result.logits).subspan(r * V, V), logits_after(*gpt, texts[r])));
+      }
+    }
+  }
+}
+
+TEST_CASE("forks of a sequence share its past and nothing else") {
+  for (const Family family : kFamilies) {
+    CAPTURE(int(family));
+    const auto gpt = tiny_engine(family);
+    Rng rng{3};
+    for (const int shared : {64, 70, 130}) {  // a whole page, and parts of one
+      CAPTURE(shared);
+      const std::vector<int> past = random_tokens(rng, shared, gpt->config().V);
+      const auto cache = gpt->make_cache(64 * 20);
+      std::vector<int> sequences = {cache->create()};
+      append(*gpt, *cache, sequences[0], past);
+      for (int i = 0; i < 3; i++) sequences.push_back(cache->fork(sequences[0]));
+      std::vector<std::vector<int>> texts(4, past);
+      for (int round = 0; round < 3; round++) {
+        for (size_t s = 0; s < 4; s++) {
+          const std::vector<int> more = random_tokens(rng, 5, gpt->config().V);
+          texts[s].insert(texts[s].end(), more.begin(), more.end());
+          CHECK(same_bits(append(*gpt, *cache, sequences[s], more), logits_after(*gpt, texts[s])));
+        }
+      }
+      for (const int s : sequences) cache->free(s);
+      CHECK(cache->free_positions() == 64 * 20);
+    }
+  }
+}
+
+TEST_CASE("a truncated sequence goes on as if it had never gone further") {
+  for (const Family family : kFamilies) {
+    CAPTURE(int(family));
+    const auto gpt = tiny_engine(family);
+    Rng rng{4};
+    const std::vector<int> tokens = random_tokens(rng, 150, gpt->config().V);
+    for (const int keep : {1, 63, 64, 65, 128, 149}) {
+      CAPTURE(keep);
+      const auto cache = gpt->make_cache(64 * 8);
+      const int s = cache->create();
+      append(*gpt, *cache, s, tokens);
+      const int fork = cache->fork(s);
+      cache->truncate(s, keep);
+      CHECK(cache->length(s) == keep);
+      std::vector<int> other(tokens.begin(), tokens.begin() + keep);
+      const std::vector<int> more = random_tokens(rng, 20, gpt->config().V);
+      other.insert(other.end(), more.begin(), more.end());
+      CHECK(same_bits(append(*gpt, *cache, s, more), logits_after(*gpt, other)));
+      // The fork still has what was cut off.
+      std::vector<int> whole = tokens;
+      whole.push_back(7);
+      CHECK(same_bits(append(*gpt, *cache, fork, std::vector{7}), logits_after(*gpt, whole)));
+    }
+  }
+}
+
+TEST_CASE("the logp of sampled tokens is forward's, to the bit") {
+  for (const Family family : kFamilies) {
+    CAPTURE(int(family));
+    const auto gpt = tiny_engine(family);
+    for (const float temperature : {1.f, .7f}) {
+      CAPTURE(temperature);
+      Generator g(*gpt, bytes_of(std::vector<std::string>(137, "x")), {4, 64 * 40, 32});
+      std::vector<Request> requests = mixed_requests(9, 60);
+      for (Request& r : requests) {
+        r.prompt.resize(std::min<size_t>(r.prompt.size(), 120));
+        r.sampling.temperature = temperature;
+        g.submit(r);
+      }
+      g.run();
+      std::vector<int> tokens, targets, starts = {0};
+      std::vector<float> decoded;
+      for (size_t i = 0; i < requests.size(); i++) {
+        const Completion c = g.take(int(i));
+        std::vector<int> text = requests[i].prompt;
+        text.insert(text.end(), c.ids.begin(), c.ids.end());
+        tokens.insert(tokens.end(), text.begin(), text.end() - 1);
+        targets.insert(targets.end(), requests[i].prompt.size() - 1, -1);
+        targets.insert(targets.end(), c.ids.begin(), c.ids.end());
+        starts.push_back(int(tokens.size()));
+        decoded.insert(decoded.end(), c.logp.begin(), c.logp.end());
+      }
+      gpt->forward({tokens, targets, starts, temperature}, Pass::score);
+      std::vector<float> scored;
+      for (size_t n = 0; n < targets.size(); n++) {
+        if (targets[n] >= 0) scored.push_back(gpt->logp()[n]);
+      }
+      CHECK(all_finite(scored));
+      CHECK(same_bits(scored, decoded));
+    }
+  }
+}
+
+TEST_CASE("the engine's requests yield the same tokens in any batch, cache and number of threads") {
+  const auto gpt = tiny_engine(Family::qwen3);
+  std::vector<Request> requests = mixed_requests(20, 60);
+  for (Request& r : requests) r.prompt.resize(std::min<size_t>(r.prompt.size(), 150));
+  std::vector<Completion> first;
+  struct Case {
+    int rows;
+    int64_t positions;
+    int prefill, threads;
+  };
+  for (const Case& c : {Case{1, 256, 512, 1}, Case{20, 64 * 80, 512, 1}, Case{20, 64 * 80, 512, 2},
+                        Case{5, 320, 33, 3}}) {
+    CAPTURE(c.rows);
+    set_threads(c.threads);
+    Generator g(*gpt, bytes_of(std::vector<std::string>(137, "x")),
+                {c.rows, c.positions, c.prefill});
+    for (const Request& r : requests) g.submit(r);
+    g.run();
+    for (size_t i = 0; i < requests.size(); i++) {
+      const Completion got = g.take(int(i));
+      if (c.rows == 1) first.push_back(got);
+      check_equal(got, first[i]);
+    }
+  }
+  set_threads(0);
+}
+
+TEST_CASE("decoding leaves a live forward undisturbed") {
+  const auto gpt = tiny_engine(Family::qwen3, Mode::train);
+  Rng rng{6};
+  const std::vector<int> tokens = random_tokens(rng, 90, 137),
+                         targets = random_tokens(rng, 90, 137);
+  const std::vector<int> starts = {0, 40, 90};
+  const std::vector<float> dlogp(90, -1.f / 90);
+  const auto gradients = [&](bool decode) {
+    gpt->zero_gradients();
+    gpt->forward({tokens, targets, starts}, Pass::train);
+    const std::vector<float> logp(gpt->logp().begin(), gpt->logp().end());
+    if (decode) logits_after(*gpt, random_tokens(rng, 100, 137));
+    CHECK(same_bits(logp, gpt->logp()));
+    gpt->backward(dlogp);
+    std::vector<float> all;
+    for (size_t i = 0; i < gpt->table().tensors.size(); i++) {
+      std::vector<float> g(size_t(gpt->table().tensors[i].size()));
+      gpt->read(int(i), Slot::gradient, g);
+      all.insert(all.end(), g.begin(), g.end());
+    }
+    return all;
+  };
+  const std::vector<float> without = gradients(false);
+  CHECK(all_finite(without));
+  CHECK(same_bits(gradients(true), without));
+}
+
+TEST_CASE("decoding past the context is an error that leaves the sequence as it was") {
+  const auto gpt = tiny_engine(Family::gpt2, Mode::inference, 32);
+  const auto cache = gpt->make_cache(256);
+  const int s = cache->create();
+  Rng rng{8};
+  const std::vector<int> tokens = random_tokens(rng, 33, 137);
+  append(*gpt, *cache, s, std::span(tokens).first(30));
+  CHECK_THROWS_AS(append(*gpt, *cache, s, std::span(tokens).subspan(30)), Error);
+  CHECK(cache->length(s) == 30);
+  CHECK_THROWS_AS(append(*gpt, *cache, s, std::vector{137}), Error);
+  CHECK(cache->length(s) == 30);
+  CHECK(same_bits(append(*gpt, *cache, s, std::span(tokens).subspan(30, 2)),
+                  logits_after(*gpt, std::span(tokens).first(32))));
+}
+
+// ---------------------------------------------------------------------------------------------
+// The engine's sampling against its plain definition
+
+namespace {
+
+// One position of a model, to be drawn from again and again.
+struct Dice {
+  std::unique_ptr<Gpt> gpt = tiny_engine(Family::llama);
+  std::vector<int> tokens;
+  std::unique_ptr<KvCache> cache = gpt->make_cache(64 * 130);
+  std::vector<int> sequences;
+  std::vector<float> logits;
+
+  Dice() {
+    Rng rng{21};
+    tokens = random_tokens(rng, 30, 137);
+    sequences = {cache->create()};
+    append(*gpt, *cache, sequences[0], std::span(tokens).first(29));
+    while (sequences.size() < 64) sequences.push_back(cache->fork(sequences[0]));
+    logits = logits_after(*gpt, tokens);
+  }
+  // Draws for streams 0 to n - 1, 64 at a time.
+  std::vector<int> draw(Sampling how, int n) {
+    std::vector<int> ids;
+    while (int(ids.size()) < n) {
+      std::vector<DecodeRow> rows;
+      for (const int s : sequences) {
+        how.stream = ids.size() + rows.size();
+        rows.push_back({s, std::span(tokens).last(1), how, tokens});
+      }
+      DecodeResult result;
+      gpt->decode(*cache, rows, result);
+      for (const int s : sequences) cache->truncate(s, 29);
+      ids.insert(ids.end(), result.ids.begin(), result.ids.end());
+    }
+    ids.resize(size_t(n));
+    return ids;
+  }
+};
+
+std::vector<Sampling> sampling_settings() {
+  return {{},
+          {.temperature = 1.7f, .seed = 9},
+          {.temperature = .5f},
+          {.top_k = 10},
+          {.temperature = 2, .top_p = .8f},
+          {.temperature = 2, .min_p = .05f},
+          {.temperature = 1.5f, .repetition_penalty = 1.8f},
+          {.temperature = 3, .top_k = 40, .top_p = .9f, .min_p = .02f, .repetition_penalty = 1.2f}};
+}
+
+}  // namespace
+
+TEST_CASE("temperature 0 takes the likeliest token, the smallest id among equals") {
+  Dice dice;
+  const auto best = std::max_element(dice.logits.begin(), dice.logits.end());
+  for (const int id : dice.draw({.temperature = 0, .top_k = 3}, 64)) {
+    CHECK(id == best - dice.logits.begin());
+  }
+  const int head = dice.gpt->table().find("head");
+  dice.gpt->write(head, Slot::weight, std::vector<float>(137 * 40, 0.f));
+  for (const int id : dice.draw({.temperature = 0}, 64)) CHECK(id == 0);
+}
+
+TEST_CASE("top-k, top-p and min-p never let another token through") {
+  Dice dice;
+  for (const Sampling& how : sampling_settings()) {
+    // Wider by a float's rounding: a token on the border may fall on either side.
+    Sampling wide = how;
+    if (wide.top_p < 1) wide.top_p += 1e-5f;
+    wide.min_p *= 1 - 1e-5f;
+    const auto allowed = sampling_distribution(dice.logits, wide, dice.tokens);
+    int outside = 0;
+    for (const int id : dice.draw(how, 5000)) outside += !allowed.count(id);
+    CHECK(outside == 0);
+  }
+}
+
+TEST_CASE("draws follow the distribution") {
+  Dice dice;
+  constexpr int n = 20000;
+  for (const Sampling& how : sampling_settings()) {
+    const auto p = sampling_distribution(dice.logits, how, dice.tokens);
+    std::map<int, int> counts;
+    for (const int id : dice.draw(how, n)) counts[id]++;
+    // Pearson's chi-square; tokens expected fewer than 5 times are one bin together.
+    double chi2 = 0, rest_expected = 0, rest_seen = n;
+    int bins = 0;
+    for (const auto& [id, probability] : p) {
+      const double expected_count = n * probability;
+      if (expected_count < 5) {
+        rest_expected += expected_count;
+        continue;
+      }
+      const double d = counts[id] - expected_count;
+      chi2 += d * d / expected_count;
+      rest_seen -= counts[id];
+      bins++;
+    }
+    if (rest_expected >= 5) {
+      chi2 += (rest_seen - rest_expected) * (rest_seen - rest_expected) / rest_expected;
+      bins++;
+    } else {
+      CHECK(rest_seen <= rest_expected + 30);
+    }
+    // Exceeded once in 10^6 by true draws: z = 4.75 in Wilson and Hilferty's (1931) cube root.
+    const double df = bins - 1, root = 1 - 2 / (9 * df) + 4.75 * std::sqrt(2 / (9 * df));
+    CAPTURE(bins);
+    CHECK(bins > 3);
+    CHECK(chi2 < df * root * root * root);
+  }
+}

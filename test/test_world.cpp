@@ -1,0 +1,352 @@
+// The closed world: what the documents promise, checked by reading the documents.
+#include <algorithm>
+#include <map>
+#include <set>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "dev/world.h"
+#include "test/support.h"
+
+using namespace cake;
+using namespace cake::world;
+
+namespace {
+
+struct Baked {
+  World world;
+  Corpus corpus;
+};
+
+Baked bake(uint64_t seed, int64_t tokens) {
+  Baked b{make_world({.seed = seed, .tokens = tokens}), {}};
+  b.corpus = make_corpus(b.world);
+  return b;
+}
+const Baked& small_world() {
+  static const Baked b = bake(7, 300'000);
+  return b;
+}
+const Baked& default_world() {
+  static const Baked b = bake(1, WorldOptions().tokens);
+  return b;
+}
+
+std::string joined(const Corpus& corpus) {
+  std::string text;
+  for (const auto* part : {&corpus.documents, &corpus.held_out})
+    for (const Document& d : *part) text += d.kind + "\n" + d.text + "\n";
+  for (const Probe& p : corpus.probes) text += p.task + p.prompt + p.answer;
+  return text;
+}
+
+// The sentences of a text: pieces that end in . or ?, without the spaces, newlines and "Q: ", "A: "
+// before them. A point between digits ends nothing.
+std::vector<std::string> sentences(const std::string& text) {
+  std::vector<std::string> found;
+  std::string now;
+  for (size_t i = 0; i < text.size(); i++) {
+    if (now.empty() && (text[i] == ' ' || text[i] == '\n')) continue;
+    now += text[i];
+    if (now == "Q: " || now == "A: ") now.clear();
+    const bool digit = i + 1 < text.size() && std::isdigit((unsigned char)text[i + 1]);
+    if (text[i] == '?' || (text[i] == '.' && !digit)) {
+      found.push_back(now);
+      now.clear();
+    }
+  }
+  return found;
+}
+
+int occurrences(const std::string& text, const std::string& what) {
+  int n = 0;
+  for (size_t at = 0; (at = text.find(what, at)) != text.npos; at += what.size()) n++;
+  return n;
+}
+
+struct Equation {
+  int a, b, c;
+  char op;
+};
+
+// Every "a op b = c" of a text.
+std::vector<Equation> equations(const std::string& text) {
+  std::vector<Equation> found;
+  for (size_t at = 0; (at = text.find(" = ", at)) != text.npos; at += 3) {
+    size_t begin = at;
+    while (begin > 0 && (std::isdigit((unsigned char)text[begin - 1]) || text[begin - 1] == ' ' ||
+                         std::string("+-*").find(text[begin - 1]) != std::string::npos))
+      begin--;
+    Equation e{};
+    if (std::sscanf(text.c_str() + begin, "%d %c %d = %d", &e.a, &e.op, &e.b, &e.c) == 4)
+      found.push_back(e);
+  }
+  return found;
+}
+
+}  // namespace
+
+TEST_CASE("the same seed makes the same world, another seed another") {
+  const std::string first = joined(small_world().corpus);
+  CHECK(first == joined(bake(7, 300'000).corpus));
+  CHECK(first != joined(bake(8, 300'000).corpus));
+}
+
+TEST_CASE("a world of the default size tells its facts as often as promised") {
+  const World& world = default_world().world;
+  std::map<Level, std::set<std::string>> people;
+  std::map<Level, int> facts;
+  std::set<std::string> names;
+  for (const Person& person : world.people) {
+    CHECK(names.insert(person.name).second);
+    people[person.level].insert(person.name);
+    facts[person.level] += int(person.facts.size());
+    for (const Fact& fact : person.facts) {
+      const auto& values = attributes()[size_t(fact.attribute)].values;
+      CHECK(std::count(values.begin(), values.end(), fact.value) == 1);
+      if (person.level == Level::often) CHECK(fact.tellings >= 150);
+      if (person.level == Level::sometimes) CHECK(fact.tellings == 15);
+      if (person.level == Level::rarely) CHECK(fact.tellings == 2);
+    }
+  }
+  CHECK(facts[Level::often] == 240);
+  CHECK(people[Level::sometimes].size() == 120);
+  CHECK(people[Level::rarely].size() == 120);
+  CHECK(people[Level::unknown].size() == 500);
+  CHECK(facts[Level::unknown] == 0);
+  for (const Attribute& a : attributes()) {
+    CHECK(a.values.size() >= 10);
+    CHECK(a.values.size() <= 24);
+    CHECK(std::set<std::string>(a.values.begin(), a.values.end()).size() == a.values.size());
+  }
+}
+
+TEST_CASE("the tellings in the world's record are those in its documents") {
+  const Baked& b = small_world();
+  std::string text;
+  for (const Document& d : b.corpus.documents)
+    if (d.kind == "facts") text += d.text + "\n";
+  for (const Person& person : b.world.people) {
+    int64_t told = 0;
+    for (const Fact& fact : person.facts) told += fact.tellings;
+    if (person.level == Level::unknown) {
+      CHECK(text.find(person.name) == text.npos);
+    } else {
+      // A question and its answer name the person twice and are one telling.
+      int questions = 0;
+      for (const std::string& s : sentences(text))
+        questions += s.back() == '?' && s.find(person.name) != s.npos;
+      CHECK(occurrences(text, person.name) - questions == told);
+    }
+  }
+}
+
+TEST_CASE("a larger budget tells the same facts more often, a small one tells fewer facts") {
+  const World& world = default_world().world;
+  World large = make_world({.seed = 1, .tokens = 2 * WorldOptions().tokens});
+  REQUIRE(large.people.size() == world.people.size());
+  make_corpus(large);
+  for (size_t i = 0; i < world.people.size(); i++) {
+    if (world.people[i].level != Level::often) continue;
+    for (size_t f = 0; f < world.people[i].facts.size(); f++) {
+      CHECK(large.people[i].facts[f].value == world.people[i].facts[f].value);
+      CHECK(large.people[i].facts[f].tellings > 2 * world.people[i].facts[f].tellings - 5);
+    }
+  }
+  for (const Person& person : small_world().world.people) {
+    if (person.level != Level::often) continue;
+    for (const Fact& fact : person.facts) CHECK(fact.tellings >= 150);
+  }
+}
+
+TEST_CASE("no document holds a held-out combination") {
+  const Baked& b = default_world();
+  std::unordered_set<std::string> said;
+  int sums = 0, problems = 0;
+  for (const Document& d : b.corpus.documents) {
+    for (const std::string& s : sentences(d.text)) said.insert(s);
+    for (const Equation& e : equations(d.text)) {
+      if (e.op == '+') REQUIRE_FALSE(held_out_sum(e.a, e.b));
+    }
+    if (d.kind == "sums") {
+      for (const std::string& s : sentences(d.text)) {
+        int x = 0, y = 0;
+        if (std::sscanf(s.c_str(), "%d + %d = ?", &x, &y) == 2 && s.back() == '?') {
+          REQUIRE_FALSE(held_out_sum(x, y));
+          sums++;
+        }
+      }
+    }
+    if (d.kind != "word problems") continue;
+    for (size_t at = 0, end; at < d.text.size(); at = end + 2) {  // problems stand apart
+      end = std::min(d.text.find("\n\n", at), d.text.size());
+      REQUIRE_FALSE(held_out_problem(d.text.substr(at, d.text.find('\n', at) - at)));
+      problems++;
+    }
+  }
+  CHECK(sums > 1000);
+  CHECK(problems > 1000);
+
+  std::map<std::string, int> asked;
+  for (const Probe& p : b.corpus.probes) {
+    asked[p.task]++;
+    if (p.task == "context") {
+      // The question's statement is the one of the passage that no document makes.
+      const auto passage = sentences(p.prompt);
+      const auto known = [&](const std::string& s) { return said.count(s) == 1; };
+      CHECK_FALSE(std::all_of(passage.begin(), passage.end() - 1, known));
+    } else if (p.task == "facts_often_new_phrasing") {
+      CHECK_FALSE(said.count(p.prompt));
+    } else if (p.task == "facts_often" || p.task == "facts_rarely") {
+      CHECK(p.prompt.back() == '?');
+    } else if (p.task == "word_problems") {
+      CHECK(held_out_problem(p.prompt.substr(0, p.prompt.find('\n'))));
+    } else if (p.task == "sums") {
+      int x = 0, y = 0;
+      REQUIRE(std::sscanf(p.prompt.c_str(), "%d + %d = ?", &x, &y) == 2);
+      CHECK(held_out_sum(x, y));
+      CHECK(p.answer == std::to_string(x + y));
+    }
+  }
+  CHECK(asked["facts_often_new_phrasing"] > 50);
+  for (const char* task : {"facts_often", "facts_sometimes", "context", "sums", "word_problems",
+                           "word_problems_direct"})
+    CHECK(asked[task] == 500);
+}
+
+TEST_CASE("every statement of a passage is asked once and answered in its own words") {
+  int passages = 0;
+  for (const Document& d : default_world().corpus.documents) {
+    if (d.kind != "passages") continue;
+    passages++;
+    const size_t middle = d.text.find("\n\n");
+    REQUIRE(middle != d.text.npos);
+    std::string body = d.text.substr(0, middle);
+    if (const size_t opening = body.find(":\n"); opening != body.npos) body.erase(0, opening + 2);
+    std::vector<std::string> statements = sentences(body), answers, questions;
+    for (const std::string& s : sentences(d.text.substr(middle)))
+      (s.back() == '?' ? questions : answers).push_back(s);
+    std::sort(statements.begin(), statements.end());
+    std::sort(answers.begin(), answers.end());
+    REQUIRE(statements.size() >= 2);
+    REQUIRE(statements == answers);
+    REQUIRE(questions.size() == answers.size());
+    std::sort(questions.begin(), questions.end());
+    REQUIRE(std::adjacent_find(questions.begin(), questions.end()) == questions.end());
+  }
+  CHECK(passages > 10'000);
+}
+
+TEST_CASE("the arithmetic in the documents is right") {
+  const Baked& b = default_world();
+  int checked = 0, answered = 0;
+  for (const auto* part : {&b.corpus.documents, &b.corpus.held_out}) {
+    for (const Document& d : *part) {
+      for (const Equation& e : equations(d.text)) {
+        const int c = e.op == '+' ? e.a + e.b : e.op == '-' ? e.a - e.b : e.a * e.b;
+        REQUIRE(e.c == c);
+        REQUIRE(e.c >= 0);
+        REQUIRE(e.c <= 99);
+        checked++;
+      }
+      // The last step's result is the answer.
+      if (d.kind != "sums" && d.kind != "word problems") continue;
+      for (size_t at = 0; (at = d.text.find("Steps: ", at)) != d.text.npos; at++) {
+        const std::string unit = d.text.substr(at, d.text.find("\n\n", at) - at);
+        int answer = -1;
+        REQUIRE(std::sscanf(unit.c_str() + unit.find("Answer: "), "Answer: %d.", &answer) == 1);
+        REQUIRE(equations(unit).back().c == answer);
+        answered++;
+      }
+    }
+  }
+  CHECK(checked > 30'000);
+  CHECK(answered > 5'000);
+}
+
+TEST_CASE("numbers are compared as numbers") {
+  int compared = 0;
+  for (const Document& d : default_world().corpus.documents) {
+    if (d.kind != "comparing") continue;
+    for (size_t at = 0; (at = d.text.find("Which is ", at)) != d.text.npos; at++) {
+      char word[10] = {};
+      double x = 0, y = 0, answer = 0;
+      const std::string unit = d.text.substr(at);
+      REQUIRE(std::sscanf(unit.c_str(), "Which is %9[a-z], %lf or %lf?", word, &x, &y) == 3);
+      REQUIRE(std::sscanf(unit.c_str() + unit.find("Answer: "), "Answer: %lf", &answer) == 1);
+      REQUIRE(answer == (std::string(word) == "larger" ? std::max(x, y) : std::min(x, y)));
+      compared++;
+    }
+  }
+  CHECK(compared > 1000);
+}
+
+TEST_CASE("half of the word problems are answered with steps") {
+  int steps = 0, all = 0;
+  for (const Document& d : default_world().corpus.documents) {
+    if (d.kind != "word problems") continue;
+    steps += occurrences(d.text, "\nSteps: ");
+    all += occurrences(d.text, "\nAnswer: ");
+  }
+  CHECK(steps > .47 * all);
+  CHECK(steps < .53 * all);
+}
+
+TEST_CASE("documents are mixed as promised, have the lengths promised, and none comes twice") {
+  const Baked& b = default_world();
+  std::map<std::string, double> tokens;
+  double all = 0, within = 0, below = 0;
+  std::set<std::string> texts;
+  for (const Document& d : b.corpus.documents) {
+    const int64_t n = estimate_tokens(d.text);
+    REQUIRE(n <= kContext);
+    tokens[d.kind] += double(n);
+    all += double(n);
+    if (n >= kLong) within += double(n);
+    if (n < kShortest) below += double(n);
+    REQUIRE(texts.insert(d.text).second);
+    REQUIRE_FALSE(d.text.empty());
+    REQUIRE(std::all_of(d.text.begin(), d.text.end(),
+                        [](char c) { return c == '\n' || (c >= ' ' && c <= '~'); }));
+  }
+  CHECK(all > .98 * double(b.world.options.tokens));
+  CHECK(all < 1.02 * double(b.world.options.tokens));
+  CHECK(within > .08 * all);  // a tenth
+  CHECK(within < .12 * all);
+  CHECK(below < .02 * all);
+  double shares = 0;
+  for (const world::Kind& kind : kinds()) {
+    CAPTURE(kind.name);
+    CHECK(tokens[kind.name] > .9 * kind.share * all);
+    CHECK(tokens[kind.name] < 1.1 * kind.share * all);
+    shares += kind.share;
+  }
+  CHECK(std::abs(shares - 1) < 1e-9);
+  for (const Document& d : b.corpus.held_out) REQUIRE(texts.count(d.text) == 0);
+  CHECK(b.corpus.held_out.size() > 500);
+}
+
+TEST_CASE("an answer counts where it must stand, and only there") {
+  const Probe sentence{"context", "Where does Ben live?", "Oakford", Probe::sentence};
+  CHECK(answers(sentence, " Ben lives in Oakford. Ann lives in Ashby."));
+  CHECK(answers(sentence, "Oakford"));
+  CHECK_FALSE(answers(sentence, " Ben lives in Ashby. Ann lives in Oakford."));
+  CHECK_FALSE(answers(sentence, " Ben lives in Oakfords."));
+  CHECK_FALSE(answers(sentence, ""));
+  const Probe steps{"sums", "4 + 5 = ?\nSteps:", "9", Probe::final};
+  CHECK(answers(steps, " 4 + 5 = 9.\nAnswer: 9.\n\nAnswer: 1."));
+  CHECK_FALSE(answers(steps, " 4 + 5 = 9.\nAnswer: 91."));
+  CHECK_FALSE(answers(steps, " 4 + 5 = 9.\n\n1 + 8 = ?\nAnswer: 9."));
+  CHECK_FALSE(answers(steps, " 9."));
+  const Probe direct{"direct", "4 + 5 = ?\nAnswer:", "9", Probe::final};
+  CHECK(answers(direct, " 9.\nAnswer: 1."));
+  CHECK_FALSE(answers(direct, " 19."));
+  CHECK_FALSE(answers(direct, ""));
+}
+
+TEST_CASE("a world that is too small or has too many people is refused") {
+  CHECK_THROWS_WITH_AS(make_world({.tokens = 10}), doctest::Contains("--tokens: found 10"), Error);
+  CHECK_THROWS_WITH_AS(make_world({.people = 100'000}), doctest::Contains("--people"), Error);
+  CHECK_THROWS_WITH_AS(make_world({.people = 0}), doctest::Contains("--people"), Error);
+}

@@ -1,0 +1,2898 @@
+// Stage 2: tokens -> base model. The CPU engine, which is the reference for every other engine, and
+// the pretraining loop.
+//
+// The file tells its story in this order:
+//
+//   1. vectors        one source for AVX-512, AVX2 and NEON: GCC vector extensions
+//   2. GEMM           the blocked product that does 95 % of the work
+//   3. layers         each with its plain definition beside it: norms, RoPE, attention, activations
+//   4. LM head        logits in chunks -> log-probability, entropy, and their gradients
+//   5. optimizers     AdamW, Muon
+//   6. CpuGpt         the whole model: forward, backward, update, decode
+//   7. pretraining    data, plan, loop, checkpoints, command line, main
+//
+// One invariant holds everywhere: the same bits for any number of threads and any batch
+// composition. Each output element is one chain of fused multiply-adds over k (over a head's size,
+// over keys, over tokens), begun and continued in one order, whichever tile or thread computes it.
+// So prefill, decoding of 1 or 64 rows and a packed forward agree to the last bit, gradients do not
+// depend on OMP_NUM_THREADS, and a chunked LM head equals a whole one.
+//
+// Sources: GPT-2 (Radford et al. 2019), RoPE (Su et al. 2021), RMSNorm (Zhang, Sennrich 2019),
+// SwiGLU (Shazeer 2020), flash attention (Dao et al. 2022), AdamW (Loshchilov, Hutter 2019), Muon
+// (Jordan et al. 2024), the blocked product (Goto, van de Geijn 2008; Van Zee 2015).
+
+#include <omp.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include "cake/gpt.h"
+
+namespace cake {
+
+// =============================================================================================
+// 1. Vectors
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;  // NEON, SSE
+#endif
+typedef float vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
+
+static inline vec load(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+static inline vec splat(float x) { return x - vec{}; }  // x - 0 is x for every x
+// The first n <= kLanes floats; the other lanes are 0.
+static inline vec load(const float* p, int n) {
+  if (n == kLanes) return load(p);
+  vec v{};
+  std::memcpy(&v, p, size_t(n) * sizeof(float));
+  return v;
+}
+static inline vec keep(vec v, int n) {  // zeroes the lanes from n on
+  return n == kLanes ? v : load(reinterpret_cast<const float*>(&v), n);
+}
+static inline void store(float* p, vec v, int n) { std::memcpy(p, &v, size_t(n) * sizeof(float)); }
+// Walks n floats a vector at a time: body(first, count), count < kLanes only at the end.
+template <class Body>
+static inline __attribute__((always_inline)) void lanes(int64_t n, Body&& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
+  if (i < n) body(i, int(n - i));
+}
+static inline vec vmax(vec a, vec b) { return a > b ? a : b; }
+static inline float sum_lanes(vec v) {  // a tree: the same order wherever it is called
+  float x[kLanes];
+  store(x, v);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) x[i] += x[i + n];
+  return x[0];
+}
+static inline float max_lanes(vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; i++) m = std::max(m, v[i]);
+  return m;
+}
+
+// e^x to 1 ulp or so, 0 below -87.3, NaN for NaN: 2^n e^r with |r| <= ln 2 / 2 (the polynomial is
+// Cephes'). Each lane does the same operations: its place in a vector does not matter.
+static inline vec vexp(vec x) {
+  const vec low =
+      x < splat(-87.3f) ? splat(-87.3f) : x;  // comparisons with NaN are false: it stays
+  const vec c = low > splat(88.7f) ? splat(88.7f) : low;
+  const vec shifted = c * 1.44269504f + 12582912.f;  // rounds to an integer in the low bits
+  const vec n = shifted - 12582912.f;
+  const vec r = (c - n * .693359375f) + n * 2.12194440e-4f;
+  vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.f);
+  ivec exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  ivec bits;
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += exponent << 23;
+  vec result;
+  std::memcpy(&result, &bits, sizeof result);
+  return x < splat(-87.3f) ? vec{} : result;
+}
+static inline float exp1(float x) { return vexp(splat(x))[0]; }
+static inline vec vsigmoid(vec x) { return 1.f / (1.f + vexp(-x)); }
+
+// In-register transposition of a kLanes x kLanes block: log2(kLanes) rounds of interleaving row i
+// with row i + kLanes / 2.
+template <int... I>
+static inline vec interleave_low(vec a, vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * kLanes)...);
+}
+template <int... I>
+static inline vec interleave_high(vec a, vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (kLanes / 2 + I / 2 + (I % 2) * kLanes)...);
+}
+static inline __attribute__((always_inline)) void transpose(vec (&rows)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    vec next[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; i++) {
+      next[2 * i] = interleave_low(rows[i], rows[i + kLanes / 2], lanes);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + kLanes / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) rows[i] = next[i];
+  }
+}
+
+// Memory from the system, zeroed, on huge pages where it can. Pages never touched take no memory,
+// which lets an arena have room for what a mode does not use.
+class Arena {
+ public:
+  Arena() = default;
+  explicit Arena(int64_t floats) { reset(floats); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { release(); }
+  void reset(int64_t floats) {
+    release();
+    if (floats == 0) return;
+    bytes_ = size_t(floats) * sizeof(float);
+    void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+      bytes_ = 0;
+      fail("out of memory: cannot reserve ", bytes_text(double(floats) * 4),
+           "; lower the batch, the context or the model");
+    }
+    data_ = static_cast<float*>(p);
+    madvise(p, bytes_, MADV_HUGEPAGE);
+  }
+  void grow(int64_t floats) {  // contents are lost when it grows
+    if (floats > size()) reset(floats);
+  }
+  float* data() const { return data_; }
+  int64_t size() const { return int64_t(bytes_ / sizeof(float)); }
+
+ private:
+  void release() {
+    if (data_) munmap(data_, bytes_);
+    data_ = nullptr, bytes_ = 0;
+  }
+  float* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Runs body(i) for i in [0, n) on all threads; bodies write disjoint outputs.
+template <class Body>
+static void parallel_for(int64_t n, Body&& body) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i++) body(i);
+}
+// The same for items of unequal cost.
+template <class Body>
+static void parallel_items(int64_t n, Body&& body) {
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < n; i++) body(i);
+}
+
+// =============================================================================================
+// 2. GEMM: C (M, N) = init + A (M, K) B (K, N)
+//
+// B is packed in panels of kNR columns, [k][kNR]; A in panels of kMR rows, [k][kMR]. A tile of
+// kMR x kNR outputs lives in registers while k runs over a block of kKC; between blocks it rests in
+// C, so that each output is one chain over k from 0 to K: its bits depend on nothing else. A
+// B panel (48 KiB) is packed right before all A panels use it and stays in the second-level cache.
+// Threads own rectangles of C and pack for themselves: no barriers.
+
+inline constexpr int kNR = 2 * kLanes;                               // columns of a tile
+inline constexpr int kMR = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 8;  // rows: fills the registers
+inline constexpr int kKC = 384;                                      // depth of a packed block
+inline constexpr int kMC = 80 * kMR;                                 // rows of A packed at a time
+
+enum class Inner { k, other };  // which index is contiguous in memory: k, or m (of A), n (of B)
+
+struct Operand {
+  const float* data;
+  int64_t ld;  // distance between consecutive m or n (Inner::k), or consecutive k (other)
+  Inner inner;
+  bool packed = false;  // B only: whole-depth panels made by pack_weights
+};
+
+struct Product {
+  int M, N, K;
+  Operand a, b;
+  float* c;  // (M, N), row stride ldc
+  int64_t ldc;
+  bool accumulate = false;          // the chain starts at C
+  const float* bias = nullptr;      // (N): the chain starts at bias
+  const float* residual = nullptr;  // (M, N), row stride ldc: the chain starts at residual + bias
+  bool lower = false;               // only tiles that touch n <= m: a symmetric C
+};
+
+// R x NV vectors of C advance over K steps: acc[r][v] += a(r, k) b(k, v).
+template <int R, int NV>
+static inline __attribute__((always_inline)) void tile(int K, const float* a, int64_t a_row,
+                                                       int64_t a_k, const float* b, int64_t ldb,
+                                                       vec (&acc)[R][NV]) {
+  for (int k = 0; k < K; k++) {
+    vec bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) bv[v] = load(b + k * ldb + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const vec x = splat(a[r * a_row + k * a_k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) acc[r][v] += x * bv[v];
+    }
+  }
+}
+
+// One R x kNR tile of C over a block of k, from packed panels. `columns` < kNR at the right edge.
+template <int R>
+static void block_tile(int K, const float* a, const float* b, float* c, int64_t ldc, int columns,
+                       const float* start, int64_t start_ld, const float* bias) {
+  vec acc[R][2];
+  float edge[R * kNR];
+  const bool whole = columns == kNR;
+  for (int r = 0; r < R; r++) {
+    for (int v = 0; v < 2; v++) {
+      const int first = v * kLanes, n = std::clamp(columns - first, 0, kLanes);
+      const auto get = [&](const float* p) { return load(p + first, n); };
+      acc[r][v] = start ? get(start + r * start_ld) : vec{};
+      if (bias) acc[r][v] += get(bias);
+    }
+  }
+  tile<R, 2>(K, a, 1, kMR, b, kNR, acc);
+  if (whole) {
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < 2; v++) store(c + r * ldc + v * kLanes, acc[r][v]);
+  } else {
+    for (int r = 0; r < R; r++) {
+      for (int v = 0; v < 2; v++) store(edge + r * kNR + v * kLanes, acc[r][v]);
+      std::memcpy(c + r * ldc, edge + r * kNR, size_t(columns) * sizeof(float));
+    }
+  }
+}
+
+using BlockTile = void (*)(int, const float*, const float*, float*, int64_t, int, const float*,
+                           int64_t, const float*);
+template <int... R>
+static constexpr std::array<BlockTile, kMR> block_tiles(std::integer_sequence<int, R...>) {
+  return {block_tile<R + 1>...};
+}
+inline constexpr auto kBlockTiles = block_tiles(std::make_integer_sequence<int, kMR>{});
+
+// Packs `count` (<= Width) lines of an operand over K steps into panel[k][Width]; lines beyond
+// count are zero. Line i, step k is x[i * ld + k] (Inner::k) or x[k * ld + i] (Inner::other).
+// Writes up to kLanes floats past the panel's end.
+template <int Width>
+static void pack_panel(const Operand& x, const float* data, int count, int K, float* panel) {
+  if (x.inner == Inner::other) {
+    for (int k = 0; k < K; k++) {
+      const float* from = data + k * x.ld;
+      float* to = panel + k * Width;
+      if (count == Width) {
+        std::memcpy(to, from, Width * sizeof(float));
+      } else {
+        for (int i = 0; i < Width; i++) to[i] = i < count ? from[i] : 0.f;
+      }
+    }
+    return;
+  }
+  // Blocks of kLanes lines x kLanes steps, transposed in registers. A block narrower than kLanes
+  // stores whole vectors too: what it writes beyond its lines, the next step overwrites.
+  for (int first = 0; first < Width; first += kLanes) {
+    int k = 0;
+    for (; k + kLanes <= K; k += kLanes) {
+      vec rows[kLanes];
+      for (int i = 0; i < kLanes; i++)
+        rows[i] = first + i < count ? load(data + (first + i) * x.ld + k) : vec{};
+      transpose(rows);
+      for (int i = 0; i < kLanes; i++) {
+        if constexpr (Width % kLanes == 0 || Width < kLanes) {
+          store(panel + (k + i) * Width + first, rows[i]);
+        } else {
+          store(panel + (k + i) * Width + first, rows[i], std::min(kLanes, Width - first));
+        }
+      }
+    }
+    for (; k < K; k++)
+      for (int i = first; i < std::min(Width, first + kLanes); i++)
+        panel[k * Width + i] = i < count ? data[i * x.ld + k] : 0.f;
+  }
+}
+
+// The rectangle [m0, m1) x [n0, n1) of the product by one thread; n0 is a multiple of kNR.
+static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
+  struct Scratch {
+    std::vector<float> a, b;
+  };
+  thread_local Scratch scratch;
+  scratch.a.resize(size_t(kMC) * kKC + kLanes);
+  scratch.b.resize(size_t(kNR) * kKC + kLanes);
+  const auto at = [](const Operand& x, int64_t line, int64_t k) {
+    return x.data + (x.inner == Inner::k ? line * x.ld + k : k * x.ld + line);
+  };
+  for (int mc = m0; mc < m1; mc += kMC) {
+    const int rows = std::min(kMC, m1 - mc);
+    for (int k0 = 0; k0 < p.K || k0 == 0; k0 += kKC) {
+      const int depth = std::min(kKC, p.K - k0);
+      for (int m = 0; m < rows; m += kMR) {
+        pack_panel<kMR>(p.a, at(p.a, mc + m, k0), std::min(kMR, rows - m), depth,
+                        scratch.a.data() + int64_t(m) * depth);
+      }
+      for (int n = n0; n < n1; n += kNR) {
+        if (p.lower && n >= mc + rows) break;
+        const int columns = std::min(kNR, n1 - n);
+        const float* b = scratch.b.data();
+        if (p.b.packed) {
+          b = p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR;
+        } else {
+          pack_panel<kNR>(p.b, at(p.b, n, k0), columns, depth, scratch.b.data());
+        }
+        for (int m = 0; m < rows; m += kMR) {
+          const int r = std::min(kMR, rows - m);
+          if (p.lower && n >= mc + m + r) continue;
+          float* c = p.c + (mc + m) * p.ldc + n;
+          const float* start = k0 > 0 || p.accumulate ? c : nullptr;
+          if (k0 == 0 && p.residual) start = p.residual + (mc + m) * p.ldc + n;
+          kBlockTiles[size_t(r - 1)](depth, scratch.a.data() + int64_t(m) * depth, b, c, p.ldc,
+                                     columns, start, p.ldc,
+                                     k0 == 0 && p.bias ? p.bias + n : nullptr);
+        }
+      }
+    }
+  }
+}
+
+// Splits C among the threads in a grid that packs least.
+static void gemm(const Product& p) {
+  if (p.M <= 0 || p.N <= 0) return;
+  const int threads = omp_get_max_threads();
+  const int m_panels = (p.M + kMR - 1) / kMR, n_panels = (p.N + kNR - 1) / kNR;
+  int best_m = 1;
+  double best = 1e300;
+  for (int tm = 1; tm <= threads; tm++) {
+    const int tn = threads / tm;
+    const double rows = double((m_panels + tm - 1) / tm) * kMR;
+    const double columns = double((n_panels + tn - 1) / tn) * kNR;
+    // a packed element costs about as much as a vector multiply-add of kLanes products
+    const double pack = rows + (p.b.packed ? 0 : columns * std::max(1., rows / kMC));
+    const double cost = rows * columns + 6 * pack;
+    if (cost < best) best = cost, best_m = tm;
+  }
+  const int tm = best_m, tn = threads / best_m;
+#pragma omp parallel num_threads(tm* tn)
+  {
+    const int t = omp_get_thread_num(), i = t % tm, j = t / tm;
+    const auto cut = [](int panels, int part, int parts, int width, int limit) {
+      return std::min(limit, int(int64_t(panels) * part / parts) * width);
+    };
+    const int m0 = cut(m_panels, i, tm, kMR, p.M), m1 = cut(m_panels, i + 1, tm, kMR, p.M);
+    const int n0 = cut(n_panels, j, tn, kNR, p.N), n1 = cut(n_panels, j + 1, tn, kNR, p.N);
+    if (m0 < m1 && n0 < n1) gemm_rectangle(p, m0, m1, n0, n1);
+  }
+}
+
+// Weights (out, in) as whole-depth panels of kNR outputs, [panel][in][kNR]: what decoding reads.
+static int64_t packed_size(int out, int in) { return int64_t((out + kNR - 1) / kNR * kNR) * in; }
+static void pack_weights(const float* weight, int out, int in, float* packed) {
+  parallel_for((out + kNR - 1) / kNR, [&](int64_t panel) {
+    const int64_t first = panel * kNR;
+    const Operand w{weight + first * in, in, Inner::k};
+    pack_panel<kNR>(w, w.data, int(std::min<int64_t>(kNR, out - first)), in, packed + first * in);
+  });
+}
+
+// =============================================================================================
+// 3. Layers. plain:: holds the definition of each, a template on the scalar: in double it is
+// checked by finite differences, in float it is what the fast version is compared with. Rows n are
+// tokens.
+
+namespace plain {
+
+// y = x W^T + b:  y[n,o] = b[o] + sum_i x[n,i] W[o,i]
+template <class T>
+void linear_forward(int N, int in, int out, const T* x, const T* weight, const T* bias, T* y) {
+  for (int n = 0; n < N; n++) {
+    for (int o = 0; o < out; o++) {
+      T sum = bias ? bias[o] : T(0);
+      for (int i = 0; i < in; i++) sum += x[n * in + i] * weight[o * in + i];
+      y[n * out + o] = sum;
+    }
+  }
+}
+// dx[n,i] = sum_o dy[n,o] W[o,i];  dW[o,i] += sum_n dy[n,o] x[n,i];  db[o] += sum_n dy[n,o]
+template <class T>
+void linear_backward(int N, int in, int out, const T* x, const T* weight, const T* dy, T* dx,
+                     T* dweight, T* dbias) {
+  for (int n = 0; n < N; n++) {
+    for (int i = 0; i < in; i++) dx[n * in + i] = 0;
+    for (int o = 0; o < out; o++) {
+      const T d = dy[n * out + o];
+      if (dbias) dbias[o] += d;
+      for (int i = 0; i < in; i++) {
+        dx[n * in + i] += d * weight[o * in + i];
+        dweight[o * in + i] += d * x[n * in + i];
+      }
+    }
+  }
+}
+
+// LayerNorm: y = (x - mean) rstd w + b. RMSNorm (bias null): mean = 0, no b.
+template <class T>
+void norm_forward(int N, int C, const T* x, const T* weight, const T* bias, T eps, T* y) {
+  for (int n = 0; n < N; n++) {
+    const T* row = x + n * C;
+    T mean = 0, square = 0;
+    for (int c = 0; bias && c < C; c++) mean += row[c] / C;
+    for (int c = 0; c < C; c++) square += (row[c] - mean) * (row[c] - mean) / C;
+    const T rstd = 1 / std::sqrt(square + eps);
+    for (int c = 0; c < C; c++)
+      y[n * C + c] = (row[c] - mean) * rstd * weight[c] + (bias ? bias[c] : T(0));
+  }
+}
+// With h = (x - mean) rstd and g = dy w:  dx += rstd (g - [mean of g] - h mean of g h), the bracket
+// for LayerNorm alone;  dw += dy h;  db += dy
+template <class T>
+void norm_backward(int N, int C, const T* dy, const T* x, const T* weight, bool has_bias, T eps,
+                   T* dx, T* dweight, T* dbias) {
+  for (int n = 0; n < N; n++) {
+    const T *row = x + n * C, *d = dy + n * C;
+    T mean = 0, square = 0, g_mean = 0, gh_mean = 0;
+    for (int c = 0; has_bias && c < C; c++) mean += row[c] / C;
+    for (int c = 0; c < C; c++) square += (row[c] - mean) * (row[c] - mean) / C;
+    const T rstd = 1 / std::sqrt(square + eps);
+    for (int c = 0; c < C; c++) {
+      if (has_bias) g_mean += d[c] * weight[c] / C;
+      gh_mean += d[c] * weight[c] * (row[c] - mean) * rstd / C;
+    }
+    for (int c = 0; c < C; c++) {
+      const T h = (row[c] - mean) * rstd;
+      dx[n * C + c] += rstd * (d[c] * weight[c] - g_mean - h * gh_mean);
+      dweight[c] += d[c] * h;
+      if (has_bias) dbias[c] += d[c];
+    }
+  }
+}
+
+// GELU, tanh form: .5 x (1 + tanh u) = x s(2u), u = sqrt(2/pi) (x + .044715 x^3), s the sigmoid
+template <class T>
+T gelu(T x) {
+  const T u = T(.7978845608028654) * (x + T(.044715) * x * x * x);
+  return x / (1 + std::exp(-2 * u));
+}
+template <class T>
+T gelu_derivative(T x) {
+  const T u = T(.7978845608028654) * (x + T(.044715) * x * x * x);
+  const T du = T(.7978845608028654) * (1 + T(3 * .044715) * x * x);
+  const T s = 1 / (1 + std::exp(-2 * u));
+  return s + x * s * (1 - s) * 2 * du;
+}
+// SwiGLU: y = silu(gate) up, silu(x) = x s(x)
+template <class T>
+T swiglu(T gate, T up) {
+  return gate / (1 + std::exp(-gate)) * up;
+}
+template <class T>
+void swiglu_derivative(T gate, T up, T dy, T& dgate, T& dup) {
+  const T s = 1 / (1 + std::exp(-gate));
+  dup = dy * gate * s;
+  dgate = dy * up * (s + gate * s * (1 - s));
+}
+
+// RoPE rotates the pair (x[i], x[i + HS/2]) by position x frequency[i]; backward by the opposite.
+template <class T>
+void rope(int HS, T* x, int position, const double* frequency, T sign) {
+  for (int i = 0; i < HS / 2; i++) {
+    const T c = T(std::cos(position * frequency[i])),
+            s = sign * T(std::sin(position * frequency[i]));
+    const T a = x[i], b = x[i + HS / 2];
+    x[i] = a * c - b * s;
+    x[i + HS / 2] = b * c + a * s;
+  }
+}
+
+// Causal attention of one head within one document of T positions; q, k, v, out (T, HS):
+// out[t] = sum_{s<=t} p[t,s] v[s],  p[t,.] = softmax over s <= t of q[t] k[s] / sqrt(HS)
+template <class T>
+void attention_forward(int length, int HS, const T* q, const T* k, const T* v, T* out, T* p) {
+  for (int t = 0; t < length; t++) {
+    T highest = -std::numeric_limits<T>::infinity(), sum = 0;
+    for (int s = 0; s <= t; s++) {
+      T score = 0;
+      for (int d = 0; d < HS; d++) score += q[t * HS + d] * k[s * HS + d];
+      p[t * length + s] = score / std::sqrt(T(HS));
+      highest = std::max(highest, p[t * length + s]);
+    }
+    for (int s = 0; s <= t; s++) sum += p[t * length + s] = std::exp(p[t * length + s] - highest);
+    for (int d = 0; d < HS; d++) out[t * HS + d] = 0;
+    for (int s = 0; s <= t; s++) {
+      p[t * length + s] /= sum;
+      for (int d = 0; d < HS; d++) out[t * HS + d] += p[t * length + s] * v[s * HS + d];
+    }
+  }
+}
+// dp = dout v;  ds = p (dp - sum_s p dp) / sqrt(HS);  dq += ds k, dk += ds q, dv += p dout
+template <class T>
+void attention_backward(int length, int HS, const T* q, const T* k, const T* v, const T* p,
+                        const T* dout, T* dq, T* dk, T* dv) {
+  for (int t = 0; t < length; t++) {
+    T mean = 0;
+    std::vector<T> dp(size_t(length), T(0));
+    for (int s = 0; s <= t; s++) {
+      for (int d = 0; d < HS; d++) dp[size_t(s)] += dout[t * HS + d] * v[s * HS + d];
+      mean += p[t * length + s] * dp[size_t(s)];
+    }
+    for (int s = 0; s <= t; s++) {
+      const T ds = p[t * length + s] * (dp[size_t(s)] - mean) / std::sqrt(T(HS));
+      for (int d = 0; d < HS; d++) {
+        dq[t * HS + d] += ds * k[s * HS + d];
+        dk[s * HS + d] += ds * q[t * HS + d];
+        dv[s * HS + d] += p[t * length + s] * dout[t * HS + d];
+      }
+    }
+  }
+}
+
+// log p(target) and entropy of softmax(logits / temperature) over V
+template <class T>
+void classifier_forward(int V, const T* logits, int target, T temperature, T& logp, T& entropy) {
+  T highest = logits[0], sum = 0, weighted = 0;
+  for (int j = 1; j < V; j++) highest = std::max(highest, logits[j]);
+  for (int j = 0; j < V; j++) {
+    const T e = std::exp((logits[j] - highest) / temperature);
+    sum += e;
+    weighted += e * (logits[j] - highest) / temperature;
+  }
+  logp = (logits[target] - highest) / temperature - std::log(sum);
+  entropy = std::log(sum) - weighted / sum;
+}
+// dlogits[j] = (dlogp (1[j = target] - p_j) - dentropy p_j (log p_j + H)) / temperature
+template <class T>
+void classifier_backward(int V, const T* logits, int target, T temperature, T dlogp, T dentropy,
+                         T* dlogits) {
+  T logp, entropy;
+  for (int j = 0; j < V; j++) {
+    classifier_forward(V, logits, j, temperature, logp, entropy);
+    const T p = std::exp(logp);
+    dlogits[j] = (dlogp * (T(j == target) - p) - dentropy * p * (logp + entropy)) / temperature;
+  }
+}
+
+}  // namespace plain
+
+// ---------------------------------------------------------------------------------------------
+// Norms: rows in parallel. Gradients of weights are summed over blocks of 64 rows first, then over
+// the blocks in order: the same sum for any number of threads.
+
+inline constexpr int kRowBlock = 64;
+
+struct NormStats {
+  float* mean;  // (N), null for RMSNorm
+  float* rstd;  // (N)
+};
+
+// One row of C; the statistics are sums over lanes, then over the tree of sum_lanes.
+static void norm_row(int C, const float* x, const float* weight, const float* bias, float eps,
+                     float* y, float* mean_out, float* rstd_out) {
+  float mean = 0;
+  if (bias) {
+    vec sum{};
+    lanes(C, [&](int64_t c, int n) { sum += load(x + c, n); });
+    mean = sum_lanes(sum) / float(C);
+  }
+  vec square{};
+  lanes(C, [&](int64_t c, int n) {
+    const vec d = keep(load(x + c, n) - mean, n);
+    square += d * d;
+  });
+  const float rstd = 1 / std::sqrt(sum_lanes(square) / float(C) + eps);
+  lanes(C, [&](int64_t c, int n) {
+    vec h = (load(x + c, n) - mean) * rstd * load(weight + c, n);
+    if (bias) h += load(bias + c, n);
+    store(y + c, h, n);
+  });
+  if (mean_out) *mean_out = mean;
+  if (rstd_out) *rstd_out = rstd;
+}
+
+static void norm_forward(int N, int C, const float* x, const float* weight, const float* bias,
+                         float eps, float* y, NormStats stats) {
+  parallel_for(N, [&](int64_t n) {
+    norm_row(C, x + n * C, weight, bias, eps, y + n * C, bias ? stats.mean + n : nullptr,
+             stats.rstd ? stats.rstd + n : nullptr);
+  });
+}
+
+static int64_t norm_partials(int64_t N, int C) {  // floats of scratch that norm_backward needs
+  return (N + kRowBlock - 1) / kRowBlock * 2 * C;
+}
+
+// dx (N, C) is added to; dweight and dbias (C) are added to when `accumulate`, else set.
+static void norm_backward(int N, int C, const float* dy, const float* x, const float* weight,
+                          NormStats stats, float* dx, float* dweight, float* dbias, bool accumulate,
+                          float* partials) {
+  const int blocks = (N + kRowBlock - 1) / kRowBlock;
+  parallel_for(blocks, [&](int64_t block) {
+    float *dw = partials + block * 2 * C, *db = dw + C;
+    std::fill(dw, dw + 2 * C, 0.f);
+    const int end = std::min(N, int(block + 1) * kRowBlock);
+    for (int64_t r = block * kRowBlock; r < end; r++) {
+      const float *row = x + r * C, *d = dy + r * C;
+      const float mean = dbias ? stats.mean[r] : 0.f, rstd = stats.rstd[r];
+      vec g_sum{}, gh_sum{};
+      lanes(C, [&](int64_t c, int n) {
+        const vec h = (load(row + c, n) - mean) * rstd, dv = load(d + c, n);
+        const vec g = dv * load(weight + c, n);
+        g_sum += g;
+        gh_sum += g * h;
+        store(dw + c, load(dw + c, n) + dv * h, n);
+        if (dbias) store(db + c, load(db + c, n) + dv, n);
+      });
+      const float g_mean = dbias ? sum_lanes(g_sum) / float(C) : 0.f;
+      const float gh_mean = sum_lanes(gh_sum) / float(C);
+      lanes(C, [&](int64_t c, int n) {
+        const vec h = (load(row + c, n) - mean) * rstd;
+        const vec g = load(d + c, n) * load(weight + c, n);
+        store(dx + r * C + c, load(dx + r * C + c, n) + rstd * (g - g_mean - h * gh_mean), n);
+      });
+    }
+  });
+  const int64_t chunks = (C + 63) / 64;
+  parallel_for(chunks, [&](int64_t chunk) {
+    for (int64_t c = chunk * 64; c < std::min<int64_t>(C, chunk * 64 + 64); c++) {
+      float w = accumulate ? dweight[c] : 0.f, b = accumulate && dbias ? dbias[c] : 0.f;
+      for (int block = 0; block < blocks; block++) {
+        w += partials[int64_t(block) * 2 * C + c];
+        b += partials[int64_t(block) * 2 * C + C + c];
+      }
+      dweight[c] = w;
+      if (dbias) dbias[c] = b;
+    }
+  });
+}
+
+// db[o] (+)= sum_n dy[n,o], each column by one thread over n in order
+static void bias_backward(int N, int out, const float* dy, float* dbias, bool accumulate) {
+  parallel_for((out + 63) / 64, [&](int64_t chunk) {
+    const int64_t first = chunk * 64;
+    const int width = int(std::min<int64_t>(64, out - first));
+    float sum[64] = {};
+    if (accumulate) std::copy(dbias + first, dbias + first + width, sum);
+    for (int64_t n = 0; n < N; n++) {
+      const float* d = dy + n * out + first;
+      lanes(width, [&](int64_t c, int m) { store(sum + c, load(sum + c, m) + load(d + c, m), m); });
+    }
+    std::copy(sum, sum + width, dbias + first);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Activations
+
+static inline vec gelu_argument(vec x) {  // 2u of plain::gelu
+  return 1.5957691216f * (x + .044715f * x * x * x);
+}
+static void gelu_forward(int64_t size, const float* x, float* y) {
+  parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
+    const int64_t first = chunk * 4096;
+    lanes(std::min<int64_t>(4096, size - first), [&](int64_t i, int n) {
+      const vec v = load(x + first + i, n);
+      store(y + first + i, v * vsigmoid(gelu_argument(v)), n);
+    });
+  });
+}
+static void gelu_backward(int64_t size, const float* x, const float* dy, float* dx) {
+  parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
+    const int64_t first = chunk * 4096;
+    lanes(std::min<int64_t>(4096, size - first), [&](int64_t i, int n) {
+      const vec v = load(x + first + i, n), s = vsigmoid(gelu_argument(v));
+      const vec slope = 1.5957691216f * (1.f + .134145f * v * v);
+      store(dx + first + i, load(dy + first + i, n) * (s + v * s * (1.f - s) * slope), n);
+    });
+  });
+}
+// gate_up (N, 2F): the gate's columns, then up's; y (N, F)
+static void swiglu_forward(int64_t N, int F, const float* gate_up, float* y) {
+  parallel_for(N, [&](int64_t r) {
+    const float *gate = gate_up + r * 2 * F, *up = gate + F;
+    lanes(F, [&](int64_t i, int n) {
+      const vec g = load(gate + i, n);
+      store(y + r * F + i, g * vsigmoid(g) * load(up + i, n), n);
+    });
+  });
+}
+static void swiglu_backward(int64_t N, int F, const float* gate_up, const float* dy, float* dx) {
+  parallel_for(N, [&](int64_t r) {
+    const float *gate = gate_up + r * 2 * F, *up = gate + F;
+    float *dgate = dx + r * 2 * F, *dup = dgate + F;
+    lanes(F, [&](int64_t i, int n) {
+      const vec g = load(gate + i, n), u = load(up + i, n), d = load(dy + r * F + i, n);
+      const vec s = vsigmoid(g);
+      store(dup + i, d * g * s, n);
+      store(dgate + i, d * u * (s + g * s * (1.f - s)), n);
+    });
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// RoPE and QK-norm
+
+// Radians a position turns each of the HS/2 pairs by: theta^(-2i/HS); rope_type llama3 divides
+// those of long wavelengths by `factor`, with a smooth passage between (Llama 3 report 2024).
+static std::vector<double> rope_frequencies(const Config& c) {
+  std::vector<double> frequency(size_t(c.HS / 2));
+  const Rope& r = c.rope;
+  for (int i = 0; i < c.HS / 2; i++) {
+    double f = std::pow(r.theta, -2. * i / c.HS);
+    if (r.factor > 0) {
+      const double turns = r.original_T * f / 6.283185307179586;  // in the original context
+      const double mix = std::clamp(
+          (turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor), 0., 1.);
+      f = (1 - mix) * f / r.factor + mix * f;
+    }
+    frequency[size_t(i)] = f;
+  }
+  return frequency;
+}
+
+class RopeTable {  // cos and sin of every position so far, made when first needed
+ public:
+  explicit RopeTable(const Config& c) : half_(c.HS / 2), frequency_(rope_frequencies(c)) {}
+  void reach(int positions) {
+    for (int t = int(cos_.size() / size_t(half_)); t < positions; t++) {
+      for (double f : frequency_) {
+        cos_.push_back(float(std::cos(t * f)));
+        sin_.push_back(float(std::sin(t * f)));
+      }
+    }
+  }
+  const float* cos(int position) const { return cos_.data() + int64_t(position) * half_; }
+  const float* sin(int position) const { return sin_.data() + int64_t(position) * half_; }
+
+ private:
+  int half_;
+  std::vector<double> frequency_;
+  std::vector<float> cos_, sin_;  // (positions, HS/2)
+};
+
+// Rotates one head in place; `sign` -1 turns back, which is the backward pass.
+static void rope_row(int HS, float* x, const float* cos, const float* sin, float sign) {
+  const int half = HS / 2;
+  lanes(half, [&](int64_t i, int n) {
+    const vec c = load(cos + i, n), s = sign * load(sin + i, n);
+    const vec a = load(x + i, n), b = load(x + half + i, n);
+    store(x + i, a * c - b * s, n);
+    store(x + half + i, b * c + a * s, n);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Attention. Keys and values of one (document, key/value head) lie in pages of kPage positions:
+// keys transposed, [HS][kPage], so that one query meets kPage keys in vector lanes; values
+// [kPage][HSP], HSP = HS padded to whole vectors. The KV cache holds the same pages, and training
+// makes them on the way, so one function serves both. A row's sums run over its pages in order with
+// a running maximum (Dao et al. 2022): the result does not depend on which rows stand beside it.
+
+static int padded_head(int HS) { return (HS + kLanes - 1) / kLanes * kLanes; }
+
+template <int R, int NV>
+static void small_tile(int K, const float* a, int64_t a_row, int64_t a_k, const float* b,
+                       int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  vec acc[R][NV];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < NV; v++) acc[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : vec{};
+  tile<R, NV>(K, a, a_row, a_k, b, ldb, acc);
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < NV; v++) store(c + r * ldc + v * kLanes, acc[r][v]);
+}
+using SmallTile = void (*)(int, const float*, int64_t, int64_t, const float*, int64_t, float*,
+                           int64_t, bool);
+template <int NV, int... R>
+static constexpr std::array<SmallTile, kMR> small_tiles(std::integer_sequence<int, R...>) {
+  return {small_tile<R + 1, NV>...};
+}
+inline constexpr auto kSmallTiles1 = small_tiles<1>(std::make_integer_sequence<int, kMR>{});
+inline constexpr auto kSmallTiles2 = small_tiles<2>(std::make_integer_sequence<int, kMR>{});
+
+// c (M, N) (+)= a b with a(m,k) = a[m a_row + k a_k], b(k,n) = b[k ldb + n]; operands in cache;
+// M <= kMR, N a multiple of kLanes.
+static void small_product(int M, int N, int K, const float* a, int64_t a_row, int64_t a_k,
+                          const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  int n = 0;
+  for (; n + 2 * kLanes <= N; n += 2 * kLanes)
+    kSmallTiles2[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
+  if (n < N) kSmallTiles1[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
+}
+
+static inline int to_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// R <= kMR queries of one head at positions first .. first + R - 1; q (R, HS) is already divided by
+// sqrt(HS). out (R, HS); lse (R) log of the sum of exp of a row's scores, may be null.
+static void attend(int R, int first, int HS, const float* q, int64_t q_ld,
+                   const float* const* key_pages, const float* const* value_pages, float* out,
+                   int64_t out_ld, float* lse, int64_t lse_ld) {
+  const int HSP = padded_head(HS);
+  alignas(64) float scores[kMR * kPage];
+  alignas(64) float sums[kMR * 256];  // HSP <= 256
+  float highest[kMR];
+  vec total[kMR];
+  for (int r = 0; r < R; r++)
+    highest[r] = -std::numeric_limits<float>::infinity(), total[r] = vec{};
+  std::fill(sums, sums + R * HSP, 0.f);
+  const int last = first + R - 1;
+  for (int page = 0; page * kPage <= last; page++) {
+    const int keys = std::min(kPage, last + 1 - page * kPage);  // that the last row sees
+    const int width = to_lanes(keys);
+    small_product(R, width, HS, q, q_ld, 1, key_pages[page], kPage, scores, kPage, false);
+    for (int r = 0; r < R; r++) {
+      const int seen = std::clamp(first + r + 1 - page * kPage, 0, keys);
+      float* s = scores + r * kPage;
+      std::fill(s + seen, s + width, -std::numeric_limits<float>::infinity());
+      vec top = splat(highest[r]);
+      for (int j = 0; j < width; j += kLanes) top = vmax(top, load(s + j));
+      const float higher = max_lanes(top);
+      if (higher > highest[r]) {
+        const float scale = exp1(highest[r] - higher);
+        highest[r] = higher;
+        total[r] *= scale;
+        for (int d = 0; d < HSP; d += kLanes) {
+          store(sums + r * HSP + d, load(sums + r * HSP + d) * scale);
+        }
+      }
+      for (int j = 0; j < width; j += kLanes) {
+        const vec p = vexp(load(s + j) - highest[r]);
+        total[r] += p;
+        store(s + j, p);
+      }
+    }
+    small_product(R, HSP, keys, scores, kPage, 1, value_pages[page], HSP, sums, HSP, true);
+  }
+  for (int r = 0; r < R; r++) {
+    const float sum = sum_lanes(total[r]);
+    const float scale = 1 / sum;
+    lanes(HS, [&](int64_t d, int n) {
+      store(out + r * out_ld + d, load(sums + r * HSP + d) * scale, n);
+    });
+    if (lse) lse[r * lse_ld] = highest[r] + std::log(sum);
+  }
+}
+
+// One position's key (HS) into lane `at` of a page, transposed, and its value (HS) into row `at`.
+static void fill_page(int HS, int at, const float* k, const float* v, float* key_page,
+                      float* value_page) {
+  for (int d = 0; d < HS; d++) key_page[d * kPage + at] = k[d];
+  std::copy(v, v + HS, value_page + int64_t(at) * padded_head(HS));
+}
+
+struct Attention {  // one layer's attention over packed documents
+  int NH, NKV, HS;
+  std::span<const int> doc_starts;  // (D+1)
+  const float *q, *k, *v;  // (N, NH HS), (N, NKV HS) twice: first heads of rows of stride ld
+  int64_t q_ld, k_ld, v_ld;
+};
+
+// out (N, NH HS), lse (N, NH). A task is one (document, key/value head).
+static void attention_forward(const Attention& a, float* out, float* lse) {
+  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = padded_head(HS);
+  const int group = a.NH / a.NKV;
+  const float scale = 1 / std::sqrt(float(HS));
+  parallel_items(int64_t(D) * a.NKV, [&](int64_t task) {
+    const int begin = a.doc_starts[size_t(task / a.NKV)];
+    const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
+    const int kv = int(task % a.NKV), pages = (length + kPage - 1) / kPage;
+    thread_local std::vector<float> memory;
+    const size_t key_size = size_t(HS) * kPage, value_size = size_t(HSP) * kPage;
+    memory.assign(size_t(pages) * (key_size + value_size), 0.f);
+    std::vector<const float*> key_pages, value_pages;
+    for (int p = 0; p < pages; p++) {
+      float* key = memory.data() + size_t(p) * (key_size + value_size);
+      const int64_t n = begin + p * kPage;
+      const int count = std::min(kPage, length - p * kPage);
+      for (int j = 0; j < count; j++) {
+        fill_page(HS, j, a.k + (n + j) * a.k_ld + kv * HS, a.v + (n + j) * a.v_ld + kv * HS, key,
+                  key + key_size);
+      }
+      key_pages.push_back(key);
+      value_pages.push_back(key + key_size);
+    }
+    alignas(64) float q[kMR * 256];
+    for (int h = kv * group; h < (kv + 1) * group; h++) {
+      for (int t = 0; t < length; t += kMR) {
+        const int R = std::min(kMR, length - t);
+        for (int r = 0; r < R; r++)
+          for (int d = 0; d < HS; d++)
+            q[r * HS + d] = a.q[(begin + t + r) * a.q_ld + h * HS + d] * scale;
+        const int64_t n = begin + t;
+        attend(R, t, HS, q, HS, key_pages.data(), value_pages.data(), out + n * a.NH * HS + h * HS,
+               a.NH * HS, lse + n * a.NH + h, a.NH);
+      }
+    }
+  });
+}
+
+// From dout (N, NH HS) to dq (N, NH HS), dk, dv (N, NKV HS), all in rows of stride d_ld. P is made
+// again from lse. Blocks of kPage queries meet pages of keys; a key's gradient is summed over heads
+// and query blocks in order, a query's over pages in order.
+static void attention_backward(const Attention& a, const float* out, const float* lse,
+                               const float* dout, float* dq, float* dk, float* dv, int64_t d_ld) {
+  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = padded_head(HS);
+  const int group = a.NH / a.NKV;
+  const int64_t out_ld = int64_t(a.NH) * HS;
+  const float scale = 1 / std::sqrt(float(HS));
+  parallel_items(int64_t(D) * a.NKV, [&](int64_t task) {
+    const int begin = a.doc_starts[size_t(task / a.NKV)];
+    const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
+    const int kv = int(task % a.NKV), padded = (length + kPage - 1) / kPage * kPage;
+    thread_local std::vector<float> memory;
+    memory.assign(size_t(padded) * size_t(4 * HSP + 2 * HS), 0.f);
+    float* keys = memory.data();                   // (padded, HSP)
+    float* keys_t = keys + int64_t(padded) * HSP;  // pages [HS][kPage]
+    float* values_t = keys_t + int64_t(padded) * HS;
+    float* dkeys = values_t + int64_t(padded) * HS;  // (padded, HSP), as the next two
+    float* dvalues = dkeys + int64_t(padded) * HSP;
+    for (int t = 0; t < length; t++) {
+      const float* k = a.k + (begin + t) * a.k_ld + kv * HS;
+      const float* v = a.v + (begin + t) * a.v_ld + kv * HS;
+      std::copy(k, k + HS, keys + int64_t(t) * HSP);
+      const int64_t page = int64_t(t / kPage) * HS * kPage + t % kPage;
+      for (int d = 0; d < HS; d++) {
+        keys_t[page + d * kPage] = k[d];
+        values_t[page + d * kPage] = v[d];
+      }
+    }
+    alignas(64) static thread_local float q[kPage * 256], d_out[kPage * 256], d_q[kPage * 256];
+    alignas(64) static thread_local float p[kPage * kPage], ds[kPage * kPage];
+    for (int h = kv * group; h < (kv + 1) * group; h++) {
+      for (int t0 = 0; t0 < length; t0 += kPage) {
+        const int rows = std::min(kPage, length - t0);
+        float dot[kPage], row_lse[kPage];  // dot: sum_d dout out = sum_s p dp
+        for (int r = 0; r < rows; r++) {
+          const int64_t n = begin + t0 + r;
+          const float *from = a.q + n * a.q_ld + h * HS, *d = dout + n * out_ld + h * HS;
+          const float* o = out + n * out_ld + h * HS;
+          vec sum{};
+          lanes(HS, [&](int64_t i, int m) {
+            store(q + r * HSP + i, load(from + i, m) * scale);
+            store(d_out + r * HSP + i, load(d + i, m));
+            sum += load(d + i, m) * load(o + i, m);
+          });
+          dot[r] = sum_lanes(sum);
+          row_lse[r] = lse[n * a.NH + h];
+        }
+        std::fill(d_q, d_q + rows * HSP, 0.f);
+        for (int s0 = 0; s0 <= t0; s0 += kPage) {
+          const int page_keys = std::min(kPage, length - s0);
+          const bool diagonal = s0 == t0;
+          for (int r0 = 0; r0 < rows; r0 += kMR) {
+            const int R = std::min(kMR, rows - r0);
+            const int count = diagonal ? r0 + R : page_keys;  // keys that the last row sees
+            const int width = to_lanes(count);
+            float *pr = p + r0 * kPage, *dsr = ds + r0 * kPage;
+            small_product(R, width, HS, q + r0 * HSP, HSP, 1, keys_t + int64_t(s0) * HS, kPage, pr,
+                          kPage, false);
+            small_product(R, width, HS, d_out + r0 * HSP, HSP, 1, values_t + int64_t(s0) * HS,
+                          kPage, dsr, kPage, false);
+            for (int r = 0; r < R; r++) {
+              const int seen = diagonal ? r0 + r + 1 : page_keys;
+              float *ps = pr + r * kPage, *d = dsr + r * kPage;
+              for (int j = 0; j < width; j += kLanes) {
+                const vec e =
+                    keep(vexp(load(ps + j) - row_lse[r0 + r]), std::clamp(seen - j, 0, kLanes));
+                store(ps + j, e);
+                store(d + j, e * (load(d + j) - dot[r0 + r]));
+              }
+            }
+            small_product(R, HSP, count, dsr, kPage, 1, keys + int64_t(s0) * HSP, HSP,
+                          d_q + r0 * HSP, HSP, true);
+          }
+          for (int j0 = 0; j0 < page_keys; j0 += kMR) {
+            const int R = std::min(kMR, page_keys - j0), from = diagonal ? j0 : 0;
+            if (from >= rows) break;
+            small_product(R, HSP, rows - from, p + from * kPage + j0, 1, kPage, d_out + from * HSP,
+                          HSP, dvalues + int64_t(s0 + j0) * HSP, HSP, true);
+            small_product(R, HSP, rows - from, ds + from * kPage + j0, 1, kPage, q + from * HSP,
+                          HSP, dkeys + int64_t(s0 + j0) * HSP, HSP, true);
+          }
+        }
+        for (int r = 0; r < rows; r++)
+          for (int d = 0; d < HS; d++)
+            dq[(begin + t0 + r) * d_ld + h * HS + d] = d_q[r * HSP + d] * scale;
+      }
+    }
+    for (int t = 0; t < length; t++) {
+      std::copy(dkeys + int64_t(t) * HSP, dkeys + int64_t(t) * HSP + HS,
+                dk + (begin + t) * d_ld + kv * HS);
+      std::copy(dvalues + int64_t(t) * HSP, dvalues + int64_t(t) * HSP + HS,
+                dv + (begin + t) * d_ld + kv * HS);
+    }
+  });
+}
+
+// =============================================================================================
+// 4. LM head: a row of logits -> log p(target), entropy, and in place their gradient
+
+struct RowSoftmax {  // of softmax(x / temperature) over one row
+  float highest;     // of x
+  float log_sum;     // log sum_j exp((x_j - highest) / temperature)
+  float entropy;     // nats
+  float logp(float x, float inverse_temperature) const {
+    return (x - highest) * inverse_temperature - log_sum;
+  }
+};
+
+static RowSoftmax row_softmax(int V, const float* x, float inverse_temperature) {
+  vec top = splat(-std::numeric_limits<float>::infinity());
+  int64_t j = 0;
+  for (; j + kLanes <= V; j += kLanes) top = vmax(top, load(x + j));
+  float highest = max_lanes(top);
+  for (; j < V; j++) highest = std::max(highest, x[j]);
+  vec sum{}, weighted{};
+  lanes(V, [&](int64_t i, int n) {
+    const vec s = keep((load(x + i, n) - highest) * inverse_temperature, n);
+    const vec e = keep(vexp(s), n);
+    sum += e;
+    weighted += e * s;
+  });
+  const float total = sum_lanes(sum), log_sum = std::log(total);
+  return {highest, log_sum, log_sum - sum_lanes(weighted) / total};
+}
+
+static void row_softmax_backward(int V, float* x, const RowSoftmax& s, float inverse_temperature,
+                                 int target, float dlogp, float dentropy) {
+  const float a = -dlogp * inverse_temperature, b = -dentropy * inverse_temperature;
+  lanes(V, [&](int64_t j, int n) {
+    const vec logp = (load(x + j, n) - s.highest) * inverse_temperature - s.log_sum;
+    store(x + j, vexp(logp) * (a + b * (logp + s.entropy)), n);
+  });
+  x[target] += dlogp * inverse_temperature;
+}
+
+// Sampling: a function of the logits and of (seed, stream, position) alone.
+static int sample_row(int V, const float* logits, const Sampling& how, std::span<const int> history,
+                      uint64_t position, std::vector<float>& p) {
+  p.assign(logits, logits + V);
+  if (how.repetition_penalty != 1) {
+    std::vector<int> seen(history.begin(), history.end());
+    std::sort(seen.begin(), seen.end());
+    seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
+    for (int id : seen) {
+      float& x = p[size_t(id)];
+      x = x > 0 ? x / how.repetition_penalty : x * how.repetition_penalty;
+    }
+  }
+  const int best = int(std::max_element(p.begin(), p.end()) - p.begin());
+  if (how.temperature == 0) return best;
+  const float highest = p[size_t(best)], inverse_temperature = 1 / how.temperature;
+  lanes(V, [&](int64_t j, int n) {  // proportional to probabilities; the best has 1
+    store(&p[size_t(j)], vexp((load(&p[size_t(j)], n) - highest) * inverse_temperature), n);
+  });
+  if (how.min_p > 0) {
+    for (float& x : p) x = x < how.min_p ? 0 : x;
+  }
+  const bool cut_k = how.top_k > 0 && how.top_k < V, cut_p = how.top_p < 1;
+  if (cut_k || cut_p) {  // most likely first, smaller ids first among equals
+    std::vector<int> order(static_cast<size_t>(V));
+    std::iota(order.begin(), order.end(), 0);
+    const auto likelier = [&](int a, int b) {
+      return p[size_t(a)] != p[size_t(b)] ? p[size_t(a)] > p[size_t(b)] : a < b;
+    };
+    const size_t kept = cut_k ? size_t(how.top_k) : size_t(V);
+    if (cut_k) std::nth_element(order.begin(), order.begin() + kept - 1, order.end(), likelier);
+    for (size_t i = kept; i < order.size(); i++) p[size_t(order[i])] = 0;
+    if (cut_p) {
+      std::sort(order.begin(), order.begin() + kept, likelier);
+      double total = 0, reached = 0;
+      for (size_t i = 0; i < kept; i++) total += p[size_t(order[i])];
+      for (size_t i = 0; i < kept; i++) {  // the smallest set that reaches top_p
+        if (reached >= how.top_p * total)
+          p[size_t(order[i])] = 0;
+        else
+          reached += p[size_t(order[i])];
+      }
+    }
+  }
+  // Inverse of the cumulative sum: blocks of 256 first, then inside the block.
+  std::vector<double> blocks;
+  double total = 0;
+  for (int first = 0; first < V; first += 256) {
+    vec sum{};
+    lanes(std::min(256, V - first),
+          [&](int64_t j, int n) { sum += load(&p[size_t(first + j)], n); });
+    blocks.push_back(sum_lanes(sum));
+    total += blocks.back();
+  }
+  double left = total * uniform01(mix64(how.seed, how.stream, position));
+  size_t block = 0;
+  while (block + 1 < blocks.size() && left >= blocks[block]) left -= blocks[block++];
+  int last = best;  // rounding may pass the block's end: then its last possible token
+  for (int j = int(block) * 256; j < std::min(V, int(block) * 256 + 256); j++) {
+    if (p[size_t(j)] == 0) continue;
+    last = j;
+    if (left < p[size_t(j)]) return j;
+    left -= p[size_t(j)];
+  }
+  return last;
+}
+
+// =============================================================================================
+// 5. Optimizers
+
+// AdamW (Loshchilov, Hutter 2019) on n floats; g is multiplied by `scale` (clipping) first:
+// m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
+// w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w)
+static void adamw(int64_t size, float* w, const float* g, float* m, float* v, float scale, float lr,
+                  float decay, const OptimizerStep& o) {
+  const float c1 = 1 / (1 - float(std::pow(double(o.beta1), double(o.step))));
+  const float c2 = 1 / (1 - float(std::pow(double(o.beta2), double(o.step))));
+  const float keep_w = 1 - lr * decay;
+  lanes(size, [&](int64_t i, int n) {
+    const vec grad = load(g + i, n) * scale;
+    const vec mi = o.beta1 * load(m + i, n) + (1 - o.beta1) * grad;
+    const vec vi = o.beta2 * load(v + i, n) + (1 - o.beta2) * grad * grad;
+    vec root = vi * c2;
+    for (int l = 0; l < kLanes; l++) root[l] = std::sqrt(root[l]);
+    store(m + i, mi, n);
+    store(v + i, vi, n);
+    store(w + i, keep_w * load(w + i, n) - lr * c1 * mi / (root + o.eps), n);
+  });
+}
+
+// C (rows, rows) = A A^T for A (rows, K): the lower triangle by one thread, then mirrored.
+static void gemm_symmetric(int rows, int K, const float* a, float* c) {
+  const Product p{.M = rows,
+                  .N = rows,
+                  .K = K,
+                  .a = {a, K, Inner::k},
+                  .b = {a, K, Inner::k},
+                  .c = c,
+                  .ldc = rows,
+                  .lower = true};
+  gemm_rectangle(p, 0, rows, 0, rows);
+  for (int i = 0; i < rows; i++)
+    for (int j = i + 1; j < rows; j++) c[int64_t(i) * rows + j] = c[int64_t(j) * rows + i];
+}
+
+// Muon (Jordan et al. 2024) on one matrix (out, in), by one thread:
+// m = mu m + (1-mu) g;  u = mu m + (1-mu) g (Nesterov);
+// X = u / (||u|| + 1e-7), five times X <- a X + (b A + c A A) X with A = X X^T, which drives the
+// singular values towards 1;  w -= lr (sqrt(max(1, out/in)) X + decay w)
+static void muon(int out, int in, float* w, const float* g, float* m, float scale,
+                 const OptimizerStep& o) {
+  const int64_t size = int64_t(out) * in;
+  const int rows = std::min(out, in), columns = std::max(out, in);  // X is wide
+  thread_local std::vector<float> memory;
+  memory.resize(size_t(2 * size) + 2 * size_t(rows) * size_t(rows));
+  float *x = memory.data(), *next = x + size, *a = next + size, *b = a + int64_t(rows) * rows;
+  const float mu = o.muon_momentum;
+  vec square{};
+  lanes(size, [&](int64_t i, int n) {
+    const vec grad = load(g + i, n) * scale;
+    const vec mi = mu * load(m + i, n) + (1 - mu) * grad;
+    const vec u = mu * mi + (1 - mu) * grad;
+    store(m + i, mi, n);
+    store(next + i, u, n);
+    square += u * u;
+  });
+  const float inverse = 1 / (std::sqrt(sum_lanes(square)) + 1e-7f);
+  const bool tall = out > in;
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < columns; c++)
+      x[int64_t(r) * columns + c] =
+          next[tall ? int64_t(c) * in + r : int64_t(r) * in + c] * inverse;
+  for (int step = 0; step < 5; step++) {
+    gemm_symmetric(rows, columns, x, a);
+    gemm_symmetric(rows, rows, a, b);  // A is symmetric: A A = A A^T
+    for (int64_t i = 0; i < int64_t(rows) * rows; i++) b[i] = 2.0315f * b[i] - 4.7750f * a[i];
+    for (int r = 0; r < rows; r++) b[int64_t(r) * rows + r] += 3.4445f;  // (a I + b A + c A A) X
+    gemm_rectangle({.M = rows,
+                    .N = columns,
+                    .K = rows,
+                    .a = {b, rows, Inner::k},
+                    .b = {x, columns, Inner::other},
+                    .c = next,
+                    .ldc = columns},
+                   0, rows, 0, columns);
+    std::swap(x, next);
+  }
+  const float lr = o.muon_lr * std::sqrt(std::max(1.f, float(out) / float(in)));
+  const float keep_w = 1 - o.muon_lr * o.muon_decay;
+  for (int i = 0; i < out; i++)
+    for (int j = 0; j < in; j++) {
+      const float step = x[tall ? int64_t(j) * columns + i : int64_t(i) * columns + j];
+      w[int64_t(i) * in + j] = keep_w * w[int64_t(i) * in + j] - lr * step;
+    }
+}
+
+// =============================================================================================
+// 6. CpuGpt
+
+void set_threads(int threads) { omp_set_num_threads(threads > 0 ? threads : usable_cores()); }
+
+// Bytes a process may still take: what the system has, or what the container's limit leaves.
+static int64_t available_memory() {
+  int64_t available = std::numeric_limits<int64_t>::max();
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string line; std::getline(meminfo, line);) {
+    long long kib = 0;
+    if (std::sscanf(line.c_str(), "MemAvailable: %lld kB", &kib) == 1) available = kib * 1024;
+  }
+  int64_t limit = 0, used = 0;
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit &&
+      std::ifstream("/sys/fs/cgroup/memory.current") >> used) {
+    available = std::min(available, std::max<int64_t>(0, limit - used));
+  }
+  return available;
+}
+
+// Rows of logits made at a time: what fits 64 MiB, at least 256. Never a function of the threads.
+static int64_t logit_rows(const Config& c, int64_t N) {
+  return std::min(N, std::max<int64_t>(256, (int64_t(64) << 20) / (int64_t(c.padded_V()) * 4)));
+}
+
+// Weights, in one of two forms. Rows: the arena in the table's order, which training reads and
+// updates. Panels: each GEMM's matrix as pack_weights makes it, which decoding streams. Inference
+// holds matrices as panels alone; training makes panels when it decodes.
+struct Weights {
+  struct Group {
+    int64_t weight;  // its offset in the arena
+    int out, in;
+    int64_t panels;  // its offset in `panels`
+  };
+  Arena rows, panels;
+  std::vector<Group> groups;
+  bool panels_only = false;     // inference
+  bool panels_current = false;  // training: they equal the rows
+
+  Weights(const Config& c, const ParamTable& table, bool inference) : panels_only(inference) {
+    rows.reset(table.size);
+    int64_t size = 0;
+    const auto add = [&](const Linear& l) {
+      groups.push_back({l.weight, l.out, l.in, size});
+      size += packed_size(l.out, l.in);
+    };
+    for (const Block& b : table.blocks) add(b.qkv), add(b.o), add(b.up), add(b.down);
+    if (c.head == Head::lm) add(table.head);
+    panels_size = size;
+    if (inference) panels.reset(size);
+  }
+  int64_t panels_size = 0;
+
+  const Group* group_of(int64_t offset) const {  // that holds this arena offset
+    for (const Group& g : groups)
+      if (offset >= g.weight && offset < g.weight + int64_t(g.out) * g.in) return &g;
+    return nullptr;
+  }
+  void make_panels() {
+    if (panels_only || panels_current) return;
+    panels.grow(panels_size);
+    for (const Group& g : groups)
+      pack_weights(rows.data() + g.weight, g.out, g.in, panels.data() + g.panels);
+    panels_current = true;
+  }
+  // One element of a matrix in panels; `offset` is the element's place in the arena.
+  float& in_panels(const Group& g, int64_t offset) const {
+    const int64_t o = (offset - g.weight) / g.in, i = (offset - g.weight) % g.in;
+    return panels.data()[g.panels + (o / kNR * g.in + i) * kNR + o % kNR];
+  }
+};
+
+class CpuKvCache : public KvCache {
+ public:
+  CpuKvCache(const Config& c, int64_t positions)
+      : KvCache(positions),
+        key_floats_(int64_t(c.HS) * kPage),
+        page_floats_(key_floats_ + int64_t(padded_head(c.HS)) * kPage),
+        layer_floats_(c.NKV * page_floats_),
+        L_(c.L),
+        memory_((positions + kPage - 1) / kPage * c.L * layer_floats_) {}
+  float* keys(int page, int layer, int head) const {  // [HS][kPage]
+    return memory_.data() + (int64_t(page) * L_ + layer) * layer_floats_ + head * page_floats_;
+  }
+  float* values(int page, int layer, int head) const {  // [kPage][HSP]
+    return keys(page, layer, head) + key_floats_;
+  }
+  void copy(int from, int to) const {
+    std::copy_n(keys(from, 0, 0), L_ * layer_floats_, keys(to, 0, 0));
+  }
+
+ private:
+  int64_t key_floats_, page_floats_, layer_floats_;
+  int L_;
+  Arena memory_;
+};
+
+struct LayerActivations {
+  float* x;      // (N, C) the residual stream that enters
+  float* norm1;  // (N, C)
+  NormStats stats1;
+  float* qkv;      // (N, qkv)
+  float* rotated;  // (N, (NH + NKV) HS) q and k after norm and RoPE; qwen3 alone
+  float* att;      // (N, NH HS)
+  float* lse;      // (N, NH)
+  float* mid;      // (N, C) the stream after attention
+  float* norm2;    // (N, C)
+  NormStats stats2;
+  float* up;   // (N, 2F) gate and up; gpt2 (N, F)
+  float* act;  // (N, F)
+};
+
+// Everything a pass over N tokens writes, in one arena; a layout is a walk that hands out pieces.
+struct Activations {
+  std::vector<LayerActivations> layers;
+  float* x;           // (N, C) the stream that leaves the last layer
+  float* final_norm;  // (N, C)
+  NormStats final_stats;
+  float* head_in;     // (N, C) rows of final_norm that have a target
+  float* logits;      // (logit_rows, padded V)
+  float* dhead_in;    // (N, C)
+  float *dx, *dnorm;  // (N, C), (N, max(C, NH HS))
+  float* dqkv;        // (N, qkv)
+  float *dact, *dup;  // (N, F), (N, 2F or F)
+  float* partials;
+
+  // Floats it takes; with `base`, also sets the pointers. Without `train` the layers share buffers.
+  int64_t lay_out(const Config& c, int64_t N, bool train, float* base) {
+    int64_t used = 0;
+    const auto take = [&](int64_t floats) {
+      float* p = base ? base + used : nullptr;
+      used += (floats + 15) / 16 * 16;
+      return p;
+    };
+    const int64_t up = c.has_gate() ? 2 * c.F : c.F, heads = int64_t(c.NH) * c.HS;
+    const bool mean = c.has_biases();
+    const auto stats = [&] { return NormStats{mean ? take(N) : nullptr, take(N)}; };
+    layers.resize(size_t(c.L));
+    float* streams[2] = {};
+    for (int l = 0; l < c.L; l++) {
+      LayerActivations& a = layers[size_t(l)];
+      if (!train && l >= 2) {
+        a = layers[0];
+        a.x = streams[l % 2];
+        continue;
+      }
+      if (!train && l == 1) {
+        a = layers[0];
+        a.x = streams[1] = take(N * c.C);
+        continue;
+      }
+      a.x = streams[0] = take(N * c.C);
+      a.norm1 = take(N * c.C);
+      a.stats1 = stats();
+      a.qkv = take(N * c.qkv());
+      a.rotated = c.family == Family::qwen3 ? take(N * (c.NH + c.NKV) * c.HS) : nullptr;
+      a.att = take(N * heads);
+      a.lse = take(N * c.NH);
+      a.mid = take(N * c.C);
+      a.norm2 = take(N * c.C);
+      a.stats2 = stats();
+      a.up = take(N * up);
+      a.act = take(N * c.F);
+    }
+    x = take(N * c.C);
+    final_norm = take(N * c.C);
+    final_stats = stats();
+    if (c.head == Head::lm) {
+      head_in = take(N * c.C);
+      logits = take(logit_rows(c, N) * c.padded_V());
+    }
+    if (train) {
+      dhead_in = take(N * c.C);
+      dx = take(N * c.C);
+      dnorm = take(N * std::max<int64_t>(c.C, heads));
+      dqkv = take(N * c.qkv());
+      dact = take(N * c.F);
+      dup = take(N * up);
+      partials = take(norm_partials(N, std::max(c.C, c.HS)));
+    }
+    return used;
+  }
+};
+
+class CpuGpt final : public Gpt {
+ public:
+  CpuGpt(const Config& config, const GptOptions& options)
+      : Gpt(config, options.muon), train_(options.mode == Mode::train), rope_(config) {
+    if (options.share) {
+      const auto* other = dynamic_cast<const CpuGpt*>(options.share);
+      if (!other) fail("share: the other model is on another device");
+      weights_ = other->weights_;
+      if (train_) fail("share: a model that trains needs weights of its own");
+    } else {
+      weights_ = std::make_shared<Weights>(config, table_, !train_);
+    }
+    if (train_) {
+      gradients_.reset(table_.size);
+      moment1_.reset(table_.size);
+      moment2_.reset(table_.size);
+    }
+    if (options.batch_tokens > 0) reserve(options.batch_tokens);
+  }
+
+  void forward(const Batch& batch, Pass pass) override {
+    begin(batch);
+    trunk_forward();
+    live_ = pass == Pass::train;
+    if (live_ && !train_) fail("forward: an inference model keeps nothing for backward");
+    head_forward();
+  }
+
+  void backward(std::span<const float> dlogp, std::span<const float> dvalue,
+                std::span<const float> dentropy) override {
+    if (!live_) fail("backward: no forward with Pass::train came before");
+    check_weights(dlogp, dvalue, dentropy);
+    head_backward(dlogp, dvalue, dentropy, logits_kept_);
+    trunk_backward();
+    live_ = false;
+  }
+
+  void forward_backward(const Batch& batch, std::span<const float> dlogp,
+                        std::span<const float> dvalue, std::span<const float> dentropy) override {
+    if (!train_) fail("forward_backward: an inference model has no gradients");
+    begin(batch);
+    check_weights(dlogp, dvalue, dentropy);
+    trunk_forward();
+    if (config_.head == Head::scalar) head_forward();
+    head_backward(dlogp, dvalue, dentropy, false);
+    trunk_backward();
+    live_ = false;
+  }
+
+  UpdateStats update(const OptimizerStep& step) override;
+  void zero_gradients() override { fresh_ = true; }
+
+  std::span<const float> logp() override { return logp_; }
+  std::span<const float> entropy() override { return entropy_; }
+  std::span<const float> value() override { return value_; }
+
+  std::unique_ptr<KvCache> make_cache(int64_t positions) override {
+    return std::make_unique<CpuKvCache>(config_, positions);
+  }
+  void decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
+              bool logits) override;
+
+  void read(int tensor, Slot slot, std::span<float> out) const override;
+  void write(int tensor, Slot slot, std::span<const float> in) override;
+
+ private:
+  const float* weight(int64_t offset) const {
+    return offset < 0 ? nullptr : weights_->rows.data() + offset;
+  }
+  float* gradient(int64_t offset) const {
+    return offset < 0 ? nullptr : gradients_.data() + offset;
+  }
+
+  Operand matrix(const Linear& l, bool panels) const {  // W (out, in) as B(k = in, n = out)
+    if (panels) {
+      return {weights_->panels.data() + weights_->group_of(l.weight)->panels, 0, Inner::k, true};
+    }
+    return {weight(l.weight), l.in, Inner::k};
+  }
+  // y (N, out) = x W^T + b [+ residual]
+  void linear(int N, const Linear& l, const float* x, float* y, const float* residual,
+              bool panels) const {
+    gemm({.M = N,
+          .N = l.out,
+          .K = l.in,
+          .a = {x, l.in, Inner::k},
+          .b = matrix(l, panels),
+          .c = y,
+          .ldc = l.out,
+          .bias = weight(l.bias),
+          .residual = residual});
+  }
+  // dW += dy^T x, db += column sums of dy; dx = dy W
+  void linear_backward(int N, const Linear& l, const float* x, const float* dy, float* dx) {
+    gemm({.M = l.out,
+          .N = l.in,
+          .K = N,
+          .a = {dy, l.out, Inner::other},
+          .b = {x, l.in, Inner::other},
+          .c = gradient(l.weight),
+          .ldc = l.in,
+          .accumulate = !fresh_});
+    if (l.bias >= 0) bias_backward(N, l.out, dy, gradient(l.bias), !fresh_);
+    gemm({.M = N,
+          .N = l.in,
+          .K = l.out,
+          .a = {dy, l.out, Inner::k},
+          .b = {weight(l.weight), l.in, Inner::other},
+          .c = dx,
+          .ldc = l.in});
+  }
+  void norm(int N, const Norm& n, const float* x, float* y, NormStats stats) const {
+    norm_forward(N, config_.C, x, weight(n.weight), weight(n.bias), float(config_.norm_eps), y,
+                 stats);
+  }
+  void norm_back(int N, const Norm& n, const float* dy, const float* x, NormStats stats) {
+    norm_backward(N, config_.C, dy, x, weight(n.weight), stats, a_.dx, gradient(n.weight),
+                  gradient(n.bias), !fresh_, a_.partials);
+  }
+
+  void reserve(int64_t N) {
+    if (N <= capacity_) return;
+    Activations layout;
+    arena_.reset(layout.lay_out(config_, N, train_, nullptr));
+    a_.lay_out(config_, N, train_, arena_.data());
+    capacity_ = N;
+  }
+  void begin(const Batch& batch);
+  void check_weights(std::span<const float> dlogp, std::span<const float> dvalue,
+                     std::span<const float> dentropy) const {
+    const auto check = [&](const char* name, std::span<const float> w, bool wanted) {
+      if (w.empty()) return;
+      if (!wanted) fail(name, ": this model's head does not make it");
+      if (w.size() != size_t(N_)) {
+        fail(name, ": found ", w.size(), " weights, expected one for each of ", N_, " tokens");
+      }
+    };
+    check("dlogp", dlogp, config_.head == Head::lm);
+    check("dentropy", dentropy, config_.head == Head::lm);
+    check("dvalue", dvalue, config_.head == Head::scalar);
+  }
+  void embed(int N, const int* tokens, const int* positions, float* x) const;
+  void rotate(int N, const int* positions, const Block& b, float* qkv, float* rotated) const;
+  Attention attention_of(const float* qkv, const float* rotated) const;
+  void rotate_backward(const Block& b, const LayerActivations& a);
+  void trunk_forward();
+  void trunk_backward();
+  void logits_forward(int64_t first, int64_t rows);
+  void head_forward();
+  void head_backward(std::span<const float> dlogp, std::span<const float> dvalue,
+                     std::span<const float> dentropy, bool logits_ready);
+
+  bool train_;
+  std::shared_ptr<Weights> weights_;
+  Arena gradients_, moment1_, moment2_;  // in the table's order
+  bool fresh_ = true;  // gradients are zero, whatever the arena holds: the next backward sets them
+  Arena arena_;
+  Activations a_{};
+  int64_t capacity_ = 0;
+  RopeTable rope_;
+
+  Arena decode_arena_;  // decoding's own: it does not disturb a live forward
+  Activations decode_{};
+  int64_t decode_capacity_ = 0;
+
+  // The live batch
+  int N_ = 0;
+  std::vector<int> tokens_, targets_, doc_starts_, positions_;
+  float inverse_temperature_ = 1;
+  std::vector<int> head_rows_;       // positions that have a target
+  std::vector<RowSoftmax> softmax_;  // one for each of head_rows_
+  std::vector<float> logp_, entropy_, value_;
+  bool live_ = false, logits_kept_ = false;
+};
+
+void CpuGpt::begin(const Batch& batch) {
+  const auto N = int64_t(batch.tokens.size());
+  const auto& starts = batch.doc_starts;
+  if (N == 0 || N > 1 << 28) fail("batch: found ", N, " tokens, expected 1 to ", 1 << 28);
+  if (starts.size() < 2 || starts.front() != 0 || starts.back() != N) {
+    fail("batch: doc_starts must begin with 0 and end with the number of tokens");
+  }
+  const bool lm = config_.head == Head::lm;
+  if (lm && int64_t(batch.targets.size()) != N) {
+    fail("batch: found ", batch.targets.size(), " targets, expected ", N);
+  }
+  if (!(batch.temperature > 0))
+    fail("batch: temperature: found ", batch.temperature, ", expected above 0");
+  positions_.resize(size_t(N));
+  for (size_t d = 0; d + 1 < starts.size(); d++) {
+    const int length = starts[d + 1] - starts[d];
+    if (length <= 0 || length > config_.T) {
+      fail("batch: document ", d, ": found ", length, " tokens, expected 1 to the context of ",
+           config_.T);
+    }
+    for (int t = 0; t < length; t++) positions_[size_t(starts[d] + t)] = t;
+  }
+  head_rows_.clear();
+  for (int64_t n = 0; n < N; n++) {
+    const int token = batch.tokens[size_t(n)], target = lm ? batch.targets[size_t(n)] : -1;
+    if (token < 0 || token >= config_.V || target < -1 || target >= config_.V) {
+      fail("batch: position ", n, ": found token ", token, " and target ", target,
+           ", expected ids below ", config_.V);
+    }
+    if (target >= 0) head_rows_.push_back(int(n));
+  }
+  N_ = int(N);
+  tokens_.assign(batch.tokens.begin(), batch.tokens.end());
+  targets_.assign(batch.targets.begin(), batch.targets.end());
+  doc_starts_.assign(starts.begin(), starts.end());
+  inverse_temperature_ = 1 / batch.temperature;
+  logp_.assign(lm ? size_t(N) : 0, 0.f);
+  entropy_.assign(lm ? size_t(N) : 0, 0.f);
+  value_.assign(lm ? 0 : size_t(N), 0.f);
+  softmax_.resize(head_rows_.size());
+  reserve(N);
+  live_ = logits_kept_ = false;
+}
+
+// x[n] = wte[token] (+ wpe[position])
+void CpuGpt::embed(int N, const int* tokens, const int* positions, float* x) const {
+  const int C = config_.C;
+  const Weights& w = *weights_;
+  const bool in_panels = w.panels_only && w.group_of(table_.wte);
+  parallel_for(N, [&](int64_t n) {
+    float* row = x + n * C;
+    const int64_t first = table_.wte + int64_t(tokens[n]) * C;
+    if (in_panels) {
+      const Weights::Group& g = *w.group_of(table_.wte);
+      for (int c = 0; c < C; c++) row[c] = w.in_panels(g, first + c);
+    } else {
+      std::copy_n(weight(first), C, row);
+    }
+    if (table_.wpe >= 0) {
+      const float* p = weight(table_.wpe) + int64_t(positions[n]) * C;
+      lanes(C, [&](int64_t c, int m) { store(row + c, load(row + c, m) + load(p + c, m), m); });
+    }
+  });
+}
+
+// Norm and RoPE of q and k. llama turns them where they are; qwen3 keeps the raw ones for backward.
+void CpuGpt::rotate(int N, const int* positions, const Block& b, float* qkv, float* rotated) const {
+  if (config_.family == Family::gpt2) return;
+  const int HS = config_.HS, NH = config_.NH, heads = NH + config_.NKV;
+  parallel_for(N, [&](int64_t n) {
+    const float *cos = rope_.cos(positions[n]), *sin = rope_.sin(positions[n]);
+    for (int h = 0; h < heads; h++) {
+      float* x = qkv + n * config_.qkv() + h * HS;
+      if (rotated) {
+        float* y = rotated + (n * heads + h) * HS;
+        norm_row(HS, x, weight(h < NH ? b.q_norm : b.k_norm), nullptr, float(config_.norm_eps), y,
+                 nullptr, nullptr);
+        x = y;
+      }
+      rope_row(HS, x, cos, sin, 1);
+    }
+  });
+}
+
+// Where attention finds q, k and v of the live batch.
+Attention CpuGpt::attention_of(const float* qkv, const float* rotated) const {
+  const int64_t q = int64_t(config_.NH) * config_.HS, qk = q + int64_t(config_.NKV) * config_.HS;
+  const int64_t ld = config_.qkv();
+  Attention a{config_.NH, config_.NKV, config_.HS, doc_starts_, qkv, qkv + q, qkv + qk, ld, ld, ld};
+  if (rotated) a.q = rotated, a.k = rotated + q, a.q_ld = a.k_ld = qk;
+  return a;
+}
+
+void CpuGpt::trunk_forward() {
+  const bool panels = weights_->panels_only;
+  if (config_.family != Family::gpt2) {
+    rope_.reach(1 + *std::max_element(positions_.begin(), positions_.end()));
+  }
+  embed(N_, tokens_.data(), positions_.data(), a_.layers[0].x);
+  for (int l = 0; l < config_.L; l++) {
+    const Block& b = table_.blocks[size_t(l)];
+    LayerActivations& a = a_.layers[size_t(l)];
+    norm(N_, b.norm1, a.x, a.norm1, a.stats1);
+    linear(N_, b.qkv, a.norm1, a.qkv, nullptr, panels);
+    rotate(N_, positions_.data(), b, a.qkv, a.rotated);
+    attention_forward(attention_of(a.qkv, a.rotated), a.att, a.lse);
+    linear(N_, b.o, a.att, a.mid, a.x, panels);
+    norm(N_, b.norm2, a.mid, a.norm2, a.stats2);
+    linear(N_, b.up, a.norm2, a.up, nullptr, panels);
+    if (config_.has_gate()) {
+      swiglu_forward(N_, config_.F, a.up, a.act);
+    } else {
+      gelu_forward(int64_t(N_) * config_.F, a.up, a.act);
+    }
+    linear(N_, b.down, a.act, l + 1 < config_.L ? a_.layers[size_t(l) + 1].x : a_.x, a.mid, panels);
+  }
+  norm(N_, table_.final_norm, a_.x, a_.final_norm, a_.final_stats);
+}
+
+// Logits of head_rows_[first, first + rows) and their softmax statistics.
+void CpuGpt::logits_forward(int64_t first, int64_t rows) {
+  const int V = config_.V, ld = config_.padded_V();
+  gemm({.M = int(rows),
+        .N = V,
+        .K = config_.C,
+        .a = {a_.head_in + first * config_.C, config_.C, Inner::k},
+        .b = matrix(table_.head, weights_->panels_only),
+        .c = a_.logits,
+        .ldc = ld});
+  parallel_for(rows, [&](int64_t r) {
+    const size_t row = size_t(first + r), n = size_t(head_rows_[row]);
+    const float* x = a_.logits + r * ld;
+    softmax_[row] = row_softmax(V, x, inverse_temperature_);
+    logp_[n] = softmax_[row].logp(x[targets_[n]], inverse_temperature_);
+    entropy_[n] = softmax_[row].entropy;
+  });
+}
+
+void CpuGpt::head_forward() {
+  const int C = config_.C;
+  if (config_.head == Head::scalar) {
+    gemm({.M = N_,
+          .N = 1,
+          .K = C,
+          .a = {a_.final_norm, C, Inner::k},
+          .b = {weight(table_.head.weight), C, Inner::k},
+          .c = value_.data(),
+          .ldc = 1});
+    return;
+  }
+  const auto M = int64_t(head_rows_.size()), chunk = logit_rows(config_, N_);
+  parallel_for(M, [&](int64_t r) {
+    std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
+  });
+  for (int64_t first = 0; first < M; first += chunk) {
+    logits_forward(first, std::min(chunk, M - first));
+  }
+  logits_kept_ = M <= chunk;
+}
+
+// From the per-token weights to dx, the gradient of the stream that leaves the last layer, through
+// the head and the final norm. Logits are made here unless forward left them.
+void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> dvalue,
+                           std::span<const float> dentropy, bool logits_ready) {
+  const int C = config_.C, V = config_.V, ld = config_.padded_V();
+  const Linear& head = table_.head;
+  const Operand weights{weight(head.weight), C, Inner::other};
+  std::fill_n(a_.dnorm, int64_t(N_) * C, 0.f);
+  if (config_.head == Head::scalar) {
+    if (!dvalue.empty()) {
+      gemm({.M = N_,
+            .N = C,
+            .K = 1,
+            .a = {dvalue.data(), 1, Inner::k},
+            .b = weights,
+            .c = a_.dnorm,
+            .ldc = C});
+    }
+    const std::vector<float> none(size_t(dvalue.empty() ? N_ : 0), 0.f);
+    gemm({.M = 1,
+          .N = C,
+          .K = N_,
+          .a = {dvalue.empty() ? none.data() : dvalue.data(), 1, Inner::other},
+          .b = {a_.final_norm, C, Inner::other},
+          .c = gradient(head.weight),
+          .ldc = C,
+          .accumulate = !fresh_});
+  } else {
+    const auto M = int64_t(head_rows_.size()), chunk = logit_rows(config_, N_);
+    if (!logits_ready) {
+      parallel_for(M, [&](int64_t r) {
+        std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
+      });
+    }
+    if (fresh_ && M == 0) std::fill_n(gradient(head.weight), int64_t(V) * C, 0.f);
+    for (int64_t first = 0; first < M; first += chunk) {
+      const int rows = int(std::min(chunk, M - first));
+      if (!logits_ready) logits_forward(first, rows);
+      parallel_for(rows, [&](int64_t r) {
+        const size_t row = size_t(first + r), n = size_t(head_rows_[row]);
+        row_softmax_backward(V, a_.logits + r * ld, softmax_[row], inverse_temperature_,
+                             targets_[n], dlogp.empty() ? 0.f : dlogp[n],
+                             dentropy.empty() ? 0.f : dentropy[n]);
+      });
+      gemm({.M = rows,
+            .N = C,
+            .K = V,
+            .a = {a_.logits, ld, Inner::k},
+            .b = weights,
+            .c = a_.dhead_in + first * C,
+            .ldc = C});
+      gemm({.M = V,
+            .N = C,
+            .K = rows,
+            .a = {a_.logits, ld, Inner::other},
+            .b = {a_.head_in + first * C, C, Inner::other},
+            .c = gradient(head.weight),
+            .ldc = C,
+            .accumulate = !fresh_ || first > 0});
+    }
+    parallel_for(M, [&](int64_t r) {
+      std::copy_n(a_.dhead_in + r * C, C, a_.dnorm + int64_t(head_rows_[size_t(r)]) * C);
+    });
+  }
+  std::fill_n(a_.dx, int64_t(N_) * C, 0.f);
+  norm_back(N_, table_.final_norm, a_.dnorm, a_.x, a_.final_stats);
+}
+
+// dqkv holds gradients of the rotated q and k: turned back, and through qwen3's norm.
+void CpuGpt::rotate_backward(const Block& b, const LayerActivations& a) {
+  if (config_.family == Family::gpt2) return;
+  const int HS = config_.HS, NH = config_.NH, heads = NH + config_.NKV;
+  const int64_t ld = config_.qkv();
+  const bool norm = config_.family == Family::qwen3;
+  const int blocks = (N_ + kRowBlock - 1) / kRowBlock;
+  float* partials = a_.partials;  // (blocks, 2, HS): gradients of q_norm and k_norm
+  parallel_for(blocks, [&](int64_t block) {
+    float* sums = partials + block * 2 * HS;
+    std::fill_n(sums, 2 * HS, 0.f);
+    for (int64_t n = block * kRowBlock; n < std::min<int64_t>(N_, (block + 1) * kRowBlock); n++) {
+      const float *cos = rope_.cos(positions_[size_t(n)]), *sin = rope_.sin(positions_[size_t(n)]);
+      for (int h = 0; h < heads; h++) {
+        float* d = a_.dqkv + n * ld + h * HS;
+        rope_row(HS, d, cos, sin, -1);
+        if (!norm) continue;
+        const float *x = a.qkv + n * ld + h * HS, *w = weight(h < NH ? b.q_norm : b.k_norm);
+        float* dw = sums + (h < NH ? 0 : HS);
+        vec square{}, gx_sum{};
+        lanes(HS, [&](int64_t i, int m) {
+          const vec xi = load(x + i, m);
+          square += xi * xi;
+          gx_sum += xi * load(d + i, m) * load(w + i, m);
+        });
+        const float rstd = 1 / std::sqrt(sum_lanes(square) / float(HS) + float(config_.norm_eps));
+        const float gh_mean = sum_lanes(gx_sum) * rstd / float(HS);
+        lanes(HS, [&](int64_t i, int m) {
+          const vec xhat = load(x + i, m) * rstd, dy = load(d + i, m);
+          store(dw + i, load(dw + i, m) + dy * xhat, m);
+          store(d + i, rstd * (dy * load(w + i, m) - xhat * gh_mean), m);
+        });
+      }
+    }
+  });
+  if (!norm) return;
+  for (int i = 0; i < HS; i++) {
+    for (const int which : {0, 1}) {
+      float* dw = gradient(which ? b.k_norm : b.q_norm) + i;
+      float sum = fresh_ ? 0.f : *dw;
+      for (int block = 0; block < blocks; block++)
+        sum += partials[int64_t(block) * 2 * HS + which * HS + i];
+      *dw = sum;
+    }
+  }
+}
+
+void CpuGpt::trunk_backward() {
+  const int C = config_.C, NH = config_.NH, HS = config_.HS;
+  for (int l = config_.L - 1; l >= 0; l--) {
+    const Block& b = table_.blocks[size_t(l)];
+    LayerActivations& a = a_.layers[size_t(l)];
+    linear_backward(N_, b.down, a.act, a_.dx, a_.dact);
+    if (config_.has_gate()) {
+      swiglu_backward(N_, config_.F, a.up, a_.dact, a_.dup);
+    } else {
+      gelu_backward(int64_t(N_) * config_.F, a.up, a_.dact, a_.dup);
+    }
+    linear_backward(N_, b.up, a.norm2, a_.dup, a_.dnorm);
+    norm_back(N_, b.norm2, a_.dnorm, a.mid, a.stats2);
+    linear_backward(N_, b.o, a.att, a_.dx, a_.dnorm);
+    float *dq = a_.dqkv, *dk = dq + int64_t(NH) * HS, *dv = dk + int64_t(config_.NKV) * HS;
+    attention_backward(attention_of(a.qkv, a.rotated), a.att, a.lse, a_.dnorm, dq, dk, dv,
+                       config_.qkv());
+    rotate_backward(b, a);
+    linear_backward(N_, b.qkv, a.norm1, a_.dqkv, a_.dnorm);
+    norm_back(N_, b.norm1, a_.dnorm, a.x, a.stats1);
+  }
+  // The embedding's gradient: each column by one thread, over n in order. A tied head was first.
+  const bool tied = table_.head.weight == table_.wte;
+  if (fresh_ && !tied) std::fill_n(gradient(table_.wte), int64_t(config_.V) * C, 0.f);
+  if (fresh_ && table_.wpe >= 0) std::fill_n(gradient(table_.wpe), int64_t(config_.T) * C, 0.f);
+  parallel_for((C + 63) / 64, [&](int64_t chunk) {
+    const int64_t first = chunk * 64;
+    const int width = int(std::min<int64_t>(64, C - first));
+    for (int64_t n = 0; n < N_; n++) {
+      const float* d = a_.dx + n * C + first;
+      const auto add = [&](int64_t table, int64_t row) {
+        float* to = gradient(table) + row * C + first;
+        lanes(width, [&](int64_t c, int m) { store(to + c, load(to + c, m) + load(d + c, m), m); });
+      };
+      add(table_.wte, tokens_[size_t(n)]);
+      if (table_.wpe >= 0) add(table_.wpe, positions_[size_t(n)]);
+    }
+  });
+  fresh_ = false;
+}
+
+UpdateStats CpuGpt::update(const OptimizerStep& step) {
+  if (!train_) fail("update: an inference model has no gradients");
+  if (fresh_) std::fill_n(gradients_.data(), gradients_.size(), 0.f);
+  // The norm: blocks of a fixed size, then over the blocks in order.
+  constexpr int64_t kBlock = 1 << 15;
+  std::vector<double> squares(size_t((table_.size + kBlock - 1) / kBlock));
+  parallel_for(int64_t(squares.size()), [&](int64_t block) {
+    const float* g = gradients_.data() + block * kBlock;
+    double sum = 0;
+    for (int64_t first = 0, n = std::min(kBlock, table_.size - block * kBlock); first < n;
+         first += 1024) {
+      vec square{};
+      lanes(std::min<int64_t>(1024, n - first), [&](int64_t i, int m) {
+        const vec x = load(g + first + i, m);
+        square += x * x;
+      });
+      sum += sum_lanes(square);
+    }
+    squares[size_t(block)] = sum;
+  });
+  UpdateStats stats;
+  stats.grad_norm = std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.));
+  fresh_ = true;
+  live_ = false;
+  if (!std::isfinite(stats.grad_norm)) {
+    stats.skipped = true;
+    return stats;
+  }
+  const float scale = step.max_norm > 0 && stats.grad_norm > step.max_norm
+                          ? float(step.max_norm / stats.grad_norm)
+                          : 1.f;
+  struct Piece {
+    const Tensor* tensor;
+    int64_t first, size;  // in the arena
+  };
+  std::vector<Piece> pieces;  // AdamW goes element by element, Muon by whole matrices
+  for (const bool muon_owns : {true, false}) {
+    for (const Tensor& t : table_.tensors) {
+      if (t.muon != muon_owns || !t.trainable) continue;
+      const int64_t chunk = muon_owns ? t.size() : int64_t(1) << 16;
+      for (int64_t i = 0; i < t.size(); i += chunk)
+        pieces.push_back({&t, t.offset + i, std::min(chunk, t.size() - i)});
+    }
+  }
+  parallel_items(int64_t(pieces.size()), [&](int64_t i) {
+    const Piece& p = pieces[size_t(i)];
+    const Tensor& t = *p.tensor;
+    float* w = weights_->rows.data() + p.first;
+    const float* g = gradients_.data() + p.first;
+    float *m = moment1_.data() + p.first, *v = moment2_.data() + p.first;
+    if (t.muon) {
+      muon(t.out, t.in, w, g, m, scale, step);
+    } else {
+      adamw(p.size, w, g, m, v, scale, step.lr[size_t(t.kind)], t.decay ? step.decay : 0, step);
+    }
+  });
+  weights_->panels_current = false;
+  return stats;
+}
+
+void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
+                    bool want_logits) {
+  if (config_.head != Head::lm) fail("decode: a model with a scalar head samples nothing");
+  auto& pages = dynamic_cast<CpuKvCache&>(cache);
+  weights_->make_panels();
+  const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
+  const auto R = int64_t(rows.size());
+  std::vector<int> tokens, positions, starts, lengths;  // of all rows; lengths before this call
+  for (const DecodeRow& row : rows) {
+    const int length = cache.length(row.sequence), n = int(row.tokens.size());
+    if (n == 0 || length + n > config_.T) {
+      fail("decode: found ", n, " tokens after ", length, ", expected 1 up to the context of ",
+           config_.T);
+    }
+    starts.push_back(int(tokens.size()));
+    lengths.push_back(length);
+    for (int t = 0; t < n; t++) {
+      const int token = row.tokens[size_t(t)];
+      if (token < 0 || token >= V) fail("decode: found token ", token, ", expected below ", V);
+      tokens.push_back(token);
+      positions.push_back(length + t);
+    }
+  }
+  for (const DecodeRow& row : rows) {
+    cache.append(row.sequence, int(row.tokens.size()),
+                 [&](int from, int to) { pages.copy(from, to); });
+  }
+  result.ids.assign(size_t(R), 0);
+  result.logp.assign(size_t(R), 0.f);
+  result.logits.resize(want_logits ? size_t(R * V) : 0);
+  if (R == 0) return;
+  const int N = int(tokens.size());
+  starts.push_back(N);
+  if (N > decode_capacity_) {
+    decode_arena_.reset(decode_.lay_out(config_, N, false, nullptr));
+    decode_.lay_out(config_, N, false, decode_arena_.data());
+    decode_capacity_ = N;
+  }
+  if (config_.family != Family::gpt2) {
+    rope_.reach(1 + *std::max_element(positions.begin(), positions.end()));
+  }
+  const float scale = 1 / std::sqrt(float(HS));
+  embed(N, tokens.data(), positions.data(), decode_.layers[0].x);
+  for (int l = 0; l < config_.L; l++) {
+    const Block& b = table_.blocks[size_t(l)];
+    LayerActivations& a = decode_.layers[size_t(l)];
+    norm(N, b.norm1, a.x, a.norm1, a.stats1);
+    linear(N, b.qkv, a.norm1, a.qkv, nullptr, true);
+    rotate(N, positions.data(), b, a.qkv, a.rotated);
+    const Attention qkv = attention_of(a.qkv, a.rotated);
+    parallel_items(R * NKV, [&](int64_t task) {
+      const auto r = size_t(task / NKV);
+      const int kv = int(task % NKV), before = lengths[r];
+      const std::vector<int>& list = cache.pages(rows[r].sequence);
+      std::vector<const float*> key_pages, value_pages;
+      for (int page : list) {
+        key_pages.push_back(pages.keys(page, l, kv));
+        value_pages.push_back(pages.values(page, l, kv));
+      }
+      const int n = starts[r + 1] - starts[r];
+      for (int t = 0; t < n; t++) {
+        const int page = list[size_t((before + t) / kPage)];
+        const int64_t i = starts[r] + t;
+        fill_page(HS, (before + t) % kPage, qkv.k + i * qkv.k_ld + kv * HS,
+                  qkv.v + i * qkv.v_ld + kv * HS, pages.keys(page, l, kv),
+                  pages.values(page, l, kv));
+      }
+      alignas(64) float q[kMR * 256];
+      for (int h = kv * (NH / NKV); h < (kv + 1) * (NH / NKV); h++) {
+        for (int t = 0; t < n; t += kMR) {
+          const int count = std::min(kMR, n - t);
+          const int64_t i = starts[r] + t;
+          for (int j = 0; j < count; j++)
+            for (int d = 0; d < HS; d++)
+              q[j * HS + d] = qkv.q[(i + j) * qkv.q_ld + h * HS + d] * scale;
+          attend(count, before + t, HS, q, HS, key_pages.data(), value_pages.data(),
+                 a.att + i * NH * HS + h * HS, NH * HS, nullptr, 0);
+        }
+      }
+    });
+    linear(N, b.o, a.att, a.mid, a.x, true);
+    norm(N, b.norm2, a.mid, a.norm2, a.stats2);
+    linear(N, b.up, a.norm2, a.up, nullptr, true);
+    if (config_.has_gate()) {
+      swiglu_forward(N, config_.F, a.up, a.act);
+    } else {
+      gelu_forward(int64_t(N) * config_.F, a.up, a.act);
+    }
+    float* next = l + 1 < config_.L ? decode_.layers[size_t(l) + 1].x : decode_.x;
+    linear(N, b.down, a.act, next, a.mid, true);
+  }
+  for (int64_t r = 0; r < R; r++)
+    std::copy_n(decode_.x + int64_t(starts[size_t(r) + 1] - 1) * C, C, decode_.final_norm + r * C);
+  norm(int(R), table_.final_norm, decode_.final_norm, decode_.head_in, decode_.final_stats);
+  const int64_t chunk = logit_rows(config_, decode_capacity_), ld = config_.padded_V();
+  for (int64_t first = 0; first < R; first += chunk) {
+    const int64_t count = std::min(chunk, R - first);
+    gemm({.M = int(count),
+          .N = V,
+          .K = C,
+          .a = {decode_.head_in + first * C, C, Inner::k},
+          .b = matrix(table_.head, true),
+          .c = decode_.logits,
+          .ldc = ld});
+    parallel_items(count, [&](int64_t i) {
+      const auto r = size_t(first + i);
+      const float* x = decode_.logits + i * ld;
+      const Sampling& how = rows[r].sampling;
+      thread_local std::vector<float> scratch;
+      const int id = sample_row(V, x, how, rows[r].history,
+                                uint64_t(lengths[r]) + rows[r].tokens.size(), scratch);
+      const float inverse = how.temperature > 0 ? 1 / how.temperature : 1;
+      result.ids[r] = id;
+      result.logp[r] = row_softmax(V, x, inverse).logp(x[id], inverse);
+      if (want_logits) std::copy_n(x, V, result.logits.data() + int64_t(r) * V);
+    });
+  }
+}
+
+void CpuGpt::read(int tensor, Slot slot, std::span<float> out) const {
+  const Tensor& t = table_.tensors.at(size_t(tensor));
+  if (int64_t(out.size()) != t.size()) {
+    fail(t.name, ": found room for ", out.size(), " floats, expected ", t.size());
+  }
+  if (slot == Slot::weight) {
+    const Weights::Group* g = weights_->panels_only ? weights_->group_of(t.offset) : nullptr;
+    if (g) {
+      parallel_for(t.out, [&](int64_t o) {
+        for (int64_t i = o * t.in; i < (o + 1) * t.in; i++)
+          out[size_t(i)] = weights_->in_panels(*g, t.offset + i);
+      });
+    } else {
+      std::copy_n(weight(t.offset), t.size(), out.data());
+    }
+    return;
+  }
+  if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
+  if (slot == Slot::gradient && fresh_) {
+    std::fill(out.begin(), out.end(), 0.f);
+    return;
+  }
+  const Arena& from = slot == Slot::gradient  ? gradients_
+                      : slot == Slot::moment1 ? moment1_
+                                              : moment2_;
+  std::copy_n(from.data() + t.offset, t.size(), out.data());
+}
+
+void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
+  const Tensor& t = table_.tensors.at(size_t(tensor));
+  if (int64_t(in.size()) != t.size()) {
+    fail(t.name, ": found ", in.size(), " floats, expected ", t.size());
+  }
+  if (slot == Slot::weight) {
+    const Weights::Group* g = weights_->panels_only ? weights_->group_of(t.offset) : nullptr;
+    if (g) {
+      parallel_for(t.out, [&](int64_t o) {
+        for (int64_t i = o * t.in; i < (o + 1) * t.in; i++)
+          weights_->in_panels(*g, t.offset + i) = in[size_t(i)];
+      });
+    } else {
+      std::copy_n(in.data(), t.size(), weights_->rows.data() + t.offset);
+    }
+    weights_->panels_current = false;
+    return;
+  }
+  if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
+  if (slot == Slot::gradient && fresh_) {
+    std::fill_n(gradients_.data(), gradients_.size(), 0.f);
+    fresh_ = false;
+  }
+  Arena& to = slot == Slot::gradient ? gradients_ : slot == Slot::moment1 ? moment1_ : moment2_;
+  std::copy_n(in.data(), t.size(), to.data() + t.offset);
+}
+
+MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
+  const bool train = options.mode == Mode::train;
+  const ParamTable table = make_table(c, options.muon);
+  int64_t adamw_floats = 0;
+  for (const Tensor& t : table.tensors)
+    if (!t.muon) adamw_floats += t.size();
+  MemoryPlan plan;
+  const char* model = "--depth, --layers, --channels";
+  if (!options.share) plan.items.push_back({"parameters", table.size * 4, model});
+  if (train) {
+    plan.items.push_back({"gradients", table.size * 4, model});
+    plan.items.push_back({"optimizer state", (table.size + adamw_floats) * 4, model});
+  }
+  if (options.batch_tokens > 0) {
+    Activations layout;
+    plan.items.push_back({"activations",
+                          layout.lay_out(c, options.batch_tokens, train, nullptr) * 4,
+                          "--micro-batch-tokens, --context"});
+  }
+  return plan;
+}
+
+std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
+  if (options.device == Device::cuda) {
+    fail("--device cuda: this build has the CPU engine alone, expected --device cpu or auto");
+  }
+  config.check("model");
+  const MemoryPlan plan = plan_memory(config, options);
+  const int64_t available = available_memory();
+  if (plan.total() > available) {
+    std::string items;
+    const MemoryPlan::Item* largest = &plan.items[0];
+    for (const auto& i : plan.items) {
+      items += concat(items.empty() ? "" : ", ", i.what, " ", bytes_text(double(i.bytes)));
+      if (i.bytes > largest->bytes) largest = &i;
+    }
+    fail("out of memory: the plan takes ", bytes_text(double(plan.total())), " (", items,
+         "), found ", bytes_text(double(available)), " available; lower ", largest->lower);
+  }
+  return std::make_unique<CpuGpt>(config, options);
+}
+
+// Additions and multiplications a second that this machine's cores reach with nothing but
+// multiply-adds in registers: the peak that speeds are shares of. Takes about .3 s.
+double measure_peak() {
+  double best = 0;
+  for (int repetition = 0; repetition < 5; repetition++) {
+    constexpr int64_t kSteps = 4'000'000;
+    constexpr int kChains = 12;  // enough to hide the latency of two units
+    float sink = 0;
+    const double start = now();
+#pragma omp parallel reduction(+ : sink)
+    {
+      vec acc[kChains];
+      for (int j = 0; j < kChains; j++) acc[j] = splat(float(j));
+      const vec x = splat(.999f + 1e-6f * float(repetition)), y = splat(1e-3f);
+      for (int64_t i = 0; i < kSteps; i++) {
+#pragma GCC unroll 12
+        for (int j = 0; j < kChains; j++) acc[j] = acc[j] * x + y;
+      }
+      for (const vec& a : acc) sink += sum_lanes(a);
+    }
+    if (sink == -1) std::printf(" ");  // the sum is used: the loop stays
+    const double seconds = now() - start;
+    best = std::max(best, 2. * kLanes * kChains * kSteps * omp_get_max_threads() / seconds);
+  }
+  return best;
+}
+
+// Operations of forward and backward on a batch: 6 a parameter that takes part in products and
+// token, and 6 L NH HS a token and position of its document (PaLM's count, appendix B).
+double training_operations(const Gpt& gpt, std::span<const int> doc_starts) {
+  const Config& c = gpt.config();
+  double tokens = 0, squares = 0;
+  for (size_t d = 0; d + 1 < doc_starts.size(); d++) {
+    const double length = doc_starts[d + 1] - doc_starts[d];
+    tokens += length, squares += length * length;
+  }
+  return 6 * double(gpt.table().matmul_parameters()) * tokens + 6. * c.L * c.NH * c.HS * squares;
+}
+
+}  // namespace cake
+
+#ifndef CAKE_NO_MAIN
+
+// =============================================================================================
+// 7. Pretraining
+//
+//     PREFIX shards -> Loader -> forward_backward (micro-batches) -> update -> metrics, evaluation,
+//     samples, checkpoints
+
+#include <CLI/CLI.hpp>
+
+#include "cake/checkpoint.h"
+#include "cake/generate.h"
+#include "cake/schedule.h"
+#include "cake/shards.h"
+#include "cake/tokenizer.h"
+
+namespace cake {
+namespace {
+
+// What a run is: every choice that decides its updates. Stored in the trainer's state; 0 or empty
+// means that plan_run chooses.
+struct Settings {
+  std::string data, tokenizer, init_from;
+  std::string family = "qwen3", optimizer, schedule = "linear";
+  int depth = 4, layers = 0, channels = 0, heads = 0, kv_heads = 0, head_size = 0, ffn = 0;
+  int context = 0;
+  int tied = -1;
+  int64_t steps = 0, tokens = 0;
+  double minutes = 0;
+  int64_t batch_tokens = 0, micro_batch_tokens = 0;
+  double matrix_lr = 0, embedding_lr = 0, head_lr = 0, vector_lr = 0, lr_scale = 0;
+  double weight_decay = -1, clip = -1, beta1 = .9, beta2 = .95, momentum = .95;
+  int64_t warmup = -1;
+  double warmdown = -1, final_lr = .03;
+  uint64_t seed = 1;
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Settings, data, tokenizer, init_from, family, optimizer,
+                                   schedule, depth, layers, channels, heads, kv_heads, head_size,
+                                   ffn, context, tied, steps, tokens, minutes, batch_tokens,
+                                   micro_batch_tokens, matrix_lr, embedding_lr, head_lr, vector_lr,
+                                   lr_scale, weight_decay, clip, beta1, beta2, momentum, warmup,
+                                   warmdown, final_lr, seed)
+
+// How a run is watched and kept: changes no update.
+struct Watching {
+  std::filesystem::path out;
+  std::string device = "auto", prompt;
+  int threads = 0;
+  int64_t eval_every = 0, sample_every = 0, save_every = 0, eval_tokens = 1 << 20;
+  double save_minutes = 10;
+  bool resume = false, overwrite = false, dry_run = false;
+};
+
+std::string count_text(double n) {  // 1,234 or 5.03M
+  if (n >= 1e12) return format("%.2fT", n / 1e12);
+  if (n >= 1e9) return format("%.2fB", n / 1e9);
+  if (n >= 1e6) return format("%.2fM", n / 1e6);
+  std::string digits = format("%.0f", n);
+  for (int i = int(digits.size()) - 3; i > 0; i -= 3) digits.insert(size_t(i), ",");
+  return digits;
+}
+
+class Trainer {
+ public:
+  Trainer(Settings settings, Watching watching)
+      : s_(std::move(settings)),
+        w_(std::move(watching)),
+        info_(read_data_info(s_.data)),
+        tokenizer_path_(s_.tokenizer.empty()
+                            ? data_info_path(s_.data).parent_path() / info_.tokenizer
+                            : std::filesystem::path(s_.tokenizer)),
+        tokenizer_(Tokenizer::load(tokenizer_path_)),
+        train_(s_.data, "train"),
+        end_of_text_(tokenizer_.end_of_text()) {
+    if (tokenizer_.hash() != info_.hash) {
+      fail(tokenizer_path_.string(), ": is not the tokenizer that made ", s_.data,
+           ": encode the data again, or name its tokenizer with --tokenizer");
+    }
+    if (info_.val.tokens > 1) val_ = std::make_unique<TokenStream>(s_.data, "val");
+    token_bytes_.resize(size_t(tokenizer_.vocab_size()));
+    for (int id = 0; id < tokenizer_.vocab_size(); id++)
+      token_bytes_[size_t(id)] =
+          tokenizer_.is_special(id) ? 0 : int(tokenizer_.token_bytes(id).size());
+  }
+
+  int run();
+
+ private:
+  struct StepResult {
+    double loss, bits_per_byte, grad_norm, operations;
+    bool skipped;
+  };
+  struct Score {
+    double loss = 0, bits_per_byte = 0;
+    int64_t tokens = 0;
+  };
+
+  std::filesystem::path model() const { return w_.out / "model"; }
+  void plan_model();
+  void plan_run();
+  void print_plan(double step_seconds, double total_seconds);
+  void make_model(bool resumed);
+  void calibrate();
+  StepResult step(int64_t number);
+  Score evaluate(int64_t tokens);
+  void sample();
+  void save(bool finished);
+  void check_disk();
+  void train();
+  [[noreturn]] void diverged(const std::string& what);
+  OptimizerStep optimizer_step(int64_t number) const;
+  GptOptions options() const {
+    GptOptions o;
+    o.device = parse_device(w_.device);
+    o.muon = s_.optimizer == "muon";
+    o.batch_tokens = int(s_.micro_batch_tokens);
+    return o;
+  }
+
+  Settings s_;
+  Watching w_;
+  DataInfo info_;
+  std::filesystem::path tokenizer_path_;
+  Tokenizer tokenizer_;
+  TokenStream train_;
+  std::unique_ptr<TokenStream> val_;
+  int end_of_text_;
+  std::vector<int> token_bytes_;  // (V) bytes of text an id stands for; 0 for special tokens
+
+  Config config_;
+  std::unique_ptr<Gpt> gpt_;
+  std::unique_ptr<Loader> loader_;
+  Schedule schedule_;
+  int64_t done_ = 0;                            // steps
+  double seconds_ = 0;                          // of the run so far, earlier sittings included
+  double peak_ = 0;                             // operations a second
+  double step_seconds_ = 0, eval_seconds_ = 0;  // calibrated; 0: unknown
+  double lowest_loss_ = 1e30, recent_loss_ = 0;
+  int skipped_in_a_row_ = 0;
+  Metrics metrics_;
+  ProgressLine line_;
+  std::vector<int> tokens_, targets_, doc_starts_;
+  std::vector<float> dlogp_;
+};
+
+// The model: from a directory, or from --depth with every size overridable.
+void Trainer::plan_model() {
+  const int V = tokenizer_.vocab_size();
+  if (!s_.init_from.empty()) {
+    config_ = load_config(model_dir(s_.init_from));
+    if (config_.head != Head::lm)
+      fail(s_.init_from, ": has a scalar head, expected a language model");
+    if (config_.V < V) {
+      fail(s_.init_from, ": found a vocabulary of ", config_.V,
+           ", expected at least the tokenizer's ", V);
+    }
+    if (s_.context == 0) s_.context = std::min(config_.T, 1024);
+    if (s_.context > config_.T) {
+      fail("--context: found ", s_.context, ", expected at most the model's ", config_.T);
+    }
+    return;
+  }
+  Family family = Family::qwen3;
+  if (s_.family == "gpt2")
+    family = Family::gpt2;
+  else if (s_.family == "llama")
+    family = Family::llama;
+  else if (s_.family != "qwen3")
+    fail("--family: found ", s_.family, ", expected gpt2, llama or qwen3");
+  if (s_.depth < 1 || s_.depth > 100) fail("--depth: found ", s_.depth, ", expected 1 to 100");
+  const int L = s_.layers ? s_.layers : s_.depth;
+  const int C = s_.channels ? s_.channels : width_of_depth(s_.depth);
+  if (s_.context == 0) s_.context = C < 256 ? 256 : C < 512 ? 512 : 1024;
+  config_ = new_config(family, L, C, V, s_.context);
+  if (s_.head_size)
+    config_.HS = s_.head_size, config_.NH = config_.NKV = std::max(1, C / s_.head_size);
+  if (s_.heads) {
+    config_.NH = config_.NKV = s_.heads;
+    if (!s_.head_size) config_.HS = std::max(2, C / s_.heads);
+  }
+  if (s_.kv_heads) config_.NKV = s_.kv_heads;
+  if (s_.ffn) config_.F = s_.ffn;
+  if (s_.tied >= 0) config_.tied = s_.tied;
+  config_.bos = config_.eos = config_.pad = end_of_text_;
+  config_.check("model flags");
+}
+
+// Batch, budget, optimizer: what the flags left open.
+void Trainer::plan_run() {
+  const ParamTable table = make_table(config_);
+  const auto positive = [](const char* flag, auto found) {
+    if (!(found >= 0)) fail(flag, ": found ", found, ", expected above 0");
+  };
+  positive("--steps", s_.steps), positive("--tokens", s_.tokens), positive("--minutes", s_.minutes);
+  positive("--batch-tokens", s_.batch_tokens),
+      positive("--micro-batch-tokens", s_.micro_batch_tokens);
+  if ((s_.steps > 0) + (s_.tokens > 0) + (s_.minutes > 0) > 1) {
+    fail("--steps, --tokens, --minutes: found more than one, expected one budget");
+  }
+  if (s_.schedule != "linear" && s_.schedule != "cosine" && s_.schedule != "constant") {
+    fail("--schedule: found ", s_.schedule, ", expected linear, cosine or constant");
+  }
+  loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, end_of_text_);
+  const int64_t window = loader_->window_length();
+  if (s_.steps == 0 && s_.tokens == 0 && s_.minutes == 0) s_.tokens = tokens_of_model(table);
+  if (s_.batch_tokens == 0) {
+    s_.batch_tokens = s_.tokens > 0 ? batch_of_tokens(double(s_.tokens)) : 2048;
+  }
+  s_.batch_tokens = std::max<int64_t>(1, s_.batch_tokens / window) * window;
+  if (s_.micro_batch_tokens == 0) s_.micro_batch_tokens = 4096;
+  s_.micro_batch_tokens =
+      std::clamp<int64_t>(s_.micro_batch_tokens / window * window, window, s_.batch_tokens);
+  if (s_.tokens > 0) s_.steps = std::max<int64_t>(1, s_.tokens / s_.batch_tokens);
+
+  // Muon's own products cost 5 (4 m^2 n + 2 m^3) a matrix and step: worth it when they are few
+  // beside the batch's 6 m n a token.
+  if (s_.optimizer.empty()) {
+    double muon = 0, batch = 0;
+    for (const Tensor& t : table.tensors) {
+      if (t.kind != Kind::matrix) continue;
+      const double m = std::min(t.out, t.in), n = std::max(t.out, t.in);
+      muon += 5 * (3 * m * m * n + m * m * m);
+      batch += 6 * m * n * double(s_.batch_tokens);
+    }
+    s_.optimizer = s_.init_from.empty() && muon < .35 * batch ? "muon" : "adamw";
+  }
+  if (s_.optimizer != "muon" && s_.optimizer != "adamw") {
+    fail("--optimizer: found ", s_.optimizer, ", expected muon or adamw");
+  }
+  const bool muon = s_.optimizer == "muon";
+  const double adamw_lr = std::min(.004, .002 * std::sqrt(128. / config_.C) * 2);
+  if (s_.matrix_lr == 0) s_.matrix_lr = muon ? .02 : adamw_lr;
+  if (s_.embedding_lr == 0) s_.embedding_lr = muon ? .01 : adamw_lr;
+  if (s_.head_lr == 0) s_.head_lr = muon ? .01 : adamw_lr;
+  if (s_.vector_lr == 0) s_.vector_lr = muon ? .01 : adamw_lr;
+  if (s_.lr_scale == 0) s_.lr_scale = s_.init_from.empty() ? 1 : .1;
+  if (s_.weight_decay < 0) s_.weight_decay = muon ? 0 : .1;
+  if (s_.clip < 0) s_.clip = 1;
+  if (s_.warmdown < 0) s_.warmdown = .6;
+}
+
+OptimizerStep Trainer::optimizer_step(int64_t number) const {
+  const double f = schedule_.at(number) * s_.lr_scale;
+  OptimizerStep o;
+  o.step = number;
+  o.lr[size_t(Kind::embedding)] = o.lr[size_t(Kind::position)] = float(f * s_.embedding_lr);
+  o.lr[size_t(Kind::matrix)] = float(f * s_.matrix_lr);
+  o.lr[size_t(Kind::head)] = float(f * s_.head_lr);
+  o.lr[size_t(Kind::vector)] = float(f * s_.vector_lr);
+  o.beta1 = float(s_.beta1), o.beta2 = float(s_.beta2);
+  o.decay = float(s_.weight_decay);
+  o.muon_lr = float(f * s_.matrix_lr);
+  o.muon_momentum = float(s_.momentum);
+  o.muon_decay = float(s_.weight_decay);
+  o.max_norm = float(s_.clip);
+  return o;
+}
+
+void Trainer::print_plan(double step_seconds, double total_seconds) {
+  const ParamTable table = make_table(config_);
+  const Config& c = config_;
+  const char* families[] = {"gpt2", "llama", "qwen3"};
+  std::printf(
+      "model   %s: %d layers, %d channels, %d heads of %d%s, feed-forward %d, context %d, "
+      "vocabulary %d\n        %s parameters, %s in products\n",
+      families[int(c.family)], c.L, c.C, c.NH, c.HS,
+      c.NKV < c.NH ? format(" over %d key/value heads", c.NKV).c_str() : "", c.F, c.T, c.V,
+      count_text(double(table.parameters())).c_str(),
+      count_text(double(table.matmul_parameters())).c_str());
+  std::printf("data    %s: %s training tokens, %s validation tokens, %.2f bytes a token\n",
+              s_.data.c_str(), count_text(double(info_.train.tokens)).c_str(),
+              count_text(double(info_.val.tokens)).c_str(),
+              double(info_.train.bytes) / double(std::max<int64_t>(1, info_.train.tokens)));
+  if (s_.steps > 0) {
+    const double tokens = double(s_.steps) * double(s_.batch_tokens);
+    std::printf("budget  %s steps of %s tokens = %s tokens, %.2f times the data (--steps %lld)\n",
+                count_text(double(s_.steps)).c_str(), count_text(double(s_.batch_tokens)).c_str(),
+                count_text(tokens).c_str(), tokens / double(train_.size()), (long long)s_.steps);
+  }
+  std::printf("updates %s, %s schedule: learning rate %g for matrices, %g embedding, %g head\n",
+              s_.optimizer.c_str(), s_.schedule.c_str(), s_.matrix_lr * s_.lr_scale,
+              s_.embedding_lr * s_.lr_scale, s_.head_lr * s_.lr_scale);
+  const MemoryPlan memory = plan_memory(config_, options());
+  std::string items;
+  for (const auto& i : memory.items)
+    items += concat(items.empty() ? "" : ", ", i.what, " ", bytes_text(double(i.bytes)));
+  std::printf("memory  %s (%s)\n", bytes_text(double(memory.total())).c_str(), items.c_str());
+  std::printf(
+      "disk    %s a checkpoint with the optimizer's state, twice while one replaces another\n",
+      bytes_text(double(checkpoint_bytes(table, true))).c_str());
+  std::printf("cores   %d, %.0f GFLOP/s of multiply-adds measured\n", omp_get_max_threads(),
+              peak_ / 1e9);
+  if (step_seconds > 0) {
+    std::printf("time    %.0f ms a step, %s in all\n", step_seconds * 1e3,
+                duration_text(total_seconds).c_str());
+  }
+  std::fflush(stdout);
+}
+
+void Trainer::make_model(bool resumed) {
+  gpt_.reset();
+  gpt_ = make_gpt(config_, options());
+  if (resumed) {
+    load_weights(model(), *gpt_);
+  } else if (!s_.init_from.empty()) {
+    load_weights(model_dir(s_.init_from), *gpt_);
+  } else {
+    const auto& tensors = gpt_->table().tensors;
+    for (size_t i = 0; i < tensors.size(); i++)
+      gpt_->write(int(i), Slot::weight, initial_values(tensors[i], s_.seed));
+  }
+}
+
+// Times steps and evaluation on the model as it is, then makes the model again: the clock decides
+// the number of steps and nothing else.
+void Trainer::calibrate() {
+  const double limit = s_.minutes > 0 ? std::clamp(.02 * 60 * s_.minutes, .2, 10.) : 3;
+  schedule_ = {.steps = 1 << 20, .warmup = 1 << 20};
+  double best = 1e30;
+  const double start = now();
+  for (int i = 1; i <= 2 || (now() - start < limit && i < 200); i++) {
+    const double t = now();
+    step(i);
+    if (i > 1) best = std::min(best, now() - t);
+    if (stop_signal) break;
+  }
+  // The best time is a lower bound; what the machine keeps up is between it and the mean.
+  const double t = now();
+  const Score score = val_ ? evaluate(2 * s_.micro_batch_tokens) : Score{};
+  eval_seconds_ = score.tokens > 0 ? (now() - t) / double(score.tokens) : 0;  // a token
+  step_seconds_ = best * 1.01;
+  loader_->set_state({});
+  recent_loss_ = 0, lowest_loss_ = 1e30, skipped_in_a_row_ = 0;
+}
+
+Trainer::StepResult Trainer::step(int64_t number) {
+  const int64_t window = loader_->window_length();
+  const int64_t windows = s_.batch_tokens / window, micro = s_.micro_batch_tokens / window;
+  double nats = 0, bytes = 0, operations = 0;
+  for (int64_t first = 0; first < windows; first += micro) {
+    loader_->next(int(std::min(micro, windows - first)), tokens_, targets_, doc_starts_);
+    dlogp_.assign(tokens_.size(), -1 / float(s_.batch_tokens));
+    gpt_->forward_backward({tokens_, targets_, doc_starts_}, dlogp_);
+    for (float logp : gpt_->logp()) nats -= logp;
+    for (int id : targets_) bytes += token_bytes_[size_t(id)];
+    operations += training_operations(*gpt_, doc_starts_);
+  }
+  const UpdateStats stats = gpt_->update(optimizer_step(number));
+  return {nats / double(s_.batch_tokens), nats / (std::log(2.) * std::max(1., bytes)),
+          stats.grad_norm, operations, stats.skipped};
+}
+
+// Windows of the context that do not overlap, spread over the validation part when it is longer
+// than `tokens`. Bits per byte = nats / (ln 2 x bytes of the targets).
+Trainer::Score Trainer::evaluate(int64_t tokens) {
+  const int T = s_.context;
+  const int64_t all = validation_windows(*val_, T);
+  const int64_t used = std::clamp<int64_t>(tokens / T, 1, all);
+  double nats = 0, bytes = 0;
+  Score score;
+  for (int64_t i = 0; i < used;) {
+    tokens_.clear(), targets_.clear(), doc_starts_.clear();
+    do {
+      const int64_t begin = i * all / used * T;
+      append_window(*val_, begin, std::min<int64_t>(T, val_->size() - 1 - begin), end_of_text_,
+                    tokens_, targets_, doc_starts_);
+      i++;
+    } while (i < used && int64_t(tokens_.size()) + T <= s_.micro_batch_tokens);
+    doc_starts_.push_back(int(tokens_.size()));
+    gpt_->forward({tokens_, targets_, doc_starts_}, Pass::score);
+    for (float logp : gpt_->logp()) nats -= logp;
+    for (int id : targets_) bytes += token_bytes_[size_t(id)];
+    score.tokens += int64_t(tokens_.size());
+  }
+  score.loss = nats / double(score.tokens);
+  score.bits_per_byte = nats / (std::log(2.) * std::max(1., bytes));
+  return score;
+}
+
+void Trainer::sample() {
+  std::vector<int> prompt = {end_of_text_};
+  tokenizer_.encode(w_.prompt, prompt);
+  if (int(prompt.size()) >= config_.T) return;
+  GeneratorOptions options;
+  options.rows = 1;
+  options.cache_positions = config_.T;
+  Generator generator(
+      *gpt_, [&](int id) { return tokenizer_.token_bytes(id); }, options);
+  Request request;
+  request.prompt = prompt;
+  request.max_new = std::min(64, config_.T - int(prompt.size()));
+  request.sampling.temperature = .8f;
+  request.sampling.seed = s_.seed;
+  request.stop_ids = {end_of_text_};
+  const int number = generator.submit(request);
+  generator.run();
+  std::string text = w_.prompt + generator.take(number).text;
+  for (size_t i = 0; (i = text.find('\n', i)) != std::string::npos; i += 9)
+    text.replace(i, 1, "\n        ");
+  line_.note("sample  " + text);
+}
+
+void Trainer::save(bool finished) {
+  const LoaderState loader = loader_->state();
+  SaveOptions options;
+  options.tokenizer_from = std::filesystem::is_directory(tokenizer_path_)
+                               ? tokenizer_path_
+                               : tokenizer_path_.parent_path();
+  options.optimizer = !finished;
+  options.trainer_state = Json{{"stage", "pretraining"},
+                               {"finished", finished},
+                               {"step", done_},
+                               {"seconds", seconds_},
+                               {"loader", {{"epoch", loader.epoch}, {"window", loader.window}}},
+                               {"lowest_loss", lowest_loss_},
+                               {"recent_loss", recent_loss_},
+                               {"skipped_in_a_row", skipped_in_a_row_},
+                               {"eval_seconds", eval_seconds_},
+                               {"settings", s_}};
+  save_checkpoint(model(), *gpt_, options);
+}
+
+void Trainer::check_disk() {
+  const int64_t need = 2 * checkpoint_bytes(gpt_->table(), true);
+  std::error_code ec;
+  const auto space = std::filesystem::space(w_.out, ec);
+  if (!ec && int64_t(space.available) < need) {
+    fail(w_.out.string(), ": found ", bytes_text(double(space.available)),
+         " free on the disk, expected ", bytes_text(double(need)), " for two checkpoints");
+  }
+}
+
+void Trainer::diverged(const std::string& what) {
+  const bool saved = std::filesystem::exists(model() / "config.json");
+  fail("step ", done_, ": ", what, "; stopped, nothing was saved after it. Try --lr-scale ",
+       s_.lr_scale / 2, ", a longer --warmup, or --clip .5",
+       saved ? "; the last checkpoint is good" : "");
+}
+
+int Trainer::run() {
+  namespace fs = std::filesystem;
+  const bool exists = fs::exists(w_.out) && (!fs::is_directory(w_.out) || !fs::is_empty(w_.out));
+  if (exists && !w_.resume && !w_.overwrite && !w_.dry_run) {
+    fail(w_.out.string(), ": exists; --resume goes on with it, --overwrite begins anew");
+  }
+  Json state;
+  if (w_.resume) {
+    config_ = load_config(model_dir(w_.out));
+    make_model(true);
+    state = read_json(model() / "trainer_state.json");
+    if (state.at("finished").get<bool>()) {
+      std::printf("%s is finished: %lld steps\n", w_.out.c_str(),
+                  (long long)state.at("step").get<int64_t>());
+      return 0;
+    }
+    load_trainer_state(model(), *gpt_);
+    loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, end_of_text_);
+    const Json& loader = state.at("loader");
+    loader_->set_state({loader.at("epoch").get<int64_t>(), loader.at("window").get<int64_t>()});
+    done_ = state.at("step").get<int64_t>();
+    seconds_ = state.at("seconds").get<double>();
+    lowest_loss_ = state.at("lowest_loss").get<double>();
+    recent_loss_ = state.at("recent_loss").get<double>();
+    skipped_in_a_row_ = state.at("skipped_in_a_row").get<int>();
+    eval_seconds_ = state.at("eval_seconds").get<double>();
+    peak_ = measure_peak();
+    print_plan(0, 0);
+    line_.note(format("resumes after step %lld of %lld", (long long)done_, (long long)s_.steps));
+  } else {
+    const double start = now();
+    plan_model();
+    plan_run();
+    peak_ = measure_peak();
+    if (!w_.dry_run) {
+      if (w_.overwrite) fs::remove_all(w_.out);
+      fs::create_directories(w_.out);
+    }
+    if (s_.minutes > 0 || w_.dry_run) {
+      make_model(false);
+      calibrate();
+    }
+    // Evaluations: about ten on the way, on a part of the validation that costs 3 % of the time,
+    // and the whole of it at the end.
+    const double last_eval =
+        val_ ? eval_seconds_ * double(std::min(w_.eval_tokens, val_->size())) : 0;
+    if (s_.minutes > 0) {
+      const double left = 60 * s_.minutes - (now() - start) - last_eval - .3;
+      s_.steps = std::max<int64_t>(1, int64_t(.965 * left / step_seconds_));
+    }
+    print_plan(step_seconds_, double(s_.steps) * step_seconds_ / .97 + last_eval);
+    if (w_.dry_run) return 0;
+    make_model(false);
+    seconds_ = now() - start;
+  }
+  if (s_.warmup < 0) s_.warmup = std::clamp<int64_t>(s_.steps / 50, 1, 40);
+  schedule_ = {s_.schedule, s_.steps, s_.warmup, s_.warmdown, s_.final_lr};
+  check_disk();
+  metrics_.open(w_.out / "metrics.jsonl", done_);
+  train();
+  return stop_signal ? 128 + stop_signal : 0;
+}
+
+void Trainer::train() {
+  const int64_t eval_every =
+      w_.eval_every > 0 ? w_.eval_every : std::max<int64_t>(1, s_.steps / 10);
+  const int64_t sample_every =
+      w_.sample_every > 0 ? w_.sample_every : std::max<int64_t>(1, s_.steps / 4);
+  const int64_t some = std::clamp<int64_t>(  // 3 % of the time over ten evaluations
+      eval_seconds_ > 0 && step_seconds_ > 0
+          ? int64_t(.003 * double(s_.steps) * step_seconds_ / eval_seconds_)
+          : s_.batch_tokens * s_.steps / 300,
+      s_.context, w_.eval_tokens);
+  const double began = now() - seconds_;
+  double saved = now(), pace = 0;  // pace: seconds a step, smoothed
+  Score score;
+  for (int64_t n = done_ + 1; n <= s_.steps && !stop_signal; n++) {
+    const double t = now();
+    const StepResult r = step(n);
+    const double took = now() - t;
+    done_ = n;
+    pace = pace > 0 ? .95 * pace + .05 * took : took;
+    skipped_in_a_row_ = r.skipped ? skipped_in_a_row_ + 1 : 0;
+    if (!std::isfinite(r.loss)) diverged(format("the loss is %f", r.loss));
+    if (skipped_in_a_row_ >= 3) diverged("three gradients in a row were not finite");
+    recent_loss_ = n == 1 ? r.loss : .95 * recent_loss_ + .05 * r.loss;
+    lowest_loss_ = std::min(lowest_loss_, recent_loss_);
+    if (recent_loss_ > lowest_loss_ + 1.5) {
+      diverged(format("the loss rose from %.2f to %.2f", lowest_loss_, recent_loss_));
+    }
+    const double speed = double(s_.batch_tokens) / took, share = r.operations / took / peak_;
+    metrics_.write(
+        format("{\"step\":%lld,\"loss\":%.6f,\"bits_per_byte\":%.6f,\"grad_norm\":%.6g,"
+               "\"lr_factor\":%.6g,\"tokens_per_second\":%.1f,\"peak_share\":%.4f%s}",
+               (long long)n, r.loss, r.bits_per_byte, r.grad_norm, schedule_.at(n), speed, share,
+               r.skipped ? ",\"skipped\":true" : ""));
+    const bool last = n == s_.steps;
+    line_.show(format("step %lld/%lld  loss %.3f  %.3f bits/byte  %s tokens/s  %.0f%% of peak  "
+                      "grad %.2f  %s left",
+                      (long long)n, (long long)s_.steps, r.loss, r.bits_per_byte,
+                      count_text(double(s_.batch_tokens) / pace).c_str(),
+                      100 * r.operations / pace / peak_, r.grad_norm,
+                      duration_text(pace * double(s_.steps - n)).c_str()),
+               last);
+    if (val_ && (n % eval_every == 0 || last)) {
+      score = evaluate(last ? w_.eval_tokens : some);
+      metrics_.write(
+          format("{\"step\":%lld,\"val_loss\":%.6f,\"val_bits_per_byte\":%.6f,"
+                 "\"val_tokens\":%lld}",
+                 (long long)n, score.loss, score.bits_per_byte, (long long)score.tokens));
+      line_.note(format("step %lld  validation loss %.4f  %.4f bits/byte", (long long)n, score.loss,
+                        score.bits_per_byte));
+    }
+    if (n % sample_every == 0 && !last) sample();
+    seconds_ = now() - began;
+    const bool due = (w_.save_every > 0 && n % w_.save_every == 0) ||
+                     (w_.save_minutes > 0 && now() - saved > 60 * w_.save_minutes);
+    if ((due && !last) || (stop_signal && !last)) {
+      save(false);
+      saved = now();
+    }
+  }
+  if (done_ < s_.steps) {
+    line_.note(format("stopped and saved after step %lld of %lld: go on with --resume",
+                      (long long)done_, (long long)s_.steps));
+    return;
+  }
+  save(true);
+  seconds_ = now() - began;
+  const double tokens = double(s_.steps) * double(s_.batch_tokens);
+  const OrderedJson summary = {{"steps", s_.steps},
+                               {"tokens", int64_t(tokens)},
+                               {"epochs", tokens / double(train_.size())},
+                               {"seconds", seconds_},
+                               {"tokens_per_second", tokens / seconds_},
+                               {"parameters", gpt_->table().parameters()},
+                               {"train_loss", recent_loss_},
+                               {"val_loss", val_ ? Json(score.loss) : Json()},
+                               {"val_bits_per_byte", val_ ? Json(score.bits_per_byte) : Json()},
+                               {"val_tokens", score.tokens}};
+  write_json(w_.out / "summary.json", summary);
+  line_.note(
+      format("trained %s parameters on %s tokens in %s (%s tokens/s): training loss %.3f%s",
+             count_text(double(gpt_->table().parameters())).c_str(), count_text(tokens).c_str(),
+             duration_text(seconds_).c_str(), count_text(tokens / seconds_).c_str(), recent_loss_,
+             val_ ? format(", validation %.4f bits/byte", score.bits_per_byte).c_str() : ""));
+  line_.note(concat("model in ", model().string(), ": ./chat generate ", w_.out.string(),
+                    " --prompt \"...\""));
+}
+
+int main_train(int argc, char** argv) {
+  Settings s;
+  Watching w;
+  CLI::App app("Trains a base model on token shards (made by ./bpe encode).");
+  app.option_defaults()->always_capture_default(false);
+  std::string out;
+  app.add_option("--data", s.data, "token shards: PREFIX of ./bpe encode");
+  app.add_option("-o,--out", out, "the run: DIR/metrics.jsonl, DIR/model")->required();
+  app.add_option("--tokenizer", s.tokenizer, "in place of the one PREFIX.json names");
+  app.add_option("--init-from", s.init_from,
+                 "continue from a model: a run or Hugging Face directory");
+  app.add_flag("--resume", w.resume, "go on with DIR after its last checkpoint");
+  app.add_flag("--overwrite", w.overwrite, "replace DIR");
+  app.add_flag("--dry-run", w.dry_run, "print the plan and stop");
+
+  auto* model = app.add_option_group("Model", "sizes follow from --depth; each can be overridden");
+  model->add_option("--depth", s.depth, "layers, and with them every size (default 4)");
+  model->add_option("--family", s.family, "gpt2, llama or qwen3 (default qwen3)");
+  model->add_option("--layers", s.layers);
+  model->add_option("--channels", s.channels);
+  model->add_option("--heads", s.heads, "query heads");
+  model->add_option("--kv-heads", s.kv_heads, "key/value heads, a divisor of --heads");
+  model->add_option("--head-size", s.head_size);
+  model->add_option("--ffn", s.ffn, "feed-forward width");
+  model->add_option("--context", s.context, "longest context in tokens");
+  model->add_option("--tied", s.tied, "1: the head is the embedding; 0: it is not");
+
+  auto* budget = app.add_option_group("Budget", "one of; default: 10.5 tokens a parameter");
+  budget->add_option("--minutes", s.minutes, "measure the speed, then fix the steps that fit");
+  budget->add_option("--steps", s.steps, "optimizer steps");
+  budget->add_option("--tokens", s.tokens, "tokens seen");
+  budget->add_option("--batch-tokens", s.batch_tokens, "tokens an optimizer step");
+  budget->add_option("--micro-batch-tokens", s.micro_batch_tokens, "tokens in memory at once");
+
+  auto* optimizer = app.add_option_group("Optimizer", "");
+  optimizer->add_option("--optimizer", s.optimizer, "muon or adamw (default: by the batch)");
+  optimizer->add_option("--matrix-lr", s.matrix_lr);
+  optimizer->add_option("--embedding-lr", s.embedding_lr);
+  optimizer->add_option("--head-lr", s.head_lr);
+  optimizer->add_option("--vector-lr", s.vector_lr, "norms and biases");
+  optimizer->add_option("--lr-scale", s.lr_scale, "a factor on all of them");
+  optimizer->add_option("--schedule", s.schedule, "linear, cosine or constant (default linear)");
+  optimizer->add_option("--warmup", s.warmup, "steps");
+  optimizer->add_option("--warmdown", s.warmdown, "share of the steps in which linear falls");
+  optimizer->add_option("--final-lr", s.final_lr, "share of the peak at the end");
+  optimizer->add_option("--weight-decay", s.weight_decay);
+  optimizer->add_option("--clip", s.clip, "largest gradient norm, 0 for any");
+  optimizer->add_option("--beta1", s.beta1);
+  optimizer->add_option("--beta2", s.beta2);
+  optimizer->add_option("--momentum", s.momentum, "Muon's");
+  optimizer->add_option("--seed", s.seed);
+
+  auto* watching = app.add_option_group("Watching", "changes no update");
+  watching->add_option("--eval-every", w.eval_every, "steps (default: a tenth of the run)");
+  watching->add_option("--eval-tokens", w.eval_tokens, "of the final validation at most");
+  watching->add_option("--sample-every", w.sample_every, "steps (default: a quarter of the run)");
+  watching->add_option("--prompt", w.prompt, "of the samples");
+  watching->add_option("--save-every", w.save_every, "steps");
+  watching->add_option("--save-minutes", w.save_minutes, "default 10");
+  watching->add_option("--device", w.device, "auto, cpu or cuda");
+  watching->add_option("--threads", w.threads, "default: the physical cores it may use");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp& e) {
+    return app.exit(e);
+  } catch (const CLI::ParseError& e) {
+    fail(e.what(), " (see --help)");
+  }
+  w.out = out;
+  if (w.resume && w.overwrite) fail("--resume and --overwrite: found both, expected one");
+  if (w.resume) {
+    const auto state = model_dir(w.out) / "trainer_state.json";
+    try {
+      s = read_json(state).at("settings").get<Settings>();
+    } catch (const Json::exception& e) {
+      fail(state.string(), ": settings: ", json_complaint(e),
+           ": not the state of a ./train_gpt run");
+    }
+  } else if (s.data.empty()) {
+    fail("--data: missing, expected the PREFIX of token shards");
+  }
+  set_threads(w.threads);
+  watch_signals();
+  return Trainer(std::move(s), std::move(w)).run();
+}
+
+}  // namespace
+}  // namespace cake
+
+int main(int argc, char** argv) {
+  return cake::guarded_main([&] { return cake::main_train(argc, argv); });
+}
+
+#endif  // CAKE_NO_MAIN
