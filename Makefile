@@ -20,7 +20,8 @@ HEADERS := CLI/CLI.hpp doctest/doctest.h nlohmann/json.hpp omp.h simdjson.h xxha
 STAGES := bpe train_gpt chat
 SOURCES = $(wildcard *.cpp *.h cake/*.h dev/*.cpp dev/*.h dev/*/*.cpp dev/*/*.h test/*.cpp test/*.h)
 
-# Two stages are libraries too: compiled a second time without their main.
+# Two stages are libraries too: compiled a second time without their main. test/test_gpt.cpp and
+# dev/bench/bench.cpp include train_gpt.cpp itself: they look at what is inside.
 OBJECTS := $(BUILD)/objects
 LIBRARY := $(OBJECTS)/bpe.lib.o $(OBJECTS)/train_gpt.lib.o
 TESTS := $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/*.cpp))
@@ -45,8 +46,8 @@ test: ## set up, build and run every test
 	@$(MAKE) --no-print-directory all $(BUILD)/test
 	@$(BUILD)/test
 
-bench: $(BUILD)/bench ## measure this machine and cake on it: a table, and build/bench.json
-	@$(BUILD)/bench
+bench: $(BUILD)/bench ## measure this machine and cake on it: PEER=python with PyTorch
+	@$(BUILD)/bench $(if $(PEER),--peer $(PEER))
 
 format: ## format all sources
 	@$(CLANG_FORMAT) -i $(SOURCES)
@@ -67,8 +68,8 @@ $(BIN)/bpe: $(OBJECTS)/bpe.o
 $(BIN)/train_gpt: $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.lib.o
 $(BIN)/chat: $(OBJECTS)/chat.o $(LIBRARY)
 $(BUILD)/world: $(OBJECTS)/dev/world.o
-$(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(LIBRARY)
-$(BUILD)/test: $(TESTS) $(LIBRARY) $(OBJECTS)/dev/world.lib.o
+$(BUILD)/bench: $(BUILD)/dev/bench/bench.o $(BUILD)/bpe.lib.o
+$(BUILD)/test: $(TESTS) $(BUILD)/bpe.lib.o $(BUILD)/dev/world.lib.o
 
 $(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/bench $(BUILD)/test:
 	@echo "link $@"

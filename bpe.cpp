@@ -133,6 +133,7 @@ class FlatMap {
   int shift_ = 0;
 };
 
+uint64_t piece_hash(std::string_view piece) { return XXH3_64bits(piece.data(), piece.size()); }
 uint64_t pair_key(int a, int b) { return uint64_t(uint32_t(a)) << 32 | uint32_t(b); }
 
 // ---------------------------------------------------------------------------------------------
@@ -594,8 +595,8 @@ struct TokenizerData {
   std::vector<std::pair<std::string, int>> specials;   // by id
   std::vector<const std::string*> specials_by_length;  // longest first
   std::unordered_map<std::string, int> special_ids;    // by name
-  std::unordered_map<std::string, int> whole_pieces;   // tokens that merges do not reach
-  std::string json, config;                            // the files it was read from
+  FlatMap whole_pieces;      // hash of a token's bytes -> id, of what a piece may be as a whole
+  std::string json, config;  // the files it was read from
   uint64_t hash = 0;
 
   void add_token(int id, std::string_view text) {
@@ -608,6 +609,12 @@ struct TokenizerData {
     for (int t = 0; t < merges.size(); t++) add_token(ids[size_t(t)], merges.bytes(t));
     std::sort(specials.begin(), specials.end(),
               [](const auto& a, const auto& b) { return a.second < b.second; });
+    for (size_t id = 0; id < bytes.size(); id++) {
+      if (ignore_merges && !bytes[id].empty()) whole_pieces[piece_hash(bytes[id])] = int(id);
+    }
+    for (int t = 0; t < merges.size(); t++) {
+      whole_pieces[piece_hash(merges.bytes(t))] = ids[size_t(t)];
+    }
     std::string all = concat(pattern_info(pattern).name, nfc ? " nfc" : "",
                              ignore_merges ? " ignore_merges" : "");
     const auto put = [&all](int x) { all.append(reinterpret_cast<const char*>(&x), sizeof x); };
@@ -655,11 +662,12 @@ class Encoder {
 
   void encode_normal(std::string_view text, size_t end, std::vector<int>& ids) {
     for_each_piece(text, end, data_.pattern, [&](std::string_view piece) {
-      if (cache_.empty() || piece.size() > kMaxBytes) return encode_piece(piece, ids);
-      Line& line = cache_[XXH3_64bits(piece.data(), piece.size()) % kLines];
+      const uint64_t hash = piece_hash(piece);
+      if (cache_.empty() || piece.size() > kMaxBytes) return encode_piece(piece, hash, ids);
+      Line& line = cache_[hash % kLines];
       if (line.bytes != piece.size() || std::memcmp(line.text, piece.data(), piece.size()) != 0) {
         const size_t before = ids.size();
-        encode_piece(piece, ids);
+        encode_piece(piece, hash, ids);
         const size_t n = ids.size() - before;
         if (n > kMaxIds) return;
         line.bytes = uint8_t(piece.size()), line.ids = uint8_t(n);
@@ -671,11 +679,10 @@ class Encoder {
     });
   }
 
-  void encode_piece(std::string_view piece, std::vector<int>& ids) {
-    if (!data_.whole_pieces.empty()) {
-      const auto whole = data_.whole_pieces.find(std::string(piece));
-      if (whole != data_.whole_pieces.end()) return ids.push_back(whole->second);
-    }
+  // Every token that merges reach encodes to itself, so that most pieces need one look-up.
+  void encode_piece(std::string_view piece, uint64_t hash, std::vector<int>& ids) {
+    const int whole = data_.whole_pieces.find(hash);
+    if (whole >= 0 && data_.bytes[size_t(whole)] == piece) return ids.push_back(whole);
     data_.merges.encode(piece, scratch_);
     for (const int token : scratch_.tokens) ids.push_back(data_.ids[size_t(token)]);
   }
@@ -1089,10 +1096,6 @@ void read_merges(const JsonNode& model, const std::unordered_map<std::string_vie
       list.item(size_t(m.number)).expected("the merges that make its parts before it");
     }
   }
-  if (!data.ignore_merges) return;
-  for (size_t id = 0; id < data.bytes.size(); id++) {
-    if (!data.bytes[id].empty() && token_of[id] < 0) data.whole_pieces[data.bytes[id]] = int(id);
-  }
 }
 
 std::shared_ptr<TokenizerData> read_tokenizer_json(const std::filesystem::path& path) {
@@ -1148,7 +1151,8 @@ std::shared_ptr<TokenizerData> read_tokenizer_json(const std::filesystem::path& 
 // ---------------------------------------------------------------------------------------------
 // Reading .tiktoken and vocab.bpe
 
-std::string decode_base64(std::string_view text, const std::string& where) {
+std::string decode_base64(std::string_view spelling, const std::string& where) {
+  std::string_view text = spelling;
   std::string out;
   uint32_t bits = 0;
   int n = 0;
@@ -1160,7 +1164,7 @@ std::string decode_base64(std::string_view text, const std::string& where) {
                       : c == '+'             ? 62
                       : c == '/'             ? 63
                                              : -1;
-    if (value < 0) fail(where, ": found ", text, ", expected base64 and a rank");
+    if (value < 0) fail(where, ": found ", spelling, ", expected base64 and a rank");
     bits = bits << 6 | uint32_t(value);
     n += 6;
     if (n >= 8) n -= 8, out += char(bits >> n & 255);
@@ -1324,10 +1328,7 @@ void parallel_for(size_t n, int threads, F&& f) {
 
 constexpr size_t kHeadBytes = 1 << 16;  // of a document: they tell it from others
 
-uint64_t document_hash(std::string_view head) {
-  head = head.substr(0, kHeadBytes);
-  return XXH3_64bits(head.data(), head.size());
-}
+uint64_t document_hash(std::string_view head) { return piece_hash(head.substr(0, kHeadBytes)); }
 
 // Which documents, or which tail of the only one, are validation.
 //   one document:   its last `fraction`, from the next line on
@@ -1501,7 +1502,7 @@ class WordTable {
  public:
   void add(std::string_view word, int64_t count) {
     if (2 * (words_.size() + 1) > slots_.size()) grow();
-    const uint64_t hash = XXH3_64bits(word.data(), word.size());
+    const uint64_t hash = piece_hash(word);
     for (size_t i = hash & (slots_.size() - 1);; i = (i + 1) & (slots_.size() - 1)) {
       if (slots_[i] < 0) {
         slots_[i] = int64_t(words_.size());

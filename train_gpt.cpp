@@ -377,6 +377,8 @@ static void gemm(const Product& p) {
     if (cost < best) best = cost, best_m = tm;
   }
   const int tm = best_m, tn = threads / best_m;
+  if (double(p.M) * p.N * p.K < 1 << 16)
+    return gemm_rectangle(p, 0, p.M, 0, p.N);  // not worth waking
 #pragma omp parallel num_threads(tm* tn)
   {
     const int t = omp_get_thread_num(), i = t % tm, j = t / tm;
@@ -2152,10 +2154,14 @@ MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
   return plan;
 }
 
-std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
-  if (options.device == Device::cuda) {
+void check_device(Device device) {
+  if (device == Device::cuda) {
     fail("--device cuda: this build has the CPU engine alone, expected --device cpu or auto");
   }
+}
+
+std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
+  check_device(options.device);
   config.check("model");
   const MemoryPlan plan = plan_memory(config, options);
   const int64_t available = available_memory();
@@ -2391,7 +2397,13 @@ void Trainer::plan_model() {
     config_.HS = s_.head_size, config_.NH = config_.NKV = std::max(1, C / s_.head_size);
   if (s_.heads) {
     config_.NH = config_.NKV = s_.heads;
-    if (!s_.head_size) config_.HS = std::max(2, C / s_.heads);
+    if (!s_.head_size) {
+      if (C % s_.heads != 0) {
+        fail("--heads: found ", s_.heads, ", expected a divisor of the ", C,
+             " channels, or --head-size beside it");
+      }
+      config_.HS = C / s_.heads;
+    }
   }
   if (s_.kv_heads) config_.NKV = s_.kv_heads;
   if (s_.ffn) config_.F = s_.ffn;
@@ -2883,6 +2895,7 @@ int main_train(int argc, char** argv) {
   } else if (s.data.empty()) {
     fail("--data: missing, expected the PREFIX of token shards");
   }
+  check_device(parse_device(w.device));
   set_threads(w.threads);
   watch_signals();
   return Trainer(std::move(s), std::move(w)).run();

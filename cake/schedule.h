@@ -45,7 +45,7 @@ inline Config new_config(Family family, int layers, int channels, int vocab_size
   Config c;
   c.family = family;
   c.V = vocab_size, c.T = context, c.L = layers, c.C = channels;
-  c.HS = channels < 256 ? 32 : channels < 1536 ? 64 : 128;
+  c.HS = channels < 256 || channels % 64 ? 32 : channels < 1536 || channels % 128 ? 64 : 128;
   c.NH = c.NKV = std::max(1, channels / c.HS);
   c.F = family == Family::gpt2 ? 4 * channels : (channels * 8 / 3 + 63) / 64 * 64;
   c.tied = family == Family::gpt2;

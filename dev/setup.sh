@@ -22,7 +22,12 @@ missing=
 for need in $needs; do
   present "${need%%:*}" "${need#*:}" || missing="$missing ${need%%:*}"
 done
-[ -n "$missing" ] || exit 0
+if [ -z "$missing" ]; then
+  version=$(g++ -dumpversion 2>/dev/null || echo 12)
+  [ "${version%%.*}" -ge 12 ] ||
+    echo "note: found g++ $version, expected 12 or newer: install one, then make CXX=g++-12"
+  exit 0
+fi
 
 if ! command -v apt-get >/dev/null; then
   echo "error: missing:$missing (Debian's names): install them with this system's packages" >&2

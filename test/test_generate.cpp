@@ -1,13 +1,16 @@
-// Generation: text from bytes, the generator's schedule over a counting stand-in for an engine, and
-// the CPU engine's decoding against its own forward.
+// Generation: text from bytes, the generator's schedule over a counting stand-in for an engine, the
+// CPU engine's decoding against its own forward, its sampling, and ./chat generate.
 #include "cake/generate.h"
 
 #include <doctest/doctest.h>
+#include <sys/wait.h>
 
 #include <map>
 #include <numeric>
 #include <set>
 
+#include "cake/checkpoint.h"
+#include "cake/tokenizer.h"
 #include "test/support.h"
 
 namespace {
@@ -697,6 +700,12 @@ TEST_CASE("the cache's default size holds one sequence at least and the bound at
 
 namespace {
 
+// Models this small run best on one thread.
+struct Threads {
+  explicit Threads(int n) { set_threads(n); }
+  ~Threads() { set_threads(0); }
+};
+
 const Family kFamilies[] = {Family::gpt2, Family::llama, Family::qwen3};
 
 // Odd sizes, random everywhere: norms and biases too.
@@ -753,6 +762,7 @@ bool all_finite(std::span<const float> a) {
 }  // namespace
 
 TEST_CASE("decoding token by token and in pieces gives the bits of a whole prefill") {
+  const Threads one(1);
   for (const Family family : kFamilies) {
     CAPTURE(int(family));
     const auto gpt = tiny_engine(family);
@@ -773,6 +783,7 @@ TEST_CASE("decoding token by token and in pieces gives the bits of a whole prefi
 }
 
 TEST_CASE("a row has the same bits in any company") {
+  const Threads one(1);
   for (const Family family : kFamilies) {
     CAPTURE(int(family));
     const auto gpt = tiny_engine(family);
@@ -803,6 +814,7 @@ TEST_CASE("a row has the same bits in any company") {
 }
 
 TEST_CASE("forks of a sequence share its past and nothing else") {
+  const Threads one(1);
   for (const Family family : kFamilies) {
     CAPTURE(int(family));
     const auto gpt = tiny_engine(family);
@@ -829,6 +841,7 @@ TEST_CASE("forks of a sequence share its past and nothing else") {
 }
 
 TEST_CASE("a truncated sequence goes on as if it had never gone further") {
+  const Threads one(1);
   for (const Family family : kFamilies) {
     CAPTURE(int(family));
     const auto gpt = tiny_engine(family);
@@ -855,6 +868,7 @@ TEST_CASE("a truncated sequence goes on as if it had never gone further") {
 }
 
 TEST_CASE("the logp of sampled tokens is forward's, to the bit") {
+  const Threads one(1);
   for (const Family family : kFamilies) {
     CAPTURE(int(family));
     const auto gpt = tiny_engine(family);
@@ -891,34 +905,47 @@ TEST_CASE("the logp of sampled tokens is forward's, to the bit") {
   }
 }
 
-TEST_CASE("the engine's requests yield the same tokens in any batch, cache and number of threads") {
+TEST_CASE("the engine's requests yield the same tokens in any batch and cache") {
+  const Threads one(1);
   const auto gpt = tiny_engine(Family::qwen3);
   std::vector<Request> requests = mixed_requests(20, 60);
   for (Request& r : requests) r.prompt.resize(std::min<size_t>(r.prompt.size(), 150));
   std::vector<Completion> first;
-  struct Case {
-    int rows;
-    int64_t positions;
-    int prefill, threads;
-  };
-  for (const Case& c : {Case{1, 256, 512, 1}, Case{20, 64 * 80, 512, 1}, Case{20, 64 * 80, 512, 2},
-                        Case{5, 320, 33, 3}}) {
-    CAPTURE(c.rows);
-    set_threads(c.threads);
-    Generator g(*gpt, bytes_of(std::vector<std::string>(137, "x")),
-                {c.rows, c.positions, c.prefill});
+  for (const GeneratorOptions& options : std::vector<GeneratorOptions>{
+           {1, 256, 512}, {20, 64 * 80, 512}, {20, 64 * 80, 5}, {5, 320, 33}}) {
+    CAPTURE(options.rows);
+    Generator g(*gpt, bytes_of(std::vector<std::string>(137, "x")), options);
     for (const Request& r : requests) g.submit(r);
     g.run();
     for (size_t i = 0; i < requests.size(); i++) {
       const Completion got = g.take(int(i));
-      if (c.rows == 1) first.push_back(got);
+      if (options.rows == 1) first.push_back(got);
       check_equal(got, first[i]);
     }
   }
-  set_threads(0);
+}
+
+TEST_CASE("decoding has the same bits for any number of threads") {
+  for (const Family family : kFamilies) {
+    CAPTURE(int(family));
+    const auto gpt = tiny_engine(family);
+    Rng rng{9};
+    const std::vector<int> tokens = random_tokens(rng, 131, 137);
+    std::vector<float> first;
+    for (const int n : {1, 2, 3}) {
+      const Threads threads(n);
+      const auto cache = gpt->make_cache(192);
+      const int s = cache->create();
+      append(*gpt, *cache, s, std::span(tokens).first(129));
+      const std::vector<float> logits = append(*gpt, *cache, s, std::span(tokens).last(2), 1);
+      if (n == 1) first = logits;
+      CHECK(same_bits(logits, first));
+    }
+  }
 }
 
 TEST_CASE("decoding leaves a live forward undisturbed") {
+  const Threads one(1);
   const auto gpt = tiny_engine(Family::qwen3, Mode::train);
   Rng rng{6};
   const std::vector<int> tokens = random_tokens(rng, 90, 137),
@@ -946,6 +973,7 @@ TEST_CASE("decoding leaves a live forward undisturbed") {
 }
 
 TEST_CASE("decoding past the context is an error that leaves the sequence as it was") {
+  const Threads one(1);
   const auto gpt = tiny_engine(Family::gpt2, Mode::inference, 32);
   const auto cache = gpt->make_cache(256);
   const int s = cache->create();
@@ -967,6 +995,7 @@ namespace {
 
 // One position of a model, to be drawn from again and again.
 struct Dice {
+  Threads one{1};
   std::unique_ptr<Gpt> gpt = tiny_engine(Family::llama);
   std::vector<int> tokens;
   std::unique_ptr<KvCache> cache = gpt->make_cache(64 * 130);
@@ -1071,4 +1100,167 @@ TEST_CASE("draws follow the distribution") {
     CHECK(bins > 3);
     CHECK(chi2 < df * root * root * root);
   }
+}
+
+// ---------------------------------------------------------------------------------------------
+// ./chat generate as its user meets it
+
+namespace {
+
+struct Output {
+  int status;        // exit status
+  std::string text;  // stdout and stderr
+};
+
+Output shell(const std::string& command) {
+  std::FILE* pipe = popen(("{ " + command + "; } 2>&1").c_str(), "r");
+  REQUIRE(pipe);
+  Output out{-1, {}};
+  char buffer[4096];
+  while (const size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) out.text.append(buffer, n);
+  const int status = pclose(pipe);
+  out.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  return out;
+}
+
+// A model with random weights and a tokenizer of 300 tokens, made once; T is its context.
+std::string model_of(int T) {
+  static const TempDir dir;
+  const std::string model = dir / concat("model", T), tokenizer = dir / "tokenizer";
+  if (std::filesystem::exists(model)) return model;
+  if (!std::filesystem::exists(tokenizer)) {
+    std::string text;
+    for (int i = 0; i < 2000; i++) text += concat("the ", i % 7, " caf\u00e9s of ", i % 11, ".\n");
+    write_file(dir / "text.txt", text);
+    const Output bpe = shell(concat("./bpe train ", (dir / "text.txt").string(),
+                                    " --vocab-size 300 --pattern gpt2 -o ", tokenizer));
+    REQUIRE_MESSAGE(bpe.status == 0, bpe.text);
+  }
+  Config c = tiny_engine(Family::qwen3, Mode::inference, T)->config();
+  c.V = 300;
+  const auto gpt = make_gpt(c, {.device = Device::cpu, .mode = Mode::inference});
+  const int end = Tokenizer::load(tokenizer).end_of_text();
+  for (size_t i = 0; i < gpt->table().tensors.size(); i++) {
+    Tensor t = gpt->table().tensors[i];
+    if (!t.init_one) t.init_std = t.name == "head" ? 1 : .3;
+    std::vector<float> values = initial_values(t, 5);
+    // The end of the text has logit 0 where the likeliest has about 18: no text is short.
+    if (t.name == "head") std::fill_n(values.begin() + int64_t(end) * t.in, t.in, 0.f);
+    gpt->write(int(i), Slot::weight, values);
+  }
+  save_checkpoint(model, *gpt, {.tokenizer_from = tokenizer});
+  return model;
+}
+
+Output generate(const std::string& arguments, int T = 128) {
+  return shell("./chat generate " + model_of(T) + " --threads 1 " + arguments);
+}
+
+}  // namespace
+
+TEST_CASE("chat generate continues a prompt, the same way for the same seed") {
+  const Output a = generate("--prompt 'the caf\u00e9s' --tokens 40");
+  REQUIRE_MESSAGE(a.status == 0, a.text);
+  CHECK(a.text.starts_with("the caf\u00e9s"));
+  CHECK(a.text.size() > 40);
+  CHECK(a.text.ends_with("\n"));
+  CHECK(is_utf8(a.text));
+  CHECK(generate("--prompt 'the caf\u00e9s' --tokens 40").text == a.text);
+  CHECK(generate("--prompt 'the caf\u00e9s' --tokens 40 --seed 1").text != a.text);
+  CHECK(contains(generate("--tokens 500").text, "the model's context of 128 tokens is full"));
+  const Output stats = generate("--prompt the --tokens 5 --stats");
+  CHECK(contains(stats.text, "decode  4 tokens, "));
+}
+
+TEST_CASE("chat generate writes the results of many prompts in their order") {
+  const TempDir dir;
+  const std::string prompts = dir / "prompts.jsonl", lines = dir / "prompts.txt";
+  write_file(prompts,
+             "{\"prompt\": \"the caf\\u00e9s\"}\n\n{\"prompt\": \"\"}\n{\"prompt\": \"a\"}\n");
+  write_file(lines, "the caf\u00e9s\r\n\na\n");
+  std::vector<std::string> results;
+  for (const std::string& arguments :
+       {"--rows 1 --prompts " + prompts, "--rows 8 --prompts " + prompts,
+        "--rows 3 --cache-mb 1 --prompts " + lines, "--prompts - < " + lines}) {
+    const std::string path = dir / "results.jsonl";
+    const Output out = generate(arguments + " --samples 3 --tokens 30 -o " + path);
+    REQUIRE_MESSAGE(out.status == 0, out.text);
+    results.push_back(read_file(path));
+    CHECK(results.back() == results[0]);
+  }
+  std::istringstream in(results[0]);
+  std::vector<Json> objects;
+  for (std::string line; std::getline(in, line);) objects.push_back(Json::parse(line));
+  REQUIRE(objects.size() == 9);
+  for (size_t i = 0; i < 9; i++) {
+    const Json& r = objects[i];
+    CHECK(r["prompt"] == std::vector<std::string>{"the caf\u00e9s", "", "a"}[i / 3]);
+    CHECK(r["tokens"].size() == r["logp"].size());
+    CHECK(r["finish"] == "length");
+    CHECK(r["tokens"].size() == 30);
+    for (const Json& logp : r["logp"]) CHECK(logp.get<double>() <= 0);
+  }
+  CHECK(objects[0]["tokens"] != objects[1]["tokens"]);
+}
+
+TEST_CASE("chat generate answers bad input with one line and status 1") {
+  const TempDir dir;
+  write_file(dir / "bad.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": 3}\n");
+  write_file(dir / "empty.txt", "");
+  const std::string d = dir.path().string() + "/";
+  for (const auto& [arguments, message] : std::vector<std::pair<std::string, std::string>>{
+           {"--temperature -1", "--temperature: found -1, expected 0 to 100"},
+           {"--temperature nan", "--temperature: found nan"},
+           {"--top-p 0", "--top-p: found 0, expected above 0, at most 1"},
+           {"--top-k -3", "--top-k: found -3"},
+           {"--min-p 2", "--min-p: found 2"},
+           {"--repetition-penalty 0", "--repetition-penalty: found 0"},
+           {"--tokens 0", "--tokens: found 0, expected at least 1"},
+           {"--tokens many", "--tokens"},
+           {"--stop ''", "--stop: found \"\", expected some text"},
+           {"--what", "--what"},
+           {"--device tpu", "--device: found tpu, expected auto, cpu or cuda"},
+           {"--prompt a --prompts b", "--prompts"},
+           {"--prompts " + d + "none.txt", "none.txt: cannot open"},
+           {"--prompts " + d + "empty.txt", "empty.txt: found no prompt, expected one a line"},
+           {"--prompts " + d + "bad.jsonl", "bad.jsonl:2: \"prompt\": found a number"},
+           {"-o " + d + "none/x.jsonl", "none/x.jsonl"},
+           {"--prompt '" + std::string(700, 'z') + "'",
+            "--prompt: found 701 tokens, expected at most 127, since the model's context is "
+            "128"}}) {
+    CAPTURE(arguments);
+    const Output out = generate(arguments);
+    CHECK(out.status == 1);
+    CHECK(contains(out.text, message));
+    CHECK(out.text.starts_with("error: "));
+    CHECK(std::count(out.text.begin(), out.text.end(), '\n') == 1);
+  }
+  const Output missing = shell("./chat generate " + d + "none");
+  CHECK(missing.status == 1);
+  CHECK(contains(missing.text, "none: not found"));
+  const Output full = generate("--tokens 5 > /dev/full");
+  CHECK(full.status == 1);
+  CHECK(contains(full.text, "standard output: cannot write: No space left on device"));
+  CHECK(shell("./chat generate --help").status == 0);
+}
+
+TEST_CASE("chat generate ends quietly when its reader does, and with 130 at Ctrl+C") {
+  const TempDir dir;
+  const std::string status = dir / "status";
+  const Output out = shell("{ ./chat generate " + model_of(128) +
+                           " --threads 1 --samples 500; echo $? > " + status + "; } | head -c 1");
+  CHECK(out.text.size() == 1);
+  CHECK(read_file(status) == "0\n");
+
+  const std::string long_text = model_of(100000) + " --threads 1 --tokens 99000 --prompt 'a'";
+  const Output stopped = shell("timeout --preserve-status -s INT 2 ./chat generate " + long_text);
+  CHECK(stopped.status == 130);
+  CHECK((stopped.text.empty() || stopped.text.ends_with("\n")));
+  CHECK(is_utf8(stopped.text));
+  const std::string file = dir / "results.jsonl";
+  const Output batch =
+      shell("timeout --preserve-status -s INT 2 ./chat generate " + long_text + " -o " + file);
+  CHECK(batch.status == 130);
+  CHECK(!std::filesystem::exists(file));
+  CHECK(!std::filesystem::exists(file + ".partial"));
 }

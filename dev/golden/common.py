@@ -163,7 +163,7 @@ def table(model, c):
         if g:
             linear([(b + "up", c["F"], d + "mlp.c_fc")])
         else:
-            linear([(b + "gate", c["F"], d + "mlp.gate_proj"), (b + "up", c["F"], d + "mlp.up_proj")])
+            linear([(b + n, c["F"], f"{d}mlp.{n}_proj") for n in ("gate", "up")])
         linear([(b + "down", c["C"], d + ("mlp.c_proj" if g else "mlp.down_proj"))])
     norm("final_norm", root + ("ln_f" if g else "norm"))
     if c["head"] == "scalar":

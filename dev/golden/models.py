@@ -2,8 +2,9 @@
 
     python dev/golden/models.py [--out test/golden] [--only NAME]
 
-One NAME.safetensors a model, read by test/test_goldens.cpp. Its metadata are JSON texts: "config"
-in the letters of cake/gpt.h, "temperature", and "adamw", the settings of the steps. The tensors are
+One NAME.safetensors a model, read by test/test_goldens.cpp. Its metadata entry "golden" is
+a JSON object: config, in the letters of cake/gpt.h, temperature, and adamw, the settings of the
+steps. The tensors are
 
     tokens, targets, doc_starts        the packed batch; a target of -1 is masked
     logits_at, logits                  positions, and their logits (., V), before the temperature
@@ -24,11 +25,13 @@ truth itself is good to about 1e-7.)
 import argparse
 import json
 import os
+import sys
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+sys.dont_write_bytecode = True
 from common import config, ids, make_model, signed, table
 
 MODELS = {
@@ -176,9 +179,11 @@ def main():
             errors[group] = max(errors.get(group, (0, "")), (error, k))
         kept = {k: np.ascontiguousarray(v, np.float32) for k, v in truth.items()
                 if spec.get("keep_weights") or not k.startswith("adamw.weight")}
-        metadata = dict(config=json.dumps(spec["config"]), adamw=json.dumps(dict(
-            lr=ADAMW_LR, decay=ADAMW_DECAY, max_norm=ADAMW_MAX_NORM, eps=spec.get("eps", 1e-8))),
-            temperature=json.dumps(spec.get("temperature", 1.0)))
+        # one entry: safetensors writes several in any order
+        metadata = dict(golden=json.dumps(dict(
+            config=spec["config"], temperature=spec.get("temperature", 1.0),
+            adamw=dict(lr=ADAMW_LR, decay=ADAMW_DECAY, max_norm=ADAMW_MAX_NORM,
+                       eps=spec.get("eps", 1e-8)))))
         path = os.path.join(arguments.out, name + ".safetensors")
         save_file(kept, path, metadata)
         total += os.path.getsize(path)

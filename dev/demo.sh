@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# The whole cake, baked on this machine: documents -> tokenizer -> token shards -> base model, each
+# by one command that is printed before it runs, then text from the model and what it has learned.
+# `make run` calls it. Run it from the repository's root.
+#
+#   RUN=dir      where everything goes, a folder a stage (default runs/demo)
+#   TEXT=path    your own text in place of the demo's closed world
+#   MINUTES=n    of training (default 3); the closed world grows with them
+set -euo pipefail
+
+RUN=${RUN:-runs/demo}
+TEXT=${TEXT:-}
+MINUTES=${MINUTES:-3}
+BIN=${BIN:-.}          # where the stages' binaries are
+BUILD=${BUILD:-build}  # where build/world is
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+# ------------------------------------------------------------------------------------------------
+# What was asked for
+
+[[ $MINUTES =~ ^[0-9]*\.?[0-9]+$ && $MINUTES =~ [1-9] ]] ||
+  fail "MINUTES: found '$MINUTES', expected a number above 0"
+if [[ -n $TEXT ]]; then
+  [[ -e $TEXT ]] || fail "TEXT: $TEXT: not found, expected a file of text"
+  [[ -f $TEXT && -r $TEXT ]] || fail "TEXT: $TEXT: cannot be read, expected a file of text"
+  [[ -s $TEXT ]] || fail "TEXT: $TEXT: found an empty file, expected text"
+fi
+mark=$RUN/.made-by-the-demo
+if [[ -e $RUN && ! -e $mark ]] && ! rmdir "$RUN" 2>/dev/null; then
+  fail "RUN: $RUN: found something that the demo did not make, expected a new directory:" \
+    "make run RUN=another"
+fi
+rm -rf -- "$RUN"
+mkdir -p -- "$RUN"
+touch -- "$mark"
+
+# ------------------------------------------------------------------------------------------------
+# A stage: its command is printed, run, and timed
+
+seconds=()
+show() {  # a command as one would type it
+  local word line='$'
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+=" $word"
+  done
+  printf '\n%s\n' "$line"
+}
+stage() {  # name command...
+  local name=$1 began=${EPOCHREALTIME/[.,]/} took
+  shift
+  show "$@"
+  "$@" || fail "the stage '$name' failed; what it wrote is in $RUN"
+  took=$(((${EPOCHREALTIME/[.,]/} - began) / 1000))
+  seconds+=("$(printf '"%s": %d.%03d' "$name" $((took / 1000)) $((took % 1000)))")
+}
+compute() { awk "BEGIN { $1 }"; }
+
+# ------------------------------------------------------------------------------------------------
+# The stages
+
+if [[ -z $TEXT ]]; then
+  # What three minutes on two cores read once; a world is never so small that it tells nothing.
+  tokens=$(compute "t = $MINUTES / 3 * 5e6; printf \"%d\", t < 2e5 ? 2e5 : t")
+  stage world "$BUILD/world" -o "$RUN/world" --tokens "$tokens"
+  input=$RUN/world/documents.jsonl vocabulary=1024 held_out=.01 name=world
+else
+  # A small text has too few words to teach many tokens.
+  bytes=$(wc -c <"$TEXT")
+  input=$TEXT held_out=.1 name=text
+  vocabulary=$(compute "print $bytes < 4e6 ? 512 : $bytes < 4e7 ? 2048 : 8192")
+fi
+stage tokenizer "$BIN/bpe" train "$input" --vocab-size "$vocabulary" --pattern qwen2 \
+  --val-fraction "$held_out" -o "$RUN/tokenizer"
+stage tokens "$BIN/bpe" encode "$RUN/tokenizer" "$input" --val-fraction "$held_out" \
+  -o "$RUN/tokens/$name"
+stage base "$BIN/train_gpt" --data "$RUN/tokens/$name" -o "$RUN/base" --minutes "$MINUTES"
+[[ -e $RUN/base/summary.json ]] ||
+  fail "training was stopped; go on with: $BIN/train_gpt -o $RUN/base --resume"
+
+# ------------------------------------------------------------------------------------------------
+# What the model writes, and what it knows
+
+if [[ -z $TEXT ]]; then
+  # The first question about a fact that the documents tell often.
+  question=$(sed -n '/"task":"facts_often"/{s/.*"prompt":"\([^"]*\)".*/\1/p;q;}' \
+    "$RUN/world/probes.jsonl")
+  stage story "$BIN/chat" generate "$RUN/base" --prompt 'One day' --tokens 120
+  stage sum "$BIN/chat" generate "$RUN/base" --prompt '27 + 45 = ?' --tokens 60 --temperature 0
+  stage fact "$BIN/chat" generate "$RUN/base" --prompt "$question" --tokens 60 --temperature 0
+  stage answers "$BIN/chat" generate "$RUN/base" --prompts "$RUN/world/probes.jsonl" \
+    -o "$RUN/base/answers.jsonl" --tokens 64 --temperature 0
+  stage score "$BUILD/world" score "$RUN/world/probes.jsonl" "$RUN/base/answers.jsonl" \
+    -o "$RUN/base/evaluation.json"
+  evaluation=$(<"$RUN/base/evaluation.json")
+else
+  stage generate "$BIN/chat" generate "$RUN/base" --tokens 400
+  evaluation={}
+fi
+
+timings=$(IFS=,; echo "${seconds[*]}")
+printf '{\n"minutes": %s,\n"seconds": {%s},\n"base": %s,\n"evaluation": {"base": %s}\n}\n' \
+  "$(compute "print $MINUTES")" "${timings//,/, }" "$(<"$RUN/base/summary.json")" "$evaluation" \
+  >"$RUN/results.json.partial"
+mv -- "$RUN/results.json.partial" "$RUN/results.json"
+
+# ------------------------------------------------------------------------------------------------
+# What to try next
+
+cat <<END
+
+Everything is in $RUN; times, losses and figures in $RUN/results.json. What to try next:
+
+  $BIN/chat generate $RUN/base --prompt 'Long ago' --temperature 1.2     wilder
+  $BIN/bpe show $RUN/tokenizer 'Once there was a number, 1234.'          what the model reads
+  make run MINUTES=15 RUN=runs/longer                           more training
+END
+if [[ -z $TEXT ]]; then
+  echo "  make run TEXT=path/to/a/book.txt RUN=runs/book                a model of your own text"
+else
+  echo "  make run RUN=runs/world                                       a world whose facts are known"
+fi

@@ -1,0 +1,665 @@
+// The CPU engine: each layer's plain definition against finite differences in double, each fast
+// layer against its plain definition in float, and the whole model's invariants: the same bits for
+// any number of threads, any packing, any chunking. PyTorch's goldens are in test_goldens.cpp.
+//
+// The engine's source is part of this file: its inner functions are what is tested.
+#define CAKE_NO_MAIN
+#include "train_gpt.cpp"
+//
+#include "test/support.h"
+
+using namespace cake;
+
+namespace {
+
+// Tolerances. fp32 has 2^-24 = 6e-8 of rounding a step; sums here are a few hundred long and of
+// mixed sign, so relative errors in norm stay below 1e-6 when the order alone differs. 1e-5 leaves
+// room for the functions inside (exp to 1e-7, rsqrt). In double, central differences with h = 1e-5
+// have truncation h^2 = 1e-10 and cancellation 1e-16 / h = 1e-11: 1e-7 in norm is safe.
+constexpr double kFloatTolerance = 1e-5, kDifferenceTolerance = 1e-7;
+
+template <class T>
+std::vector<T> random_values(size_t n, const char* name, double scale = 1) {
+  Rng rng{hash64(name)};
+  std::vector<T> values(n);
+  for (T& x : values) x = T(scale * rng.normal());
+  return values;
+}
+
+// d(sum of weights * f(x))/dx by central differences.
+template <class F>
+std::vector<double> differences(std::vector<double> x, F&& f) {
+  std::vector<double> gradient;
+  constexpr double h = 1e-5;
+  for (double& xi : x) {
+    const double keep = xi;
+    xi = keep + h;
+    const double up = f(x);
+    xi = keep - h;
+    const double down = f(x);
+    xi = keep;
+    gradient.push_back((up - down) / (2 * h));
+  }
+  return gradient;
+}
+double dot(const std::vector<double>& a, const std::vector<double>& b) {
+  return std::inner_product(a.begin(), a.end(), b.begin(), 0.);
+}
+
+}  // namespace
+
+// =============================================================================================
+// Plain definitions against finite differences
+
+TEST_CASE("plain linear backward matches finite differences") {
+  const int N = 5, in = 7, out = 3;
+  const auto x = random_values<double>(N * in, "x"), w = random_values<double>(out * in, "w"),
+             b = random_values<double>(out, "b"), dy = random_values<double>(N * out, "dy");
+  const auto loss = [&](const auto& x_, const auto& w_, const auto& b_) {
+    std::vector<double> y(size_t(N * out));
+    plain::linear_forward(N, in, out, x_.data(), w_.data(), b_.data(), y.data());
+    return dot(y, dy);
+  };
+  std::vector<double> dx(x.size()), dw(w.size()), db(b.size());
+  plain::linear_backward(N, in, out, x.data(), w.data(), dy.data(), dx.data(), dw.data(),
+                         db.data());
+  CHECK(rel_error(dx, differences(x, [&](auto& v) { return loss(v, w, b); })) <
+        kDifferenceTolerance);
+  CHECK(rel_error(dw, differences(w, [&](auto& v) { return loss(x, v, b); })) <
+        kDifferenceTolerance);
+  CHECK(rel_error(db, differences(b, [&](auto& v) { return loss(x, w, v); })) <
+        kDifferenceTolerance);
+}
+
+TEST_CASE("plain norms' backward matches finite differences") {
+  const int N = 3, C = 11;
+  const auto x = random_values<double>(N * C, "x"), w = random_values<double>(C, "w"),
+             b = random_values<double>(C, "b"), dy = random_values<double>(N * C, "dy");
+  for (const bool layer_norm : {true, false}) {
+    CAPTURE(layer_norm);
+    const auto loss = [&](const auto& x_, const auto& w_, const auto& b_) {
+      std::vector<double> y(size_t(N * C));
+      plain::norm_forward(N, C, x_.data(), w_.data(), layer_norm ? b_.data() : nullptr, 1e-5,
+                          y.data());
+      return dot(y, dy);
+    };
+    std::vector<double> dx(x.size()), dw(w.size()), db(b.size());
+    plain::norm_backward(N, C, dy.data(), x.data(), w.data(), layer_norm, 1e-5, dx.data(),
+                         dw.data(), db.data());
+    CHECK(rel_error(dx, differences(x, [&](auto& v) { return loss(v, w, b); })) <
+          kDifferenceTolerance);
+    CHECK(rel_error(dw, differences(w, [&](auto& v) { return loss(x, v, b); })) <
+          kDifferenceTolerance);
+    CHECK(rel_error(db, differences(b, [&](auto& v) { return loss(x, w, v); })) <
+          kDifferenceTolerance);
+  }
+}
+
+TEST_CASE("plain activations' derivatives match finite differences") {
+  const auto x = random_values<double>(40, "x", 2), up = random_values<double>(40, "up"),
+             dy = random_values<double>(40, "dy");
+  std::vector<double> dx, dgate(40), dup(40);
+  for (size_t i = 0; i < x.size(); i++) {
+    dx.push_back(dy[i] * plain::gelu_derivative(x[i]));
+    plain::swiglu_derivative(x[i], up[i], dy[i], dgate[i], dup[i]);
+  }
+  const auto gelu = [&](const auto& v) {
+    double sum = 0;
+    for (size_t i = 0; i < v.size(); i++) sum += dy[i] * plain::gelu(v[i]);
+    return sum;
+  };
+  const auto swiglu = [&](const auto& g, const auto& u) {
+    double sum = 0;
+    for (size_t i = 0; i < g.size(); i++) sum += dy[i] * plain::swiglu(g[i], u[i]);
+    return sum;
+  };
+  CHECK(rel_error(dx, differences(x, gelu)) < kDifferenceTolerance);
+  CHECK(rel_error(dgate, differences(x, [&](auto& v) { return swiglu(v, up); })) <
+        kDifferenceTolerance);
+  CHECK(rel_error(dup, differences(up, [&](auto& v) { return swiglu(x, v); })) <
+        kDifferenceTolerance);
+}
+
+TEST_CASE("plain RoPE turned back is its gradient and its inverse") {
+  const int HS = 6;
+  const double frequency[] = {1, .3, .07};
+  const auto x = random_values<double>(HS, "x"), dy = random_values<double>(HS, "dy");
+  auto dx = dy, there = x;
+  plain::rope(HS, dx.data(), 13, frequency, -1.);
+  const auto loss = [&](std::vector<double> v) {
+    plain::rope(HS, v.data(), 13, frequency, 1.);
+    return dot(v, dy);
+  };
+  CHECK(rel_error(dx, differences(x, loss)) < kDifferenceTolerance);
+  plain::rope(HS, there.data(), 13, frequency, 1.);
+  plain::rope(HS, there.data(), 13, frequency, -1.);
+  CHECK(rel_error(there, x) < 1e-14);  // double's rounding
+}
+
+TEST_CASE("plain attention backward matches finite differences") {
+  const int T = 6, HS = 5;
+  const auto q = random_values<double>(T * HS, "q"), k = random_values<double>(T * HS, "k"),
+             v = random_values<double>(T * HS, "v"), dout = random_values<double>(T * HS, "dout");
+  std::vector<double> out(size_t(T * HS)), p(size_t(T * T));
+  const auto loss = [&](const auto& q_, const auto& k_, const auto& v_) {
+    plain::attention_forward(T, HS, q_.data(), k_.data(), v_.data(), out.data(), p.data());
+    return dot(out, dout);
+  };
+  loss(q, k, v);
+  std::vector<double> dq(q.size()), dk(k.size()), dv(v.size()), probabilities = p;
+  plain::attention_backward(T, HS, q.data(), k.data(), v.data(), probabilities.data(), dout.data(),
+                            dq.data(), dk.data(), dv.data());
+  CHECK(rel_error(dq, differences(q, [&](auto& x) { return loss(x, k, v); })) <
+        kDifferenceTolerance);
+  CHECK(rel_error(dk, differences(k, [&](auto& x) { return loss(q, x, v); })) <
+        kDifferenceTolerance);
+  CHECK(rel_error(dv, differences(v, [&](auto& x) { return loss(q, k, x); })) <
+        kDifferenceTolerance);
+}
+
+TEST_CASE("plain log-probability's and entropy's gradients match finite differences") {
+  const int V = 13;
+  const auto logits = random_values<double>(V, "logits", 2);
+  for (const double temperature : {1., .7}) {
+    std::vector<double> dlogits(size_t(V), 0.);
+    plain::classifier_backward(V, logits.data(), 4, temperature, .8, -.3, dlogits.data());
+    const auto loss = [&](const auto& x) {
+      double logp, entropy;
+      plain::classifier_forward(V, x.data(), 4, temperature, logp, entropy);
+      return .8 * logp - .3 * entropy;
+    };
+    CHECK(rel_error(dlogits, differences(logits, loss)) < kDifferenceTolerance);
+  }
+}
+
+// =============================================================================================
+// Fast layers against plain ones
+
+TEST_CASE("vexp agrees with exp to two units in the last place, and keeps NaN") {
+  double worst = 0;
+  for (double x = -87.2; x < 88.6; x += .0137) {
+    const double e = exp1(float(x)), truth = std::exp(double(float(x)));
+    worst = std::max(worst, std::abs(e - truth) / truth);
+  }
+  CHECK(worst < 2.4e-7);  // 2 x 2^-23
+  CHECK(exp1(0) == 1);
+  CHECK(exp1(-std::numeric_limits<float>::infinity()) == 0);
+  CHECK(std::isnan(exp1(std::numeric_limits<float>::quiet_NaN())));
+}
+
+TEST_CASE("GEMM agrees with the plain product in every order of its operands") {
+  struct Size {
+    int M, N, K;
+  };
+  // below, at and above the tile and the depth of a block
+  for (const Size s : {Size{1, 1, 1}, Size{5, 3, 7}, Size{kMR, kNR, 9}, Size{kMR + 1, kNR + 1, 385},
+                       Size{37, 70, 800}, Size{130, 33, 384}}) {
+    for (const Inner a_inner : {Inner::k, Inner::other}) {
+      for (const Inner b_inner : {Inner::k, Inner::other}) {
+        const auto a = random_values<float>(size_t(s.M * s.K), "a");
+        const auto b = random_values<float>(size_t(s.N * s.K), "b");
+        const auto bias = random_values<float>(size_t(s.N), "bias");
+        const auto start = random_values<float>(size_t(s.M * s.N), "start");
+        const auto at_a = [&](int m, int k) {
+          return a[size_t(a_inner == Inner::k ? m * s.K + k : k * s.M + m)];
+        };
+        const auto at_b = [&](int k, int n) {
+          return b[size_t(b_inner == Inner::k ? n * s.K + k : k * s.N + n)];
+        };
+        std::vector<double> truth;
+        for (int m = 0; m < s.M; m++)
+          for (int n = 0; n < s.N; n++) {
+            double sum = start[size_t(m * s.N + n)];
+            for (int k = 0; k < s.K; k++) sum += double(at_a(m, k)) * at_b(k, n);
+            truth.push_back(sum);
+          }
+        CAPTURE(s.M);
+        CAPTURE(s.N);
+        CAPTURE(s.K);
+        auto c = start;
+        Product p{s.M,
+                  s.N,
+                  s.K,
+                  {a.data(), a_inner == Inner::k ? s.K : s.M, a_inner},
+                  {b.data(), b_inner == Inner::k ? s.K : s.N, b_inner},
+                  c.data(),
+                  s.N};
+        p.accumulate = true;
+        gemm(p);
+        CHECK(rel_error(c, truth) < kFloatTolerance);
+        std::vector<float> d(c.size(), NAN);  // set, not added to
+        p.accumulate = false, p.c = d.data(), p.bias = bias.data(), p.residual = start.data();
+        gemm(p);
+        for (int m = 0; m < s.M; m++)
+          for (int n = 0; n < s.N; n++) truth[size_t(m * s.N + n)] += bias[size_t(n)];
+        CHECK(rel_error(d, truth) < kFloatTolerance);
+        if (b_inner == Inner::k && a_inner == Inner::k) {  // decoding's panels: the same bits
+          std::vector<float> panels(size_t(packed_size(s.N, s.K)) + kLanes), e(c.size());
+          pack_weights(b.data(), s.N, s.K, panels.data());
+          p.b = {panels.data(), 0, Inner::k, true}, p.c = e.data();
+          gemm(p);
+          CHECK(e == d);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("norms agree with their plain definition, forward and backward") {
+  for (const int C : {3, 24, 129}) {
+    for (const bool layer_norm : {true, false}) {
+      const int N = 70;  // more than one block of rows
+      const auto x = random_values<float>(size_t(N * C), "x"),
+                 w = random_values<float>(size_t(C), "w"), b = random_values<float>(size_t(C), "b"),
+                 dy = random_values<float>(size_t(N * C), "dy"),
+                 start = random_values<float>(size_t(N * C), "start");
+      std::vector<float> y(x.size()), y_plain(x.size()), mean(size_t(N), 0.f), rstd(size_t(N), 0.f);
+      const NormStats stats{mean.data(), rstd.data()};
+      norm_forward(N, C, x.data(), w.data(), layer_norm ? b.data() : nullptr, 1e-5f, y.data(),
+                   stats);
+      plain::norm_forward(N, C, x.data(), w.data(), layer_norm ? b.data() : nullptr, 1e-5f,
+                          y_plain.data());
+      CAPTURE(C);
+      CAPTURE(layer_norm);
+      CHECK(rel_error(y, y_plain) < kFloatTolerance);
+      auto dx = start, dx_plain = start, dw = w, dw_plain = w, db = b, db_plain = b;
+      std::vector<float> partials(size_t(norm_partials(N, C)));
+      norm_backward(N, C, dy.data(), x.data(), w.data(), stats, dx.data(), dw.data(),
+                    layer_norm ? db.data() : nullptr, true, partials.data());
+      plain::norm_backward(N, C, dy.data(), x.data(), w.data(), layer_norm, 1e-5f, dx_plain.data(),
+                           dw_plain.data(), db_plain.data());
+      CHECK(rel_error(dx, dx_plain) < kFloatTolerance);
+      CHECK(rel_error(dw, dw_plain) < kFloatTolerance);
+      CHECK(rel_error(db, db_plain) < kFloatTolerance);
+    }
+  }
+}
+
+TEST_CASE("activations agree with their plain definition, forward and backward") {
+  const int N = 3, F = 37;
+  const auto x = random_values<float>(size_t(2 * N * F), "x", 3),
+             dy = random_values<float>(size_t(2 * N * F), "dy");
+  std::vector<float> y(x.size()), dx(x.size()), y_plain, dx_plain(x.size());
+  gelu_forward(int64_t(x.size()), x.data(), y.data());
+  gelu_backward(int64_t(x.size()), x.data(), dy.data(), dx.data());
+  for (size_t i = 0; i < x.size(); i++) {
+    y_plain.push_back(plain::gelu(x[i]));
+    dx_plain[i] = dy[i] * plain::gelu_derivative(x[i]);
+  }
+  CHECK(rel_error(y, y_plain) < kFloatTolerance);
+  CHECK(rel_error(dx, dx_plain) < kFloatTolerance);
+  y.resize(size_t(N * F));
+  y_plain.clear();
+  swiglu_forward(N, F, x.data(), y.data());
+  swiglu_backward(N, F, x.data(), dy.data(), dx.data());
+  for (int n = 0; n < N; n++) {
+    for (int f = 0; f < F; f++) {
+      const size_t gate = size_t(n * 2 * F + f), up = gate + F;
+      y_plain.push_back(plain::swiglu(x[gate], x[up]));
+      plain::swiglu_derivative(x[gate], x[up], dy[size_t(n * F + f)], dx_plain[gate], dx_plain[up]);
+    }
+  }
+  CHECK(rel_error(y, y_plain) < kFloatTolerance);
+  CHECK(rel_error(dx, dx_plain) < kFloatTolerance);
+}
+
+TEST_CASE("attention agrees with its plain definition over packed documents and grouped heads") {
+  for (const int HS : {6, 16, 40}) {
+    const int NH = 4, NKV = 2;
+    const std::vector<int> starts = {0, 1, 70, 135, 143, 300};  // 1 to 157 positions, odd
+    const int N = starts.back(), ld = (NH + 2 * NKV) * HS;
+    const auto qkv = random_values<float>(size_t(N * ld), "qkv"),
+               dout = random_values<float>(size_t(N * NH * HS), "dout");
+    std::vector<float> out(dout.size()), lse(size_t(N * NH)), dqkv(qkv.size(), NAN);
+    const Attention a{
+        NH, NKV, HS, starts, qkv.data(), qkv.data() + NH * HS, qkv.data() + (NH + NKV) * HS,
+        ld, ld,  ld};
+    attention_forward(a, out.data(), lse.data());
+    attention_backward(a, out.data(), lse.data(), dout.data(), dqkv.data(), dqkv.data() + NH * HS,
+                       dqkv.data() + (NH + NKV) * HS, ld);
+    std::vector<float> out_plain(out.size()), dqkv_plain(qkv.size());
+    for (size_t d = 0; d + 1 < starts.size(); d++) {
+      for (int h = 0; h < NH; h++) {
+        const int begin = starts[d], T = starts[d + 1] - begin, kv = h / (NH / NKV);
+        const auto head = [&](const std::vector<float>& from, int row, int first) {
+          std::vector<float> x;
+          for (int t = 0; t < T; t++)
+            for (int i = 0; i < HS; i++) x.push_back(from[size_t((begin + t) * row + first + i)]);
+          return x;
+        };
+        const int q0 = h * HS, k0 = (NH + kv) * HS, v0 = (NH + NKV + kv) * HS;
+        const auto q = head(qkv, ld, q0), k = head(qkv, ld, k0), v = head(qkv, ld, v0),
+                   o = head(dout, NH * HS, q0);
+        std::vector<float> y(q.size()), p(size_t(T * T)), dq(q.size()), dk(q.size()), dv(q.size());
+        plain::attention_forward(T, HS, q.data(), k.data(), v.data(), y.data(), p.data());
+        plain::attention_backward(T, HS, q.data(), k.data(), v.data(), p.data(), o.data(),
+                                  dq.data(), dk.data(), dv.data());
+        for (int t = 0; t < T; t++) {
+          for (int i = 0; i < HS; i++) {
+            const size_t n = size_t(begin + t), from = size_t(t * HS + i);
+            out_plain[n * size_t(NH * HS) + size_t(q0 + i)] = y[from];
+            dqkv_plain[n * size_t(ld) + size_t(q0 + i)] = dq[from];
+            dqkv_plain[n * size_t(ld) + size_t(k0 + i)] += dk[from];  // heads of a group add up
+            dqkv_plain[n * size_t(ld) + size_t(v0 + i)] += dv[from];
+          }
+        }
+      }
+    }
+    CAPTURE(HS);
+    CHECK(rel_error(out, out_plain) < kFloatTolerance);
+    CHECK(rel_error(dqkv, dqkv_plain) < kFloatTolerance);
+  }
+}
+
+TEST_CASE("the classifier agrees with its plain definition") {
+  for (const int V : {1, 5, 257, 1000}) {
+    const auto logits = random_values<float>(size_t(V), "logits", 3);
+    const float temperature = .8f;
+    const int target = V / 2;
+    float logp, entropy;
+    plain::classifier_forward(V, logits.data(), target, temperature, logp, entropy);
+    const RowSoftmax s = row_softmax(V, logits.data(), 1 / temperature);
+    CHECK(std::abs(s.logp(logits[size_t(target)], 1 / temperature) - logp) < kFloatTolerance);
+    CHECK(std::abs(s.entropy - entropy) < kFloatTolerance * 10);  // up to log V = 7
+    std::vector<float> dlogits = logits, plain_dlogits(logits.size());
+    row_softmax_backward(V, dlogits.data(), s, 1 / temperature, target, .8f, -.3f);
+    plain::classifier_backward(V, logits.data(), target, temperature, .8f, -.3f,
+                               plain_dlogits.data());
+    CHECK(rel_error(dlogits, plain_dlogits) < 3 * kFloatTolerance);
+  }
+}
+
+// =============================================================================================
+// Whole models
+
+namespace {
+
+Config tiny(Family family, bool tied = false) {
+  Config c;
+  c.family = family;
+  c.V = 131, c.T = 160, c.L = 2, c.C = 40, c.NH = 4, c.NKV = 4, c.HS = 10, c.F = 52;
+  if (family != Family::gpt2) c.NKV = 2, c.HS = 12;
+  c.tied = tied;
+  return c;
+}
+
+void randomize(Gpt& gpt) {  // everywhere: zero projections would hide half of the gradients
+  const auto& tensors = gpt.table().tensors;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    const double scale = tensors[i].in > 1 ? 1 / std::sqrt(double(tensors[i].in)) : .2;
+    auto values = random_values<float>(size_t(tensors[i].size()), tensors[i].name.c_str(), scale);
+    if (tensors[i].init_one)
+      for (float& x : values) x += 1;
+    gpt.write(int(i), Slot::weight, values);
+  }
+}
+
+std::unique_ptr<Gpt> random_model(const Config& c, GptOptions options = {}) {
+  auto gpt = make_gpt(c, options);
+  randomize(*gpt);
+  return gpt;
+}
+
+struct Sample {
+  std::vector<int> tokens, targets, doc_starts;
+  std::vector<float> dlogp, dentropy;
+  Batch batch() const { return {tokens, targets, doc_starts, .9f}; }
+};
+
+Sample make_sample(const Config& c, std::vector<int> lengths, const char* name = "sample") {
+  Sample s;
+  Rng rng{hash64(name)};
+  for (int length : lengths) {
+    s.doc_starts.push_back(int(s.tokens.size()));
+    for (int t = 0; t < length; t++) {
+      s.tokens.push_back(int(rng.below(uint64_t(c.V))));
+      s.targets.push_back(rng.below(5) == 0 ? -1 : int(rng.below(uint64_t(c.V))));
+      s.dlogp.push_back(float(rng.normal()));
+      s.dentropy.push_back(float(rng.normal()));
+    }
+  }
+  s.doc_starts.push_back(int(s.tokens.size()));
+  return s;
+}
+
+std::vector<float> all(const Gpt& gpt, Slot slot) {
+  std::vector<float> values;
+  for (size_t i = 0; i < gpt.table().tensors.size(); i++) {
+    const size_t at = values.size();
+    values.resize(at + size_t(gpt.table().tensors[i].size()));
+    gpt.read(int(i), slot, std::span(values).subspan(at));
+  }
+  return values;
+}
+std::vector<float> copy(std::span<const float> x) { return {x.begin(), x.end()}; }
+
+const Family kFamilies[] = {Family::gpt2, Family::llama, Family::qwen3};
+
+struct Threads {  // sets their number for a scope
+  explicit Threads(int n) : before(omp_get_max_threads()) { omp_set_num_threads(n); }
+  ~Threads() { omp_set_num_threads(before); }
+  int before;
+};
+
+}  // namespace
+
+TEST_CASE("forward, backward and updates give the same bits for 1, 2 and 5 threads") {
+  for (const Family family : kFamilies) {
+    for (const bool muon_owns : {false, true}) {
+      std::vector<float> first;
+      for (const int threads : {1, 2, 5}) {
+        const Threads scope(threads);
+        const auto gpt = random_model(tiny(family), {.muon = muon_owns});
+        const Sample s = make_sample(gpt->config(), {70, 1, 129, 33});
+        std::vector<float> result;
+        for (int step = 1; step <= 3; step++) {
+          gpt->forward_backward(s.batch(), s.dlogp, {}, s.dentropy);
+          const auto logp = copy(gpt->logp()), gradient = all(*gpt, Slot::gradient);
+          OptimizerStep o;
+          o.step = step, o.lr.fill(.01f), o.muon_lr = .02f, o.decay = .1f, o.max_norm = 1;
+          const UpdateStats stats = gpt->update(o);
+          REQUIRE(stats.grad_norm > 1);  // clipping takes part
+          result.insert(result.end(), logp.begin(), logp.end());
+          result.insert(result.end(), gradient.begin(), gradient.end());
+          result.push_back(float(stats.grad_norm));
+        }
+        const auto weights = all(*gpt, Slot::weight);
+        result.insert(result.end(), weights.begin(), weights.end());
+        if (first.empty()) first = result;
+        CHECK(first == result);  // NaN would fail this
+      }
+    }
+  }
+}
+
+TEST_CASE("forward_backward equals forward then backward, bit for bit") {
+  for (const Family family : kFamilies) {
+    for (const bool tied : {false, true}) {
+      const auto a = random_model(tiny(family, tied)), b = random_model(tiny(family, tied));
+      const Sample s = make_sample(a->config(), {70, 1, 33});
+      a->forward_backward(s.batch(), s.dlogp, {}, s.dentropy);
+      b->forward(s.batch(), Pass::train);
+      b->backward(s.dlogp, {}, s.dentropy);
+      CHECK(copy(a->logp()) == copy(b->logp()));
+      CHECK(copy(a->entropy()) == copy(b->entropy()));
+      CHECK(all(*a, Slot::gradient) == all(*b, Slot::gradient));
+    }
+  }
+}
+
+TEST_CASE("a vocabulary whose logits need chunks gives the same gradients in both ways") {
+  Config c = tiny(Family::qwen3);
+  c.V = 70'001, c.L = 1, c.C = 8, c.F = 8, c.T = 300;
+  const int64_t rows = logit_rows(c, 300);
+  REQUIRE(rows == 256);  // two chunks for 300 tokens, and backward makes the logits again
+  const auto a = random_model(c), b = random_model(c);
+  const Sample s = make_sample(c, {300});
+  REQUIRE(s.tokens.size() == 300);
+  Sample every = s;  // every position has a target, so that the second chunk is not empty
+  for (int& t : every.targets) t = std::max(t, 0);
+  a->forward_backward(every.batch(), every.dlogp);
+  b->forward(every.batch(), Pass::train);
+  b->backward(every.dlogp);
+  CHECK(all(*a, Slot::gradient) == all(*b, Slot::gradient));
+  // in one chunk: the same tokens as two batches, whose sums over tokens go on where they stopped
+  CHECK(rel_error(a->logp(), b->logp()) == 0);
+}
+
+TEST_CASE("two accumulated micro-batches equal one batch") {
+  for (const Family family : kFamilies) {
+    for (const bool tied : {false, true}) {
+      const auto whole = random_model(tiny(family, tied)),
+                 halves = random_model(tiny(family, tied));
+      const Config& c = whole->config();
+      const Sample a = make_sample(c, {70, 9}, "a"), b = make_sample(c, {1, 90}, "b");
+      Sample both = a;
+      both.doc_starts.pop_back();
+      for (int start : b.doc_starts) both.doc_starts.push_back(start + int(a.tokens.size()));
+      const auto append = [](auto& to, const auto& from) {
+        to.insert(to.end(), from.begin(), from.end());
+      };
+      append(both.tokens, b.tokens), append(both.targets, b.targets), append(both.dlogp, b.dlogp);
+      whole->forward_backward(both.batch(), both.dlogp);
+      halves->forward_backward(a.batch(), a.dlogp);
+      halves->forward_backward(b.batch(), b.dlogp);
+      for (size_t i = 0; i < whole->table().tensors.size(); i++) {
+        const Tensor& t = whole->table().tensors[i];
+        std::vector<float> x(size_t(t.size())), y(size_t(t.size()));
+        whole->read(int(i), Slot::gradient, x);
+        halves->read(int(i), Slot::gradient, y);
+        CAPTURE(t.name);
+        // a key's bias has no gradient but rounding: compare it with its neighbours' size
+        if (t.name.ends_with("k.bias")) continue;
+        CHECK(rel_error(y, x) < kFloatTolerance);
+      }
+    }
+  }
+}
+
+TEST_CASE("a packed document has the log-probabilities it has alone, bit for bit") {
+  for (const Family family : kFamilies) {
+    const auto gpt = random_model(tiny(family));
+    const Sample s = make_sample(gpt->config(), {70, 1, 129, 33});
+    gpt->forward(s.batch(), Pass::score);
+    const auto packed = copy(gpt->logp()), entropy = copy(gpt->entropy());
+    for (size_t d = 0; d + 1 < s.doc_starts.size(); d++) {
+      const size_t begin = size_t(s.doc_starts[d]), length = size_t(s.doc_starts[d + 1]) - begin;
+      const std::vector<int> starts = {0, int(length)};
+      gpt->forward({std::span(s.tokens).subspan(begin, length),
+                    std::span(s.targets).subspan(begin, length), starts, .9f},
+                   Pass::score);
+      CHECK(copy(gpt->logp()) == std::vector<float>(packed.begin() + long(begin),
+                                                    packed.begin() + long(begin + length)));
+      CHECK(copy(gpt->entropy()) == std::vector<float>(entropy.begin() + long(begin),
+                                                       entropy.begin() + long(begin + length)));
+    }
+  }
+}
+
+TEST_CASE("inference and a shared model score as training does, bit for bit") {
+  for (const Family family : kFamilies) {
+    for (const bool tied : {false, true}) {
+      const auto train = random_model(tiny(family, tied));
+      const auto inference = random_model(tiny(family, tied), {.mode = Mode::inference});
+      const auto shared =
+          make_gpt(train->config(), {.mode = Mode::inference, .share = train.get()});
+      const Sample s = make_sample(train->config(), {70, 1, 33});
+      train->forward(s.batch(), Pass::train);
+      inference->forward(s.batch(), Pass::score);
+      shared->forward(s.batch(), Pass::score);
+      CHECK(copy(train->logp()) == copy(inference->logp()));
+      CHECK(copy(train->logp()) == copy(shared->logp()));
+      CHECK(all(*inference, Slot::weight) == all(*train, Slot::weight));  // out of its panels
+    }
+  }
+}
+
+TEST_CASE("decoding does not disturb a live forward") {
+  const auto a = random_model(tiny(Family::qwen3)), b = random_model(tiny(Family::qwen3));
+  const Sample s = make_sample(a->config(), {70, 33});
+  const std::vector<int> prompt = {3, 1, 4, 1, 5};
+  for (Gpt* gpt : {a.get(), b.get()}) {
+    gpt->forward(s.batch(), Pass::train);
+    if (gpt == a.get()) {
+      const auto cache = gpt->make_cache(64);
+      DecodeResult result;
+      const DecodeRow row{cache->create(), prompt, {}, {}};
+      gpt->decode(*cache, {&row, 1}, result);
+    }
+    gpt->backward(s.dlogp);
+  }
+  CHECK(all(*a, Slot::gradient) == all(*b, Slot::gradient));
+}
+
+TEST_CASE("a gradient that is not finite leaves weights and optimizer state untouched") {
+  for (const bool muon_owns : {false, true}) {
+    const auto gpt = random_model(tiny(Family::qwen3), {.muon = muon_owns});
+    Sample s = make_sample(gpt->config(), {33});
+    OptimizerStep o;
+    o.lr.fill(.01f), o.muon_lr = .02f;
+    gpt->forward_backward(s.batch(), s.dlogp);
+    CHECK(!gpt->update(o).skipped);
+    const auto weights = all(*gpt, Slot::weight), m = all(*gpt, Slot::moment1),
+               v = all(*gpt, Slot::moment2);
+    s.targets[7] = 5, s.dlogp[7] = std::numeric_limits<float>::infinity();
+    gpt->forward_backward(s.batch(), s.dlogp);
+    CHECK(gpt->update(o).skipped);
+    CHECK(all(*gpt, Slot::weight) == weights);
+    CHECK(all(*gpt, Slot::moment1) == m);
+    CHECK(all(*gpt, Slot::moment2) == v);
+    s.dlogp[7] = 1;  // and the next step is clean again
+    gpt->forward_backward(s.batch(), s.dlogp);
+    CHECK(!gpt->update(o).skipped);
+  }
+}
+
+TEST_CASE("a NaN weight makes a NaN log-probability") {
+  for (const Family family : kFamilies) {
+    const auto gpt = random_model(tiny(family));
+    const int down = gpt->table().find("blocks.0.down.weight");
+    std::vector<float> w(size_t(gpt->table().tensors[size_t(down)].size()), NAN);
+    gpt->write(down, Slot::weight, w);
+    const Sample s = make_sample(gpt->config(), {33});
+    gpt->forward(s.batch(), Pass::score);
+    for (size_t n = 0; n < s.targets.size(); n++) {
+      if (s.targets[n] >= 0) CHECK(std::isnan(gpt->logp()[n]));
+    }
+  }
+}
+
+TEST_CASE("updates without a backward pass before change nothing but the decay") {
+  const auto gpt = random_model(tiny(Family::llama));
+  const auto before = all(*gpt, Slot::weight);
+  OptimizerStep o;
+  o.lr.fill(.01f);
+  CHECK(gpt->update(o).grad_norm == 0);
+  CHECK(all(*gpt, Slot::weight) == before);
+}
+
+TEST_CASE("bad batches and impossible models end in one clear line") {
+  const auto gpt = random_model(tiny(Family::qwen3));
+  Sample s = make_sample(gpt->config(), {33});
+  const auto forward = [&](const Batch& b) {
+    return error_of([&] { gpt->forward(b, Pass::score); });
+  };
+  CHECK(contains(forward({}), "found 0 tokens"));
+  Sample bad = s;
+  bad.tokens[3] = 131;
+  CHECK(contains(forward(bad.batch()), "position 3: found token 131"));
+  bad = s;
+  bad.doc_starts.back() = 32;
+  CHECK(contains(forward(bad.batch()), "doc_starts"));
+  CHECK(contains(forward(make_sample(gpt->config(), {161}).batch()),
+                 "expected 1 to the context of 160"));
+  CHECK(contains(error_of([&] { gpt->backward(s.dlogp); }), "no forward"));
+  gpt->forward(s.batch(), Pass::train);
+  CHECK(contains(error_of([&] { gpt->backward(std::span(s.dlogp).first(5)); }), "found 5 weights"));
+  Config huge = tiny(Family::qwen3);
+  huge.C = 1 << 18, huge.L = 400, huge.F = 1 << 20;
+  CHECK(contains(error_of([&] { make_gpt(huge, {}); }), "lower --depth"));
+  CHECK(contains(error_of([&] { make_gpt(tiny(Family::gpt2), {.device = Device::cuda}); }),
+                 "expected --device cpu"));
+  Config wrong = tiny(Family::llama);
+  wrong.NKV = 3;
+  CHECK(contains(error_of([&] { make_gpt(wrong, {}); }), "num_key_value_heads: found 3"));
+}

@@ -1,0 +1,275 @@
+// The pretraining loop as its user meets it: the binaries ./bpe and ./train_gpt, run in a temporary
+// directory on a text made here.
+#include <sys/wait.h>
+
+#include <fstream>
+#include <sstream>
+#include <thread>
+
+#include "cake/json.h"
+#include "cake/schedule.h"
+#include "test/support.h"
+
+using namespace cake;
+
+namespace {
+
+struct Output {
+  int status;        // exit status, 128 + n after signal n
+  std::string text;  // stdout and stderr
+};
+
+Output run(const std::string& command) {
+  std::FILE* pipe = popen((command + " 2>&1").c_str(), "r");
+  Output out{-1, {}};
+  char buffer[4096];
+  while (size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) out.text.append(buffer, n);
+  const int status = pclose(pipe);
+  out.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  return out;
+}
+
+// Sentences of a small grammar: something to learn, different at every seed.
+std::string text_of(uint64_t seed, int sentences) {
+  const char* who[] = {"the baker", "a sailor", "my aunt", "the judge", "one painter"};
+  const char* does[] = {"sees", "likes", "paints", "forgets", "buys"};
+  const char* what[] = {"apples", "the sea", "old books", "a grey cat", "bread"};
+  Rng rng{seed};
+  std::string text;
+  for (int i = 0; i < sentences; i++) {
+    text += concat(who[rng.below(5)], " ", does[rng.below(5)], " ", what[rng.below(5)], ".\n");
+  }
+  return text;
+}
+
+// Token shards of such a text, made once for all tests of this file.
+const std::string& data_prefix() {
+  static const TempDir dir;
+  static const std::string prefix = [&] {
+    const std::string text = dir / "text.txt";
+    write_file(text, text_of(1, 4000));
+    const Output train = run(concat("./bpe train ", text, " --vocab-size 320 --pattern qwen2 -o ",
+                                    (dir / "tokenizer").string()));
+    REQUIRE_MESSAGE(train.status == 0, train.text);
+    const std::string data = dir / "data";
+    const Output encode = run(concat("./bpe encode ", (dir / "tokenizer").string(), " ", text,
+                                     " --val-fraction .1 -o ", data));
+    REQUIRE_MESSAGE(encode.status == 0, encode.text);
+    return data;
+  }();
+  return prefix;
+}
+
+std::string train_command(const std::string& out, const std::string& flags, int steps = 120) {
+  return concat(
+      "./train_gpt --data ", data_prefix(), " -o ", out, " --steps ", steps,
+      " --layers 1 --channels 32 --context 32 --batch-tokens 256 --micro-batch-tokens 128 ", flags);
+}
+
+std::vector<std::string> losses(const std::filesystem::path& run_dir) {  // of each step, as written
+  std::vector<std::string> result;
+  std::istringstream lines(read_file(run_dir / "metrics.jsonl"));
+  for (std::string line; std::getline(lines, line);) {
+    const Json j = Json::parse(line);
+    for (const char* key : {"loss", "val_loss"})
+      if (j.contains(key)) result.push_back(concat(j.at("step"), " ", key, " ", j.at(key)));
+  }
+  return result;
+}
+
+size_t metric_lines(const std::filesystem::path& run_dir) {
+  std::ifstream in(run_dir / "metrics.jsonl");
+  return size_t(std::count(std::istreambuf_iterator<char>(in), {}, '\n'));
+}
+
+// Starts the command and sends the signal once metrics.jsonl has `lines` lines. False when the run
+// ended before.
+bool interrupt(const std::string& command, const std::filesystem::path& out, size_t lines,
+               int signal, int* status) {
+  const pid_t child = fork();
+  if (child == 0) {
+    execl("/bin/sh", "sh", "-c", ("exec " + command + " >/dev/null 2>&1").c_str(), nullptr);
+    _exit(127);
+  }
+  bool sent = false;
+  for (;;) {
+    if (waitpid(child, status, WNOHANG) == child) return sent;
+    if (!sent && metric_lines(out) >= lines) sent = kill(child, signal) == 0;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("the linear schedule rises, stays, and falls to its floor on a line") {
+  const Schedule s{"linear", 100, 10, .5, .1};
+  CHECK(s.at(1) == .1);
+  CHECK(s.at(10) == 1);
+  CHECK(s.at(50) == 1);
+  CHECK(s.at(75) == doctest::Approx(.1 + .9 * .5));
+  CHECK(s.at(100) == doctest::Approx(.1));
+}
+
+TEST_CASE("the cosine schedule is halfway at half of its steps, the constant one never moves") {
+  const Schedule s{"cosine", 110, 10, 0, .2};
+  CHECK(s.at(10) == 1);
+  CHECK(s.at(60) == doctest::Approx(.6));
+  CHECK(s.at(110) == doctest::Approx(.2));
+  CHECK(Schedule{"constant", 100, 0}.at(100) == 1);
+}
+
+TEST_CASE("sizes grow with depth, and every head size divides the width") {
+  int before = 0;
+  for (int depth = 1; depth <= 40; depth++) {
+    const int C = width_of_depth(depth);
+    CHECK(C >= before);
+    before = C;
+    const Config c = new_config(Family::qwen3, depth, C, 1000, 256);
+    CAPTURE(depth);
+    CHECK(c.NH * c.HS == C);
+    c.check("depth");
+  }
+  CHECK(width_of_depth(4) == 128);
+  CHECK(width_of_depth(12) == 768);
+}
+
+TEST_CASE("training learns, and writes a model, metrics and a summary") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  const Output o = run(train_command(out, ""));
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  const Json summary = read_json(dir / "run/summary.json");
+  CHECK(summary.at("steps") == 120);
+  // three choices of five a sentence are 7 bits; chance over 320 ids would be above 3 bits a byte
+  CHECK(summary.at("val_bits_per_byte").get<double>() < 1);
+  CHECK(summary.at("val_bits_per_byte").get<double>() > .2);
+  CHECK(losses(out).size() == 120 + 10);
+  CHECK(std::filesystem::exists(dir / "run/model/config.json"));
+  CHECK(std::filesystem::exists(dir / "run/model/tokenizer.json"));
+  CHECK(contains(o.text, "--steps 120"));
+}
+
+TEST_CASE("a run killed at any moment and resumed equals one that never stopped") {
+  const TempDir dir;
+  const Output whole = run(train_command(dir / "whole", ""));
+  REQUIRE_MESSAGE(whole.status == 0, whole.text);
+  const uint64_t seed = uint64_t(getpid());
+  Rng rng{seed};
+  CAPTURE(seed);
+  const std::string out = dir / "killed";
+  // --save-every 7: the last checkpoint lies behind the step that was killed
+  const size_t first = 10 + rng.below(40), second = first + 10 + rng.below(40);
+  CAPTURE(first);
+  CAPTURE(second);
+  int status = 0;
+  REQUIRE(interrupt(train_command(out, "--save-every 7"), out, first, SIGKILL, &status));
+  REQUIRE(interrupt(concat("./train_gpt --resume -o ", out, " --save-every 7"), out, second,
+                    SIGKILL, &status));
+  const Output resumed = run(concat("./train_gpt --resume -o ", out));
+  REQUIRE_MESSAGE(resumed.status == 0, resumed.text);
+  CHECK(losses(dir / "killed") == losses(dir / "whole"));
+  CHECK(read_file(dir / "killed/model/model.safetensors") ==
+        read_file(dir / "whole/model/model.safetensors"));
+  CHECK(contains(run(concat("./train_gpt --resume -o ", out)).text, "is finished"));
+}
+
+TEST_CASE("SIGTERM saves first, and the resumed run equals one that never stopped") {
+  const TempDir dir;
+  REQUIRE(run(train_command(dir / "whole", "--optimizer adamw")).status == 0);
+  const std::string out = dir / "stopped";
+  int status = 0;
+  REQUIRE(interrupt(train_command(out, "--optimizer adamw"), out, 30, SIGTERM, &status));
+  CHECK(WEXITSTATUS(status) == 128 + SIGTERM);
+  REQUIRE(std::filesystem::exists(dir / "stopped/model/trainer_state.json"));
+  REQUIRE(run(concat("./train_gpt --resume -o ", out)).status == 0);
+  CHECK(losses(out) == losses(dir / "whole"));
+  CHECK(read_file(dir / "stopped/model/model.safetensors") ==
+        read_file(dir / "whole/model/model.safetensors"));
+}
+
+TEST_CASE("a whole run gives the same bits for 1 and 2 threads") {
+  const TempDir dir;
+  REQUIRE(run(train_command(dir / "one", "--threads 1", 30)).status == 0);
+  REQUIRE(run(train_command(dir / "two", "--threads 2", 30)).status == 0);
+  CHECK(losses(dir / "one") == losses(dir / "two"));
+  CHECK(read_file(dir / "one/model/model.safetensors") ==
+        read_file(dir / "two/model/model.safetensors"));
+}
+
+TEST_CASE("--minutes prints the equal --steps, which gives the same bits") {
+  const TempDir dir;
+  const std::string command =
+      concat("./train_gpt --data ", data_prefix(),
+             " --layers 1 --channels 32 --context 32 --batch-tokens 256 -o ");
+  const Output timed = run(concat(command, (dir / "timed").string(), " --minutes .05"));
+  REQUIRE_MESSAGE(timed.status == 0, timed.text);
+  const int64_t steps = read_json(dir / "timed/summary.json").at("steps");
+  CHECK(contains(timed.text, concat("(--steps ", steps, ")")));
+  const Output counted = run(concat(command, (dir / "counted").string(), " --steps ", steps));
+  REQUIRE_MESSAGE(counted.status == 0, counted.text);
+  CHECK(read_file(dir / "timed/model/model.safetensors") ==
+        read_file(dir / "counted/model/model.safetensors"));
+}
+
+TEST_CASE("--init-from goes on from a model") {
+  const TempDir dir;
+  REQUIRE(run(train_command(dir / "first", "")).status == 0);
+  const Output o = run(concat("./train_gpt --data ", data_prefix(), " -o ", (dir / "next").string(),
+                              " --init-from ", (dir / "first").string(), " --steps 3"));
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  const double before = read_json(dir / "first/summary.json").at("val_bits_per_byte"),
+               after = read_json(dir / "next/summary.json").at("val_bits_per_byte");
+  CHECK(std::abs(after - before) < .1);  // three small steps; an untrained model stands at 4 bits
+}
+
+TEST_CASE("a loss that explodes stops the run, says what to try, and saves no NaN") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  const Output o = run(train_command(
+      out, "--matrix-lr 1e20 --embedding-lr 1e20 --head-lr 1e20 --clip 0 --save-every 4"));
+  CHECK(o.status == 1);
+  CHECK(contains(o.text, "error: step "));
+  CHECK(contains(o.text, "--lr-scale"));
+  if (std::filesystem::exists(dir / "run/model")) {  // a checkpoint before it is finite
+    CHECK(!contains(run(concat("./train_gpt --resume -o ", out)).text, "not finite"));
+  }
+}
+
+TEST_CASE("--dry-run prints the plan and makes nothing") {
+  const TempDir dir;
+  const Output o = run(train_command(dir / "run", "--dry-run"));
+  CHECK(o.status == 0);
+  for (const char* part : {"model ", "parameters", "data ", "memory ", "disk ", "time ", "budget "})
+    CHECK_MESSAGE(contains(o.text, part), part);
+  CHECK(!std::filesystem::exists(dir / "run"));
+}
+
+TEST_CASE("train_gpt's bad input ends in one line and exit status 1") {
+  const TempDir dir;
+  const auto refused = [&](const std::string& command, const std::string& part) {
+    const Output o = run(command);
+    CAPTURE(command);
+    CAPTURE(o.text);
+    CHECK(o.status == 1);
+    CHECK(contains(o.text, part));
+    CHECK(o.text.rfind("error: ", 0) == 0);
+    CHECK(std::count(o.text.begin(), o.text.end(), '\n') == 1);
+  };
+  const std::string out = dir / "run";
+  refused("./train_gpt -o " + out, "--data: missing");
+  refused("./train_gpt", "--out");
+  refused("./train_gpt --data nowhere -o " + out, "nowhere.json: ");
+  refused(train_command(out, "--nonsense 3"), "--nonsense");
+  refused(train_command(out, "--schedule steps"), "--schedule: found steps");
+  refused(train_command(out, "--minutes 1"), "found more than one");
+  refused(train_command(out, "--optimizer sgd"), "--optimizer: found sgd");
+  refused(train_command(out, "--device cuda"), "--device cuda");
+  refused(train_command(out, "--heads 3"), "--heads: found 3");
+  refused(train_command(out, "--init-from nowhere"), "nowhere: not found");
+  refused("./train_gpt --resume -o " + out, "not found");
+  CHECK(!std::filesystem::exists(out));
+  std::filesystem::create_directories(out);
+  write_file(dir / "run/notes.txt", "mine");
+  refused(train_command(out, ""), "exists; --resume");
+  CHECK(read_file(dir / "run/notes.txt") == "mine");
+}
