@@ -68,8 +68,8 @@ $(BIN)/bpe: $(OBJECTS)/bpe.o
 $(BIN)/train_gpt: $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.lib.o
 $(BIN)/chat: $(OBJECTS)/chat.o $(LIBRARY)
 $(BUILD)/world: $(OBJECTS)/dev/world.o
-$(BUILD)/bench: $(BUILD)/dev/bench/bench.o $(BUILD)/bpe.lib.o
-$(BUILD)/test: $(TESTS) $(BUILD)/bpe.lib.o $(BUILD)/dev/world.lib.o
+$(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.lib.o
+$(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.lib.o $(OBJECTS)/dev/world.lib.o
 
 $(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/bench $(BUILD)/test:
 	@echo "link $@"

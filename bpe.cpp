@@ -1979,6 +1979,9 @@ int run(int argc, char** argv) {
     fail(e.what(), " (./bpe --help tells more)");
   }
   if (*train) {
+    if (std::filesystem::exists(output) && !std::filesystem::is_directory(output)) {
+      fail(output, ": found a file, expected a directory to write");  // now, not after the training
+    }
     train_tokenizer(corpus, vocab_size, pattern).save(output);
   } else if (*encode) {
     encode_corpus(corpus, Tokenizer::load(tokenizer), tokenizer, output);

@@ -263,6 +263,7 @@ int generate(const GenerateOptions& o) {
                   .sampling = o.sampling,
                   .stop_ids = model.stop_ids,
                   .stop_strings = o.stop};
+  request.sampling.vocab = model.tokenizer.vocab_size();
   int status;
   if (total == 1 && o.output.empty()) {
     request.prompt = ids[0];

@@ -1075,6 +1075,7 @@ static int sample_row(int V, const float* logits, const Sampling& how, std::span
     std::sort(seen.begin(), seen.end());
     seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
     for (int id : seen) {
+      if (id >= V) continue;
       float& x = p[size_t(id)];
       x = x > 0 ? x / how.repetition_penalty : x * how.repetition_penalty;
     }
@@ -2067,7 +2068,7 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
       const float* x = decode_.logits + i * ld;
       const Sampling& how = rows[r].sampling;
       thread_local std::vector<float> scratch;
-      const int id = sample_row(V, x, how, rows[r].history,
+      const int id = sample_row(how.vocab > 0 ? std::min(V, how.vocab) : V, x, how, rows[r].history,
                                 uint64_t(lengths[r]) + rows[r].tokens.size(), scratch);
       const float inverse = how.temperature > 0 ? 1 / how.temperature : 1;
       result.ids[r] = id;
@@ -2617,6 +2618,7 @@ void Trainer::sample() {
   request.prompt = prompt;
   request.max_new = std::min(64, config_.T - int(prompt.size()));
   request.sampling.temperature = .8f;
+  request.sampling.vocab = tokenizer_.vocab_size();
   request.sampling.seed = s_.seed;
   request.stop_ids = {end_of_text_};
   const int number = generator.submit(request);

@@ -349,6 +349,7 @@ struct StoredTensor {
         out[i] = convert(half);
       }
     };
+    if (out.empty()) return;
     if (dtype == "F32") {
       std::memcpy(out.data(), data + 4 * begin, out.size_bytes());
     } else if (dtype == "BF16") {

@@ -293,9 +293,11 @@ inline ParamTable make_table(const Config& c, bool muon = false) {
 // A tensor's initial values: a function of the seed, its name and the element's index alone.
 inline std::vector<float> initial_values(const Tensor& t, uint64_t seed) {
   std::vector<float> values(size_t(t.size()), t.init_one ? 1.f : 0.f);
-  if (t.init_std > 0) {
-    Rng rng{mix64(seed, hash64(t.name))};
-    for (float& x : values) x = float(rng.normal() * t.init_std);
+  if (t.init_std == 0) return values;
+  const uint64_t stream = mix64(seed, hash64(t.name));
+#pragma omp parallel for schedule(static)
+  for (size_t i = 0; i < values.size(); i++) {
+    values[i] = float(Rng{stream, 2 * i}.normal() * t.init_std);  // normal() takes two numbers
   }
   return values;
 }
@@ -335,6 +337,7 @@ struct Sampling {
   float temperature = 1;  // 0: the most likely token, the smallest id among equals
   int top_k = 0;          // 0: all
   float top_p = 1, min_p = 0;
+  int vocab = 0;                 // ids from here on, which no token has, are never sampled; 0: none
   float repetition_penalty = 1;  // of logits of tokens that the sequence holds (Keskar 2019)
   uint64_t seed = 0;             // the draw is a function of (seed, stream, position)
   uint64_t stream = 0;           // tells sequences with one seed apart

@@ -188,7 +188,7 @@ class AtomicFile {
     if (!committed_) std::filesystem::remove(partial_, ignored);
   }
   void write(const void* data, size_t bytes) {
-    if (std::fwrite(data, 1, bytes, file_) != bytes) {
+    if (bytes > 0 && std::fwrite(data, 1, bytes, file_) != bytes) {
       fail(path_.string(), ": cannot write: ", errno_text());
     }
   }

@@ -297,7 +297,7 @@ std::string question_of(const Person& person, const Fact& fact, int phrasing) {
 }
 
 constexpr double kFactShare = .1;        // of the tokens
-constexpr double kTellingTokens = 12.5;  // one telling on average, or a little more
+constexpr double kTellingTokens = 12.3;  // one telling on average, with its part of a document
 constexpr int kMinTellings = 150;        // of an often-told fact
 constexpr int kSometimesTellings = 15, kRarelyTellings = 2;
 constexpr int kInvented = 500;
@@ -316,7 +316,7 @@ World make_world(const WorldOptions& options) {
   World world{options, {}};
   // A small budget tells fewer facts often enough; a large one tells the same facts more often.
   const double affordable = kFactShare * double(options.tokens) / kTellingTokens /
-                            (2. * (1.1 * kMinTellings + kSometimesTellings + kRarelyTellings));
+                            (2. * (kMinTellings + kSometimesTellings + kRarelyTellings));
   const int people = std::clamp(int(affordable), 1, options.people);
 
   Rng rng{mix64(options.seed, hash64("people"))};
@@ -1276,6 +1276,7 @@ std::vector<Probe> read_probes(const std::filesystem::path& path) {
                       json_get<std::string>(line, "answer", where),
                       match == "final" ? Probe::final : Probe::sentence});
   });
+  if (probes.empty()) fail(path.string(), ": found an empty file, expected a probe a line");
   return probes;
 }
 
@@ -1351,7 +1352,6 @@ int world_main(int argc, char** argv) {
   app.add_option("--tokens", options.tokens,
                  "size of the documents, estimated for a BPE of about 1,024 tokens; more tokens "
                  "tell the same facts more often")
-      ->transform(CLI::AsNumberWithUnit(std::map<std::string, double>{{"k", 1e3}, {"M", 1e6}}))
       ->capture_default_str();
   app.add_option("--people", options.people,
                  "people at each level (told often, sometimes, rarely), two facts each; fewer when "

@@ -37,6 +37,14 @@ std::string random_text(uint64_t seed, int characters) {
   return text;
 }
 
+// Long words of two letters: almost every border is contested, most tokens have several splits.
+std::string two_letters(uint64_t seed, int n) {
+  Rng rng{seed};
+  std::string text;
+  for (int i = 0; i < n; i++) text += rng.below(3) ? (rng.below(200) ? "a" : " ") : "b";
+  return text;
+}
+
 std::string random_bytes(uint64_t seed, size_t n) {
   Rng rng{seed};
   std::string bytes;
@@ -154,7 +162,12 @@ std::string json_lines(const std::vector<std::string>& texts) {
   return out;
 }
 
-Tokenizer real(const char* name) { return Tokenizer::load(data_path(concat("tokenizers/", name))); }
+const Tokenizer& real(const std::string& name) {
+  static std::map<std::string, Tokenizer> loaded;
+  const auto it = loaded.find(name);
+  if (it != loaded.end()) return it->second;
+  return loaded.emplace(name, Tokenizer::load(data_path("tokenizers/" + name))).first->second;
+}
 
 size_t count_pieces(const Tokenizer& t, std::string_view text) { return t.pieces(text).size(); }
 
@@ -187,7 +200,7 @@ TEST_CASE("pieces and ids equal those of Hugging Face's tokenizers for every pat
 TEST_CASE("the Unicode tables hold what Unicode says") {
   CHECK(std::string(kUnicodeVersion) == "16.0.0");
   const uint8_t* kind = char_classes();
-  CHECK(kind['a'] == kLower);
+  CHECK(kind[0x61] == kLower);
   CHECK(kind[0x1C5] == kUpper);   // titlecase
   CHECK(kind[0x17F] == kLower);   // long s
   CHECK(kind[0x2B0] == kLetter);  // modifier
@@ -196,7 +209,7 @@ TEST_CASE("the Unicode tables hold what Unicode says") {
   CHECK(kind[0x1C89] == kUpper);    // new in 16
   CHECK(kind[0x16EA0] == kOther);   // new in 17
   CHECK(kind[0x10FFFF] == kOther);  // the last one
-  CHECK(kind['\n'] == kNewline);
+  CHECK(kind[0x0A] == kNewline);
   std::vector<uint32_t> spaces;
   for (uint32_t c = 0; c < 0x110000; c++) {
     if (kind[c] == kSpace) spaces.push_back(c);
@@ -212,7 +225,7 @@ TEST_CASE("the Unicode tables hold what Unicode says") {
 
 TEST_CASE("gpt2's vocabulary gives the known answers") {
   if (skip_without_data("tokenizers/r50k_base.tiktoken")) return;
-  const Tokenizer t = real("r50k_base.tiktoken");
+  const Tokenizer& t = real("r50k_base.tiktoken");
   CHECK(t.vocab_size() == 50257);
   CHECK(t.end_of_text() == 50256);
   CHECK(t.encode("hello world") == Ids{31373, 995});
@@ -227,7 +240,7 @@ TEST_CASE("gpt2's vocabulary gives the known answers") {
 
 TEST_CASE("cl100k's vocabulary gives the known answers") {
   if (skip_without_data("tokenizers/cl100k_base.tiktoken")) return;
-  const Tokenizer t = real("cl100k_base.tiktoken");
+  const Tokenizer& t = real("cl100k_base.tiktoken");
   CHECK(t.vocab_size() == 100277);
   CHECK(t.special("<|endofprompt|>") == 100276);
   CHECK(t.token_bytes(100256).empty());  // a hole
@@ -272,7 +285,7 @@ TEST_CASE("every token of the real vocabularies encodes to itself and decodes to
   if (skip_without_data("tokenizers/o200k_base.tiktoken")) return;
   for (const char* name : {"r50k_base.tiktoken", "cl100k_base.tiktoken", "o200k_base.tiktoken"}) {
     CAPTURE(name);
-    const Tokenizer t = real(name);
+    const Tokenizer& t = real(name);
     int wrong = 0, checked = 0;
     for (int id = 0; id < t.vocab_size(); id++) {
       const std::string bytes(t.token_bytes(id));
@@ -290,7 +303,7 @@ TEST_CASE("every token of the real vocabularies encodes to itself and decodes to
 
 TEST_CASE("vocab.bpe, encoder.json and r50k's ranks are one vocabulary") {
   if (skip_without_data("tokenizers/gpt2_vocab.bpe")) return;
-  const Tokenizer a = real("gpt2_vocab.bpe"), b = real("r50k_base.tiktoken");
+  const Tokenizer &a = real("gpt2_vocab.bpe"), &b = real("r50k_base.tiktoken");
   CHECK(a.hash() == b.hash());
   CHECK(a.encode(random_text(1, 5000)) == b.encode(random_text(1, 5000)));
   // encoder.json spells bytes; every spelling of ASCII is itself.
@@ -308,7 +321,7 @@ TEST_CASE("vocab.bpe, encoder.json and r50k's ranks are one vocabulary") {
 TEST_CASE("a real vocabulary with holes among its ids is saved and loaded unchanged") {
   if (skip_without_data("tokenizers/o200k_base.tiktoken")) return;
   for (const char* name : {"r50k_base.tiktoken", "o200k_base.tiktoken"}) {
-    const Tokenizer t = real(name);
+    const Tokenizer& t = real(name);
     TempDir dir;
     t.save(dir.path());
     const Tokenizer again = Tokenizer::load(dir.path());
@@ -336,11 +349,7 @@ TEST_CASE("the encoder equals the definition of byte pair encoding") {
 }
 
 TEST_CASE("the encoder equals the definition where merges overlap most") {
-  // Two letters, no spaces: long pieces in which almost every border is contested.
-  std::string text;
-  Rng rng{5};
-  for (int i = 0; i < 6000; i++) text += rng.below(3) ? (rng.below(200) ? "a" : " ") : "b";
-  const Tokenizer t = train_on(text, 400, "gpt2");
+  const Tokenizer t = train_on(two_letters(5, 6000), 400, "gpt2");
   for (uint64_t seed = 0; seed < 200; seed++) {
     std::string piece;
     Rng draw{1000 + seed};
@@ -527,9 +536,7 @@ TEST_CASE("ignore_merges makes a token of a piece whatever the merges say") {
 
 TEST_CASE("merges that list every split of a token give the same ids") {
   TempDir dir;
-  std::string text = random_text(15, 20000);
-  for (int i = 0; i < 300; i++) text += " abababab aaaaaaaabaaaa";
-  const Tokenizer t = train_on(text, 600, "cl100k");
+  const Tokenizer t = train_on(two_letters(15, 6000), 400, "cl100k");
   t.save(dir.path());
   Json json = read_json(dir / "tokenizer.json");
   const Json& vocab = json["model"]["vocab"];
@@ -549,7 +556,7 @@ TEST_CASE("merges that list every split of a token give the same ids") {
     std::sort(list.begin(), list.end());
     for (const auto& [parts, text] : list) merges.push_back(text);
   }
-  CHECK(merges.size() > json["model"]["merges"].size() + 50);
+  CHECK(merges.size() >= json["model"]["merges"].size() + 100);
   json["model"]["merges"] = merges;
   write_file(dir / "tokenizer.json", json.dump());
   CHECK(Tokenizer::load(dir.path()).hash() == t.hash());
@@ -574,6 +581,7 @@ TEST_CASE("NFC composes, decomposes and orders as Unicode says") {
   CHECK(normal("\ud558\u11ab\u11ab") == "\ud55c\u11ab");  //
   CHECK(normal("a\u0315\u0300") == "\u00e0\u0315");       // past a mark of a higher class
   CHECK(normal("a\u0300\u0301") == "\u00e0\u0301");       // not past one of the same
+  CHECK(normal("a\u0305\u0300") == "a\u0305\u0300");      // nor past one that stays
   CHECK(normal("\u0301e") == "\u0301e");                  // a mark at the start
   CHECK(normal("\xff"
                "e\xcc") ==
@@ -783,8 +791,8 @@ TEST_CASE("a long document has the same ids in chunks, batches and threads as in
 TEST_CASE("a document longer than a batch has the same ids as in one piece") {
   TempDir dir;
   std::string text;
-  for (uint64_t i = 0; text.size() < (36u << 20); i++) text += random_text(i, 300000);
-  text.insert(20u << 20, std::string(1 << 20, 'a'));  // no safe cut for a while
+  for (uint64_t i = 0; text.size() < (17u << 20); i++) text += random_text(i, 300000);
+  text.insert(31u << 19, std::string(1 << 20, 'a'));  // no safe cut about the batch's end
   const Tokenizer t = train_on(text.substr(0, 200000), 600, "gpt2");
   Ids expected = {t.end_of_text()};
   t.encode(text, expected);
@@ -887,7 +895,7 @@ TEST_CASE("an encoding that fails leaves an older one whole") {
 TEST_CASE("the real texts round-trip through the real vocabularies") {
   if (skip_without_data("text/tinyshakespeare.txt")) return;
   for (const char* name : {"r50k_base.tiktoken", "cl100k_base.tiktoken", "o200k_base.tiktoken"}) {
-    const Tokenizer t = real(name);
+    const Tokenizer& t = real(name);
     for (const char* file : {"text/tinyshakespeare.txt", "languages/udhr.jsonl"}) {
       const std::string text = read_file(data_path(file));
       CHECK((t.decode(t.encode(text)) == text));

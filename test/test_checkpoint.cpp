@@ -731,7 +731,12 @@ TEST_CASE("an exchange in two steps that was interrupted is repaired") {
   std::filesystem::rename(dir / "run/model", dir / "run/model.old");
   CHECK(model_dir(dir / "run/model/") == dir / "run/model");
   CHECK(contents(dir / "run/model") == old_files);
-  // A save repairs first, and cleans up what is left.
+  // A save repairs first, so that its own failure costs nothing, and cleans up what is left.
+  std::filesystem::rename(dir / "run/model", dir / "run/model.old");
+  CHECK(error_of([&] {
+          save_checkpoint(dir / "run/model", b, {.tokenizer_from = dir / "none"});
+        }) != "no error");
+  CHECK(contents(dir / "run/model") == old_files);
   std::filesystem::rename(dir / "run/model", dir / "run/model.old");
   save_checkpoint(dir / "run/model", b, {});
   CHECK(contents(dir / "run").count("model.old") == 0);

@@ -88,12 +88,13 @@ std::string stream(const std::vector<std::string>& pieces) {
   return text;
 }
 
-// The distribution that sampling draws from. The penalty and the temperature come first; then only
-// the tokens stay that are at least min_p times as likely as the likeliest, of these the top_k most
-// likely, of these the fewest that reach top_p of their sum.
+// The distribution that sampling draws from. Ids that no token has are out. The penalty and the
+// temperature come first; then only the tokens stay that are at least min_p times as likely as the
+// likeliest, of these the top_k most likely, of these the fewest that reach top_p of their sum.
 std::map<int, double> sampling_distribution(std::span<const float> logits, const Sampling& s,
                                             std::span<const int> history) {
   std::vector<double> z(logits.begin(), logits.end());
+  if (s.vocab > 0) std::fill(z.begin() + s.vocab, z.end(), -1e30);
   for (const int id : std::set<int>(history.begin(), history.end())) {
     double& x = z[size_t(id)];
     x = x > 0 ? x / s.repetition_penalty : x * s.repetition_penalty;
@@ -107,6 +108,7 @@ std::map<int, double> sampling_distribution(std::span<const float> logits, const
     return std::exp((z[size_t(id)] - z[size_t(order[0])]) / s.temperature);
   };
   while (weight(order.back()) < s.min_p) order.pop_back();
+  if (s.vocab > 0) std::erase_if(order, [&](int id) { return id >= s.vocab; });
   if (s.top_k > 0 && s.top_k < int(order.size())) order.resize(size_t(s.top_k));
   double sum = 0, reached = 0;
   for (const int id : order) sum += weight(id);
@@ -1036,6 +1038,8 @@ std::vector<Sampling> sampling_settings() {
           {.top_k = 10},
           {.temperature = 2, .top_p = .8f},
           {.temperature = 2, .min_p = .05f},
+          {.temperature = 1.5f, .vocab = 40},
+          {.temperature = 3, .top_k = 20, .top_p = .9f, .vocab = 40},
           {.temperature = 1.5f, .repetition_penalty = 1.8f},
           {.temperature = 3, .top_k = 40, .top_p = .9f, .min_p = .02f, .repetition_penalty = 1.2f}};
 }
@@ -1048,12 +1052,17 @@ TEST_CASE("temperature 0 takes the likeliest token, the smallest id among equals
   for (const int id : dice.draw({.temperature = 0, .top_k = 3}, 64)) {
     CHECK(id == best - dice.logits.begin());
   }
+  const auto first = std::max_element(dice.logits.begin(), dice.logits.begin() + 40);
+  for (const int id : dice.draw({.temperature = 0, .vocab = 40}, 64)) {
+    CHECK(id == first - dice.logits.begin());
+  }
+  CHECK(first != best);
   const int head = dice.gpt->table().find("head");
   dice.gpt->write(head, Slot::weight, std::vector<float>(137 * 40, 0.f));
   for (const int id : dice.draw({.temperature = 0}, 64)) CHECK(id == 0);
 }
 
-TEST_CASE("top-k, top-p and min-p never let another token through") {
+TEST_CASE("top-k, top-p, min-p and the vocabulary never let another token through") {
   Dice dice;
   for (const Sampling& how : sampling_settings()) {
     // Wider by a float's rounding: a token on the border may fall on either side.
@@ -1208,7 +1217,7 @@ TEST_CASE("chat generate answers bad input with one line and status 1") {
   write_file(dir / "bad.jsonl", "{\"prompt\": \"a\"}\n{\"prompt\": 3}\n");
   write_file(dir / "empty.txt", "");
   const std::string d = dir.path().string() + "/";
-  for (const auto& [arguments, message] : std::vector<std::pair<std::string, std::string>>{
+  for (const auto& bad : std::vector<std::pair<std::string, std::string>>{
            {"--temperature -1", "--temperature: found -1, expected 0 to 100"},
            {"--temperature nan", "--temperature: found nan"},
            {"--top-p 0", "--top-p: found 0, expected above 0, at most 1"},
@@ -1228,6 +1237,7 @@ TEST_CASE("chat generate answers bad input with one line and status 1") {
            {"--prompt '" + std::string(700, 'z') + "'",
             "--prompt: found 701 tokens, expected at most 127, since the model's context is "
             "128"}}) {
+    const std::string arguments = bad.first, message = bad.second;
     CAPTURE(arguments);
     const Output out = generate(arguments);
     CHECK(out.status == 1);
@@ -1253,13 +1263,15 @@ TEST_CASE("chat generate ends quietly when its reader does, and with 130 at Ctrl
   CHECK(read_file(status) == "0\n");
 
   const std::string long_text = model_of(100000) + " --threads 1 --tokens 99000 --prompt 'a'";
-  const Output stopped = shell("timeout --preserve-status -s INT 2 ./chat generate " + long_text);
+  // In the foreground, timeout sends one signal; else a second follows, which ends a run at once.
+  const std::string interrupted =
+      "timeout --foreground --preserve-status -s INT 2 ./chat generate ";
+  const Output stopped = shell(interrupted + long_text);
   CHECK(stopped.status == 130);
   CHECK((stopped.text.empty() || stopped.text.ends_with("\n")));
   CHECK(is_utf8(stopped.text));
   const std::string file = dir / "results.jsonl";
-  const Output batch =
-      shell("timeout --preserve-status -s INT 2 ./chat generate " + long_text + " -o " + file);
+  const Output batch = shell(interrupted + long_text + " -o " + file);
   CHECK(batch.status == 130);
   CHECK(!std::filesystem::exists(file));
   CHECK(!std::filesystem::exists(file + ".partial"));
