@@ -23,6 +23,11 @@
 
 #include <omp.h>
 #include <sys/mman.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -39,7 +44,7 @@ namespace cake {
 
 #if defined(__AVX512F__)
 inline constexpr int kLanes = 16;
-#elif defined(__AVX__)
+#elif defined(__FMA__)
 inline constexpr int kLanes = 8;
 #else
 inline constexpr int kLanes = 4;  // NEON, SSE
@@ -71,6 +76,20 @@ static inline __attribute__((always_inline)) void lanes(int64_t n, Body&& body) 
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
   if (i < n) body(i, int(n - i));
+}
+// a b + c, rounded once. Products name it: left to itself, a compiler fuses some chains and, where
+// it deems a chain too long for the processor, not others, and then tiles of different shapes
+// differ in their last bits.
+static inline vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+  return vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__FMA__)
+  return vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__ARM_NEON)
+  return vec(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+  return a * b + c;
+#endif
 }
 static inline vec vmax(vec a, vec b) { return a > b ? a : b; }
 static inline float sum_lanes(vec v) {  // a tree: the same order wherever it is called
@@ -237,7 +256,7 @@ static inline __attribute__((always_inline)) void tile(int K, const float* a, in
     for (int r = 0; r < R; r++) {
       const vec x = splat(a[r * a_row + k * a_k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) acc[r][v] += x * bv[v];
+      for (int v = 0; v < NV; v++) acc[r][v] = fused(x, bv[v], acc[r][v]);
     }
   }
 }
@@ -1096,20 +1115,23 @@ static int sample_row(int V, const float* logits, const Sampling& how, std::span
     const auto likelier = [&](int a, int b) {
       return p[size_t(a)] != p[size_t(b)] ? p[size_t(a)] > p[size_t(b)] : a < b;
     };
-    const size_t kept = cut_k ? size_t(how.top_k) : size_t(V);
+    size_t kept = cut_k ? size_t(how.top_k) : size_t(V);
     if (cut_k) std::nth_element(order.begin(), order.begin() + kept - 1, order.end(), likelier);
-    for (size_t i = kept; i < order.size(); i++) p[size_t(order[i])] = 0;
-    if (cut_p) {
-      std::sort(order.begin(), order.begin() + kept, likelier);
+    if (cut_p) {  // the smallest set that reaches top_p of what is left; few are sorted to find it
       double total = 0, reached = 0;
       for (size_t i = 0; i < kept; i++) total += p[size_t(order[i])];
-      for (size_t i = 0; i < kept; i++) {  // the smallest set that reaches top_p
-        if (reached >= how.top_p * total)
-          p[size_t(order[i])] = 0;
-        else
-          reached += p[size_t(order[i])];
+      size_t i = 0, sorted = 0;
+      for (; i < kept && reached < how.top_p * total; i++) {
+        if (i == sorted) {
+          sorted = std::min(kept, std::max<size_t>(64, 4 * sorted));
+          std::partial_sort(order.begin() + i, order.begin() + sorted, order.begin() + kept,
+                            likelier);
+        }
+        reached += p[size_t(order[i])];
       }
+      kept = i;
     }
+    for (size_t i = kept; i < order.size(); i++) p[size_t(order[i])] = 0;
   }
   // Inverse of the cumulative sum: blocks of 256 first, then inside the block.
   std::vector<double> blocks;

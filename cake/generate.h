@@ -188,7 +188,7 @@ inline int64_t cache_positions(const Config& c, int rows, int64_t longest, int64
 struct GeneratorStats {
   int64_t prompt_tokens = 0;  // fed, those of preempted rows again
   int64_t reused_tokens = 0;  // that a fork found in the cache
-  int64_t new_tokens = 0;     // sampled by decoding steps, a row's first by its prompt's
+  int64_t new_tokens = 0;     // sampled in calls that feed no prompt: all but a row's first
   int64_t preemptions = 0;
   double prompt_seconds = 0, decode_seconds = 0;
 };

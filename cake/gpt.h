@@ -333,7 +333,7 @@ struct UpdateStats {
 
 enum class Slot { weight, gradient, moment1, moment2 };  // Muon's momentum is moment1
 
-struct Sampling {
+struct Sampling {  // in this order: penalty, temperature, min_p, top_k, top_p of what is left
   float temperature = 1;  // 0: the most likely token, the smallest id among equals
   int top_k = 0;          // 0: all
   float top_p = 1, min_p = 0;

@@ -89,8 +89,9 @@ if [[ -z $TEXT ]]; then
   stage story "$BIN/chat" generate "$RUN/base" --prompt 'One day' --tokens 120
   stage sum "$BIN/chat" generate "$RUN/base" --prompt '27 + 45 = ?' --tokens 60 --temperature 0
   stage fact "$BIN/chat" generate "$RUN/base" --prompt "$question" --tokens 60 --temperature 0
+  # The longest answer has six steps of 11 tokens; after an answer the next question begins.
   stage answers "$BIN/chat" generate "$RUN/base" --prompts "$RUN/world/probes.jsonl" \
-    -o "$RUN/base/answers.jsonl" --tokens 64 --temperature 0
+    -o "$RUN/base/answers.jsonl" --tokens 80 --stop '?' --temperature 0
   stage score "$BUILD/world" score "$RUN/world/probes.jsonl" "$RUN/base/answers.jsonl" \
     -o "$RUN/base/evaluation.json"
   evaluation=$(<"$RUN/base/evaluation.json")

@@ -428,7 +428,7 @@ struct Relation {
   struct Question {
     const char* text;
     char asked;    // the slot that holds the answer
-  } questions[2];  // the first does not ask for {n}
+  } questions[2];  // the first, asked three times in four, asks for what stands behind {n}
 };
 
 const std::vector<Relation> kRelations = {
@@ -470,7 +470,7 @@ struct Passage {
 // A statement that goes with its first question's answer as held_out_pair says, and its question.
 Passage::Question make_statement(Rng& rng, Dealer& dealer, const Relation& relation,
                                  bool held_out) {
-  const Relation::Question& question = relation.questions[rng.below(2)];
+  const Relation::Question& question = relation.questions[chance(rng, .25)];
   for (;;) {
     Slots slots;
     dealer.deal(relation.statement, slots);
@@ -718,10 +718,10 @@ std::string make_chain(Rng& rng) {
 std::string make_sums(Rng& rng, int target) {
   return grow(target, "\n\n", [&] {
     const double u = rng.uniform();
-    if (u < .3) return make_chain(rng);
-    const Sum sum = u < .65   ? make_addition(rng, false)
-                    : u < .85 ? make_subtraction(rng)
-                              : make_product(rng);
+    if (u < .45) return make_chain(rng);
+    const Sum sum = u < .75  ? make_addition(rng, false)
+                    : u < .9 ? make_subtraction(rng)
+                             : make_product(rng);
     return sum.question + "\nSteps: " + sum.steps + format("\nAnswer: %d.", sum.answer);
   });
 }
@@ -993,14 +993,14 @@ std::string make_passages(Rng& rng, int target) {
 }
 const std::vector<Generator> kGenerators = {
     {"facts", kFactShare, nullptr},  // made from the tellings
-    {"passages", .42, make_passages},
-    {"lists", .14, make_list},
-    {"stories", .10, make_story},
-    {"sums", .08, make_sums},
-    {"word problems", .09, make_word_problems},
+    {"passages", .43, make_passages},
+    {"lists", .08, make_list},
+    {"stories", .08, make_story},
+    {"sums", .12, make_sums},
+    {"word problems", .13, make_word_problems},
     {"comparing", .02, make_comparisons},
     {"spelling", .02, make_spelling},
-    {"few-shot", .03, make_few_shot},
+    {"few-shot", .02, make_few_shot},
 };
 
 // A tenth of the tokens are in documents from 200 tokens to the context, since positions that
@@ -1285,7 +1285,8 @@ std::pair<double, double> interval(int64_t right, int64_t n) {
   const double z = 1.959964, p = double(right) / double(n), m = double(n);
   const double middle = p + z * z / (2 * m),
                half = z * std::sqrt(p * (1 - p) / m + z * z / (4 * m * m));
-  return {(middle - half) / (1 + z * z / m), (middle + half) / (1 + z * z / m)};
+  return {std::max(0., (middle - half) / (1 + z * z / m)),
+          std::min(1., (middle + half) / (1 + z * z / m))};
 }
 
 int score(const std::string& probes_path, const std::string& completions_path,
