@@ -2000,6 +2000,7 @@ int run(int argc, char** argv) {
 }  // namespace cake
 
 int main(int argc, char** argv) {
+  cake::spin_briefly(argv);
   return cake::guarded_main([&] { return cake::run(argc, argv); });
 }
 #endif

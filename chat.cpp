@@ -337,6 +337,7 @@ int chat(int argc, char** argv) {
 }  // namespace cake
 
 int main(int argc, char** argv) {
+  cake::spin_briefly(argv);
   std::signal(SIGPIPE, SIG_IGN);  // print() sees the error instead
   cake::watch_signals();
   return cake::guarded_main([&] {

@@ -91,6 +91,18 @@ static inline vec fused(vec a, vec b, vec c) {
   return a * b + c;
 #endif
 }
+static inline vec vsqrt(vec x) {
+#if defined(__AVX512F__)
+  return vec(_mm512_sqrt_ps(__m512(x)));
+#elif defined(__FMA__)
+  return vec(_mm256_sqrt_ps(__m256(x)));
+#elif defined(__ARM_NEON)
+  return vec(vsqrtq_f32(float32x4_t(x)));
+#else
+  for (int i = 0; i < kLanes; i++) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
 static inline vec vmax(vec a, vec b) { return a > b ? a : b; }
 static inline float sum_lanes(vec v) {  // a tree: the same order wherever it is called
   float x[kLanes];
@@ -336,14 +348,64 @@ static void pack_panel(const Operand& x, const float* data, int count, int K, fl
   }
 }
 
+// The same for R <= 2 rows and whole-depth panels: one row has too few chains to keep the units
+// busy, so P panels go side by side, each a stream from memory. Decoding one row reads every weight
+// once; this is what reads them at the memory's speed.
+template <int R, int P>
+static void stream_tiles(const Product& p, const float* a, int n, int columns) {
+  vec acc[R][P][2];
+  const float* panel[P];
+  for (int j = 0; j < P; j++) panel[j] = p.b.data + int64_t(n + j * kNR) * p.K;
+  const auto width = [&](int j, int v) {
+    return std::clamp(columns - j * kNR - v * kLanes, 0, kLanes);
+  };
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < P; j++)
+      for (int v = 0; v < 2; v++) {
+        const int64_t at = n + j * kNR + v * kLanes, w = width(j, v);
+        acc[r][j][v] = p.residual ? load(p.residual + r * p.ldc + at, int(w)) : vec{};
+        if (p.bias) acc[r][j][v] += load(p.bias + at, int(w));
+      }
+  for (int k = 0; k < p.K; k++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < P; j++) {
+      const vec b0 = load(panel[j] + k * kNR), b1 = load(panel[j] + k * kNR + kLanes);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; r++) {
+        const vec x = splat(a[k * kMR + r]);
+        acc[r][j][0] = fused(x, b0, acc[r][j][0]);
+        acc[r][j][1] = fused(x, b1, acc[r][j][1]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < P; j++)
+      for (int v = 0; v < 2; v++)
+        store(p.c + r * p.ldc + n + j * kNR + v * kLanes, acc[r][j][v], width(j, v));
+}
+
+template <int R>
+static void stream_rows(const Product& p, const float* a, int n0, int n1) {
+  constexpr int P = 4 / R;
+  int n = n0;
+  for (; n + P * kNR <= n1; n += P * kNR) stream_tiles<R, P>(p, a, n, P * kNR);
+  for (; n < n1; n += kNR) stream_tiles<R, 1>(p, a, n, std::min(kNR, n1 - n));
+}
+
 // The rectangle [m0, m1) x [n0, n1) of the product by one thread; n0 is a multiple of kNR.
 static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
   struct Scratch {
     std::vector<float> a, b;
   };
   thread_local Scratch scratch;
-  scratch.a.resize(size_t(kMC) * kKC + kLanes);
+  scratch.a.resize(std::max(scratch.a.size(), size_t(kMC) * kKC + kLanes));
   scratch.b.resize(size_t(kNR) * kKC + kLanes);
+  if (p.b.packed && p.M <= 2 && !p.accumulate) {
+    scratch.a.resize(std::max(scratch.a.size(), size_t(kMR) * size_t(p.K) + kLanes));
+    pack_panel<kMR>(p.a, p.a.data, p.M, p.K, scratch.a.data());
+    if (p.M == 1) return stream_rows<1>(p, scratch.a.data(), n0, n1);
+    return stream_rows<2>(p, scratch.a.data(), n0, n1);
+  }
   const auto at = [](const Operand& x, int64_t line, int64_t k) {
     return x.data + (x.inner == Inner::k ? line * x.ld + k : k * x.ld + line);
   };
@@ -1171,11 +1233,9 @@ static void adamw(int64_t size, float* w, const float* g, float* m, float* v, fl
     const vec grad = load(g + i, n) * scale;
     const vec mi = o.beta1 * load(m + i, n) + (1 - o.beta1) * grad;
     const vec vi = o.beta2 * load(v + i, n) + (1 - o.beta2) * grad * grad;
-    vec root = vi * c2;
-    for (int l = 0; l < kLanes; l++) root[l] = std::sqrt(root[l]);
     store(m + i, mi, n);
     store(v + i, vi, n);
-    store(w + i, keep_w * load(w + i, n) - lr * c1 * mi / (root + o.eps), n);
+    store(w + i, keep_w * load(w + i, n) - lr * c1 * mi / (vsqrt(vi * c2) + o.eps), n);
   });
 }
 
@@ -2217,7 +2277,7 @@ double measure_peak() {
       const vec x = splat(.999f + 1e-6f * float(repetition)), y = splat(1e-3f);
       for (int64_t i = 0; i < kSteps; i++) {
 #pragma GCC unroll 12
-        for (int j = 0; j < kChains; j++) acc[j] = acc[j] * x + y;
+        for (int j = 0; j < kChains; j++) acc[j] = fused(acc[j], x, y);
       }
       for (const vec& a : acc) sink += sum_lanes(a);
     }
@@ -2929,6 +2989,7 @@ int main_train(int argc, char** argv) {
 }  // namespace cake
 
 int main(int argc, char** argv) {
+  cake::spin_briefly(argv);
   return cake::guarded_main([&] { return cake::main_train(argc, argv); });
 }
 

@@ -87,7 +87,7 @@ if [[ -z $TEXT ]]; then
   question=$(sed -n '/"task":"facts_often"/{s/.*"prompt":"\([^"]*\)".*/\1/p;q;}' \
     "$RUN/world/probes.jsonl")
   stage story "$BIN/chat" generate "$RUN/base" --prompt 'One day' --tokens 120
-  stage sum "$BIN/chat" generate "$RUN/base" --prompt '27 + 45 = ?' --tokens 60 --temperature 0
+  stage sum "$BIN/chat" generate "$RUN/base" --prompt $'27 + 45 = ?\nSteps:' --tokens 60 --temperature 0
   stage fact "$BIN/chat" generate "$RUN/base" --prompt "$question" --tokens 60 --temperature 0
   # The longest answer has six steps of 11 tokens; after an answer the next question begins.
   stage answers "$BIN/chat" generate "$RUN/base" --prompts "$RUN/world/probes.jsonl" \
