@@ -17,8 +17,8 @@ namespace cake {
 struct Schedule {
   std::string shape = "linear";
   int64_t steps = 1, warmup = 0;
-  double warmdown = .6;  // share of the steps
-  double floor = .03;    // of the peak
+  double warmdown = .8;  // share of the steps
+  double floor = 0;      // of the peak
 
   double at(int64_t step) const {
     if (step <= warmup) return double(step) / double(warmup);
