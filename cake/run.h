@@ -97,10 +97,10 @@ inline int usable_cores() {
   return std::max(1, int(limit));
 }
 
-// libgomp's threads spin for a while at every barrier. Its own choice, milliseconds, is no faster than
-// this one on idle cores, and beside other work it is ruinous: decoding with a small model on two
-// busy cores made 6 tokens a second, and 530 with this. The library reads its environment when it is
-// loaded, so a main calls this first, and the process begins again with it.
+// libgomp's threads spin for a while at every barrier. Its own choice, milliseconds, is no faster
+// than this one on idle cores, and beside other work it is ruinous: decoding with a small model on
+// two busy cores made 6 tokens a second, and 530 with this. The library reads its environment when
+// it is loaded, so a main calls this first, and the process begins again with it.
 inline void spin_briefly(char** argv) {
   if (std::getenv("GOMP_SPINCOUNT") || std::getenv("OMP_WAIT_POLICY")) return;
   if (setenv("GOMP_SPINCOUNT", "1000", 1) == 0) execv("/proc/self/exe", argv);
