@@ -2335,7 +2335,7 @@ struct Settings {
   double matrix_lr = 0, embedding_lr = 0, head_lr = 0, vector_lr = 0, lr_scale = 0;
   double weight_decay = -1, clip = -1, beta1 = .9, beta2 = .95, momentum = .95;
   int64_t warmup = -1;
-  double warmdown = -1, final_lr = 0;
+  double warmdown = -1, final_lr = -1;
   uint64_t seed = 1;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Settings, data, tokenizer, init_from, family, optimizer,
@@ -2548,14 +2548,19 @@ void Trainer::plan_run() {
   }
   const bool muon = s_.optimizer == "muon";
   const double adamw_lr = std::min(.004, .002 * std::sqrt(128. / config_.C) * 2);
-  if (s_.matrix_lr == 0) s_.matrix_lr = muon ? .03 : adamw_lr;
-  if (s_.embedding_lr == 0) s_.embedding_lr = muon ? .03 : adamw_lr;
-  if (s_.head_lr == 0) s_.head_lr = muon ? .004 : adamw_lr;
+  // Muon's companions, measured: a small text that is seen several times over wants faster
+  // embeddings and a long fall (tinyshakespeare: 2.111 bits a byte with them, 2.145 without), fresh
+  // tokens do not (the demo's world: .356 with them, .336 without).
+  const bool small_text = train_.size() < 2'000'000;
+  if (s_.matrix_lr == 0) s_.matrix_lr = !muon ? adamw_lr : small_text ? .03 : .02;
+  if (s_.embedding_lr == 0) s_.embedding_lr = !muon ? adamw_lr : small_text ? .03 : .01;
+  if (s_.head_lr == 0) s_.head_lr = !muon ? adamw_lr : small_text ? .004 : .01;
+  if (s_.warmdown < 0) s_.warmdown = small_text ? .8 : .6;
+  if (s_.final_lr < 0) s_.final_lr = small_text ? 0 : .03;
   if (s_.vector_lr == 0) s_.vector_lr = muon ? .01 : adamw_lr;
   if (s_.lr_scale == 0) s_.lr_scale = s_.init_from.empty() ? 1 : .1;
   if (s_.weight_decay < 0) s_.weight_decay = muon ? 0 : .1;
   if (s_.clip < 0) s_.clip = 1;
-  if (s_.warmdown < 0) s_.warmdown = .8;
 }
 
 OptimizerStep Trainer::optimizer_step(int64_t number) const {
