@@ -2640,9 +2640,11 @@ void Trainer::make_model(bool resumed) {
 void Trainer::calibrate() {
   const double limit = s_.minutes > 0 ? std::clamp(.02 * 60 * s_.minutes, .2, 10.) : 3;
   schedule_ = {.steps = 1 << 20, .warmup = 1 << 20};
+  // One micro-batch stands for a step: a large batch would take minutes to time.
+  const int64_t batch = std::exchange(s_.batch_tokens, s_.micro_batch_tokens);
   std::vector<double> times;
   const double start = now();
-  for (int i = 0; i <= 3 || (now() - start < limit && i < 200); i++) {
+  for (int i = 0; i <= 1 || (now() - start < limit && i < 200); i++) {
     const double t = now();
     step(i + 1);
     if (i > 0) times.push_back(now() - t);  // the first one touches the memory
@@ -2652,7 +2654,9 @@ void Trainer::calibrate() {
   const double t = now();
   const Score score = val_ ? evaluate(2 * s_.micro_batch_tokens) : Score{};
   eval_seconds_ = score.tokens > 0 ? (now() - t) / double(score.tokens) : 0;  // a token
-  step_seconds_ = times.empty() ? 0 : times[times.size() / 2];
+  s_.batch_tokens = batch;
+  step_seconds_ =
+      times.empty() ? 0 : times[times.size() / 2] * double(batch) / double(s_.micro_batch_tokens);
   loader_->set_state({});
   recent_loss_ = 0, lowest_loss_ = 1e30, skipped_in_a_row_ = 0;
 }
