@@ -2,7 +2,8 @@
 //
 // A stage hands an engine packed documents, reads the log-probability of each target token, decides
 // one number per token, dL/dlogp, and hands that back; it never sees a transformer. An engine
-// (CpuGpt in train_gpt.cpp, CudaGpt in train_gpt.cu) never sees a stage.
+// (CpuGpt in train_gpt.cpp, CudaGpt in train_gpt.cu) never sees a stage. On a device only logp(),
+// entropy(), value(), stats(), decode() and read() wait for it.
 //
 //     Config  --make_table-->  ParamTable  --one arena of floats-->  Gpt
 //
@@ -326,7 +327,7 @@ struct OptimizerStep {
   float max_norm = 0;  // of the whole gradient, which is scaled down to it; 0: any
 };
 
-struct UpdateStats {
+struct UpdateStats {     // of the last update
   double grad_norm = 0;  // before clipping
   bool skipped = false;  // the norm was not finite: weights and optimizer state are untouched
 };
@@ -464,7 +465,8 @@ class Gpt {
                                 std::span<const float> dvalue = {},
                                 std::span<const float> dentropy = {}) = 0;
   // Clips, steps every trainable tensor by its optimizer, clears the gradients.
-  virtual UpdateStats update(const OptimizerStep&) = 0;
+  virtual void update(const OptimizerStep&) = 0;
+  virtual UpdateStats stats() = 0;
   virtual void zero_gradients() = 0;
 
   // Of the last forward, (N) each; positions without a target hold 0.
@@ -493,12 +495,20 @@ void set_threads(int threads);
 enum class Device { automatic, cpu, cuda };
 enum class Mode { train, inference };  // inference: no gradients, no optimizer state
 
+enum class Precision {
+  automatic,  // the device's own: bf16 on CUDA, fp32 on the CPU
+  fp32,
+  bf16,  // activations and products; master weights, gradients and moments stay fp32. CUDA alone
+};
+
 struct GptOptions {
   Device device = Device::automatic;
   Mode mode = Mode::train;
-  bool muon = false;     // Muon owns the block matrices
-  int batch_tokens = 0;  // the largest N expected: sizes the activations, which grow when needed
-  Gpt* share = nullptr;  // read this model's weights, of the same Config, in place of own ones
+  Precision precision = Precision::automatic;
+  bool recompute = false;  // CUDA: keep each layer's input alone, run its forward again in backward
+  bool muon = false;       // Muon owns the block matrices
+  int batch_tokens = 0;    // the largest N expected: sizes the activations, which grow when needed
+  Gpt* share = nullptr;    // read this model's weights, of the same Config, in place of own ones
 };
 
 // Memory an engine will take, item by item, in bytes; known before anything is allocated.
@@ -523,10 +533,20 @@ void check_device(Device);
 // are uninitialised: load a checkpoint or write initial_values.
 std::unique_ptr<Gpt> make_gpt(const Config&, const GptOptions&);
 
-// Operations a second of multiply-adds in registers: the peak that speeds are shares of.
-double measure_peak();
+// Operations a second that products reach at best on this device: the peak that speeds are shares
+// of. The CPU's is measured with multiply-adds in registers, a GPU's with one large product.
+double measure_peak(const Gpt&);
 // Operations that training on packed documents takes, forward and backward.
 double training_operations(const Gpt&, std::span<const int> doc_starts);
+
+// The CUDA engine's part of the functions above, in train_gpt.cu; built in where CAKE_CUDA is
+// defined.
+namespace gpu {
+std::string unavailable();  // why no device can be used; empty when one can
+MemoryPlan plan_memory(const Config&, const GptOptions&);
+std::unique_ptr<Gpt> make_gpt(const Config&, const GptOptions&);
+double measure_peak(const Gpt&);
+}  // namespace gpu
 
 inline Device parse_device(const std::string& name) {
   if (name == "auto") return Device::automatic;

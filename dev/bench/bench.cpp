@@ -91,7 +91,7 @@ double read_bandwidth() {
 }
 
 void Bench::machine() {
-  peak = measure_peak(), bandwidth = read_bandwidth();
+  peak = measure_cpu_peak(), bandwidth = read_bandwidth();
   std::printf(
       "machine: %d cores, %d vector lanes, %.0f GFLOP/s of multiply-adds, reads %.1f GB/s\n\n",
       omp_get_max_threads(), kLanes, peak / 1e9, bandwidth / 1e9);
