@@ -5,6 +5,8 @@
 #   WERROR=1         warnings are errors
 #   CXXFLAGS=-g      further flags
 #   BUILD=dir        where objects go; BIN=dir: where the stages' binaries go
+#   CUDA=0|1         the CUDA engine: left out, built in (default: where nvcc and a GPU are)
+#   CUDA_ARCHS="80 90a"   for these GPUs (default: the one that is here)
 #   -jN              so many compilers at once, not one a processor
 
 BUILD ?= build
@@ -16,16 +18,37 @@ CLANG_FORMAT ?= $(firstword $(shell command -v clang-format-14 clang-format) cla
 GCC_ONLY := $(if $(findstring clang,$(CXX)),,-Wno-restrict)
 FLAGS := -std=c++20 -O3 -march=$(MARCH) -ffp-contract=fast -fopenmp -I. \
          -Wall -Wextra -Wno-missing-field-initializers $(GCC_ONLY) $(if $(WERROR),-Werror) $(CXXFLAGS)
-LIBRARIES := -Wl,--as-needed -lsimdjson -lzstd -lz
-HEADERS := CLI/CLI.hpp doctest/doctest.h nlohmann/json.hpp omp.h simdjson.h xxhash.h zlib.h zstd.h
+LIBRARIES := -Wl,--as-needed -lsimdjson -lzstd -lz -ledit
+HEADERS := CLI/CLI.hpp doctest/doctest.h histedit.h nlohmann/json.hpp omp.h simdjson.h xxhash.h zlib.h zstd.h
 
-STAGES := bpe train_gpt chat
-SOURCES = $(wildcard *.cpp *.h cake/*.h dev/*.cpp dev/*.h dev/*/*.cpp dev/*/*.h test/*.cpp test/*.h)
+STAGES := bpe train_gpt sft chat
+SOURCES = $(wildcard *.cpp *.cu cake/*.h dev/*.cpp dev/*.h dev/*/*.cpp dev/*/*.h test/*.cpp test/*.h \
+            test/*/*.cpp test/*/*.h test/*/*/*.h)
 
 # Two stages are libraries too: compiled a second time without their main. test/test_gpt.cpp and
 # dev/bench/bench.cpp include train_gpt.cpp itself: they look at what is inside.
 OBJECTS := $(BUILD)/objects
-LIBRARY := $(OBJECTS)/bpe.lib.o $(OBJECTS)/train_gpt.lib.o
+LIBRARY = $(OBJECTS)/bpe.lib.o $(OBJECTS)/train_gpt.lib.o $(ENGINE)
+# The CUDA engine: by nvcc, or as C++ over test/cuda_on_cpu/, which runs its kernels on the CPU (the
+# tests, and `make emulate`).
+NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+CUDA ?= $(if $(and $(NVCC),$(shell nvidia-smi -L 2>/dev/null)),1,0)
+CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+NVCC_FLAGS = -std=c++20 -O3 -I. -lineinfo $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+  $(addprefix -gencode arch=compute_,$(foreach a,$(lastword $(CUDA_ARCHS)),$(a),code=compute_$(a))) \
+  -Xcompiler=-march=$(MARCH),-fopenmp,-Wall,-Wextra,-Wno-missing-field-initializers,-Wno-unused-function \
+  --diag-suppress=177
+ON_CPU := $(OBJECTS)/test/cuda_on_cpu/runtime.o
+ON_CPU_FLAGS := -DCAKE_CUDA_ON_CPU -Itest/cuda_on_cpu/include -fno-strict-aliasing -Wno-unknown-pragmas -pthread
+ifdef EMULATE
+ENGINE := $(OBJECTS)/train_gpt.emulated.o $(ON_CPU)
+ENGINE_FLAGS := -DCAKE_CUDA -DCAKE_CUDA_ON_CPU
+else ifeq ($(CUDA),1)
+ENGINE := $(OBJECTS)/train_gpt.cuda.o
+ENGINE_FLAGS := -DCAKE_CUDA
+LIBRARIES += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart
+endif
 TESTS := $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/*.cpp))
 
 ifeq ($(MAKELEVEL),0)
@@ -43,10 +66,25 @@ run: ## set up, build and bake the whole cake: RUN=dir TEXT=path MINUTES=n
 	@dev/demo.sh
 export RUN TEXT MINUTES
 
-test: ## set up, build and run every test
+test: ## set up, build and run every test; DEVICE=cuda: the CUDA engine's on the GPU
 	@dev/setup.sh
+ifeq ($(DEVICE),cuda)
+	@$(MAKE) --no-print-directory CUDA=1 $(BUILD)/test_gpu
+	@$(BUILD)/test_gpu
+else
 	@$(MAKE) --no-print-directory all $(BUILD)/test
 	@$(BUILD)/test
+endif
+
+emulate: ## the stages with --device cuda running on the CPU, in build/emulate
+	@$(MAKE) --no-print-directory EMULATE=1 BUILD=$(BUILD)/emulate BIN=$(BUILD)/emulate \
+	  $(STAGES:%=$(BUILD)/emulate/%)
+
+test-faults: all $(BUILD)/test ## deliberate faults in the CUDA engine, each of which must turn a test red
+	@CXX="$(CXX)" FLAGS="$(FLAGS) $(ON_CPU_FLAGS)" OBJECTS="$(OBJECTS)" LIBRARIES="$(LIBRARIES)" dev/faults.sh
+
+spills: ## compile the CUDA engine for CUDA_ARCHS and fail on a spilled register
+	@dev/spills.sh "$(NVCC)" $(NVCC_FLAGS)
 
 bench: $(BUILD)/bench ## measure this machine and cake on it: PEER=python with PyTorch
 	@$(BUILD)/bench $(if $(PEER),--peer $(PEER))
@@ -67,15 +105,18 @@ help: ## this list
 # Binaries
 
 $(BIN)/bpe: $(OBJECTS)/bpe.o
-$(BIN)/train_gpt: $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.lib.o
+$(BIN)/train_gpt: $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.lib.o $(ENGINE)
+$(BIN)/sft: $(OBJECTS)/sft.o $(LIBRARY)
 $(BIN)/chat: $(OBJECTS)/chat.o $(LIBRARY)
 $(BUILD)/world: $(OBJECTS)/dev/world.o
 $(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.lib.o
-$(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.lib.o $(OBJECTS)/dev/world.lib.o
+$(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
+                   $(OBJECTS)/train_gpt.lib.o $(OBJECTS)/bpe.lib.o
+$(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.lib.o $(OBJECTS)/dev/world.lib.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/bench $(BUILD)/test:
+$(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
 	@echo "link $@"
-	@$(CXX) $(FLAGS) $(filter %.o,$^) $(LIBRARIES) -o $@
+	@$(CXX) $(FLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
 
 # -------------------------------------------------------------------------------------------------
 # Objects. Each depends on the headers it included last time, on the command that made it, and on
@@ -94,10 +135,31 @@ $(OBJECTS)/%.lib.o: %.cpp $(BUILD)/command | $(BUILD)/packages
 # The tests' own code need not be fast: it compiles in two thirds of the time.
 $(TESTS): FLAGS += -O1
 $(OBJECTS)/test/test_gpt.o: FLAGS += -O3  # the engine itself is in it
+$(OBJECTS)/test/test_cuda.o: FLAGS += -O2
+
+$(OBJECTS)/train_gpt.emulated.o: train_gpt.cu $(BUILD)/command | $(BUILD)/packages
+	@mkdir -p $(@D)
+	@echo "compile $< for the CPU"
+	@$(CXX) $(FLAGS) -MMD -MP -x c++ -c $< -o $@
+
+$(OBJECTS)/train_gpt.cuda.o: train_gpt.cu $(BUILD)/command | $(BUILD)/packages
+	@mkdir -p $(@D)
+	@echo "compile $< for $(CUDA_ARCHS)"
+	@$(if $(NVCC),,echo "error: nvcc is missing: install the CUDA toolkit, or set NVCC" >&2; exit 1)
+	@$(if $(CUDA_ARCHS),,echo "error: no GPU is here to build for: set CUDA_ARCHS, as in CUDA_ARCHS='80 90a'" >&2; exit 1)
+	@$(NVCC) $(NVCC_FLAGS) -MMD -MP -c $< -o $@
+
+$(OBJECTS)/test/test_cuda.cuda.o: test/test_cuda.cpp $(BUILD)/command
+	@mkdir -p $(@D)
+	@echo "compile $< for $(CUDA_ARCHS)"
+	@$(NVCC) $(NVCC_FLAGS) -x cu -MMD -MP -c $< -o $@
+
+$(OBJECTS)/train_gpt.o $(OBJECTS)/train_gpt.lib.o: FLAGS += $(ENGINE_FLAGS)
+$(ON_CPU) $(OBJECTS)/train_gpt.emulated.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_cuda*.cpp)): FLAGS += $(ON_CPU_FLAGS)
 
 -include $(shell find $(OBJECTS) -name '*.d' 2>/dev/null)
 
-COMMAND := $(CXX) $(FLAGS) $(LIBRARIES)
+COMMAND = $(CXX) $(FLAGS) $(LIBRARIES) $(ENGINE_FLAGS) $(if $(filter 1,$(CUDA)),$(NVCC_FLAGS))
 $(BUILD)/command: FORCE
 	@mkdir -p $(@D)
 	@echo '$(COMMAND)' | cmp -s - $@ || echo '$(COMMAND)' > $@
@@ -112,6 +174,6 @@ $(BUILD)/packages: $(BUILD)/command
 	done
 	@touch $@
 
-.PHONY: all run test bench format format-check clean help FORCE
+.PHONY: all run test emulate test-faults spills bench format format-check clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:

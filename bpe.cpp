@@ -772,6 +772,244 @@ std::vector<std::string_view> Tokenizer::pieces(std::string_view text) const {
 }
 
 // ---------------------------------------------------------------------------------------------
+// The chat template, once as Jinja for others and once as C++ for us: reading one, check the other.
+//
+// Between two special tokens text is split and encoded as a whole, so "assistant\n" and the content
+// after it would share a token if the content began with white space that a pattern joins to a line
+// end. The assistant's contents are stripped for that reason: what generation begins with, and what
+// is trained, is a token of its own. Qwen3's declaration of tools is a paragraph long; ours is
+// short, since a small model's context is.
+
+namespace {
+
+constexpr const char* kChatTemplate = R"({%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
+    {{- '# Tools\n<tools>\n' }}
+    {%- for tool in tools %}
+        {{- (tool.function if tool.function is defined else tool) | tojson }}{{- '\n' }}
+    {%- endfor %}
+    {{- '</tools><|im_end|>\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- generation %}
+            {%- set content = (message.content or '') | trim %}
+            {{- content }}
+            {%- for call in message.tool_calls or [] %}
+                {%- if content or not loop.first %}{{- '\n' }}{%- endif %}
+                {%- set function = call.function if call.function is defined else call %}
+                {{- '<tool_call>\n{"name": "' + function.name + '", "arguments": ' }}
+                {%- if function.arguments is string %}
+                    {{- function.arguments }}
+                {%- else %}
+                    {{- function.arguments | tojson }}
+                {%- endif %}
+                {{- '}\n</tool_call>' }}
+            {%- endfor %}
+            {{- '<|im_end|>' }}
+        {%- endgeneration %}
+        {{- '\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
+    {%- elif message.role != 'system' or not loop.first %}
+        {{- raise_exception('found role ' + message.role + ', expected user, assistant or tool') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+)";
+
+// Text and special tokens to ids: text is gathered until a special token, or the border between
+// what is trained and what is not.
+class TurnWriter {
+ public:
+  explicit TurnWriter(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+  TurnWriter& text(std::string_view more) { return text_ += more, *this; }
+  TurnWriter& special(const char* name) {
+    const int id = tokenizer_.special(name);
+    if (id < 0) return text(name);  // as Hugging Face does
+    encode_text();
+    out_.ids.push_back(id);
+    return *this;
+  }
+  TurnWriter& begin(std::string_view role) { return special("<|im_start|>").text(role).text("\n"); }
+  TurnWriter& end() { return special("<|im_end|>"); }
+  void train(bool on) {  // from here on
+    encode_text();
+    out_.trained.resize(out_.ids.size(), trained_);
+    trained_ = on;
+  }
+  Rendered finish() {
+    train(false);
+    return std::move(out_);
+  }
+
+ private:
+  void encode_text() {
+    tokenizer_.encode(text_, out_.ids);
+    text_.clear();
+  }
+
+  const Tokenizer& tokenizer_;
+  Rendered out_;
+  std::string text_;
+  bool trained_ = false;
+};
+
+// Without white space at both ends: what Python's str.strip takes away.
+std::string_view strip(std::string_view text) {
+  const auto is_space = [](uint32_t c) {
+    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xa0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+           c == 0x205f || c == 0x3000;
+  };
+  while (!text.empty()) {
+    const CodePoint c = decode_utf8(text.data(), text.size());
+    if (!is_space(c.code)) break;
+    text.remove_prefix(size_t(c.bytes));
+  }
+  while (!text.empty()) {
+    size_t n = 1;  // bytes of the last character
+    while (n < text.size() && n < 4 && (text[text.size() - n] & 0xc0) == 0x80) n++;
+    const CodePoint c = decode_utf8(text.data() + text.size() - n, n);
+    if (!is_space(c.code) || size_t(c.bytes) != n) break;
+    text.remove_suffix(n);
+  }
+  return text;
+}
+
+void write_answer(TurnWriter& out, const Message& message) {
+  const std::string_view content = strip(message.content);
+  out.begin("assistant").train(true);
+  out.text(content);
+  for (size_t i = 0; i < message.tool_calls.size(); i++) {
+    const ToolCall& call = message.tool_calls[i];
+    if (i > 0 || !content.empty()) out.text("\n");
+    out.special("<tool_call>").text("\n{\"name\": \"").text(call.name);
+    out.text("\", \"arguments\": ").text(call.arguments).text("}\n").special("</tool_call>");
+  }
+  out.end().train(false);
+  out.text("\n");
+}
+
+}  // namespace
+
+Rendered render_chat(const Tokenizer& tokenizer, const Conversation& conversation,
+                     bool generation_prompt) {
+  end_of_turn(tokenizer);
+  const std::vector<Message>& messages = conversation.messages;
+  const bool has_system = !messages.empty() && messages[0].role == "system";
+  TurnWriter out(tokenizer);
+  if (has_system || !conversation.tools.empty()) {
+    out.begin("system");
+    if (has_system) out.text(messages[0].content);
+    if (!conversation.tools.empty()) {
+      out.text(has_system ? "\n\n" : "").text("# Tools\n<tools>\n");
+      for (const std::string& tool : conversation.tools) out.text(tool).text("\n");
+      out.text("</tools>");
+    }
+    out.end().text("\n");
+  }
+  for (size_t i = has_system; i < messages.size(); i++) {
+    const Message& message = messages[i];
+    if (message.role == "assistant") {
+      write_answer(out, message);
+    } else if (message.role == "tool") {  // the answers to several calls share a turn
+      if (i == 0 || messages[i - 1].role != "tool") out.special("<|im_start|>").text("user");
+      out.text("\n").special("<tool_response>").text("\n").text(message.content).text("\n");
+      out.special("</tool_response>");
+      if (i + 1 == messages.size() || messages[i + 1].role != "tool") out.end().text("\n");
+    } else {
+      out.begin(message.role).text(message.content).end().text("\n");
+    }
+  }
+  if (generation_prompt) out.begin("assistant");
+  return out.finish();
+}
+
+int end_of_turn(const Tokenizer& tokenizer) {
+  const int id = tokenizer.special("<|im_end|>");
+  if (id < 0 || tokenizer.special("<|im_start|>") < 0) {
+    fail("tokenizer: found no <|im_start|> and <|im_end|>, expected a tokenizer with chat tokens: ",
+         "./sft --add-chat-tokens adds them to a base model");
+  }
+  return id;
+}
+
+void check_conversation(const Conversation& conversation, const std::string& where, bool prompt) {
+  const std::vector<Message>& messages = conversation.messages;
+  if (messages.empty()) fail(where, ": messages: found none, expected a user's and an answer");
+  std::set<std::string> declared;
+  for (size_t i = 0; i < conversation.tools.size(); i++) {
+    const Json tool = Json::parse(conversation.tools[i], nullptr, false);
+    const std::string at = concat(where, ": tools[", i, "]");
+    if (tool.is_discarded()) fail(at, ": not JSON");
+    declared.insert(json_get<std::string>(tool, "name", at));
+  }
+  bool answered = false;
+  for (size_t i = 0; i < messages.size(); i++) {
+    const Message& m = messages[i];
+    const std::string at = concat(where, ": messages[", i, "]");
+    const std::string before = i > 0 ? messages[i - 1].role : "";
+    const bool called = i > 0 && !messages[i - 1].tool_calls.empty();
+    const bool may = m.role == "system" ? i == 0
+                     : m.role == "user"
+                         ? i == 0 || before == "system" || (before == "assistant" && !called)
+                     : m.role == "assistant" ? before == "user" || before == "tool"
+                                             : before == "tool" || called;
+    if (m.role != "system" && m.role != "user" && m.role != "assistant" && m.role != "tool") {
+      fail(at, ": role: found \"", m.role, "\", expected system, user, assistant or tool");
+    }
+    if (m.role == "system" && i > 0 && messages[0].role == "system") {
+      fail(at, ": role: found a second system message, expected one at most");
+    }
+    if (!may) {
+      const char* expected = i == 0             ? "system or user"
+                             : called           ? "tool, the answer to a call"
+                             : before == "tool" ? "assistant or tool"
+                             : before == "user" ? "assistant"
+                                                : "user";
+      fail(at, ": role: found ", m.role, i > 0 ? " after " + before : " first", ", expected ",
+           expected);
+    }
+    answered |= m.role == "assistant";
+    if (!m.tool_calls.empty() && m.role != "assistant") {
+      fail(at, ": tool_calls: found ", m.role, "'s, expected calls by an assistant alone");
+    }
+    // A tool may find nothing: its answer is the one that may be empty.
+    const bool blank = m.role == "assistant" ? strip(m.content).empty() : m.content.empty();
+    if (blank && m.tool_calls.empty() && m.role != "tool") {
+      fail(at, ": content: found nothing, expected text");
+    }
+    for (const ToolCall& call : m.tool_calls) {
+      const Json arguments = Json::parse(call.arguments, nullptr, false);
+      if (!arguments.is_object()) {
+        fail(at, ": tool_calls: ", call.name, ": arguments: found ", call.arguments,
+             ", expected a JSON object");
+      }
+      if (!declared.count(call.name)) {
+        fail(at, ": tool_calls: found a call of \"", call.name, "\", expected one of the ",
+             declared.size(), " declared tools");
+      }
+    }
+  }
+  const std::string& last = messages.back().role;
+  if (!answered && !prompt) fail(where, ": messages: found no assistant's, expected one to learn");
+  if (prompt && last != "user" && last != "tool") {
+    fail(where, ": messages: found ", last, " last, expected user or tool");
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
 // Writing tokenizer.json
 
 namespace {
@@ -893,6 +1131,7 @@ std::string tokenizer_config_json(const TokenizerData& data) {
   if (data.special_ids.count("<|endoftext|>")) {
     for (const char* role : {"bos_token", "eos_token", "pad_token"}) config[role] = "<|endoftext|>";
   }
+  if (data.special_ids.count("<|im_end|>")) config["chat_template"] = kChatTemplate;
   return config.dump(2) + "\n";
 }
 
@@ -904,6 +1143,34 @@ void Tokenizer::save(const std::filesystem::path& directory) const {
   write_file(directory / "tokenizer_config.json",
              d.config.empty() ? tokenizer_config_json(d) : d.config);
   write_file(directory / "tokenizer.json", d.json.empty() ? tokenizer_json(d) : d.json);
+}
+
+Tokenizer with_chat_tokens(const Tokenizer& tokenizer, bool add) {
+  auto data = std::make_shared<TokenizerData>(tokenizer.data());
+  TokenizerData& d = *data;
+  for (const char* name : kSpecialTokens) {
+    if (!add || d.special_ids.count(name)) continue;
+    d.specials.push_back({name, int(d.bytes.size())});
+    d.add_token(int(d.bytes.size()), name);
+    d.json.clear();  // what was read no longer says all
+  }
+  for (const auto& [name, id] : d.specials) d.bytes[size_t(id)].clear();  // complete() adds them
+  d.special_ids.clear();
+  d.specials_by_length.clear();
+  d.complete("tokenizer");
+  const std::string fresh = tokenizer_config_json(d);
+  if (d.config.empty()) {
+    d.config = fresh;
+  } else {
+    OrderedJson config = OrderedJson::parse(d.config, nullptr, false);
+    if (!config.is_object()) fail("tokenizer_config.json: not a JSON object");
+    const auto old = config.find("chat_template");
+    if (old == config.end() || *old != kChatTemplate) {
+      config["chat_template"] = kChatTemplate;
+      d.config = config.dump(2) + "\n";
+    }
+  }
+  return Tokenizer(data);
 }
 
 // ---------------------------------------------------------------------------------------------

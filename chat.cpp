@@ -1,24 +1,36 @@
-// Stage 5: talk to a model.
+// Stage 5: talk to a model, and measure it.
 //
-//     ./chat generate DIR --prompt "Once upon a time"
+//     ./chat DIR                                       a conversation in the terminal
+//     ./chat DIR --base                                a base model goes on with what you type
+//     ./chat generate DIR --prompt "Once upon a time"  texts, one or many
+//     ./chat eval DIR --tasks eval.jsonl               questions, marked: a table and JSON
 //
-// A prompt becomes token ids, as every document of the training data did: first <|endoftext|>, then
-// the text. The generator (cake/generate.h) feeds them to the engine and samples one token after
-// another; each token is bytes again, printed as soon as they make whole characters:
+// A prompt becomes token ids: a document as those of the training data began, first <|endoftext|>,
+// then the text; a conversation by its template. The generator (cake/generate.h) feeds them to the
+// engine and samples one token after another; each token is bytes again, printed as soon as they
+// make whole characters:
 //
 //     prompts -> Tokenizer::encode -> Generator -> Gpt::decode -> Tokenizer::token_bytes -> text
 //
-// One prompt streams to the terminal. Many, from a file or as several samples of one, run side by
-// side and come out in their order, as text or as JSONL.
+// Where an assistant's turn ends with calls of tools, they are run and their answers appended as
+// ids (cake/tools.h), and the generation goes on behind them. A conversation is ids from its first
+// to its last token: what the model wrote is never encoded a second time, and each turn feeds the
+// engine only what is new.
+#include <histedit.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <clocale>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <cwchar>
+#include <map>
 #include <string>
 #include <vector>
 
+#include "cake/answers.h"
 #include "cake/checkpoint.h"
 #include "cake/generate.h"
 #include "cake/gpt.h"
@@ -26,6 +38,7 @@
 #include "cake/records.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
+#include "cake/tools.h"
 
 namespace cake {
 namespace {
@@ -276,6 +289,1215 @@ int generate(const GenerateOptions& o) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Templates: how a conversation becomes ids. Ours is ChatML (render_chat); two more are known.
+
+enum class Template {
+  chatml,    // <|im_start|>user\n...<|im_end|>\n
+  llama3,    // <|start_header_id|>user<|end_header_id|>\n\n...<|eot_id|>
+  plain,     // User: ...\nAssistant: ...\n\n
+  document,  // none: what is said is text, and a base model goes on with it
+};
+
+struct TemplateRules {
+  std::vector<int> stop_ids;
+  std::vector<std::string> stop_strings;
+  std::vector<int> closing;  // between an answer's end and the next turn
+  int end_of_turn = -1;      // what an answer that was cut off lacks
+};
+
+// What a model's files say: chat_template.jinja, or tokenizer_config.json's "chat_template".
+std::string chat_template(const std::filesystem::path& dir) {
+  if (std::filesystem::exists(dir / "chat_template.jinja")) {
+    return read_file(dir / "chat_template.jinja");
+  }
+  if (!std::filesystem::exists(dir / "tokenizer_config.json")) return "";
+  const Json config = read_json(dir / "tokenizer_config.json");
+  const auto it = config.find("chat_template");
+  return it != config.end() && it->is_string() ? it->get<std::string>() : "";
+}
+
+Template find_template(const Model& m, const std::string& name) {
+  if (name == "chatml") return Template::chatml;
+  if (name == "llama3") return Template::llama3;
+  if (name == "plain") return Template::plain;
+  if (name != "auto") {
+    fail("--template: found ", name, ", expected auto, chatml, llama3 or plain");
+  }
+  const std::string text = chat_template(m.dir);
+  // By the tokens that mark turns: templates differ in what they add for a missing system message.
+  if (text.find("<|im_start|>") != std::string::npos) return Template::chatml;
+  if (text.find("<|start_header_id|>") != std::string::npos) return Template::llama3;
+  fail(
+      m.dir.string(), ": found ", text.empty() ? "no chat template" : "an unknown chat template",
+      ", expected ChatML (<|im_start|>), Llama 3 (<|start_header_id|>) or plain; --template names ",
+      "one, --base talks to a base model");
+}
+
+TemplateRules template_rules(const Model& m, Template t) {
+  TemplateRules rules{.stop_ids = m.stop_ids};
+  const auto need = [&](const char* name) {
+    const int id = m.tokenizer.special(name);
+    if (id < 0) {
+      fail(m.dir.string(), ": found no token ", name,
+           " in the tokenizer, expected it for --template ",
+           t == Template::llama3 ? "llama3" : "chatml");
+    }
+    return id;
+  };
+  if (t == Template::chatml) {
+    need("<|im_start|>");
+    rules.end_of_turn = need("<|im_end|>");
+    rules.closing = m.tokenizer.encode("\n");
+  } else if (t == Template::llama3) {
+    need("<|start_header_id|>"), need("<|end_header_id|>");
+    rules.end_of_turn = need("<|eot_id|>");
+  } else if (t == Template::plain) {
+    rules.stop_strings = {"\nUser:"};
+    rules.closing = m.tokenizer.encode("\n\n");
+  }
+  if (rules.end_of_turn >= 0) rules.stop_ids.push_back(rules.end_of_turn);
+  return rules;
+}
+
+// The ids of whole turns; `begins`: they are a conversation's first; then, for `answer`, what an
+// answer follows.
+std::vector<int> render(const Model& m, Template t, const Conversation& c, bool begins,
+                        bool answer) {
+  if (t == Template::chatml) return render_chat(m.tokenizer, c, answer).ids;
+  std::vector<int> ids;
+  const Tokenizer& tokenizer = m.tokenizer;
+  if (!c.tools.empty())
+    fail("--template: found tools, expected chatml for a model that calls them");
+  if (t == Template::llama3) {
+    const auto special = [&](const char* name) {
+      if (const int id = tokenizer.special(name); id >= 0) ids.push_back(id);
+    };
+    const auto header = [&](const std::string& role) {
+      special("<|start_header_id|>");
+      tokenizer.encode(role, ids);
+      special("<|end_header_id|>");
+    };
+    if (begins) special("<|begin_of_text|>");
+    for (const Message& message : c.messages) {
+      header(message.role);
+      tokenizer.encode("\n\n" + message.content, ids);
+      special("<|eot_id|>");
+    }
+    if (answer) header("assistant"), tokenizer.encode("\n\n", ids);
+    return ids;
+  }
+  if (begins && m.document_start >= 0) ids.push_back(m.document_start);
+  std::string text;
+  for (const Message& message : c.messages) {
+    if (t == Template::document) {
+      text += message.content;
+    } else if (message.role == "system") {
+      text += message.content + "\n\n";
+    } else {
+      text += (message.role == "user" ? "User: " : "Assistant: ") + message.content;
+      text += message.role == "user" ? "\n" : "\n\n";
+    }
+  }
+  if (answer && t == Template::plain) text += "Assistant:";
+  tokenizer.encode(text, ids);
+  return ids;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Lines from a person, edited with libedit where there is a terminal, or from a pipe
+
+class LineInput {
+ public:
+  enum Status { line, end, interrupted };
+
+  LineInput() : terminal_(isatty(STDIN_FILENO) && isatty(STDOUT_FILENO)) {
+    if (!terminal_) return;
+    // Characters of several bytes are edited as one; text is UTF-8 whatever the locale says.
+    std::setlocale(LC_CTYPE, "");
+    if (MB_CUR_MAX == 1) std::setlocale(LC_CTYPE, "C.UTF-8");
+    edit_ = el_init("chat", stdin, stdout, stderr);
+    history_ = history_init();
+    if (!edit_ || !history_) fail("the terminal: cannot edit lines on it");
+    HistEvent event;
+    history(history_, &event, H_SETSIZE, 1000);
+    history(history_, &event, H_SETUNIQUE, 1);
+    el_set(edit_, EL_CLIENTDATA, this);
+    el_set(edit_, EL_PROMPT, prompt_of);
+    el_set(edit_, EL_HIST, history, history_);
+    el_set(edit_, EL_EDITOR, "emacs");
+    el_set(edit_, EL_SIGNAL, 0);
+    el_set(edit_, EL_GETCFN, read_character);
+    for (const auto& [key, command] :
+         {std::pair{"\033[3~", "ed-delete-next-char"}, std::pair{"\033[H", "ed-move-to-beg"},
+          std::pair{"\033[F", "ed-move-to-end"}, std::pair{"^R", "em-inc-search-prev"}}) {
+      el_set(edit_, EL_BIND, key, command, nullptr);
+    }
+    el_source(edit_, nullptr);  // the user's .editrc
+  }
+  LineInput(const LineInput&) = delete;
+  LineInput& operator=(const LineInput&) = delete;
+  ~LineInput() {
+    if (edit_) el_end(edit_);
+    if (history_) history_end(history_);
+  }
+
+  bool terminal() const { return terminal_; }
+
+  // The next line, without its newline. A backslash at a line's end means that it goes on.
+  Status next(std::string& text) {
+    text.clear();
+    for (prompt_ = "> ";; prompt_ = "| ") {
+      std::string part;
+      const Status status = terminal_ ? next_edited(part) : next_plain(part);
+      if (status != line) return status == end && !text.empty() ? line : status;
+      const bool more = part.ends_with('\\');
+      if (more) part.back() = '\n';
+      text += part;
+      if (!more) return line;
+    }
+  }
+
+ private:
+  // One byte of standard input: 1; 0 at its end; -1 when a signal came. Only poll() returns then.
+  static int read_byte(char& byte) {
+    pollfd wait{STDIN_FILENO, POLLIN, 0};
+    while (stop_signal == 0) {
+      if (poll(&wait, 1, -1) < 0 && errno == EINTR) continue;
+      const ssize_t n = read(STDIN_FILENO, &byte, 1);
+      if (n < 0 && errno == EINTR) continue;
+      return n > 0 ? 1 : 0;
+    }
+    return -1;
+  }
+  static int read_character(EditLine*, wchar_t* out) {
+    std::mbstate_t state{};
+    for (;;) {
+      char byte;
+      if (const int status = read_byte(byte); status != 1) return status;
+      const size_t n = std::mbrtowc(out, &byte, 1, &state);
+      if (n == size_t(-2)) continue;  // the character goes on
+      if (n == size_t(-1)) *out = L'?';
+      return 1;
+    }
+  }
+  static char* prompt_of(EditLine* edit) {
+    LineInput* self = nullptr;
+    el_get(edit, EL_CLIENTDATA, &self);
+    return self->prompt_.data();
+  }
+  Status next_edited(std::string& text) {
+    int n = 0;
+    const char* typed = el_gets(edit_, &n);
+    if (stop_signal != 0) {
+      el_reset(edit_);
+      return interrupted;
+    }
+    if (!typed || n <= 0) return end;
+    text.assign(typed, size_t(n));
+    if (text.ends_with('\n')) text.pop_back();
+    HistEvent event;
+    if (!text.empty()) history(history_, &event, H_ENTER, text.c_str());
+    return line;
+  }
+  static Status next_plain(std::string& text) {
+    char byte;
+    int status;
+    while ((status = read_byte(byte)) == 1 && byte != '\n') text += byte;
+    if (text.ends_with('\r')) text.pop_back();
+    return status == 1 || (status == 0 && !text.empty()) ? line : status == 0 ? end : interrupted;
+  }
+
+  bool terminal_;
+  EditLine* edit_ = nullptr;
+  History* history_ = nullptr;
+  std::string prompt_ = "> ";
+};
+
+// ---------------------------------------------------------------------------------------------
+// A conversation
+
+struct TalkOptions {
+  ModelOptions model;
+  std::string system, documents, chat_template = "auto";
+  bool base = false, calculator = false;
+  int tokens = 0;  // of an answer; 0: as many as fit, and 100 of a document
+  Sampling sampling{.temperature = .8f};
+};
+
+class Talk {
+ public:
+  Talk(const Model& model, Template chat, const TalkOptions& o, const Search* search, bool terminal)
+      : model_(model),
+        chat_(chat),
+        rules_(template_rules(model, chat)),
+        options_(o),
+        search_(search),
+        terminal_(terminal),
+        T_(model.gpt->config().T),
+        generator_(
+            *model.gpt, [this](int id) { return model_.tokenizer.token_bytes(id); },
+            // A turn forks the one before it: the page that they share in part is there twice.
+            {.rows = 1, .cache_positions = T_ + 2 * kPage}) {
+    options_.sampling.vocab = model.tokenizer.vocab_size();
+    if (o.calculator) tools_.push_back(kCalculatorTool);
+    if (search) tools_.push_back(kSearchTool);
+    begin(o.system);
+  }
+
+  // A line: a command, or what is said. False when the conversation is to end.
+  bool hear(const std::string& line) {
+    if (!line.starts_with('/')) return say(line), true;
+    const size_t space = std::min(line.find(' '), line.size());
+    const std::string command = line.substr(0, space);
+    std::string rest = line.substr(std::min(space + 1, line.size()));
+    if (command == "/quit" || command == "/exit") return false;
+    if (command == "/help") {
+      help();
+    } else if (command == "/reset") {
+      begin(system_);
+      note("a new conversation");
+    } else if (command == "/system") {
+      set_system(rest);
+    } else if (command == "/retry") {
+      retry();
+    } else if (command == "/save") {
+      save(rest);
+    } else if (command == "/temperature") {
+      set_temperature(rest);
+    } else {
+      note(concat("there is no ", command, "; /help lists what there is"));
+    }
+    return true;
+  }
+
+ private:
+  struct Turn {                     // what was said and what was answered
+    std::vector<int> asked;         // ids, the header of the answer included
+    std::vector<int> answered;      // ids up to the next turn
+    std::vector<Message> messages;  // the same for people: user, assistant, tool, assistant ...
+  };
+
+  void note(const std::string& text) const {
+    print((terminal_ ? "\033[2m" : "") + text + (terminal_ ? "\033[0m\n" : "\n"));
+  }
+
+  void begin(const std::string& system) {
+    Conversation c{.tools = tools_};
+    if (!system.empty()) c.messages.push_back({.role = "system", .content = system});
+    std::vector<int> opening = render(model_, chat_, c, true, false);
+    if (int(opening.size()) > T_ / 2) {
+      fail("system: found ", opening.size(), " tokens, expected at most ", T_ / 2,
+           ", half of the model's context");
+    }
+    opening_ = std::move(opening);
+    system_ = system;
+    turns_.clear();
+  }
+
+  void set_system(const std::string& text) {
+    if (chat_ == Template::document) return note("a base model has no system message");
+    if (text.empty()) return note(system_.empty() ? "no system message" : "system: " + system_);
+    try {
+      begin(text);
+      note("a new conversation with this system message");
+    } catch (const Error& e) {
+      note(e.what());
+    }
+  }
+
+  void set_temperature(const std::string& text) {
+    float& temperature = options_.sampling.temperature;
+    if (!text.empty()) {
+      char* rest;
+      const float x = std::strtof(text.c_str(), &rest);
+      if (*rest || !(x >= 0 && x <= 100)) {
+        return note("temperature: found " + text + ", expected 0 to 100");
+      }
+      temperature = x;
+    }
+    note(concat("temperature ", temperature));
+  }
+
+  void help() const {
+    const bool base = chat_ == Template::document;
+    print(base ? "What you type is text; the model goes on with it. An empty line: it goes on.\n"
+               : "Type and press Enter. A backslash at the end of a line: the line goes on.\n");
+    print(
+        "Ctrl+C         stops the answer\n"
+        "Ctrl+D, /quit  ends the program\n");
+    print(base ? "/reset         begins a new document\n"
+               : "/reset         begins a new conversation\n");
+    if (!base) print("/system TEXT   begins one with this system message; alone: shows it\n");
+    print(base ? "/retry         goes on in another way\n" : "/retry         answers again\n");
+    print(concat("/save FILE     appends the ", base ? "document" : "conversation",
+                 " to a .jsonl file\n", "/temperature X sets the temperature; 0: no chance\n"));
+  }
+
+  void retry() {
+    if (turns_.empty()) return note("nothing was said yet");
+    Turn turn = std::move(turns_.back());
+    turns_.pop_back();
+    turn.answered.clear();
+    turn.messages.resize(1);
+    answer(std::move(turn));
+  }
+
+  void save(const std::string& path) const {
+    if (path.empty()) return note("/save: a file's name is missing");
+    if (turns_.empty()) return note("nothing was said yet");
+    OrderedJson json;
+    if (chat_ == Template::document) {
+      json["text"] = document_text();
+    } else {
+      json["messages"] = OrderedJson::array();
+      if (!system_.empty()) json["messages"].push_back({{"role", "system"}, {"content", system_}});
+      for (const Turn& t : turns_) {
+        for (const Message& m : t.messages) json["messages"].push_back(message_json(m));
+      }
+      for (const std::string& tool : tools_) {
+        json["tools"].push_back({{"type", "function"}, {"function", OrderedJson::parse(tool)}});
+      }
+    }
+    const std::string line =
+        json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
+    std::FILE* file = std::fopen(path.c_str(), "ab");
+    const bool good = file && std::fwrite(line.data(), 1, line.size(), file) == line.size();
+    const bool closed = file && std::fclose(file) == 0;
+    note(good && closed ? "saved in " + path : path + ": cannot write: " + errno_text());
+  }
+  static OrderedJson message_json(const Message& m) {
+    OrderedJson json{{"role", m.role}, {"content", m.content}};
+    for (const ToolCall& call : m.tool_calls) {
+      const OrderedJson arguments = OrderedJson::parse(call.arguments, nullptr, false);
+      json["tool_calls"].push_back(
+          {{"type", "function"},
+           {"function",
+            {{"name", call.name},
+             {"arguments", arguments.is_discarded() ? OrderedJson(call.arguments) : arguments}}}});
+    }
+    return json;
+  }
+  std::string document_text() const {
+    std::vector<int> ids;
+    for (const Turn& t : turns_) {
+      ids.insert(ids.end(), t.asked.begin(), t.asked.end());
+      ids.insert(ids.end(), t.answered.begin(), t.answered.end());
+    }
+    return model_.tokenizer.decode(ids);
+  }
+
+  void say(const std::string& text) {
+    if (std::exchange(ended_, false)) turns_.clear();
+    Turn turn;
+    turn.messages.push_back({.role = "user", .content = text});
+    if (chat_ != Template::document) {
+      if (text.find_first_not_of(" \t\n") == std::string::npos) return;
+      turn.asked = render(model_, chat_, {.messages = turn.messages}, false, true);
+    } else {
+      // A new line of the document, unless it begins here. Nothing said: it goes on as it is.
+      const bool begun = !turns_.empty();
+      if (!text.empty()) turn.asked = model_.tokenizer.encode((begun ? "\n" : "") + text);
+      if (!begun && turn.asked.empty() && opening_.empty()) return note("type how it begins");
+    }
+    answer(std::move(turn));
+  }
+
+  // Everything so far: a beginning, turns, and what is asked now. When too little room is left for
+  // an answer, the oldest turns are left out until a quarter of the context is free.
+  std::vector<int> prompt_for(const Turn& last) {
+    const auto size = [&] {
+      size_t n = opening_.size() + last.asked.size();
+      for (const Turn& t : turns_) n += t.asked.size() + t.answered.size();
+      return int(n);
+    };
+    int dropped = 0;
+    if (size() > T_ - std::max(1, T_ / 8)) {
+      for (; !turns_.empty() && size() > T_ - std::max(1, T_ / 4); dropped++) {
+        turns_.erase(turns_.begin());
+      }
+    }
+    if (dropped > 0) {
+      note(concat("the context of ", T_, " tokens is full: the oldest ", dropped,
+                  dropped == 1 ? " turn is" : " turns are", " forgotten"));
+    }
+    std::vector<int> ids = opening_;
+    for (const Turn& t : turns_) {
+      ids.insert(ids.end(), t.asked.begin(), t.asked.end());
+      ids.insert(ids.end(), t.answered.begin(), t.answered.end());
+    }
+    ids.insert(ids.end(), last.asked.begin(), last.asked.end());
+    return ids;
+  }
+
+  void answer(Turn turn) {
+    Request request{.prompt = prompt_for(turn)};
+    const int room = T_ - int(request.prompt.size());
+    if (room < 1) {
+      return note(concat("that is ", turn.asked.size(), " tokens, and the model's context is ", T_,
+                         ": it was not said"));
+    }
+    const int wanted = options_.tokens > 0           ? options_.tokens
+                       : chat_ == Template::document ? 100
+                                                     : T_;
+    request.max_new = std::min(wanted, room);
+    request.max_inserted = room;
+    request.sampling = options_.sampling;
+    request.stop_ids = rules_.stop_ids;
+    request.stop_strings = rules_.stop_strings;
+
+    bool line_open = false, in_call = false;
+    const int call_begins = model_.tokenizer.special("<tool_call>");
+    const int call_ends = model_.tokenizer.special("</tool_call>");
+    request.on_token = [&](const Token& t) {
+      if (t.id == call_begins && chat_ == Template::chatml) in_call = true;
+      if (!in_call && !t.text.empty() && (line_open || t.text != "\n")) {
+        print(t.text);
+        line_open = t.text.back() != '\n';
+      }
+      if (t.id == call_ends || t.last) in_call = false;
+    };
+    if (chat_ == Template::chatml) {
+      request.on_turn = [&](int, std::span<const int> ids) {
+        turn.messages.push_back(read_turn(model_.tokenizer, ids));
+        if (std::exchange(line_open, false)) print("\n");
+        return run_calls(turn.messages);
+      };
+    }
+
+    const int number = generator_.submit(std::move(request));
+    while (generator_.step()) {
+      if (stop_signal != 0 && !generator_.done(number)) generator_.cancel(number);
+    }
+    if (stop_signal == SIGINT) stop_signal = 0;
+    if (line_open) print("\n");
+    finish(std::move(turn), generator_.take(number));
+  }
+
+  std::vector<int> run_calls(std::vector<Message>& messages) {
+    const Message called = messages.back();
+    const size_t first = messages.size();
+    const std::vector<int> ids = answer_calls(model_.tokenizer, called, search_, &messages);
+    for (size_t i = 0; i < called.tool_calls.size(); i++) {
+      const ToolCall& call = called.tool_calls[i];
+      const std::string& result = messages[first + i].content;
+      note(concat("  ", call.name, " ", call.arguments));
+      note("  = " + (result.empty() ? "(nothing found)" : result));
+    }
+    return ids;
+  }
+
+  void finish(Turn turn, Completion c) {
+    turn.answered = std::move(c.ids);
+    const std::vector<int>& stops = rules_.stop_ids;
+    const bool whole = !turn.answered.empty() &&
+                       std::find(stops.begin(), stops.end(), turn.answered.back()) != stops.end();
+    if (chat_ == Template::document) {
+      if (whole) note("--- the document ends; the next begins");
+      ended_ = whole;
+    } else {
+      if (!whole && rules_.end_of_turn >= 0) turn.answered.push_back(rules_.end_of_turn);
+      turn.answered.insert(turn.answered.end(), rules_.closing.begin(), rules_.closing.end());
+      const bool read = chat_ == Template::chatml && whole;  // by on_turn
+      if (!read) {
+        turn.messages.push_back({.role = "assistant", .content = c.text});
+      }
+    }
+    if (c.finish == Finish::cancelled) note("(stopped)");
+    if (c.finish == Finish::context) {
+      note(concat("(the context of ", T_, " tokens is full)"));
+    }
+    if (c.finish == Finish::length && chat_ != Template::document) {
+      note("(the answer is as long as --tokens allows)");
+    }
+    turns_.push_back(std::move(turn));
+  }
+
+  const Model& model_;
+  Template chat_;
+  TemplateRules rules_;
+  TalkOptions options_;
+  const Search* search_;
+  bool terminal_;
+  int T_;
+  Generator generator_;
+  std::vector<std::string> tools_;
+  std::string system_;
+  std::vector<int> opening_;  // ids before the first turn
+  std::vector<Turn> turns_;
+  bool ended_ = false;  // a document: what is said next begins another
+};
+
+std::optional<Search> load_documents(const std::string& path, const Tokenizer& tokenizer) {
+  if (path.empty()) return std::nullopt;
+  return Search::load(path,
+                      [&](std::string_view text) { return int(tokenizer.encode(text).size()); });
+}
+
+int talk(const TalkOptions& o) {
+  GenerateOptions limits{.tokens = std::max(o.tokens, 1), .sampling = o.sampling};
+  limits.model = o.model;
+  check(limits);
+  if (o.tokens < 0) fail("--tokens: found ", o.tokens, ", expected at least 1, or 0");
+  const Model model = load_model(o.model, GeneratorOptions{}.prefill_tokens);
+  const Template chat = o.base ? Template::document : find_template(model, o.chat_template);
+  if (o.base && (o.calculator || !o.documents.empty() || !o.system.empty())) {
+    fail("--base: found --system, --calculator or --documents, expected them with an assistant");
+  }
+  const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
+  LineInput input;
+  // Ctrl+C stops an answer, or empties the line that is typed; it never ends the program there.
+  std::signal(SIGINT, [](int signal) { stop_signal = signal; });
+  Talk talk(model, chat, o, search ? &*search : nullptr, input.terminal());
+  if (input.terminal()) {
+    print(concat(model.dir.string(), ", ", model.gpt->table().parameters(),
+                 " parameters. /help lists commands, Ctrl+D ends.\n"));
+  }
+  for (std::string line;;) {
+    const LineInput::Status status = input.next(line);
+    if (status == LineInput::interrupted) {
+      if (stop_signal == SIGTERM || !input.terminal()) return 128 + stop_signal;
+      stop_signal = 0;
+      print("\n");
+      continue;
+    }
+    if (status == LineInput::end) {
+      if (input.terminal()) print("\n");
+      return 0;
+    }
+    if (!talk.hear(line)) return 0;
+    if (stop_signal == SIGTERM) return 128 + SIGTERM;
+    if (input.terminal()) print("\n");
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// eval: how it is measured
+
+struct Result {
+  std::string task, metric;
+  double value = 0;
+  int64_t n = 0;  // items
+  Interval ci95{};
+};
+
+Result share(const std::string& task, const std::string& metric, int64_t right, int64_t n) {
+  const double value = double(right) / double(n);
+  return {task, metric, value, n, wilson(value, n)};
+}
+
+// Ids whose log-probability is asked: of those from `from` on, given all before them.
+struct Scored {
+  std::vector<int> ids;  // at most T + 1
+  size_t from;           // at least 1
+  double logp = 0;       // nats, summed
+};
+
+// Sequences are packed into batches, with nothing padded; attention restarts at each.
+void score(Gpt& gpt, std::vector<Scored>& all, const std::string& task) {
+  constexpr size_t kBatch = 4096;
+  ProgressLine progress;
+  for (size_t begin = 0; begin < all.size();) {
+    std::vector<int> tokens, targets, starts{0};
+    size_t end = begin;
+    for (; end < all.size(); end++) {
+      const Scored& s = all[end];
+      if (end > begin && tokens.size() + s.ids.size() > kBatch) break;
+      tokens.insert(tokens.end(), s.ids.begin(), s.ids.end() - 1);
+      targets.resize(targets.size() + s.from - 1, -1);
+      targets.insert(targets.end(), s.ids.begin() + int64_t(s.from), s.ids.end());
+      starts.push_back(int(tokens.size()));
+    }
+    gpt.forward({tokens, targets, starts}, Pass::score);
+    const std::span<const float> logp = gpt.logp();
+    for (size_t i = begin; i < end; i++) {
+      const size_t d = i - begin;
+      for (int n = starts[d]; n < starts[d + 1]; n++) all[i].logp += logp[size_t(n)];
+      if (!std::isfinite(all[i].logp)) fail(task, ": found a log-probability that is not finite");
+    }
+    begin = end;
+    if (stop_signal != 0) return;
+    progress.show(format("%s: %zu of %zu scored", task.c_str(), end, all.size()),
+                  end == all.size());
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Multiple choice, as lm-evaluation-harness has it (Gao et al. 2024): the choice whose text is most
+// likely behind the context (acc), or most likely by the character (acc_norm).
+
+struct Choices {
+  std::string context;
+  std::vector<std::string> endings;  // each follows the context and a space
+  size_t right = 0;
+};
+
+// Context and ending are encoded as one text; the ending's ids are those behind as many as the
+// context alone has.
+Scored encode_choice(const Model& m, std::string context, const std::string& ending, bool start) {
+  std::string rest = " " + ending;
+  const size_t spaces = context.size() - (context.find_last_not_of(" \t\r\n") + 1);
+  rest = context.substr(context.size() - spaces) + rest;
+  context.resize(context.size() - spaces);
+  std::vector<int> ids;
+  if (start && m.document_start >= 0) ids.push_back(m.document_start);
+  size_t from = ids.size() + m.tokenizer.encode(context).size();
+  m.tokenizer.encode(context + rest, ids);
+  if (from == 0 || from >= ids.size()) {
+    fail("a choice: found ", json_text(context + rest), ", expected text before and in the ending");
+  }
+  const size_t most = size_t(m.gpt->config().T) + 1;
+  if (ids.size() > most) {  // the end of the context stays
+    const size_t cut = ids.size() - most;
+    ids.erase(ids.begin(), ids.begin() + int64_t(cut));
+    from = from > cut + 1 ? from - cut : 1;
+  }
+  return {std::move(ids), from};
+}
+
+size_t characters(std::string_view text) {  // code points
+  return size_t(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+}
+
+std::vector<Result> choose(const Model& m, const std::string& task, const std::vector<Choices>& all,
+                           bool norm, bool start) {
+  std::vector<Scored> scored;
+  for (const Choices& c : all) {
+    for (const std::string& e : c.endings) scored.push_back(encode_choice(m, c.context, e, start));
+  }
+  score(*m.gpt, scored, task);
+  int64_t right = 0, right_norm = 0;
+  size_t at = 0;
+  for (const Choices& c : all) {
+    size_t best = 0, best_norm = 0;
+    const auto normed = [&](size_t i) {
+      return scored[at + i].logp / double(characters(c.endings[i]));
+    };
+    for (size_t i = 1; i < c.endings.size(); i++) {
+      if (scored[at + i].logp > scored[at + best].logp) best = i;
+      if (normed(i) > normed(best_norm)) best_norm = i;
+    }
+    right += best == c.right;
+    right_norm += best_norm == c.right;
+    at += c.endings.size();
+  }
+  std::vector<Result> results;
+  const int64_t n = int64_t(all.size());
+  if (norm) results.push_back(share(task, "acc_norm", right_norm, n));
+  results.push_back(share(norm ? task + "_acc" : task, "acc", right, n));
+  return results;
+}
+
+// ---- the files of HellaSwag, ARC and MMLU, a JSON object a line
+
+std::string trim(std::string_view s) {
+  const size_t begin = s.find_first_not_of(" \t\r\n\v\f");
+  if (begin == std::string_view::npos) return "";
+  return std::string(s.substr(begin, s.find_last_not_of(" \t\r\n\v\f") + 1 - begin));
+}
+
+void replace_all(std::string& text, std::string_view from, std::string_view to) {
+  for (size_t i = 0; (i = text.find(from, i)) != std::string::npos; i += to.size()) {
+    text.replace(i, from.size(), to);
+  }
+}
+
+// HellaSwag's texts come from WikiHow with marks in brackets.
+std::string clean_hellaswag(std::string_view raw) {
+  std::string text = trim(raw), out;
+  replace_all(text, " [title]", ". ");
+  for (size_t i = 0; i < text.size(); i++) {
+    const size_t close = text[i] == '[' ? text.find(']', i) : std::string::npos;
+    if (close != std::string::npos && text.find('\n', i) > close) {
+      i = close;
+    } else {
+      out += text[i];
+    }
+  }
+  replace_all(out, "  ", " ");
+  return out;
+}
+
+Choices read_hellaswag(const Json& json, const std::string& where) {
+  std::string b = lower_ascii(json_get<std::string>(json, "ctx_b", where));
+  if (!b.empty() && b[0] >= 'a' && b[0] <= 'z') b[0] = char(b[0] - ('a' - 'A'));
+  Choices c;
+  c.context = clean_hellaswag(json_get<std::string>(json, "activity_label", where) + ": " +
+                              json_get<std::string>(json, "ctx_a", where) + " " + b);
+  if (!json.contains("endings") || !json["endings"].is_array()) {
+    fail(where, ": endings: found none, expected an array");
+  }
+  for (const Json& e : json["endings"]) {
+    c.endings.push_back(clean_hellaswag(json_as<std::string>(e, "endings", where)));
+  }
+  if (!json.contains("label")) fail(where, ": label is missing");
+  const Json& label = json["label"];  // 3 or "3"
+  const std::string digits = label.is_string() ? label.get<std::string>() : label.dump();
+  c.right = digits.size() == 1 ? size_t(digits[0] - '0') : c.endings.size();
+  if (c.right >= c.endings.size()) {
+    fail(where, ": label: found ", json_text(label), ", expected 0 to ", c.endings.size() - 1);
+  }
+  return c;
+}
+
+// {"question", "choices": {"text": [...], "label": [...]}, "answerKey"}, or the first release's
+// {"question": {"stem", "choices": [{"text", "label"}...]}, "answerKey"}.
+Choices read_arc(const Json& json, const std::string& where) {
+  const auto question = json.find("question");
+  if (question == json.end()) fail(where, ": question is missing");
+  const Json& from = question->is_object() ? *question : json;
+  const auto choices = from.find("choices");
+  if (choices == from.end()) fail(where, ": choices is missing");
+  Choices c;
+  std::vector<std::string> labels;
+  if (choices->is_array()) {
+    for (const Json& item : *choices) {
+      c.endings.push_back(json_get<std::string>(item, "text", where));
+      labels.push_back(json_get<std::string>(item, "label", where));
+    }
+  } else {
+    for (const char* key : {"text", "label"}) {
+      const auto list = choices->find(key);
+      if (list == choices->end() || !list->is_array()) {
+        fail(where, ": choices: ", key, ": found none, expected an array");
+      }
+      for (const Json& item : *list) {
+        (key[0] == 't' ? c.endings : labels).push_back(json_as<std::string>(item, key, where));
+      }
+    }
+  }
+  const auto key = json_get<std::string>(json, "answerKey", where);
+  c.right = size_t(std::find(labels.begin(), labels.end(), key) - labels.begin());
+  if (c.right >= c.endings.size() || labels.size() != c.endings.size()) {
+    fail(where, ": answerKey: found ", key, ", expected a choice's label");
+  }
+  c.context = "Question: " +
+              json_get<std::string>(from, question->is_object() ? "stem" : "question", where) +
+              "\nAnswer:";
+  return c;
+}
+
+// {"question", "subject", "choices": [...], "answer": 2 or "C"}; the choices are letters.
+Choices read_mmlu(const Json& json, const std::string& where) {
+  if (!json.contains("choices") || !json["choices"].is_array() || json["choices"].size() > 26) {
+    fail(where, ": choices: found none, expected an array of at most 26");
+  }
+  Choices c{.context = trim(json_get<std::string>(json, "question", where))};
+  for (const Json& choice : json["choices"]) {
+    const char letter = char('A' + c.endings.size());
+    c.context += concat("\n", letter, ". ", json_as<std::string>(choice, "choices", where));
+    c.endings.emplace_back(1, letter);
+  }
+  c.context += "\nAnswer:";
+  if (!json.contains("answer")) fail(where, ": answer is missing");
+  const Json& answer = json["answer"];
+  const std::string letter = answer.is_string() ? answer.get<std::string>() : "";
+  c.right = answer.is_number_unsigned() ? answer.get<size_t>()
+            : letter.size() == 1        ? size_t(letter[0] - 'A')
+                                        : c.endings.size();
+  if (c.right >= c.endings.size()) {
+    fail(where, ": answer: found ", json_text(answer), ", expected a choice's number or letter");
+  }
+  return c;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Bits per byte of documents. A document of more than T tokens is scored in windows of T, each
+// behind one token of the window before it; the last reaches further back, to be whole.
+
+std::vector<Result> measure_bits(const Model& m, const std::string& task, const std::string& path,
+                                 int limit, bool start) {
+  std::vector<Scored> windows;
+  std::vector<double> bytes;  // of each window
+  DocumentReader reader({Input(path)});
+  std::string text;
+  int documents = 0;
+  for (DocumentPart part; (limit == 0 || documents < limit) && reader.next(part);) {
+    if (part.begins) text.clear();
+    text += part.text;
+    if (!part.ends) continue;
+    documents++;
+    std::vector<int> ids;
+    if (start && m.document_start >= 0) ids.push_back(m.document_start);
+    m.tokenizer.encode(text, ids);
+    const size_t T = size_t(m.gpt->config().T);
+    for (size_t done = 1; done < ids.size();) {  // the first token, a start or not, is given
+      const size_t end = std::min(done + T, ids.size());
+      const size_t begin = end > T + 1 ? end - T - 1 : 0;
+      windows.push_back({{ids.begin() + int64_t(begin), ids.begin() + int64_t(end)}, done - begin});
+      double n = 0;
+      for (size_t i = done; i < end; i++) n += double(m.tokenizer.token_bytes(ids[i]).size());
+      bytes.push_back(n);
+      done = end;
+    }
+  }
+  if (windows.empty()) fail(path, ": found no text of two tokens or more");
+  score(*m.gpt, windows, task);
+  // A ratio of sums over windows, its variance by the ratio estimator (Cochran 1977, 2.9).
+  double bits = 0, all_bytes = 0, squares = 0;
+  for (size_t i = 0; i < windows.size(); i++) {
+    bits -= windows[i].logp / std::log(2.);
+    all_bytes += bytes[i];
+  }
+  const double ratio = bits / all_bytes, n = double(windows.size());
+  for (size_t i = 0; i < windows.size(); i++) {
+    const double d = -windows[i].logp / std::log(2.) - ratio * bytes[i];
+    squares += d * d;
+  }
+  const double half = n > 1 ? 1.96 * std::sqrt(n / (n - 1) * squares) / all_bytes : 0;
+  return {{task, "bits_per_byte", ratio, documents, {ratio - half, ratio + half}}};
+}
+
+// ---------------------------------------------------------------------------------------------
+// Questions that are answered in words
+
+struct Question {
+  std::string task, where;
+  std::vector<int> prompt;
+  Check check;
+  int tokens = 256;
+  std::vector<std::string> stop;
+  bool tools = false;  // calls are run
+};
+
+struct Answer {
+  std::string text;
+  std::set<std::string> tools;  // called
+  Finish finish = Finish::length;
+  bool right = false, too_long = false;
+};
+
+// Greedily, up to `rows` at a time. A prompt that fills the context is answered with nothing.
+std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
+                               const TemplateRules& rules, const Search* search, int rows,
+                               int64_t cache_bytes) {
+  constexpr int kTools = 256;  // ids that tools may add
+  const Config& config = m.gpt->config();
+  int64_t longest = 1;
+  for (const Question& q : questions) {
+    longest = std::max(longest, int64_t(q.prompt.size()) + q.tokens + (q.tools ? kTools : 0));
+  }
+  GeneratorOptions options{.rows = int(std::min<size_t>(size_t(rows), questions.size()))};
+  options.cache_positions = cache_positions(config, options.rows, longest, cache_bytes);
+  Generator generator(
+      *m.gpt, [&](int id) { return m.tokenizer.token_bytes(id); }, options);
+
+  std::vector<Answer> answers(questions.size());
+  std::vector<int> numbers(questions.size(), -1);
+  size_t asked = 0, done = 0;
+  for (size_t i = 0; i < questions.size(); i++) {
+    const Question& q = questions[i];
+    Answer& a = answers[i];
+    a.too_long = int(q.prompt.size()) > config.T - 1;
+    if (a.too_long) continue;
+    Request request{.prompt = q.prompt,
+                    .max_new = std::min(q.tokens, config.T - int(q.prompt.size())),
+                    .sampling = {.temperature = 0, .vocab = m.tokenizer.vocab_size()},
+                    .stop_ids = rules.stop_ids,
+                    .stop_strings = q.stop};
+    if (q.tools) {
+      request.max_inserted = kTools;
+      request.on_turn = [&m, &a, search](int, std::span<const int> turn) {
+        const Message message = read_turn(m.tokenizer, turn);
+        for (const ToolCall& call : message.tool_calls) a.tools.insert(call.name);
+        return answer_calls(m.tokenizer, message, search);
+      };
+    }
+    request.on_token = [&done](const Token& t) { done += t.last; };
+    numbers[i] = generator.submit(std::move(request));
+    asked++;
+  }
+  ProgressLine progress;
+  while (stop_signal == 0 && generator.step()) {
+    progress.show(format("%zu of %zu answered", std::min(done, asked), asked));
+  }
+  progress.show(format("%zu of %zu answered", std::min(done, asked), asked), true);
+  for (size_t i = 0; i < questions.size() && stop_signal == 0; i++) {
+    if (numbers[i] < 0) continue;
+    Completion c = generator.take(numbers[i]);
+    answers[i].text = std::move(c.text);
+    answers[i].finish = c.finish;
+    answers[i].right = passes(questions[i].check, answers[i].text, answers[i].tools);
+  }
+  return answers;
+}
+
+struct EvalOptions {
+  ModelOptions model;
+  std::vector<std::string> tasks, shots_from;  // NAME=FILE, or the world's FILE
+  std::string documents, json, output, chat_template = "auto";
+  bool base = false, no_start = false;
+  int shots = 0, limit = 0, tokens = 0, rows = 64, cache_mb = 2048;
+};
+
+template <class Read>
+void for_each_json(const std::string& path, int limit, Read&& read) {
+  LineReader lines{Input(path)};
+  int n = 0;
+  for (std::string_view line; (limit == 0 || n < limit) && lines.next(line);) {
+    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
+    Json json;
+    try {
+      json = Json::parse(line);
+    } catch (const Json::exception& e) {
+      fail(lines.where(), ": not JSON: ", json_complaint(e));
+    }
+    if (!json.is_object()) fail(lines.where(), ": found ", json_text(json), ", expected an object");
+    read(json, lines.where());
+    n++;
+  }
+  if (n == 0) fail(path, ": found no item, expected one a line");
+}
+
+// {"task", "check", "tokens"; for an assistant "messages" and "tools"; for a base model "prompt"
+// and "stop"}. A base model writes on behind its answer, which ends at a stop string, by default an
+// empty line.
+void read_items(const Model& m, Template chat, const std::string& path, const EvalOptions& o,
+                std::vector<Question>& out) {
+  JsonLines lines{Input(path)};
+  int n = 0;
+  std::map<std::string, int> counts;
+  for (simdjson::dom::object object; lines.next(object); n++) {
+    const std::string where = lines.where();
+    const Json json = Json::parse(simdjson::minify(object));
+    Question q{.task = json_get<std::string>(json, "task", where), .where = where};
+    if (o.limit > 0 && counts[q.task]++ >= o.limit) continue;
+    if (!json.contains("check")) fail(where, ": check is missing");
+    q.check = parse_check(json["check"], where + ": check");
+    q.tokens = o.tokens > 0 ? o.tokens : json_get_or<int>(json, "tokens", 128, where);
+    if (q.tokens < 1) fail(where, ": tokens: found ", q.tokens, ", expected at least 1");
+    if (chat == Template::document) {
+      q.stop = {"\n\n"};
+      if (const auto stop = json.find("stop"); stop != json.end()) {
+        if (!stop->is_array()) {
+          fail(where, ": stop: found ", json_text(*stop), ", expected an array");
+        }
+        q.stop.clear();
+        for (const Json& text : *stop) q.stop.push_back(json_as<std::string>(text, "stop", where));
+      }
+      if (!json.contains("prompt") || json["prompt"].is_null()) continue;
+      const Message message{.role = "user",
+                            .content = json_get<std::string>(json, "prompt", where)};
+      q.prompt = render(m, chat, {.messages = {message}}, !o.no_start, false);
+    } else {
+      if (!json.contains("messages")) continue;
+      const Conversation conversation = parse_conversation(object, where);
+      check_conversation(conversation, where, true);
+      q.tools = !conversation.tools.empty();
+      q.prompt = render(m, chat, conversation, true, true);
+    }
+    out.push_back(std::move(q));
+  }
+  if (n == 0) fail(path, ": found no item, expected one a line");
+}
+
+// {"question", "answer"}, the answer ending in "#### 42". A base model sees solved ones before.
+void read_gsm8k(const Model& m, Template chat, const std::string& task, const std::string& path,
+                const std::string& shots_path, const EvalOptions& o, std::vector<Question>& out) {
+  std::string before;
+  if (!shots_path.empty()) {
+    for_each_json(shots_path, o.shots, [&](const Json& json, const std::string& where) {
+      before += "Question: " + json_get<std::string>(json, "question", where) +
+                "\nAnswer: " + json_get<std::string>(json, "answer", where) + "\n\n";
+    });
+  }
+  for_each_json(path, o.limit, [&](const Json& json, const std::string& where) {
+    const auto question = json_get<std::string>(json, "question", where);
+    const std::string value = final_number(json_get<std::string>(json, "answer", where));
+    if (value.empty()) fail(where, ": answer: found no number, expected one behind ####");
+    const bool document = chat == Template::document;
+    const Message message{
+        .role = "user",
+        .content = document ? before + "Question: " + question + "\nAnswer:" : question};
+    Question q{.task = task,
+               .where = where,
+               .prompt = render(m, chat, {.messages = {message}}, !o.no_start, !document),
+               .check = {.type = Check::Type::number, .text = value},
+               .tokens = o.tokens > 0 ? o.tokens : 256};
+    if (document) q.stop = {"Question:"};
+    out.push_back(std::move(q));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// eval: the whole
+
+void check(const EvalOptions& o) {
+  const auto need = [](bool good, const char* flag, auto found, const char* expected) {
+    if (!good) fail(flag, ": found ", found, ", expected ", expected);
+  };
+  need(o.shots >= 0, "--shots", o.shots, "0 or more");
+  need(o.limit >= 0, "--limit", o.limit, "0 (all) or more");
+  need(o.tokens >= 0, "--tokens", o.tokens, "0 (as the items say) or more");
+  need(o.rows >= 1 && o.rows <= 4096, "--rows", o.rows, "1 to 4096");
+  need(o.cache_mb >= 1, "--cache-mb", o.cache_mb, "at least 1");
+}
+
+// "name=path", or a path alone.
+std::pair<std::string, std::string> split_task(const std::string& spec) {
+  const size_t equals = spec.find('=');
+  if (equals == std::string::npos) return {"", spec};
+  return {spec.substr(0, equals), spec.substr(equals + 1)};
+}
+
+bool is_arc(const std::string& name) { return name == "arc" || name.starts_with("arc_"); }
+
+std::vector<Result> multiple_choice(const Model& m, const std::string& task,
+                                    const std::string& path, const std::string& shots_path,
+                                    const EvalOptions& o) {
+  const auto read = task == "hellaswag" ? read_hellaswag : is_arc(task) ? read_arc : read_mmlu;
+  std::string before;
+  if (!shots_path.empty()) {
+    for_each_json(shots_path, o.shots, [&](const Json& json, const std::string& where) {
+      const Choices c = read(json, where);
+      before += c.context + " " + c.endings[c.right] + "\n\n";
+    });
+  }
+  std::vector<Choices> all;
+  for_each_json(path, o.limit, [&](const Json& json, const std::string& where) {
+    Choices c = read(json, where);
+    c.context = before + c.context;
+    if (task == "mmlu") {
+      std::string subject = json_get<std::string>(json, "subject", where);
+      replace_all(subject, "_", " ");
+      c.context = "The following are multiple choice questions (with answers) about " + subject +
+                  ".\n\n" + c.context;
+    }
+    all.push_back(std::move(c));
+  });
+  return choose(m, task, all, task != "mmlu", !o.no_start);
+}
+
+std::vector<Result> mark(const std::vector<Question>& questions, const std::vector<Answer>& answers,
+                         const EvalOptions& o) {
+  std::vector<std::string> order;
+  std::map<std::string, std::pair<int64_t, int64_t>> counts;  // right, asked
+  int64_t ended = 0, too_long = 0;
+  for (size_t i = 0; i < questions.size(); i++) {
+    auto& [right, n] = counts[questions[i].task];
+    if (n++ == 0) order.push_back(questions[i].task);
+    right += answers[i].right;
+    ended += answers[i].finish == Finish::stop_token;
+    too_long += answers[i].too_long;
+  }
+  if (too_long > 0) {
+    std::fprintf(stderr, "note: %lld questions are longer than the context: not answered\n",
+                 (long long)too_long);
+  }
+  std::vector<Result> results;
+  for (const std::string& task : order) {
+    results.push_back(share(task, "accuracy", counts[task].first, counts[task].second));
+  }
+  if (!o.base) {
+    results.push_back(share("end_of_turn", "share", ended, int64_t(questions.size())));
+  }
+  return results;
+}
+
+void report(const std::vector<Result>& results, const std::string& json_path) {
+  print(
+      format("%-24s %-14s %8s  %-18s %7s\n", "task", "metric", "value", "95 % interval", "items"));
+  OrderedJson json = OrderedJson::object();
+  for (const Result& r : results) {
+    const bool share = r.metric != "bits_per_byte";
+    const double unit = share ? 100 : 1;
+    const int digits = share ? 1 : 4;
+    print(format(
+        "%-24s %-14s %*.*f%s  %-18s %7lld\n", r.task.c_str(), r.metric.c_str(), share ? 6 : 8,
+        digits, unit * r.value, share ? " %" : "",
+        format("%.*f to %.*f", digits, unit * r.ci95.low, digits, unit * r.ci95.high).c_str(),
+        (long long)r.n));
+    json[r.task] = {
+        {"metric", r.metric}, {"value", r.value}, {"n", r.n}, {"ci95", {r.ci95.low, r.ci95.high}}};
+  }
+  if (!json_path.empty()) write_json(json_path, json);
+}
+
+void write_answers(const std::string& path, const Tokenizer& tokenizer,
+                   const std::vector<Question>& questions, const std::vector<Answer>& answers) {
+  AtomicFile file(path);
+  for (size_t i = 0; i < questions.size(); i++) {
+    const OrderedJson json{{"task", questions[i].task},
+                           {"item", questions[i].where},
+                           {"prompt", tokenizer.decode(questions[i].prompt)},
+                           {"answer", answers[i].text},
+                           {"tools", answers[i].tools},
+                           {"finish", finish_name(answers[i].finish)},
+                           {"right", answers[i].right}};
+    file.write(json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
+  }
+  file.commit();
+}
+
+int evaluate(const EvalOptions& o) {
+  check(o);
+  std::map<std::string, std::string> shots;
+  for (const std::string& spec : o.shots_from) {
+    const auto [name, path] = split_task(spec);
+    if (name.empty()) fail("--shots-from: found ", spec, ", expected NAME=FILE");
+    shots[name] = path;
+  }
+  if (o.shots > 0 && shots.empty()) fail("--shots-from is missing: where the --shots come from");
+  if (o.shots == 0) shots.clear();
+
+  const Model model = load_model(o.model, 4096);
+  bool in_words = false;
+  std::set<std::string> seen;
+  for (const std::string& spec : o.tasks) {
+    const auto [name, path] = split_task(spec);
+    const bool choices = name == "hellaswag" || name == "mmlu" || is_arc(name);
+    if (!name.empty() && !choices && name != "gsm8k" && name != "bits_per_byte") {
+      fail("--tasks: found ", name,
+           ", expected hellaswag, arc..., mmlu, gsm8k or bits_per_byte before =");
+    }
+    if (!seen.insert(name.empty() ? path : name).second) {
+      fail("--tasks: found ", name.empty() ? path : name, " twice");
+    }
+    in_words |= name.empty() || name == "gsm8k";
+  }
+  // Only what is answered in words needs a template.
+  const Template chat =
+      o.base || !in_words ? Template::document : find_template(model, o.chat_template);
+  const TemplateRules rules = template_rules(model, chat);
+  const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
+
+  std::vector<Question> questions;
+  std::vector<Result> results;
+  for (const std::string& spec : o.tasks) {
+    const auto task = split_task(spec);
+    const std::string &name = task.first, &path = task.second;
+    std::vector<Result> more;
+    if (name.empty()) {
+      read_items(model, chat, path, o, questions);
+    } else if (name == "gsm8k") {
+      read_gsm8k(model, chat, name, path, shots[name], o, questions);
+    } else if (name == "bits_per_byte") {
+      more = measure_bits(model, name, path, o.limit, !o.no_start);
+    } else {
+      more = multiple_choice(model, name, path, shots[name], o);
+    }
+    results.insert(results.end(), more.begin(), more.end());
+    if (stop_signal != 0) return 128 + stop_signal;
+  }
+  if (in_words && questions.empty()) {
+    fail("--tasks: found no item for ", o.base ? "a base model" : "an assistant", ", expected \"",
+         o.base ? "prompt" : "messages", "\" in some");
+  }
+  if (!questions.empty()) {
+    for (Question& q : questions) {
+      q.stop.insert(q.stop.end(), rules.stop_strings.begin(), rules.stop_strings.end());
+    }
+    const std::vector<Answer> answers = answer_all(
+        model, questions, rules, search ? &*search : nullptr, o.rows, int64_t(o.cache_mb) << 20);
+    if (stop_signal != 0) return 128 + stop_signal;
+    const std::vector<Result> marked = mark(questions, answers, o);
+    results.insert(results.begin(), marked.begin(), marked.end());
+    if (!o.output.empty()) write_answers(o.output, model.tokenizer, questions, answers);
+  }
+  report(results, o.json);
+  return 0;
+}
+
+// ---------------------------------------------------------------------------------------------
 // The command line
 
 void add_model_flags(CLI::App& app, ModelOptions& o) {
@@ -299,38 +1521,94 @@ void add_sampling_flags(CLI::App& app, Sampling& s) {
   app.add_option("--seed", s.seed, "The same seed gives the same texts")->capture_default_str();
 }
 
-int chat(int argc, char** argv) {
-  CLI::App app("Talk to a model.", "chat");
-  app.require_subcommand(1);
+void add_talk_flags(CLI::App& app, TalkOptions& t) {
+  add_model_flags(app, t.model);
+  app.get_option("model")->required(false);
+  app.add_flag("--base", t.base, "A base model: it goes on with the text that is typed");
+  app.add_option("--system", t.system, "The system message");
+  app.add_flag("--calculator", t.calculator, "The assistant may calculate");
+  app.add_option("--documents", t.documents,
+                 "The assistant may search these: .jsonl with \"text\", or plain text");
+  app.add_option("--template", t.chat_template,
+                 "auto (what the model's files say), chatml, llama3 or plain")
+      ->capture_default_str();
+  app.add_option("--tokens", t.tokens, "Of an answer at most; 0: what the context holds")
+      ->capture_default_str();
+  add_sampling_flags(app, t.sampling);
+}
 
-  GenerateOptions g;
-  CLI::App* sub = app.add_subcommand("generate", "Continue a text, as a base model does");
-  add_model_flags(*sub, g.model);
+void add_generate_flags(CLI::App& app, GenerateOptions& g) {
+  add_model_flags(app, g.model);
   CLI::Option* prompt =
-      sub->add_option("--prompt", g.prompt, "The text to continue; none: a new document");
-  sub->add_option(
+      app.add_option("--prompt", g.prompt, "The text to continue; none: a new document");
+  app.add_option(
          "--prompts", g.prompts,
          "A file of prompts, one a line; .jsonl: objects with \"prompt\"; -: standard input")
       ->excludes(prompt);
-  sub->add_option("-o,--output", g.output,
-                  "Write results as JSONL: prompt, completion, tokens, logp, finish");
-  sub->add_option("--tokens", g.tokens, "New tokens at most")->capture_default_str();
-  sub->add_option("--samples", g.samples, "Texts for each prompt")->capture_default_str();
-  sub->add_option("--stop", g.stop, "Stop before this text; may be given several times")
+  app.add_option("-o,--output", g.output,
+                 "Write results as JSONL: prompt, completion, tokens, logp, finish");
+  app.add_option("--tokens", g.tokens, "New tokens at most")->capture_default_str();
+  app.add_option("--samples", g.samples, "Texts for each prompt")->capture_default_str();
+  app.add_option("--stop", g.stop, "Stop before this text; may be given several times")
       ->allow_extra_args(false);
-  add_sampling_flags(*sub, g.sampling);
-  sub->add_option("--rows", g.rows, "Texts made side by side at most")->capture_default_str();
-  sub->add_option("--cache-mb", g.cache_mb, "MiB for keys and values, if one text needs no more")
+  add_sampling_flags(app, g.sampling);
+  app.add_option("--rows", g.rows, "Texts made side by side at most")->capture_default_str();
+  app.add_option("--cache-mb", g.cache_mb, "MiB for keys and values, if one text needs no more")
       ->capture_default_str();
-  sub->add_flag("--stats", g.stats, "Tokens a second, on standard error");
+  app.add_flag("--stats", g.stats, "Tokens a second, on standard error");
+}
+
+void add_eval_flags(CLI::App& app, EvalOptions& e) {
+  add_model_flags(app, e.model);
+  app.add_option(
+         "--tasks", e.tasks,
+         "Item files, and NAME=FILE with hellaswag, arc, arc_easy, arc_challenge, mmlu, gsm8k "
+         "(.jsonl) or bits_per_byte (text or .jsonl)")
+      ->required()
+      ->delimiter(',');
+  app.add_flag("--base", e.base, "A base model: items' \"prompt\" in place of \"messages\"");
+  app.add_option("--shots", e.shots, "Solved examples before each question of NAME=FILE tasks")
+      ->capture_default_str();
+  app.add_option("--shots-from", e.shots_from, "NAME=FILE: where they come from, the first ones")
+      ->delimiter(',');
+  app.add_option("--documents", e.documents, "What the search tool finds passages in");
+  app.add_option("--template", e.chat_template, "auto, chatml, llama3 or plain")
+      ->capture_default_str();
+  app.add_option("--limit", e.limit, "Items of each task at most; 0: all")->capture_default_str();
+  app.add_option("--tokens", e.tokens, "Of an answer at most; 0: as the items say, 256 for gsm8k")
+      ->capture_default_str();
+  app.add_flag("--no-start", e.no_start,
+               "No <|endoftext|> before documents: as lm-evaluation-harness with GPT-2");
+  app.add_option("--json", e.json, "Write the results to this file");
+  app.add_option("-o,--output", e.output, "Write every answer to this .jsonl file");
+  app.add_option("--rows", e.rows, "Answers made side by side at most")->capture_default_str();
+  app.add_option("--cache-mb", e.cache_mb, "MiB for keys and values, if one text needs no more")
+      ->capture_default_str();
+}
+
+int chat(int argc, char** argv) {
+  CLI::App app("Talk to a model: ./chat DIR", "chat");
+  app.require_subcommand(0, 1);
+  TalkOptions t;
+  GenerateOptions g;
+  EvalOptions e;
+  add_talk_flags(app, t);
+  CLI::App* generate_command =
+      app.add_subcommand("generate", "Continue a text, as a base model does");
+  add_generate_flags(*generate_command, g);
+  CLI::App* eval_command = app.add_subcommand("eval", "Ask questions and mark the answers");
+  add_eval_flags(*eval_command, e);
 
   try {
     app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    if (e.get_exit_code() == 0) return app.exit(e);  // --help
-    fail(e.what(), " (./chat generate --help lists what there is)");
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help
+    fail(error.what(), " (./chat --help lists what there is)");
   }
-  return generate(g);
+  if (generate_command->parsed()) return generate(g);
+  if (eval_command->parsed()) return evaluate(e);
+  if (t.model.path.empty()) fail("model is required (./chat --help lists what there is)");
+  return talk(t);
 }
 
 }  // namespace

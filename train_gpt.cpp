@@ -590,7 +590,7 @@ static void norm_backward(int N, int C, const float* dy, const float* x, const f
     const int end = std::min(N, int(block + 1) * kRowBlock);
     for (int64_t r = block * kRowBlock; r < end; r++) {
       const float *row = x + r * C, *d = dy + r * C;
-      const float mean = dbias ? stats.mean[r] : 0.f, rstd = stats.rstd[r];
+      const float mean = stats.mean ? stats.mean[r] : 0.f, rstd = stats.rstd[r];
       vec g_sum{}, gh_sum{};
       lanes(C, [&](int64_t c, int n) {
         const vec h = (load(row + c, n) - mean) * rstd, dv = load(d + c, n);
@@ -598,9 +598,9 @@ static void norm_backward(int N, int C, const float* dy, const float* x, const f
         g_sum += g;
         gh_sum += g * h;
         store(dw + c, load(dw + c, n) + dv * h, n);
-        if (dbias) store(db + c, load(db + c, n) + dv, n);
+        if (stats.mean) store(db + c, load(db + c, n) + dv, n);
       });
-      const float g_mean = dbias ? sum_lanes(g_sum) / float(C) : 0.f;
+      const float g_mean = stats.mean ? sum_lanes(g_sum) / float(C) : 0.f;
       const float gh_mean = sum_lanes(gh_sum) / float(C);
       lanes(C, [&](int64_t c, int n) {
         const vec h = (load(row + c, n) - mean) * rstd;
@@ -609,6 +609,7 @@ static void norm_backward(int N, int C, const float* dy, const float* x, const f
       });
     }
   });
+  if (!dweight) return;  // frozen
   const int64_t chunks = (C + 63) / 64;
   parallel_for(chunks, [&](int64_t chunk) {
     for (int64_t c = chunk * 64; c < std::min<int64_t>(C, chunk * 64 + 64); c++) {
@@ -1120,12 +1121,11 @@ static void adamw(int64_t size, float* w, const float* g, float* m, float* v, fl
 // C (rows, rows) = A B^T, known to be symmetric, for A and B (rows, K): the lower triangle by one
 // thread, then mirrored.
 static void gemm_symmetric(int rows, int K, const float* a, const float* b, float* c) {
-  const bool square = K == rows;  // then B is symmetric itself, and read the cheaper way
   const Product p{.M = rows,
                   .N = rows,
                   .K = K,
                   .a = {a, K, Inner::k},
-                  .b = {b, K, square ? Inner::other : Inner::k},
+                  .b = {b, K, Inner::k},
                   .c = c,
                   .ldc = rows,
                   .lower = true};
@@ -1401,7 +1401,10 @@ struct Activations {
 class CpuGpt final : public Gpt {
  public:
   CpuGpt(const Config& config, const GptOptions& options)
-      : Gpt(config, options.muon), train_(options.mode == Mode::train), rope_(config) {
+      : Gpt(config, options.muon, options.lora),
+        train_(options.mode == Mode::train),
+        adapters_(options.lora.rank > 0),
+        rope_(config) {
     if (options.share) {
       const auto* other = dynamic_cast<const CpuGpt*>(options.share);
       if (!other) fail("share: the other model is on another device");
@@ -1449,7 +1452,8 @@ class CpuGpt final : public Gpt {
 
   void update(const OptimizerStep& step) override;
   UpdateStats stats() override { return stats_; }
-  void zero_gradients() override { fresh_ = true; }
+  void zero_gradients() override { fresh_ = true, loss_ = 0; }
+  void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
 
   std::span<const float> logp() override { return logp_; }
   std::span<const float> entropy() override { return entropy_; }
@@ -1468,8 +1472,8 @@ class CpuGpt final : public Gpt {
   const float* weight(int64_t offset) const {
     return offset < 0 ? nullptr : weights_->rows.data() + offset;
   }
-  float* gradient(int64_t offset) const {
-    return offset < 0 ? nullptr : gradients_.data() + offset;
+  float* gradient(int64_t offset) const {  // null: nothing is there, or it is frozen
+    return offset < 0 || !table_.trainable(offset) ? nullptr : gradients_.data() + offset;
   }
 
   Operand matrix(const Linear& l, bool panels) const {  // W (out, in) as B(k = in, n = out)
@@ -1490,18 +1494,21 @@ class CpuGpt final : public Gpt {
           .ldc = l.out,
           .bias = weight(l.bias),
           .residual = residual});
+    for (const Adapter& a : l.adapters) adapter_forward(N, l, a, x, y);
   }
   // dW += dy^T x, db += column sums of dy; dx = dy W
   void linear_backward(int N, const Linear& l, const float* x, const float* dy, float* dx) {
-    gemm({.M = l.out,
-          .N = l.in,
-          .K = N,
-          .a = {dy, l.out, Inner::other},
-          .b = {x, l.in, Inner::other},
-          .c = gradient(l.weight),
-          .ldc = l.in,
-          .accumulate = !fresh_});
-    if (l.bias >= 0) bias_backward(N, l.out, dy, gradient(l.bias), !fresh_);
+    if (float* dweight = gradient(l.weight)) {
+      gemm({.M = l.out,
+            .N = l.in,
+            .K = N,
+            .a = {dy, l.out, Inner::other},
+            .b = {x, l.in, Inner::other},
+            .c = dweight,
+            .ldc = l.in,
+            .accumulate = !fresh_});
+    }
+    if (float* dbias = gradient(l.bias)) bias_backward(N, l.out, dy, dbias, !fresh_);
     gemm({.M = N,
           .N = l.in,
           .K = l.out,
@@ -1509,6 +1516,73 @@ class CpuGpt final : public Gpt {
           .b = {weight(l.weight), l.in, Inner::other},
           .c = dx,
           .ldc = l.in});
+    for (const Adapter& a : l.adapters) adapter_backward(N, l, a, x, dy, dx);
+  }
+  // y += u B^T with u = scale x A^T (N, rank)
+  void adapter_forward(int N, const Linear& l, const Adapter& a, const float* x, float* y) const {
+    if (!adapters_) return;
+    const int r = table_.lora.rank;
+    const float* u = adapter_inner(N, l, a, x);
+    gemm({.M = N,
+          .N = a.out,
+          .K = r,
+          .a = {u, r, Inner::k},
+          .b = {weight(a.b), r, Inner::k},
+          .c = y + a.begin,
+          .ldc = l.out,
+          .accumulate = true});
+  }
+  const float* adapter_inner(int N, const Linear& l, const Adapter& a, const float* x) const {
+    const int r = table_.lora.rank;
+    if (int64_t(inner_.size()) < int64_t(N) * r) inner_.resize(size_t(N) * size_t(r));
+    gemm({.M = N,
+          .N = r,
+          .K = l.in,
+          .a = {x, l.in, Inner::k},
+          .b = {weight(a.a), l.in, Inner::k},
+          .c = inner_.data(),
+          .ldc = r});
+    for (int64_t i = 0; i < int64_t(N) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
+    return inner_.data();
+  }
+  // dB += dy^T u;  du = scale dy B;  dA += du^T x;  dx += du A
+  void adapter_backward(int N, const Linear& l, const Adapter& a, const float* x, const float* dy,
+                        float* dx) {
+    if (!adapters_) return;
+    const int r = table_.lora.rank;
+    const float* u = adapter_inner(N, l, a, x);
+    gemm({.M = a.out,
+          .N = r,
+          .K = N,
+          .a = {dy + a.begin, l.out, Inner::other},
+          .b = {u, r, Inner::other},
+          .c = gradient(a.b),
+          .ldc = r,
+          .accumulate = !fresh_});
+    gemm({.M = N,
+          .N = r,
+          .K = a.out,
+          .a = {dy + a.begin, l.out, Inner::k},
+          .b = {weight(a.b), r, Inner::other},
+          .c = inner_.data(),
+          .ldc = r});
+    for (int64_t i = 0; i < int64_t(N) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
+    gemm({.M = r,
+          .N = l.in,
+          .K = N,
+          .a = {u, r, Inner::other},
+          .b = {x, l.in, Inner::other},
+          .c = gradient(a.a),
+          .ldc = l.in,
+          .accumulate = !fresh_});
+    gemm({.M = N,
+          .N = l.in,
+          .K = r,
+          .a = {u, r, Inner::k},
+          .b = {weight(a.a), l.in, Inner::other},
+          .c = dx,
+          .ldc = l.in,
+          .accumulate = true});
   }
   void norm(int N, const Norm& n, const float* x, float* y, NormStats stats) const {
     norm_forward(N, config_.C, x, weight(n.weight), weight(n.bias), float(config_.norm_eps), y,
@@ -1552,9 +1626,12 @@ class CpuGpt final : public Gpt {
                      std::span<const float> dentropy, bool logits_ready);
 
   bool train_;
+  bool adapters_;                     // LoRA's take part
+  mutable std::vector<float> inner_;  // (N, rank) of the adapter at hand
   std::shared_ptr<Weights> weights_;
   Arena gradients_, moment1_, moment2_;  // in the table's order
   UpdateStats stats_;
+  double loss_ = 0;    // of the batches since the last update
   bool fresh_ = true;  // gradients are zero, whatever the arena holds: the next backward sets them
   Arena arena_;
   Activations a_{};
@@ -1754,14 +1831,15 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
             .ldc = C});
     }
     const std::vector<float> none(size_t(dvalue.empty() ? N_ : 0), 0.f);
-    gemm({.M = 1,
-          .N = C,
-          .K = N_,
-          .a = {dvalue.empty() ? none.data() : dvalue.data(), 1, Inner::other},
-          .b = {a_.final_norm, C, Inner::other},
-          .c = gradient(head.weight),
-          .ldc = C,
-          .accumulate = !fresh_});
+    if (gradient(head.weight))
+      gemm({.M = 1,
+            .N = C,
+            .K = N_,
+            .a = {dvalue.empty() ? none.data() : dvalue.data(), 1, Inner::other},
+            .b = {a_.final_norm, C, Inner::other},
+            .c = gradient(head.weight),
+            .ldc = C,
+            .accumulate = !fresh_});
   } else {
     const auto M = int64_t(head_rows_.size()), chunk = logit_rows(config_, N_);
     if (!logits_ready) {
@@ -1769,7 +1847,8 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
         std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
       });
     }
-    if (fresh_ && M == 0) std::fill_n(gradient(head.weight), int64_t(V) * C, 0.f);
+    float* dhead = gradient(head.weight);
+    if (fresh_ && M == 0 && dhead) std::fill_n(dhead, int64_t(V) * C, 0.f);
     for (int64_t first = 0; first < M; first += chunk) {
       const int rows = int(std::min(chunk, M - first));
       if (!logits_ready) logits_forward(first, rows);
@@ -1786,12 +1865,13 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
             .b = weights,
             .c = a_.dhead_in + first * C,
             .ldc = C});
+      if (!dhead) continue;
       gemm({.M = V,
             .N = C,
             .K = rows,
             .a = {a_.logits, ld, Inner::other},
             .b = {a_.head_in + first * C, C, Inner::other},
-            .c = gradient(head.weight),
+            .c = dhead,
             .ldc = C,
             .accumulate = !fresh_ || first > 0});
     }
@@ -1799,6 +1879,7 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
       std::copy_n(a_.dhead_in + r * C, C, a_.dnorm + int64_t(head_rows_[size_t(r)]) * C);
     });
   }
+  for (size_t n = 0; n < dlogp.size(); n++) loss_ += double(dlogp[n]) * logp_[n];
   std::fill_n(a_.dx, int64_t(N_) * C, 0.f);
   norm_back(N_, table_.final_norm, a_.dnorm, a_.x, a_.final_stats);
 }
@@ -1838,7 +1919,7 @@ void CpuGpt::rotate_backward(const Block& b, const LayerActivations& a) {
       }
     }
   });
-  if (!norm) return;
+  if (!norm || !gradient(b.q_norm)) return;
   for (int i = 0; i < HS; i++) {
     for (const int which : {0, 1}) {
       float* dw = gradient(which ? b.k_norm : b.q_norm) + i;
@@ -1873,6 +1954,10 @@ void CpuGpt::trunk_backward() {
   }
   // The embedding's gradient: each column by one thread, over n in order. A tied head was first.
   const bool tied = table_.head.weight == table_.wte;
+  if (!gradient(table_.wte)) {  // frozen, and the positions with it
+    fresh_ = false;
+    return;
+  }
   if (fresh_ && !tied) std::fill_n(gradient(table_.wte), int64_t(config_.V) * C, 0.f);
   if (fresh_ && table_.wpe >= 0) std::fill_n(gradient(table_.wpe), int64_t(config_.T) * C, 0.f);
   parallel_for((C + 63) / 64, [&](int64_t chunk) {
@@ -1893,14 +1978,15 @@ void CpuGpt::trunk_backward() {
 
 void CpuGpt::update(const OptimizerStep& step) {
   if (!train_) fail("update: an inference model has no gradients");
-  if (fresh_) std::fill_n(gradients_.data(), gradients_.size(), 0.f);
+  const int64_t begin = table_.first_trainable();  // pages before it are never touched
+  if (fresh_) std::fill_n(gradients_.data() + begin, table_.size - begin, 0.f);
   // The norm: blocks of a fixed size, then over the blocks in order.
   constexpr int64_t kBlock = 1 << 15;
-  std::vector<double> squares(size_t((table_.size + kBlock - 1) / kBlock));
+  std::vector<double> squares(size_t((table_.size - begin + kBlock - 1) / kBlock));
   parallel_for(int64_t(squares.size()), [&](int64_t block) {
-    const float* g = gradients_.data() + block * kBlock;
+    const float* g = gradients_.data() + begin + block * kBlock;
     double sum = 0;
-    for (int64_t first = 0, n = std::min(kBlock, table_.size - block * kBlock); first < n;
+    for (int64_t first = 0, n = std::min(kBlock, table_.size - begin - block * kBlock); first < n;
          first += 1024) {
       vec square{};
       lanes(std::min<int64_t>(1024, n - first), [&](int64_t i, int m) {
@@ -1911,7 +1997,7 @@ void CpuGpt::update(const OptimizerStep& step) {
     }
     squares[size_t(block)] = sum;
   });
-  stats_ = {};
+  stats_ = {.loss = std::exchange(loss_, 0)};
   stats_.grad_norm = std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.));
   fresh_ = true;
   live_ = false;
@@ -1947,7 +2033,7 @@ void CpuGpt::update(const OptimizerStep& step) {
       adamw(p.size, w, g, m, v, scale, step.lr[size_t(t.kind)], t.decay ? step.decay : 0, step);
     }
   });
-  weights_->panels_current = false;
+  if (begin == 0) weights_->panels_current = false;
 }
 
 void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
@@ -2125,8 +2211,12 @@ void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
 }
 
 #ifdef CAKE_CUDA
-static bool on_gpu(Device device) {  // `automatic`: where there is one
+static bool on_gpu(Device device) {  // `automatic`: where there is one that is no emulation
+#ifdef CAKE_CUDA_ON_CPU
+  return device == Device::cuda;
+#else
   return device == Device::cuda || (device == Device::automatic && gpu::unavailable().empty());
+#endif
 }
 #endif
 
@@ -2135,16 +2225,16 @@ MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
   if (on_gpu(options.device)) return gpu::plan_memory(c, options);
 #endif
   const bool train = options.mode == Mode::train;
-  const ParamTable table = make_table(c, options.muon);
-  int64_t adamw_floats = 0;
+  const ParamTable table = make_table(c, options.muon, options.lora);
+  int64_t moments = 0;
   for (const Tensor& t : table.tensors)
-    if (!t.muon) adamw_floats += t.size();
+    if (t.trainable) moments += t.size() * (t.muon ? 1 : 2);
   MemoryPlan plan;
   const char* model = "--depth, --layers, --channels";
   if (!options.share) plan.items.push_back({"parameters", table.size * 4, model});
   if (train) {
-    plan.items.push_back({"gradients", table.size * 4, model});
-    plan.items.push_back({"optimizer state", (table.size + adamw_floats) * 4, model});
+    plan.items.push_back({"gradients", table.trainable_parameters() * 4, model});
+    plan.items.push_back({"optimizer state", moments * 4, model});
   }
   if (options.batch_tokens > 0) {
     Activations layout;
@@ -2224,7 +2314,8 @@ double measure_peak(const Gpt& gpt) {
 }
 
 // Operations of forward and backward on a batch: 6 a parameter that takes part in products and
-// token, and 6 L NH HS a token and position of its document (PaLM's count, appendix B).
+// token, 4 a frozen one, and 6 L NH HS a token and position of its document (PaLM's count, appendix
+// B).
 double training_operations(const Gpt& gpt, std::span<const int> doc_starts) {
   const Config& c = gpt.config();
   double tokens = 0, squares = 0;
@@ -2232,7 +2323,11 @@ double training_operations(const Gpt& gpt, std::span<const int> doc_starts) {
     const double length = doc_starts[d + 1] - doc_starts[d];
     tokens += length, squares += length * length;
   }
-  return 6 * double(gpt.table().matmul_parameters()) * tokens + 6. * c.L * c.NH * c.HS * squares;
+  const ParamTable& table = gpt.table();
+  const double trained =
+      6 * double(table.lora.rank > 0 ? table.trainable_parameters() : table.matmul_parameters());
+  const double frozen = table.lora.rank > 0 ? 4 * double(table.matmul_parameters()) : 0;
+  return (trained + frozen) * tokens + 6. * c.L * c.NH * c.HS * squares;
 }
 
 }  // namespace cake
@@ -2599,18 +2694,17 @@ void Trainer::calibrate() {
 Trainer::StepResult Trainer::step(int64_t number) {
   const int64_t window = loader_->window_length();
   const int64_t windows = s_.batch_tokens / window, micro = s_.micro_batch_tokens / window;
-  double nats = 0, bytes = 0, operations = 0;
+  double bytes = 0, operations = 0;
   for (int64_t first = 0; first < windows; first += micro) {
     loader_->next(int(std::min(micro, windows - first)), tokens_, targets_, doc_starts_);
     dlogp_.assign(tokens_.size(), -1 / float(s_.batch_tokens));
     gpt_->forward_backward({tokens_, targets_, doc_starts_}, dlogp_);
-    for (float logp : gpt_->logp()) nats -= logp;
     for (int id : targets_) bytes += token_bytes_[size_t(id)];
     operations += training_operations(*gpt_, doc_starts_);
   }
   gpt_->update(optimizer_step(number));
   const UpdateStats stats = gpt_->stats();
-  return {nats / double(s_.batch_tokens), nats / (std::log(2.) * std::max(1., bytes)),
+  return {stats.loss, stats.loss * double(s_.batch_tokens) / (std::log(2.) * std::max(1., bytes)),
           stats.grad_norm, operations, stats.skipped};
 }
 

@@ -15,7 +15,9 @@
 //   outgrow the cache together, the one admitted last gives up its pages and is fed again later,
 //   prompt and tokens so far (preemption by recomputation, as in vLLM: Kwon et al. 2023).
 //
-// A sequence is token ids from beginning to end: text is made from them and never read back.
+// A sequence is token ids from beginning to end: text is made from them and never read back. Where
+// a turn ends, the caller may append ids, a tool's answer, and the request goes on behind them:
+// they are fed as a prompt is, and marked as inserted.
 #pragma once
 
 #include <algorithm>
@@ -140,20 +142,26 @@ enum class Finish {
   stop_string,  // one of stop_strings is in the text
   length,       // max_new tokens
   context,      // the sequence is as long as the model's context
+  cancelled,    // by cancel()
 };
 inline const char* finish_name(Finish f) {
-  constexpr const char* names[] = {"stop_token", "stop_string", "length", "context"};
+  constexpr const char* names[] = {"stop_token", "stop_string", "length", "context", "cancelled"};
   return names[int(f)];
 }
 
 struct Token {            // one sampled token of one request
   int request;            // the number that submit gave
-  int index;              // 0 for the first new token
+  int index;              // of the completion's ids: 0 for the first new one
   int id;                 //
   float logp;             // of the id under softmax(logits / temperature)
   std::string_view text;  // that became certain with it: whole characters, perhaps none
-  bool last;              // the request is finished
+  bool last;              // of its turn: the request is finished, or on_turn is asked next
 };
+
+// Called when a stop token ends a turn, with the request's number and the ids of the turn, the stop
+// token included. Returns the ids to append (the model's next turn follows them), or none: then the
+// request is finished.
+using OnTurn = std::function<std::vector<int>(int request, std::span<const int> turn)>;
 
 struct Request {
   std::vector<int> prompt;  // 1 to T - 1 ids
@@ -161,13 +169,17 @@ struct Request {
   Sampling sampling;        // its stream is set by submit
   std::vector<int> stop_ids;
   std::vector<std::string> stop_strings;
-  std::function<void(const Token&)> on_token;  // called once a token, in order
+  std::function<void(const Token&)> on_token;  // called once a sampled token, in order
+  OnTurn on_turn;
+  int max_inserted = 0;  // ids that on_turn may append, over all turns; more end the request
 };
 
 struct Completion {
-  std::vector<int> ids;     // every sampled id, a stop token included
-  std::vector<float> logp;  // of each
-  std::string text;         // valid UTF-8, without stop token or stop string
+  std::vector<int> ids;       // behind the prompt: sampled, stop tokens included, and inserted
+  std::vector<float> logp;    // of each that was sampled; 0 for one that was inserted
+  std::vector<bool> sampled;  // each: by the model, not inserted
+  int last_turn = 0;          // where the ids of the last turn begin
+  std::string text;           // of the last turn: valid UTF-8, without stop token or stop string
   Finish finish = Finish::length;
 };
 
@@ -229,6 +241,10 @@ class Generator {
     if (request.max_new < 1) {
       fail("request ", number, ": new tokens: found ", request.max_new, ", expected at least 1");
     }
+    if (request.max_inserted < 0) {
+      fail("request ", number, ": inserted tokens: found ", request.max_inserted,
+           ", expected 0 or more");
+    }
     if (pages_for(longest(request)) > pages_) {
       fail("request ", number, ": found up to ", longest(request), " positions, expected at most ",
            pages_ * kPage, ", the size of the KV cache");
@@ -266,6 +282,23 @@ class Generator {
     return *std::exchange(c, std::nullopt);
   }
 
+  // Ends a request that is not done, with what it has. Its sequence stays as a finished one's does.
+  void cancel(int request) {
+    for (size_t i = 0; i < rows_.size(); i++) {
+      if (rows_[i].job->number != request) continue;
+      rows_[i].job->finish(Finish::cancelled);
+      return retire(i);
+    }
+    for (size_t i = 0; i < queue_.size(); i++) {
+      if (queue_[i]->number != request) continue;
+      queue_[i]->finish(Finish::cancelled);
+      completions_[size_t(request)] = std::move(queue_[i]->completion);
+      queue_.erase(queue_.begin() + int64_t(i));
+      return;
+    }
+    fail("request ", request, ": found it finished or never submitted, expected it on its way");
+  }
+
   // Drops the finished sequences that the cache still holds: needed when the weights change.
   void forget() {
     while (evict()) {
@@ -280,8 +313,17 @@ class Generator {
     Request request;
     std::vector<int> tokens;  // prompt and what followed
     Completion completion;
+    int sampled = 0, inserted = 0;
     StopStrings stops;
     Utf8Stream utf8;
+
+    void finish(Finish why) {  // text that was held back comes out
+      std::string bytes;
+      stops.finish(bytes);
+      utf8.feed(bytes, completion.text);
+      utf8.finish(completion.text);
+      completion.finish = why;
+    }
   };
   struct Row {
     std::unique_ptr<Job> job;
@@ -304,7 +346,8 @@ class Generator {
   int64_t free_pages() const { return cache_->free_positions() / kPage; }
   // Positions that a request may need: the token sampled last is never fed.
   int64_t longest(const Request& r) const {
-    return std::min<int64_t>(gpt_.config().T, int64_t(r.prompt.size()) + r.max_new) - 1;
+    const int64_t all = int64_t(r.prompt.size()) + r.max_new + r.max_inserted;
+    return std::min<int64_t>(gpt_.config().T, all) - 1;
   }
   bool may_grow(const Job& job) const {
     return pages_for(longest(job.request)) > pages_for(int64_t(job.tokens.size()));
@@ -452,21 +495,21 @@ class Generator {
     const Request& q = job.request;
     c.ids.push_back(id);
     c.logp.push_back(logp);
+    c.sampled.push_back(true);
     job.tokens.push_back(id);
+    job.sampled++;
     std::optional<Finish> finish;
     if (int(job.tokens.size()) >= gpt_.config().T) finish = Finish::context;
-    if (int(c.ids.size()) >= q.max_new) finish = Finish::length;
+    if (job.sampled >= q.max_new) finish = Finish::length;
+    const size_t before = c.text.size();
     std::string bytes;
     if (std::find(q.stop_ids.begin(), q.stop_ids.end(), id) != q.stop_ids.end()) {
       finish = Finish::stop_token;
     } else if (job.stops.feed(token_bytes_(id), bytes)) {
       finish = Finish::stop_string;
     }
-    const size_t before = c.text.size();
-    if (finish) job.stops.finish(bytes);
     job.utf8.feed(bytes, c.text);
-    if (finish) job.utf8.finish(c.text);
-    if (finish) c.finish = *finish;
+    if (finish) job.finish(*finish);
     if (q.on_token) {
       q.on_token({.request = job.number,
                   .index = int(c.ids.size()) - 1,
@@ -475,7 +518,41 @@ class Generator {
                   .text = std::string_view(c.text).substr(before),
                   .last = finish.has_value()});
     }
-    return finish.has_value();
+    return finish && !(finish == Finish::stop_token && go_on(job));
+  }
+
+  // After a turn that a stop token ended: true when on_turn appends something and there is room
+  // for it and for a token more.
+  bool go_on(Job& job) {
+    Completion& c = job.completion;
+    const Request& q = job.request;
+    if (!q.on_turn) return false;
+    const std::vector<int> ids =
+        q.on_turn(job.number, std::span<const int>(c.ids).subspan(size_t(c.last_turn)));
+    if (ids.empty()) return false;
+    for (const int id : ids) {
+      if (id >= 0 && id < gpt_.config().V) continue;
+      fail("request ", job.number, ": on_turn: found token ", id, ", expected 0 to ",
+           gpt_.config().V - 1);
+    }
+    const int64_t n = int64_t(ids.size());
+    if (int64_t(job.tokens.size()) + n >= gpt_.config().T) {
+      c.finish = Finish::context;
+      return false;
+    }
+    if (job.sampled >= q.max_new || job.inserted + n > q.max_inserted) {
+      c.finish = Finish::length;
+      return false;
+    }
+    job.inserted += int(n);
+    c.ids.insert(c.ids.end(), ids.begin(), ids.end());
+    c.logp.resize(c.ids.size(), 0.f);
+    c.sampled.resize(c.ids.size(), false);
+    c.last_turn = int(c.ids.size());
+    c.text.clear();
+    job.tokens.insert(job.tokens.end(), ids.begin(), ids.end());
+    job.stops = StopStrings(q.stop_strings);
+    return true;
   }
 
   // A finished row leaves the batch; its sequence stays, for prompts that begin like it.

@@ -12,6 +12,7 @@
 // D documents in it.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -91,10 +92,19 @@ struct Config {
 // The table of tensors: the one place that knows their order, shapes, names on disk, initial
 // values and optimizers. Initialisation, loading, saving, optimizers and tests loop over its rows.
 
-enum class Kind { embedding, position, matrix, head, vector };  // each has its learning rate
-inline constexpr int kKinds = 5;
-inline constexpr const char* kKindNames[kKinds] = {"embedding", "position", "matrix", "head",
-                                                   "vector"};
+enum class Kind { embedding, position, matrix, head, vector, adapter };  // each its learning rate
+inline constexpr int kKinds = 6;
+inline constexpr const char* kKindNames[kKinds] = {"embedding", "position", "matrix",
+                                                   "head",      "vector",   "adapter"};
+
+// Low-rank adapters (LoRA: Hu et al. 2021) beside every matrix of the blocks as it is on disk, as
+// PEFT makes them: y = W x + alpha / rank B (A x). A (rank, in) starts random and B (out, rank)
+// zero. They are all that is trained; every other row is frozen. rank 0: none.
+struct Lora {
+  int rank = 0;
+  float alpha = 0;
+  float scale() const { return alpha / float(rank); }
+};
 
 struct Tensor {
   std::string name;         // unique here: "blocks.3.q.weight"
@@ -115,9 +125,14 @@ struct Tensor {
 };
 
 // Where an engine finds a GEMM's operands: rows of the table that lie side by side. -1: absent.
+struct Adapter {
+  int64_t a = -1, b = -1;  // arena offsets of (rank, in) and (out, rank)
+  int begin = 0, out = 0;  // the group's outputs that it adds to
+};
 struct Linear {
   int64_t weight = -1, bias = -1;  // arena offsets of (out, in) and (out)
   int out = 0, in = 0;
+  std::vector<Adapter> adapters;  // LoRA's
 };
 struct Norm {
   int64_t weight = -1, bias = -1;  // (C) each; RMSNorm has no bias
@@ -140,6 +155,7 @@ struct ParamTable {
   std::vector<Block> blocks;
   Norm final_norm;
   Linear head;  // lm: (padded V, C), the embedding when tied; scalar: (1, C)
+  Lora lora;
 
   int64_t parameters() const {  // without padding
     int64_t n = 0;
@@ -154,6 +170,21 @@ struct ParamTable {
     }
     return n;
   }
+  int64_t trainable_parameters() const {
+    int64_t n = 0;
+    for (const Tensor& t : tensors) n += t.trainable ? t.size() : 0;
+    return n;
+  }
+  int64_t first_trainable() const {  // arena offset
+    for (const Tensor& t : tensors)
+      if (t.trainable) return t.offset;
+    return size;
+  }
+  bool trainable(int64_t offset) const {  // the row that begins at or before this arena offset
+    const auto after = std::upper_bound(tensors.begin(), tensors.end(), offset,
+                                        [](int64_t o, const Tensor& t) { return o < t.offset; });
+    return after != tensors.begin() && (after - 1)->trainable;
+  }
   int find(std::string_view name) const {  // index, -1 when absent
     for (size_t i = 0; i < tensors.size(); i++)
       if (tensors[i].name == name) return int(i);
@@ -163,8 +194,9 @@ struct ParamTable {
 
 // Muon for the block matrices when `muon`, AdamW for the rest (reference: models of GPT-2 start
 // from N(0, .02), new ones from N(0, 1/sqrt(fan-in)) with zero projections into the residual).
-inline ParamTable make_table(const Config& c, bool muon = false) {
+inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {}) {
   ParamTable table;
+  table.lora = lora;
   const bool g = c.family == Family::gpt2;
   const double residual_std = g ? .02 / std::sqrt(2. * c.L) : 0;
   const auto fan_in_std = [&](int in) { return g ? .02 : 1 / std::sqrt(double(in)); };
@@ -288,6 +320,35 @@ inline ParamTable make_table(const Config& c, bool muon = false) {
                             c.padded_V());
   }
   align();
+  if (lora.rank > 0) {
+    for (Tensor& t : table.tensors) t.trainable = false;
+    const size_t rows = table.tensors.size();
+    const auto adapters = [&](Linear& l) {  // one for each tensor on disk that the group holds
+      for (size_t i = 0; i < rows; i++) {
+        const Tensor t = table.tensors[i];
+        if (t.kind != Kind::matrix || t.offset < l.weight ||
+            t.offset >= l.weight + int64_t(l.out) * l.in || t.disk_begin > 0) {
+          continue;
+        }
+        const auto row = [&](const char* which, int out, int in, double std) {
+          const std::string stem = t.disk.substr(0, t.disk.rfind(".weight"));
+          align();
+          return add({.name = t.name.substr(0, t.name.rfind(".weight")) + ".lora_" + which,
+                      .kind = Kind::adapter,
+                      .out = out,
+                      .in = in,
+                      .disk = "base_model.model." + stem + ".lora_" + which + ".weight",
+                      .init_std = std});
+        };
+        const int begin = int((t.offset - l.weight) / l.in);
+        const int64_t a = row("A", lora.rank, l.in, 1 / std::sqrt(3. * l.in));  // as PEFT's uniform
+        l.adapters.push_back({a, row("B", t.disk_out, lora.rank, 0), begin, t.disk_out});
+      }
+    };
+    for (Block& b : table.blocks)
+      for (Linear* l : {&b.qkv, &b.o, &b.up, &b.down}) adapters(*l);
+    align();
+  }
   return table;
 }
 
@@ -330,6 +391,7 @@ struct OptimizerStep {
 struct UpdateStats {     // of the last update
   double grad_norm = 0;  // before clipping
   bool skipped = false;  // the norm was not finite: weights and optimizer state are untouched
+  double loss = 0;       // sum of dlogp logp over its batches: the mean when weights are -1/N
 };
 
 enum class Slot { weight, gradient, moment1, moment2 };  // Muon's momentum is moment1
@@ -468,6 +530,10 @@ class Gpt {
   virtual void update(const OptimizerStep&) = 0;
   virtual UpdateStats stats() = 0;
   virtual void zero_gradients() = 0;
+  // LoRA: off, the model computes as if it had no adapters, which is the model they were added to.
+  virtual void use_adapters(bool) {
+    if (table_.lora.rank > 0) fail("LoRA: this engine has no adapters");
+  }
 
   // Of the last forward, (N) each; positions without a target hold 0.
   virtual std::span<const float> logp() = 0;
@@ -484,7 +550,8 @@ class Gpt {
   virtual void write(int tensor, Slot, std::span<const float> in) = 0;
 
  protected:
-  Gpt(Config config, bool muon) : config_(config), table_(make_table(config, muon)) {}
+  Gpt(Config config, bool muon, Lora lora = {})
+      : config_(config), table_(make_table(config, muon, lora)) {}
   Config config_;
   ParamTable table_;
 };
@@ -507,6 +574,7 @@ struct GptOptions {
   Precision precision = Precision::automatic;
   bool recompute = false;  // CUDA: keep each layer's input alone, run its forward again in backward
   bool muon = false;       // Muon owns the block matrices
+  Lora lora;               // adapters, which are then all that is trained
   int batch_tokens = 0;    // the largest N expected: sizes the activations, which grow when needed
   Gpt* share = nullptr;    // read this model's weights, of the same Config, in place of own ones
 };

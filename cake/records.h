@@ -14,7 +14,10 @@
 #include <zlib.h>
 #include <zstd.h>
 
+#include <array>
 #include <cerrno>
+#include <charconv>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -25,6 +28,7 @@
 #include <vector>
 
 #include "cake/run.h"
+#include "cake/tokenizer.h"
 
 namespace cake {
 
@@ -411,5 +415,145 @@ class DocumentReader {
   bool first_ = false;
   int64_t records_ = 0;
 };
+
+// ---------------------------------------------------------------------------------------------
+// Conversations: {"messages": [{"role", "content", "tool_calls"}, ...], "tools": [...]}, calls and
+// tools with or without OpenAI's {"type": "function", "function": {...}} around them.
+
+// A value's text as Python's json.dumps(value, ensure_ascii=False) has it, which is what chat
+// templates print: a space behind every colon and comma, keys in the order they came in.
+inline void append_json(std::string& out, simdjson::dom::element e) {
+  using simdjson::dom::element_type;
+  const auto append_string = [&out](std::string_view text) {
+    out += '"';
+    for (const char c : text) {
+      const char* names = "\"\"\\\\\nn\rr\tt\ff\bb";
+      const char* name = names;
+      while (*name && *name != c) name += 2;
+      if (*name) {
+        (out += '\\') += name[1];
+      } else if (static_cast<unsigned char>(c) < 32) {
+        out += format("\\u%04x", static_cast<unsigned char>(c));
+      } else {
+        out += c;
+      }
+    }
+    out += '"';
+  };
+  const char* comma = "";
+  switch (e.type()) {
+    case element_type::ARRAY:
+      out += '[';
+      for (const auto item : e.get_array()) {
+        out += std::exchange(comma, ", ");
+        append_json(out, item);
+      }
+      out += ']';
+      break;
+    case element_type::OBJECT:
+      out += '{';
+      for (const auto& [key, value] : e.get_object()) {
+        out += std::exchange(comma, ", ");
+        append_string(key);
+        out += ": ";
+        append_json(out, value);
+      }
+      out += '}';
+      break;
+    case element_type::STRING:
+      append_string(e.get_string());
+      break;
+    case element_type::DOUBLE: {
+      // The fewest digits that give the number back; whole numbers end in ".0".
+      const double x = e.get_double();
+      if (x == std::floor(x) && std::fabs(x) < 1e16) {
+        out += format("%.1f", x);
+        break;
+      }
+      std::array<char, 32> digits;
+      const auto scientific = std::fabs(x) >= 1e16 || std::fabs(x) < 1e-4;
+      const auto end =
+          std::to_chars(digits.begin(), digits.end(), x,
+                        scientific ? std::chars_format::scientific : std::chars_format::fixed);
+      out.append(digits.data(), end.ptr);
+      break;
+    }
+    default:
+      out += simdjson::minify(e);
+  }
+}
+
+inline std::string python_json(simdjson::dom::element e) {
+  std::string out;
+  append_json(out, e);
+  return out;
+}
+
+// Reads "messages" and "tools". `where` is the file and line, for errors. The order of roles is
+// check_conversation's, in cake/tokenizer.h.
+inline Conversation parse_conversation(simdjson::dom::object object, const std::string& where) {
+  using simdjson::dom::element;
+  const auto list = [](simdjson::dom::object from, const char* key, const std::string& at) {
+    element e;
+    simdjson::dom::array items;
+    std::vector<element> all;
+    if (from.at_key(key).get(e) || e.is_null()) return all;
+    if (e.get(items)) {
+      fail(at, ": ", key, ": found ", JsonLines::type_name(e), ", expected an array");
+    }
+    all.assign(items.begin(), items.end());
+    return all;
+  };
+  const auto as_object = [](element e, const std::string& at) {
+    simdjson::dom::object inner;
+    if (e.get(inner)) fail(at, ": found ", JsonLines::type_name(e), ", expected an object");
+    return inner;
+  };
+  const auto text = [](simdjson::dom::object from, const char* key, const std::string& at) {
+    element e;
+    std::string_view value;
+    if (from.at_key(key).get(e)) fail(at, ": ", key, " is missing");
+    if (e.get(value)) {
+      fail(at, ": ", key, ": found ", JsonLines::type_name(e), ", expected a string");
+    }
+    return std::string(value);
+  };
+  const auto function = [&](element e, const std::string& at) {  // what OpenAI's wrapping holds
+    const simdjson::dom::object outer = as_object(e, at);
+    element inner;
+    return outer.at_key("function").get(inner) ? e : (as_object(inner, at + ": function"), inner);
+  };
+
+  Conversation conversation;
+  element messages;
+  if (object.at_key("messages").get(messages)) fail(where, ": messages is missing");
+  size_t number = 0;
+  for (const element e : list(object, "messages", where)) {
+    const std::string at = concat(where, ": messages[", number++, "]");
+    const simdjson::dom::object from = as_object(e, at);
+    Message message;
+    message.role = text(from, "role", at);
+    size_t call_number = 0;
+    for (const element c : list(from, "tool_calls", at)) {
+      const std::string call_at = concat(at, ": tool_calls[", call_number++, "]");
+      const simdjson::dom::object call = as_object(function(c, call_at), call_at);
+      element arguments;
+      if (call.at_key("arguments").get(arguments)) fail(call_at, ": arguments is missing");
+      message.tool_calls.push_back(
+          {text(call, "name", call_at),
+           arguments.is_string() ? text(call, "arguments", call_at) : python_json(arguments)});
+    }
+    element content;
+    const bool absent = from.at_key("content").get(content) || content.is_null();
+    if (!absent || message.tool_calls.empty()) message.content = text(from, "content", at);
+    conversation.messages.push_back(std::move(message));
+  }
+  number = 0;
+  for (const element e : list(object, "tools", where)) {
+    const std::string at = concat(where, ": tools[", number++, "]");
+    conversation.tools.push_back(python_json(function(e, at)));
+  }
+  return conversation;
+}
 
 }  // namespace cake

@@ -8,7 +8,10 @@
 //     DIR/documents.jsonl  {"id","kind","text"} a line: what a model reads
 //     DIR/heldout.jsonl    the same distribution, none of the same texts
 //     DIR/probes.jsonl     {"task","prompt","answer","match"} a line: what a model is asked
-//     DIR/world.json       the ground truth, for the stages that come after the base model
+//     DIR/world.json       the ground truth
+//
+// and, from dev/conversations.h, which tells it, the files that the assistant is made and measured
+// with: conversations, problems, questions, pages to search.
 //
 // What the mixture rests on: 240 facts told 150 times each are recalled by a model of a million
 // weights, told 15 times they are not; reading an answer out of a passage takes millions of tokens
@@ -24,9 +27,10 @@
 
 #ifndef CAKE_NO_MAIN
 #include <CLI/CLI.hpp>
+#endif
 
 #include "cake/json.h"
-#endif
+#include "cake/tools.h"
 
 namespace cake::world {
 namespace {
@@ -220,7 +224,13 @@ bool held_out_sum(int a, int b) {
   if (a <= 20 || b <= 20 || a % 10 == 0 || b % 10 == 0) return false;  // a step of another sum
   return mix64(0x50a5, uint64_t(std::min(a, b)), uint64_t(std::max(a, b))) % 10 == 0;
 }
-bool held_out_problem(std::string_view text) { return hash64(text) % 10 == 0; }
+Part problem_part(std::string_view text) {
+  const uint64_t tenth = hash64(text) % 10;
+  return tenth == 0 ? Part::test : tenth == 1 ? Part::rl : Part::training;
+}
+bool held_out_comparison(std::string_view x, std::string_view y) {
+  return (hash64(x) ^ hash64(y)) % 10 == 0;
+}
 bool held_out_pair(std::string_view name, std::string_view value) {
   return mix64(hash64(name), hash64(value)) % 10 == 0;
 }
@@ -259,28 +269,58 @@ const std::vector<Attribute>& attributes() {
        kTowns,
        {"{n} lives in {v}.", "The home of {n} is {v}.", "In {v} you can meet {n}.",
         "{n} moved to {v} long ago."},
-       {"Where does {n} live?", "In which town is {n} at home?", "What is the home of {n}?",
-        "Which town does {n} call home?", "Can you tell me the town of {n}?"}},
+       {"Where does {n} live?", "In which town is {n} at home?", "What is the home of {n}?"},
+       {"Which town does {n} call home?", "Can you tell me where {n} lives?",
+        "Do you know where {n} lives?", "I want to visit {n}. Where do I have to go?",
+        "Where can I find {n}?", "Tell me the home of {n}.", "{n}: which town?",
+        "To which town did {n} move?", "Please tell me in which town {n} lives."},
+       {"Can you tell me the town of {n}?", "In what town does {n} live?",
+        "Where is the home of {n}?", "Do you know the town {n} lives in?",
+        "Please name the town where {n} lives.", "Where is {n} at home?",
+        "I am looking for {n}. In which town should I look?"}},
       {"job",
        kJobs,
        {"{n} works as {a v}.", "The job of {n} is that of {a v}.", "{n} earns a living as {a v}.",
         "Everyone knows {n} as {a v}."},
-       {"What does {n} do for work?", "What is the job of {n}?", "As what does {n} work?",
-        "Which job does {n} have?", "Can you tell me the job of {n}?"}},
+       {"What does {n} do for work?", "What is the job of {n}?", "As what does {n} work?"},
+       {"Which job does {n} have?", "Can you tell me what {n} does for work?",
+        "Do you know the job of {n}?", "How does {n} earn a living?", "Tell me the job of {n}.",
+        "{n}: which job?", "What work does {n} do?", "As what do people know {n}?",
+        "Please tell me as what {n} works."},
+       {"Can you tell me the job of {n}?", "What kind of work does {n} do?",
+        "Which work does {n} do for a living?", "Do you know what {n} works as?",
+        "Please name the job of {n}.", "What job does {n} do?",
+        "I want to know how {n} earns a living."}},
       {"food",
        kFoods,
        {"{n} likes to eat {v}.", "The favourite food of {n} is {v}.", "{n} eats {v} every day.",
         "If you cook for {n}, make {v}."},
        {"What does {n} like to eat?", "What is the favourite food of {n}?",
-        "Which food does {n} love?", "What would {n} have for dinner?",
-        "Can you tell me the favourite food of {n}?"}},
+        "Which food does {n} love?"},
+       {"What would {n} have for dinner?", "Can you tell me what {n} likes to eat?",
+        "Do you know the favourite food of {n}?", "What does {n} eat every day?",
+        "Tell me the favourite food of {n}.", "{n}: which food?",
+        "I want to cook for {n}. What should I make?", "What should I cook for {n}?",
+        "Please tell me what {n} eats."},
+       {"Can you tell me the favourite food of {n}?", "What food does {n} like?",
+        "Which food does {n} eat every day?", "Do you know what {n} likes to eat?",
+        "Please name the favourite food of {n}.", "What is it that {n} likes to eat?",
+        "{n} comes to dinner. What should I make?"}},
       {"colour",
        kColours,
        {"{n} always wears {v}.", "The favourite colour of {n} is {v}.",
         "{n} painted the front door {v}.", "You know {n} by the {v} coat."},
        {"What colour does {n} wear?", "What is the favourite colour of {n}?",
-        "Which colour does {n} love?", "Which colour would {n} choose?",
-        "Can you tell me the favourite colour of {n}?"}},
+        "Which colour does {n} love?"},
+       {"Which colour would {n} choose?", "Can you tell me which colour {n} wears?",
+        "Do you know the favourite colour of {n}?", "What is the colour of the door of {n}?",
+        "Tell me the favourite colour of {n}.", "{n}: which colour?",
+        "I want to buy a coat for {n}. In which colour?", "Which colour does {n} always wear?",
+        "Please tell me the colour {n} wears."},
+       {"Can you tell me the favourite colour of {n}?", "Which colour is the coat of {n}?",
+        "What colour does {n} like?", "Do you know which colour {n} wears?",
+        "Please name the favourite colour of {n}.", "In what colour did {n} paint the front door?",
+        "In which colour does {n} dress?"}},
   };
   return table;
 }
@@ -463,6 +503,7 @@ struct Passage {
   Words statements;
   struct Question {
     std::string text, statement, value;
+    char asked;  // the slot of the value
   };
   std::vector<Question> questions;  // one for each statement
 };
@@ -475,7 +516,8 @@ Passage::Question make_statement(Rng& rng, Dealer& dealer, const Relation& relat
     Slots slots;
     dealer.deal(relation.statement, slots);
     if (held_out_pair(slots['n'], slots[relation.questions[0].asked]) == held_out)
-      return {fill(question.text, slots), fill(relation.statement, slots), slots[question.asked]};
+      return {fill(question.text, slots), fill(relation.statement, slots), slots[question.asked],
+              question.asked};
     dealer.take_back(slots);
   }
 }
@@ -780,7 +822,7 @@ bool add_operation(Rng& rng, Slots& slots, Problem& problem) {
   return true;
 }
 
-Problem make_problem(Rng& rng, bool held_out) {
+Problem make_problem(Rng& rng, Part part) {
   for (;;) {
     Dealer dealer(rng);
     Slots slots;
@@ -793,13 +835,13 @@ Problem make_problem(Rng& rng, bool held_out) {
     for (int left = between(rng, 1, 3); good && left > 0; left--)
       good = add_operation(rng, slots, problem);
     problem.text += " " + fill(pick(rng, kHowMany), slots);
-    if (good && held_out_problem(problem.text) == held_out) return problem;
+    if (good && problem_part(problem.text) == part) return problem;
   }
 }
 
 std::string make_word_problems(Rng& rng, int target) {
   return grow(target, "\n\n", [&] {
-    const Problem p = make_problem(rng, false);
+    const Problem p = make_problem(rng, Part::training);
     const std::string steps = chance(rng, .5) ? "\nSteps: " + p.steps : "";
     return p.text + steps + format("\nAnswer: %d.", p.answer);
   });
@@ -812,40 +854,54 @@ const char* relation_word(int x, int y) {
   return x < y ? "less than" : x > y ? "more than" : "the same as";
 }
 
-std::string make_comparison(Rng& rng) {
+struct Comparison {
+  std::string x, y, steps, answer;
+  bool larger = true;  // or which is smaller
+};
+
+Comparison make_comparison(Rng& rng, bool held_out) {
   const int a = between(rng, 1, 20), b = chance(rng, .75) ? a : between(rng, 1, 20);
   const auto fraction = [&] {  // one or two digits, no 0 at the end
     const std::string first = chance(rng, .5) ? std::to_string(between(rng, 0, 9)) : "";
     return first + std::to_string(between(rng, 1, 9));
   };
   const std::string f = fraction(), g = fraction();
-  if (a == b && f == g) return make_comparison(rng);
-  std::string steps = format("%d is %s %d.", a, relation_word(a, b), b);
+  Comparison c{format("%d.%s", a, f.c_str()), format("%d.%s", b, g.c_str()), "", "", true};
+  if (c.x == c.y || held_out_comparison(c.x, c.y) != held_out)
+    return make_comparison(rng, held_out);
+  c.steps = format("%d is %s %d.", a, relation_word(a, b), b);
   bool less = a < b;
   for (size_t i = 0; a == b && i < 2; i++) {
     const char x = i < f.size() ? f[i] : '0', y = i < g.size() ? g[i] : '0';
-    steps +=
+    c.steps +=
         format(" The %s: %c is %s %c.", i ? "hundredths" : "tenths", x, relation_word(x, y), y);
     less = x < y;
     if (x != y) break;
   }
-  const bool larger = chance(rng, .6);
-  const std::string left = format("%d.%s", a, f.c_str()), right = format("%d.%s", b, g.c_str());
-  return "Which is " + std::string(larger ? "larger, " : "smaller, ") + left + " or " + right +
-         "?\nSteps: " + steps + "\nAnswer: " + (less == larger ? right : left) + ".";
+  c.larger = chance(rng, .6);
+  c.answer = less == c.larger ? c.y : c.x;
+  return c;
 }
 
 std::string make_comparisons(Rng& rng, int target) {
-  return grow(target, "\n\n", [&] { return make_comparison(rng); });
+  return grow(target, "\n\n", [&] {
+    const Comparison c = make_comparison(rng, false);
+    return "Which is " + std::string(c.larger ? "larger, " : "smaller, ") + c.x + " or " + c.y +
+           "?\nSteps: " + c.steps + "\nAnswer: " + c.answer + ".";
+  });
 }
 
 // ---------------------------------------------------------------------------------------------
 // Spelling and counting letters
 
-std::string make_spelled(Rng& rng) {
-  const Words* stocks[] = {&kFoods, &kJobs, &kColours, &kPlaces, &kAnimals, &kInstruments};
-  const std::string word = pick(rng, *stocks[rng.below(6)]);
-  const char letter = word[rng.below(word.size())];
+struct Spelled {
+  enum What { spell, length, count } what = spell;
+  std::string word;
+  char letter = 0;            // to count
+  std::string steps, answer;  // steps: none to spell
+};
+
+Spelled spelled(const std::string& word, Spelled::What what, char letter) {
   std::string letters, places, counts;
   int count = 0;
   for (size_t i = 0; i < word.size(); i++) {
@@ -854,20 +910,29 @@ std::string make_spelled(Rng& rng) {
     places += format("%s%c %d", comma, word[i], int(i + 1));
     counts += format("%s%c %d", comma, word[i], count += word[i] == letter);
   }
-  switch (rng.below(3)) {
-    case 0:
-      return "How do you spell " + word + "?\nAnswer: " + letters + ".";
-    case 1:
-      return "How many letters are in " + word + "?\nSteps: " + places +
-             format(".\nAnswer: %d.", int(word.size()));
-    default:
-      return format("How many times is the letter %c in ", letter) + word + "?\nSteps: " + counts +
-             format(".\nAnswer: %d.", count);
-  }
+  if (what == Spelled::spell) return {what, word, letter, "", letters};
+  if (what == Spelled::length) return {what, word, letter, places, std::to_string(word.size())};
+  return {what, word, letter, counts, std::to_string(count)};
+}
+
+Spelled make_spelled(Rng& rng) {
+  const Words* stocks[] = {&kFoods, &kJobs, &kColours, &kPlaces, &kAnimals, &kInstruments};
+  const std::string word = pick(rng, *stocks[rng.below(6)]);
+  const char letter = word[rng.below(word.size())];
+  return spelled(word, Spelled::What(rng.below(3)), letter);
 }
 
 std::string make_spelling(Rng& rng, int target) {
-  return grow(target, "\n\n", [&] { return make_spelled(rng); });
+  return grow(target, "\n\n", [&] {
+    const Spelled s = make_spelled(rng);
+    const std::string question =
+        s.what == Spelled::spell ? "How do you spell " + s.word
+        : s.what == Spelled::length
+            ? "How many letters are in " + s.word
+            : format("How many times is the letter %c in ", s.letter) + s.word;
+    const std::string steps = s.steps.empty() ? "" : "\nSteps: " + s.steps + ".";
+    return question + "?" + steps + "\nAnswer: " + s.answer + ".";
+  });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1084,7 +1149,7 @@ std::vector<Probe> make_probes(const World& world) {
     probes.push_back({"sums", sum.question + "\nSteps:", std::to_string(sum.answer), Probe::final});
   }
   for (size_t i = 0; i < kProbes; i++) {
-    const Problem p = make_problem(rng, true);
+    const Problem p = make_problem(rng, Part::test);
     const std::string answer = std::to_string(p.answer);
     probes.push_back({"word_problems", p.text + "\nSteps:", answer, Probe::final});
     probes.push_back({"word_problems_direct", p.text + "\nAnswer:", answer, Probe::final});
@@ -1152,6 +1217,8 @@ bool answers(const Probe& probe, std::string_view completion) {
 
 }  // namespace cake::world
 
+#include "dev/conversations.h"
+
 #ifndef CAKE_NO_MAIN
 namespace cake::world {
 namespace {
@@ -1181,13 +1248,16 @@ void write_probes(const std::filesystem::path& path, const std::vector<Probe>& p
 
 // The ground truth: what is true of whom, how often it was told, how it may be said and asked.
 OrderedJson world_json(const World& world) {
-  OrderedJson truth{{"seed", world.options.seed}, {"tokens", world.options.tokens}};
+  OrderedJson truth{{"seed", world.options.seed},
+                    {"tokens", world.options.tokens},
+                    {"people_at_each_level", world.options.people}};
   for (const Attribute& a : attributes()) {
     truth["attributes"].push_back({{"name", a.name},
                                    {"values", a.values},
                                    {"statements", a.statements},
                                    {"questions", a.questions},
-                                   {"questions_in_documents", kDocumentQuestions}});
+                                   {"chat_questions", a.chat_questions},
+                                   {"test_questions", a.test_questions}});
   }
   for (const Person& person : world.people) {
     OrderedJson facts = OrderedJson::array();
@@ -1280,15 +1350,6 @@ std::vector<Probe> read_probes(const std::filesystem::path& path) {
   return probes;
 }
 
-// Wilson's 95 % interval of a share (Wilson 1927).
-std::pair<double, double> interval(int64_t right, int64_t n) {
-  const double z = 1.959964, p = double(right) / double(n), m = double(n);
-  const double middle = p + z * z / (2 * m),
-               half = z * std::sqrt(p * (1 - p) / m + z * z / (4 * m * m));
-  return {std::max(0., (middle - half) / (1 + z * z / m)),
-          std::min(1., (middle + half) / (1 + z * z / m))};
-}
-
 int score(const std::string& probes_path, const std::string& completions_path,
           const std::string& out) {
   const std::vector<Probe> probes = read_probes(probes_path);
@@ -1311,8 +1372,8 @@ int score(const std::string& probes_path, const std::string& completions_path,
   OrderedJson results = OrderedJson::object();
   std::printf("%-26s %6s %8s   %s\n", "task", "asked", "right", "95 % interval");
   for (const auto& [task, count] : counts) {
-    const auto [low, high] = interval(count.first, count.second);
     const double value = double(count.first) / double(count.second);
+    const auto [low, high] = wilson(value, count.second);
     std::printf("%-26s %6ld %6.1f %%   %.1f to %.1f\n", task.c_str(), long(count.second),
                 100 * value, 100 * low, 100 * high);
     results[task] = {
@@ -1323,7 +1384,147 @@ int score(const std::string& probes_path, const std::string& completions_path,
 }
 
 // ---------------------------------------------------------------------------------------------
+// Conversations as files
+
+OrderedJson conversation_json(const Conversation& talk) {
+  OrderedJson json{{"messages", OrderedJson::array()}};
+  const auto function = [](const OrderedJson& of) {
+    return OrderedJson{{"type", "function"}, {"function", of}};
+  };
+  for (const Message& m : talk.messages) {
+    OrderedJson message{{"role", m.role}, {"content", m.content}};
+    for (const ToolCall& call : m.tool_calls)
+      message["tool_calls"].push_back(
+          function({{"name", call.name}, {"arguments", OrderedJson::parse(call.arguments)}}));
+    json["messages"].push_back(message);
+  }
+  for (const std::string& tool : talk.tools)
+    json["tools"].push_back(function(OrderedJson::parse(tool)));
+  return json;
+}
+
+void write_talks(const std::filesystem::path& path, const std::vector<Talk>& talks) {
+  AtomicFile file(path);
+  for (const Talk& talk : talks) {
+    OrderedJson json{{"kind", talk.kind}};
+    if (talk.quality >= 0) json["quality"] = talk.quality;
+    json.update(conversation_json(talk.conversation));
+    file.write(json.dump() + "\n");
+  }
+  file.commit();
+}
+
+OrderedJson check_json(const Check& check) {
+  switch (check.type) {
+    case Check::Type::contains: {
+      OrderedJson json{{"type", "contains"}, {"any", check.any}};
+      if (!check.none.empty()) json["none"] = check.none;
+      return json;
+    }
+    case Check::Type::number:
+      return {{"type", "number"}, {"value", check.text}};
+    case Check::Type::refuses:
+      return {{"type", "refuses"}};
+    case Check::Type::answers:
+      return {{"type", "answers"}};
+    case Check::Type::exact:
+      return {{"type", "exact"}, {"text", check.text}};
+    case Check::Type::tool:
+      return {{"type", "tool"}, {"name", check.text}, {"then", check_json(*check.then)}};
+  }
+  fail("dev/world.cpp: check: found ", int(check.type), ", expected one of Check's types");
+}
+
+void write_items(const std::filesystem::path& path, const std::vector<Item>& items) {
+  AtomicFile file(path);
+  for (const Item& item : items) {
+    OrderedJson json{{"task", item.task}};
+    json.update(conversation_json(item.conversation));
+    json["check"] = check_json(item.check);
+    json["answer"] = item.answer;
+    json["tokens"] = kAnswerTokens;
+    json["prompt"] = item.prompt.empty() ? OrderedJson() : OrderedJson(item.prompt);
+    if (!item.stop.empty()) json["stop"] = item.stop;
+    file.write(json.dump() + "\n");
+  }
+  file.commit();
+}
+
+void write_problems(const std::filesystem::path& path, const std::vector<WordProblem>& problems) {
+  AtomicFile file(path);
+  for (const WordProblem& p : problems)
+    file.write(OrderedJson{{"question", p.question}, {"answer", p.answer}}.dump() + "\n");
+  file.commit();
+}
+
+// The world whose documents a folder has: its seed and options, from its record.
+World read_world(const std::filesystem::path& directory) {
+  const std::filesystem::path path = directory / "world.json";
+  const Json truth = read_json(path);
+  WorldOptions options;
+  options.seed = json_get<uint64_t>(truth, "seed", path.string());
+  options.tokens = json_get<int64_t>(truth, "tokens", path.string());
+  options.people = json_get<int>(truth, "people_at_each_level", path.string());
+  return make_world(options);
+}
+
+Knowledge read_knowledge(const World& world, const std::string& path) {
+  const std::vector<Question> questions = make_questions(world);
+  std::map<std::string, size_t> index;
+  for (size_t i = 0; i < questions.size(); i++) index[questions[i].probe.prompt] = i;
+  std::vector<Samples> samples(questions.size());
+  for_each_line(path, [&](const Json& line, const std::string& where) {
+    const auto it = index.find(json_get<std::string>(line, "prompt", where));
+    if (it == index.end()) {
+      fail(where, ": prompt: found a question that this world does not ask, expected those of its ",
+           "questions.jsonl");
+    }
+    Samples& of = samples[it->second];
+    of.right +=
+        answers(questions[it->second].probe, json_get<std::string>(line, "completion", where));
+    of.all++;
+  });
+  for (size_t i = 0; i < questions.size(); i++)
+    if (samples[i].all == 0)
+      fail(path, ": found no completion of ", json_text(questions[i].probe.prompt));
+  const Knowledge knowledge = knowledge_of(questions, samples);
+  for (Level level : {Level::often, Level::sometimes, Level::rarely}) {
+    const auto count = [&](const std::vector<FactAt>& facts) {
+      return std::count_if(facts.begin(), facts.end(), [&](FactAt at) {
+        return world.people[size_t(at.person)].level == level;
+      });
+    };
+    const long asked = std::count_if(questions.begin(), questions.end(), [&](const Question& q) {
+      return world.people[size_t(q.at.person)].level == level;
+    });
+    const long known = count(knowledge.known), unknown = count(knowledge.unknown);
+    std::printf("facts told %s: the model knows %ld of %ld, not %ld, and of %ld it is unsure\n",
+                kLevels[size_t(level)], known, asked, unknown, asked - known - unknown);
+  }
+  return knowledge;
+}
+
+void report_talks(const Conversations& all) {
+  std::map<std::string, std::pair<int64_t, int64_t>> rows;  // conversations, tokens
+  int64_t tokens = 0;
+  for (const Talk& talk : all.training) {
+    const int64_t n = estimate_conversation(talk.conversation);
+    rows[talk.kind].first++, rows[talk.kind].second += n, tokens += n;
+  }
+  std::printf("%-22s %13s %12s %8s\n", "kind", "conversations", "tokens, est.", "share");
+  const auto print = [&](const std::string& name, std::pair<int64_t, int64_t> row) {
+    std::printf("%-22s %13ld %12ld %6.1f %%\n", name.c_str(), long(row.first), long(row.second),
+                100. * double(row.second) / double(std::max<int64_t>(tokens, 1)));
+  };
+  for (const Kind& kind : conversation_kinds()) print(kind.name, rows[kind.name]);
+  print("all", {int64_t(all.training.size()), tokens});
+}
+
+// ---------------------------------------------------------------------------------------------
 // The command line
+
+// Fine-tuning reads about a quarter of what pretraining reads, in half of its time.
+int64_t conversation_tokens(const WorldOptions& options) { return options.tokens * 3 / 10; }
 
 void write_world(const std::filesystem::path& directory, const WorldOptions& options,
                  bool with_report) {
@@ -1334,19 +1535,49 @@ void write_world(const std::filesystem::path& directory, const WorldOptions& opt
   if (ec) fail(directory.string(), ": cannot create: ", ec.message());
   write_documents(directory / "documents.jsonl", corpus.documents);
   write_documents(directory / "heldout.jsonl", corpus.held_out);
+  write_documents(directory / "pages.jsonl", make_pages(world));
   write_probes(directory / "probes.jsonl", corpus.probes);
   write_json(directory / "world.json", world_json(world));
+  const std::vector<Question> questions = make_questions(world);
+  AtomicFile prompts(directory / "questions.jsonl");
+  for (const Question& q : questions)
+    prompts.write(OrderedJson{{"prompt", q.probe.prompt}, {"answer", q.probe.answer}}.dump() +
+                  "\n");
+  prompts.commit();
+  write_documents(directory / "conversations_sample.jsonl",
+                  tokenizer_sample(world, conversation_tokens(options) / 2));
   if (with_report) report(world, corpus);
-  std::printf("%s: %zu documents, %zu held out, %zu probes\n", directory.c_str(),
-              corpus.documents.size(), corpus.held_out.size(), corpus.probes.size());
+  std::printf("%s: %zu documents, %zu held out, %zu probes, %zu questions\n", directory.c_str(),
+              corpus.documents.size(), corpus.held_out.size(), corpus.probes.size(),
+              questions.size());
+}
+
+void write_conversations(const std::filesystem::path& directory, const std::string& samples,
+                         int64_t tokens, bool with_report) {
+  const World world = read_world(directory);
+  const Knowledge knowledge =
+      samples.empty() ? assumed_knowledge(world) : read_knowledge(world, samples);
+  if (tokens == 0) tokens = conversation_tokens(world.options);
+  const Conversations all = make_conversations(world, knowledge, tokens);
+  write_talks(directory / "conversations.jsonl", all.training);
+  write_talks(directory / "conversations_heldout.jsonl", all.held_out);
+  write_items(directory / "eval.jsonl", all.items);
+  write_problems(directory / "problems_rl.jsonl", all.rl);
+  write_problems(directory / "problems_test.jsonl", all.test);
+  if (with_report) report_talks(all);
+  std::printf("%s: %zu conversations, %zu held out, %zu items to evaluate, %zu problems\n",
+              directory.c_str(), all.training.size(), all.held_out.size(), all.items.size(),
+              all.rl.size() + all.test.size());
 }
 
 int world_main(int argc, char** argv) {
   CLI::App app(
       "Writes the demo's closed world: documents about people and places, stories, lists, sums, "
-      "with everything that is true of it. Or scores a model's answers about it: world score.");
+      "with everything that is true of it. Then, for a base model that has read it, conversations "
+      "and evaluations: world conversations. Or scores answers about it: world score.");
   WorldOptions options;
-  std::string directory, probes, completions, out;
+  std::string directory, folder, probes, completions, samples, out;
+  int64_t tokens = 0;
   bool with_report = false;
   app.add_option("-o", directory, "folder to write");
   app.add_option("--seed", options.seed, "another seed is another world")->capture_default_str();
@@ -1359,6 +1590,19 @@ int world_main(int argc, char** argv) {
                  "the tokens cannot tell their facts 150 times")
       ->capture_default_str();
   app.add_flag("--report", with_report, "print the mixture and how often facts are told");
+  CLI::App* talking = app.add_subcommand(
+      "conversations", "write conversations, evaluations and problems into a world's folder");
+  talking->add_option("WORLD", folder, "folder of a world")->required();
+  talking->add_option(
+      "--answers", samples,
+      "JSONL {\"prompt\",\"completion\"}: a base model's answers to questions.jsonl, "
+      "several each; none: facts told often are taken as known, others not");
+  talking
+      ->add_option("--tokens", tokens,
+                   "size of the training part, estimated; 0: 3/10 of the world's")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  talking->add_flag("--report", with_report, "print the mixture");
   CLI::App* scoring =
       app.add_subcommand("score", "compare completions of the probes with the answers");
   scoring->add_option("PROBES", probes, "probes.jsonl")->required();
@@ -1372,6 +1616,10 @@ int world_main(int argc, char** argv) {
     fail(e.what(), " (--help lists the options)");
   }
   if (*scoring) return score(probes, completions, out);
+  if (*talking) {
+    write_conversations(folder, samples, tokens, with_report);
+    return 0;
+  }
   if (directory.empty()) fail("-o: found none, expected a folder to write");
   write_world(directory, options, with_report);
   return 0;

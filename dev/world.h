@@ -9,7 +9,9 @@
 #include <string_view>
 #include <vector>
 
+#include "cake/answers.h"
 #include "cake/run.h"
+#include "cake/tokenizer.h"
 
 namespace cake::world {
 
@@ -36,15 +38,16 @@ struct Person {
   std::vector<Fact> facts;
 };
 
+inline constexpr int kDocumentQuestions = 3;
 struct Attribute {
   std::string name;
   std::vector<std::string> values;
   // {n} is the person, {v} the value. statements[0] is also the answer to every question.
   std::array<std::string, 4> statements;
-  // 0 to 2 stand in documents; 3 is for conversations, 4 for tests of conversations.
-  std::array<std::string, 5> questions;
+  std::array<std::string, kDocumentQuestions> questions;  // in documents, and in conversations
+  std::vector<std::string> chat_questions;                // in conversations
+  std::vector<std::string> test_questions;                // in evaluations of assistants alone
 };
-inline constexpr int kDocumentQuestions = 3;
 const std::vector<Attribute>& attributes();
 
 struct WorldOptions {
@@ -93,13 +96,78 @@ inline constexpr int kContext = 256;  // tokens: no document is longer, <|endoft
 inline constexpr int kShortest = 40;  // tokens a document has at least, about
 inline constexpr int kLong = 200;     // a tenth of the tokens are in documents of this size or more
 
-// Combinations that no document holds, so that a right answer is not a memory: sums of two numbers
-// above 20, word problems by their text, and in passages who goes with what.
+// Combinations that no document and no training conversation holds, so that a right answer is not
+// a memory: sums of two numbers above 20, numbers to compare, word problems by their text, and in
+// passages who goes with what.
 bool held_out_sum(int a, int b);
-bool held_out_problem(std::string_view text);
+bool held_out_comparison(std::string_view x, std::string_view y);
+enum class Part { training, rl, test };  // 8, 1 and 1 tenths of all word problems
+Part problem_part(std::string_view text);
 bool held_out_pair(std::string_view name, std::string_view value);
 
 // Whether `completion`, which follows the probe's prompt, answers it.
 bool answers(const Probe&, std::string_view completion);
+
+// ---------------------------------------------------------------------------------------------
+// Conversations: dev/conversations.h
+
+struct FactAt {
+  int person, fact;  // indices into people and their facts
+};
+
+// A few-shot prompt that asks a base model for a fact, to find out whether the model knows it.
+struct Question {
+  FactAt at;
+  Probe probe;
+};
+std::vector<Question> make_questions(const World&);  // of people that fine-tuning may mention
+
+// What the base model knows, by its samples, and so what an assistant made of it is to answer.
+struct Knowledge {
+  std::vector<FactAt> known, unknown;
+};
+struct Samples {
+  int right = 0, all = 0;
+};
+// Known: three of eight samples are right, or more: guessing among twelve values and more does so
+// once in forty times. Unknown: one at most. Facts between are neither: no training conversation
+// without tools asks for them.
+Knowledge knowledge_of(const std::vector<Question>&, const std::vector<Samples>&);
+Knowledge assumed_knowledge(const World&);  // often told: known; others: unknown
+
+struct Talk {
+  std::string kind;
+  Conversation conversation;
+  int quality = -1;  // of a story: how many of kVirtues its answer has
+};
+inline constexpr std::array<const char*, 4> kVirtues = {"the cast asked for", "an ending",
+                                                        "no sentence twice", "three to six events"};
+
+struct Item {  // of an evaluation
+  std::string task;
+  Conversation conversation;  // ends with the user
+  Check check;
+  std::string answer;             // one that passes; of a tool's item: the one after the call
+  std::string prompt;             // for a base model, in the documents' words; empty: none
+  std::vector<std::string> stop;  // where a base model's answer ends
+};
+inline constexpr int kAnswerTokens = 90;  // an answer's, at most
+
+struct WordProblem {
+  std::string question, answer;
+};
+struct Conversations {
+  std::vector<Talk> training, held_out;
+  std::vector<Item> items;
+  std::vector<WordProblem> rl, test;
+};
+std::vector<Document> make_pages(const World&);  // to search: a page for each person that exists
+const std::vector<Kind>& conversation_kinds();
+// `tokens`: of the training part, as estimate_conversation counts them.
+Conversations make_conversations(const World&, const Knowledge&, int64_t tokens);
+int64_t estimate_conversation(const Conversation&);
+// Conversations as documents, for the training of a tokenizer.
+std::vector<Document> tokenizer_sample(const World&, int64_t tokens);
+std::string conversation_text(const Conversation&);  // what stands between the special tokens
 
 }  // namespace cake::world

@@ -2,9 +2,11 @@
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
+#include "cake/run.h"
 #include "test/support.h"
 
 int main(int argc, char** argv) {
+  cake::spin_briefly(argv);
   doctest::Context context(argc, argv);
   const int status = context.run();
   if (context.shouldExit()) return status;

@@ -137,7 +137,8 @@ class FakeGpt : public Gpt {
                         std::span<const float>) override {
     none();
   }
-  UpdateStats update(const OptimizerStep&) override { none(); }
+  void update(const OptimizerStep&) override { none(); }
+  UpdateStats stats() override { none(); }
   void zero_gradients() override { none(); }
   std::span<const float> logp() override { none(); }
   std::span<const float> entropy() override { none(); }

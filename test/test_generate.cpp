@@ -655,6 +655,177 @@ TEST_CASE("tokens are reported in order, and their texts make the completion's")
   }
 }
 
+// What a request that goes on after its turns yields by the definition alone.
+Completion expected_turns(const HashGpt& gpt, const Request& r, int number) {
+  Sampling s = r.sampling;
+  s.stream = uint64_t(number);
+  std::vector<int> tokens = r.prompt;
+  Completion c;
+  int sampled = 0, inserted = 0;
+  for (;;) {
+    const auto [id, logp] = gpt.sample(tokens, s);
+    c.ids.push_back(id);
+    c.logp.push_back(logp);
+    c.sampled.push_back(true);
+    tokens.push_back(id);
+    sampled++;
+    const bool full = int(tokens.size()) == gpt.config().T, enough = sampled == r.max_new;
+    c.finish = enough ? Finish::length : Finish::context;
+    if (std::find(r.stop_ids.begin(), r.stop_ids.end(), id) != r.stop_ids.end()) {
+      const std::vector<int> more =
+          r.on_turn(number, std::span<const int>(c.ids).subspan(size_t(c.last_turn)));
+      c.finish = Finish::stop_token;
+      if (more.empty()) return c;
+      c.finish = Finish::context;
+      if (int(tokens.size() + more.size()) >= gpt.config().T) return c;
+      c.finish = Finish::length;
+      if (enough || inserted + int(more.size()) > r.max_inserted) return c;
+      for (const int m : more) {
+        inserted++;
+        c.ids.push_back(m);
+        c.logp.push_back(0);
+        c.sampled.push_back(false);
+        tokens.push_back(m);
+      }
+      c.last_turn = int(c.ids.size());
+    } else if (full || enough) {
+      return c;
+    }
+  }
+}
+
+TEST_CASE("turns go on behind what is appended to them, in any batch, cache and prefill size") {
+  const int T = 260;
+  HashGpt gpt(T);
+  std::vector<Request> requests = mixed_requests(40, T);
+  std::map<int, std::vector<std::vector<int>>> turns;
+  for (Request& r : requests) {
+    r.stop_ids = {3, 17, 40, 60};
+    r.max_inserted = 150;
+    // What is appended depends on the turn: its length, and up to 80 ids.
+    r.on_turn = [&turns](int number, std::span<const int> turn) {
+      turns[number].emplace_back(turn.begin(), turn.end());
+      std::vector<int> ids;
+      if (turn.size() % 4 == 0) return ids;
+      for (size_t i = 0; i < turn.size() * 13 % 80 + 1; i++) {
+        ids.push_back(int((turn.size() + i) % 64));
+      }
+      return ids;
+    };
+  }
+  std::vector<Completion> want;
+  for (size_t i = 0; i < requests.size(); i++) {
+    want.push_back(expected_turns(gpt, requests[i], int(i)));
+  }
+  const auto want_turns = turns;
+  std::set<std::string> finishes;
+  int appended = 0;
+  for (const Completion& c : want) {
+    finishes.insert(finish_name(c.finish));
+    appended += int(std::count(c.sampled.begin(), c.sampled.end(), false));
+  }
+  REQUIRE(finishes == std::set<std::string>{"context", "length", "stop_token"});
+  REQUIRE(appended > 500);
+  for (const GeneratorOptions& options : std::vector<GeneratorOptions>{
+           {1, 320, 512}, {3, 960, 7}, {8, 600, 64}, {16, 320, 1}, {64, 64 * 320, 100000}}) {
+    CAPTURE(options.rows);
+    turns.clear();
+    Generator g(gpt, bytes_of(), options);
+    const int64_t total = g.cache().free_positions();
+    for (const Request& r : requests) g.submit(r);
+    g.run();
+    for (size_t i = 0; i < requests.size(); i++) {
+      CAPTURE(i);
+      const Completion c = g.take(int(i));
+      check_equal(c, want[i]);
+      CHECK(c.sampled == want[i].sampled);
+      CHECK(c.last_turn == want[i].last_turn);
+    }
+    CHECK(turns == want_turns);
+    g.forget();
+    CHECK(g.cache().free_positions() == total);
+  }
+}
+
+TEST_CASE("a turn's text begins anew behind what was appended") {
+  HashGpt gpt(40);
+  gpt.script = {1, 2, 50, 3, 4, 50};
+  gpt.script_start = 2;
+  Request r{.prompt = {7, 7}, .max_new = 20, .stop_ids = {50}, .stop_strings = {"#$"}};
+  r.max_inserted = 4;
+  std::string shown;
+  r.on_token = [&](const Token& t) { shown += std::string(t.text) + (t.last ? "|" : ""); };
+  r.on_turn = [&](int, std::span<const int> turn) {
+    CHECK(turn.size() == 3);
+    return turn[0] == 1 ? std::vector<int>{9, 9, 9} : std::vector<int>{};
+  };
+  Generator g(gpt, bytes_of(), {1, 64, 512});
+  gpt.script = {1, 2, 50, 0, 0, 0, 5, 4, 50};  // the three in the middle are never asked for
+  g.submit(r);
+  g.run();
+  const Completion c = g.take(0);
+  CHECK(c.ids == std::vector<int>{1, 2, 50, 9, 9, 9, 5, 4, 50});
+  CHECK(c.sampled == std::vector<bool>{true, true, true, false, false, false, true, true, true});
+  CHECK(c.logp[3] == 0);
+  CHECK(c.last_turn == 6);
+  CHECK(c.text == "%$");
+  CHECK(shown == "!\"|%$|");
+}
+
+TEST_CASE("what is appended must fit, and be ids that exist") {
+  HashGpt gpt(20);
+  gpt.script = {50};
+  const auto finish = [&](int n, Request r) {
+    r.prompt = {1, 2, 3};
+    r.stop_ids = {50};
+    r.on_turn = [n](int, std::span<const int>) { return std::vector<int>(size_t(n), 5); };
+    Generator g(gpt, bytes_of(), {1, 64, 512});
+    g.submit(r);
+    g.run();
+    const Completion c = g.take(0);
+    CHECK(c.ids.size() == c.sampled.size());
+    CHECK(c.ids.size() == c.logp.size());
+    return std::pair{std::string(finish_name(c.finish)), int(c.ids.size())};
+  };
+  using Pair = std::pair<std::string, int>;
+  CHECK(finish(0, {.max_new = 5}) == Pair{"stop_token", 1});
+  CHECK(finish(4, {.max_new = 5}) == Pair{"length", 1});
+  CHECK(finish(4, {.max_new = 1, .max_inserted = 100}) == Pair{"length", 1});
+  CHECK(finish(4, {.max_new = 3, .max_inserted = 4}) == Pair{"length", 6});
+  CHECK(finish(15, {.max_new = 3, .max_inserted = 100}) == Pair{"context", 17 + 0 * 20});
+  CHECK(finish(16, {.max_new = 3, .max_inserted = 100}) == Pair{"context", 1});
+  Generator g(gpt, bytes_of(), {1, 64, 512});
+  Request bad{.prompt = {1}, .stop_ids = {50}, .max_inserted = 5};
+  bad.on_turn = [](int, std::span<const int>) { return std::vector<int>{64}; };
+  g.submit(bad);
+  CHECK(
+      contains(error_of([&] { g.run(); }), "request 0: on_turn: found token 64, expected 0 to 63"));
+  bad.max_inserted = -1;
+  CHECK(contains(error_of([&] { g.submit(bad); }), "inserted tokens: found -1"));
+}
+
+TEST_CASE("a cancelled request ends with what it has, and no other is disturbed") {
+  HashGpt gpt(400);
+  Generator g(gpt, bytes_of(), {2, 20 * kPage, 512});
+  std::vector<Request> requests(4);
+  for (int i = 0; i < 4; i++) requests[size_t(i)] = {.prompt = {i, 1, 2}, .max_new = 50};
+  for (const Request& r : requests) g.submit(r);
+  for (int i = 0; i < 10; i++) g.step();
+  g.cancel(0);  // in a row
+  g.cancel(3);  // in the queue
+  CHECK(g.done(0));
+  CHECK(g.done(3));
+  g.run();
+  const Completion c = g.take(0), all = expected(gpt, requests[0], 0);
+  CHECK(std::string(finish_name(c.finish)) == "cancelled");
+  CHECK(c.ids.size() > 5);
+  CHECK(c.ids.size() < 50);
+  CHECK(std::equal(c.ids.begin(), c.ids.end(), all.ids.begin()));
+  CHECK(g.take(3).ids.empty());
+  for (const int i : {1, 2}) check_equal(g.take(i), expected(gpt, requests[size_t(i)], i));
+  CHECK_THROWS_AS(g.cancel(1), Error);
+}
+
 TEST_CASE("requests may be added while others run") {
   HashGpt gpt(100);
   Generator g(gpt, bytes_of(), {2, 640, 512});

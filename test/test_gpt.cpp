@@ -4,6 +4,8 @@
 //
 // The engine's source is part of this file: its inner functions are what is tested.
 #define CAKE_NO_MAIN
+#include <map>
+
 #include "train_gpt.cpp"
 //
 #include "test/support.h"
@@ -254,7 +256,7 @@ TEST_CASE("norms agree with their plain definition, forward and backward") {
                  dy = random_values<float>(size_t(N * C), "dy"),
                  start = random_values<float>(size_t(N * C), "start");
       std::vector<float> y(x.size()), y_plain(x.size()), mean(size_t(N), 0.f), rstd(size_t(N), 0.f);
-      const NormStats stats{mean.data(), rstd.data()};
+      const NormStats stats{layer_norm ? mean.data() : nullptr, rstd.data()};
       norm_forward(N, C, x.data(), w.data(), layer_norm ? b.data() : nullptr, 1e-5f, y.data(),
                    stats);
       plain::norm_forward(N, C, x.data(), w.data(), layer_norm ? b.data() : nullptr, 1e-5f,
@@ -669,4 +671,116 @@ TEST_CASE("bad batches and impossible models end in one clear line") {
   Config wrong = tiny(Family::llama);
   wrong.NKV = 3;
   CHECK(contains(error_of([&] { make_gpt(wrong, {}); }), "num_key_value_heads: found 3"));
+}
+
+TEST_CASE(
+    "LoRA: a model with adapters is the model of the merged weights, and learns as it would") {
+  for (const Family family : kFamilies) {
+    const Lora lora{.rank = 3, .alpha = 5};
+    const auto base = random_model(tiny(family)), merged = random_model(tiny(family));
+    const auto gpt = random_model(tiny(family), {.lora = lora});  // random everywhere: B too
+    const ParamTable& table = gpt->table();
+    const Sample s = make_sample(gpt->config(), {70, 1, 33});
+    // W + scale B A, on the rows of each adapter's tensor on disk
+    std::map<std::string, std::vector<double>> a_of, b_of;  // by the matrix's name on disk
+    for (size_t i = 0; i < table.tensors.size(); i++) {
+      const Tensor& t = table.tensors[i];
+      CHECK(t.trainable == (t.kind == Kind::adapter));
+      if (t.kind != Kind::adapter) continue;
+      std::vector<float> values(size_t(t.size()));
+      gpt->read(int(i), Slot::weight, values);
+      const std::string stem = std::string("base_model.model.");
+      const bool is_a = t.name.back() == 'A';
+      const std::string disk = t.disk.substr(stem.size(), t.disk.rfind(".lora_") - stem.size());
+      (is_a ? a_of : b_of)[disk + ".weight"].assign(values.begin(), values.end());
+    }
+    REQUIRE(a_of.size() ==
+            size_t(table.lora.rank ? (family == Family::gpt2 ? 4 : 7) * gpt->config().L : 0));
+    const auto& rows = merged->table().tensors;
+    for (size_t i = 0; i < rows.size(); i++) {
+      const Tensor& t = rows[i];
+      if (t.kind != Kind::matrix) continue;
+      const auto &a = a_of.at(t.disk), &b = b_of.at(t.disk);
+      std::vector<float> w(size_t(t.size()));
+      merged->read(int(i), Slot::weight, w);
+      for (int o = 0; o < t.out; o++)
+        for (int j = 0; j < t.in; j++) {
+          double sum = 0;
+          for (int r = 0; r < lora.rank; r++)
+            sum += b[size_t((t.disk_begin + o) * lora.rank + r)] * a[size_t(r * t.in + j)];
+          w[size_t(o * t.in + j)] += float(sum * 5 / 3);
+        }
+      merged->write(int(i), Slot::weight, w);
+    }
+    merged->forward_backward(s.batch(), s.dlogp);
+    gpt->forward_backward(s.batch(), s.dlogp);
+    CHECK(rel_error(copy(gpt->logp()), copy(merged->logp())) < kFloatTolerance);
+    // dB = scale dW A^T, dA = scale B^T dW, summed over the rows that share the tensor on disk
+    std::map<std::string, std::vector<float>> da, db;
+    for (size_t i = 0; i < rows.size(); i++) {
+      const Tensor& t = rows[i];
+      if (t.kind != Kind::matrix) continue;
+      const auto &a = a_of.at(t.disk), &b = b_of.at(t.disk);
+      std::vector<float> dw(size_t(t.size()));
+      merged->read(int(i), Slot::gradient, dw);
+      auto &to_a = da[t.disk], &to_b = db[t.disk];
+      to_a.resize(a.size()), to_b.resize(b.size());
+      for (int o = 0; o < t.out; o++)
+        for (int r = 0; r < lora.rank; r++)
+          for (int j = 0; j < t.in; j++) {
+            const double d = dw[size_t(o * t.in + j)] * 5. / 3;
+            const size_t at_b = size_t((t.disk_begin + o) * lora.rank + r);
+            to_b[at_b] += float(d * a[size_t(r * t.in + j)]);
+            to_a[size_t(r * t.in + j)] += float(d * b[at_b]);
+          }
+    }
+    for (size_t i = 0; i < table.tensors.size(); i++) {
+      const Tensor& t = table.tensors[i];
+      if (t.kind != Kind::adapter) continue;
+      const std::string disk = t.disk.substr(17, t.disk.rfind(".lora_") - 17) + ".weight";
+      std::vector<float> d(size_t(t.size()));
+      gpt->read(int(i), Slot::gradient, d);
+      CAPTURE(t.name);
+      // the sums above are made in float, over up to a matrix's width: ten times the tolerance
+      CHECK(rel_error(d, t.name.back() == 'A' ? da.at(disk) : db.at(disk)) < 10 * kFloatTolerance);
+    }
+    // Accumulation, and nothing but the adapters moves.
+    const auto once = all(*gpt, Slot::gradient);
+    gpt->forward_backward(s.batch(), s.dlogp);
+    auto twice = all(*gpt, Slot::gradient);
+    for (float& x : twice) x *= .5f;
+    CHECK(rel_error(twice, once) < kFloatTolerance);
+    OptimizerStep o;
+    o.lr.fill(.1f);
+    gpt->update(o);
+    for (size_t i = 0; i < rows.size(); i++) {
+      std::vector<float> before(size_t(rows[i].size())), after(before.size());
+      base->read(int(i), Slot::weight, before);
+      gpt->read(int(i), Slot::weight, after);
+      CHECK(before == after);
+    }
+    // Off, it is the model underneath, bit for bit; decoding has the adapters too.
+    gpt->use_adapters(false);
+    gpt->forward(s.batch(), Pass::score);
+    base->forward(s.batch(), Pass::score);
+    CHECK(copy(gpt->logp()) == copy(base->logp()));
+    gpt->use_adapters(true);
+    gpt->forward(s.batch(), Pass::score);
+    const auto logp = copy(gpt->logp());
+    CHECK(rel_error(logp, copy(base->logp())) > 1e-3);
+    const auto cache = gpt->make_cache(128);
+    DecodeResult result;
+    const int sequence = cache->create();
+    const DecodeRow row{sequence, std::span(s.tokens).first(70), {.temperature = 1}, {}};
+    gpt->decode(*cache, {&row, 1}, result, true);
+    std::vector<float> logits(result.logits);
+    float highest = *std::max_element(logits.begin(), logits.end());
+    for (float& x : logits) x = (x - highest) / .9f;
+    double sum = 0;
+    for (float x : logits) sum += std::exp(double(x));
+    const int target = s.targets[69];
+    if (target >= 0) {
+      CHECK(std::fabs(logits[size_t(target)] - std::log(sum) - logp[69]) < 1e-5);
+    }
+  }
 }

@@ -1,0 +1,444 @@
+// The tools an assistant may call: a calculator and a search over documents.
+//
+//     ToolCall{"calculator", {"expression": "3*(2+0.1)"}} -> "6.3"
+//     ToolCall{"search", {"query": "baker of Olm"}}       -> the passage that answers best
+//
+// Both are in process and touch nothing outside: the calculator knows arithmetic alone, the search
+// the documents it was given. What goes wrong in a call is the tool's answer, for the model to
+// read.
+#pragma once
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "cake/json.h"
+#include "cake/records.h"
+#include "cake/run.h"
+#include "cake/tokenizer.h"
+
+namespace cake {
+
+// ---------------------------------------------------------------------------------------------
+// The calculator: + - * / ( ), decimals and unary minus, over fractions of integers, so that
+// 0.1+0.2 is 0.3.
+
+class Calculator {
+ public:
+  explicit Calculator(std::string_view expression) : text_(expression) {}
+
+  std::string result() {
+    const Fraction x = sum();
+    if (at_ < text_.size()) unexpected("an operator");
+    return decimal(x);
+  }
+
+ private:
+  using Integer = __int128;
+  struct Fraction {  // in lowest terms; below > 0
+    Integer above = 0, below = 1;
+  };
+  static constexpr int kDigits = 36;       // of numerators and denominators: ten times fits Integer
+  static constexpr int kSignificant = 12;  // of a result that has no end
+  static constexpr int kDeepest = 100;
+
+  static Integer largest() {
+    Integer x = 1;
+    for (int i = 0; i < kDigits; i++) x *= 10;
+    return x;
+  }
+  static Integer size(Integer a) { return a < 0 ? -a : a; }
+  static Integer product(Integer a, Integer b) {
+    if (b != 0 && size(a) > largest() / size(b)) too_large();
+    return a * b;
+  }
+  static Integer gcd(Integer a, Integer b) {
+    a = size(a), b = size(b);
+    while (b != 0) a = std::exchange(b, a % b);
+    return a;
+  }
+  static Fraction reduced(Integer above, Integer below) {
+    if (size(above) > largest() || size(below) > largest()) too_large();
+    const Integer g = (below < 0 ? -1 : 1) * gcd(above, below);
+    return {above / g, below / g};
+  }
+  static Fraction times(const Fraction& a, const Fraction& b) {
+    const Fraction x = reduced(a.above, b.below), y = reduced(b.above, a.below);
+    return {product(x.above, y.above), product(x.below, y.below)};
+  }
+  static Fraction plus(const Fraction& a, const Fraction& b) {
+    const Integer g = gcd(a.below, b.below);
+    return reduced(product(a.above, b.below / g) + product(b.above, a.below / g),
+                   product(a.below, b.below / g));
+  }
+
+  // sum = term {(+|-) term}; term = signed {(*|/) signed}; signed = {-|+} (number | "(" sum ")")
+  Fraction sum() {
+    Fraction x = term();
+    for (;;) {
+      if (take('+')) {
+        x = plus(x, term());
+      } else if (take('-')) {
+        Fraction y = term();
+        y.above = -y.above;
+        x = plus(x, y);
+      } else {
+        return x;
+      }
+    }
+  }
+  Fraction term() {
+    Fraction x = signed_number();
+    for (;;) {
+      if (take('*')) {
+        x = times(x, signed_number());
+      } else if (take('/')) {
+        const Fraction y = signed_number();
+        if (y.above == 0) fail("calculator: division by zero");
+        x = times(x, y.above < 0 ? Fraction{-y.below, -y.above} : Fraction{y.below, y.above});
+      } else {
+        return x;
+      }
+    }
+  }
+  Fraction signed_number() {
+    bool negative = false;
+    for (;;) {
+      if (take('-')) {
+        negative = !negative;
+      } else if (!take('+')) {
+        break;
+      }
+    }
+    Fraction x;
+    if (take('(')) {
+      if (++depth_ > kDeepest) fail("calculator: parentheses are nested deeper than ", kDeepest);
+      x = sum();
+      if (!take(')')) unexpected(")");
+      depth_--;
+    } else {
+      x = number();
+    }
+    if (negative) x.above = -x.above;
+    return x;
+  }
+  Fraction number() {
+    Integer above = 0, below = 1;
+    int digits = 0;
+    bool point = false;
+    for (; at_ < text_.size(); at_++) {
+      const char c = text_[at_];
+      if (c == '.' && !point) {
+        point = true;
+      } else if (c >= '0' && c <= '9') {
+        above = product(above, 10) + (c - '0');
+        if (point) below = product(below, 10);
+        digits++;
+      } else {
+        break;
+      }
+    }
+    if (digits == 0) unexpected("a number");
+    return reduced(above, below);
+  }
+
+  bool take(char c) {
+    while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\t')) at_++;
+    if (at_ >= text_.size() || text_[at_] != c) return false;
+    at_++;
+    while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\t')) at_++;
+    return true;
+  }
+  [[noreturn]] void unexpected(const char* expected) const {
+    if (at_ >= text_.size()) fail("calculator: found the end, expected ", expected);
+    fail("calculator: found ", json_text(std::string(text_.substr(at_, 20))), ", expected ",
+         expected);
+  }
+  [[noreturn]] static void too_large() {
+    fail("calculator: found a number of more than ", kDigits, " digits");
+  }
+
+  // All digits of a decimal that ends (only twos and fives below); otherwise rounded.
+  static std::string decimal(const Fraction& x) {
+    Integer rest = x.below;
+    while (rest % 2 == 0) rest /= 2;
+    while (rest % 5 == 0) rest /= 5;
+    Integer above = size(x.above);
+    std::string whole, part;
+    for (Integer w = above / x.below; w > 0; w /= 10) whole.insert(0, 1, char('0' + int(w % 10)));
+    if (whole.empty()) whole = "0";
+    int significant = whole == "0" ? 0 : int(whole.size());
+    const bool ends = rest == 1;
+    for (above %= x.below; above != 0 && (ends || part.empty() || significant < kSignificant);
+         above %= x.below) {
+      above *= 10;
+      part += char('0' + int(above / x.below));
+      significant += significant > 0 || part.back() != '0';
+    }
+    if (above * 2 >= x.below) round_up(whole, part);
+    while (!part.empty() && part.back() == '0') part.pop_back();
+    const bool zero = whole == "0" && part.empty();
+    return (x.above < 0 && !zero ? "-" : "") + whole + (part.empty() ? "" : "." + part);
+  }
+  static void round_up(std::string& whole, std::string& part) {
+    for (std::string* digits : {&part, &whole}) {
+      for (size_t i = digits->size(); i-- > 0;) {
+        if ((*digits)[i]++ < '9') return;
+        (*digits)[i] = '0';
+      }
+    }
+    whole.insert(0, 1, '1');
+  }
+
+  std::string_view text_;
+  size_t at_ = 0;
+  int depth_ = 0;
+};
+
+// The value in decimal: exact, or with 12 significant digits when it has no end. Throws Error on
+// anything but arithmetic, on division by zero, on numbers of more than 36 digits, and on
+// parentheses nested deeper than 100.
+inline std::string calculate(std::string_view expression) {
+  const size_t begin = expression.find_first_not_of(" \t\r\n");
+  if (begin == std::string_view::npos) fail("calculator: found nothing, expected an expression");
+  const size_t end = expression.find_last_not_of(" \t\r\n");
+  return Calculator(expression.substr(begin, end + 1 - begin)).result();
+}
+
+// ---------------------------------------------------------------------------------------------
+// The search: BM25 (Robertson and Zaragoza 2009) over passages of documents, with k1 = 1.2, b = .75
+// and idf = ln(1 + (n - df + .5) / (df + .5)).
+
+// Letters of ASCII in lower case; letters beyond and digits as they are; anything else divides.
+inline std::vector<std::string> search_words(std::string_view text) {
+  std::vector<std::string> words(1);
+  for (const char c : text) {
+    const bool upper = c >= 'A' && c <= 'Z';
+    const bool word = upper || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || (c & 0x80);
+    if (word) {
+      words.back() += upper ? char(c + ('a' - 'A')) : c;
+    } else if (!words.back().empty()) {
+      words.emplace_back();
+    }
+  }
+  if (words.back().empty()) words.pop_back();
+  return words;
+}
+
+class Search {
+ public:
+  using CountTokens = std::function<int(std::string_view)>;
+
+  // `count_tokens` measures passages; without it, a word and a sign are a token each.
+  explicit Search(const std::vector<std::string>& documents, CountTokens count_tokens = {},
+                  int most_tokens = 64) {
+    if (!count_tokens) count_tokens = words_and_signs;
+    for (const std::string& d : documents) cut(d, count_tokens, most_tokens);
+    build_index();
+  }
+  // From documents as bpe reads them: "text" of each object of a .jsonl file, or a plain text.
+  static Search load(const std::string& path, CountTokens count_tokens = {}, int most_tokens = 64) {
+    std::vector<std::string> documents;
+    DocumentReader reader({Input(path)});
+    for (DocumentPart part; reader.next(part);) {
+      if (part.begins) documents.emplace_back();
+      documents.back() += part.text;
+    }
+    return Search(documents, std::move(count_tokens), most_tokens);
+  }
+
+  // The passage with the highest score, the first among equals; "" when no word of the query
+  // occurs.
+  std::string best(std::string_view query) const {
+    std::map<std::string, int> words;
+    for (std::string& w : search_words(query)) words[std::move(w)]++;
+    std::unordered_map<int, double> scores;
+    const double n = double(passages_.size());
+    for (const auto& [word, times] : words) {
+      const auto it = index_.find(word);
+      if (it == index_.end()) continue;
+      const double df = double(it->second.size());
+      const double idf = std::log(1 + (n - df + .5) / (df + .5));
+      for (const auto& [passage, tf] : it->second) {
+        const double length = lengths_[size_t(passage)] / mean_length_;
+        scores[passage] += times * idf * tf * 2.2 / (tf + 1.2 * (.25 + .75 * length));
+      }
+    }
+    int best = -1;
+    double highest = 0;
+    for (const auto& [passage, score] : scores) {
+      if (best >= 0 && (score < highest || (score == highest && passage > best))) continue;
+      best = passage, highest = score;
+    }
+    return best < 0 ? "" : passages_[size_t(best)];
+  }
+  const std::vector<std::string>& passages() const { return passages_; }
+
+ private:
+  static int words_and_signs(std::string_view text) {
+    int n = 0;
+    bool in_word = false;
+    for (const char c : text) {
+      const bool word = std::isalnum(static_cast<unsigned char>(c)) || (c & 0x80);
+      const bool space = c == ' ' || c == '\n' || c == '\t' || c == '\r';
+      n += word ? !in_word : !space;
+      in_word = word;
+    }
+    return n;
+  }
+
+  // A sentence ends at . ! or ? before white space, and at a line's end.
+  static size_t sentence_end(std::string_view text, size_t begin) {
+    for (size_t i = begin; i < text.size(); i++) {
+      if (text[i] == '\n') return i + 1;
+      const bool stop = text[i] == '.' || text[i] == '!' || text[i] == '?';
+      if (stop && (i + 1 == text.size() || text[i + 1] == ' ')) return i + 1;
+    }
+    return text.size();
+  }
+  // As many whole sentences as fit; of a sentence that fits no passage, as many words.
+  void cut(std::string_view text, const CountTokens& count_tokens, int most_tokens) {
+    size_t begin = 0, end = 0;
+    const auto fits = [&](size_t stop) {
+      return count_tokens(trimmed(text.substr(begin, stop - begin))) <= most_tokens;
+    };
+    while (begin < text.size()) {
+      while (end < text.size()) {
+        const size_t next = sentence_end(text, end);
+        if (!fits(next)) break;
+        end = next;
+      }
+      if (end == begin) {
+        while (end < text.size()) {
+          const size_t next = std::min(text.find_first_of(" \n", end + 1), text.size());
+          if (end > begin && !fits(next)) break;
+          end = next;
+          if (!fits(end)) break;
+        }
+      }
+      const std::string_view passage = trimmed(text.substr(begin, end - begin));
+      if (!passage.empty()) passages_.emplace_back(passage);
+      begin = end;
+    }
+  }
+  static std::string_view trimmed(std::string_view s) {
+    const size_t begin = s.find_first_not_of(" \t\r\n");
+    if (begin == std::string_view::npos) return {};
+    return s.substr(begin, s.find_last_not_of(" \t\r\n") + 1 - begin);
+  }
+
+  void build_index() {
+    int64_t total = 0;
+    for (size_t p = 0; p < passages_.size(); p++) {
+      std::map<std::string, int> counts;
+      const std::vector<std::string> words = search_words(passages_[p]);
+      for (const std::string& w : words) counts[w]++;
+      for (const auto& [word, n] : counts) index_[word].push_back({int(p), n});
+      lengths_.push_back(int(words.size()));
+      total += int64_t(words.size());
+    }
+    mean_length_ = passages_.empty() ? 1 : std::max(1., double(total) / double(passages_.size()));
+  }
+
+  std::vector<std::string> passages_;
+  std::vector<int> lengths_;  // words
+  double mean_length_ = 1;
+  std::unordered_map<std::string, std::vector<std::pair<int, int>>> index_;  // passage, frequency
+};
+
+// ---------------------------------------------------------------------------------------------
+// Calls
+
+// As a conversation declares them.
+inline constexpr const char* kCalculatorTool =
+    R"({"name": "calculator", "description": "Works out arithmetic.", "parameters": )"
+    R"({"type": "object", "properties": {"expression": {"type": "string"}}, )"
+    R"("required": ["expression"]}})";
+inline constexpr const char* kSearchTool =
+    R"({"name": "search", "description": "Finds a passage about something.", "parameters": )"
+    R"({"type": "object", "properties": {"query": {"type": "string"}}, )"
+    R"("required": ["query"]}})";
+
+// The tool's answer; what went wrong is text too: "error: ...".
+inline std::string run_tool(const ToolCall& call, const Search* search) {
+  try {
+    if (call.name.empty()) {
+      fail(R"(a call: found something else, expected {"name": "...", "arguments": {...}})");
+    }
+    Json arguments;
+    try {
+      arguments = Json::parse(call.arguments);
+    } catch (const Json::exception& e) {
+      fail(call.name, ": arguments: not JSON: ", json_complaint(e));
+    }
+    if (call.name == "calculator") {
+      return calculate(json_get<std::string>(arguments, "expression", call.name));
+    }
+    if (call.name == "search") {
+      if (!search) fail("search: there are no documents to search");
+      return search->best(json_get<std::string>(arguments, "query", call.name));
+    }
+    fail("found a call of ", json_text(call.name), ", expected calculator or search");
+  } catch (const Error& e) {
+    return concat("error: ", e.what());
+  }
+}
+
+// An assistant's message from the ids of its turn, the end of turn with or without. What stands
+// between <tool_call> and </tool_call> and is no call becomes one without a name.
+inline Message read_turn(const Tokenizer& tokenizer, std::span<const int> turn) {
+  const int begin = tokenizer.special("<tool_call>"), end = tokenizer.special("</tool_call>");
+  const auto last = [&](int id) {
+    return id == tokenizer.special("<|im_end|>") || id == tokenizer.special("<|endoftext|>");
+  };
+  Message message{.role = "assistant"};
+  std::vector<int> text;
+  for (size_t i = 0; i < turn.size(); i++) {
+    if (last(turn[i])) break;
+    if (turn[i] != begin || begin < 0) {
+      text.push_back(turn[i]);
+      continue;
+    }
+    std::vector<int> inside;
+    while (++i < turn.size() && turn[i] != end && !last(turn[i])) inside.push_back(turn[i]);
+    ToolCall call{.arguments = tokenizer.decode(inside)};
+    const OrderedJson json = OrderedJson::parse(call.arguments, nullptr, false);
+    if (json.is_object() && json.contains("name") && json["name"].is_string() &&
+        json.contains("arguments") && json["arguments"].is_object()) {
+      call = {json["name"], json["arguments"].dump()};
+    }
+    message.tool_calls.push_back(std::move(call));
+  }
+  message.content = tokenizer.decode(text);
+  while (!message.content.empty() && message.content.back() == '\n') message.content.pop_back();
+  return message;
+}
+
+// Runs a turn's calls. Returns what follows the turn's <|im_end|> in the ids of the conversation:
+// the tools' answers and the header of the assistant's next turn; nothing when nothing was called.
+// The answers are appended to `answers` when given.
+inline std::vector<int> answer_calls(const Tokenizer& tokenizer, const Message& turn,
+                                     const Search* search,
+                                     std::vector<Message>* answers = nullptr) {
+  if (turn.tool_calls.empty()) return {};
+  Conversation reply;
+  for (const ToolCall& call : turn.tool_calls) {
+    reply.messages.push_back({.role = "tool", .content = run_tool(call, search)});
+  }
+  std::vector<int> ids = tokenizer.encode("\n");
+  const Rendered rendered = render_chat(tokenizer, reply, true);
+  ids.insert(ids.end(), rendered.ids.begin(), rendered.ids.end());
+  if (answers) answers->insert(answers->end(), reply.messages.begin(), reply.messages.end());
+  return ids;
+}
+
+}  // namespace cake

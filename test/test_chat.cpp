@@ -1,0 +1,475 @@
+// Tools, and ./chat as its user meets it: through a pipe and in a terminal.
+#include <doctest/doctest.h>
+#include <poll.h>
+#include <pty.h>
+#include <termios.h>
+
+#include <csignal>
+#include <sstream>
+
+#include "cake/generate.h"
+#include "cake/tools.h"
+#include "test/scripted_model.h"
+
+using namespace cake;
+
+// ---------------------------------------------------------------------------------------------
+// The calculator
+
+TEST_CASE("the calculator's decimals are exact") {
+  const std::pair<const char*, const char*> cases[] = {
+      {"0.1+0.2", "0.3"},
+      {"9.11-9.9", "-0.79"},
+      {"2+3*4", "14"},
+      {"(2+3)*4", "20"},
+      {"100/8/5", "2.5"},
+      {"10-2-3", "5"},
+      {"--5", "5"},
+      {"-(3+4)*2", "-14"},
+      {"2*-3", "-6"},
+      {" .5 + 5. ", "5.5"},
+      {"-0", "0"},
+      {"1/3", "0.333333333333"},
+      {"-2/3", "-0.666666666667"},
+      {"1/3*3", "1"},
+      {"2999999999999.9999/3", "1000000000000"},
+      {"1/30000000000", "0.0000000000333333333333"},
+      {"123456789012345678*1000000000000000", "123456789012345678000000000000000"},
+      {"48/2", "24"}};
+  for (const auto& c : cases) {
+    CAPTURE(c.first);
+    CHECK(calculate(c.first) == c.second);
+  }
+}
+
+TEST_CASE("the calculator takes arithmetic and nothing else") {
+  const std::string deep = std::string(101, '(') + "1" + std::string(101, ')');
+  const std::pair<std::string, const char*> cases[] = {
+      {"", "found nothing"},
+      {"1/0", "division by zero"},
+      {"1/(2-2)", "division by zero"},
+      {"1e5", "found \"e5\", expected an operator"},
+      {"2**3", "expected a number"},
+      {"1 2", "expected an operator"},
+      {"(1", "found the end, expected )"},
+      {"1)", "found \")\""},
+      {".", "expected a number"},
+      {"1,000", "found \",000\""},
+      {"__import__('os')", "expected a number"},
+      {"system", "expected a number"},
+      {deep, "nested deeper than 100"},
+      {std::string(40, '9'), "more than 36 digits"},
+      {"99999999999999999999*99999999999999999999", "more than 36 digits"}};
+  for (const auto& c : cases) {
+    CAPTURE(c.first);
+    CHECK(contains(error_of([&] { calculate(c.first); }), c.second));
+  }
+  CHECK(calculate(std::string(100, '(') + "1" + std::string(100, ')')) == "1");
+  CHECK(calculate(std::string(100000, '-') + "1") == "1");
+}
+
+// ---------------------------------------------------------------------------------------------
+// The search
+
+TEST_CASE("the search finds the passage with the rarer words, or nothing") {
+  const Search search({"Anna Frost is a baker. She lives in Olm. Anna likes green apples.",
+                       "Bert Frost is a sailor. He lives in Kvist.", "The town of Olm is old."},
+                      {}, 8);
+  CHECK(search.passages() ==
+        std::vector<std::string>{"Anna Frost is a baker.", "She lives in Olm.",
+                                 "Anna likes green apples.", "Bert Frost is a sailor.",
+                                 "He lives in Kvist.", "The town of Olm is old."});
+  CHECK(search.best("Which apples does Anna like?") == "Anna likes green apples.");
+  CHECK(search.best("SAILOR") == "Bert Frost is a sailor.");
+  CHECK(search.best("frost") == "Anna Frost is a baker.");  // the first among equals
+  CHECK(search.best("old Olm") == "The town of Olm is old.");
+  CHECK(search.best("Zorn Blixt") == "");
+  CHECK(search.best("") == "");
+  CHECK(Search({}).best("anything") == "");
+}
+
+TEST_CASE("the search scores by BM25") {
+  // n = 3, mean length 7/3; "a" is in two passages, "b" in one: idf(a) = ln 1.6, idf(b) = ln 2.667.
+  // Passage 0, "a a b": a: 2 * 2.2 / (2 + 1.2 (.25 + .75 * 9/7)) = 1.269; b: .8894.
+  // For "a": passage 0 has 1.269 ln 1.6 = .597, passage 1, "a", 2.2 / (1 + 1.2 (.25 + .75 * 3/7)) =
+  // 1.3050 ln 1.6 = .613: the short one wins, and with "b" the long one.
+  const Search search({"a a b", "a", "c d e"});
+  CHECK(search.best("a") == "a");
+  CHECK(search.best("a b") == "a a b");
+}
+
+TEST_CASE("passages are whole sentences while those fit, and never longer than asked") {
+  int counted = 0;
+  const auto letters = [&](std::string_view s) {
+    counted++;
+    return int(s.size());
+  };
+  const Search search({"One two. Three.\nFour five six seven eight nine ten eleven. Twelve"},
+                      letters, 16);
+  CHECK(counted > 0);
+  CHECK(search.passages() == std::vector<std::string>{"One two. Three.", "Four five six",
+                                                      "seven eight nine", "ten eleven.", "Twelve"});
+}
+
+TEST_CASE("what goes wrong in a call is the tool's answer") {
+  CHECK(run_tool({"calculator", R"({"expression": "6*7"})"}, nullptr) == "42");
+  CHECK(run_tool({"calculator", R"({"expression": "1/0"})"}, nullptr) ==
+        "error: calculator: division by zero");
+  CHECK(
+      contains(run_tool({"calculator", R"({"x": 1})"}, nullptr), "error: calculator: expression"));
+  CHECK(contains(run_tool({"calculator", "{"}, nullptr), "error: calculator: arguments: not JSON"));
+  CHECK(contains(run_tool({"shell", "{}"}, nullptr), "error: found a call of \"shell\""));
+  CHECK(
+      contains(run_tool({"search", R"({"query": "x"})"}, nullptr), "error: search: there are no"));
+  CHECK(contains(run_tool({"", "what"}, nullptr), "error: a call: found something else"));
+  const Search search({"A cat."});
+  CHECK(run_tool({"search", R"({"query": "cat"})"}, &search) == "A cat.");
+  CHECK(run_tool({"search", R"({"query": "dog"})"}, &search) == "");
+}
+
+TEST_CASE("a turn's ids are read as its message, and its tools' answers continue its ids") {
+  const ScriptedModel model;
+  const Tokenizer& t = model.tokenizer();
+  Conversation c{.messages = {{"user", "How many?", {}},
+                              {"assistant",
+                               "Let me see.",
+                               {{"calculator", R"({"expression":"6*7"})"}, {"search", "{}"}}}},
+                 .tools = {kCalculatorTool}};
+  const std::vector<int> before =
+      render_chat(t, {.messages = {c.messages[0]}, .tools = c.tools}, true).ids;
+  const std::vector<int> whole = render_chat(t, c).ids;
+  REQUIRE(std::equal(before.begin(), before.end(), whole.begin()));
+  const int end = end_of_turn(t);
+  const std::vector<int> turn(
+      whole.begin() + int64_t(before.size()),
+      std::find(whole.begin() + int64_t(before.size()), whole.end(), end) + 1);
+  const Message m = read_turn(t, turn);
+  CHECK(m.content == "Let me see.");
+  REQUIRE(m.tool_calls.size() == 2);
+  CHECK(m.tool_calls[0].name == "calculator");
+  CHECK(m.tool_calls[0].arguments == R"({"expression":"6*7"})");
+
+  std::vector<Message> answers;
+  const std::vector<int> appended = answer_calls(t, m, nullptr, &answers);
+  REQUIRE(answers.size() == 2);
+  CHECK(answers[0].content == "42");
+  c.messages.insert(c.messages.end(), answers.begin(), answers.end());
+  std::vector<int> ids = before;
+  ids.insert(ids.end(), turn.begin(), turn.end());
+  ids.insert(ids.end(), appended.begin(), appended.end());
+  CHECK(ids == render_chat(t, c, true).ids);
+
+  CHECK(answer_calls(t, read_turn(t, t.encode("No call.<|im_end|>", true)), nullptr).empty());
+  CHECK(read_turn(t, t.encode("No call.<|endoftext|>", true)).content == "No call.");
+  const Message bad = read_turn(t, t.encode("<tool_call>\nnonsense<|im_end|>", true));
+  REQUIRE(bad.tool_calls.size() == 1);
+  CHECK(bad.tool_calls[0].name == "");
+  CHECK(!answer_calls(t, bad, nullptr).empty());
+}
+
+// ---------------------------------------------------------------------------------------------
+// ./chat through a pipe
+
+namespace {
+
+// What the scripted model is to see: the ids of a conversation as they grow.
+struct Plan {
+  ScriptedModel& model;
+  Conversation opening;
+  int n = 0;
+
+  explicit Plan(ScriptedModel& m, Conversation o = {}) : model(m), opening(std::move(o)) {
+    n = int(render_chat(m.tokenizer(), opening).ids.size());
+  }
+  Plan& user(const std::string& text) {
+    n += int(render_chat(model.tokenizer(), {.messages = {{"user", text, {}}}}, true).ids.size());
+    return *this;
+  }
+  Plan& assistant(const std::string& text) {  // with the newline behind
+    n = model.write(n, text + "<|im_end|>") + 1;
+    return *this;
+  }
+  Plan& tool(const std::string& text) {
+    n += int(render_chat(model.tokenizer(), {.messages = {{"tool", text, {}}}}, true).ids.size());
+    return *this;
+  }
+};
+
+Output say(const std::string& model, const std::string& flags, const std::string& lines) {
+  write_file(model + ".lines", lines);
+  return shell("./chat " + model + " --threads 1 --temperature 0 " + flags + " < " + model +
+               ".lines");
+}
+
+std::string call_text(const std::string& name, const std::string& arguments) {
+  return "<tool_call>\n{\"name\": \"" + name + "\", \"arguments\": " + arguments +
+         "}\n</tool_call>";
+}
+
+}  // namespace
+
+TEST_CASE("chat answers turn by turn, and every command does what help says") {
+  ScriptedModel m;
+  Plan(m).user("hello").assistant("The answer is 1.").user("more").assistant("The answer is 2.");
+  Plan(m, {.messages = {{"system", "Be a very kind and patient assistant, in every answer.", {}}}})
+      .user("who?")
+      .assistant("A kind one.");
+  const std::string dir = m.save(), saved = m.dir() / "saved.jsonl";
+  const Output out =
+      say(dir, "--tokens 40",
+          "hello\nmore\n/retry\n/save " + saved +
+              "\n/system\n/system Be a very kind and patient assistant, in every answer.\n"
+              "who?\n/system\n/save " +
+              saved +
+              "\n/reset\n/retry\n/save\n/temperature 0.5\n/temperature -1\n/temperature x\n"
+              "/nothing\n/help\n/quit\nnever read\n");
+  REQUIRE_MESSAGE(out.status == 0, out.text);
+  CHECK(out.text.starts_with("The answer is 1.\nThe answer is 2.\nThe answer is 2.\nsaved in " +
+                             saved +
+                             "\nno system message\na new conversation with this system message\n"
+                             "A kind one.\nsystem: Be a very kind and patient assistant, in every "
+                             "answer.\nsaved in " +
+                             saved +
+                             "\na new conversation\nnothing was said yet\n"
+                             "/save: a file's name is missing\ntemperature 0.5\n"
+                             "temperature: found -1, expected 0 to 100\n"
+                             "temperature: found x, expected 0 to 100\n"
+                             "there is no /nothing; /help lists what there is\n"));
+  for (const char* command : {"/reset", "/system", "/retry", "/save", "/temperature", "/quit"}) {
+    CHECK(contains(out.text, std::string("\n") + command + " ") !=
+          (std::string(command) == "/quit"));  // which stands beside Ctrl+D
+  }
+  CHECK(contains(out.text, "Ctrl+C "));
+
+  std::istringstream lines(read_file(saved));
+  std::string first, second;
+  std::getline(lines, first);
+  std::getline(lines, second);
+  CHECK(Json::parse(first) == Json::parse(R"({"messages": [{"role": "user", "content": "hello"},
+                        {"role": "assistant", "content": "The answer is 1."},
+                        {"role": "user", "content": "more"},
+                        {"role": "assistant", "content": "The answer is 2."}]})"));
+  CHECK(Json::parse(second)["messages"].size() == 3);
+  CHECK(Json::parse(second)["messages"][0]["role"] == "system");
+}
+
+TEST_CASE("chat runs the tools that are called, shows them, and goes on with their answers") {
+  ScriptedModel m(2048);
+  write_file(m.dir() / "documents.jsonl", "{\"text\": \"Anna is a baker in Olm.\"}\n");
+  Plan(m, {.tools = {kCalculatorTool, kSearchTool}})
+      .user("6*7?")
+      .assistant(call_text("calculator", R"({"expression": "6*7"})"))
+      .tool("42")
+      .assistant("It is 42.")
+      .user("Anna?")
+      .assistant("Wait.\n" + call_text("search", R"({"query": "Anna"})"))
+      .tool("Anna is a baker in Olm.")
+      .assistant("A baker.");
+  const std::string dir = m.save(), saved = m.dir() / "saved.jsonl";
+  const Output out = say(dir, "--calculator --documents " + (m.dir() / "documents.jsonl").string(),
+                         "6*7?\nAnna?\n/save " + saved + "\n");
+  CHECK(out.status == 0);
+  CHECK(out.text ==
+        "  calculator {\"expression\":\"6*7\"}\n  = 42\nIt is 42.\nWait.\n"
+        "  search {\"query\":\"Anna\"}\n  = Anna is a baker in Olm.\nA baker.\nsaved in " +
+            saved + "\n");
+  const Json json = Json::parse(read_file(saved));
+  CHECK(json["tools"].size() == 2);
+  REQUIRE(json["messages"].size() == 8);
+  CHECK(json["messages"][1]["tool_calls"][0]["function"]["arguments"]["expression"] == "6*7");
+  CHECK(json["messages"][2] == Json({{"role", "tool"}, {"content", "42"}}));
+  CHECK(json["messages"][7]["content"] == "A baker.");
+}
+
+TEST_CASE("chat forgets the oldest turns when the context is full, and says so") {
+  ScriptedModel m(128);
+  const std::string dir = m.save();
+  std::string lines;
+  for (int i = 0; i < 8; i++) lines += "tell me of it\n";
+  const Output out = say(dir, "--tokens 10", lines + std::string(300, 'z') + "\nhi\n");
+  CHECK(out.status == 0);
+  CHECK(contains(out.text, "the context of 128 tokens is full: the oldest "));
+  CHECK(contains(out.text, " are forgotten\n"));
+  CHECK(contains(out.text, "xxxxxxxxxx\n(the answer is as long as --tokens allows)\n"));
+  CHECK(contains(out.text, "tokens, and the model's context is 128: it was not said"));
+  CHECK(out.text.ends_with("allows)\n"));
+}
+
+TEST_CASE("a base model goes on with what is typed until the document ends") {
+  ScriptedModel m;
+  const int n = 1 + int(m.tokenizer().encode("Once").size());
+  const int then = m.write(n, " upon a time") + int(m.tokenizer().encode("\nand then").size());
+  m.write(then, " the end.<|endoftext|>");
+  const std::string dir = m.save(), saved = m.dir() / "saved.jsonl";
+  const Output out =
+      say(dir, "--base --tokens " + std::to_string(m.tokenizer().encode(" upon a time").size()),
+          "Once\nand then\n/save " + saved + "\n/system x\nOnce\n");
+  CHECK(out.status == 0);
+  CHECK(out.text.starts_with(" upon a time\n the end.\n--- the document ends; the next begins\n"));
+  CHECK(contains(out.text, "a base model has no system message\n upon a time\n"));
+  CHECK(contains(read_file(saved), "Once upon a time\\nand then the end."));
+}
+
+TEST_CASE("chat knows a model's template, or says which it knows and stops") {
+  ScriptedModel m;
+  const std::string dir = m.save(), config = dir + "/tokenizer_config.json";
+  const auto with_template = [&](const std::string& text) {
+    Json json = read_json(config);
+    json["chat_template"] = text;
+    write_file(config, json.dump());
+    return say(dir, "", "hi\n");
+  };
+  const Output strange = with_template("{{ '[INST]' + messages[0].content + '[/INST]' }}");
+  CHECK(strange.status == 1);
+  CHECK(contains(strange.text,
+                 "found an unknown chat template, expected ChatML (<|im_start|>), Llama 3 "
+                 "(<|start_header_id|>) or plain"));
+  CHECK(std::count(strange.text.begin(), strange.text.end(), '\n') == 1);
+  const Output llama = with_template("<|start_header_id|>");
+  CHECK(llama.status == 1);
+  CHECK(contains(llama.text, "found no token <|start_header_id|> in the tokenizer"));
+  Json json = read_json(config);
+  json.erase("chat_template");
+  write_file(config, json.dump());
+  CHECK(contains(say(dir, "", "hi\n").text, "found no chat template"));
+  CHECK(say(dir, "--template chatml --tokens 3", "hi\n").text.starts_with("xxx\n"));
+
+  ScriptedModel p;
+  const int n = 1 + int(p.tokenizer().encode("User: hi\nAssistant:").size());
+  p.write(n, " Well.\nUser: never shown");
+  CHECK(say(p.save(), "--template plain", "hi\n").text == " Well.\n");
+}
+
+TEST_CASE("chat answers bad flags with one line and status 1") {
+  ScriptedModel m;
+  const std::string dir = m.save();
+  const std::pair<const char*, const char*> cases[] = {
+      {"--temperature -1", "--temperature: found -1"},
+      {"--tokens -1", "--tokens: found -1"},
+      {"--template what", "--template: found what, expected auto, chatml, llama3 or plain"},
+      {"--documents none.jsonl", "none.jsonl: cannot open"},
+      {"--base --system x", "--base: found --system"},
+      {"--what", "--what"}};
+  for (const auto& c : cases) {
+    CAPTURE(c.first);
+    const Output out = shell("./chat " + dir + " " + c.first + " < /dev/null");
+    CHECK(out.status == 1);
+    CHECK(out.text.starts_with("error: "));
+    CHECK(contains(out.text, c.second));
+    CHECK(std::count(out.text.begin(), out.text.end(), '\n') == 1);
+  }
+  CHECK(contains(shell("./chat").text, "error: model is required"));
+  CHECK(shell("./chat --help").status == 0);
+}
+
+// ---------------------------------------------------------------------------------------------
+// ./chat in a terminal
+
+namespace {
+
+class Terminal {  // a program on a pseudoterminal
+ public:
+  explicit Terminal(const std::vector<std::string>& command) {
+    winsize size{24, 200, 0, 0};
+    pid_ = forkpty(&fd_, nullptr, nullptr, &size);
+    REQUIRE(pid_ >= 0);
+    if (pid_ == 0) {
+      setenv("TERM", "xterm", 1);
+      setenv("GOMP_SPINCOUNT", "1000", 1);
+      std::vector<char*> arguments;
+      for (const std::string& a : command) arguments.push_back(const_cast<char*>(a.c_str()));
+      arguments.push_back(nullptr);
+      execv(arguments[0], arguments.data());
+      _exit(127);
+    }
+  }
+  ~Terminal() {
+    if (pid_ > 0) kill(pid_, SIGKILL), waitpid(pid_, nullptr, 0);
+    close(fd_);
+  }
+  void type(const std::string& keys) {
+    REQUIRE(write(fd_, keys.data(), keys.size()) == ssize_t(keys.size()));
+  }
+  // Reads until `text` was written behind what earlier calls returned; false after 20 seconds.
+  bool expect(const std::string& text) {
+    const double limit = now() + 20;
+    for (;;) {
+      const size_t at = screen_.find(text, seen_);
+      if (at != std::string::npos) return seen_ = at + text.size(), true;
+      pollfd wait{fd_, POLLIN, 0};
+      char buffer[4096];
+      if (now() > limit || poll(&wait, 1, 1000) < 0) return false;
+      if (!(wait.revents & (POLLIN | POLLHUP))) continue;
+      const ssize_t n = read(fd_, buffer, sizeof buffer);
+      if (n <= 0) return false;
+      screen_.append(buffer, size_t(n));
+    }
+  }
+  // Waits for the prompt, and for the editor to take keys: it does so after it has shown it.
+  bool prompt() {
+    if (!expect("> ")) return false;
+    for (const double limit = now() + 20; now() < limit; usleep(1000)) {
+      termios settings;
+      if (tcgetattr(fd_, &settings) == 0 && !(settings.c_lflag & ICANON)) return true;
+    }
+    return false;
+  }
+  int wait() {
+    int status = 0;
+    while (expect("\x01 never written")) {
+    }
+    const double limit = now() + 20;
+    while (waitpid(pid_, &status, WNOHANG) == 0) {
+      if (now() > limit) return -1;
+      usleep(1000);
+    }
+    pid_ = -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  }
+  const std::string& screen() const { return screen_; }
+
+ private:
+  int fd_ = -1;
+  pid_t pid_ = -1;
+  std::string screen_;
+  size_t seen_ = 0;
+};
+
+}  // namespace
+
+TEST_CASE("in a terminal lines are edited and remembered, and Ctrl+C stops the answer alone") {
+  ScriptedModel m(4096);
+  Plan(m).user("h\u00e9llo").assistant("The answer is 1.").user("h\u00e9llo").assistant("Twice.");
+  const std::string dir = m.save();
+  Terminal t({"./chat", dir, "--threads", "1", "--temperature", "0"});
+  REQUIRE_MESSAGE(t.expect("/help lists commands"), t.screen());
+  REQUIRE_MESSAGE(t.prompt(), t.screen());
+  // Typed wrong and mended: a character of two bytes is erased as one.
+  t.type("h\u00e9llp\u00e9\x7f\x7fo\r");
+  CHECK_MESSAGE(t.expect("The answer is 1."), t.screen());
+  CHECK(t.prompt());
+  t.type("\033[A\r");  // the line before
+  CHECK_MESSAGE(t.expect("Twice."), t.screen());
+  CHECK(t.prompt());
+  t.type("go on\r");  // without end: x until the context is full
+  CHECK_MESSAGE(t.expect("xxxxxxxxxxxxxxxx"), t.screen());
+  t.type("\x03");
+  CHECK_MESSAGE(t.expect("(stopped)"), t.screen());
+  CHECK(t.prompt());
+  t.type("half a line\x03");  // empties the line
+  CHECK(t.prompt());
+  t.type("/temperature 1\r");
+  CHECK_MESSAGE(t.expect("temperature 1\r\n"), t.screen());
+  CHECK(t.prompt());
+  t.type("\x04");  // Ctrl+D
+  CHECK(t.wait() == 0);
+  CHECK(!contains(t.screen(), "is full"));
+}
+
+TEST_CASE("SIGTERM ends chat while it waits") {
+  ScriptedModel m;
+  const std::string dir = m.save();
+  const Output out =
+      shell("sleep 20 | timeout --foreground --preserve-status -s TERM 2 ./chat " + dir);
+  CHECK(out.status == 143);
+}

@@ -1,0 +1,2119 @@
+// The CUDA engine: its kernels against the plain definitions of cake/layers.h, whole tiny models
+// against the CPU engine. Over test/cuda_on_cpu/ these tests run anywhere; `make test DEVICE=cuda`
+// compiles this same file with nvcc and runs it on a GPU.
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <numeric>
+#include <set>
+
+#include "train_gpt.cu"
+//
+#include "cake/layers.h"
+#include "test/support.h"
+#ifdef CAKE_CUDA_ON_CPU
+#include "test/cuda_on_cpu/control.h"
+#endif
+
+// The kernels of train_gpt.cu against their plain definitions in double, on inputs that both types
+// hold exactly: float and bf16, sizes odd and even, gradients that add, every schedule of the
+// emulator. Needs train_gpt.cu, cake/layers.h and test/support.h.
+
+namespace kernel_test {
+
+using namespace cake;
+using namespace cake::gpu;
+using Doubles = std::vector<double>;
+
+template <class T>
+double as_double(T x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return double(__bfloat162float(x));
+  else
+    return double(x);
+}
+template <class T>
+T as(double x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return __float2bfloat16_rn(float(x));
+  else
+    return T(x);
+}
+
+// An array on the device. It is poisoned where nothing was written.
+template <class T>
+class OnDevice {
+ public:
+  explicit OnDevice(int64_t n) : n_(size_t(n)) {
+    check(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(1, n_ * sizeof(T))),
+          "test");
+  }
+  template <class U>
+  explicit OnDevice(const std::vector<U>& values) : OnDevice(int64_t(values.size())) {
+    write(values);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() { cudaFree(data_); }
+  operator T*() const { return data_; }
+  T* only_if(bool condition) const { return condition ? data_ : nullptr; }
+  template <class U>
+  void write(const std::vector<U>& values) const {
+    std::vector<T> host(values.size());
+    for (size_t i = 0; i < host.size(); i++) {
+      if constexpr (std::is_arithmetic_v<U>)
+        host[i] = as<T>(double(values[i]));
+      else
+        host[i] = values[i];
+    }
+    check(cudaMemcpy(data_, host.data(), n_ * sizeof(T), cudaMemcpyHostToDevice), "test");
+  }
+  std::vector<T> raw() const {
+    std::vector<T> host(n_);
+    check(cudaDeviceSynchronize(), "test");
+    check(cudaMemcpy(host.data(), data_, n_ * sizeof(T), cudaMemcpyDeviceToHost), "test");
+    return host;
+  }
+  Doubles read() const {
+    Doubles values;
+    for (const T x : raw()) values.push_back(as_double(x));
+    return values;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t n_;
+};
+
+// Normal numbers that A holds exactly.
+template <class A>
+Doubles random(int64_t n, const char* name, double scale = 1) {
+  Rng rng{hash64(name)};
+  Doubles values;
+  for (int64_t i = 0; i < n; i++) values.push_back(as_double(as<A>(scale * rng.normal())));
+  return values;
+}
+std::vector<int> random_ids(int64_t n, int below, const char* name) {
+  Rng rng{hash64(name)};
+  std::vector<int> ids;
+  for (int64_t i = 0; i < n; i++) ids.push_back(int(rng.below(uint64_t(below))));
+  return ids;
+}
+
+// Tolerances of ||a - b|| / ||b||. fp32 rounds by 2^-24 = 6e-8 a step; sums here are at most a few
+// thousand long and of mixed sign, exp2 is good to 2^-22: errors are near 1e-6, and 1e-5 is safe. A
+// result in bf16 is an fp32 result rounded once, to 8 bits: by at most 2^-8 of itself, and so is
+// the norm of a whole tensor; what is read, changed and written `times` times is rounded as often.
+constexpr double kFloat = 1e-5;
+template <class A>
+double tolerance(int times = 1) {
+  return kFloat + (std::is_same_v<A, bf16> ? times * 0x1p-8 : 0);
+}
+
+// Runs body under every schedule of the emulator; on a GPU once.
+template <class Body>
+void every_schedule(Body&& body) {
+#ifdef CAKE_CUDA_ON_CPU
+  using cuda_on_cpu::Schedule;
+  for (const Schedule schedule : {Schedule::reverse, Schedule::random, Schedule::forward}) {
+    INFO("schedule " << int(schedule));
+    cuda_on_cpu::set_schedule(schedule);
+    body();
+  }
+#else
+  body();
+#endif
+}
+
+#define CHECK_CLOSE(got, want, tolerance) CHECK(rel_error(got, want) < (tolerance))
+
+#define KERNEL_TEST(name) TEST_CASE_TEMPLATE(name, A, float, bf16)
+
+// -------------------------------------------------------------------------------------------------
+// Elementwise
+
+KERNEL_TEST("cuda: gelu forward and backward match the definition") {
+  for (const int n : {1, 5, 768, 1003}) {
+    CAPTURE(n);
+    const Doubles x = random<A>(n, "x", 2), dy = random<A>(n, "dy");
+    Doubles y, dx;
+    for (int i = 0; i < n; i++) {
+      y.push_back(plain::gelu(x[size_t(i)]));
+      dx.push_back(dy[size_t(i)] * plain::gelu_derivative(x[size_t(i)]));
+    }
+    every_schedule([&] {
+      const OnDevice<A> x_(x), dy_(dy), y_(n), dx_(n);
+      gelu_forward<A>(y_, x_, n, nullptr);
+      gelu_backward<A>(dx_, dy_, x_, n, nullptr);
+      CHECK_CLOSE(y_.read(), y, tolerance<A>());
+      CHECK_CLOSE(dx_.read(), dx, tolerance<A>());
+    });
+  }
+  const OnDevice<A> x(Doubles{-1000, -30, 0, 30, 1000}), y(5);  // far out it is 0 or x, never NaN
+  gelu_forward<A>(y, x, 5, nullptr);
+  CHECK_CLOSE(y.read(), (Doubles{0, 0, 0, 30, 1000}), tolerance<A>());
+}
+
+KERNEL_TEST("cuda: swiglu forward and backward match the definition") {
+  for (const int F : {1, 5, 48, 100, 1040}) {
+    CAPTURE(F);
+    const int N = 3;
+    const Doubles x = random<A>(2 * N * F, "gate_up", 2), dy = random<A>(N * F, "dy");
+    Doubles y(size_t(N * F)), dx(size_t(2 * N * F));
+    for (int n = 0; n < N; n++) {
+      for (int f = 0; f < F; f++) {
+        const size_t gate = size_t(2 * n * F + f), up = gate + size_t(F), out = size_t(n * F + f);
+        y[out] = plain::swiglu(x[gate], x[up]);
+        plain::swiglu_derivative(x[gate], x[up], dy[out], dx[gate], dx[up]);
+      }
+    }
+    every_schedule([&] {
+      const OnDevice<A> x_(x), dy_(dy), y_(int64_t(y.size())), dx_(int64_t(dx.size()));
+      swiglu_forward<A>(y_, x_, N, F, nullptr);
+      swiglu_backward<A>(dx_, dy_, x_, N, F, nullptr);
+      CHECK_CLOSE(y_.read(), y, tolerance<A>());
+      CHECK_CLOSE(dx_.read(), dx, tolerance<A>());
+    });
+  }
+}
+
+KERNEL_TEST("cuda: add adds") {
+  for (const int n : {1, 100, 768, 4099}) {
+    CAPTURE(n);
+    const Doubles x = random<A>(n, "x"), y = random<A>(n, "y");
+    Doubles sum, twice;
+    for (size_t i = 0; i < size_t(n); i++) {
+      sum.push_back(as_double(as<A>(x[i] + y[i])));
+      twice.push_back(as_double(as<A>(sum[i] + x[i])));
+    }
+    every_schedule([&] {
+      const OnDevice<A> x_(x), y_(y);
+      add<A>(y_, x_, n, nullptr);
+      CHECK(y_.read() == sum);
+      add<A>(y_, x_, n, nullptr);
+      CHECK(y_.read() == twice);
+    });
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Rows
+
+KERNEL_TEST("cuda: embedding rows are those of the tokens and positions") {
+  for (const int C : {1, 5, 48, 100, 768}) {
+    CAPTURE(C);
+    const int N = 19, V = 11, T = 7;
+    const Doubles wte = random<A>(V * C, "wte"), wpe = random<A>(T * C, "wpe");
+    const auto tokens = random_ids(N, V, "tokens"), positions = random_ids(N, T, "positions");
+    Doubles both, token;
+    for (size_t n = 0; n < size_t(N); n++) {
+      for (int c = 0; c < C; c++) {
+        token.push_back(wte[size_t(tokens[n] * C + c)]);
+        both.push_back(as_double(as<A>(token.back() + wpe[size_t(positions[n] * C + c)])));
+      }
+    }
+    every_schedule([&] {
+      const OnDevice<A> wte_(wte), wpe_(wpe), x(int64_t(both.size()));
+      const OnDevice<int> tokens_(tokens), positions_(positions);
+      embed_forward<A>(x, wte_, wpe_, tokens_, positions_, N, C, nullptr);
+      CHECK(x.read() == both);
+      embed_forward<A>(x, wte_, nullptr, tokens_, nullptr, N, C, nullptr);
+      CHECK(x.read() == token);
+    });
+  }
+}
+
+KERNEL_TEST("cuda: gathered and scattered rows are the rows asked for") {
+  for (const int C : {1, 5, 48, 768}) {
+    CAPTURE(C);
+    const int N = 9, rows = 12;
+    const std::vector<int> row_of = {8, -1, 0, 3, -1, 1, 2, 7, 6, -1, -1, -1};
+    const Doubles x = random<A>(N * C, "x"), y = random<A>(rows * C, "y");
+    Doubles gathered(y.size(), 0.), scattered(x.size(), 0.);
+    for (int r = 0; r < rows; r++) {
+      for (int c = 0, n = row_of[size_t(r)]; c < C && n >= 0; c++) {
+        gathered[size_t(r * C + c)] = x[size_t(n * C + c)];
+        scattered[size_t(n * C + c)] = y[size_t(r * C + c)];
+      }
+    }
+    every_schedule([&] {
+      const OnDevice<A> x_(x), y_(y), to_rows(int64_t(y.size())), to_x(Doubles(x.size(), 0.));
+      const OnDevice<int> row_of_(row_of);
+      gather_rows<A>(to_rows, x_, row_of_, rows, C, nullptr);
+      scatter_rows<A>(to_x, y_, row_of_, rows, C, nullptr);
+      CHECK(to_rows.read() == gathered);
+      CHECK(to_x.read() == scattered);
+    });
+  }
+}
+
+KERNEL_TEST(
+    "cuda: the embedding's gradient is the sum by id, with the same bits on every schedule") {
+  struct Case {
+    int N, C, rows;
+    double skew;  // ids are rows u^skew, u uniform: above 1 some are frequent
+  };
+  for (const Case& c : {Case{1, 5, 1, 1},
+                        {33, 48, 1, 1},
+                        {300, 100, 7, 1},
+                        {300, 1, 300, 1},
+                        {700, 8, 257, 6},
+                        {2500, 5, 50257, 9},
+                        {9000, 1, 300, 1},
+                        {64, 768, 12, 2}}) {
+    const int N = c.N;
+    const int C = c.C;
+    const int rows = c.rows;
+    const double skew = c.skew;
+    CAPTURE(N);
+    CAPTURE(rows);
+    const Doubles dx = random<A>(int64_t(N) * C, "dx");
+    const Doubles before = random<float>(int64_t(rows) * C, "table");
+    std::vector<int> ids;
+    Rng rng{7};
+    for (int n = 0; n < N; n++) {
+      ids.push_back(std::min(rows - 1, int(rows * std::pow(rng.uniform(), skew))));
+    }
+    Doubles want = before;
+    for (int n = 0; n < N; n++)
+      for (int c = 0; c < C; c++)
+        want[size_t(ids[size_t(n)]) * size_t(C) + size_t(c)] += 2 * dx[size_t(n * C + c)];
+    std::vector<float> first;
+    every_schedule([&] {
+      const OnDevice<A> dx_(dx);
+      const OnDevice<float> table(before);
+      const OnDevice<int> ids_(ids);
+      const OnDevice<char> scratch(int64_t(embed_backward_scratch(N, rows)));
+      for (int twice = 0; twice < 2; twice++) {
+        embed_backward<A>(table, dx_, ids_, N, C, rows, scratch, nullptr);
+      }
+      CHECK_CLOSE(table.read(), want, kFloat);
+      if (first.empty()) first = table.raw();
+      CHECK(std::memcmp(first.data(), table.raw().data(), first.size() * sizeof(float)) == 0);
+    });
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Norms
+
+KERNEL_TEST("cuda: norms with and without a residual match the definition") {
+  for (const int C : {1, 5, 48, 100, 768, 2056}) {
+    for (const bool layer : {false, true}) {
+      CAPTURE(C);
+      CAPTURE(layer);
+      const int N = C > 1000 ? 5 : 19;
+      const double eps = 1e-3;
+      Doubles x = random<A>(N * C, "x");
+      const Doubles delta = random<A>(N * C, "delta");
+      for (double& v : x) v = as_double(as<A>(v + 1));  // a mean that counts
+      const Doubles w = random<float>(C, "w"), b = random<float>(C, "b");
+      Doubles sum, y(x.size()), y_sum(x.size()), mean, rstd;
+      for (size_t i = 0; i < x.size(); i++) sum.push_back(as_double(as<A>(x[i] + delta[i])));
+      const double* bias = layer ? b.data() : nullptr;
+      plain::norm_forward<double>(N, C, x.data(), w.data(), bias, eps, y.data());
+      plain::norm_forward<double>(N, C, sum.data(), w.data(), bias, eps, y_sum.data());
+      for (int n = 0; n < N; n++) {
+        double m = 0, square = 0;
+        for (int c = 0; layer && c < C; c++) m += sum[size_t(n * C + c)] / C;
+        for (int c = 0; c < C; c++) square += std::pow(sum[size_t(n * C + c)] - m, 2) / C;
+        mean.push_back(m), rstd.push_back(1 / std::sqrt(square + eps));
+      }
+      every_schedule([&] {
+        const OnDevice<A> x_(x), delta_(delta), sum_(int64_t(x.size())), y_(int64_t(x.size()));
+        const OnDevice<float> w_(w), b_(b), mean_(N), rstd_(N);
+        float *to_mean = mean_.only_if(layer), *bias_ = b_.only_if(layer);
+        norm_forward<A>(y_, to_mean, rstd_, x_, w_, bias_, float(eps), N, C, nullptr);
+        CHECK_CLOSE(y_.read(), y, tolerance<A>());
+        residual_norm_forward<A>(sum_, y_, to_mean, rstd_, x_, delta_, w_, bias_, float(eps), N, C,
+                                 nullptr);
+        CHECK(sum_.read() == sum);
+        CHECK_CLOSE(y_.read(), y_sum, tolerance<A>());
+        CHECK_CLOSE(rstd_.read(), rstd, kFloat);
+        if (layer) CHECK_CLOSE(mean_.read(), mean, kFloat);
+        residual_norm_forward<A>(x_, y_, nullptr, nullptr, x_, delta_, w_, bias_, float(eps), N, C,
+                                 nullptr);  // in place, without statistics
+        CHECK(x_.read() == sum);
+        CHECK_CLOSE(y_.read(), y_sum, tolerance<A>());
+      });
+    }
+  }
+}
+
+KERNEL_TEST("cuda: norm backward adds the definition's gradients") {
+  for (const int C : {1, 5, 48, 100, 768}) {
+    for (const bool layer : {false, true}) {
+      CAPTURE(C);
+      CAPTURE(layer);
+      // 4,200 rows: some warps take two of them. Once is enough.
+      const int N = C == 768 ? 11 : C == 5 && layer && std::is_same_v<A, float> ? 4200 : 37;
+      const double eps = 1e-3;
+      const Doubles x = random<A>(N * C, "x"), dy = random<A>(N * C, "dy");
+      const Doubles before = random<A>(N * C, "dx");
+      const Doubles w = random<float>(C, "w"), dw_before = random<float>(C, "dw"),
+                    db_before = random<float>(C, "db");
+      Doubles dx = before, dw = dw_before, db = db_before, mean, rstd;
+      for (int twice = 0; twice < 2; twice++) {
+        plain::norm_backward<double>(N, C, dy.data(), x.data(), w.data(), layer, eps, dx.data(),
+                                     dw.data(), db.data());
+      }
+      for (int n = 0; n < N; n++) {
+        double m = 0, square = 0;
+        for (int c = 0; layer && c < C; c++) m += x[size_t(n * C + c)] / C;
+        for (int c = 0; c < C; c++) square += std::pow(x[size_t(n * C + c)] - m, 2) / C;
+        mean.push_back(m), rstd.push_back(1 / std::sqrt(square + eps));
+      }
+      every_schedule([&] {
+        const OnDevice<A> x_(x), dy_(dy), dx_(before);
+        const OnDevice<float> w_(w), dw_(dw_before), db_(db_before), mean_(mean), rstd_(rstd);
+        const OnDevice<char> scratch(int64_t(norm_backward_scratch(N, C)));
+        for (int twice = 0; twice < 2; twice++) {
+          norm_backward<A>(dx_, dw_, db_.only_if(layer), dy_, x_, mean_.only_if(layer), rstd_, w_,
+                           N, C, scratch, nullptr);
+        }
+        // dx is rounded twice, once at half the way, where it may be larger than at the end.
+        CHECK_CLOSE(dx_.read(), dx, tolerance<A>(3));
+        CHECK_CLOSE(dw_.read(), dw, kFloat);
+        CHECK_CLOSE(db_.read(), layer ? db : db_before, kFloat);
+      });
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// QK-norm and RoPE
+
+KERNEL_TEST("cuda: qk-norm with rope, forward and backward, matches the definitions") {
+  struct Case {
+    int HS, NH, NKV, N;
+    bool norm;
+  };
+  for (const Case& c : {Case{2, 1, 1, 3, true},
+                        {6, 3, 1, 5, true},
+                        {16, 4, 2, 9, false},
+                        {48, 2, 2, 7, true},
+                        {64, 3, 1, 21, true},
+                        {64, 2, 1, 4, false},
+                        {80, 2, 1, 5, true},
+                        {98, 1, 1, 3, true},
+                        {128, 2, 1, 5, true},
+                        {16, 2, 1, 20000, true}}) {
+    const int HS = c.HS;
+    const int NH = c.NH;
+    const int NKV = c.NKV;
+    const int N = c.N;
+    const bool norm = c.norm;
+    CAPTURE(HS);
+    CAPTURE(N);
+    const int heads = NH + NKV, T = 13;
+    if (N > 1000 && !std::is_same_v<A, float>) continue;  // several items a lane: once is enough
+    const int64_t in_ld = (heads + NKV) * HS, out_ld = heads * HS;
+    const double eps = 1e-4;
+    const Doubles in = random<A>(N * in_ld, "qkv"), dout = random<A>(N * in_ld, "dout");
+    const Doubles wq = random<float>(HS, "wq"), wk = random<float>(HS, "wk");
+    const Doubles dwq0 = random<float>(HS, "dwq"), dwk0 = random<float>(HS, "dwk");
+    const auto positions = random_ids(N, T, "positions");
+    Doubles frequency;
+    std::vector<float2> table;
+    for (int i = 0; i < HS / 2; i++) frequency.push_back(std::pow(100., -2. * i / HS));
+    for (int t = 0; t < T; t++)
+      for (const double f : frequency)
+        table.push_back({float(std::cos(t * f)), float(std::sin(t * f))});
+
+    Doubles out(size_t(N * out_ld)), din = dout, dwq = dwq0, dwk = dwk0;
+    for (int n = 0; n < N; n++) {
+      for (int h = 0; h < heads; h++) {
+        const double *x = &in[size_t(n * in_ld + h * HS)], *w = (h < NH ? wq : wk).data();
+        double* y = &out[size_t(n * out_ld + h * HS)];
+        if (norm)
+          plain::norm_forward<double>(1, HS, x, w, nullptr, eps, y);
+        else
+          std::copy(x, x + HS, y);
+        plain::rope<double>(HS, y, positions[size_t(n)], frequency.data(), 1);
+        double* d = &din[size_t(n * in_ld + h * HS)];
+        plain::rope<double>(HS, d, positions[size_t(n)], frequency.data(), -1);
+        if (!norm) continue;
+        const Doubles dy(d, d + HS);
+        std::fill(d, d + HS, 0.);
+        plain::norm_backward<double>(1, HS, dy.data(), x, w, false, eps, d,
+                                     (h < NH ? dwq : dwk).data(), nullptr);
+      }
+    }
+    const auto run = [&] {
+      const OnDevice<A> in_(in), out_(int64_t(out.size())), d_(dout);
+      const OnDevice<float> wq_(wq), wk_(wk), dwq_(dwq0), dwk_(dwk0);
+      const OnDevice<float2> table_(table);
+      const OnDevice<int> positions_(positions);
+      const OnDevice<char> scratch(int64_t(qk_backward_scratch(N, HS)));
+      const float *q_norm = wq_.only_if(norm), *k_norm = wk_.only_if(norm);
+      qk_backward<A>(d_, d_ + NH * HS, in_ld, in_, in_ + NH * HS, in_ld, q_norm, k_norm, dwq_, dwk_,
+                     table_, positions_, float(eps), N, NH, NKV, HS, scratch, nullptr);
+      CHECK_CLOSE(d_.read(), din, tolerance<A>());
+      CHECK_CLOSE(dwq_.read(), dwq, kFloat);
+      CHECK_CLOSE(dwk_.read(), dwk, kFloat);
+      qk_forward<A>(out_, out_ld, out_ + NH * HS, out_ld, in_, in_ + NH * HS, in_ld, q_norm, k_norm,
+                    table_, positions_, float(eps), N, NH, NKV, HS, nullptr);
+      CHECK_CLOSE(out_.read(), out, tolerance<A>());
+      qk_forward<A>(in_, in_ld, in_ + NH * HS, in_ld, in_, in_ + NH * HS, in_ld, q_norm, k_norm,
+                    table_, positions_, float(eps), N, NH, NKV, HS, nullptr);  // in place
+      Doubles in_place;
+      const Doubles all = in_.read();
+      for (int n = 0; n < N; n++) {
+        in_place.insert(in_place.end(), all.begin() + n * in_ld, all.begin() + n * in_ld + out_ld);
+        for (int64_t c = out_ld; c < in_ld; c++) {  // v is left alone
+          if (all[size_t(n * in_ld + c)] != in[size_t(n * in_ld + c)]) FAIL("v was changed");
+        }
+      }
+      CHECK_CLOSE(in_place, out, tolerance<A>());
+    };
+    if (N > 1000)
+      run();
+    else
+      every_schedule(run);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Biases and the scalar head
+
+KERNEL_TEST("cuda: a bias's gradient adds the sum over rows") {
+  struct Case {
+    int N, out;
+  };
+  for (const Case& c : {Case{1, 1}, {7, 5}, {70, 48}, {130, 100}, {600, 768}, {4000, 3}}) {
+    const int N = c.N;
+    const int out = c.out;
+    CAPTURE(N);
+    CAPTURE(out);
+    const Doubles dy = random<A>(N * out, "dy"), before = random<float>(out, "db");
+    Doubles db = before;
+    for (int n = 0; n < N; n++)
+      for (int o = 0; o < out; o++) db[size_t(o)] += 2 * dy[size_t(n * out + o)];
+    every_schedule([&] {
+      const OnDevice<A> dy_(dy);
+      const OnDevice<float> db_(before);
+      const OnDevice<char> scratch(int64_t(bias_backward_scratch(N, out)));
+      for (int twice = 0; twice < 2; twice++) {
+        bias_backward<A>(db_, dy_, N, out, scratch, nullptr);
+      }
+      CHECK_CLOSE(db_.read(), db, kFloat);
+    });
+  }
+}
+
+KERNEL_TEST("cuda: the scalar head matches the definition") {
+  for (const int C : {1, 5, 48, 100, 768}) {
+    CAPTURE(C);
+    const int N = 75;
+    const Doubles x = random<A>(N * C, "x"), w = random<A>(C, "w");
+    const Doubles dvalue = random<float>(N, "dvalue"), before = random<float>(C, "dw");
+    Doubles value(size_t(N), 0.), dx(x.size()), dw = before;
+    plain::linear_forward<double>(N, C, 1, x.data(), w.data(), nullptr, value.data());
+    for (int twice = 0; twice < 2; twice++) {
+      plain::linear_backward<double>(N, C, 1, x.data(), w.data(), dvalue.data(), dx.data(),
+                                     dw.data(), nullptr);
+    }
+    every_schedule([&] {
+      const OnDevice<A> x_(x), w_(w), dx_(int64_t(x.size()));
+      const OnDevice<float> value_(N), dvalue_(dvalue), dw_(before);
+      const OnDevice<char> scratch(int64_t(value_backward_scratch(N, C)));
+      value_forward<A>(value_, x_, w_, N, C, nullptr);
+      for (int twice = 0; twice < 2; twice++) {
+        value_backward<A>(dx_, dw_, dvalue_, x_, w_, N, C, scratch, nullptr);
+      }
+      CHECK_CLOSE(value_.read(), value, kFloat);
+      CHECK_CLOSE(dx_.read(), dx, tolerance<A>());
+      CHECK_CLOSE(dw_.read(), dw, kFloat);
+    });
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// LM head
+
+KERNEL_TEST("cuda: the classifier matches the definition, padding apart") {
+  struct Case {
+    int V, rows;
+    double temperature;
+  };
+  for (const Case& c :
+       {Case{1, 2, 1}, {5, 4, .7}, {48, 6, 1.3}, {257, 7, 1}, {257, 5, .7}, {50257, 3, .9}}) {
+    const int V = c.V;
+    const int rows = c.rows;
+    const double temperature = c.temperature;
+    CAPTURE(V);
+    const int ld = V == 48 ? 50 : (V + 127) / 128 * 128, N = rows + 2;  // 50: no packs
+    const double kNan = std::numeric_limits<double>::quiet_NaN();
+    Doubles logits = random<A>(rows * ld, "logits", 3);
+    for (int r = 0; r < rows; r++)
+      for (int j = V; j < ld; j++) logits[size_t(r * ld + j)] = kNan;  // in no one's sum
+    std::vector<int> row_of, targets = random_ids(N, V, "targets");
+    for (int r = 0; r < rows; r++) row_of.push_back(r == 1 ? -1 : N - 1 - r);
+    for (const int n : {0, 1}) targets[size_t(N - 1 - 2 * n)] = n ? V - 1 : 0;
+    const Doubles dlogp = random<float>(N, "dlogp"), dentropy = random<float>(N, "dentropy");
+
+    // Rows without a token: their dlogits are 0; positions without a row keep what they have (7).
+    Doubles logp(size_t(N), 7.), entropy = logp, d(logits.size(), 0.), d_logp = d, d_entropy = d;
+    for (int r = 0; r < rows; r++) {
+      const int n = row_of[size_t(r)];
+      if (n < 0) continue;
+      const double* x = &logits[size_t(r * ld)];
+      const int target = targets[size_t(n)];
+      plain::classifier_forward(V, x, target, temperature, logp[size_t(n)], entropy[size_t(n)]);
+      double highest = x[0], sum = 0;  // classifier_backward itself, but in V steps, not V^2
+      for (int j = 0; j < V; j++) highest = std::max(highest, x[j]);
+      for (int j = 0; j < V; j++) sum += std::exp((x[j] - highest) / temperature);
+      for (int j = 0; j < V; j++) {
+        const double l = (x[j] - highest) / temperature - std::log(sum), p = std::exp(l);
+        const size_t at = size_t(r * ld + j);
+        d_logp[at] = dlogp[size_t(n)] * (double(j == target) - p) / temperature;
+        d_entropy[at] = -dentropy[size_t(n)] * p * (l + entropy[size_t(n)]) / temperature;
+        d[at] = d_logp[at] + d_entropy[at];
+      }
+      if (V > 300) continue;
+      Doubles plain_d(static_cast<size_t>(V));
+      plain::classifier_backward(V, x, target, temperature, dlogp[size_t(n)], dentropy[size_t(n)],
+                                 plain_d.data());
+      CHECK_CLOSE(Doubles(&d[size_t(r * ld)], &d[size_t(r * ld)] + V), plain_d, 1e-12);
+    }
+    const auto run = [&] {
+      const OnDevice<A> logits_(logits);
+      const OnDevice<int> row_of_(row_of), targets_(targets);
+      const OnDevice<float> dlogp_(dlogp), dentropy_(dentropy), logp_(Doubles(size_t(N), 7.)),
+          entropy_(Doubles(size_t(N), 7.));
+      const auto call = [&](const float* dl, const float* de, float* h, bool backward) {
+        classifier<A>(logits_, ld, row_of_, targets_, dl, de, logp_, h, float(1 / temperature), V,
+                      rows, backward, nullptr);
+      };
+      call(nullptr, nullptr, entropy_, false);
+      CHECK_CLOSE(logp_.read(), logp, kFloat);
+      CHECK_CLOSE(entropy_.read(), entropy, kFloat);
+      Doubles after = logits_.read(), same = logits;
+      for (double& x : after) x = std::isnan(x) ? 1e9 : x;
+      for (double& x : same) x = std::isnan(x) ? 1e9 : x;
+      CHECK(after == same);  // forward alone changes none
+      logp_.write(Doubles(size_t(N), 7.));
+      call(dlogp_, nullptr, nullptr, true);
+      CHECK_CLOSE(logp_.read(), logp, kFloat);
+      CHECK_CLOSE(logits_.read(), d_logp, tolerance<A>());
+      logits_.write(logits);
+      call(nullptr, dentropy_, entropy_, true);
+      CHECK_CLOSE(logits_.read(), d_entropy, tolerance<A>());
+      logits_.write(logits);
+      call(dlogp_, dentropy_, entropy_, true);
+      CHECK_CLOSE(logits_.read(), d, tolerance<A>());
+      CHECK_CLOSE(entropy_.read(), entropy, kFloat);
+    };
+    every_schedule(run);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Sums, and the optimizers
+
+TEST_CASE("cuda: weighted sums add in double") {
+  for (const int n : {1, 31, 1024, 5003}) {
+    CAPTURE(n);
+    const Doubles a = random<float>(n, "a"), b = random<float>(n, "b");
+    double sum = 3, alone = 3;
+    for (size_t i = 0; i < size_t(n); i++) sum += a[i] * b[i], alone += a[i];
+    every_schedule([&] {
+      const OnDevice<float> a_(a), b_(b);
+      const OnDevice<double> out(Doubles{3, 3});
+      weighted_sum(out, a_, b_, n, nullptr);
+      weighted_sum(out + 1, a_, nullptr, n, nullptr);
+      CHECK_CLOSE(out.read(), (Doubles{sum, alone}), 1e-12);  // products and sums are doubles
+    });
+  }
+}
+
+TEST_CASE("cuda: the gradient's norm clips, and tells what is not finite") {
+  for (const int n : {1, 3, 1000, 2000003}) {
+    CAPTURE(n);
+    const Doubles g = random<float>(n, "g");
+    double square = 0;
+    for (const double x : g) square += x * x;
+    const double norm = std::sqrt(square);
+    const OnDevice<float> g_(g);
+    const OnDevice<double> partials(kSquarePartials);
+    const OnDevice<DeviceStep> step(1);
+    const auto run = [&](float max_norm) {
+      sum_of_squares(partials, g_, n, nullptr);
+      finish_norm(step, partials, kSquarePartials, max_norm, nullptr);
+      return step.raw()[0];
+    };
+    for (const float max_norm : {float(norm * .25), 0.f, float(norm * 2)}) {
+      if (n > 1000000 && max_norm == 0) break;  // so large that threads go on: once will do
+      const DeviceStep s = run(max_norm);
+      CHECK_CLOSE(Doubles{s.grad_norm}, Doubles{norm}, 1e-6);  // squares are floats
+      CHECK_CLOSE(Doubles{s.scale}, Doubles{max_norm > 0 && max_norm < norm ? .25 : 1}, 1e-6);
+      CHECK(s.skip == 0);
+    }
+    for (const double bad : {double(INFINITY), double(NAN)}) {
+      if (n > 1000000) break;
+      Doubles with = g;
+      with.back() = bad;
+      const OnDevice<float> bad_(with);
+      sum_of_squares(partials, bad_, n, nullptr);
+      finish_norm(step, partials, kSquarePartials, 1, nullptr);
+      CHECK(step.raw()[0].skip != 0);
+    }
+  }
+}
+
+TEST_CASE("cuda: AdamW matches the formula, clips, skips, and writes the bf16 copy") {
+  for (const int n : {1, 7, 768, 5003}) {
+    for (const int shift : {0, 1}) {  // 1: not aligned
+      CAPTURE(n);
+      CAPTURE(shift);
+      OptimizerStep o;
+      o.step = 3, o.beta1 = .8f, o.beta2 = .9f, o.eps = 1e-3f;
+      const double lr = .01, decay = .1, scale = .5;
+      const Doubles w0 = random<float>(n + shift, "w"), g = random<float>(n + shift, "g"),
+                    m0 = random<float>(n + shift, "m");
+      Doubles v0 = random<float>(n + shift, "v"), w = w0, m = m0;
+      for (double& x : v0) x = std::abs(x);
+      Doubles v = v0;
+      for (size_t i = size_t(shift); i < w.size(); i++) {
+        const double b1 = double(o.beta1), b2 = double(o.beta2), gi = g[i] * scale;
+        m[i] = b1 * m[i] + (1 - b1) * gi;
+        v[i] = b2 * v[i] + (1 - b2) * gi * gi;
+        w[i] -= lr * (m[i] / (1 - b1 * b1 * b1) /
+                          (std::sqrt(v[i] / (1 - b2 * b2 * b2)) + double(o.eps)) +
+                      decay * w[i]);
+      }
+      every_schedule([&] {
+        const OnDevice<float> w_(w0), g_(g), m_(m0), v_(v0);
+        const OnDevice<bf16> copy(w0);
+        for (const int skip : {1, 0}) {
+          const OnDevice<DeviceStep> step(std::vector<DeviceStep>{{1, float(scale), skip, 0, 0}});
+          adamw(w_ + shift, copy + shift, g_ + shift, m_ + shift, v_ + shift, n, float(lr),
+                float(decay), o, step, nullptr);
+          if (skip) {
+            CHECK((w_.read() == w0 && m_.read() == m0 && v_.read() == v0));
+          }
+        }
+        CHECK_CLOSE(w_.read(), w, kFloat);
+        CHECK_CLOSE(m_.read(), m, kFloat);
+        CHECK_CLOSE(v_.read(), v, kFloat);
+        Doubles rounded;
+        for (const double x : w_.read()) rounded.push_back(as_double(as<bf16>(x)));
+        CHECK(copy.read() == rounded);
+        const OnDevice<DeviceStep> step(std::vector<DeviceStep>{{1, 1, 0, 0, 0}});
+        adamw(w_ + shift, nullptr, g_ + shift, m_ + shift, v_ + shift, n, float(lr), float(decay),
+              o, step, nullptr);  // no copy
+        CHECK(copy.read() == rounded);
+      });
+    }
+  }
+}
+
+KERNEL_TEST("cuda: Muon's kernels, the products between them apart, match the formula") {
+  struct Case {
+    int out, in, count;
+  };
+  for (const Case& c : {Case{1, 1, 1}, {5, 3, 2}, {3, 70, 1}, {48, 48, 2}, {100, 33, 3}}) {
+    const int out = c.out;
+    const int in = c.in;
+    const int count = c.count;
+    CAPTURE(out);
+    CAPTURE(in);
+    const int rows = std::min(out, in), columns = std::max(out, in), size = out * in;
+    const bool tall = out > in;
+    const float mu = .9f, lr = .02f, decay = .1f, scale = .5f;
+    std::vector<int64_t> offsets;
+    for (int i = 0; i < count; i++) offsets.push_back(3 + (count - 1 - i) * (size + 5));
+    const int64_t arena = 3 + count * (size + 5);
+    const Doubles w0 = random<float>(arena, "w"), g = random<float>(arena, "g"),
+                  m0 = random<float>(arena, "m");
+
+    Doubles m = m0, x0, w = w0;  // x0: X before the steps
+    for (const int64_t offset : offsets) {
+      Doubles u(static_cast<size_t>(size));
+      double square = 0;
+      for (int i = 0; i < size; i++) {
+        const size_t at = size_t(offset + i);
+        const double grad = g[at] * double(scale);
+        m[at] = double(mu) * m[at] + (1 - double(mu)) * grad;
+        const double ui = double(mu) * m[at] + (1 - double(mu)) * grad;
+        u[size_t(tall ? i % in * out + i / in : i)] = ui;
+        square += ui * ui;
+      }
+      for (double& x : u) x0.push_back(x / (std::sqrt(square) + 1e-7));
+    }
+    every_schedule([&] {
+      const OnDevice<float> w_(w0), g_(g), m_(m0);
+      const OnDevice<float> squares(muon_squares_scratch(count) / sizeof(float));
+      const OnDevice<bf16> copy(w0);
+      const OnDevice<int64_t> offsets_(offsets);
+      const OnDevice<A> x_(int64_t(x0.size()));
+      const MuonBatch batch{offsets_, count, out, in};
+      const OnDevice<DeviceStep> skipped(std::vector<DeviceStep>{{1, scale, 1, 0, 0}});
+      const OnDevice<DeviceStep> step(std::vector<DeviceStep>{{1, scale, 0, 0, 0}});
+      muon_momentum(m_, squares, g_, batch, mu, skipped, nullptr);
+      CHECK(m_.read() == m0);
+      muon_momentum(m_, squares, g_, batch, mu, step, nullptr);
+      CHECK_CLOSE(m_.read(), m, kFloat);
+      muon_begin<A>(x_, squares, g_, m_, batch, mu, step, nullptr);
+      CHECK_CLOSE(x_.read(), x0, tolerance<A>());
+
+      // The last step, of an X as it may be
+      const Doubles x = random<A>(int64_t(count) * rows * columns, "X");
+      x_.write(x);
+      Doubles want = w0;
+      for (int k = 0; k < count; k++) {
+        for (int o = 0; o < out; o++) {
+          for (int i = 0; i < in; i++) {
+            double& wi = want[size_t(offsets[size_t(k)] + o * in + i)];
+            const double xi = x[size_t(k * size + (tall ? i * columns + o : o * columns + i))];
+            wi -=
+                double(lr) * (std::sqrt(std::max(1., double(out) / in)) * xi + double(decay) * wi);
+          }
+        }
+      }
+      muon_update<A>(w_, copy, x_, batch, lr, decay, skipped, nullptr);
+      CHECK(w_.read() == w0);
+      muon_update<A>(w_, copy, x_, batch, lr, decay, step, nullptr);
+      CHECK_CLOSE(w_.read(), want, kFloat);
+      Doubles rounded;
+      for (const double v : w_.read()) rounded.push_back(as_double(as<bf16>(v)));
+      CHECK(copy.read() == rounded);
+    });
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Sampling
+
+// sample_row's rules by sorting, in double.
+int plain_sample(Doubles x, const SampleRow& how, const std::vector<int>& history) {
+  const int V = int(x.size());
+  const std::set<int> seen(history.begin() + how.history_begin, history.begin() + how.history_end);
+  for (const int id : seen) {
+    if (id < V) x[size_t(id)] *= std::pow(double(how.penalty), x[size_t(id)] > 0 ? -1 : 1);
+  }
+  std::vector<int> order(x.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return x[size_t(a)] > x[size_t(b)]; });
+  if (how.temperature == 0) return order[0];
+  Doubles p(x.size());
+  const double highest = x[size_t(order[0])];
+  for (size_t j = 0; j < x.size(); j++) {
+    p[j] = std::exp((x[j] - highest) / double(how.temperature));
+    if (p[j] < double(how.min_p)) p[j] = 0;
+  }
+  size_t kept = how.top_k > 0 ? std::min(x.size(), size_t(how.top_k)) : x.size();
+  double total = 0, reached = 0;
+  for (size_t i = 0; i < kept; i++) total += p[size_t(order[i])];
+  if (how.top_p < 1) {
+    size_t i = 0;
+    while (i < kept && reached < double(how.top_p) * total) reached += p[size_t(order[i++])];
+    kept = std::max<size_t>(1, i);
+  }
+  for (size_t i = kept; i < order.size(); i++) p[size_t(order[i])] = 0;
+  total = std::accumulate(p.begin(), p.end(), 0.);
+  double left = total * uniform01(mix64(how.seed, how.stream, how.position));
+  for (int j = 0; j < V; j++) {
+    if (left < p[size_t(j)]) return j;
+    left -= p[size_t(j)];
+  }
+  return order[0];
+}
+
+KERNEL_TEST("cuda: sampling follows its rules, ties and limits included") {
+  struct Case {
+    int V;
+    double grid;  // logits are multiples of it: ties
+    int draws;
+  };
+  for (const Case& c : {Case{1, 1, 2}, {5, 1, 4}, {257, .5, 3}, {3000, .25, 1}}) {
+    const int V = c.V;
+    const double grid = c.grid;
+    const int draws = c.draws;
+    CAPTURE(V);
+    Doubles logits = random<A>(V, "logits", 2);
+    for (double& x : logits) x = std::round(x / grid) * grid;
+    const auto history = random_ids(12, V + 3, "history");
+    std::vector<SampleRow> rows;
+    Rng rng{5};
+    const auto add = [&](SampleRow r) {
+      for (int i = 0; i < draws; i++) {
+        r.seed = rng.next(), r.stream = uint64_t(i), r.position = 100 + uint64_t(i);
+        rows.push_back(r);
+      }
+    };
+    const SampleRow one{1, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0};
+    add(one);
+    for (const float temperature : {0.f, .5f, 1.7f}) {
+      SampleRow r = one;
+      r.temperature = temperature;
+      add(r);
+      for (const int top_k : {1, 3, 40, V}) r.top_k = top_k, add(r);
+      for (const float top_p : {0.f, .1f, .5f, .9f}) r.top_p = top_p, add(r), r.top_k = 7, add(r);
+      r = one, r.temperature = temperature;
+      r.min_p = .2f, add(r);
+      r.top_p = .7f, add(r);
+      r = one, r.temperature = temperature;
+      r.penalty = 1.5f, r.history_begin = 2, r.history_end = 12, add(r);
+      r.vocab = std::max(1, V / 2), r.top_k = 3, add(r);
+    }
+    std::vector<int> want;
+    Doubles want_logp;
+    for (const SampleRow& r : rows) {
+      Doubles x(logits.begin(), logits.begin() + (r.vocab ? r.vocab : V));
+      want.push_back(plain_sample(x, r, history));
+      double entropy;
+      want_logp.emplace_back();
+      plain::classifier_forward<double>(V, logits.data(), want.back(),
+                                        r.temperature > 0 ? double(r.temperature) : 1.,
+                                        want_logp.back(), entropy);
+    }
+    const int count = int(rows.size()), ld = V + 7;
+    Doubles padded;
+    for (int r = 0; r < count; r++) {
+      padded.insert(padded.end(), logits.begin(), logits.end());
+      padded.insert(padded.end(), 7, 1e9);  // would win
+    }
+    const auto run = [&] {
+      const OnDevice<A> logits_(padded);
+      const OnDevice<SampleRow> rows_(rows);
+      const OnDevice<int> history_(history), ids(count);
+      const OnDevice<float> logp(count), scratch(int64_t(count) * V);
+      sample<A>(ids, logp, logits_, ld, V, rows_, history_, count, scratch, nullptr);
+      const std::vector<int> got = ids.raw();
+      for (size_t r = 0; r < rows.size(); r++) {
+        CAPTURE(r);
+        CAPTURE(rows[r].temperature);
+        CAPTURE(rows[r].top_k);
+        CAPTURE(rows[r].top_p);
+        CAPTURE(rows[r].penalty);
+        CHECK(got[r] == want[r]);
+      }
+      CHECK_CLOSE(logp.read(), want_logp, kFloat);
+    };
+    if (V > 1000)
+      run();
+    else
+      every_schedule(run);
+  }
+}
+
+KERNEL_TEST("cuda: nucleus sampling stops at a sum it meets exactly") {
+  // Four equal tokens, half of the mass: the first two. top_k among equals: the smaller ids.
+  const OnDevice<A> logits(Doubles{-9, 1, -9, 1, 1, 1, -9});
+  std::set<int> by_p, by_k;
+  for (int i = 0; i < 40; i++) {
+    SampleRow r{.1f, .5f, 0, 1, 0, 0, 0, 0, uint64_t(i), 0, 0}, k = r;
+    k.top_p = 1, k.top_k = 3;
+    const OnDevice<SampleRow> rows(std::vector<SampleRow>{r, k});
+    const OnDevice<A> both(Doubles{-9, 1, -9, 1, 1, 1, -9, -9, 1, -9, 1, 1, 1, -9});
+    const OnDevice<int> ids(2);
+    const OnDevice<float> logp(2), scratch(14);
+    sample<A>(ids, logp, both, 7, 7, rows, nullptr, 2, scratch, nullptr);
+    by_p.insert(ids.raw()[0]);
+    by_k.insert(ids.raw()[1]);
+  }
+  CHECK(by_p == std::set<int>{1, 3});
+  CHECK(by_k == std::set<int>{1, 3, 4});
+}
+
+#undef CHECK_CLOSE
+#undef KERNEL_TEST
+
+}  // namespace kernel_test
+
+// Attention on a device against its definition in cake/layers.h, computed in double from the
+// numbers that the device was given. Every matrix is strided: q, k and v are columns of one buffer,
+// so are dq, dk and dv, and no column or row beside them may change.
+
+namespace cake::gpu::attention_test {
+
+template <class T>
+class OnDevice {
+ public:
+  explicit OnDevice(size_t size) : size_(size) {
+    check(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(size, 1) * sizeof(T)),
+          "memory for a test");
+  }
+  explicit OnDevice(const std::vector<T>& values) : OnDevice(values.size()) {
+    check(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), "copy");
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() { cudaFree(data_); }
+  operator T*() const { return data_; }
+  std::vector<T> values() const {
+    std::vector<T> out(size_);
+    check(cudaDeviceSynchronize(), "a kernel under test");
+    check(cudaMemcpy(out.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "copy");
+    return out;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_;
+};
+
+// Runs `body` once for each order of threads that is to be had: three emulated, two on a GPU.
+template <class Body>
+void for_each_schedule(Body&& body) {
+#ifdef CAKE_CUDA_ON_CPU
+  using cuda_on_cpu::Schedule;
+  for (const Schedule s : {Schedule::forward, Schedule::reverse, Schedule::random}) {
+    cuda_on_cpu::set_schedule(s, 7);
+    body();
+  }
+  cuda_on_cpu::set_schedule(Schedule::forward);
+#else
+  for (int i = 0; i < 2; i++) body();
+#endif
+}
+
+template <class A>
+A stored(double x) {
+  if constexpr (std::is_same_v<A, float>) {
+    return float(x);
+  } else {
+    return __float2bfloat16_rn(float(x));
+  }
+}
+inline double number(float x) { return x; }
+inline double number(bf16 x) { return __bfloat162float(x); }
+
+struct Shape {
+  int NH, NKV, HS;
+  std::vector<int> documents;  // their lengths
+  int N() const { return std::accumulate(documents.begin(), documents.end(), 0); }
+  int group() const { return NH / NKV; }
+  // Rows of q, k, v side by side, and a gap of 16 that belongs to no one
+  int ld() const { return (NH + 2 * NKV) * HS + 16; }
+  std::string text() const {
+    std::string s = "heads " + std::to_string(NH) + ":" + std::to_string(NKV) + ", head size " +
+                    std::to_string(HS) + ", documents";
+    for (const int d : documents) s += " " + std::to_string(d);
+    return s;
+  }
+};
+
+// What attention takes, as it is stored
+template <class A>
+struct Input {
+  std::vector<A> qkv, dout;  // (N, ld), (N, NH HS)
+  std::vector<int> start, end;
+  explicit Input(const Shape& s) {
+    Rng rng{uint64_t(s.N() + 1000 * s.HS + s.NH)};
+    for (int64_t i = 0; i < int64_t(s.N()) * s.ld(); i++) qkv.push_back(stored<A>(rng.normal()));
+    for (int64_t i = 0; i < int64_t(s.N()) * s.NH * s.HS; i++)
+      dout.push_back(stored<A>(rng.normal()));
+    int at = 0;
+    for (const int length : s.documents) {
+      start.insert(start.end(), size_t(length), at);
+      at += length;
+      end.insert(end.end(), size_t(length), at);
+    }
+  }
+};
+
+// What attention should give, in double, and by how much bf16 may miss it, element by element.
+//
+// bf16 has 8 significant bits: storing x errs by at most u |x|, u = 2^-8. The kernels store p, ds
+// and their results in bf16 and all else in fp32, and delta comes from `out` as it was stored. So,
+// to first order, with E[t] = sum_d |dout[t,d]| bound(out[t,d]) for the error of delta:
+//   out  u sum_s p |v| + u |out|                   dq  sum_s (u |ds| + p E[t]) |k| + u |dq|
+//   dv   u sum_t p |dout| + u |dv|                 dk  sum_t (u |ds| + p E[t]) |q| + u |dk|
+// The next order and fp32 are given a twentieth of that and 2e-6.
+struct Expected {
+  std::vector<double> out, lse, dqkv;  // (N, NH HS), (NH, N), (N, ld)
+  std::vector<double> out_bound, dqkv_bound;
+};
+
+template <class A>
+Expected expect(const Shape& s, const Input<A>& in) {
+  const double u = 1 / 256., scale = 1 / std::sqrt(double(s.HS));
+  const int N = s.N(), HS = s.HS, ld = s.ld(), C = s.NH * HS;
+  Expected e;
+  e.out.resize(size_t(N) * C), e.out_bound = e.out;
+  e.dqkv.resize(size_t(N) * ld), e.dqkv_bound = e.dqkv;
+  e.lse.resize(size_t(s.NH) * N);
+  int first = 0;
+  for (const int T : s.documents) {
+    for (int h = 0; h < s.NH; h++) {
+      const int at[3] = {h * HS, C + h / s.group() * HS, C + (s.NKV + h / s.group()) * HS};
+      std::vector<double> x[3], dx[3], dout(size_t(T) * HS), out(size_t(T) * HS), p(size_t(T) * T);
+      for (int i = 0; i < 3; i++) {
+        x[i].resize(size_t(T) * HS), dx[i].resize(size_t(T) * HS);
+        for (int t = 0; t < T; t++)
+          for (int d = 0; d < HS; d++)
+            x[i][t * HS + d] = number(in.qkv[size_t(first + t) * ld + at[i] + d]);
+      }
+      for (int t = 0; t < T; t++)
+        for (int d = 0; d < HS; d++)
+          dout[t * HS + d] = number(in.dout[size_t(first + t) * C + h * HS + d]);
+      plain::attention_forward(T, HS, x[0].data(), x[1].data(), x[2].data(), out.data(), p.data());
+      plain::attention_backward(T, HS, x[0].data(), x[1].data(), x[2].data(), p.data(), dout.data(),
+                                dx[0].data(), dx[1].data(), dx[2].data());
+      for (int t = 0; t < T; t++) {
+        const size_t row = size_t(first + t);
+        double self = 0, mean = 0, delta_bound = 0;
+        for (int d = 0; d < HS; d++) {
+          const double value = out[t * HS + d];
+          double bound = u * std::abs(value);
+          for (int m = 0; m <= t; m++) bound += u * p[t * T + m] * std::abs(x[2][m * HS + d]);
+          e.out[row * C + h * HS + d] = value;
+          e.out_bound[row * C + h * HS + d] = bound;
+          self += x[0][t * HS + d] * x[1][t * HS + d] * scale;
+          mean += dout[t * HS + d] * value;
+          delta_bound += std::abs(dout[t * HS + d]) * bound;
+          for (int i = 0; i < 3; i++) e.dqkv[row * ld + at[i] + d] += dx[i][t * HS + d];
+        }
+        e.lse[size_t(h) * N + row] = self - std::log(p[t * T + t]);
+        for (int m = 0; m <= t; m++) {
+          double dp = 0;
+          for (int d = 0; d < HS; d++) dp += dout[t * HS + d] * x[2][m * HS + d];
+          const double pe = p[t * T + m], ds = u * std::abs(pe * (dp - mean)) + pe * delta_bound;
+          for (int d = 0; d < HS; d++) {
+            e.dqkv_bound[row * ld + at[0] + d] += scale * ds * std::abs(x[1][m * HS + d]);
+            double* key_bound = e.dqkv_bound.data() + size_t(first + m) * ld;
+            key_bound[at[1] + d] += scale * ds * std::abs(x[0][t * HS + d]);
+            key_bound[at[2] + d] += u * pe * std::abs(dout[t * HS + d]);
+          }
+        }
+      }
+    }
+    first += T;
+  }
+  for (size_t i = 0; i < e.dqkv.size(); i++) e.dqkv_bound[i] += u * std::abs(e.dqkv[i]);
+  return e;
+}
+
+// What a device gave
+template <class A>
+struct Result {
+  std::vector<A> out, dqkv;
+  std::vector<float> lse;
+};
+
+inline constexpr double kUntouched = -77;  // fills what no kernel may write
+
+template <class A>
+Result<A> compute(const Shape& s, const Input<A>& in) {
+  const int N = s.N(), C = s.NH * s.HS, k = C, v = C + s.NKV * s.HS, ld = s.ld();
+  const OnDevice<A> qkv(in.qkv), dout(in.dout);
+  const OnDevice<A> dqkv(std::vector<A>(size_t(N) * ld + 64, stored<A>(kUntouched)));
+  const OnDevice<A> out(std::vector<A>(size_t(N) * C + 64, stored<A>(kUntouched)));
+  const OnDevice<float> lse(std::vector<float>(size_t(s.NH) * N + 16, float(kUntouched)));
+  const OnDevice<float> delta(size_t(s.NH) * N);
+  const OnDevice<int> start(in.start), end(in.end);
+  const AttentionShape shape{N, s.NH, s.NKV, s.HS, start, end};
+  attention_forward<A>(out, lse, qkv, ld, qkv + k, ld, qkv + v, ld, shape, nullptr);
+  attention_backward<A>(dqkv, ld, dqkv + k, dqkv + v, ld, dout, out, lse, delta, qkv, ld, qkv + k,
+                        ld, qkv + v, ld, shape, nullptr);
+  return {out.values(), dqkv.values(), lse.values()};
+}
+
+// ||got - expected|| / ||expected|| over columns [begin, end) of rows of ld; NaN when any is not
+// finite
+template <class A>
+double relative(const std::vector<A>& got, const std::vector<double>& expected, int N, int ld,
+                int begin, int end) {
+  double error = 0, norm = 0;
+  for (int n = 0; n < N; n++)
+    for (int c = begin; c < end; c++) {
+      const double x = number(got[size_t(n) * ld + c]), y = expected[size_t(n) * ld + c];
+      error += (x - y) * (x - y), norm += y * y;
+    }
+  return norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
+}
+
+// The largest |got - expected| / bound over the same; infinite where one is not a number
+template <class A>
+double worst(const std::vector<A>& got, const std::vector<double>& expected,
+             const std::vector<double>& bound, int N, int ld, int begin, int end) {
+  double most = 0;
+  for (int n = 0; n < N; n++)
+    for (int c = begin; c < end; c++) {
+      const size_t i = size_t(n) * ld + c;
+      const double ratio = std::abs(number(got[i]) - expected[i]) / (1.05 * bound[i] + 2e-6);
+      if (!(ratio <= most)) most = std::isnan(ratio) ? INFINITY : ratio;
+    }
+  return most;
+}
+
+template <class A>
+bool same_bits(const std::vector<A>& a, const std::vector<A>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(A)) == 0;
+}
+
+// The tensors of one result against what is expected of them
+template <class A>
+void compare(const Shape& s, const Expected& e, const Result<A>& r) {
+  const int N = s.N(), C = s.NH * s.HS, k = C, v = C + s.NKV * s.HS, end = v + s.NKV * s.HS;
+  const int ld = s.ld();
+  const auto compare_one = [&](const char* name, const std::vector<A>& got,
+                               const std::vector<double>& expected,
+                               const std::vector<double>& bound, int row, int from, int to) {
+    INFO(name);
+    if constexpr (std::is_same_v<A, float>) {
+      // A tensor that is zero (dq, dk of documents of one token) is met to rounding error alone.
+      CHECK(relative(got, expected, N, row, from, to) < 1e-5);
+    } else {
+      CHECK(worst(got, expected, bound, N, row, from, to) < 1);
+      // Roundings go up as often as down: a whole tensor errs by less than u.
+      CHECK(relative(got, expected, N, row, from, to) < 1 / 256.);
+    }
+  };
+  compare_one("out", r.out, e.out, e.out_bound, C, 0, C);
+  compare_one("dq", r.dqkv, e.dqkv, e.dqkv_bound, ld, 0, k);
+  compare_one("dk", r.dqkv, e.dqkv, e.dqkv_bound, ld, k, v);
+  compare_one("dv", r.dqkv, e.dqkv, e.dqkv_bound, ld, v, end);
+  // In fp32 throughout, from scores of HS products each
+  double lse_error = 0;
+  for (size_t i = 0; i < e.lse.size(); i++) {
+    const double error = std::abs(r.lse[i] - e.lse[i]);
+    if (!(error <= lse_error)) lse_error = std::isnan(error) ? INFINITY : error;
+  }
+  CHECK(lse_error < 1e-5);
+  int touched = 0;
+  for (size_t i = 0; i < r.dqkv.size(); i++) {
+    const bool gap = i >= size_t(N) * ld || int(i % ld) >= end;
+    touched += gap && number(r.dqkv[i]) != kUntouched;
+  }
+  for (size_t i = size_t(N) * C; i < r.out.size(); i++) touched += number(r.out[i]) != kUntouched;
+  for (size_t i = size_t(s.NH) * N; i < r.lse.size(); i++) touched += r.lse[i] != float(kUntouched);
+  CHECK(touched == 0);
+}
+
+template <class A>
+void run(const Shape& s) {
+  const std::string what = s.text();
+  INFO(what);
+  const Input<A> in(s);
+  compare<A>(s, expect<A>(s, in), compute<A>(s, in));
+}
+
+// Tiles are 32, 64 and 128 rows: documents that end at, before and after their borders, that cross
+// them, that fill several, and many in one.
+inline const std::vector<std::vector<int>>& layouts() {
+  static const std::vector<std::vector<int>> all = {
+      {1},
+      {1, 1, 1},
+      {63},
+      {64},
+      {65},
+      {129},
+      {300},
+      {32, 32, 64, 1},
+      {40, 50, 60},
+      {1, 2, 1, 3, 1, 30, 1, 26, 64, 1, 70},
+      {127, 1, 1, 65},
+      {5, 180, 9},
+  };
+  return all;
+}
+
+}  // namespace cake::gpu::attention_test
+
+TEST_CASE("cuda: attention in fp32 is its definition, on every layout of documents") {
+  using namespace cake::gpu::attention_test;
+  for (const auto& documents : layouts()) run<float>({2, 1, 16, documents});
+}
+
+TEST_CASE("cuda: attention in fp32 is its definition, for every head size and grouping") {
+  using namespace cake::gpu::attention_test;
+  const std::vector<int> documents = {20, 1, 45};
+  for (const int HS : {7, 32, 48, 64, 80, 128}) run<float>({2, 2, HS, documents});
+  run<float>({4, 2, 32, documents});
+  run<float>({6, 1, 16, documents});
+}
+
+TEST_CASE(
+    "cuda: attention in bf16 is its definition within rounding, on every layout of documents") {
+  using namespace cake::gpu::attention_test;
+  using cake::gpu::bf16;
+  for (const auto& documents : layouts()) run<bf16>({2, 1, 16, documents});
+  for (const auto& documents : layouts()) run<bf16>({1, 1, 80, documents});
+}
+
+TEST_CASE("cuda: attention in bf16 is its definition within rounding, for every head size") {
+  using namespace cake::gpu::attention_test;
+  using cake::gpu::bf16;
+  const std::vector<int> documents = {20, 1, 120, 9};
+  for (const int HS : {16, 32, 48, 64, 80, 128}) run<bf16>({2, 2, HS, documents});
+  // Rows that are not whole chunks of 16 bytes go without tensor cores.
+  for (const int HS : {20, 100}) run<bf16>({2, 2, HS, {20, 1, 45}});
+}
+
+TEST_CASE("cuda: grouped heads meet their own keys, and a key's gradient is the group's sum") {
+  using namespace cake::gpu::attention_test;
+  using cake::gpu::bf16;
+  for (const int HS : {64, 128}) {
+    run<bf16>({4, 2, HS, {70, 30}});
+    run<bf16>({6, 1, HS, {70, 30}});
+  }
+}
+
+TEST_CASE("cuda: attention has the same bits in every order of threads") {
+  using namespace cake::gpu::attention_test;
+  using cake::gpu::bf16;
+  const auto all_same = [](auto zero, const Shape& s) {
+    using A = decltype(zero);
+    const std::string what = s.text();
+    INFO(what);
+    const Input<A> in(s);
+    const Expected e = expect<A>(s, in);
+    std::vector<Result<A>> results;
+    for_each_schedule([&] { results.push_back(compute<A>(s, in)); });
+    for (const Result<A>& r : results) {
+      compare<A>(s, e, r);
+      CHECK(same_bits(r.out, results[0].out));
+      CHECK(same_bits(r.lse, results[0].lse));
+      CHECK(same_bits(r.dqkv, results[0].dqkv));
+    }
+  };
+  all_same(0.f, {4, 2, 32, {3, 100, 1, 30}});
+  all_same(bf16{}, {4, 2, 64, {3, 200, 1, 90}});
+  all_same(bf16{}, {2, 1, 128, {3, 150, 1, 40}});
+}
+
+TEST_CASE("cuda: a head size or a grouping that attention cannot take is an error that says so") {
+  using namespace cake::gpu::attention_test;
+  const auto error = [](int NH, int NKV, int HS) {
+    return cake::error_of([&] {
+      cake::gpu::attention_forward<float>(nullptr, nullptr, nullptr, 1, nullptr, 1, nullptr, 1,
+                                          {1, NH, NKV, HS, nullptr, nullptr}, nullptr);
+    });
+  };
+  CHECK(cake::contains(error(1, 1, 129), "head size 129, expected 1 to 128"));
+  CHECK(cake::contains(error(3, 2, 64), "3 query heads, expected a multiple of the 2"));
+}
+
+namespace cake::gpu::attention_test {
+
+// Rows of a cache, as documents of a packed batch, appended in two parts to pages in shuffled
+// order; then every token of `asked` attends through the cache to what precedes it.
+template <class A>
+struct Cached {
+  int max_pages = 0;
+  std::vector<int> table, slot, row_of, position;
+  std::unique_ptr<OnDevice<A>> k_pages, v_pages;
+
+  Cached(const Shape& s, const Input<A>& in) {
+    int pages = 0;
+    for (const int length : s.documents) {
+      max_pages = std::max(max_pages, (length + kPage - 1) / kPage);
+      pages += (length + kPage - 1) / kPage;
+    }
+    std::vector<int> order(size_t(pages) + 2);  // two pages are no one's
+    std::iota(order.begin(), order.end(), 0);
+    Rng rng{11};
+    for (size_t i = order.size(); i-- > 1;) std::swap(order[i], order[rng.next() % (i + 1)]);
+    table.assign(s.documents.size() * size_t(max_pages), -1);
+    int taken = 0;
+    for (size_t r = 0; r < s.documents.size(); r++)
+      for (int t = 0; t < s.documents[r]; t++) {
+        int& page = table[r * size_t(max_pages) + size_t(t / kPage)];
+        if (page < 0) page = order[size_t(taken++)];
+        slot.push_back(page * kPage + t % kPage);
+        row_of.push_back(int(r)), position.push_back(t);
+      }
+    const size_t size = order.size() * size_t(s.NKV) * kPage * size_t(s.HS);
+    k_pages = std::make_unique<OnDevice<A>>(size), v_pages = std::make_unique<OnDevice<A>>(size);
+    const OnDevice<A> qkv(in.qkv);
+    const OnDevice<int> slots(slot);
+    const int k = s.NH * s.HS, v = k + s.NKV * s.HS, ld = s.ld(), half = s.N() / 2;
+    if (half > 0) {
+      cache_append<A>(*k_pages, *v_pages, qkv + k, qkv + v, ld, slots, half, s.NKV, s.HS, nullptr);
+    }
+    const A* rest = qkv + size_t(half) * ld;
+    cache_append<A>(*k_pages, *v_pages, rest + k, rest + v, ld, slots + half, s.N() - half, s.NKV,
+                    s.HS, nullptr);
+    check(cudaDeviceSynchronize(), "cache_append");
+  }
+
+  // out (asked, NH HS)
+  std::vector<A> attend(const Shape& s, const Input<A>& in, const std::vector<int>& asked) const {
+    std::vector<A> q;
+    std::vector<int> rows, positions;
+    for (const int n : asked) {
+      q.insert(q.end(), in.qkv.begin() + int64_t(n) * s.ld(),
+               in.qkv.begin() + int64_t(n + 1) * s.ld());
+      rows.push_back(row_of[size_t(n)]), positions.push_back(position[size_t(n)]);
+    }
+    const OnDevice<A> queries(q), out(asked.size() * size_t(s.NH * s.HS));
+    const OnDevice<int> r(rows), p(positions), t(table);
+    cache_attention<A>(out, queries, s.ld(), *k_pages, *v_pages, r, p, t, max_pages,
+                       int(asked.size()), s.NH, s.NKV, s.HS, nullptr);
+    return out.values();
+  }
+};
+
+template <class A>
+void run_cache(const Shape& s) {
+  const std::string what = s.text();
+  INFO(what);
+  const Input<A> in(s);
+  const Expected e = expect<A>(s, in);
+  const Cached<A> cache(s, in);
+  const std::vector<A> packed = compute<A>(s, in).out;
+  std::vector<int> asked;  // in no order: the first and last three of a row, and some between
+  for (int n = s.N(); n-- > 0;) {
+    const int t = cache.position[size_t(n)],
+              last = s.documents[size_t(cache.row_of[size_t(n)])] - 1;
+    if (t < 3 || t > last - 3 || t % 61 == 0) asked.push_back(n);
+  }
+  const size_t C = size_t(s.NH * s.HS);
+  const std::vector<A> out = cache.attend(s, in, asked);
+  std::vector<double> expected, bound, packed_rows, both;
+  for (const int n : asked)
+    for (size_t c = size_t(n) * C; c < size_t(n + 1) * C; c++) {
+      expected.push_back(e.out[c]), packed_rows.push_back(number(packed[c]));
+      // p stays in fp32 here: the result alone is rounded.
+      bound.push_back(std::abs(e.out[c]) / 256), both.push_back(bound.back() + e.out_bound[c]);
+    }
+  const int rows = int(asked.size());
+  if constexpr (std::is_same_v<A, float>) {
+    CHECK(relative(out, expected, rows, int(C), 0, int(C)) < 1e-5);
+    CHECK(relative(out, packed_rows, rows, int(C), 0, int(C)) < 1e-5);
+  } else {
+    CHECK(worst(out, expected, bound, rows, int(C), 0, int(C)) < 1);
+    CHECK(worst(out, packed_rows, both, rows, int(C), 0, int(C)) < 1);
+  }
+  // One token alone
+  const size_t some = asked.size() / 2;
+  const std::vector<A> alone = cache.attend(s, in, {asked[some]});
+  CHECK(same_bits(alone, {out.begin() + int64_t(some * C), out.begin() + int64_t((some + 1) * C)}));
+}
+
+}  // namespace cake::gpu::attention_test
+
+TEST_CASE(
+    "cuda: attention through the paged cache is packed attention, whoever else is asked for") {
+  using namespace cake::gpu::attention_test;
+  using cake::gpu::bf16;
+  run_cache<float>({2, 2, 16, {1, 64, 65, 2, 130}});
+  run_cache<float>({4, 2, 7, {3, 70}});
+  run_cache<float>({2, 1, 128, {5, 66}});
+  run_cache<bf16>({2, 1, 64, {1, 300, 2}});
+  run_cache<bf16>({1, 1, 16, {600}});
+  run_cache<bf16>({6, 1, 80, {7, 65}});
+  run_cache<bf16>({2, 2, 128, {3, 70}});
+  run_cache<bf16>({2, 2, 20, {3, 70}});
+}
+
+TEST_CASE("cuda: attention through the paged cache has the same bits in every order of threads") {
+  using namespace cake::gpu::attention_test;
+  using cake::gpu::bf16;
+  const Shape s{4, 2, 64, {300, 5}};
+  const Input<bf16> in(s);
+  std::vector<std::vector<bf16>> results;
+  for_each_schedule([&] {
+    results.push_back(Cached<bf16>(s, in).attend(s, in, {0, 150, 299, 304}));
+    CHECK(same_bits(results.back(), results[0]));
+  });
+}
+
+// =============================================================================================
+// CudaGpt against CpuGpt, on tiny models that are random everywhere, norms and biases too
+//
+// Tolerances in fp32 (products without TF32): both engines sum a few hundred terms of mixed sign in
+// different orders, so relative errors in norm are a few 1e-7; 1e-5 leaves room for exp, rsqrt and
+// two layers. Five optimizer steps: Adam divides by the root of the second moment, so noise of 1e-6
+// in a small element becomes noise of 1e-6 of a whole step; 1e-4.
+//
+// bf16 has 8 significant bits: a rounding is at most 2^-8 of a number, 1.6e-3 of it on average, and
+// k of them of independent sign come to sqrt(k) times that. From a token to its logits there are 16
+// a layer, weights included (norm, W, qkv, rotated, p, att, W, product, sum, and as many in the
+// other half), and 5 more: 37 in two layers, 1e-2 of a logit. Logits deviate by 1 here and are
+// divided by a temperature of .7: log-probabilities, of size 5.6, err by 1.4e-2, which is 2.5e-3 of
+// them, and the worst of a hundred by three or four times as much: 5e-2. Gradients pass as many
+// roundings again and meet activations that are as wrong: sqrt(3 x 37) 1.6e-3 = 1.7e-2, and those of
+// attention's scores, p (dp - sum p dp), lose a bit or so to the difference: 3e-2. The bounds are
+// twice these or less. A wrong scale, mask or missing term errs by 1e-1 and more.
+
+namespace {
+
+using namespace cake;
+using cake::gpu::CudaGpt;
+
+constexpr double kFp32 = 1e-5, kFp32AfterSteps = 1e-4;
+constexpr double kBf16Gradient = 6e-2, kBf16Logp = 4e-3, kBf16Worst = 1e-1;
+constexpr Family kEngineFamilies[] = {Family::gpt2, Family::llama, Family::qwen3};
+
+Config engine_config(Family family, Head head = Head::lm, bool tied = false) {
+  Config c;
+  c.family = family, c.head = head, c.V = 257, c.T = 100, c.L = 2;
+  c.tied = tied || family == Family::gpt2;
+  c.norm_eps = family == Family::gpt2 ? 1e-5 : 1e-6;
+  if (family == Family::gpt2) c.C = 48, c.NH = 3, c.NKV = 3, c.HS = 16, c.F = 120;
+  if (family == Family::llama) c.C = 40, c.NH = 4, c.NKV = 2, c.HS = 16, c.F = 56;
+  if (family == Family::qwen3) c.C = 40, c.NH = 2, c.NKV = 1, c.HS = 32, c.F = 72;
+  if (family == Family::llama) {  // llama 3's passage between wavelengths, in a context of 100
+    c.rope = {
+        .theta = 500, .factor = 8, .low_freq_factor = 1, .high_freq_factor = 4, .original_T = 40};
+  }
+  return c;
+}
+
+// Large enough that attention is far from uniform; logits come out with a deviation of 1.
+void randomize(Gpt& gpt, uint64_t seed) {
+  for (size_t i = 0; i < gpt.table().tensors.size(); i++) {
+    const Tensor& t = gpt.table().tensors[i];
+    Rng rng{mix64(seed, i)};
+    const double std = t.kind == Kind::vector   ? .2
+                       : t.kind == Kind::matrix ? 1 / std::sqrt(t.in)
+                                                : .15;
+    std::vector<float> values(size_t(t.size()));
+    for (float& x : values) x = float((t.init_one ? 1 : 0) + std * rng.normal());
+    gpt.write(int(i), Slot::weight, values);
+  }
+}
+
+struct Pair {  // the same model on both engines
+  std::unique_ptr<Gpt> cpu, gpu;
+  Pair(const Config& c, GptOptions options, uint64_t seed = 7) {
+    options.device = Device::cuda;
+    gpu = gpu::make_gpt(c, options);
+    GptOptions host = options;
+    host.device = Device::cpu, host.precision = Precision::automatic, host.recompute = false;
+    host.share = nullptr;
+    cpu = make_gpt(c, host);
+    randomize(*cpu, seed), randomize(*gpu, seed);
+  }
+};
+constexpr GptOptions kTrainFp32{.precision = Precision::fp32};
+constexpr GptOptions kTrainBf16{.precision = Precision::bf16};
+
+struct Packed {
+  std::vector<int> tokens, targets, doc_starts{0};
+  std::vector<float> dlogp, dentropy, dvalue;
+  float temperature = 1;
+  Batch batch() const { return {tokens, targets, doc_starts, temperature}; }
+};
+// Documents of the given lengths; every fifth position or so has no target when `masked`.
+Packed packed(const Config& c, std::initializer_list<int> lengths, bool masked, uint64_t seed = 1) {
+  Packed p;
+  Rng rng{seed};
+  for (const int length : lengths) p.doc_starts.push_back(p.doc_starts.back() + length);
+  for (int n = 0; n < p.doc_starts.back(); n++) {
+    p.tokens.push_back(int(rng.below(uint64_t(c.V))));
+    p.targets.push_back(masked && rng.below(5) == 0 ? -1 : int(rng.below(uint64_t(c.V))));
+    p.dlogp.push_back(float(rng.normal()));
+    p.dentropy.push_back(float(.3 * rng.normal()));
+    p.dvalue.push_back(float(rng.normal()));
+  }
+  return p;
+}
+
+std::vector<float> tensor_of(const Gpt& gpt, size_t i, Slot slot) {
+  std::vector<float> values(size_t(gpt.table().tensors[i].size()));
+  gpt.read(int(i), slot, values);
+  return values;
+}
+std::vector<float> all_of(const Gpt& gpt, Slot slot) {
+  std::vector<float> values;
+  for (size_t i = 0; i < gpt.table().tensors.size(); i++) {
+    const auto t = tensor_of(gpt, i, slot);
+    values.insert(values.end(), t.begin(), t.end());
+  }
+  return values;
+}
+bool is_key_bias(const Tensor& t) { return t.name.ends_with(".k.bias"); }
+
+// Every tensor's slot on both engines. A key bias's gradient is rounding noise (softmax does not
+// see a constant), so its error is measured against the query bias's gradient beside it.
+void check_tensors(const Pair& p, Slot slot, double tolerance, bool key_biases = true) {
+  const auto& tensors = p.cpu->table().tensors;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    CAPTURE(tensors[i].name);
+    const auto cpu = tensor_of(*p.cpu, i, slot), gpu = tensor_of(*p.gpu, i, slot);
+    if (is_key_bias(tensors[i])) {
+      if (!key_biases) continue;
+      const auto scale = tensor_of(*p.cpu, i - 1, slot);  // q.bias
+      double difference = 0, norm = 0;
+      for (size_t j = 0; j < cpu.size(); j++) {
+        difference += std::pow(double(cpu[j]) - double(gpu[j]), 2);
+        norm += std::pow(double(scale[j]), 2);
+      }
+      CHECK(norm > 0);
+      CHECK(std::sqrt(difference / norm) < tolerance);
+      continue;
+    }
+    CHECK(rel_error(gpu, cpu) < tolerance);
+  }
+}
+double largest_difference(std::span<const float> a, std::span<const float> b) {
+  double largest = a.size() == b.size() ? 0 : NAN;
+  for (size_t i = 0; i < a.size() && i < b.size(); i++) {
+    const double d = std::abs(double(a[i]) - double(b[i]));
+    if (!(d <= largest)) largest = d;  // NaN stays
+  }
+  return largest;
+}
+
+void check_logp(const Pair& p, bool bf16) {
+  const auto check = [&](std::span<const float> gpu, std::span<const float> cpu) {
+    CHECK(rel_error(gpu, cpu) < (bf16 ? kBf16Logp : kFp32));
+    CHECK(largest_difference(gpu, cpu) < (bf16 ? kBf16Worst : 10 * kFp32));
+  };
+  check(p.gpu->logp(), p.cpu->logp());
+  check(p.gpu->entropy(), p.cpu->entropy());
+}
+
+// Two accumulated batches through both engines: masked and not, by forward and backward and by
+// forward_backward, log-probabilities on the way.
+void check_gradients(const Config& c, bool bf16) {
+  Pair p(c, bf16 ? kTrainBf16 : kTrainFp32);
+  const double tolerance = bf16 ? kBf16Gradient : kFp32;
+  Packed first = packed(c, {17, 1, 66, 30}, true, 1), second = packed(c, {40, 33}, false, 2);
+  first.temperature = .7f;
+  for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->forward(first.batch(), Pass::train);
+  check_logp(p, bf16);
+  for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->backward(first.dlogp, {}, first.dentropy);
+  check_tensors(p, Slot::gradient, tolerance);
+  for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) {
+    gpt->forward_backward(second.batch(), second.dlogp, {}, second.dentropy);
+  }
+  check_logp(p, bf16);
+  check_tensors(p, Slot::gradient, tolerance);
+}
+
+struct Restore {  // globals that a test sets
+  ~Restore() { gpu::fusion = gpu::Fusion::measured, gpu::most_logit_rows = 8192; }
+};
+
+// What a model has computed, to the bit.
+struct Everything {
+  std::vector<float> logp, gradients, weights;
+  bool operator==(const Everything& o) const {
+    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+      return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+    };
+    return same(logp, o.logp) && same(gradients, o.gradients) && same(weights, o.weights);
+  }
+};
+// Five steps of two micro-batches each, whose shapes and weights repeat or not as they come.
+template <class Prepare>
+Everything run_steps(const Config& c, const GptOptions& options, Prepare&& prepare) {
+  const auto gpt = gpu::make_gpt(c, options);
+  prepare(*gpt);
+  randomize(*gpt, 3);
+  Everything e;
+  OptimizerStep o{.decay = .1f, .max_norm = 1};
+  for (int step = 1; step <= 5; step++) {
+    o.step = step, o.lr.fill(.01f / float(step)), o.muon_lr = .02f / float(step);
+    for (const int micro : {0, 1}) {
+      const Packed b = packed(c, {20, 14}, micro == 1, uint64_t(10 * step + micro));
+      gpt->forward_backward(b.batch(), b.dlogp);
+      e.logp.insert(e.logp.end(), gpt->logp().begin(), gpt->logp().end());
+    }
+    if (step == 5) e.gradients = all_of(*gpt, Slot::gradient);
+    gpt->update(o);
+  }
+  e.weights = all_of(*gpt, Slot::weight);
+  return e;
+}
+
+}  // namespace
+
+TEST_CASE("cuda, fp32: log-probabilities, entropies and every gradient equal the CPU engine's") {
+  for (const Family family : kEngineFamilies) {
+    CAPTURE(int(family));
+    check_gradients(engine_config(family), false);
+  }
+}
+
+TEST_CASE("cuda, fp32: a tied head and an embedding share a gradient") {
+  check_gradients(engine_config(Family::qwen3, Head::lm, true), false);
+}
+
+TEST_CASE(
+    "cuda, bf16: log-probabilities, entropies and every gradient are the CPU engine's, rounded") {
+  for (const Family family : kEngineFamilies) {
+    CAPTURE(int(family));
+    check_gradients(engine_config(family), true);
+  }
+}
+
+TEST_CASE("cuda: a scalar head's values and gradients equal the CPU engine's") {
+  for (const bool bf16 : {false, true}) {
+    CAPTURE(bf16);
+    const Config c = engine_config(Family::llama, Head::scalar);
+    Pair p(c, bf16 ? kTrainBf16 : kTrainFp32);
+    for (const uint64_t seed : {1, 2}) {
+      const Packed b = packed(c, {31, 1, 20}, false, seed);
+      for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->forward(b.batch(), Pass::train);
+      CHECK(rel_error(p.gpu->value(), p.cpu->value()) < (bf16 ? 2e-2 : kFp32));  // as a logit
+      for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) {
+        if (seed == 1) gpt->backward({}, b.dvalue);
+        if (seed == 2) gpt->forward_backward(b.batch(), {}, b.dvalue);
+      }
+      check_tensors(p, Slot::gradient, bf16 ? kBf16Gradient : kFp32);
+    }
+  }
+}
+
+TEST_CASE(
+    "cuda: forward_backward equals forward then backward to the bit, whatever the chunks of the "
+    "head") {
+  Restore restore;
+  const Config c = engine_config(Family::qwen3);
+  for (const bool masked : {false, true}) {
+    const Packed b = packed(c, {99, 71, 100, 40}, masked);
+    std::vector<float> logp, gradients;
+    for (const int64_t rows : {8192, 128}) {
+      gpu::most_logit_rows = rows;
+      const auto once = gpu::make_gpt(c, kTrainBf16), twice = gpu::make_gpt(c, kTrainBf16);
+      randomize(*once, 7), randomize(*twice, 7);
+      once->forward_backward(b.batch(), b.dlogp, {}, b.dentropy);
+      twice->forward(b.batch(), Pass::train);
+      const std::vector<float> before(twice->logp().begin(), twice->logp().end());
+      twice->backward(b.dlogp, {}, b.dentropy);
+      CHECK(largest_difference(once->logp(), before) == 0);
+      CHECK(all_of(*once, Slot::gradient) == all_of(*twice, Slot::gradient));
+      if (rows == 8192) {
+        logp = before, gradients = all_of(*once, Slot::gradient);
+      } else {  // chunks change the order of one sum, the head's dW
+        CHECK(largest_difference(before, logp) == 0);
+        CHECK(rel_error(all_of(*once, Slot::gradient), gradients) < 1e-5);
+      }
+    }
+  }
+}
+
+TEST_CASE("cuda, fp32: five steps of AdamW, and of Muon, end in the CPU engine's weights") {
+  for (const bool muon : {false, true}) {
+    for (const Family family : kEngineFamilies) {
+      CAPTURE(muon);
+      CAPTURE(int(family));
+      GptOptions options = kTrainFp32;
+      options.muon = muon;
+      const Config c = engine_config(family);
+      Pair p(c, options);
+      OptimizerStep o{.decay = .1f, .muon_decay = .01f, .max_norm = 5};
+      for (int step = 1; step <= 5; step++) {
+        const Packed b = packed(c, {23, 11}, true, uint64_t(step));
+        o.step = step, o.lr.fill(3e-3f), o.muon_lr = 5e-3f;
+        for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) {
+          gpt->forward_backward(b.batch(), b.dlogp);
+          gpt->update(o);
+        }
+        CHECK(p.gpu->stats().grad_norm == doctest::Approx(p.cpu->stats().grad_norm).epsilon(1e-4));
+      }
+      check_tensors(p, Slot::weight, kFp32AfterSteps, false);
+    }
+  }
+}
+
+TEST_CASE("cuda: each optimizer alone, on the same gradients, makes the CPU engine's step") {
+  for (const bool bf16 : {false, true}) {
+    CAPTURE(bf16);
+    GptOptions options = bf16 ? kTrainBf16 : kTrainFp32;
+    options.muon = true;  // and AdamW for the rest
+    Config c = engine_config(Family::llama);
+    c.L = 3;
+    Pair p(c, options);
+    const auto before = all_of(*p.cpu, Slot::weight);
+    OptimizerStep o{.decay = .1f, .muon_decay = .1f, .max_norm = 30};
+    for (size_t i = 0; i < o.lr.size(); i++) o.lr[i] = .001f * float(i + 1);
+    o.muon_lr = .02f;
+    for (int step = 1; step <= 2; step++) {
+      o.step = step;
+      for (size_t i = 0; i < p.cpu->table().tensors.size(); i++) {
+        Rng rng{mix64(uint64_t(step), i)};
+        std::vector<float> g(size_t(p.cpu->table().tensors[i].size()));
+        for (float& x : g) x = float(rng.normal());
+        for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->write(int(i), Slot::gradient, g);
+      }
+      for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->update(o);
+      CHECK(p.gpu->stats().grad_norm == doctest::Approx(p.cpu->stats().grad_norm).epsilon(1e-6));
+      CHECK(p.cpu->stats().grad_norm > 30);  // so that it was clipped
+    }
+    // AdamW's state and steps are fp32 in both modes; Muon's products are bf16 in bf16 mode: five
+    // products of matrices rounded to 2^-9, whose polynomial (slope 3.4) amplifies early errors:
+    // 3.4 x sqrt(10) x 1.1e-3 = 1.2e-2 typically; 4e-2 of the step at most.
+    size_t at = 0;
+    for (size_t i = 0; i < p.cpu->table().tensors.size(); i++) {
+      const Tensor& t = p.cpu->table().tensors[i];
+      CAPTURE(t.name);
+      auto cpu = tensor_of(*p.cpu, i, Slot::weight), gpu = tensor_of(*p.gpu, i, Slot::weight);
+      for (size_t j = 0; j < cpu.size(); j++, at++) cpu[j] -= before[at], gpu[j] -= before[at];
+      // steps are differences of weights of size .3: 2^-24 x .3 / 1e-3 = 2e-5 of the step is lost
+      CHECK(rel_error(gpu, cpu) < (t.muon && bf16 ? 4e-2 : 1e-4));
+    }
+    check_tensors(p, Slot::moment1, 1e-6);
+    check_tensors(p, Slot::moment2, 1e-6);
+    CHECK(largest_difference(all_of(*p.gpu, Slot::gradient),
+                             std::vector<float>(before.size(), 0.f)) == 0);
+  }
+}
+
+TEST_CASE("cuda: a gradient that is not finite skips the update, and the next one is clean") {
+  const Config c = engine_config(Family::gpt2);
+  for (const bool muon : {false, true}) {
+    GptOptions options = kTrainBf16;
+    options.muon = muon;
+    const auto gpt = gpu::make_gpt(c, options);
+    randomize(*gpt, 7);
+    CHECK(!gpt->stats().skipped);
+    Packed b = packed(c, {33}, false);
+    OptimizerStep o{.max_norm = 1};
+    o.lr.fill(.01f), o.muon_lr = .02f;
+    gpt->forward_backward(b.batch(), b.dlogp);
+    gpt->update(o);
+    CHECK(!gpt->stats().skipped);
+    const auto weights = all_of(*gpt, Slot::weight), m = all_of(*gpt, Slot::moment1),
+               v = all_of(*gpt, Slot::moment2);
+    gpt->forward(b.batch(), Pass::score);
+    const std::vector<float> logp(gpt->logp().begin(), gpt->logp().end());
+    for (const float bad : {std::numeric_limits<float>::infinity(), NAN}) {
+      Packed worse = b;
+      worse.dlogp[7] = bad;
+      gpt->forward_backward(worse.batch(), worse.dlogp);
+      gpt->update(o);
+      CHECK(gpt->stats().skipped);
+      CHECK(all_of(*gpt, Slot::weight) == weights);
+      CHECK(all_of(*gpt, Slot::moment1) == m);
+      CHECK(all_of(*gpt, Slot::moment2) == v);
+    }
+    gpt->forward(b.batch(), Pass::score);  // the bf16 copy was left alone too
+    CHECK(largest_difference(gpt->logp(), logp) == 0);
+    gpt->forward_backward(b.batch(), b.dlogp);
+    gpt->update(o);
+    CHECK(!gpt->stats().skipped);
+    CHECK(all_of(*gpt, Slot::weight) != weights);
+  }
+}
+
+TEST_CASE("cuda: recomputation changes no bit") {
+  for (const Family family : kEngineFamilies) {
+    GptOptions options = kTrainBf16;
+    Config c = engine_config(family);
+    c.L = 3;
+    const Everything kept = run_steps(c, options, [](Gpt&) {});
+    options.recompute = true;
+    CHECK(run_steps(c, options, [](Gpt&) {}) == kept);
+    options.batch_tokens = 4096;
+    const int64_t recomputed = gpu::plan_memory(c, options).total();
+    options.recompute = false;
+    CHECK(recomputed < gpu::plan_memory(c, options).total());
+  }
+}
+
+TEST_CASE("cuda: graphs change no bit, and are replayed where shapes repeat") {
+  for (const bool muon : {false, true}) {
+    GptOptions options = kTrainBf16;
+    options.muon = muon;
+    const Config c = engine_config(Family::qwen3);
+    const auto graphs = [](Gpt& gpt) -> gpu::Graphs& {
+      return dynamic_cast<CudaGpt<gpu::bf16>&>(gpt).graphs;
+    };
+    const Everything launched =
+        run_steps(c, options, [&](Gpt& gpt) { graphs(gpt).enabled = false; });
+    CHECK(run_steps(c, options, [](Gpt&) {}) == launched);
+    const auto gpt = gpu::make_gpt(c, options);
+    randomize(*gpt, 3);
+    const Packed b = packed(c, {20, 14}, false);
+    OptimizerStep o;
+    o.lr.fill(.01f);
+    for (int step = 1; step <= 4; step++) {  // launched, recorded, replayed, replayed
+      o.step = step, o.lr.fill(.01f / float(step));
+      gpt->forward_backward(b.batch(), b.dlogp);
+      gpt->update(o);
+    }
+    CHECK(graphs(*gpt).replays == 4);
+    Packed other = b;  // a number that is passed by value is not replayed
+    other.temperature = 2;
+    gpt->forward(b.batch(), Pass::score);
+    gpt->forward(b.batch(), Pass::score);
+    const std::vector<float> logp(gpt->logp().begin(), gpt->logp().end());
+    gpt->forward(other.batch(), Pass::score);
+    CHECK(largest_difference(gpt->logp(), logp) > 1e-3);
+    const auto gradients = [&](std::span<const float> dentropy) {
+      gpt->zero_gradients();
+      gpt->forward_backward(b.batch(), b.dlogp, {}, dentropy);
+      return all_of(*gpt, Slot::gradient);
+    };
+    const auto plain = gradients({});  // nor are weights that the recorded batch did not have
+    CHECK(largest_difference(gradients(b.dentropy), plain) > 1e-3);
+    CHECK(largest_difference(gradients({}), plain) == 0);
+  }
+}
+
+TEST_CASE("cuda: fused epilogues and the kernels in their place agree") {
+  Restore restore;
+  for (const bool bf16 : {false, true}) {
+    for (const gpu::Fusion how : {gpu::Fusion::always, gpu::Fusion::never}) {
+      CAPTURE(bf16);
+      CAPTURE(int(how));
+      gpu::fusion = how;
+      check_gradients(engine_config(Family::gpt2), bf16);
+    }
+  }
+}
+
+TEST_CASE("cuda: decoding, by prompts, forks and single tokens, makes the CPU engine's logits") {
+  for (const Family family : kEngineFamilies) {
+    for (const bool bf16 : {false, true}) {
+      CAPTURE(int(family));
+      CAPTURE(bf16);
+      GptOptions options = bf16 ? kTrainBf16 : kTrainFp32;
+      options.mode = Mode::inference;
+      const Config c = engine_config(family);
+      Pair p(c, options);
+      const Packed prompts = packed(c, {70, 5}, false), more = packed(c, {9}, false, 2);
+      const auto prompt = [&](int r) {
+        return std::span(prompts.tokens).subspan(r ? 70 : 0, r ? 5 : 70);
+      };
+      Gpt* engines[] = {p.cpu.get(), p.gpu.get()};
+      DecodeResult results[2];
+      std::unique_ptr<KvCache> caches[2];
+      int sequences[2][3];
+      const auto compare = [&] {
+        // the logits of a row err together: the worst of few rows by a few times 7e-3
+        CHECK(rel_error(results[1].logits, results[0].logits) < (bf16 ? 4e-2 : kFp32));
+        for (size_t r = 0; r < results[0].ids.size();
+             r++) {  // bf16 may choose another of almost equals
+          const float* logits = results[0].logits.data() + r * size_t(c.V);
+          if (!bf16) CHECK(results[1].ids[r] == results[0].ids[r]);
+          CHECK(logits[results[1].ids[r]] >= logits[results[0].ids[r]] - (bf16 ? kBf16Worst : 0));
+        }
+        CHECK(largest_difference(results[1].logp, results[0].logp) < (bf16 ? kBf16Worst : 5e-5));
+      };
+      const Sampling greedy{.temperature = 0};
+      for (const int e : {0, 1}) {  // prompts with empty caches
+        caches[e] = engines[e]->make_cache(512);
+        for (const int r : {0, 1}) sequences[e][r] = caches[e]->create();
+        engines[e]->decode(*caches[e],
+                           std::vector<DecodeRow>{{sequences[e][0], prompt(0), greedy, {}},
+                                                  {sequences[e][1], prompt(1), greedy, {}}},
+                           results[e], true);
+      }
+      compare();
+      for (const int e : {0, 1}) {  // a fork, and different tokens in it: the page is copied
+        sequences[e][2] = caches[e]->fork(sequences[e][0]);
+        std::vector<DecodeRow> rows;
+        for (size_t r = 0; r < 3; r++)
+          rows.push_back({sequences[e][r], std::span(more.tokens).subspan(r, 1), greedy, {}});
+        engines[e]->decode(*caches[e], rows, results[e], true);
+      }
+      compare();
+      CHECK(std::vector(results[1].logits.begin(), results[1].logits.begin() + c.V) !=
+            std::vector(results[1].logits.begin() + 2 * c.V, results[1].logits.end()));
+      for (const int e : {0, 1}) {  // several tokens after others, beside one and a new prompt
+        caches[e]->truncate(sequences[e][0], 67);
+        const int fresh = caches[e]->create();
+        engines[e]->decode(*caches[e],
+                           std::vector<DecodeRow>{
+                               {sequences[e][0], std::span(more.tokens).subspan(0, 6), greedy, {}},
+                               {fresh, std::span(more.tokens).subspan(2, 7), greedy, {}},
+                               {sequences[e][2], std::span(more.tokens).subspan(8, 1), greedy, {}}},
+                           results[e], true);
+      }
+      compare();
+      for (int step = 0; step < 4; step++) {  // the same shape again: graphs
+        for (const int e : {0, 1}) {
+          engines[e]->decode(
+              *caches[e],
+              std::vector<DecodeRow>{
+                  {sequences[e][0], std::span(more.tokens).subspan(size_t(step), 1), greedy, {}},
+                  {sequences[e][1],
+                   std::span(more.tokens).subspan(size_t(step) + 3, 1),
+                   greedy,
+                   {}}},
+              results[e], true);
+        }
+        compare();
+      }
+    }
+  }
+}
+
+TEST_CASE("cuda, fp32: sampling draws the CPU engine's tokens and leaves a live forward alone") {
+  const Config c = engine_config(Family::qwen3);
+  Pair p(c, kTrainFp32);
+  const Packed b = packed(c, {20, 14}, true);
+  for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->forward(b.batch(), Pass::train);
+  const Packed prompt = packed(c, {12}, false, 4);
+  Gpt* engines[] = {p.cpu.get(), p.gpu.get()};
+  DecodeResult results[2];
+  const Sampling how[] = {{.temperature = 1, .seed = 1},
+                          {.temperature = .7f, .top_k = 9, .seed = 2, .stream = 3},
+                          {.temperature = 1.3f, .top_p = .8f, .vocab = 200, .seed = 4},
+                          {.temperature = 1, .min_p = .05f, .repetition_penalty = 1.5f, .seed = 5}};
+  for (const int e : {0, 1}) {
+    const auto cache = engines[e]->make_cache(1024);
+    std::vector<DecodeRow> rows;
+    for (const Sampling& s : how)
+      rows.push_back({cache->create(), prompt.tokens, s, prompt.tokens});
+    engines[e]->decode(*cache, rows, results[e]);
+    for (int step = 0; step < 4; step++) {
+      const std::vector<int> last = results[e].ids;
+      for (size_t r = 0; r < rows.size(); r++) rows[r].tokens = std::span(last).subspan(r, 1);
+      engines[e]->decode(*cache, rows, results[e]);
+    }
+  }
+  CHECK(results[1].ids == results[0].ids);
+  CHECK(largest_difference(results[1].logp, results[0].logp) < 5e-5);
+  for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->backward(b.dlogp);
+  check_tensors(p, Slot::gradient, kFp32);
+}
+
+TEST_CASE("cuda: every tensor's slots are read as they were written") {
+  Config c = engine_config(Family::qwen3);
+  const auto numbers = [](size_t i, Slot slot, int64_t n) {
+    Rng rng{mix64(i, uint64_t(slot))};
+    std::vector<float> values(static_cast<size_t>(n));
+    for (float& x : values) x = float(rng.normal());
+    return values;
+  };
+  for (const bool muon : {false, true}) {
+    GptOptions options = kTrainBf16;
+    options.muon = muon;
+    const auto gpt = gpu::make_gpt(c, options);
+    const auto& tensors = gpt->table().tensors;
+    const Slot slots[] = {Slot::weight, Slot::gradient, Slot::moment1, Slot::moment2};
+    const auto absent = [&](size_t i, Slot slot) {
+      return tensors[i].muon && slot == Slot::moment2;
+    };
+    for (const Slot slot : slots)
+      for (size_t i = 0; i < tensors.size(); i++)
+        if (!absent(i, slot)) gpt->write(int(i), slot, numbers(i, slot, tensors[i].size()));
+    for (const Slot slot : slots)
+      for (size_t i = 0; i < tensors.size(); i++) {
+        CAPTURE(tensors[i].name);
+        if (absent(i, slot)) {
+          CHECK(tensor_of(*gpt, i, slot) == std::vector<float>(size_t(tensors[i].size()), 0.f));
+        } else {
+          CHECK(tensor_of(*gpt, i, slot) == numbers(i, slot, tensors[i].size()));
+        }
+      }
+    gpt->zero_gradients();
+    CHECK(tensor_of(*gpt, 1, Slot::gradient) == std::vector<float>(size_t(tensors[1].size()), 0.f));
+  }
+  GptOptions options = kTrainBf16;  // inference keeps vectors whole, and matrices in bf16
+  options.mode = Mode::inference;
+  const auto gpt = gpu::make_gpt(c, options);
+  for (size_t i = 0; i < gpt->table().tensors.size(); i++) {
+    const Tensor& t = gpt->table().tensors[i];
+    CAPTURE(t.name);
+    const auto values = numbers(i, Slot::weight, t.size());
+    gpt->write(int(i), Slot::weight, values);
+    const auto back = tensor_of(*gpt, i, Slot::weight);
+    if (t.kind == Kind::vector) {
+      CHECK(back == values);
+    } else {
+      for (size_t j = 0; j < values.size(); j++) {
+        if (!(std::abs(back[j] - values[j]) <= std::abs(values[j]) / 256))
+          FAIL(j);  // 2^-8: half is less
+      }
+    }
+  }
+  CHECK(contains(error_of([&] { tensor_of(*gpt, 0, Slot::gradient); }), "no gradients"));
+}
+
+TEST_CASE("cuda: a model that shares another's weights sees its updates") {
+  const Config c = engine_config(Family::llama);
+  GptOptions options = kTrainBf16;
+  options.muon = true;
+  const auto trained = gpu::make_gpt(c, options);
+  randomize(*trained, 7);
+  options.mode = Mode::inference, options.share = trained.get();
+  const auto reader = gpu::make_gpt(c, options);
+  const Packed b = packed(c, {20, 14}, false);
+  OptimizerStep o;
+  o.lr.fill(.01f), o.muon_lr = .02f;
+  for (int step = 1; step <= 3; step++) {
+    trained->forward(b.batch(), Pass::train);
+    reader->forward(b.batch(), Pass::score);
+    CHECK(largest_difference(trained->logp(), reader->logp()) == 0);
+    trained->backward(b.dlogp);
+    o.step = step;
+    trained->update(o);
+  }
+  // The bf16 copy follows the masters: another model with the same masters says the same.
+  const auto fresh = gpu::make_gpt(c, kTrainBf16);
+  for (size_t i = 0; i < fresh->table().tensors.size(); i++) {
+    fresh->write(int(i), Slot::weight, tensor_of(*trained, i, Slot::weight));
+  }
+  fresh->forward(b.batch(), Pass::score);
+  trained->forward(b.batch(), Pass::score);
+  CHECK(largest_difference(trained->logp(), fresh->logp()) == 0);
+  options.precision = Precision::fp32;
+  CHECK(contains(error_of([&] { gpu::make_gpt(c, options); }), "share"));
+  options.precision = Precision::bf16, options.mode = Mode::train;
+  CHECK(contains(error_of([&] { gpu::make_gpt(c, options); }), "weights of its own"));
+}
+
+TEST_CASE("cuda: what cannot be done ends in one clear line") {
+  Config c = engine_config(Family::qwen3);
+  c.HS = 24;
+  CHECK(contains(error_of([&] { gpu::make_gpt(c, kTrainBf16); }), "head_dim: found 24"));
+  c.HS = 144;
+  CHECK(contains(error_of([&] { gpu::make_gpt(c, kTrainBf16); }), "head_dim: found 144"));
+  c = engine_config(Family::qwen3);
+  const auto gpt = gpu::make_gpt(c, kTrainBf16);
+  randomize(*gpt, 7);
+  const Packed b = packed(c, {33}, false);
+  const auto forward = [&](const Batch& batch) {
+    return error_of([&] { gpt->forward(batch, Pass::score); });
+  };
+  CHECK(contains(forward({}), "found 0 tokens"));
+  Packed bad = b;
+  bad.tokens[3] = c.V;
+  CHECK(contains(forward(bad.batch()), "position 3: found token 257"));
+  bad = b;
+  bad.doc_starts.back() = 32;
+  CHECK(contains(forward(bad.batch()), "doc_starts"));
+  bad = b;
+  bad.temperature = NAN;
+  CHECK(contains(forward(bad.batch()), "temperature"));
+  CHECK(contains(forward(packed(c, {101}, false).batch()), "expected 1 to the context of 100"));
+  CHECK(contains(error_of([&] { gpt->backward(b.dlogp); }), "no forward"));
+  gpt->forward(b.batch(), Pass::score);
+  CHECK(contains(error_of([&] { gpt->backward(b.dlogp); }), "no forward"));
+  gpt->forward(b.batch(), Pass::train);
+  CHECK(contains(error_of([&] { gpt->backward(std::span(b.dlogp).first(5)); }), "found 5 weights"));
+  CHECK(contains(error_of([&] { gpt->backward({}, b.dvalue); }), "dvalue"));
+  Config huge = c;
+  huge.C = 1 << 18, huge.L = 400, huge.F = 1 << 20;
+  const std::string error = error_of([&] { gpu::make_gpt(huge, kTrainBf16); });
+  CHECK(contains(error, "out of memory"));
+  CHECK(contains(error, "lower --depth"));
+  CHECK(gpu::measure_peak(*gpt) > 0);
+#ifdef CAKE_CUDA_ON_CPU
+  GptOptions options = kTrainBf16;
+  options.batch_tokens = 64;
+  for (int skip = 0;; skip++) {  // every allocation in turn
+    const size_t before = cuda_on_cpu::memory_in_use();
+    cuda_on_cpu::fail_next_malloc(skip);
+    const std::string why = error_of([&] { gpu::make_gpt(c, options); });
+    if (why == "no error") {
+      CHECK(skip > 20);
+      break;
+    }
+    CHECK(contains(why, "out of memory on the GPU"));
+    CHECK(contains(why, "lower --"));
+    CHECK(cuda_on_cpu::memory_in_use() == before);
+  }
+  cuda_on_cpu::fail_next_malloc(1 << 30);  // none
+  cuda_on_cpu::fail_next_launch(5);
+  const Packed other = packed(c, {34}, false);  // of a shape that no graph has
+  const std::string launch = forward(other.batch());
+  CHECK(contains(launch, "cuda: kernel "));
+  CHECK(contains(launch, "with grid ("));
+  CHECK(forward(other.batch()) == "no error");
+  cuda_on_cpu::set_device_count(0);
+  CHECK(contains(error_of([&] { gpu::make_gpt(c, options); }), "found no CUDA device"));
+  cuda_on_cpu::set_device_count(1);
+  cuda_on_cpu::set_compute_capability(7, 5);
+  CHECK(contains(error_of([&] { gpu::make_gpt(c, options); }), "compute capability 7.5"));
+  cuda_on_cpu::set_compute_capability(9, 0);
+  cuda_on_cpu::set_driver_version(12020);
+  const std::string old = gpu::unavailable();
+  CHECK(contains(old, "CUDA 12.2"));
+  CHECK(contains(old, "needs 13."));
+  cuda_on_cpu::set_driver_version(13000);
+  CHECK(gpu::unavailable().empty());
+#endif
+}
