@@ -1224,6 +1224,7 @@ std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& ques
 struct EvalOptions {
   ModelOptions model;
   std::vector<std::string> tasks, shots_from;  // NAME=FILE, or the world's FILE
+  std::vector<std::string> beside;             // NAME=FILE of earlier results
   std::string documents, json, output, chat_template = "auto";
   bool base = false, no_start = false;
   int shots = 0, limit = 0, tokens = 0, rows = 64, cache_mb = 2048;
@@ -1393,23 +1394,41 @@ std::vector<Result> mark(const std::vector<Question>& questions, const std::vect
   return results;
 }
 
-void report(const std::vector<Result>& results, const std::string& json_path) {
-  print(
-      format("%-24s %-14s %8s  %-18s %7s\n", "task", "metric", "value", "95 % interval", "items"));
+// A table; other results, made by --json, stand to the left of these.
+void report(const std::vector<Result>& results, const EvalOptions& o) {
+  std::vector<std::pair<std::string, Json>> beside;
+  for (const std::string& pair : o.beside) {
+    const auto [name, file] = split_task(pair);
+    if (name.empty()) fail("--beside: found ", pair, ", expected NAME=FILE");
+    beside.emplace_back(name, read_json(file));
+  }
+  std::string header = format("%-24s %-14s", "task", "metric");
+  for (const auto& other : beside) header += format(" %10s", other.first.c_str());
+  print(header +
+        format(" %10s  %-18s %7s\n", beside.empty() ? "value" : "now", "95 % interval", "items"));
   OrderedJson json = OrderedJson::object();
   for (const Result& r : results) {
     const bool share = r.metric != "bits_per_byte";
     const double unit = share ? 100 : 1;
     const int digits = share ? 1 : 4;
-    print(format(
-        "%-24s %-14s %*.*f%s  %-18s %7lld\n", r.task.c_str(), r.metric.c_str(), share ? 6 : 8,
-        digits, unit * r.value, share ? " %" : "",
-        format("%.*f to %.*f", digits, unit * r.ci95.low, digits, unit * r.ci95.high).c_str(),
-        (long long)r.n));
+    const auto cell = [&](double value) {
+      return format(" %*.*f%s", share ? 8 : 10, digits, unit * value, share ? " %" : "");
+    };
+    std::string line = format("%-24s %-14s", r.task.c_str(), r.metric.c_str());
+    for (const auto& other : beside) {
+      const auto found = other.second.find(r.task);
+      line += found == other.second.end() ? format(" %10s", "-")
+                                          : cell(json_get<double>(*found, "value", r.task));
+    }
+    print(line + cell(r.value) +
+          format(
+              "  %-18s %7lld\n",
+              format("%.*f to %.*f", digits, unit * r.ci95.low, digits, unit * r.ci95.high).c_str(),
+              (long long)r.n));
     json[r.task] = {
         {"metric", r.metric}, {"value", r.value}, {"n", r.n}, {"ci95", {r.ci95.low, r.ci95.high}}};
   }
-  if (!json_path.empty()) write_json(json_path, json);
+  if (!o.json.empty()) write_json(o.json, json);
 }
 
 void write_answers(const std::string& path, const Tokenizer& tokenizer,
@@ -1493,7 +1512,7 @@ int evaluate(const EvalOptions& o) {
     results.insert(results.begin(), marked.begin(), marked.end());
     if (!o.output.empty()) write_answers(o.output, model.tokenizer, questions, answers);
   }
-  report(results, o.json);
+  report(results, o);
   return 0;
 }
 
@@ -1579,6 +1598,7 @@ void add_eval_flags(CLI::App& app, EvalOptions& e) {
       ->capture_default_str();
   app.add_flag("--no-start", e.no_start,
                "No <|endoftext|> before documents: as lm-evaluation-harness with GPT-2");
+  app.add_option("--beside", e.beside, "NAME=FILE: earlier results (--json), a column each");
   app.add_option("--json", e.json, "Write the results to this file");
   app.add_option("-o,--output", e.output, "Write every answer to this .jsonl file");
   app.add_option("--rows", e.rows, "Answers made side by side at most")->capture_default_str();

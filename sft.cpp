@@ -14,9 +14,13 @@
 // positions restart at each, so that a packed batch computes what its examples would alone. A bin
 // may end short of the context: nothing is padded.
 //
+// With --lora the model stays as it is: small matrices beside its own are trained and saved, which
+// every stage loads as it loads a model, and --merge adds to it.
+//
 // Sources: InstructGPT, Ouyang et al. 2022; best-fit packing, Ding et al. 2024 (Fewer Truncations
 // Improve Language Modeling); ChatML, OpenAI 2023; weights of new tokens at the mean of the old,
-// Hewitt 2021.
+// Hewitt 2021; LoRA, Hu et al. 2021, its alpha and learning rate, Schulman et al. 2025 (LoRA
+// Without Regret).
 #include <algorithm>
 #include <charconv>
 #include <cstdint>
@@ -403,6 +407,8 @@ struct Settings {
   std::string optimizer, schedule = "linear", too_long = "drop";
   bool add_chat_tokens = false;
   int context = 0, patience = 0;
+  int lora = 0;  // the adapters' rank; 0: all weights are trained
+  double lora_alpha = 32;
   double val_fraction = -1, epochs = 0, minutes = 0;
   int64_t steps = 0, bins = 0, batch_tokens = 0, micro_batch_tokens = 0;  // bins: of the whole run
   int64_t eval_every = 0, eval_tokens = 1 << 18, eval_some = 0;
@@ -413,11 +419,11 @@ struct Settings {
   uint64_t seed = 1;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Settings, model, data, val, optimizer, schedule, too_long,
-                                   add_chat_tokens, context, patience, val_fraction, epochs,
-                                   minutes, steps, bins, batch_tokens, micro_batch_tokens,
-                                   eval_every, eval_tokens, eval_some, lr, embedding_lr, head_lr,
-                                   vector_lr, lr_scale, weight_decay, clip, beta1, beta2, momentum,
-                                   warmup, warmdown, final_lr, seed)
+                                   add_chat_tokens, context, patience, lora, lora_alpha,
+                                   val_fraction, epochs, minutes, steps, bins, batch_tokens,
+                                   micro_batch_tokens, eval_every, eval_tokens, eval_some, lr,
+                                   embedding_lr, head_lr, vector_lr, lr_scale, weight_decay, clip,
+                                   beta1, beta2, momentum, warmup, warmdown, final_lr, seed)
 
 // How a run is watched and kept: changes no update.
 struct Watching {
@@ -428,15 +434,6 @@ struct Watching {
   double save_minutes = 10;
   bool resume = false, overwrite = false, dry_run = false;
 };
-
-std::string count_text(double n) {  // 1,234 or 5.03M
-  if (n >= 1e12) return format("%.2fT", n / 1e12);
-  if (n >= 1e9) return format("%.2fB", n / 1e9);
-  if (n >= 1e6) return format("%.2fM", n / 1e6);
-  std::string digits = format("%.0f", n);
-  for (int i = int(digits.size()) - 3; i > 0; i -= 3) digits.insert(size_t(i), ",");
-  return digits;
-}
 
 class Trainer {
  public:
@@ -470,6 +467,7 @@ class Trainer {
   void prepare_tokenizer();
   void read_data();
   void plan_run();
+  void plan_adapters();
   void print_plan(double step_seconds, double total_seconds);
   void make_model(const std::filesystem::path& dir);
   void load_grown(const std::filesystem::path& dir);
@@ -488,6 +486,7 @@ class Trainer {
   GptOptions options() const {
     GptOptions o;
     o.device = parse_device(w_.device);
+    if (s_.lora > 0) o.lora = {s_.lora, float(s_.lora_alpha)};
     o.muon = s_.optimizer == "muon";
     o.batch_tokens = int(s_.micro_batch_tokens);
     return o;
@@ -505,6 +504,7 @@ class Trainer {
   ReadReport report_;
 
   std::unique_ptr<Gpt> gpt_;
+  AdapterBase base_;  // of adapters
   std::unique_ptr<Stream> stream_;
   Schedule schedule_;
   int64_t done_ = 0;                            // steps
@@ -635,19 +635,40 @@ void Trainer::plan_run() {
     s_.bins = s_.steps * bins_a_step;
   }
 
-  if (s_.optimizer.empty()) s_.optimizer = "adamw";
+  if (s_.optimizer.empty()) {
+    const bool small = config_.C <= 512 && s_.lora == 0;  // larger ones come from AdamW elsewhere
+    s_.optimizer = small && muon_is_cheap(make_table(config_), s_.batch_tokens) ? "muon" : "adamw";
+  }
   if (s_.optimizer != "muon" && s_.optimizer != "adamw") {
     fail("--optimizer: found ", s_.optimizer, ", expected muon or adamw");
   }
+  if (s_.lora != 0) plan_adapters();
   const bool muon = s_.optimizer == "muon";
-  // Measured on the demo's model after 80 steps of 1,024 tokens: a held-out loss of .84 at
-  // .003, 1.36 at .001; Muon at .005 and .01 1.54 and .92. Wider models want less: 2e-5 at 1,500
-  // channels.
+  // Measured on the demo's model and conversations, 640 steps of 2,048 tokens, held-out loss: AdamW
+  // at .003 .226; Muon at .02 with the others at .003 .207, at .01 with .005 .206. Larger models
+  // want less: at 768 channels this formula gives 8e-5. Adapters want ten times as much (see
+  // Sources), up to a limit: of rank 8 they diverge at .03 here.
   const double adamw_lr = .003 * std::min(1., std::pow(128. / config_.C, 2));
-  if (s_.lr == 0) s_.lr = muon ? .01 : adamw_lr;
+  if (s_.lr == 0) s_.lr = muon ? .02 : s_.lora > 0 ? std::min(.01, 10 * adamw_lr) : adamw_lr;
   if (s_.embedding_lr == 0) s_.embedding_lr = muon ? adamw_lr : s_.lr;
   if (s_.head_lr == 0) s_.head_lr = muon ? adamw_lr : s_.lr;
   if (s_.vector_lr == 0) s_.vector_lr = muon ? adamw_lr : s_.lr;
+}
+
+void Trainer::plan_adapters() {
+  if (s_.lora < 0 || s_.lora > config_.C) {
+    fail("--lora: found ", s_.lora, ", expected a rank from 1 to the model's ", config_.C,
+         " channels");
+  }
+  if (!(s_.lora_alpha > 0)) fail("--lora-alpha: found ", s_.lora_alpha, ", expected above 0");
+  if (s_.optimizer == "muon") {
+    fail("--optimizer muon: found with --lora, whose thin matrices are AdamW's, expected adamw");
+  }
+  if (added_tokens_ > 0) {
+    fail(
+        "--add-chat-tokens: found with --lora, which trains no embedding, expected a model that "
+        "has the tokens");
+  }
 }
 
 int64_t Trainer::bins_of_step(int64_t number) const {  // the last may have fewer
@@ -663,6 +684,7 @@ OptimizerStep Trainer::optimizer_step(int64_t number) const {
   o.lr[size_t(Kind::matrix)] = float(f * s_.lr);
   o.lr[size_t(Kind::head)] = float(f * s_.head_lr);
   o.lr[size_t(Kind::vector)] = float(f * s_.vector_lr);
+  o.lr[size_t(Kind::adapter)] = float(f * s_.lr);
   o.beta1 = float(s_.beta1), o.beta2 = float(s_.beta2);
   o.decay = float(s_.weight_decay);
   o.muon_lr = float(f * s_.lr);
@@ -673,10 +695,16 @@ OptimizerStep Trainer::optimizer_step(int64_t number) const {
 }
 
 void Trainer::print_plan(double step_seconds, double total_seconds) {
-  const ParamTable table = make_table(config_);
+  const ParamTable table = make_table(config_, false, options().lora);
   const Config& c = config_;
+  const int64_t adapters = s_.lora > 0 ? table.trainable_parameters() : 0;
   std::printf("model   %s: %d layers, %d channels, context %d, vocabulary %d, %s parameters\n",
-              from_.c_str(), c.L, c.C, c.T, c.V, count_text(double(table.parameters())).c_str());
+              from_.c_str(), c.L, c.C, c.T, c.V,
+              count_text(double(table.parameters() - adapters)).c_str());
+  if (adapters > 0) {
+    std::printf("        adapters of rank %d, alpha %g: %s parameters, all that is trained\n",
+                s_.lora, s_.lora_alpha, count_text(double(adapters)).c_str());
+  }
   if (added_tokens_ > 0) {
     std::printf("        %d tokens added behind the %d it knew\n", added_tokens_, known_rows_);
   }
@@ -703,9 +731,12 @@ void Trainer::print_plan(double step_seconds, double total_seconds) {
                 count_text(double(s_.steps)).c_str(), count_text(double(s_.batch_tokens)).c_str(),
                 double(s_.bins) / double(bins.size()), (long long)s_.steps);
   }
-  std::printf("updates %s, %s schedule: learning rate %g for matrices, %g embedding, %g head\n",
-              s_.optimizer.c_str(), s_.schedule.c_str(), s_.lr * s_.lr_scale,
-              s_.embedding_lr * s_.lr_scale, s_.head_lr * s_.lr_scale);
+  std::printf("updates %s, %s schedule: learning rate %g for %s", s_.optimizer.c_str(),
+              s_.schedule.c_str(), s_.lr * s_.lr_scale, adapters > 0 ? "adapters\n" : "matrices");
+  if (adapters == 0) {
+    std::printf(", %g embedding, %g head\n", s_.embedding_lr * s_.lr_scale,
+                s_.head_lr * s_.lr_scale);
+  }
   const MemoryPlan memory = plan_memory(config_, options());
   std::string items;
   for (const auto& i : memory.items)
@@ -722,10 +753,11 @@ void Trainer::make_model(const std::filesystem::path& dir) {
   gpt_.reset();
   gpt_ = make_gpt(config_, options());
   if (peak_ == 0) peak_ = measure_peak(*gpt_);
+  if (s_.lora > 0 && base_.dir.empty()) base_ = adapter_base(dir);
   if (added_tokens_ > 0) {
     load_grown(dir);
   } else {
-    load_weights(dir, *gpt_);
+    load_weights(dir, *gpt_, {.seed = s_.seed});
   }
 }
 
@@ -880,6 +912,7 @@ void Trainer::save(const std::filesystem::path& dir, const char* state) {
     options.tokenizer_from = w_.out / "tokenizer";
   }
   options.optimizer = resumable;
+  options.base = base_;
   const Stream::State at = stream_->state();
   options.trainer_state = Json{{"stage", "fine-tuning"},
                                {"finished", !resumable},
@@ -1108,6 +1141,24 @@ void Trainer::finish(int64_t last_step) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Adapters added to their model
+
+// Writes the model that `from` computes, adapters and all, as a directory with all its weights.
+void merge(const std::filesystem::path& from, const std::filesystem::path& out) {
+  const std::filesystem::path dir = model_dir(from);
+  if (!has_adapters(dir)) fail("--merge ", dir.string(), ": has no adapters");
+  if (std::filesystem::exists(out)) fail("-o ", out.string(), ": exists");
+  const auto gpt = make_gpt(load_config(dir), {.device = Device::cpu, .mode = Mode::inference});
+  load_weights(dir, *gpt);
+  SaveOptions options;
+  const bool own = std::filesystem::exists(dir / "tokenizer.json");
+  options.tokenizer_from = own ? dir : adapter_base(dir).dir;
+  save_checkpoint(out, *gpt, options);
+  std::printf("model in %s: %s parameters, with the adapters of %s\n", out.c_str(),
+              count_text(double(gpt->table().parameters())).c_str(), dir.c_str());
+}
+
+// ---------------------------------------------------------------------------------------------
 // Command line
 
 int main_sft(int argc, char** argv) {
@@ -1115,7 +1166,7 @@ int main_sft(int argc, char** argv) {
   Watching w;
   CLI::App app("Fine-tunes a model on conversations, or on prompts with completions.");
   app.option_defaults()->always_capture_default(false);
-  std::string out;
+  std::string out, adapters;
   app.add_option("--model", s.model, "a run or Hugging Face directory to begin with");
   app.add_option("--data", s.data,
                  "JSON lines with \"messages\", or \"prompt\" and \"completion\"; FILE:2 goes over "
@@ -1131,6 +1182,9 @@ int main_sft(int argc, char** argv) {
   app.add_flag("--resume", w.resume, "go on with DIR after its last checkpoint");
   app.add_flag("--overwrite", w.overwrite, "replace DIR");
   app.add_flag("--dry-run", w.dry_run, "print the plan and stop");
+  app.add_option("--lora", s.lora, "train adapters of this rank beside a model that stays");
+  app.add_option("--lora-alpha", s.lora_alpha, "they are added alpha / rank times (default 32)");
+  app.add_option("--merge", adapters, "write a run's adapters and their model as one, and stop");
 
   auto* budget = app.add_option_group("Budget", "one of; default: 2 epochs");
   budget->add_option("--epochs", s.epochs, "times over the data");
@@ -1143,8 +1197,9 @@ int main_sft(int argc, char** argv) {
   budget->add_option("--micro-batch-tokens", s.micro_batch_tokens, "tokens in memory at once");
 
   auto* optimizer = app.add_option_group("Optimizer", "");
-  optimizer->add_option("--optimizer", s.optimizer, "adamw or muon (default adamw)");
-  optimizer->add_option("--lr", s.lr, "of matrices, and for adamw of all that follow");
+  optimizer->add_option("--optimizer", s.optimizer,
+                        "adamw or muon (default: muon for small models)");
+  optimizer->add_option("--lr", s.lr, "of matrices, and for adamw of all that follow; of adapters");
   optimizer->add_option("--embedding-lr", s.embedding_lr);
   optimizer->add_option("--head-lr", s.head_lr);
   optimizer->add_option("--vector-lr", s.vector_lr, "norms and biases");
@@ -1179,6 +1234,7 @@ int main_sft(int argc, char** argv) {
   w.out = out;
   if (w.show < 0) fail("--show: found ", w.show, ", expected a number of examples");
   if (out.empty() && w.show == 0 && !w.dry_run) fail("-o: missing, expected a directory to write");
+  if (!adapters.empty()) return merge(adapters, out), 0;
   if (w.resume && w.overwrite) fail("--resume and --overwrite: found both, expected one");
   if (w.resume) {
     const auto state = model_dir(w.out) / "trainer_state.json";

@@ -415,7 +415,12 @@ struct Ahead {
   int lines = 0, bytes = 0;  // lines, and how far each is read
   int tiles;
   Ahead(const Product& p, int n, int n1, int k0, int depth, int tiles_) : tiles(tiles_) {
-    if (p.b.packed || n >= n1) return;
+    if (n >= n1) return;
+    if (p.b.packed) {
+      first = reinterpret_cast<const char*>(p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR);
+      ld = bytes = kNR * 4, lines = depth;
+      return;
+    }
     const int columns = std::min(kNR, n1 - n);
     const bool inner = p.b.inner == Inner::k;
     first = reinterpret_cast<const char*>(p.b.data + (inner ? n * p.b.ld + k0 : k0 * p.b.ld + n));
@@ -499,8 +504,9 @@ static void gemm(const Product& p) {
     const int tn = threads / tm;
     const double rows = double((m_panels + tm - 1) / tm) * kMR;
     const double columns = double((n_panels + tn - 1) / tn) * kNR;
-    // a packed element costs about as much as a vector multiply-add of kLanes products
-    const double pack = rows + (p.b.packed ? 0 : columns * std::max(1., rows / kMC));
+    // an element that is packed, or read from packed weights, costs about as much as a vector
+    // multiply-add of kLanes products
+    const double pack = rows + columns * std::max(1., rows / kMC);
     const double cost = rows * columns + 6 * pack;
     if (cost < best) best = cost, best_m = tm;
   }
@@ -2382,17 +2388,10 @@ struct Watching {
   int threads = 0;
   int64_t eval_every = 0, sample_every = 0, save_every = 0, eval_tokens = 1 << 20;
   double save_minutes = 10;
-  bool resume = false, overwrite = false, dry_run = false;
+  bool resume = false, overwrite = false, dry_run = false, recompute = false;
+  std::string precision = "auto";
+  std::string model;  // --check
 };
-
-std::string count_text(double n) {  // 1,234 or 5.03M
-  if (n >= 1e12) return format("%.2fT", n / 1e12);
-  if (n >= 1e9) return format("%.2fB", n / 1e9);
-  if (n >= 1e6) return format("%.2fM", n / 1e6);
-  std::string digits = format("%.0f", n);
-  for (int i = int(digits.size()) - 3; i > 0; i -= 3) digits.insert(size_t(i), ",");
-  return digits;
-}
 
 class Trainer {
  public:
@@ -2446,6 +2445,8 @@ class Trainer {
   GptOptions options() const {
     GptOptions o;
     o.device = parse_device(w_.device);
+    o.precision = parse_precision(w_.precision);
+    o.recompute = w_.recompute;
     o.muon = s_.optimizer == "muon";
     o.batch_tokens = int(s_.micro_batch_tokens);
     return o;
@@ -2561,17 +2562,9 @@ void Trainer::plan_run() {
       std::clamp<int64_t>(s_.micro_batch_tokens / window * window, window, s_.batch_tokens);
   if (s_.tokens > 0) s_.steps = std::max<int64_t>(1, s_.tokens / s_.batch_tokens);
 
-  // Muon's own products cost 5 (4 m^2 n + 2 m^3) a matrix and step: worth it when they are few
-  // beside the batch's 6 m n a token.
   if (s_.optimizer.empty()) {
-    double muon = 0, batch = 0;
-    for (const Tensor& t : table.tensors) {
-      if (t.kind != Kind::matrix) continue;
-      const double m = std::min(t.out, t.in), n = std::max(t.out, t.in);
-      muon += 5 * (3 * m * m * n + m * m * m);
-      batch += 6 * m * n * double(s_.batch_tokens);
-    }
-    s_.optimizer = s_.init_from.empty() && muon < .35 * batch ? "muon" : "adamw";
+    const bool muon = s_.init_from.empty() && muon_is_cheap(table, s_.batch_tokens);
+    s_.optimizer = muon ? "muon" : "adamw";
   }
   if (s_.optimizer != "muon" && s_.optimizer != "adamw") {
     fail("--optimizer: found ", s_.optimizer, ", expected muon or adamw");
@@ -2944,6 +2937,71 @@ void Trainer::train() {
                     " --prompt \"...\""));
 }
 
+// The user's own model on both engines: the same batch, every gradient side by side.
+int check_engines(const Watching& w) {
+  check_device(Device::cuda);
+  const std::filesystem::path dir = model_dir(w.model);
+  const Config c = load_config(dir);
+  const int length = std::min(c.T, 256);
+  std::vector<int> tokens, targets;
+  const std::vector<int> starts = {0, length, length + (length + 1) / 2};
+  Rng rng{1};
+  for (int n = 0; n < starts.back(); n++) {
+    tokens.push_back(int(rng.below(uint64_t(c.V))));
+    targets.push_back(c.head == Head::lm ? int(rng.below(uint64_t(c.V))) : -1);
+  }
+  const std::vector<float> weights(tokens.size(), -1 / float(tokens.size()));
+  std::unique_ptr<Gpt> engines[2];
+  std::vector<float> outputs[2];
+  for (const int i : {0, 1}) {
+    engines[i] =
+        make_gpt(c, {.device = i == 0 ? Device::cpu : Device::cuda,
+                     .precision = i == 0 ? Precision::automatic : parse_precision(w.precision),
+                     .recompute = i == 1 && w.recompute,
+                     .batch_tokens = int(tokens.size())});
+    load_weights(dir, *engines[i]);
+    const bool lm = c.head == Head::lm;
+    engines[i]->forward_backward({tokens, targets, starts}, lm ? weights : std::vector<float>{},
+                                 lm ? std::vector<float>{} : weights);
+    const auto out = lm ? engines[i]->logp() : engines[i]->value();
+    outputs[i].assign(out.begin(), out.end());
+  }
+  // As in test/test_cuda.cpp: fp32 sums in another order, or some hundred roundings to 8 bits. Key
+  // biases have a gradient of zero in exact arithmetic: what they hold is rounding alone.
+  const bool bf16 = parse_precision(w.precision) != Precision::fp32;
+  const double bound = bf16 ? 6e-2 : 1e-5;
+  bool good = true;
+  const auto row = [&](const std::string& name, const std::vector<float>& cpu,
+                       const std::vector<float>& gpu, bool counts) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < cpu.size(); i++) {
+      difference += (double(cpu[i]) - gpu[i]) * (double(cpu[i]) - gpu[i]);
+      norm += double(cpu[i]) * cpu[i];
+    }
+    const double error = std::sqrt(difference) / std::max(1e-30, std::sqrt(norm));
+    const bool fine = !counts || error < bound || (norm == 0 && difference == 0);  // NaN is not
+    good &= fine;
+    std::printf("%-28s %12.5g %12.2e  %s\n", name.c_str(), std::sqrt(norm), error,
+                !counts ? "rounding alone"
+                : fine  ? ""
+                        : "TOO FAR");
+  };
+  std::printf("%-28s %12s %12s  (bound %.0e)\n", "", "CPU norm", "difference", bound);
+  row(c.head == Head::lm ? "log-probabilities" : "values", outputs[0], outputs[1], true);
+  for (size_t i = 0; i < engines[0]->table().tensors.size(); i++) {
+    const Tensor& t = engines[0]->table().tensors[i];
+    std::vector<float> gradients[2];
+    for (const int e : {0, 1}) {
+      gradients[e].resize(size_t(t.size()));
+      engines[e]->read(int(i), Slot::gradient, gradients[e]);
+    }
+    const bool key_bias = t.name.size() > 7 && t.name.substr(t.name.size() - 7) == ".k.bias";
+    row(t.name, gradients[0], gradients[1], !key_bias);
+  }
+  std::printf(good ? "the engines agree\n" : "the engines disagree\n");
+  return good ? 0 : 1;
+}
+
 int main_train(int argc, char** argv) {
   Settings s;
   Watching w;
@@ -2951,13 +3009,17 @@ int main_train(int argc, char** argv) {
   app.option_defaults()->always_capture_default(false);
   std::string out;
   app.add_option("--data", s.data, "token shards: PREFIX of ./bpe encode");
-  app.add_option("-o,--out", out, "the run: DIR/metrics.jsonl, DIR/model")->required();
+  app.add_option("-o,--out", out, "the run: DIR/metrics.jsonl, DIR/model");
   app.add_option("--tokenizer", s.tokenizer, "in place of the one PREFIX.json names");
   app.add_option("--init-from", s.init_from,
                  "continue from a model: a run or Hugging Face directory");
   app.add_flag("--resume", w.resume, "go on with DIR after its last checkpoint");
   app.add_flag("--overwrite", w.overwrite, "replace DIR");
   app.add_flag("--dry-run", w.dry_run, "print the plan and stop");
+  bool check = false;
+  app.add_flag("--check", check,
+               "compare the CPU and the CUDA engine on --model, tensor by tensor");
+  app.add_option("--model", w.model, "a run or Hugging Face directory, for --check");
 
   auto* model = app.add_option_group("Model", "sizes follow from --depth; each can be overridden");
   model->add_option("--depth", s.depth,
@@ -3005,6 +3067,9 @@ int main_train(int argc, char** argv) {
   watching->add_option("--save-every", w.save_every, "steps");
   watching->add_option("--save-minutes", w.save_minutes, "default 10");
   watching->add_option("--device", w.device, "auto, cpu or cuda");
+  watching->add_option("--precision", w.precision, "auto, fp32 or bf16 (default: bf16 on CUDA)");
+  watching->add_flag("--recompute", w.recompute,
+                     "CUDA: less memory, a forward more: keep each layer's input alone");
   watching->add_option("--threads", w.threads, "default: the physical cores it may use");
   try {
     app.parse(argc, argv);
@@ -3014,6 +3079,12 @@ int main_train(int argc, char** argv) {
     fail(e.what(), " (see --help)");
   }
   w.out = out;
+  if (check) {
+    if (w.model.empty()) fail("--model: missing, expected the model to --check");
+    set_threads(w.threads);
+    return check_engines(w);
+  }
+  if (out.empty()) fail("--out is required (see --help)");
   if (w.resume && w.overwrite) fail("--resume and --overwrite: found both, expected one");
   if (w.resume) {
     const auto state = model_dir(w.out) / "trainer_state.json";
@@ -3027,6 +3098,9 @@ int main_train(int argc, char** argv) {
     fail("--data: missing, expected the PREFIX of token shards");
   }
   check_device(parse_device(w.device));
+  if (parse_precision(w.precision) == Precision::bf16 && parse_device(w.device) == Device::cpu) {
+    fail("--precision bf16: the CPU engine computes in fp32, expected fp32 or auto");
+  }
   set_threads(w.threads);
   watch_signals();
   return Trainer(std::move(s), std::move(w)).run();

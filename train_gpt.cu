@@ -186,13 +186,15 @@ __device__ inline bf16 from_float<bf16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
 // Over the 32 lanes of a warp; every lane gets the result. A butterfly: one order.
 __device__ inline float warp_sum(float x) {
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
   return x;
 }
 __device__ inline float warp_max(float x) {
-  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
   return x;
 }
 // Over the block's threads (a multiple of 32, at most 1,024); every thread gets the result.
@@ -225,7 +227,6 @@ __device__ inline float block_max(float x, float* scratch) {
 // warp needs no barrier. Gradients of vectors are sums over all rows: blocks sum theirs into
 // partial rows, and column_sums adds those, both in an order that depends on the shape alone.
 
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kRowThreads = 256;                 // of kernels whose rows go to warps
 inline constexpr int kPartialRows = 512;                // blocks that sum for column_sums, at most
 inline constexpr size_t kRowShared = size_t(64) << 10;  // bytes such a block takes, where it can
@@ -755,7 +756,7 @@ __global__ void norm_backward_kernel(A* dx, float* partials, const A* dy, const 
   const bool bias = mean_in != nullptr;
   float* shared = shared_memory<float>();  // (warps, 2, padded): dw, db
   float *dw = shared + warp * 2 * padded, *db = dw + padded;
-  for (int c = lane; c < 2 * padded; c += 32) dw[c] = 0;
+  for (int c = lane; partials && c < 2 * padded; c += 32) dw[c] = 0;
   __syncwarp();
   for (int64_t n = blockIdx.x * warps + warp; n < N; n += gridDim.x * warps) {
     const float mean = bias ? mean_in[n] : 0, rstd = rstd_in[n];
@@ -770,6 +771,7 @@ __global__ void norm_backward_kernel(A* dx, float* partials, const A* dy, const 
         gh_sum += g * h;
         v[j] = d[j] * h;
       }
+      if (!partials) continue;
       add_to_slots<W>(dw, c, v);
       if (bias) add_to_slots<W>(db, c, d);
     }
@@ -787,6 +789,7 @@ __global__ void norm_backward_kernel(A* dx, float* partials, const A* dy, const 
       store_floats(dx + n * C + c, to);
     }
   }
+  if (!partials) return;
   __syncthreads();
   const int sets = bias ? 2 : 1;
   for (int i = threadIdx.x; i < sets * C; i += blockDim.x) {
@@ -800,8 +803,8 @@ static size_t norm_backward_scratch(int N, int C) {  // bytes
   return size_t(std::min(N, kPartialRows)) * 2 * size_t(C) * sizeof(float);
 }
 // plain::norm_backward: with h = (x - mean) rstd and g = dy w, dx += rstd (g - [mean of g] - h mean
-// of g h), dweight += dy h, dbias += dy; RMSNorm (mean and dbias null) without the bracket. dx, dy,
-// x (N, C); mean, rstd (N) from forward; dweight, dbias, weight (C)
+// of g h), dweight += dy h, dbias += dy; RMSNorm (mean and dbias null) without the bracket. dweight
+// and dbias null: frozen. dx, dy, x (N, C); mean, rstd (N) from forward; dweight, dbias, weight (C)
 template <class A>
 static void norm_backward(A* dx, float* dweight, float* dbias, const A* dy, const A* x,
                           const float* mean, const float* rstd, const float* weight, int N, int C,
@@ -809,14 +812,14 @@ static void norm_backward(A* dx, float* dweight, float* dbias, const A* dy, cons
   constexpr int kW = Pack<A>::kSize;
   const bool packs = by_packs<A>(C, dx, dy, x, weight);
   const int padded = int(blocks_for(C, 32 * (packs ? kW : 1))) * 32 * (packs ? kW : 1);
-  const size_t sums = 2 * size_t(padded) * sizeof(float);
-  const int warps = int(std::clamp<size_t>(kRowShared / sums, 1, kRowThreads / 32));
+  const size_t sums = dweight ? 2 * size_t(padded) * sizeof(float) : 0;  // of a warp
+  const int most = kRowThreads / 32;
+  const int warps = sums ? int(std::clamp<size_t>(kRowShared / sums, 1, most)) : most;
   const int blocks = std::min<int>(int(blocks_for(N, warps)), kPartialRows);
-  float* partials = static_cast<float*>(scratch);  // (blocks, 1 or 2, C)
+  float* partials = dweight ? static_cast<float*>(scratch) : nullptr;  // (blocks, 1 or 2, C)
   launch("norm_backward", packs ? norm_backward_kernel<A, kW> : norm_backward_kernel<A, 1>, blocks,
-         32 * warps, warps * sums, stream, dx, partials, dy, x, dbias ? mean : nullptr, rstd,
-         weight, N, C, padded);
-  column_sums(dweight, dbias, partials, blocks, C, stream);
+         32 * warps, warps * sums, stream, dx, partials, dy, x, mean, rstd, weight, N, C, padded);
+  if (dweight) column_sums(dweight, dbias, partials, blocks, C, stream);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -972,7 +975,7 @@ __global__ void qk_backward_kernel(A* dq, A* dk, int64_t ld, const A* q_in, cons
       store_floats(d + half + i, b[p]);
     }
   }
-  if (!weight) return;
+  if (!partials) return;
   float* sums = shared_memory<float>();  // (groups, HS)
   for (int p = 0; p < kPairPasses<W>; p++) {
     const int i = (p * lanes + lane) * W;
@@ -992,7 +995,8 @@ static size_t qk_backward_scratch(int, int HS) {  // bytes
   return size_t(kPartialRows) * 2 * size_t(HS) * sizeof(float);
 }
 // Backward of qk_forward, dq and dk in place: turns back, then plain::norm_backward over each head
-// (q_norm null: none); dq_norm, dk_norm (HS) += theirs. dq, dk rows ld apart; q_in, k_in in_ld.
+// (q_norm null: none); dq_norm, dk_norm (HS) += theirs (null: frozen). dq, dk rows ld apart; q_in,
+// k_in in_ld.
 template <class A>
 static void qk_backward(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in, int64_t in_ld,
                         const float* q_norm, const float* k_norm, float* dq_norm, float* dk_norm,
@@ -1004,11 +1008,12 @@ static void qk_backward(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in, 
   const int lanes = head_lanes(HS, packs ? kW : 1), groups = kRowThreads / lanes;
   const int blocks =
       int(std::min<unsigned>(blocks_for(int64_t(N) * std::max(NH, NKV), groups), kPartialRows));
-  float* partials = static_cast<float*>(scratch);  // (blocks, 2, HS)
+  const bool trained = q_norm && dq_norm;
+  float* partials = trained ? static_cast<float*>(scratch) : nullptr;  // (blocks, 2, HS)
   launch("qk_backward", packs ? qk_backward_kernel<A, kW> : qk_backward_kernel<A, 1>,
          dim3(blocks, 2), kRowThreads, size_t(groups) * HS * sizeof(float), stream, dq, dk, ld,
          q_in, k_in, in_ld, q_norm, k_norm, partials, rope, positions, eps, N, NH, NKV, HS, lanes);
-  if (q_norm) column_sums(dq_norm, dk_norm, partials, blocks, HS, stream);
+  if (trained) column_sums(dq_norm, dk_norm, partials, blocks, HS, stream);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1094,7 +1099,8 @@ __global__ void value_backward_kernel(A* dx, const float* dvalue, const A* weigh
   }
 }
 static size_t value_backward_scratch(int N, int C) { return bias_backward_scratch(N, C); }  // bytes
-// dx[n] = dvalue[n] w;  dw += sum_n dvalue[n] x[n]. dx, x (N, C), dw, w (C), dvalue (N)
+// dx[n] = dvalue[n] w;  dw += sum_n dvalue[n] x[n] (null: frozen). dx, x (N, C), dw, w (C), dvalue
+// (N)
 template <class A>
 static void value_backward(A* dx, float* dw, const float* dvalue, const A* x, const A* w, int N,
                            int C, void* scratch, cudaStream_t stream) {
@@ -1102,7 +1108,7 @@ static void value_backward(A* dx, float* dw, const float* dvalue, const A* x, co
          by_packs<A>(C, dx, w) ? value_backward_kernel<A, Pack<A>::kSize>
                                : value_backward_kernel<A, 1>,
          warp_rows(N), kRowThreads, 0, stream, dx, dvalue, w, N, C);
-  weighted_bias_backward(dw, x, dvalue, N, C, scratch, stream);
+  if (dw) weighted_bias_backward(dw, x, dvalue, N, C, scratch, stream);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1633,10 +1639,10 @@ __global__ void sample_kernel(int* ids, float* logp, const A* logits, int64_t ld
   Word most = 0;  // a float's bits, ordered as unsigned, then the id's complement
   for (int j = threadIdx.x; j < V; j += blockDim.x) {
     const unsigned bits = bits_of(p[j]), ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-    most = max(most, Word(ordered) << 32 | Word(0xffffffffu - unsigned(j)));
+    most = max(most, Word(ordered) << 32 | Word(kAllLanes - unsigned(j)));
   }
   most = block_reduce(most, words, [](Word a, Word b) { return a > b ? a : b; });
-  const int best = int(0xffffffffu - unsigned(most & 0xffffffffu));
+  const int best = int(kAllLanes - unsigned(most & kAllLanes));
   int id = best;
   if (how.temperature > 0) {
     const float highest = p[best], k = kLog2E / how.temperature;
@@ -1756,12 +1762,12 @@ __device__ inline void load_tile(bf16* tile, const bf16* rows, int64_t ld, int f
 __device__ inline int lane_row() { return int(threadIdx.x) % 32 / 4; }
 __device__ inline int lane_column() { return int(threadIdx.x) % 4 * 2; }
 __device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 __device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
 // The fragments that mma_m16n8k16 takes, by one ldmatrix each; lane l names one of 32 runs of 8.
@@ -2346,7 +2352,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   float *q_tile = shared_memory<float>(), *k_tile = q_tile + size, *v_tile = k_tile + size;
   float* scores = v_tile + size;
   const auto over_row = [](float value, auto&& combine) {  // over the 16 lanes of a row
-    for (int d = 1; d < 16; d *= 2) value = combine(value, __shfl_xor_sync(0xffffffffu, value, d));
+    for (int d = 1; d < 16; d *= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, d));
     return value;
   };
 
@@ -2489,7 +2495,7 @@ __global__ void __launch_bounds__(256)
       }
     }
   }
-  for (int d = 1; d < 8; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+  for (int d = 1; d < 8; d *= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
   if (threadIdx.x % 8 == 0 && row < int64_t(N) * NH) delta[row % NH * N + row / NH] = sum;
 }
 
@@ -2650,7 +2656,7 @@ __global__ void __launch_bounds__(kCacheThreads)
       score[u] = 0;
 #pragma unroll
       for (int i = 0; i < kCacheEach; i++) score[u] += query[i] * x[i];
-      for (int d = 1; d < 8; d *= 2) score[u] += __shfl_xor_sync(0xffffffffu, score[u], d);
+      for (int d = 1; d < 8; d *= 2) score[u] += __shfl_xor_sync(kAllLanes, score[u], d);
       score[u] = t < keys ? score[u] * scale : -INFINITY;
       higher = fmaxf(higher, score[u]);
     }
@@ -2675,8 +2681,8 @@ __global__ void __launch_bounds__(kCacheThreads)
   // The four splits of a warp by shuffles, then the warps through shared memory.
   const float warp_highest = warp_max(highest), shrink = exp2_approx(highest - warp_highest);
   const auto over_splits = [](float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 8);
-    return x + __shfl_xor_sync(0xffffffffu, x, 16);
+    x += __shfl_xor_sync(kAllLanes, x, 8);
+    return x + __shfl_xor_sync(kAllLanes, x, 16);
   };
   float* sums = shared_memory<float>();  // (kWarps, HS)
   float* maxima = sums + kWarps * HS;    // (kWarps)
@@ -3409,14 +3415,15 @@ struct Activations {
   A *dx, *dnorm;           // (N, C), (N, max(C, NH HS))
   A* dqkv;                 // (N, qkv)
   A *dact, *dup;           // (N, F), (N, 2F or F)
+  A* inner;                // (N, rank) of the adapter at hand
   float* att_dot;          // (NH, N) attention's, sum of dout out
   float* bias_sums;        // (widest bias) a fused epilogue's result
   unsigned char* scratch;  // of whichever kernel runs
 
   int64_t logit_rows = 0;  // made at a time
 
-  // `rows`: of logits that a pass over N tokens may ask for
-  void lay_out(const Config& c, int64_t N, int64_t rows, Keep keep, Memory& memory) {
+  // `rows`: of logits that a pass over N tokens may ask for; `rank`: of adapters
+  void lay_out(const Config& c, int rank, int64_t N, int64_t rows, Keep keep, Memory& memory) {
     logit_rows = std::min(most_logit_rows, rows);
     const int64_t up = c.has_gate() ? 2 * c.F : c.F, heads = int64_t(c.NH) * c.HS;
     const auto a = [&](const char* name, int64_t count) {
@@ -3454,6 +3461,7 @@ struct Activations {
     final_norm = a("final_norm", N * c.C);
     final_mean = mean("final_mean"), final_rstd = f("final_rstd", N);
     delta = a("delta", N * c.C);
+    inner = a("inner", N * rank);
     if (c.head == Head::lm) {
       head_in = a("head_in", logit_rows * c.C);
       logits = a("logits", logit_rows * c.padded_V());
@@ -3544,11 +3552,13 @@ template <class A>
 class CudaGpt final : public Gpt {
  public:
   CudaGpt(const Config& config, const GptOptions& options)
-      : Gpt(config, options.muon),
+      : Gpt(config, options.muon, options.lora),
         machine_(Machine::get()),
         stream_(machine_->stream),
         train_(options.mode == Mode::train),
         recompute_(options.recompute),
+        adapters_(options.lora.rank > 0),
+        frozen_(table_.first_trainable()),
         rope_(config) {
     if (options.share) {
       const auto* other = dynamic_cast<const CudaGpt*>(options.share);
@@ -3559,8 +3569,8 @@ class CudaGpt final : public Gpt {
       weights_ = std::make_shared<Weights<A>>(table_, train_, stream_);
     }
     if (train_) {
-      gradients_ = Buffer<float>("gradients", table_.size, kModelFlags);
-      moment1_ = Buffer<float>("first moments", table_.size, kModelFlags);
+      gradients_ = Buffer<float>("gradients", table_.size - frozen_, kModelFlags);
+      moment1_ = Buffer<float>("first moments", table_.size - frozen_, kModelFlags);
       clear(moment1_.data(), moment1_.bytes());
       optimizer_ = std::make_unique<Optimizer>(table_, stream_);
     }
@@ -3613,6 +3623,7 @@ class CudaGpt final : public Gpt {
   void update(const OptimizerStep& step) override;
   UpdateStats stats() override;
   void zero_gradients() override;
+  void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
 
   std::span<const float> logp() override { return fetch(logp_, batch_.logp, Head::lm); }
   std::span<const float> entropy() override { return fetch(entropy_, batch_.entropy, Head::lm); }
@@ -3640,11 +3651,12 @@ class CudaGpt final : public Gpt {
   };
   Graphs::Key key(Recorded what) const {  // all that a pass over the live batch passes by value
     return {what,       N_,          rows_,         gathered_,
-            has_dlogp_, has_dvalue_, has_dentropy_, std::bit_cast<int32_t>(inverse_temperature_)};
+            has_dlogp_, has_dvalue_, has_dentropy_, std::bit_cast<int32_t>(inverse_temperature_),
+            adapters_};
   }
 
-  float* gradient(int64_t offset) const {
-    return offset < 0 ? nullptr : gradients_.data() + offset;
+  float* gradient(int64_t offset) const {  // null: nothing is there, or it is frozen
+    return offset < frozen_ || offset < 0 ? nullptr : gradients_.data() + offset - frozen_;
   }
   void clear(void* p, size_t bytes) const {
     check(cudaMemsetAsync(p, 0, bytes, stream_), "clearing memory");
@@ -3671,9 +3683,76 @@ class CudaGpt final : public Gpt {
                    .epilogue = l.bias >= 0 ? Epilogue::bias : Epilogue::none,
                    .bias = weights_->matrix(l.bias)};
   }
-  void linear(int64_t N, const Linear& l, const A* x, A* y) const {
+  void linear(int64_t N, const Linear& l, const A* x, A* y, const Activations<A>& in) const {
     machine_->matmul(linear_of(N, l, x, y));
+    adapters_forward(N, l, x, y, in);
   }
+  // LoRA, where it takes part: y += u B^T with u = scale x A^T (N, rank), in `in`'s memory
+  void adapters_forward(int64_t N, const Linear& l, const A* x, A* y,
+                        const Activations<A>& in) const {
+    if (!adapters_) return;
+    for (const Adapter& a : l.adapters) {
+      adapter_inner(N, l, a, x, in.inner);
+      Product p = adapter_product(N, a.out, table_.lora.rank, in.inner, a.b, y + a.begin);
+      p.ldd = l.out, p.b_transposed = true, p.ldb = table_.lora.rank, p.beta = 1;
+      machine_->matmul(p);
+    }
+  }
+  void adapter_inner(int64_t N, const Linear& l, const Adapter& a, const A* x, A* inner) const {
+    Product p = adapter_product(N, table_.lora.rank, l.in, x, a.a, inner);
+    p.b_transposed = true, p.ldb = l.in, p.alpha = table_.lora.scale();
+    machine_->matmul(p);
+  }
+  // d (M, N) = a (M, K) and the weight at `b` (K, N), rows side by side: callers change what
+  // differs
+  Product adapter_product(int64_t M, int64_t N, int64_t K, const A* a, int64_t b, A* d) const {
+    return Product{.M = M,
+                   .N = N,
+                   .K = K,
+                   .a = a,
+                   .b = weights_->matrix(b),
+                   .d = d,
+                   .in = kDataType<A>,
+                   .out = kDataType<A>,
+                   .lda = K,
+                   .ldb = N,
+                   .ldd = N};
+  }
+  // gradient (M, N) += a^T b, a (N_, M) with rows lda apart, b (N_, N)
+  void adapter_gradient(int64_t M, int64_t N, const A* a, int64_t lda, const A* b,
+                        int64_t offset) const {
+    machine_->matmul(Product{.M = M,
+                             .N = N,
+                             .K = N_,
+                             .a = a,
+                             .b = b,
+                             .d = gradient(offset),
+                             .in = kDataType<A>,
+                             .out = CUDA_R_32F,
+                             .lda = lda,
+                             .ldb = N,
+                             .ldd = N,
+                             .a_transposed = true,
+                             .beta = 1});
+  }
+  // dB += dy^T u;  du = scale dy B;  dA += du^T x;  dx += du A
+  void adapters_backward(const Linear& l, const A* x, const A* dy, A* dx) const {
+    if (!adapters_) return;
+    const int r = table_.lora.rank;
+    A* inner = a_.inner;
+    for (const Adapter& a : l.adapters) {
+      adapter_inner(N_, l, a, x, inner);
+      adapter_gradient(a.out, r, dy + a.begin, l.out, inner, a.b);
+      Product du = adapter_product(N_, r, a.out, dy + a.begin, a.b, inner);
+      du.lda = l.out, du.alpha = table_.lora.scale();
+      machine_->matmul(du);
+      adapter_gradient(r, l.in, inner, r, x, a.a);
+      Product back = adapter_product(N_, l.in, r, inner, a.a, dx);
+      back.beta = 1;
+      machine_->matmul(back);
+    }
+  }
+  bool has_adapters(const Linear& l) const { return adapters_ && !l.adapters.empty(); }
   // Under what a fused and a separate form are compared.
   template <class Body>
   bool fused_is_faster(const char* what, int64_t N, const Linear& l, Body&& body) const {
@@ -3681,7 +3760,12 @@ class CudaGpt final : public Gpt {
         std::is_same_v<A, float> ? concat(what, " in fp32").c_str() : what, N, l.in, l.out, body);
   }
   // up = x W^T + b, act = GELU(up)
-  void linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* act) const {
+  void linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* act,
+                   const Activations<A>& in) const {
+    if (has_adapters(l)) {  // they come between
+      linear(N, l, x, up, in);
+      return gelu_forward(act, up, N * l.out, stream_);
+    }
     const auto body = [&](bool fused) {
       Product p = linear_of(N, l, x, fused ? act : up);
       if (fused) {
@@ -3697,6 +3781,7 @@ class CudaGpt final : public Gpt {
   }
   // dW += dy^T x, db += column sums of dy
   void weight_backward(const Linear& l, const A* x, const A* dy) const {
+    if (!gradient(l.weight)) return;  // frozen
     Product p{.M = l.out,
               .N = l.in,
               .K = N_,
@@ -3751,9 +3836,14 @@ class CudaGpt final : public Gpt {
   void linear_backward(const Linear& l, const A* x, const A* dy, A* dx) const {
     weight_backward(l, x, dy);
     machine_->matmul(input_of(l, dy, dx));
+    adapters_backward(l, x, dy, dx);
   }
   // The same through the GELU that made x: dup = dy W GELU'(up)
   void linear_gelu_backward(const Linear& l, const A* x, const A* up, const A* dy, A* dup) const {
+    if (has_adapters(l)) {
+      linear_backward(l, x, dy, a_.dact);
+      return gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
+    }
     weight_backward(l, x, dy);
     const auto body = [&](bool fused) {
       Product p = input_of(l, dy, fused ? dup : a_.dact);
@@ -3841,8 +3931,10 @@ class CudaGpt final : public Gpt {
   std::shared_ptr<Machine> machine_;
   cudaStream_t stream_;
   bool train_, recompute_;
+  bool adapters_;   // LoRA's take part
+  int64_t frozen_;  // where the table's trainable rows begin
   std::shared_ptr<Weights<A>> weights_;
-  Buffer<float> gradients_, moment1_;  // in the table's order
+  Buffer<float> gradients_, moment1_;  // of the trainable rows, in the table's order
   bool fresh_ =
       true;  // gradients are zero, whatever the arena holds: the next backward clears them
 
@@ -3877,7 +3969,7 @@ void CudaGpt<A>::reserve(int64_t N) {
   graphs.clear();
   a_ = {}, batch_ = {}, capacity_ = 0;
   memory_ = std::make_unique<Memory>(kBatchFlags, false);
-  a_.lay_out(config_, N, round_up(N, 128),
+  a_.lay_out(config_, table_.lora.rank, N, round_up(N, 128),
              train_ ? recompute_ ? Keep::inputs : Keep::all : Keep::none, *memory_);
   batch_.lay_out(N, train_, *memory_);
   capacity_ = N;
@@ -4004,16 +4096,16 @@ void CudaGpt<A>::layer_forward(int64_t N, int l, const Activations<A>& from, con
                                Attend&& attend) const {
   const Block& b = table_.blocks[size_t(l)];
   const LayerActivations<A>& a = from.layers[size_t(l)];
-  linear(N, b.qkv, a.norm1, a.qkv);
+  linear(N, b.qkv, a.norm1, a.qkv, from);
   rotate(N, positions, b, a.qkv, a.rotated);
   attend(heads_of(a.qkv, a.rotated), a, l);
-  linear(N, b.o, a.att, from.delta);
+  linear(N, b.o, a.att, from.delta, from);
   residual_norm(N, b.norm2, a.mid, a.norm2, a.mean2, a.rstd2, a.x, from.delta);
   if (config_.has_gate()) {
-    linear(N, b.up, a.norm2, a.up);
+    linear(N, b.up, a.norm2, a.up, from);
     swiglu_forward(a.act, a.up, int(N), config_.F, stream_);
   } else {
-    linear_gelu(N, b.up, a.norm2, a.up, a.act);
+    linear_gelu(N, b.up, a.norm2, a.up, a.act, from);
   }
 }
 
@@ -4029,7 +4121,7 @@ void CudaGpt<A>::layers_forward(int64_t N, const Activations<A>& to, const int* 
   for (int l = 0; l < config_.L; l++) {
     layer_forward(N, l, to, positions, attend);
     const LayerActivations<A>& a = to.layers[size_t(l)];
-    linear(N, table_.blocks[size_t(l)].down, a.act, to.delta);
+    linear(N, table_.blocks[size_t(l)].down, a.act, to.delta, to);
     if (l + 1 < config_.L) {
       const LayerActivations<A>& next = to.layers[size_t(l) + 1];
       residual_norm(N, table_.blocks[size_t(l) + 1].norm1, next.x, next.norm1, next.mean1,
@@ -4057,7 +4149,7 @@ const A* CudaGpt<A>::head_rows(int64_t first, int64_t rows) const {
 
 template <class A>
 void CudaGpt<A>::logits_product(int64_t rows, const A* x, A* logits) const {
-  linear(rows, table_.head, x, logits);
+  machine_->matmul(linear_of(rows, table_.head, x, logits));
 }
 
 template <class A>
@@ -4120,19 +4212,21 @@ void CudaGpt<A>::head_backward(bool logits_ready) {
                                .lda = ld,
                                .ldb = C,
                                .ldd = C});
-      machine_->matmul(Product{.M = ld,
-                               .N = C,
-                               .K = rows,
-                               .a = a_.logits,
-                               .b = x,
-                               .d = gradient(head.weight),
-                               .in = kDataType<A>,
-                               .out = CUDA_R_32F,
-                               .lda = ld,
-                               .ldb = C,
-                               .ldd = C,
-                               .a_transposed = true,
-                               .beta = 1});
+      if (float* dweight = gradient(head.weight)) {
+        machine_->matmul(Product{.M = ld,
+                                 .N = C,
+                                 .K = rows,
+                                 .a = a_.logits,
+                                 .b = x,
+                                 .d = dweight,
+                                 .in = kDataType<A>,
+                                 .out = CUDA_R_32F,
+                                 .lda = ld,
+                                 .ldb = C,
+                                 .ldd = C,
+                                 .a_transposed = true,
+                                 .beta = 1});
+      }
       if (gathered_) {
         scatter_rows(a_.dnorm, dx, batch_.row_of + first, int(rows), C, stream_);
       }
@@ -4186,6 +4280,7 @@ void CudaGpt<A>::trunk_backward() {
     linear_backward(b.qkv, a.norm1, a_.dqkv, a_.dnorm);
     norm_back(b.norm1, a_.dnorm, a.x, a.mean1, a.rstd1);
   }
+  if (!gradient(table_.wte)) return;  // frozen, and the positions with it
   embed_backward(gradient(table_.wte), a_.dx, batch_.tokens, N_, C, config_.V, a_.scratch, stream_);
   if (table_.wpe >= 0) {
     embed_backward(gradient(table_.wpe), a_.dx, batch_.positions, N_, C, config_.T, a_.scratch,
@@ -4218,18 +4313,19 @@ struct OptimizerLayout {
   std::vector<Run> runs;
   std::vector<Group> groups;
   std::vector<int64_t> offsets;     // of Muon's matrices, group by group
-  std::vector<int64_t> moment2_at;  // of each tensor; -1: Muon's
+  std::vector<int64_t> moment2_at;  // of each tensor; -1: Muon's, or frozen
   int64_t moment2_size = 0, x_size = 0, other_size = 0, gram_size = 0, squares_size = 0;
 
   explicit OptimizerLayout(const ParamTable& table) {
-    std::map<std::pair<int, int>, std::vector<int64_t>> shapes;
+    std::map<std::pair<int, int>, std::vector<int64_t>> shapes;  // none where rows are frozen
     for (const Tensor& t : table.tensors) {
       moment2_at.push_back(-1);
+      if (!t.trainable) continue;
       if (t.muon) {
-        if (t.trainable) shapes[{t.out, t.in}].push_back(t.offset);
+        shapes[{t.out, t.in}].push_back(t.offset);
         continue;
       }
-      Run* run = t.trainable && !runs.empty() ? &runs.back() : nullptr;
+      Run* run = runs.empty() ? nullptr : &runs.back();
       // between tensors side by side lie at most 15 zeros, which stay zero
       if (run && run->kind == t.kind && run->decay == t.decay &&
           t.offset - run->offset - run->size < 16) {
@@ -4239,7 +4335,7 @@ struct OptimizerLayout {
         continue;
       }
       moment2_at.back() = moment2_size;
-      if (t.trainable) runs.push_back({t.offset, t.size(), moment2_size, t.kind, t.decay});
+      runs.push_back({t.offset, t.size(), moment2_size, t.kind, t.decay});
       moment2_size = round_up(moment2_size + t.size(), 16);
     }
     for (const auto& [shape, at] : shapes) {
@@ -4351,7 +4447,7 @@ void CudaGpt<A>::update(const OptimizerStep& step) {
   graphs.run(
       {kUpdate, std::bit_cast<int32_t>(step.max_norm), std::bit_cast<int32_t>(step.muon_momentum)},
       stream_, [&] {
-        sum_of_squares(o.partials.data(), gradients_.data(), table_.size, stream_);
+        sum_of_squares(o.partials.data(), gradients_.data(), gradients_.size(), stream_);
         finish_norm(o.step.data(), o.partials.data(), kSquarePartials, step.max_norm, stream_);
         muon_directions(step.muon_momentum);
       });
@@ -4363,8 +4459,9 @@ void CudaGpt<A>::update(const OptimizerStep& step) {
                 step.muon_lr, step.muon_decay, o.step.data(), stream_);
   }
   for (const OptimizerLayout::Run& r : o.layout.runs) {
-    adamw(w + r.offset, copy ? copy + r.offset : nullptr, gradients_.data() + r.offset,
-          moment1_.data() + r.offset, o.moment2.data() + r.moment2, r.size, step.lr[size_t(r.kind)],
+    const int64_t at = r.offset - frozen_;
+    adamw(w + r.offset, copy ? copy + r.offset : nullptr, gradients_.data() + at,
+          moment1_.data() + at, o.moment2.data() + r.moment2, r.size, step.lr[size_t(r.kind)],
           r.decay ? step.decay : 0, step, o.step.data(), stream_);
   }
   fresh_ = true, live_ = false;
@@ -4410,13 +4507,13 @@ struct CudaGpt<A>::Decoding {
   int* history;              // of all rows that have a repetition penalty
 
   bool fits(int64_t N, int64_t R) const { return N <= capacity && R <= row_capacity; }
-  void reserve(const Config& c, int64_t N, int64_t R) {
+  void reserve(const Config& c, int rank, int64_t N, int64_t R) {
     if (fits(N, R)) return;
     N = std::max(N, capacity), R = std::max(R, row_capacity);
     capacity = row_capacity = 0, memory = nullptr;
     memory = std::make_unique<Memory>("the number of sequences decoded at once", false);
     a = {};
-    a.lay_out(c, N, R, Keep::none, *memory);
+    a.lay_out(c, rank, N, R, Keep::none, *memory);
     for (int** p : {&tokens, &positions, &doc_start, &doc_end, &row, &slot})
       *p = memory->template take<int>("tokens to decode", N);
     for (int** p : {&last, &ids}) *p = memory->template take<int>("rows to decode", R);
@@ -4498,7 +4595,7 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   if (!decoding_) decoding_ = std::make_unique<Decoding>();
   Decoding& d = *decoding_;
   if (!d.fits(N, R)) graphs.clear();
-  d.reserve(config_, N, R);
+  d.reserve(config_, table_.lora.rank, N, R);
   const auto grow = [&](int*& p, std::unique_ptr<Memory>& memory, int64_t& capacity, size_t size,
                         const char* name) {
     if (int64_t(size) <= capacity) return;
@@ -4545,7 +4642,7 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
         });
   };
   if (N == R && !prefill) {  // one token a row: a shape that repeats
-    graphs.run({kDecode, R, max_pages, pages.id}, stream_, layers);
+    graphs.run({kDecode, R, max_pages, pages.id, adapters_}, stream_, layers);
   } else {
     layers();
   }
@@ -4586,8 +4683,9 @@ typename CudaGpt<A>::Slice CudaGpt<A>::slice(int tensor, Slot slot) const {
             Weights<A>::kCopy ? weights_->copy.data() + t.offset : nullptr};
   }
   if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
-  if (slot == Slot::gradient) return {gradients_.data() + t.offset, nullptr};
-  if (slot == Slot::moment1) return {moment1_.data() + t.offset, nullptr};
+  if (!t.trainable) return {nullptr, nullptr};
+  if (slot == Slot::gradient) return {gradient(t.offset), nullptr};
+  if (slot == Slot::moment1) return {moment1_.data() + t.offset - frozen_, nullptr};
   const int64_t at = optimizer_->layout.moment2_at[size_t(tensor)];
   return {at < 0 ? nullptr : optimizer_->moment2.data() + at, nullptr};
 }
@@ -4600,7 +4698,7 @@ void CudaGpt<A>::read(int tensor, Slot slot, std::span<float> out) const {
   }
   const Slice from = slice(tensor, slot);
   if ((slot == Slot::gradient && fresh_) || (!from.data && !from.copy)) {
-    std::fill(out.begin(), out.end(), 0.f);  // Muon's tensors have one moment
+    std::fill(out.begin(), out.end(), 0.f);  // Muon's tensors have one moment, frozen ones nothing
   } else if (from.data) {
     check(cudaMemcpyAsync(out.data(), from.data, out.size_bytes(), cudaMemcpyDeviceToHost, stream_),
           t.name.c_str());
@@ -4622,7 +4720,10 @@ void CudaGpt<A>::write(int tensor, Slot slot, std::span<const float> in) {
     fail(t.name, ": found ", in.size(), " floats, expected ", t.size());
   }
   const Slice to = slice(tensor, slot);
-  if (!to.data && !to.copy) fail(t.name, ": Muon keeps no second moment");
+  if (!to.data && !to.copy) {
+    fail(t.name,
+         t.trainable ? ": Muon keeps no second moment" : ": it is frozen: it has weights alone");
+  }
   if (slot == Slot::gradient) clear_fresh();
   if (to.data) {
     check(cudaMemcpyAsync(to.data, in.data(), in.size_bytes(), cudaMemcpyHostToDevice, stream_),
@@ -4673,22 +4774,23 @@ std::string unavailable() {
 template <class A>
 static MemoryPlan plan_of(const Config& c, const GptOptions& options) {
   const bool train = options.mode == Mode::train;
-  const ParamTable table = make_table(c, options.muon);
+  const ParamTable table = make_table(c, options.muon, options.lora);
+  const int64_t trained = table.size - table.first_trainable();
   MemoryPlan plan;
   if (!options.share) {
     plan.items.push_back({"parameters", Weights<A>::bytes(table, train), kModelFlags});
   }
   if (train) {
     const OptimizerLayout layout(table);
-    plan.items.push_back({"gradients", table.size * 4, kModelFlags});
-    plan.items.push_back({"optimizer state", (table.size + layout.moment2_size) * 4, kModelFlags});
+    plan.items.push_back({"gradients", trained * 4, kModelFlags});
+    plan.items.push_back({"optimizer state", (trained + layout.moment2_size) * 4, kModelFlags});
     plan.items.push_back({"optimizer scratch", layout.scratch_bytes(sizeof(A)), kModelFlags});
   }
   if (options.batch_tokens > 0) {
     Activations<A> layout;
     DeviceBatch batch;
     Memory memory("", true);
-    layout.lay_out(c, options.batch_tokens, round_up(options.batch_tokens, 128),
+    layout.lay_out(c, options.lora.rank, options.batch_tokens, round_up(options.batch_tokens, 128),
                    train ? options.recompute ? Keep::inputs : Keep::all : Keep::none, memory);
     batch.lay_out(options.batch_tokens, train, memory);
     plan.items.push_back(
@@ -4709,9 +4811,6 @@ std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
   if (config.HS % 16 != 0 || config.HS > 128) {
     fail("model: head_dim: found ", config.HS,
          ", expected a multiple of 16 up to 128 on a CUDA device");
-  }
-  if (options.lora.rank > 0) {
-    fail("LoRA: this build trains adapters on the CPU alone, expected --device cpu");
   }
   const MemoryPlan plan = gpu::plan_memory(config, options);
   size_t free = 0, total = 0;

@@ -8,6 +8,15 @@
 //     trainer_state.json      what the training loop wants back
 //     optimizer.safetensors   AdamW's and Muon's moments
 //
+// Adapters (LoRA) are a directory too, as PEFT reads and writes it: in place of model.safetensors
+// it has
+//
+//     adapter_config.json        rank, alpha, their matrices, and the model that they were added to
+//     adapter_model.safetensors  A and B of each; in its metadata the hash of that model's files
+//
+// Whoever loads it gets that model's weights with the adapters in their rows or, where the engine
+// was made without such rows, added to the weights.
+//
 // save_checkpoint writes a whole new directory beside the old one, syncs it and exchanges the two
 // in one step: at every moment, a power cut included, one complete checkpoint is there.
 //
@@ -228,9 +237,107 @@ inline Config parse_config(const Json& json, const std::string& where) {
   return c;
 }
 
-// Of a model directory.
+// ---------------------------------------------------------------------------------------------
+// adapter_config.json
+
+struct AdapterConfig {
+  Lora lora;
+  std::vector<std::string> targets;  // ends of the names of matrices that have them; empty: any
+  std::filesystem::path base;        // the directory of the model that they were added to
+};
+
+// True for a directory whose weights are another's and adapters.
+inline bool has_adapters(const std::filesystem::path& dir) {
+  return std::filesystem::exists(dir / "adapter_config.json") &&
+         !std::filesystem::exists(dir / "model.safetensors") &&
+         !std::filesystem::exists(dir / "model.safetensors.index.json");
+}
+
+// A base is found from the adapters' directory, where save_checkpoint writes it, or from here,
+// which is how PEFT means it.
+inline std::filesystem::path find_base(const std::filesystem::path& dir, const std::string& name,
+                                       const std::string& where) {
+  for (const std::filesystem::path& base : {dir / name, std::filesystem::path(name)}) {
+    if (std::filesystem::exists(base / "config.json")) return base.lexically_normal();
+  }
+  fail(where, ": base_model_name_or_path: found ", name,
+       ", where no config.json is, expected the directory of the model that the adapters were "
+       "added to, from ",
+       dir.string(), " or from here");
+}
+
+inline AdapterConfig load_adapter_config(const std::filesystem::path& dir) {
+  const std::string where = (dir / "adapter_config.json").string();
+  const Json json = read_json(where);
+  const ConfigReader in{json, where};
+  in.get<std::string>("peft_type");
+  in.only<std::string>("peft_type", "LORA");
+  in.only<std::string>("bias", "none");
+  for (const char* variant : {"use_rslora", "use_dora", "use_qalora", "lora_bias"}) {
+    in.only(variant, false);
+  }
+  // They train more than A and B, give matrices ranks of their own, or change the base's weights.
+  for (const char* key : {"modules_to_save", "layer_replication", "trainable_token_indices",
+                          "target_parameters", "rank_pattern", "alpha_pattern"}) {
+    if (in.has(key) && !json[key].empty()) {
+      fail(where, ": ", key, ": found ", json_text(json[key]), ", expected none, all that is ",
+           "supported");
+    }
+  }
+  if (in.has("init_lora_weights") && json["init_lora_weights"].is_string()) {
+    in.only<std::string>("init_lora_weights", "gaussian");
+  }
+  AdapterConfig c;
+  c.lora.rank = in.get<int>("r");
+  c.lora.alpha = in.get<float>("lora_alpha");
+  if (c.lora.rank < 1) fail(where, ": r: found ", c.lora.rank, ", expected at least 1");
+  if (!(c.lora.alpha > 0)) {
+    fail(where, ": lora_alpha: found ", c.lora.alpha, ", expected above 0");
+  }
+  if (in.has("target_modules") && json["target_modules"].is_array()) {
+    for (const Json& t : json["target_modules"]) {
+      c.targets.push_back(json_as<std::string>(t, "target_modules", where));
+    }
+  }
+  c.base = find_base(dir, in.get<std::string>("base_model_name_or_path"), where);
+  if (has_adapters(c.base)) {
+    fail(where, ": base_model_name_or_path: found ", c.base.string(),
+         ", which are adapters themselves, expected a model with all its weights");
+  }
+  return c;
+}
+
+// What PEFT reads: names that it leaves out have the defaults that load_adapter_config asks for.
+inline OrderedJson adapter_config_json(const Config& c, const ParamTable& table,
+                                       const std::string& base) {
+  std::set<std::string> targets;  // c_attn, q_proj ...
+  for (const Tensor& t : table.tensors) {
+    if (t.kind != Kind::matrix) continue;
+    const std::string module = t.disk.substr(0, t.disk.rfind(".weight"));
+    targets.insert(module.substr(module.rfind('.') + 1));
+  }
+  return {{"peft_type", "LORA"},
+          {"task_type", "CAUSAL_LM"},
+          {"base_model_name_or_path", base},
+          {"inference_mode", true},
+          {"r", table.lora.rank},
+          {"lora_alpha", table.lora.alpha},
+          {"lora_dropout", 0.},
+          {"target_modules", targets},
+          {"bias", "none"},
+          {"fan_in_fan_out", c.family == Family::gpt2},  // weights are (in, out)
+          {"init_lora_weights", true},
+          {"use_rslora", false},
+          {"use_dora", false},
+          {"modules_to_save", nullptr}};
+}
+
+// Of a model directory; of adapters without a config.json, their base's.
 inline Config load_config(const std::filesystem::path& dir) {
-  const std::filesystem::path path = dir / "config.json";
+  std::filesystem::path path = dir / "config.json";
+  if (!std::filesystem::exists(path) && has_adapters(dir)) {
+    path = load_adapter_config(dir).base / "config.json";
+  }
   return parse_config(read_json(path), path.string());
 }
 
@@ -414,6 +521,31 @@ class SafeTensors {
     return it == tensors_.end() ? nullptr : &it->second;
   }
   const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+
+  // Of every byte of the files, in the order of their names: 16 hexadecimal digits. Tells a model
+  // from another, not from a forgery.
+  std::string hash() const {
+    constexpr int64_t kPiece = 1 << 20;
+    uint64_t h = 0;
+    for (const MappedFile& file : files_) {
+      std::vector<uint64_t> pieces(size_t((file.size() + kPiece - 1) / kPiece));
+#pragma omp parallel for schedule(static)
+      for (size_t p = 0; p < pieces.size(); p++) {
+        const int64_t begin = int64_t(p) * kPiece, end = std::min(begin + kPiece, file.size());
+        uint64_t x = uint64_t(end - begin);
+        for (int64_t i = begin; i < end; i += 8) {
+          uint64_t word = 0;
+          std::memcpy(&word, file.data() + i, size_t(std::min<int64_t>(8, end - i)));
+          x = mix64(x ^ word);
+        }
+        pieces[p] = x;
+      }
+      h = mix64(h, uint64_t(file.size()));
+      for (const uint64_t piece : pieces) h = mix64(h, piece);
+    }
+    return format("%016llx", static_cast<unsigned long long>(h));
+  }
 
  private:
   void add_file(const std::filesystem::path& path) {
@@ -432,7 +564,11 @@ class SafeTensors {
     const int64_t data_bytes = file.size() - 8 - int64_t(length);
     std::map<std::pair<int64_t, int64_t>, std::string> extents;  // in the file's order
     for (const auto& item : header.items()) {
-      if (item.key() == "__metadata__") continue;
+      if (item.key() == "__metadata__") {
+        for (const auto& entry : item.value().items())
+          metadata_[entry.key()] = json_as<std::string>(entry.value(), entry.key(), where);
+        continue;
+      }
       const std::string name = where + ": " + item.key();
       const std::pair<int64_t, int64_t> extent =
           add_tensor(item.key(), item.value(), data, data_bytes, name);
@@ -513,6 +649,7 @@ class SafeTensors {
 
   std::vector<MappedFile> files_;
   std::map<std::string, StoredTensor> tensors_;
+  std::map<std::string, std::string> metadata_;
 };
 
 // Writes a file tensor by tensor, in the order in which they were declared.
@@ -522,9 +659,11 @@ class SafeTensorsWriter {
     std::string name;
     std::vector<int64_t> shape;
   };
-  SafeTensorsWriter(const std::filesystem::path& path, const std::vector<Entry>& entries, bool bf16)
+  SafeTensorsWriter(const std::filesystem::path& path, const std::vector<Entry>& entries, bool bf16,
+                    std::map<std::string, std::string> metadata = {})
       : file_(path), bf16_(bf16) {
-    OrderedJson header{{"__metadata__", {{"format", "pt"}}}};  // transformers asks for it
+    metadata["format"] = "pt";  // transformers asks for it
+    OrderedJson header{{"__metadata__", metadata}};
     int64_t end = 0;
     for (const Entry& e : entries) {
       int64_t count = 1;
@@ -595,18 +734,113 @@ inline void scatter_row(const Tensor& t, std::span<const float> row, std::span<f
             row[size_t(o) * size_t(t.in) + size_t(i)];
 }
 
+// The model that adapters are added to.
+struct AdapterBase {
+  std::filesystem::path dir;
+  std::string hash;  // SafeTensors::hash; empty: not known
+};
+
+constexpr const char* kBaseHash =
+    "base_model_hash";  // in the metadata of adapter_model.safetensors
+
+// An adapter directory, checked against the shapes of a Config before anything is used.
+class Adapters {
+ public:
+  Adapters(const std::filesystem::path& dir, const Config& c)
+      : config_(load_adapter_config(dir)), disk_(dir / "adapter_model.safetensors") {
+    const std::string where = (dir / "adapter_model.safetensors").string();
+    const ParamTable table = make_table(c, false, config_.lora);
+    size_t used = 0;
+    for (const Tensor& t : table.tensors) {
+      if (t.kind != Kind::adapter) continue;
+      const StoredTensor* stored = disk_.find(t.disk);
+      if (!stored && !targeted(t)) continue;
+      if (!stored) fail(where, ": tensor ", t.disk, " is missing");
+      if (stored->shape != disk_shape(t)) {
+        fail(stored->where, ": found shape ", stored->shape_text(), ", expected ",
+             StoredTensor{.shape = disk_shape(t)}.shape_text());
+      }
+      used++;
+    }
+    for (const auto& entry : disk_.tensors()) {
+      if (used == disk_.tensors().size()) break;
+      if (std::none_of(table.tensors.begin(), table.tensors.end(),
+                       [&](const Tensor& t) { return t.disk == entry.first; })) {
+        fail(entry.second.where, ": found a tensor that adapters of a ", architecture_name(c),
+             " do not have here: they stand beside the matrices of its blocks");
+      }
+    }
+  }
+  const Lora& lora() const { return config_.lora; }
+  AdapterBase base() const {
+    const auto hash = disk_.metadata().find(kBaseHash);
+    return {config_.base, hash == disk_.metadata().end() ? "" : hash->second};
+  }
+  const StoredTensor* find(const Tensor& row) const { return disk_.find(row.disk); }
+
+  // W += alpha / rank B A, on the row W of a matrix: (out, in)
+  void add_to(const Tensor& t, std::span<float> w) const {
+    const StoredTensor* stored_a = disk_.find(adapter_name(t.disk, "A"));
+    const StoredTensor* stored_b = disk_.find(adapter_name(t.disk, "B"));
+    if (!stored_a || !stored_b) return;
+    const size_t rank = size_t(config_.lora.rank), in = size_t(t.in);
+    std::vector<float> a(rank * in), b(size_t(t.out) * rank);
+    stored_a->read(0, a);
+    stored_b->read(int64_t(t.disk_begin) * config_.lora.rank, b);
+    const float scale = config_.lora.scale();
+#pragma omp parallel for schedule(static)
+    for (int o = 0; o < t.out; o++) {
+      float* row = w.data() + size_t(o) * in;
+      for (size_t r = 0; r < rank; r++) {
+        const float x = scale * b[size_t(o) * rank + r];
+        for (size_t i = 0; i < in; i++) row[i] += x * a[r * in + i];
+      }
+    }
+  }
+
+ private:
+  bool targeted(const Tensor& t) const {
+    const std::string module = t.disk.substr(0, t.disk.rfind(".lora_"));
+    for (const std::string& target : config_.targets) {
+      const std::string end = "." + target;
+      if (module.size() >= end.size() &&
+          module.compare(module.size() - end.size(), end.size(), end) == 0) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  AdapterConfig config_;
+  SafeTensors disk_;
+};
+
+// The model that adapters trained on top of `dir` belong to: `dir`, or what the adapters in it were
+// added to.
+inline AdapterBase adapter_base(const std::filesystem::path& dir) {
+  AdapterBase base{dir, ""};
+  if (has_adapters(dir)) base = Adapters(dir, load_config(dir)).base();
+  if (base.hash.empty()) base.hash = SafeTensors::of_model(base.dir).hash();
+  return base;
+}
+
 struct LoadOptions {
   // A model with a scalar head may start from a language model: its head is dropped and the score
   // gets initial values.
   bool new_score = false;
-  uint64_t seed = 0;
+  uint64_t seed = 0;  // of the score's and of new adapters' initial values
 };
 
-// Fills every weight from a model directory. Throws Error naming the tensor that is missing,
-// unexpected, or of another shape or type than the Config asks for.
-inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
-                         const LoadOptions& options = {}) {
+// The weights of `dir`, which has them all; adapters, if any, into their rows or added to the
+// weights.
+inline void load_whole_model(const std::filesystem::path& dir, Gpt& gpt, const Adapters* adapters,
+                             const LoadOptions& options) {
   const SafeTensors disk = SafeTensors::of_model(dir);
+  if (adapters && !adapters->base().hash.empty() && disk.hash() != adapters->base().hash) {
+    fail(dir.string(), ": found weights of hash ", disk.hash(), ", expected ",
+         adapters->base().hash, ", those that the adapters were trained on: the model has changed");
+  }
+  const bool rows = gpt.table().lora.rank > 0;  // for adapters
   const std::vector<Tensor>& tensors = gpt.table().tensors;
   const std::string where = (dir / "model.safetensors").string();
   // transformers also writes base models, without `transformer.` or `model.` in front.
@@ -622,8 +856,9 @@ inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
   std::vector<float> values;
   for (size_t i = 0; i < tensors.size(); i++) {
     const Tensor& t = tensors[i];
-    const StoredTensor* stored = find(t.disk);
-    if (!stored && t.name == "score" && options.new_score) {
+    const bool adapter = t.kind == Kind::adapter;
+    const StoredTensor* stored = !adapter ? find(t.disk) : adapters ? adapters->find(t) : nullptr;
+    if (!stored && (adapter || (t.name == "score" && options.new_score))) {
       gpt.write(int(i), Slot::weight, initial_values(t, options.seed));
       continue;
     }
@@ -635,6 +870,7 @@ inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
     used.insert(stored);
     values.resize(size_t(t.size()));
     gather_row(t, *stored, values);
+    if (adapters && !rows && t.kind == Kind::matrix) adapters->add_to(t, values);
     gpt.write(int(i), Slot::weight, values);
   }
 
@@ -673,6 +909,22 @@ inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
   }
 }
 
+// Fills every weight from a model directory. Throws Error naming the tensor that is missing,
+// unexpected, or of another shape or type than the Config asks for. Adapters that `gpt` has and
+// `dir` has not get initial values: then it computes what the model in `dir` does.
+inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
+                         const LoadOptions& options = {}) {
+  if (!has_adapters(dir)) return load_whole_model(dir, gpt, nullptr, options);
+  const Adapters adapters(dir, gpt.config());
+  const Lora &found = adapters.lora(), &expected = gpt.table().lora;
+  if (expected.rank > 0 && (found.rank != expected.rank || found.alpha != expected.alpha)) {
+    fail((dir / "adapter_config.json").string(), ": found adapters of rank ", found.rank,
+         " and alpha ", found.alpha, ", expected rank ", expected.rank, " and alpha ",
+         expected.alpha, ": other ones begin from the merged model");
+  }
+  load_whole_model(adapters.base().dir, gpt, &adapters, options);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Saving
 
@@ -681,6 +933,7 @@ struct SaveOptions {
   Json trainer_state;                    // null: none
   bool optimizer = false;                // its moments too: what an exact resume needs
   bool bf16 = false;                     // weights as BF16; excludes `optimizer`
+  AdapterBase base;                      // of a model with adapters, which are all that is saved
 };
 
 // The bytes that a checkpoint takes on disk, without the tokenizer's; while one replaces another,
@@ -688,6 +941,7 @@ struct SaveOptions {
 inline int64_t checkpoint_bytes(const ParamTable& table, bool optimizer, bool bf16 = false) {
   int64_t bytes = 0;
   for (const Tensor& t : table.tensors) {
+    if (table.lora.rank > 0 && t.kind != Kind::adapter) continue;
     bytes += t.size() * (bf16 ? 2 : 4) + 128;
     if (optimizer && t.trainable) bytes += t.size() * (t.muon ? 4 : 8) + 256;
   }
@@ -702,16 +956,19 @@ inline void check_finite(const std::string& what, std::span<const float> values)
   }
 }
 
-inline void save_weights(const std::filesystem::path& path, const Gpt& gpt, bool bf16) {
+// All weights; of a model with adapters, these alone.
+inline void save_weights(const std::filesystem::path& path, const Gpt& gpt, bool bf16,
+                         const std::map<std::string, std::string>& metadata = {}) {
   const std::vector<Tensor>& tensors = gpt.table().tensors;
   std::map<std::string, std::vector<size_t>> rows_of;  // of each tensor on disk
   std::vector<SafeTensorsWriter::Entry> entries;
   for (size_t i = 0; i < tensors.size(); i++) {
+    if (gpt.table().lora.rank > 0 && tensors[i].kind != Kind::adapter) continue;
     std::vector<size_t>& rows = rows_of[tensors[i].disk];
     if (rows.empty()) entries.push_back({tensors[i].disk, disk_shape(tensors[i])});
     rows.push_back(i);
   }
-  SafeTensorsWriter writer(path, entries, bf16);
+  SafeTensorsWriter writer(path, entries, bf16, metadata);
   std::vector<float> row, whole;
   for (const SafeTensorsWriter::Entry& entry : entries) {
     const std::vector<size_t>& rows = rows_of[entry.name];
@@ -821,6 +1078,14 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
   if (options.bf16 && options.optimizer) {
     fail(dir.string(), ": found bf16 with the optimizer's state, which needs exact weights");
   }
+  if (gpt.table().lora.rank > 0) {
+    if (gpt.config().head != Head::lm) {
+      fail(dir.string(), ": found adapters of a scalar head, expected of a language model");
+    }
+    if (options.base.dir.empty() || has_adapters(options.base.dir)) {
+      fail(dir.string(), ": found adapters to save without the model that they were added to");
+    }
+  }
   repair_checkpoint(dir);
   const std::filesystem::path fresh = beside(dir, ".new");
   const auto discard = [&] {
@@ -839,7 +1104,16 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
       write_file(fresh / "trainer_state.json", options.trainer_state.dump(2) + "\n");
     }
     if (options.optimizer) save_moments(fresh / "optimizer.safetensors", gpt);
-    save_weights(fresh / "model.safetensors", gpt, options.bf16);
+    if (gpt.table().lora.rank > 0) {
+      // From the directory, so that both can move together.
+      const auto base = std::filesystem::relative(options.base.dir, fresh);
+      write_json(fresh / "adapter_config.json",
+                 adapter_config_json(gpt.config(), gpt.table(), base.string()));
+      save_weights(fresh / "adapter_model.safetensors", gpt, options.bf16,
+                   {{kBaseHash, options.base.hash}});
+    } else {
+      save_weights(fresh / "model.safetensors", gpt, options.bf16);
+    }
     sync_path(fresh);
     replaced = exchange_directories(fresh, dir);
   } catch (const std::exception& e) {
@@ -899,8 +1173,9 @@ inline std::filesystem::path model_dir(std::filesystem::path path) {
   if (path.has_parent_path() && !path.has_filename()) path = path.parent_path();
   repair_checkpoint(path);
   repair_checkpoint(path / "model");
-  if (std::filesystem::exists(path / "config.json")) return path;
-  if (std::filesystem::exists(path / "model" / "config.json")) return path / "model";
+  for (const std::filesystem::path& dir : {path, path / "model"}) {
+    if (std::filesystem::exists(dir / "config.json") || has_adapters(dir)) return dir;
+  }
   if (!std::filesystem::exists(path)) fail(path.string(), ": not found");
   fail(path.string(), ": found neither config.json nor model/config.json: not a model directory");
 }

@@ -148,6 +148,12 @@ struct Block {
   Linear down;  // F -> C
 };
 
+// What PEFT calls matrix A or B beside the tensor `disk`, "X.weight".
+inline std::string adapter_name(const std::string& disk, const char* which) {
+  return concat("base_model.model.", disk.substr(0, disk.rfind(".weight")), ".lora_", which,
+                ".weight");
+}
+
 struct ParamTable {
   std::vector<Tensor> tensors;  // in the arena's order
   int64_t size = 0;             // floats in the arena, padding included
@@ -331,13 +337,12 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
           continue;
         }
         const auto row = [&](const char* which, int out, int in, double std) {
-          const std::string stem = t.disk.substr(0, t.disk.rfind(".weight"));
           align();
           return add({.name = t.name.substr(0, t.name.rfind(".weight")) + ".lora_" + which,
                       .kind = Kind::adapter,
                       .out = out,
                       .in = in,
-                      .disk = "base_model.model." + stem + ".lora_" + which + ".weight",
+                      .disk = adapter_name(t.disk, which),
                       .init_std = std});
         };
         const int begin = int((t.offset - l.weight) / l.in);
@@ -616,6 +621,12 @@ std::unique_ptr<Gpt> make_gpt(const Config&, const GptOptions&);
 double measure_peak(const Gpt&);
 }  // namespace gpu
 
+inline Precision parse_precision(const std::string& name) {
+  if (name == "auto") return Precision::automatic;
+  if (name == "fp32") return Precision::fp32;
+  if (name == "bf16") return Precision::bf16;
+  fail("--precision: found ", name, ", expected auto, fp32 or bf16");
+}
 inline Device parse_device(const std::string& name) {
   if (name == "auto") return Device::automatic;
   if (name == "cpu") return Device::cpu;

@@ -302,6 +302,15 @@ inline std::string bytes_text(double bytes) {  // 512 B, 3.1 KB, 1.2 GB (powers 
   return format(u ? "%.1f %s" : "%.0f %s", bytes, units[u]);
 }
 
+inline std::string count_text(double n) {  // 1,234 or 5.03M
+  if (n >= 1e12) return format("%.2fT", n / 1e12);
+  if (n >= 1e9) return format("%.2fB", n / 1e9);
+  if (n >= 1e6) return format("%.2fM", n / 1e6);
+  std::string digits = format("%.0f", n);
+  for (int i = int(digits.size()) - 3; i > 0; i -= 3) digits.insert(size_t(i), ",");
+  return digits;
+}
+
 // One line that is rewritten in place on a terminal; in a log, a line at most every `interval`
 // seconds, so that a file stays readable.
 class ProgressLine {

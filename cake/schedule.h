@@ -66,4 +66,17 @@ inline int64_t tokens_of_model(const ParamTable& table) {
   return int64_t(10.5 * double(table.matmul_parameters()));
 }
 
+// Muon's own products cost 5 (3 m^2 n + m^3) a matrix and step: worth it when they are few beside
+// the batch's 6 m n a token.
+inline bool muon_is_cheap(const ParamTable& table, int64_t batch_tokens) {
+  double muon = 0, batch = 0;
+  for (const Tensor& t : table.tensors) {
+    if (t.kind != Kind::matrix) continue;
+    const double m = std::min(t.out, t.in), n = std::max(t.out, t.in);
+    muon += 5 * (3 * m * m * n + m * m * m);
+    batch += 6 * m * n * double(batch_tokens);
+  }
+  return muon < .35 * batch;
+}
+
 }  // namespace cake

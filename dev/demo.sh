@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The whole cake, baked on this machine: documents -> tokenizer -> token shards -> base model, each
-# by one command that is printed before it runs, then text from the model and what it has learned.
+# The whole cake, baked on this machine: documents -> tokenizer -> token shards -> base model ->
+# assistant, each by one command that is printed before it runs, then what each model has learned.
 # `make run` calls it. Run it from the repository's root.
 #
 #   RUN=dir      where everything goes, a folder a stage (default runs/demo)
 #   TEXT=path    your own text in place of the demo's closed world
-#   MINUTES=n    of training (default 3); the closed world grows with them
+#   MINUTES=n    of pretraining (default 3), and half as many of fine-tuning; the closed world grows
+#                with them
 set -euo pipefail
 
 RUN=${RUN:-runs/demo}
@@ -65,13 +66,14 @@ if [[ -z $TEXT ]]; then
   tokens=$(compute "t = $MINUTES / 3 * 5e6; printf \"%d\", t < 2e5 ? 2e5 : t")
   stage world "$BUILD/world" -o "$RUN/world" --tokens "$tokens"
   input=$RUN/world/documents.jsonl vocabulary=1024 held_out=.01 name=world
+  more=("$RUN/world/conversations_sample.jsonl")  # its words are in the tokenizer from the start
 else
   # A small text has too few words to teach many tokens.
   bytes=$(wc -c <"$TEXT")
-  input=$TEXT held_out=.1 name=text
+  input=$TEXT held_out=.1 name=text more=()
   vocabulary=$(compute "print $bytes < 4e6 ? 512 : $bytes < 4e7 ? 2048 : 8192")
 fi
-stage tokenizer "$BIN/bpe" train "$input" --vocab-size "$vocabulary" --pattern qwen2 \
+stage tokenizer "$BIN/bpe" train "$input" ${more[@]+"${more[@]}"} --vocab-size "$vocabulary" --pattern qwen2 \
   --val-fraction "$held_out" -o "$RUN/tokenizer"
 stage tokens "$BIN/bpe" encode "$RUN/tokenizer" "$input" --val-fraction "$held_out" \
   -o "$RUN/tokens/$name"
@@ -80,39 +82,50 @@ stage base "$BIN/train_gpt" --data "$RUN/tokens/$name" -o "$RUN/base" --minutes 
   fail "training was stopped; go on with: $BIN/train_gpt -o $RUN/base --resume"
 
 # ------------------------------------------------------------------------------------------------
-# What the model writes, and what it knows
+# What the base model writes; then it is asked what it knows, and becomes an assistant that answers
+# what it knows and says so where it does not
 
 if [[ -z $TEXT ]]; then
-  # The first question about a fact that the documents tell often.
-  question=$(sed -n '/"task":"facts_often"/{s/.*"prompt":"\([^"]*\)".*/\1/p;q;}' \
-    "$RUN/world/probes.jsonl")
+  world=$RUN/world tasks=$RUN/world/eval.jsonl
   stage story "$BIN/chat" generate "$RUN/base" --prompt 'One day' --tokens 120
   stage sum "$BIN/chat" generate "$RUN/base" --prompt $'27 + 45 = ?\nSteps:' --tokens 60 --temperature 0
-  stage fact "$BIN/chat" generate "$RUN/base" --prompt "$question" --tokens 60 --temperature 0
-  # The longest answer has six steps of 11 tokens; after an answer the next question begins.
-  stage answers "$BIN/chat" generate "$RUN/base" --prompts "$RUN/world/probes.jsonl" \
-    -o "$RUN/base/answers.jsonl" --tokens 80 --stop '?' --temperature 0
-  stage score "$BUILD/world" score "$RUN/world/probes.jsonl" "$RUN/base/answers.jsonl" \
-    -o "$RUN/base/evaluation.json"
-  evaluation=$(<"$RUN/base/evaluation.json")
+  stage knows "$BIN/chat" generate "$RUN/base" --prompts "$world/questions.jsonl" --samples 8 \
+    --tokens 16 --stop '?' --stop $'\n' --temperature 1 -o "$RUN/base/knows.jsonl"
+  stage conversations "$BUILD/world" conversations "$world" --answers "$RUN/base/knows.jsonl"
+  stage sft "$BIN/sft" --model "$RUN/base" --data "$world/conversations.jsonl" \
+    --val "$world/conversations_heldout.jsonl" --minutes "$(compute "print $MINUTES / 2")" -o "$RUN/sft"
+  [[ -e $RUN/sft/summary.json ]] ||
+    fail "fine-tuning was stopped; go on with: $BIN/sft -o $RUN/sft --resume"
+  stage eval_base "$BIN/chat" eval "$RUN/base" --base --tasks "$tasks" --json "$RUN/base/evaluation.json"
+  stage eval_sft "$BIN/chat" eval "$RUN/sft" --tasks "$tasks" --documents "$world/pages.jsonl" \
+    --beside "base=$RUN/base/evaluation.json" --json "$RUN/sft/evaluation.json"
+  evaluation="{\"base\": $(<"$RUN/base/evaluation.json"), \"sft\": $(<"$RUN/sft/evaluation.json")}"
+  summaries="\"base\": $(<"$RUN/base/summary.json"), \"sft\": $(<"$RUN/sft/summary.json")"
 else
   stage generate "$BIN/chat" generate "$RUN/base" --tokens 400
   evaluation={}
+  summaries="\"base\": $(<"$RUN/base/summary.json")"
 fi
 
 timings=$(IFS=,; echo "${seconds[*]}")
-printf '{\n"minutes": %s,\n"seconds": {%s},\n"base": %s,\n"evaluation": {"base": %s}\n}\n' \
-  "$(compute "print $MINUTES")" "${timings//,/, }" "$(<"$RUN/base/summary.json")" "$evaluation" \
+printf '{\n"minutes": %s,\n"seconds": {%s},\n%s,\n"evaluation": %s\n}\n' \
+  "$(compute "print $MINUTES")" "${timings//,/, }" "$summaries" "$evaluation" \
   >"$RUN/results.json.partial"
 mv -- "$RUN/results.json.partial" "$RUN/results.json"
 
 # ------------------------------------------------------------------------------------------------
 # What to try next
 
+printf '\nEverything is in %s; times, losses and figures in %s. What to try next:\n\n' \
+  "$RUN" "$RUN/results.json"
+if [[ -z $TEXT ]]; then
+  cat <<END
+  $BIN/chat $RUN/sft --calculator --documents $RUN/world/pages.jsonl     talk to it
+  $BIN/chat $RUN/base --base                                    talk to what it was made from
+  $BIN/sft --data $RUN/world/conversations.jsonl --model $RUN/base --show 3      what it was taught
+END
+fi
 cat <<END
-
-Everything is in $RUN; times, losses and figures in $RUN/results.json. What to try next:
-
   $BIN/chat generate $RUN/base --prompt 'Long ago' --temperature 1.2     wilder
   $BIN/bpe show $RUN/tokenizer 'Once there was a number, 1234.'          what the model reads
   make run MINUTES=15 RUN=runs/longer                           more training

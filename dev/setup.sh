@@ -5,7 +5,7 @@ set -eu
 # package:what it brings (a header, or a command)
 needs="g++:g++ make:make doctest-dev:doctest/doctest.h libcli11-dev:CLI/CLI.hpp
 nlohmann-json3-dev:nlohmann/json.hpp libsimdjson-dev:simdjson.h libxxhash-dev:xxhash.h
-zlib1g-dev:zlib.h libzstd-dev:zstd.h"
+zlib1g-dev:zlib.h libzstd-dev:zstd.h libedit-dev:histedit.h"
 
 present() { # PACKAGE WHAT
   if command -v dpkg-query >/dev/null; then

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <doctest/doctest.h>
-#include <sys/wait.h>
 
 #include <string>
 #include <vector>
@@ -13,22 +12,6 @@
 #include "test/support.h"
 
 namespace cake {
-
-struct Output {
-  int status;        // exit status, 128 + n after signal n
-  std::string text;  // stdout and stderr
-};
-
-inline Output shell(const std::string& command) {
-  std::FILE* pipe = popen(("{ " + command + "; } 2>&1").c_str(), "r");
-  REQUIRE(pipe);
-  Output out{-1, {}};
-  char buffer[4096];
-  while (const size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) out.text.append(buffer, n);
-  const int status = pclose(pipe);
-  out.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  return out;
-}
 
 class ScriptedModel {
  public:

@@ -1,18 +1,26 @@
-// What the tests share: real data and its absence, temporary directories, relative errors, and an
-// engine that holds tensors and computes nothing.
+// What the tests share: real data and its absence, temporary directories, relative errors, programs
+// that are run and interrupted, and an engine that holds tensors and computes nothing.
 #pragma once
 
 #include <doctest/doctest.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <csignal>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <set>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cake/gpt.h"
@@ -94,10 +102,50 @@ inline bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
+// A command as its user meets it.
+struct Output {
+  int status;        // exit status, 128 + n after signal n
+  std::string text;  // stdout and stderr
+};
+
+inline Output shell(const std::string& command) {
+  std::FILE* pipe = popen(("{ " + command + "; } 2>&1").c_str(), "r");
+  REQUIRE(pipe);
+  Output out{-1, {}};
+  char buffer[4096];
+  while (const size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) out.text.append(buffer, n);
+  const int status = pclose(pipe);
+  out.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  return out;
+}
+
+inline size_t metric_lines(const std::filesystem::path& run_dir) {
+  std::ifstream in(run_dir / "metrics.jsonl");
+  return size_t(std::count(std::istreambuf_iterator<char>(in), {}, '\n'));
+}
+
+// Starts the command and sends the signal once metrics.jsonl has `lines` lines. False when the run
+// ended before.
+inline bool interrupt(const std::string& command, const std::filesystem::path& run_dir,
+                      size_t lines, int signal, int* status) {
+  const pid_t child = fork();
+  if (child == 0) {
+    execl("/bin/sh", "sh", "-c", ("exec " + command + " >/dev/null 2>&1").c_str(), nullptr);
+    _exit(127);
+  }
+  bool sent = false;
+  for (;;) {
+    if (waitpid(child, status, WNOHANG) == child) return sent;
+    if (!sent && metric_lines(run_dir) >= lines) sent = kill(child, signal) == 0;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
 // An engine's tensors without the engine.
 class FakeGpt : public Gpt {
  public:
-  explicit FakeGpt(const Config& config, bool muon = false) : Gpt(config, muon) {
+  explicit FakeGpt(const Config& config, bool muon = false, Lora lora = {})
+      : Gpt(config, muon, lora) {
     for (auto& arena : arenas_) arena.assign(size_t(table_.size), 0.f);
   }
   // Random everywhere, norms and biases too.

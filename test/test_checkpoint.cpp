@@ -606,6 +606,186 @@ TEST_CASE("trainer state and moments come back exactly, Muon's and AdamW's") {
 }
 
 // -------------------------------------------------------------------------------------------------
+// Adapters
+
+namespace {
+
+constexpr Lora kLora{.rank = 3, .alpha = 5};
+
+// Adapters of random values beside the model in `base`, and moments.
+FakeGpt with_adapters(const std::filesystem::path& base, uint64_t seed) {
+  FakeGpt gpt(load_config(base), false, kLora);
+  load_weights(base, gpt);
+  const auto& tensors = gpt.table().tensors;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    if (tensors[i].kind != Kind::adapter) continue;
+    Tensor t = tensors[i];
+    t.init_std = .3;
+    for (const Slot slot : {Slot::weight, Slot::moment1, Slot::moment2}) {
+      gpt.write(int(i), slot, initial_values(t, mix64(seed, uint64_t(slot))));
+    }
+  }
+  return gpt;
+}
+
+void save_base(const std::filesystem::path& dir, const Config& c, uint64_t seed = 1) {
+  FakeGpt gpt(c);
+  gpt.randomize(seed);
+  save_checkpoint(dir, gpt, {});
+}
+
+}  // namespace
+
+TEST_CASE("adapters saved are the adapters loaded, on their base and without its weights") {
+  for (const Family family : kFamilies) {
+    TempDir dir;
+    save_base(dir / "a/base/model", tiny(family));
+    const FakeGpt a = with_adapters(dir / "a/base/model", 7);
+    SaveOptions options{.trainer_state = {{"step", 3}}, .optimizer = true};
+    options.base = adapter_base(dir / "a/base/model");
+    save_checkpoint(dir / "a/run/model", a, options);
+    const auto files = contents(dir / "a/run/model");
+    CHECK(files.count("model.safetensors") == 0);
+    CHECK(files.count("adapter_config.json") == 1);
+    CHECK(files.count("config.json") == 1);
+    size_t bytes = 0;
+    for (const auto& [name, content] : files) {
+      if (name.find("safetensors") != std::string::npos) bytes += content.size();
+    }
+    CHECK(int64_t(bytes) <= checkpoint_bytes(a.table(), true));
+    CHECK(checkpoint_bytes(a.table(), true) < checkpoint_bytes(a.table(), false) * 4);
+    std::filesystem::rename(dir / "a", dir / "b");  // the two move together
+    const auto run = dir / "b/run/model";
+    FakeGpt b(load_config(run), false, kLora);
+    load_weights(run, b);
+    CHECK(load_trainer_state(run, b) == options.trainer_state);
+    check_same_weights(a, b);
+    for (size_t i = 0; i < a.table().tensors.size(); i++) {
+      if (!a.table().tensors[i].trainable) continue;
+      CHECK(b.values(int(i), Slot::moment1) == a.values(int(i), Slot::moment1));
+      CHECK(b.values(int(i), Slot::moment2) == a.values(int(i), Slot::moment2));
+    }
+    // New ones begin as the same function: B is zero.
+    FakeGpt fresh(load_config(run), false, kLora);
+    load_weights(dir / "b/base/model", fresh, {.seed = 4});
+    for (size_t i = 0; i < a.table().tensors.size(); i++) {
+      const Tensor& t = a.table().tensors[i];
+      if (t.kind == Kind::adapter) CHECK(fresh.values(int(i)) == initial_values(t, 4));
+    }
+    CHECK(adapter_base(run).hash == options.base.hash);
+    CHECK(std::filesystem::equivalent(adapter_base(run).dir, dir / "b/base/model"));
+  }
+}
+
+TEST_CASE("an engine without rows for adapters gets W + alpha / rank B A") {
+  for (const Family family : kFamilies) {
+    TempDir dir;
+    save_base(dir / "base", tiny(family));
+    const FakeGpt a = with_adapters(dir / "base", 7);
+    save_checkpoint(dir / "run", a, {.base = adapter_base(dir / "base")});
+    FakeGpt merged(load_config(dir / "run"));
+    load_weights(dir / "run", merged);
+    for (size_t i = 0; i < merged.table().tensors.size(); i++) {
+      const Tensor& t = merged.table().tensors[i];
+      CAPTURE(t.name);
+      std::vector<float> w = a.values(int(i));
+      if (t.kind == Kind::matrix) {
+        std::vector<float> A, B;
+        for (size_t j = 0; j < a.table().tensors.size(); j++) {
+          if (a.table().tensors[j].disk == adapter_name(t.disk, "A")) A = a.values(int(j));
+          if (a.table().tensors[j].disk == adapter_name(t.disk, "B")) B = a.values(int(j));
+        }
+        REQUIRE(A.size() == size_t(3 * t.in));
+        REQUIRE(B.size() == size_t(3 * t.disk_out));
+        for (int o = 0; o < t.out; o++)
+          for (int k = 0; k < t.in; k++) {
+            double sum = w[size_t(o * t.in + k)];
+            for (int r = 0; r < 3; r++) {
+              sum += 5. / 3 * B[size_t((t.disk_begin + o) * 3 + r)] * A[size_t(r * t.in + k)];
+            }
+            w[size_t(o * t.in + k)] = float(sum);
+          }
+        CHECK(rel_error(w, a.values(int(i))) > .1);
+      }
+      CHECK(rel_error(merged.values(int(i)), w) < 1e-6);  // sums of four numbers in float
+    }
+  }
+}
+
+TEST_CASE("adapters whose base is gone or another, or that do not fit, are errors") {
+  TempDir dir;
+  save_base(dir / "their_base", tiny(Family::qwen3));
+  const FakeGpt a = with_adapters(dir / "their_base", 7);
+  const SaveOptions options{.base = adapter_base(dir / "their_base")};
+  const auto run = dir / "run", config = run / "adapter_config.json";
+  save_checkpoint(run, a, options);
+  FakeGpt plain(tiny(Family::qwen3));
+  CHECK(load_error(run, plain) == "no error");
+
+  save_base(dir / "their_base", tiny(Family::qwen3), 2);  // trained again
+  CHECK(contains(load_error(run, plain), "their_base: found weights of hash "));
+  CHECK(contains(load_error(run, plain), "the model has changed"));
+  std::filesystem::rename(dir / "their_base", dir / "elsewhere");
+  CHECK(contains(
+      load_error(run, plain),
+      "adapter_config.json: base_model_name_or_path: found ../their_base, where no config"));
+  save_base(dir / "their_base", tiny(Family::qwen3));
+  CHECK(load_error(run, plain) == "no error");
+
+  FakeGpt other(tiny(Family::qwen3), false, {.rank = 3, .alpha = 6});
+  CHECK(contains(load_error(run, other), "found adapters of rank 3 and alpha 5, expected rank 3 "));
+
+  const Json good = read_json(config);
+  const auto with_key = [&](const char* key, const Json& value) {
+    Json json = good;
+    json[key] = value;
+    write_file(config, json.dump());
+    const std::string message = load_error(run, plain);
+    write_file(config, good.dump());
+    return message;
+  };
+  CHECK(contains(with_key("peft_type", "LOHA"), "peft_type: found \"LOHA\", expected \"LORA\""));
+  CHECK(contains(with_key("bias", "all"), "bias: found \"all\""));
+  CHECK(contains(with_key("use_dora", true), "use_dora: found true"));
+  CHECK(contains(with_key("use_rslora", true), "use_rslora: found true"));
+  CHECK(contains(with_key("modules_to_save", {"lm_head"}), "modules_to_save: found [\"lm_head\"]"));
+  CHECK(contains(with_key("rank_pattern", {{"q_proj", 8}}), "rank_pattern: found {"));
+  CHECK(contains(with_key("init_lora_weights", "pissa"), "init_lora_weights: found \"pissa\""));
+  CHECK(contains(with_key("r", 0), "r: found 0"));
+  CHECK(contains(with_key("r", 4), "lora_A.weight: found shape (3, 12), expected (4, 12)"));
+  CHECK(contains(with_key("lora_alpha", nullptr), "lora_alpha: found null"));
+  CHECK(contains(with_key("base_model_name_or_path", "../run"), "which are adapters themselves"));
+  CHECK(with_key("target_modules", "all-linear") == "no error");
+
+  const auto weights = run / "adapter_model.safetensors";
+  const LooseTensors tensors = read_loose(weights);
+  const auto changed = [&](auto&& change) {
+    LooseTensors t = tensors;
+    change(t);
+    write_loose(weights, t);
+    return load_error(run, plain);
+  };
+  const std::string name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight";
+  REQUIRE(tensors.count(name) == 1);
+  CHECK(changed([](auto&) {}) == "no error");  // and no hash: as PEFT writes it
+  CHECK(contains(changed([&](auto& t) { t.erase(name); }), "tensor " + name + " is missing"));
+  CHECK(contains(changed([&](auto& t) {
+                   t["base_model.model.lm_head.lora_A.weight"] = {{1}, {0}};
+                 }),
+                 "lm_head.lora_A.weight: found a tensor that adapters of a Qwen3ForCausalLM do"));
+
+  // Saving
+  CHECK(contains(error_of([&] { save_checkpoint(dir / "new", a, {}); }),
+                 "found adapters to save without the model"));
+  Config score = tiny(Family::qwen3);
+  score.head = Head::scalar;
+  const FakeGpt scalar(score, false, kLora);
+  CHECK(contains(error_of([&] { save_checkpoint(dir / "new", scalar, options); }),
+                 "found adapters of a scalar head"));
+  CHECK(!std::filesystem::exists(dir / "new"));
+}
+
+// -------------------------------------------------------------------------------------------------
 // All or nothing
 
 TEST_CASE("the tokenizer's files travel with the model") {

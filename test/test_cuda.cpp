@@ -15,14 +15,11 @@
 #include "test/cuda_on_cpu/control.h"
 #endif
 
-// The kernels of train_gpt.cu against their plain definitions in double, on inputs that both types
-// hold exactly: float and bf16, sizes odd and even, gradients that add, every schedule of the
-// emulator. Needs train_gpt.cu, cake/layers.h and test/support.h.
+// -------------------------------------------------------------------------------------------------
+// What all tests of kernels share
 
-namespace kernel_test {
+namespace cake::gpu {
 
-using namespace cake;
-using namespace cake::gpu;
 using Doubles = std::vector<double>;
 
 template <class T>
@@ -85,6 +82,32 @@ class OnDevice {
   size_t n_;
 };
 
+// Runs body under every schedule of the emulator; on a GPU twice.
+template <class Body>
+void every_schedule(Body&& body) {
+#ifdef CAKE_CUDA_ON_CPU
+  using cuda_on_cpu::Schedule;
+  for (const Schedule schedule : {Schedule::reverse, Schedule::random, Schedule::forward}) {
+    INFO("schedule " << int(schedule));
+    cuda_on_cpu::set_schedule(schedule, 7);
+    body();
+  }
+#else
+  for (int i = 0; i < 2; i++) body();
+#endif
+}
+
+}  // namespace cake::gpu
+
+// The kernels of train_gpt.cu against their plain definitions in double, on inputs that both types
+// hold exactly: float and bf16, sizes odd and even, gradients that add, every schedule of the
+// emulator.
+
+namespace kernel_test {
+
+using namespace cake;
+using namespace cake::gpu;
+
 // Normal numbers that A holds exactly.
 template <class A>
 Doubles random(int64_t n, const char* name, double scale = 1) {
@@ -108,21 +131,6 @@ constexpr double kFloat = 1e-5;
 template <class A>
 double tolerance(int times = 1) {
   return kFloat + (std::is_same_v<A, bf16> ? times * 0x1p-8 : 0);
-}
-
-// Runs body under every schedule of the emulator; on a GPU once.
-template <class Body>
-void every_schedule(Body&& body) {
-#ifdef CAKE_CUDA_ON_CPU
-  using cuda_on_cpu::Schedule;
-  for (const Schedule schedule : {Schedule::reverse, Schedule::random, Schedule::forward}) {
-    INFO("schedule " << int(schedule));
-    cuda_on_cpu::set_schedule(schedule);
-    body();
-  }
-#else
-  body();
-#endif
 }
 
 #define CHECK_CLOSE(got, want, tolerance) CHECK(rel_error(got, want) < (tolerance))
@@ -929,58 +937,6 @@ KERNEL_TEST("cuda: nucleus sampling stops at a sum it meets exactly") {
 
 namespace cake::gpu::attention_test {
 
-template <class T>
-class OnDevice {
- public:
-  explicit OnDevice(size_t size) : size_(size) {
-    check(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<size_t>(size, 1) * sizeof(T)),
-          "memory for a test");
-  }
-  explicit OnDevice(const std::vector<T>& values) : OnDevice(values.size()) {
-    check(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), "copy");
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  ~OnDevice() { cudaFree(data_); }
-  operator T*() const { return data_; }
-  std::vector<T> values() const {
-    std::vector<T> out(size_);
-    check(cudaDeviceSynchronize(), "a kernel under test");
-    check(cudaMemcpy(out.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "copy");
-    return out;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_;
-};
-
-// Runs `body` once for each order of threads that is to be had: three emulated, two on a GPU.
-template <class Body>
-void for_each_schedule(Body&& body) {
-#ifdef CAKE_CUDA_ON_CPU
-  using cuda_on_cpu::Schedule;
-  for (const Schedule s : {Schedule::forward, Schedule::reverse, Schedule::random}) {
-    cuda_on_cpu::set_schedule(s, 7);
-    body();
-  }
-  cuda_on_cpu::set_schedule(Schedule::forward);
-#else
-  for (int i = 0; i < 2; i++) body();
-#endif
-}
-
-template <class A>
-A stored(double x) {
-  if constexpr (std::is_same_v<A, float>) {
-    return float(x);
-  } else {
-    return __float2bfloat16_rn(float(x));
-  }
-}
-inline double number(float x) { return x; }
-inline double number(bf16 x) { return __bfloat162float(x); }
-
 struct Shape {
   int NH, NKV, HS;
   std::vector<int> documents;  // their lengths
@@ -1003,9 +959,8 @@ struct Input {
   std::vector<int> start, end;
   explicit Input(const Shape& s) {
     Rng rng{uint64_t(s.N() + 1000 * s.HS + s.NH)};
-    for (int64_t i = 0; i < int64_t(s.N()) * s.ld(); i++) qkv.push_back(stored<A>(rng.normal()));
-    for (int64_t i = 0; i < int64_t(s.N()) * s.NH * s.HS; i++)
-      dout.push_back(stored<A>(rng.normal()));
+    for (int64_t i = 0; i < int64_t(s.N()) * s.ld(); i++) qkv.push_back(as<A>(rng.normal()));
+    for (int64_t i = 0; i < int64_t(s.N()) * s.NH * s.HS; i++) dout.push_back(as<A>(rng.normal()));
     int at = 0;
     for (const int length : s.documents) {
       start.insert(start.end(), size_t(length), at);
@@ -1045,11 +1000,11 @@ Expected expect(const Shape& s, const Input<A>& in) {
         x[i].resize(size_t(T) * HS), dx[i].resize(size_t(T) * HS);
         for (int t = 0; t < T; t++)
           for (int d = 0; d < HS; d++)
-            x[i][t * HS + d] = number(in.qkv[size_t(first + t) * ld + at[i] + d]);
+            x[i][t * HS + d] = as_double(in.qkv[size_t(first + t) * ld + at[i] + d]);
       }
       for (int t = 0; t < T; t++)
         for (int d = 0; d < HS; d++)
-          dout[t * HS + d] = number(in.dout[size_t(first + t) * C + h * HS + d]);
+          dout[t * HS + d] = as_double(in.dout[size_t(first + t) * C + h * HS + d]);
       plain::attention_forward(T, HS, x[0].data(), x[1].data(), x[2].data(), out.data(), p.data());
       plain::attention_backward(T, HS, x[0].data(), x[1].data(), x[2].data(), p.data(), dout.data(),
                                 dx[0].data(), dx[1].data(), dx[2].data());
@@ -1100,8 +1055,8 @@ template <class A>
 Result<A> compute(const Shape& s, const Input<A>& in) {
   const int N = s.N(), C = s.NH * s.HS, k = C, v = C + s.NKV * s.HS, ld = s.ld();
   const OnDevice<A> qkv(in.qkv), dout(in.dout);
-  const OnDevice<A> dqkv(std::vector<A>(size_t(N) * ld + 64, stored<A>(kUntouched)));
-  const OnDevice<A> out(std::vector<A>(size_t(N) * C + 64, stored<A>(kUntouched)));
+  const OnDevice<A> dqkv(std::vector<A>(size_t(N) * ld + 64, as<A>(kUntouched)));
+  const OnDevice<A> out(std::vector<A>(size_t(N) * C + 64, as<A>(kUntouched)));
   const OnDevice<float> lse(std::vector<float>(size_t(s.NH) * N + 16, float(kUntouched)));
   const OnDevice<float> delta(size_t(s.NH) * N);
   const OnDevice<int> start(in.start), end(in.end);
@@ -1109,7 +1064,7 @@ Result<A> compute(const Shape& s, const Input<A>& in) {
   attention_forward<A>(out, lse, qkv, ld, qkv + k, ld, qkv + v, ld, shape, nullptr);
   attention_backward<A>(dqkv, ld, dqkv + k, dqkv + v, ld, dout, out, lse, delta, qkv, ld, qkv + k,
                         ld, qkv + v, ld, shape, nullptr);
-  return {out.values(), dqkv.values(), lse.values()};
+  return {out.raw(), dqkv.raw(), lse.raw()};
 }
 
 // ||got - expected|| / ||expected|| over columns [begin, end) of rows of ld; NaN when any is not
@@ -1120,7 +1075,7 @@ double relative(const std::vector<A>& got, const std::vector<double>& expected, 
   double error = 0, norm = 0;
   for (int n = 0; n < N; n++)
     for (int c = begin; c < end; c++) {
-      const double x = number(got[size_t(n) * ld + c]), y = expected[size_t(n) * ld + c];
+      const double x = as_double(got[size_t(n) * ld + c]), y = expected[size_t(n) * ld + c];
       error += (x - y) * (x - y), norm += y * y;
     }
   return norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
@@ -1134,7 +1089,7 @@ double worst(const std::vector<A>& got, const std::vector<double>& expected,
   for (int n = 0; n < N; n++)
     for (int c = begin; c < end; c++) {
       const size_t i = size_t(n) * ld + c;
-      const double ratio = std::abs(number(got[i]) - expected[i]) / (1.05 * bound[i] + 2e-6);
+      const double ratio = std::abs(as_double(got[i]) - expected[i]) / (1.05 * bound[i] + 2e-6);
       if (!(ratio <= most)) most = std::isnan(ratio) ? INFINITY : ratio;
     }
   return most;
@@ -1177,9 +1132,10 @@ void compare(const Shape& s, const Expected& e, const Result<A>& r) {
   int touched = 0;
   for (size_t i = 0; i < r.dqkv.size(); i++) {
     const bool gap = i >= size_t(N) * ld || int(i % ld) >= end;
-    touched += gap && number(r.dqkv[i]) != kUntouched;
+    touched += gap && as_double(r.dqkv[i]) != kUntouched;
   }
-  for (size_t i = size_t(N) * C; i < r.out.size(); i++) touched += number(r.out[i]) != kUntouched;
+  for (size_t i = size_t(N) * C; i < r.out.size(); i++)
+    touched += as_double(r.out[i]) != kUntouched;
   for (size_t i = size_t(s.NH) * N; i < r.lse.size(); i++) touched += r.lse[i] != float(kUntouched);
   CHECK(touched == 0);
 }
@@ -1263,7 +1219,7 @@ TEST_CASE("cuda: attention has the same bits in every order of threads") {
     const Input<A> in(s);
     const Expected e = expect<A>(s, in);
     std::vector<Result<A>> results;
-    for_each_schedule([&] { results.push_back(compute<A>(s, in)); });
+    cake::gpu::every_schedule([&] { results.push_back(compute<A>(s, in)); });
     for (const Result<A>& r : results) {
       compare<A>(s, e, r);
       CHECK(same_bits(r.out, results[0].out));
@@ -1344,7 +1300,7 @@ struct Cached {
     const OnDevice<int> r(rows), p(positions), t(table);
     cache_attention<A>(out, queries, s.ld(), *k_pages, *v_pages, r, p, t, max_pages,
                        int(asked.size()), s.NH, s.NKV, s.HS, nullptr);
-    return out.values();
+    return out.raw();
   }
 };
 
@@ -1367,7 +1323,7 @@ void run_cache(const Shape& s) {
   std::vector<double> expected, bound, packed_rows, both;
   for (const int n : asked)
     for (size_t c = size_t(n) * C; c < size_t(n + 1) * C; c++) {
-      expected.push_back(e.out[c]), packed_rows.push_back(number(packed[c]));
+      expected.push_back(e.out[c]), packed_rows.push_back(as_double(packed[c]));
       // p stays in fp32 here: the result alone is rounded.
       bound.push_back(std::abs(e.out[c]) / 256), both.push_back(bound.back() + e.out_bound[c]);
     }
@@ -1407,7 +1363,7 @@ TEST_CASE("cuda: attention through the paged cache has the same bits in every or
   const Shape s{4, 2, 64, {300, 5}};
   const Input<bf16> in(s);
   std::vector<std::vector<bf16>> results;
-  for_each_schedule([&] {
+  cake::gpu::every_schedule([&] {
     results.push_back(Cached<bf16>(s, in).attend(s, in, {0, 150, 299, 304}));
     CHECK(same_bits(results.back(), results[0]));
   });
@@ -1427,9 +1383,9 @@ TEST_CASE("cuda: attention through the paged cache has the same bits in every or
 // other half), and 5 more: 37 in two layers, 1e-2 of a logit. Logits deviate by 1 here and are
 // divided by a temperature of .7: log-probabilities, of size 5.6, err by 1.4e-2, which is 2.5e-3 of
 // them, and the worst of a hundred by three or four times as much: 5e-2. Gradients pass as many
-// roundings again and meet activations that are as wrong: sqrt(3 x 37) 1.6e-3 = 1.7e-2, and those of
-// attention's scores, p (dp - sum p dp), lose a bit or so to the difference: 3e-2. The bounds are
-// twice these or less. A wrong scale, mask or missing term errs by 1e-1 and more.
+// roundings again and meet activations that are as wrong: sqrt(3 x 37) 1.6e-3 = 1.7e-2, and those
+// of attention's scores, p (dp - sum p dp), lose a bit or so to the difference: 3e-2. The bounds
+// are twice these or less. A wrong scale, mask or missing term errs by 1e-1 and more.
 
 namespace {
 
@@ -1520,6 +1476,15 @@ std::vector<float> all_of(const Gpt& gpt, Slot slot) {
 }
 bool is_key_bias(const Tensor& t) { return t.name.ends_with(".k.bias"); }
 
+double largest_difference(std::span<const float> a, std::span<const float> b) {
+  double largest = a.size() == b.size() ? 0 : NAN;
+  for (size_t i = 0; i < a.size() && i < b.size(); i++) {
+    const double d = std::abs(double(a[i]) - double(b[i]));
+    if (!(d <= largest)) largest = d;  // NaN stays
+  }
+  return largest;
+}
+
 // Every tensor's slot on both engines. A key bias's gradient is rounding noise (softmax does not
 // see a constant), so its error is measured against the query bias's gradient beside it.
 void check_tensors(const Pair& p, Slot slot, double tolerance, bool key_biases = true) {
@@ -1527,6 +1492,10 @@ void check_tensors(const Pair& p, Slot slot, double tolerance, bool key_biases =
   for (size_t i = 0; i < tensors.size(); i++) {
     CAPTURE(tensors[i].name);
     const auto cpu = tensor_of(*p.cpu, i, slot), gpu = tensor_of(*p.gpu, i, slot);
+    if (!tensors[i].trainable) {  // untouched
+      CHECK(largest_difference(gpu, cpu) == 0);
+      continue;
+    }
     if (is_key_bias(tensors[i])) {
       if (!key_biases) continue;
       const auto scale = tensor_of(*p.cpu, i - 1, slot);  // q.bias
@@ -1542,15 +1511,6 @@ void check_tensors(const Pair& p, Slot slot, double tolerance, bool key_biases =
     CHECK(rel_error(gpu, cpu) < tolerance);
   }
 }
-double largest_difference(std::span<const float> a, std::span<const float> b) {
-  double largest = a.size() == b.size() ? 0 : NAN;
-  for (size_t i = 0; i < a.size() && i < b.size(); i++) {
-    const double d = std::abs(double(a[i]) - double(b[i]));
-    if (!(d <= largest)) largest = d;  // NaN stays
-  }
-  return largest;
-}
-
 void check_logp(const Pair& p, bool bf16) {
   const auto check = [&](std::span<const float> gpu, std::span<const float> cpu) {
     CHECK(rel_error(gpu, cpu) < (bf16 ? kBf16Logp : kFp32));
@@ -1562,8 +1522,10 @@ void check_logp(const Pair& p, bool bf16) {
 
 // Two accumulated batches through both engines: masked and not, by forward and backward and by
 // forward_backward, log-probabilities on the way.
-void check_gradients(const Config& c, bool bf16) {
-  Pair p(c, bf16 ? kTrainBf16 : kTrainFp32);
+void check_gradients(const Config& c, bool bf16, Lora lora = {}) {
+  GptOptions options = bf16 ? kTrainBf16 : kTrainFp32;
+  options.lora = lora;
+  Pair p(c, options);
   const double tolerance = bf16 ? kBf16Gradient : kFp32;
   Packed first = packed(c, {17, 1, 66, 30}, true, 1), second = packed(c, {40, 33}, false, 2);
   first.temperature = .7f;
@@ -1730,8 +1692,8 @@ TEST_CASE("cuda: each optimizer alone, on the same gradients, makes the CPU engi
       CHECK(p.cpu->stats().grad_norm > 30);  // so that it was clipped
     }
     // AdamW's state and steps are fp32 in both modes; Muon's products are bf16 in bf16 mode: five
-    // products of matrices rounded to 2^-9, whose polynomial (slope 3.4) amplifies early errors:
-    // 3.4 x sqrt(10) x 1.1e-3 = 1.2e-2 typically; 4e-2 of the step at most.
+    // products of matrices that are rounded by 1.6e-3 on average, whose polynomial (slope 3.4)
+    // amplifies early errors: 3.4 x sqrt(10) x 1.6e-3 = 1.7e-2 typically; 4e-2 of the step at most.
     size_t at = 0;
     for (size_t i = 0; i < p.cpu->table().tensors.size(); i++) {
       const Tensor& t = p.cpu->table().tensors[i];
@@ -1747,6 +1709,160 @@ TEST_CASE("cuda: each optimizer alone, on the same gradients, makes the CPU engi
                              std::vector<float>(before.size(), 0.f)) == 0);
   }
 }
+
+TEST_CASE("cuda: a head of 50257 tokens: log-probabilities and gradients are the CPU engine's") {
+  Config c = engine_config(Family::llama);
+  c.V = 50257, c.L = 1;
+  for (const bool bf16 : {false, true}) {
+    CAPTURE(bf16);
+    Pair p(c, bf16 ? kTrainBf16 : kTrainFp32);
+    const Packed b = packed(c, {5}, false);
+    for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) {
+      gpt->forward_backward(b.batch(), b.dlogp, {}, b.dentropy);
+    }
+    check_logp(p, bf16);
+    check_tensors(p, Slot::gradient, bf16 ? kBf16Gradient : kFp32);
+  }
+}
+
+TEST_CASE("cuda: adapters' gradients equal the CPU engine's, and frozen tensors have none") {
+  // What adapters add to bf16's errors, u = x A^T and the sum into y once more, is within the
+  // bounds of gradients, which count 37 roundings.
+  for (const Family family : kEngineFamilies) {
+    CAPTURE(int(family));
+    check_gradients(engine_config(family), false, {5, 10});
+  }
+  check_gradients(engine_config(Family::gpt2), true, {8, 16});
+  check_gradients(engine_config(Family::qwen3), true, {8, 16});
+  const Config c = engine_config(Family::llama, Head::scalar);  // its head is frozen too
+  GptOptions options = kTrainFp32;
+  options.lora = {4, 8};
+  Pair p(c, options);
+  const Packed b = packed(c, {31, 1, 20}, false);
+  for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->forward_backward(b.batch(), {}, b.dvalue);
+  CHECK(rel_error(p.gpu->value(), p.cpu->value()) < kFp32);
+  check_tensors(p, Slot::gradient, kFp32);
+}
+
+TEST_CASE("cuda: steps of adapters equal the CPU engine's, and nothing else moves") {
+  const Config c = engine_config(Family::gpt2);
+  GptOptions options = kTrainFp32;
+  options.lora = {4, 8}, options.muon = true;  // which has nothing to do
+  Pair p(c, options);
+  const auto before = all_of(*p.gpu, Slot::weight);
+  OptimizerStep o{.max_norm = 5};
+  o.lr.fill(3e-3f);
+  for (o.step = 1; o.step <= 3; o.step++) {
+    const Packed b = packed(c, {23, 11}, true, uint64_t(o.step));
+    for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) {
+      gpt->forward_backward(b.batch(), b.dlogp);
+      gpt->update(o);
+    }
+    CHECK(p.gpu->stats().grad_norm == doctest::Approx(p.cpu->stats().grad_norm).epsilon(1e-4));
+  }
+  check_tensors(p, Slot::weight, kFp32AfterSteps);
+  check_tensors(p, Slot::moment1, kFp32AfterSteps);
+  check_tensors(p, Slot::moment2, kFp32AfterSteps);
+  const auto after = all_of(*p.gpu, Slot::weight);
+  size_t at = 0;
+  for (const Tensor& t : p.gpu->table().tensors) {
+    CAPTURE(t.name);
+    const auto n = size_t(t.size());
+    const std::span<const float> was(before.data() + at, n), is(after.data() + at, n);
+    CHECK((largest_difference(was, is) > 0) == t.trainable);
+    at += n;
+  }
+  std::vector<float> one(size_t(c.C), 1.f);
+  const int frozen = p.gpu->table().find("final_norm.weight");
+  CHECK(contains(error_of([&] { p.gpu->write(frozen, Slot::moment1, one); }), "frozen"));
+  options.batch_tokens = 64;
+  const int64_t adapted = gpu::plan_memory(c, options).total();
+  options.lora = {};
+  CHECK(adapted < gpu::plan_memory(c, options).total());
+}
+
+TEST_CASE("cuda: adapters switched off leave the model they were added to, graphs and all") {
+  const Config c = engine_config(Family::qwen3);
+  GptOptions options = kTrainBf16;
+  const auto base = gpu::make_gpt(c, options);
+  options.lora = {8, 16};
+  const auto adapted = gpu::make_gpt(c, options);
+  randomize(*base, 7), randomize(*adapted, 7);
+  const Packed b = packed(c, {20, 14}, true);
+  base->forward(b.batch(), Pass::score);
+  const std::vector<float> plain(base->logp().begin(), base->logp().end());
+  std::vector<float> first;
+  for (int i = 0; i < 3; i++) {  // launched, recorded, replayed
+    adapted->use_adapters(true);
+    adapted->forward(b.batch(), Pass::score);
+    const std::vector<float> on(adapted->logp().begin(), adapted->logp().end());
+    if (i == 0) first = on;
+    CHECK(largest_difference(on, first) == 0);
+    CHECK(largest_difference(on, plain) > .1);
+    adapted->use_adapters(false);
+    adapted->forward(b.batch(), Pass::score);
+    CHECK(largest_difference(adapted->logp(), plain) == 0);
+  }
+}
+
+TEST_CASE("cuda: the loss that an update reports is its batches', as the CPU engine's") {
+  const Config c = engine_config(Family::llama);
+  Pair p(c, kTrainFp32);
+  OptimizerStep o{};
+  const Packed first = packed(c, {23, 11}, true, 1), second = packed(c, {40}, false, 2);
+  const auto same_loss = [&] {
+    CHECK(p.gpu->stats().loss == doctest::Approx(p.cpu->stats().loss).epsilon(kFp32));
+    return p.gpu->stats().loss;
+  };
+  for (int step = 1; step <= 2; step++) {  // the second finds no rest of the first
+    double expected = 0;
+    o.step = step;
+    for (const Packed* b : {&first, &second}) {
+      for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->forward_backward(b->batch(), b->dlogp);
+      for (size_t n = 0; n < b->dlogp.size(); n++)
+        expected += double(b->dlogp[n]) * double(p.gpu->logp()[n]);
+    }
+    for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->update(o);
+    CHECK(same_loss() == doctest::Approx(expected).epsilon(1e-6));
+  }
+  for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) {
+    gpt->forward_backward(first.batch(), first.dlogp);
+    gpt->zero_gradients();  // and the loss with them
+    gpt->update(o);
+  }
+  CHECK(same_loss() == 0);
+}
+
+#ifdef CAKE_CUDA_ON_CPU
+TEST_CASE("cuda: the host follows no pointer into the device's memory") {
+  struct Checked {  // a touch ends the process
+    Checked() { cuda_on_cpu::set_host_checks(true); }
+    ~Checked() { cuda_on_cpu::set_host_checks(false); }
+  };
+  Config c = engine_config(Family::qwen3);
+  c.L = 1;
+  GptOptions options = kTrainBf16;
+  options.muon = true;
+  const auto gpt = gpu::make_gpt(c, options);
+  randomize(*gpt, 7);
+  const Checked checked;
+  const Packed b = packed(c, {7, 6}, true);
+  OptimizerStep o{.max_norm = 1};
+  o.lr.fill(.01f), o.muon_lr = .02f;
+  gpt->forward(b.batch(), Pass::train);
+  gpt->backward(b.dlogp, {}, b.dentropy);
+  gpt->update(o);
+  CHECK(gpt->stats().grad_norm > 0);
+  const auto cache = gpt->make_cache(64);
+  DecodeResult result;
+  for (const int n : {5, 1}) {
+    const DecodeRow row{n == 5 ? cache->create() : 0, std::span(b.tokens).first(size_t(n)), {}, {}};
+    gpt->decode(*cache, std::span(&row, 1), result, true);
+  }
+  CHECK(result.logits.size() == size_t(c.V));
+  CHECK(tensor_of(*gpt, 0, Slot::moment2).size() > 0);
+}
+#endif
 
 TEST_CASE("cuda: a gradient that is not finite skips the update, and the next one is clean") {
   const Config c = engine_config(Family::gpt2);
@@ -1859,6 +1975,7 @@ TEST_CASE("cuda: decoding, by prompts, forks and single tokens, makes the CPU en
       CAPTURE(bf16);
       GptOptions options = bf16 ? kTrainBf16 : kTrainFp32;
       options.mode = Mode::inference;
+      if (family == Family::llama) options.lora = {5, 10};
       const Config c = engine_config(family);
       Pair p(c, options);
       const Packed prompts = packed(c, {70, 5}, false), more = packed(c, {9}, false, 2);

@@ -3,7 +3,6 @@
 #include "cake/generate.h"
 
 #include <doctest/doctest.h>
-#include <sys/wait.h>
 
 #include <map>
 #include <numeric>
@@ -1286,22 +1285,6 @@ TEST_CASE("draws follow the distribution") {
 // ./chat generate as its user meets it
 
 namespace {
-
-struct Output {
-  int status;        // exit status
-  std::string text;  // stdout and stderr
-};
-
-Output shell(const std::string& command) {
-  std::FILE* pipe = popen(("{ " + command + "; } 2>&1").c_str(), "r");
-  REQUIRE(pipe);
-  Output out{-1, {}};
-  char buffer[4096];
-  while (const size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) out.text.append(buffer, n);
-  const int status = pclose(pipe);
-  out.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  return out;
-}
 
 // A model with random weights and a tokenizer of 300 tokens, made once; T is its context.
 std::string model_of(int T) {

@@ -1,10 +1,7 @@
 // The pretraining loop as its user meets it: the binaries ./bpe and ./train_gpt, run in a temporary
 // directory on a text made here.
-#include <sys/wait.h>
-
 #include <fstream>
 #include <sstream>
-#include <thread>
 
 #include "cake/json.h"
 #include "cake/schedule.h"
@@ -13,21 +10,6 @@
 using namespace cake;
 
 namespace {
-
-struct Output {
-  int status;        // exit status, 128 + n after signal n
-  std::string text;  // stdout and stderr
-};
-
-Output run(const std::string& command) {
-  std::FILE* pipe = popen((command + " 2>&1").c_str(), "r");
-  Output out{-1, {}};
-  char buffer[4096];
-  while (size_t n = std::fread(buffer, 1, sizeof buffer, pipe)) out.text.append(buffer, n);
-  const int status = pclose(pipe);
-  out.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  return out;
-}
 
 // Sentences of a small grammar: something to learn, different at every seed.
 std::string text_of(uint64_t seed, int sentences) {
@@ -48,12 +30,12 @@ const std::string& data_prefix() {
   static const std::string prefix = [&] {
     const std::string text = dir / "text.txt";
     write_file(text, text_of(1, 4000));
-    const Output train = run(concat("./bpe train ", text, " --vocab-size 320 --pattern qwen2 -o ",
-                                    (dir / "tokenizer").string()));
+    const Output train = shell(concat("./bpe train ", text, " --vocab-size 320 --pattern qwen2 -o ",
+                                      (dir / "tokenizer").string()));
     REQUIRE_MESSAGE(train.status == 0, train.text);
     const std::string data = dir / "data";
-    const Output encode = run(concat("./bpe encode ", (dir / "tokenizer").string(), " ", text,
-                                     " --val-fraction .1 -o ", data));
+    const Output encode = shell(concat("./bpe encode ", (dir / "tokenizer").string(), " ", text,
+                                       " --val-fraction .1 -o ", data));
     REQUIRE_MESSAGE(encode.status == 0, encode.text);
     return data;
   }();
@@ -75,28 +57,6 @@ std::vector<std::string> losses(const std::filesystem::path& run_dir) {  // of e
       if (j.contains(key)) result.push_back(concat(j.at("step"), " ", key, " ", j.at(key)));
   }
   return result;
-}
-
-size_t metric_lines(const std::filesystem::path& run_dir) {
-  std::ifstream in(run_dir / "metrics.jsonl");
-  return size_t(std::count(std::istreambuf_iterator<char>(in), {}, '\n'));
-}
-
-// Starts the command and sends the signal once metrics.jsonl has `lines` lines. False when the run
-// ended before.
-bool interrupt(const std::string& command, const std::filesystem::path& out, size_t lines,
-               int signal, int* status) {
-  const pid_t child = fork();
-  if (child == 0) {
-    execl("/bin/sh", "sh", "-c", ("exec " + command + " >/dev/null 2>&1").c_str(), nullptr);
-    _exit(127);
-  }
-  bool sent = false;
-  for (;;) {
-    if (waitpid(child, status, WNOHANG) == child) return sent;
-    if (!sent && metric_lines(out) >= lines) sent = kill(child, signal) == 0;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
 }
 
 }  // namespace
@@ -136,7 +96,7 @@ TEST_CASE("sizes grow with depth, and every head size divides the width") {
 TEST_CASE("training learns, and writes a model, metrics and a summary") {
   const TempDir dir;
   const std::string out = dir / "run";
-  const Output o = run(train_command(out, ""));
+  const Output o = shell(train_command(out, ""));
   REQUIRE_MESSAGE(o.status == 0, o.text);
   const Json summary = read_json(dir / "run/summary.json");
   CHECK(summary.at("steps") == 120);
@@ -151,7 +111,7 @@ TEST_CASE("training learns, and writes a model, metrics and a summary") {
 
 TEST_CASE("a run killed at any moment and resumed equals one that never stopped") {
   const TempDir dir;
-  const Output whole = run(train_command(dir / "whole", ""));
+  const Output whole = shell(train_command(dir / "whole", ""));
   REQUIRE_MESSAGE(whole.status == 0, whole.text);
   const uint64_t seed = uint64_t(getpid());
   Rng rng{seed};
@@ -165,23 +125,23 @@ TEST_CASE("a run killed at any moment and resumed equals one that never stopped"
   REQUIRE(interrupt(train_command(out, "--save-every 7"), out, first, SIGKILL, &status));
   REQUIRE(interrupt(concat("./train_gpt --resume -o ", out, " --save-every 7"), out, second,
                     SIGKILL, &status));
-  const Output resumed = run(concat("./train_gpt --resume -o ", out));
+  const Output resumed = shell(concat("./train_gpt --resume -o ", out));
   REQUIRE_MESSAGE(resumed.status == 0, resumed.text);
   CHECK(losses(dir / "killed") == losses(dir / "whole"));
   CHECK(read_file(dir / "killed/model/model.safetensors") ==
         read_file(dir / "whole/model/model.safetensors"));
-  CHECK(contains(run(concat("./train_gpt --resume -o ", out)).text, "is finished"));
+  CHECK(contains(shell(concat("./train_gpt --resume -o ", out)).text, "is finished"));
 }
 
 TEST_CASE("SIGTERM saves first, and the resumed run equals one that never stopped") {
   const TempDir dir;
-  REQUIRE(run(train_command(dir / "whole", "--optimizer adamw")).status == 0);
+  REQUIRE(shell(train_command(dir / "whole", "--optimizer adamw")).status == 0);
   const std::string out = dir / "stopped";
   int status = 0;
   REQUIRE(interrupt(train_command(out, "--optimizer adamw"), out, 30, SIGTERM, &status));
   CHECK(WEXITSTATUS(status) == 128 + SIGTERM);
   REQUIRE(std::filesystem::exists(dir / "stopped/model/trainer_state.json"));
-  REQUIRE(run(concat("./train_gpt --resume -o ", out)).status == 0);
+  REQUIRE(shell(concat("./train_gpt --resume -o ", out)).status == 0);
   CHECK(losses(out) == losses(dir / "whole"));
   CHECK(read_file(dir / "stopped/model/model.safetensors") ==
         read_file(dir / "whole/model/model.safetensors"));
@@ -189,8 +149,8 @@ TEST_CASE("SIGTERM saves first, and the resumed run equals one that never stoppe
 
 TEST_CASE("a whole run gives the same bits for 1 and 2 threads") {
   const TempDir dir;
-  REQUIRE(run(train_command(dir / "one", "--threads 1", 30)).status == 0);
-  REQUIRE(run(train_command(dir / "two", "--threads 2", 30)).status == 0);
+  REQUIRE(shell(train_command(dir / "one", "--threads 1", 30)).status == 0);
+  REQUIRE(shell(train_command(dir / "two", "--threads 2", 30)).status == 0);
   CHECK(losses(dir / "one") == losses(dir / "two"));
   CHECK(read_file(dir / "one/model/model.safetensors") ==
         read_file(dir / "two/model/model.safetensors"));
@@ -201,11 +161,11 @@ TEST_CASE("--minutes prints the equal --steps, which gives the same bits") {
   const std::string command =
       concat("./train_gpt --data ", data_prefix(),
              " --layers 1 --channels 32 --context 32 --batch-tokens 256 -o ");
-  const Output timed = run(concat(command, (dir / "timed").string(), " --minutes .05"));
+  const Output timed = shell(concat(command, (dir / "timed").string(), " --minutes .05"));
   REQUIRE_MESSAGE(timed.status == 0, timed.text);
   const int64_t steps = read_json(dir / "timed/summary.json").at("steps");
   CHECK(contains(timed.text, concat("(--steps ", steps, ")")));
-  const Output counted = run(concat(command, (dir / "counted").string(), " --steps ", steps));
+  const Output counted = shell(concat(command, (dir / "counted").string(), " --steps ", steps));
   REQUIRE_MESSAGE(counted.status == 0, counted.text);
   CHECK(read_file(dir / "timed/model/model.safetensors") ==
         read_file(dir / "counted/model/model.safetensors"));
@@ -213,9 +173,10 @@ TEST_CASE("--minutes prints the equal --steps, which gives the same bits") {
 
 TEST_CASE("--init-from goes on from a model") {
   const TempDir dir;
-  REQUIRE(run(train_command(dir / "first", "")).status == 0);
-  const Output o = run(concat("./train_gpt --data ", data_prefix(), " -o ", (dir / "next").string(),
-                              " --init-from ", (dir / "first").string(), " --steps 3"));
+  REQUIRE(shell(train_command(dir / "first", "")).status == 0);
+  const Output o =
+      shell(concat("./train_gpt --data ", data_prefix(), " -o ", (dir / "next").string(),
+                   " --init-from ", (dir / "first").string(), " --steps 3"));
   REQUIRE_MESSAGE(o.status == 0, o.text);
   const double before = read_json(dir / "first/summary.json").at("val_bits_per_byte"),
                after = read_json(dir / "next/summary.json").at("val_bits_per_byte");
@@ -225,19 +186,19 @@ TEST_CASE("--init-from goes on from a model") {
 TEST_CASE("a loss that explodes stops the run, says what to try, and saves no NaN") {
   const TempDir dir;
   const std::string out = dir / "run";
-  const Output o = run(train_command(
+  const Output o = shell(train_command(
       out, "--matrix-lr 1e20 --embedding-lr 1e20 --head-lr 1e20 --clip 0 --save-every 4"));
   CHECK(o.status == 1);
   CHECK(contains(o.text, "error: step "));
   CHECK(contains(o.text, "--lr-scale"));
   if (std::filesystem::exists(dir / "run/model")) {  // a checkpoint before it is finite
-    CHECK(!contains(run(concat("./train_gpt --resume -o ", out)).text, "not finite"));
+    CHECK(!contains(shell(concat("./train_gpt --resume -o ", out)).text, "not finite"));
   }
 }
 
 TEST_CASE("--dry-run prints the plan and makes nothing") {
   const TempDir dir;
-  const Output o = run(train_command(dir / "run", "--dry-run"));
+  const Output o = shell(train_command(dir / "run", "--dry-run"));
   CHECK(o.status == 0);
   for (const char* part : {"model ", "parameters", "data ", "memory ", "disk ", "time ", "budget "})
     CHECK_MESSAGE(contains(o.text, part), part);
@@ -247,7 +208,7 @@ TEST_CASE("--dry-run prints the plan and makes nothing") {
 TEST_CASE("train_gpt's bad input ends in one line and exit status 1") {
   const TempDir dir;
   const auto refused = [&](const std::string& command, const std::string& part) {
-    const Output o = run(command);
+    const Output o = shell(command);
     CAPTURE(command);
     CAPTURE(o.text);
     CHECK(o.status == 1);
@@ -264,6 +225,9 @@ TEST_CASE("train_gpt's bad input ends in one line and exit status 1") {
   refused(train_command(out, "--minutes 1"), "found more than one");
   refused(train_command(out, "--optimizer sgd"), "--optimizer: found sgd");
   refused(train_command(out, "--device cuda"), "--device cuda");
+  refused(train_command(out, "--device cpu --precision bf16"), "--precision bf16: the CPU engine");
+  refused(train_command(out, "--precision fp8"), "--precision: found fp8");
+  refused("./train_gpt --check", "--model: missing");
   refused(train_command(out, "--heads 3"), "--heads: found 3");
   refused(train_command(out, "--init-from nowhere"), "nowhere: not found");
   refused("./train_gpt --resume -o " + out, "not found");
