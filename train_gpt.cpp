@@ -867,15 +867,17 @@ static void attention_forward(const Attention& a, float* out, float* lse) {
     const int kv = int(task % a.NKV), pages = (length + kPage - 1) / kPage;
     thread_local std::vector<float> memory;
     const size_t key_size = size_t(HS) * kPage, value_size = size_t(HSP) * kPage;
-    memory.assign(size_t(pages) * (key_size + value_size), 0.f);
+    memory.resize(size_t(pages) * (key_size + value_size));
+    if (HSP != HS) std::fill(memory.begin(), memory.end(), 0.f);  // the padding of values
     std::vector<const float*> key_pages, value_pages;
     for (int p = 0; p < pages; p++) {
       float* key = memory.data() + size_t(p) * (key_size + value_size);
       const int64_t n = begin + p * kPage;
       const int count = std::min(kPage, length - p * kPage);
+      pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, a.k + n * a.k_ld + kv * HS, count, HS, key);
       for (int j = 0; j < count; j++) {
-        fill_page(HS, j, a.k + (n + j) * a.k_ld + kv * HS, a.v + (n + j) * a.v_ld + kv * HS, key,
-                  key + key_size);
+        const float* v = a.v + (n + j) * a.v_ld + kv * HS;
+        std::copy(v, v + HS, key + key_size + int64_t(j) * HSP);
       }
       key_pages.push_back(key);
       value_pages.push_back(key + key_size);
@@ -919,10 +921,10 @@ static void attention_backward(const Attention& a, const float* out, const float
       const float* k = a.k + (begin + t) * a.k_ld + kv * HS;
       const float* v = a.v + (begin + t) * a.v_ld + kv * HS;
       std::copy(k, k + HS, keys + int64_t(t) * HSP);
-      const int64_t page = int64_t(t / kPage) * HS * kPage + t % kPage;
-      for (int d = 0; d < HS; d++) {
-        keys_t[page + d * kPage] = k[d];
-        values_t[page + d * kPage] = v[d];
+      if (t % kPage == 0) {
+        const int count = std::min(kPage, length - t);
+        pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, k, count, HS, keys_t + int64_t(t) * HS);
+        pack_panel<kPage>({nullptr, a.v_ld, Inner::k}, v, count, HS, values_t + int64_t(t) * HS);
       }
     }
     alignas(64) static thread_local float q[kPage * 256], d_out[kPage * 256], d_q[kPage * 256];
@@ -1125,13 +1127,14 @@ static void adamw(int64_t size, float* w, const float* g, float* m, float* v, fl
 }
 
 // C (rows, rows) = A B^T, known to be symmetric, for A and B (rows, K): the lower triangle by one
-// thread, then mirrored.
-static void gemm_symmetric(int rows, int K, const float* a, const float* b, float* c) {
+// thread, then mirrored. B may be known to be symmetric too: it is packed more cheaply then.
+static void gemm_symmetric(int rows, int K, const float* a, const float* b, float* c,
+                           bool b_symmetric) {
   const Product p{.M = rows,
                   .N = rows,
                   .K = K,
                   .a = {a, K, Inner::k},
-                  .b = {b, K, Inner::k},
+                  .b = {b, K, b_symmetric ? Inner::other : Inner::k},
                   .c = c,
                   .ldc = rows,
                   .lower = true};
@@ -1170,7 +1173,7 @@ static void muon(int out, int in, float* w, const float* g, float* m, float scal
           next[tall ? int64_t(j) * in + i : int64_t(i) * in + j] * inverse;
   const int64_t square_size = int64_t(rows) * rows;
   const auto polynomial = [&](float* to) {  // a I + b A + c A A
-    gemm_symmetric(rows, rows, a, a, to);
+    gemm_symmetric(rows, rows, a, a, to, true);
     for (int64_t i = 0; i < square_size; i++) to[i] = 2.0315f * to[i] - 4.7750f * a[i];
     for (int i = 0; i < rows; i++) to[int64_t(i) * rows + i] += 3.4445f;
   };
@@ -1187,7 +1190,7 @@ static void muon(int out, int in, float* w, const float* g, float* m, float scal
   };
   if (columns < 2 * rows) {
     for (int step = 0; step < 5; step++) {
-      gemm_symmetric(rows, columns, x, x, a);
+      gemm_symmetric(rows, columns, x, x, a, false);
       polynomial(p);
       advance(p);
     }
@@ -1197,14 +1200,14 @@ static void muon(int out, int in, float* w, const float* g, float* m, float scal
     // grows with the steps: beginning anew after two keeps it near the plain way's (4e-5 in place
     // of 5e-4 on matrices of many scales; the plain way has 3e-5).
     for (const int steps : {2, 3}) {
-      gemm_symmetric(rows, columns, x, x, a);
+      gemm_symmetric(rows, columns, x, x, a, false);
       polynomial(q);
       for (int step = 1; step < steps; step++) {
         const float* last = step == 1 ? q : p;  // the polynomial that A has yet to follow
-        gemm_symmetric(rows, rows, last, a, r);
-        gemm_symmetric(rows, rows, r, last, a);
+        gemm_symmetric(rows, rows, last, a, r, true);
+        gemm_symmetric(rows, rows, r, last, a, true);
         polynomial(p);
-        gemm_symmetric(rows, rows, p, q, r);
+        gemm_symmetric(rows, rows, p, q, r, true);
         std::swap(q, r);
       }
       advance(q);
