@@ -345,7 +345,8 @@ TEST_CASE("three clipped AdamW steps follow PyTorch's") {
     OptimizerStep step{.eps = golden.adamw["eps"],
                        .decay = golden.adamw["decay"],
                        .max_norm = golden.adamw["max_norm"]};
-    for (int k = 0; k < int(Kind::adapter); k++) step.lr[size_t(k)] = golden.adamw["lr"][kKindNames[k]];
+    for (int k = 0; k < int(Kind::adapter); k++)
+      step.lr[size_t(k)] = golden.adamw["lr"][kKindNames[k]];
     const std::vector<float> dlogp(packed.tokens.size(), -1.f / float(packed.target_count()));
     std::vector<double> losses, norms;
     gpt->zero_gradients();

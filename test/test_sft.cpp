@@ -570,7 +570,8 @@ TEST_CASE("fine-tuning killed at any moment and resumed equals a run that never 
   const TempDir dir;
   const std::pair<std::string, std::string> runs[] = {
       {"adamw", ""}, {"muon", "--optimizer muon --patience 9"}, {"lora", "--lora 4 --patience 9"}};
-  for (const auto& [name, flags] : runs) {
+  for (const auto& run : runs) {
+    const std::string &name = run.first, &flags = run.second;
     CAPTURE(name);
     const std::string all = concat("--steps 60 --eval-every 8 ", flags);
     const std::string out = dir / concat("killed_", name), one = dir / concat("one_", name);
