@@ -476,11 +476,12 @@ class Trainer {
   Score evaluate(int64_t positions);
   void sample(int64_t number);
   void save(const std::filesystem::path& dir, const char* state);
-  void check_disk();
   void train();
   bool judge(int64_t step, const Score& score);
   void finish(int64_t last_step);
-  [[noreturn]] void diverged(const std::string& what);
+  [[noreturn]] void diverged(const std::string& what) {
+    fail_diverged(done_, what, s_.lr_scale, model());
+  }
   OptimizerStep optimizer_step(int64_t number) const;
   int64_t bins_of_step(int64_t number) const;
   GptOptions options() const {
@@ -677,21 +678,16 @@ int64_t Trainer::bins_of_step(int64_t number) const {  // the last may have fewe
 }
 
 OptimizerStep Trainer::optimizer_step(int64_t number) const {
-  const double f = schedule_.at(number) * s_.lr_scale;
-  OptimizerStep o;
-  o.step = number;
-  o.lr[size_t(Kind::embedding)] = o.lr[size_t(Kind::position)] = float(f * s_.embedding_lr);
-  o.lr[size_t(Kind::matrix)] = float(f * s_.lr);
-  o.lr[size_t(Kind::head)] = float(f * s_.head_lr);
-  o.lr[size_t(Kind::vector)] = float(f * s_.vector_lr);
-  o.lr[size_t(Kind::adapter)] = float(f * s_.lr);
-  o.beta1 = float(s_.beta1), o.beta2 = float(s_.beta2);
-  o.decay = float(s_.weight_decay);
-  o.muon_lr = float(f * s_.lr);
-  o.muon_momentum = float(s_.momentum);
-  o.muon_decay = float(s_.weight_decay);
-  o.max_norm = float(s_.clip);
-  return o;
+  const Rates rates{.matrix = s_.lr,
+                    .embedding = s_.embedding_lr,
+                    .head = s_.head_lr,
+                    .vector = s_.vector_lr,
+                    .weight_decay = s_.weight_decay,
+                    .clip = s_.clip,
+                    .beta1 = s_.beta1,
+                    .beta2 = s_.beta2,
+                    .momentum = s_.momentum};
+  return rates.at(number, schedule_.at(number) * s_.lr_scale);
 }
 
 void Trainer::print_plan(double step_seconds, double total_seconds) {
@@ -738,10 +734,8 @@ void Trainer::print_plan(double step_seconds, double total_seconds) {
                 s_.head_lr * s_.lr_scale);
   }
   const MemoryPlan memory = plan_memory(config_, options());
-  std::string items;
-  for (const auto& i : memory.items)
-    items += concat(items.empty() ? "" : ", ", i.what, " ", bytes_text(double(i.bytes)));
-  std::printf("memory  %s (%s)\n", bytes_text(double(memory.total())).c_str(), items.c_str());
+  std::printf("memory  %s (%s)\n", bytes_text(double(memory.total())).c_str(),
+              memory.text().c_str());
   if (step_seconds > 0) {
     std::printf("time    %.0f ms a step, %s in all\n", step_seconds * 1e3,
                 duration_text(total_seconds).c_str());
@@ -933,29 +927,9 @@ void Trainer::save(const std::filesystem::path& dir, const char* state) {
   save_checkpoint(dir, *gpt_, options);
 }
 
-void Trainer::check_disk() {
-  const int64_t need = 2 * checkpoint_bytes(gpt_->table(), true);
-  std::error_code ec;
-  const auto space = std::filesystem::space(w_.out, ec);
-  if (!ec && int64_t(space.available) < need) {
-    fail(w_.out.string(), ": found ", bytes_text(double(space.available)),
-         " free on the disk, expected ", bytes_text(double(need)), " for two checkpoints");
-  }
-}
-
-void Trainer::diverged(const std::string& what) {
-  const bool saved = std::filesystem::exists(model() / "config.json");
-  fail("step ", done_, ": ", what, "; stopped, nothing was saved after it. Try --lr-scale ",
-       s_.lr_scale / 2, ", a longer --warmup, or --clip .5",
-       saved ? "; the last checkpoint is good" : "");
-}
-
 int Trainer::run() {
   namespace fs = std::filesystem;
-  const bool exists = fs::exists(w_.out) && (!fs::is_directory(w_.out) || !fs::is_empty(w_.out));
-  if (exists && !w_.resume && !w_.overwrite && !w_.dry_run) {
-    fail(w_.out.string(), ": exists; --resume goes on with it, --overwrite begins anew");
-  }
+  if (!w_.resume && !w_.overwrite && !w_.dry_run) expect_new_run(w_.out);
   std::error_code ec;
   if (!w_.resume && fs::equivalent(model_dir(s_.model), model(), ec)) {
     fail("-o ", w_.out.string(), ": is the model to begin with, expected another directory");
@@ -1019,7 +993,7 @@ int Trainer::run() {
     seconds_ = now() - start;
   }
   schedule_ = {s_.schedule, s_.steps, s_.warmup, s_.warmdown, s_.final_lr};
-  check_disk();
+  check_disk(w_.out, gpt_->table());
   metrics_.open(w_.out / "metrics.jsonl", done_);
   train();
   return stop_signal ? 128 + stop_signal : 0;

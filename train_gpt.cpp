@@ -426,8 +426,8 @@ struct Ahead {
     first = reinterpret_cast<const char*>(p.b.data + (inner ? n * p.b.ld + k0 : k0 * p.b.ld + n));
     ld = p.b.ld * 4, lines = inner ? columns : depth, bytes = 4 * (inner ? depth : columns);
   }
-  __attribute__((always_inline)) void fetch(
-      int tile) const {  // a call without effects would be dropped
+  // Inlined, since a call without effects would be dropped.
+  __attribute__((always_inline)) void fetch(int tile) const {
     if (!first) return;
     if (bytes <= 64) {
       for (int i = int(int64_t(lines) * tile / tiles); i < int64_t(lines) * (tile + 1) / tiles; i++)
@@ -695,24 +695,6 @@ static void swiglu_backward(int64_t N, int F, const float* gate_up, const float*
 
 // ---------------------------------------------------------------------------------------------
 // RoPE and QK-norm
-
-// Radians a position turns each of the HS/2 pairs by: theta^(-2i/HS); rope_type llama3 divides
-// those of long wavelengths by `factor`, with a smooth passage between (Llama 3 report 2024).
-static std::vector<double> rope_frequencies(const Config& c) {
-  std::vector<double> frequency(size_t(c.HS / 2));
-  const Rope& r = c.rope;
-  for (int i = 0; i < c.HS / 2; i++) {
-    double f = std::pow(r.theta, -2. * i / c.HS);
-    if (r.factor > 0) {
-      const double turns = r.original_T * f / 6.283185307179586;  // in the original context
-      const double mix = std::clamp(
-          (turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor), 0., 1.);
-      f = (1 - mix) * f / r.factor + mix * f;
-    }
-    frequency[size_t(i)] = f;
-  }
-  return frequency;
-}
 
 class RopeTable {  // cos and sin of every position so far, made when first needed
  public:
@@ -1441,7 +1423,7 @@ class CpuGpt final : public Gpt {
   void backward(std::span<const float> dlogp, std::span<const float> dvalue,
                 std::span<const float> dentropy) override {
     if (!live_) fail("backward: no forward with Pass::train came before");
-    check_weights(dlogp, dvalue, dentropy);
+    check_weights(config_, N_, dlogp, dvalue, dentropy);
     head_backward(dlogp, dvalue, dentropy, logits_kept_);
     trunk_backward();
     live_ = false;
@@ -1451,7 +1433,7 @@ class CpuGpt final : public Gpt {
                         std::span<const float> dvalue, std::span<const float> dentropy) override {
     if (!train_) fail("forward_backward: an inference model has no gradients");
     begin(batch);
-    check_weights(dlogp, dvalue, dentropy);
+    check_weights(config_, N_, dlogp, dvalue, dentropy);
     trunk_forward();
     if (config_.head == Head::scalar) head_forward();
     head_backward(dlogp, dvalue, dentropy, false);
@@ -1610,19 +1592,6 @@ class CpuGpt final : public Gpt {
     capacity_ = N;
   }
   void begin(const Batch& batch);
-  void check_weights(std::span<const float> dlogp, std::span<const float> dvalue,
-                     std::span<const float> dentropy) const {
-    const auto check = [&](const char* name, std::span<const float> w, bool wanted) {
-      if (w.empty()) return;
-      if (!wanted) fail(name, ": this model's head does not make it");
-      if (w.size() != size_t(N_)) {
-        fail(name, ": found ", w.size(), " weights, expected one for each of ", N_, " tokens");
-      }
-    };
-    check("dlogp", dlogp, config_.head == Head::lm);
-    check("dentropy", dentropy, config_.head == Head::lm);
-    check("dvalue", dvalue, config_.head == Head::scalar);
-  }
   void embed(int N, const int* tokens, const int* positions, float* x) const;
   void rotate(int N, const int* positions, const Block& b, float* qkv, float* rotated) const;
   Attention attention_of(const float* qkv, const float* rotated) const;
@@ -1664,34 +1633,14 @@ class CpuGpt final : public Gpt {
 void CpuGpt::begin(const Batch& batch) {
   const auto N = int64_t(batch.tokens.size());
   const auto& starts = batch.doc_starts;
-  if (N == 0 || N > 1 << 28) fail("batch: found ", N, " tokens, expected 1 to ", 1 << 28);
-  if (starts.size() < 2 || starts.front() != 0 || starts.back() != N) {
-    fail("batch: doc_starts must begin with 0 and end with the number of tokens");
-  }
   const bool lm = config_.head == Head::lm;
-  if (lm && int64_t(batch.targets.size()) != N) {
-    fail("batch: found ", batch.targets.size(), " targets, expected ", N);
-  }
-  if (!(batch.temperature > 0))
-    fail("batch: temperature: found ", batch.temperature, ", expected above 0");
+  check_batch(config_, batch);
   positions_.resize(size_t(N));
-  for (size_t d = 0; d + 1 < starts.size(); d++) {
-    const int length = starts[d + 1] - starts[d];
-    if (length <= 0 || length > config_.T) {
-      fail("batch: document ", d, ": found ", length, " tokens, expected 1 to the context of ",
-           config_.T);
-    }
-    for (int t = 0; t < length; t++) positions_[size_t(starts[d] + t)] = t;
-  }
+  for (size_t d = 0; d + 1 < starts.size(); d++)
+    for (int n = starts[d]; n < starts[d + 1]; n++) positions_[size_t(n)] = n - starts[d];
   head_rows_.clear();
-  for (int64_t n = 0; n < N; n++) {
-    const int token = batch.tokens[size_t(n)], target = lm ? batch.targets[size_t(n)] : -1;
-    if (token < 0 || token >= config_.V || target < -1 || target >= config_.V) {
-      fail("batch: position ", n, ": found token ", token, " and target ", target,
-           ", expected ids below ", config_.V);
-    }
-    if (target >= 0) head_rows_.push_back(int(n));
-  }
+  for (int64_t n = 0; lm && n < N; n++)
+    if (batch.targets[size_t(n)] >= 0) head_rows_.push_back(int(n));
   N_ = int(N);
   tokens_.assign(batch.tokens.begin(), batch.tokens.end());
   targets_.assign(batch.targets.begin(), batch.targets.end());
@@ -2275,14 +2224,8 @@ std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
   const MemoryPlan plan = plan_memory(config, options);
   const int64_t available = available_memory();
   if (plan.total() > available) {
-    std::string items;
-    const MemoryPlan::Item* largest = &plan.items[0];
-    for (const auto& i : plan.items) {
-      items += concat(items.empty() ? "" : ", ", i.what, " ", bytes_text(double(i.bytes)));
-      if (i.bytes > largest->bytes) largest = &i;
-    }
-    fail("out of memory: the plan takes ", bytes_text(double(plan.total())), " (", items,
-         "), found ", bytes_text(double(available)), " available; lower ", largest->lower);
+    fail("out of memory: the plan takes ", bytes_text(double(plan.total())), " (", plan.text(),
+         "), found ", bytes_text(double(available)), " available; lower ", plan.largest().lower);
   }
   return std::make_unique<CpuGpt>(config, options);
 }
@@ -2441,9 +2384,10 @@ class Trainer {
   Score evaluate(int64_t tokens);
   void sample();
   void save(bool finished);
-  void check_disk();
   void train();
-  [[noreturn]] void diverged(const std::string& what);
+  [[noreturn]] void diverged(const std::string& what) {
+    fail_diverged(done_, what, s_.lr_scale, model());
+  }
   OptimizerStep optimizer_step(int64_t number) const;
   GptOptions options() const {
     GptOptions o;
@@ -2590,20 +2534,16 @@ void Trainer::plan_run() {
 }
 
 OptimizerStep Trainer::optimizer_step(int64_t number) const {
-  const double f = schedule_.at(number) * s_.lr_scale;
-  OptimizerStep o;
-  o.step = number;
-  o.lr[size_t(Kind::embedding)] = o.lr[size_t(Kind::position)] = float(f * s_.embedding_lr);
-  o.lr[size_t(Kind::matrix)] = float(f * s_.matrix_lr);
-  o.lr[size_t(Kind::head)] = float(f * s_.head_lr);
-  o.lr[size_t(Kind::vector)] = float(f * s_.vector_lr);
-  o.beta1 = float(s_.beta1), o.beta2 = float(s_.beta2);
-  o.decay = float(s_.weight_decay);
-  o.muon_lr = float(f * s_.matrix_lr);
-  o.muon_momentum = float(s_.momentum);
-  o.muon_decay = float(s_.weight_decay);
-  o.max_norm = float(s_.clip);
-  return o;
+  const Rates rates{.matrix = s_.matrix_lr,
+                    .embedding = s_.embedding_lr,
+                    .head = s_.head_lr,
+                    .vector = s_.vector_lr,
+                    .weight_decay = s_.weight_decay,
+                    .clip = s_.clip,
+                    .beta1 = s_.beta1,
+                    .beta2 = s_.beta2,
+                    .momentum = s_.momentum};
+  return rates.at(number, schedule_.at(number) * s_.lr_scale);
 }
 
 void Trainer::print_plan(double step_seconds, double total_seconds) {
@@ -2631,10 +2571,8 @@ void Trainer::print_plan(double step_seconds, double total_seconds) {
               s_.optimizer.c_str(), s_.schedule.c_str(), s_.matrix_lr * s_.lr_scale,
               s_.embedding_lr * s_.lr_scale, s_.head_lr * s_.lr_scale);
   const MemoryPlan memory = plan_memory(config_, options());
-  std::string items;
-  for (const auto& i : memory.items)
-    items += concat(items.empty() ? "" : ", ", i.what, " ", bytes_text(double(i.bytes)));
-  std::printf("memory  %s (%s)\n", bytes_text(double(memory.total())).c_str(), items.c_str());
+  std::printf("memory  %s (%s)\n", bytes_text(double(memory.total())).c_str(),
+              memory.text().c_str());
   std::printf(
       "disk    %s a checkpoint with the optimizer's state, twice while one replaces another\n",
       bytes_text(double(checkpoint_bytes(table, true))).c_str());
@@ -2775,29 +2713,9 @@ void Trainer::save(bool finished) {
   save_checkpoint(model(), *gpt_, options);
 }
 
-void Trainer::check_disk() {
-  const int64_t need = 2 * checkpoint_bytes(gpt_->table(), true);
-  std::error_code ec;
-  const auto space = std::filesystem::space(w_.out, ec);
-  if (!ec && int64_t(space.available) < need) {
-    fail(w_.out.string(), ": found ", bytes_text(double(space.available)),
-         " free on the disk, expected ", bytes_text(double(need)), " for two checkpoints");
-  }
-}
-
-void Trainer::diverged(const std::string& what) {
-  const bool saved = std::filesystem::exists(model() / "config.json");
-  fail("step ", done_, ": ", what, "; stopped, nothing was saved after it. Try --lr-scale ",
-       s_.lr_scale / 2, ", a longer --warmup, or --clip .5",
-       saved ? "; the last checkpoint is good" : "");
-}
-
 int Trainer::run() {
   namespace fs = std::filesystem;
-  const bool exists = fs::exists(w_.out) && (!fs::is_directory(w_.out) || !fs::is_empty(w_.out));
-  if (exists && !w_.resume && !w_.overwrite && !w_.dry_run) {
-    fail(w_.out.string(), ": exists; --resume goes on with it, --overwrite begins anew");
-  }
+  if (!w_.resume && !w_.overwrite && !w_.dry_run) expect_new_run(w_.out);
   Json state;
   if (w_.resume) {
     config_ = load_config(model_dir(w_.out));
@@ -2847,7 +2765,7 @@ int Trainer::run() {
   }
   if (s_.warmup < 0) s_.warmup = std::clamp<int64_t>(s_.steps / 50, 1, 40);
   schedule_ = {s_.schedule, s_.steps, s_.warmup, s_.warmdown, s_.final_lr};
-  check_disk();
+  check_disk(w_.out, gpt_->table());
   metrics_.open(w_.out / "metrics.jsonl", done_);
   train();
   return stop_signal ? 128 + stop_signal : 0;

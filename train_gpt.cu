@@ -925,8 +925,8 @@ __global__ void qk_backward_kernel(A* dq, A* dk, int64_t ld, const A* q_in, cons
     const A* x = in + n * in_ld + head * HS;
     const float* turns = reinterpret_cast<const float*>(rope + int64_t(positions[n]) * half);
 
-    float a[kPairPasses<W>][W], b[kPairPasses<W>][W];  // dy, turned back; then dx
-    float xa[kPairPasses<W>][W], xb[kPairPasses<W>][W];
+    float a[kPairPasses<W>][W] = {}, b[kPairPasses<W>][W] = {};  // dy, turned back; then dx
+    float xa[kPairPasses<W>][W] = {}, xb[kPairPasses<W>][W] = {};
     float square = 0, gx_sum = 0;
     for (int p = 0; p < kPairPasses<W>; p++) {
       const int i = (p * lanes + lane) * W;
@@ -2733,6 +2733,8 @@ static void cache_attention(A* out, const A* q, int64_t q_ld, const A* k_pages, 
 // once and kept. On a GPU the candidates of its heuristic are timed at the first use of a shape;
 // what was found is kept in $XDG_CACHE_HOME/cake/products.json (~/.cache), by GPU, version of the
 // library and shape. A file that cannot be read or written costs the measurement again, no more.
+// What a run went by is kept in its state too (Gpt::choices): another algorithm would round its
+// sums otherwise, and a run that goes on would not be the run that never stopped.
 
 template <class T>
 static constexpr cudaDataType_t kDataType = std::is_same_v<T, float> ? CUDA_R_32F : CUDA_R_16BF;
@@ -2806,9 +2808,11 @@ struct Product {
   void* aux = nullptr;         // (M, N) as D, row stride ldd
 };
 
-// What was measured on this machine's GPU, on disk.
+// What was measured on this machine's GPU, on disk, and what this process goes by: values by name.
 class Measured {
  public:
+  using Choices = std::map<std::string, std::string>;
+
   explicit Measured(std::string gpu) : gpu_(std::move(gpu)) {
     const char *cache = std::getenv("XDG_CACHE_HOME"), *home = std::getenv("HOME");
     if (cache && *cache) {
@@ -2818,16 +2822,18 @@ class Measured {
     }
     values_ = stored();
   }
-  std::string find(const std::string& key) const {  // empty when unknown
+  std::string find(const std::string& key) {  // empty when unknown
+    const auto used = used_.find(key);
+    if (used != used_.end()) return used->second;
     if (!values_.contains(gpu_) || !values_[gpu_].is_object()) return "";
     const auto& own = values_[gpu_];
-    return own.contains(key) && own[key].is_string() ? own[key].template get<std::string>() : "";
+    if (!own.contains(key) || !own[key].is_string()) return "";
+    return used_[key] = own[key].template get<std::string>();
   }
-  void put(const std::string& key, const std::string& value) {
-    if (path_.empty()) {
-      values_[gpu_][key] = value;
-      return;
-    }
+  void use(const std::string& key, const std::string& value) { used_[key] = value; }
+  void put(const std::string& key, const std::string& value) {  // for other processes too
+    use(key, value);
+    if (path_.empty()) return;
     values_.update(stored(), true);  // another process may have written meanwhile
     values_[gpu_][key] = value;
     try {
@@ -2836,8 +2842,20 @@ class Measured {
     } catch (const std::exception&) {  // no cache then: the next run measures again
     }
   }
+  Choices used() const {
+    Choices all = used_;
+    all[kGpu] = gpu_;
+    return all;
+  }
+  void keep(const Choices& choices) {  // before those of the disk, when they are this GPU's
+    const auto gpu = choices.find(kGpu);
+    if (gpu == choices.end() || gpu->second != gpu_) return;
+    for (const auto& [key, value] : choices)
+      if (key != kGpu) use(key, value);
+  }
 
  private:
+  static constexpr const char* kGpu = "gpu";
   OrderedJson stored() const {
     try {
       OrderedJson json = OrderedJson::parse(read_file(path_));
@@ -2848,17 +2866,19 @@ class Measured {
   }
   std::string gpu_;
   std::filesystem::path path_;
-  OrderedJson values_;
+  OrderedJson values_;  // by GPU, by name
+  Choices used_;
 };
 
 // Whether a product's epilogue does what a kernel after it could: by time, or as a test wants it.
 enum class Fusion { measured, always, never };
 inline Fusion fusion = Fusion::measured;
 
+// Whether candidates are timed. The emulator's are all alike: there a test alone asks for it.
 #ifdef CAKE_CUDA_ON_CPU
-static constexpr bool kTimed = false;  // its products have one algorithm
+inline bool timing = false;
 #else
-static constexpr bool kTimed = true;
+static constexpr bool timing = true;
 #endif
 
 class Products {
@@ -2866,7 +2886,7 @@ class Products {
   explicit Products(cudaStream_t stream)
       : stream_(stream), workspace_("cuBLASLt's workspace", kWorkspace, "nothing else helps") {
     check(cublasLtCreate(&handle_), "cublasLtCreate");
-    if (kTimed) {
+    if (timing) {
       int device = 0;
       cudaDeviceProp properties{};
       check(cudaGetDevice(&device), "the device");
@@ -2901,7 +2921,7 @@ class Products {
   // in its place. Both are run to find out: they must overwrite what they write.
   template <class Body>
   bool fused_is_faster(const char* what, int64_t N, int64_t in, int64_t out, Body&& body) {
-    if (fusion != Fusion::measured || !kTimed) return fusion != Fusion::never;
+    if (fusion != Fusion::measured || !measured_) return fusion != Fusion::never;
     const std::string key = concat(what, " ", bucket(N), " ", in, " ", out);
     const auto known = fused_.find(key);
     if (known != fused_.end()) return known->second;
@@ -2912,10 +2932,13 @@ class Products {
         const bool fused = body(true) && time([&] { body(true); }) < time([&] { body(false); });
         measured_->put(key, choice = fused ? "fused" : "separate");
       } catch (const Error&) {  // no room to measure in: what fails in earnest fails again
+        measured_->use(key, choice = "separate");
       }
     }
     return fused_[key] = choice == "fused";
   }
+
+  Measured* measured() const { return measured_.get(); }  // null: nothing is timed
 
   // Seconds that body takes on the device: the best of a few.
   template <class Body>
@@ -3002,17 +3025,24 @@ class Products {
     if (known != plans_.end()) return known->second;
     Plan& plan = plans_[key];
     describe(p, plan);
-    if (kTimed) {
-      Key near = key;
-      for (const int dimension : {0, 1, 2})
-        near[size_t(dimension)] = bucket(key[size_t(dimension)]);
-      std::string name = "product";
-      for (const int64_t k : near) name += " " + std::to_string(k);
-      if (!restore(measured_->find(name), plan)) choose(p, plan, name);
-    } else {
+    if (!measured_) {
       choose(p, plan, "");
+      return plan;
+    }
+    Key bucketed = key;
+    for (const int dimension : {0, 1, 2})
+      bucketed[size_t(dimension)] = bucket(key[size_t(dimension)]);
+    const std::string near = name_of(bucketed), exact = name_of(key);
+    if (!restore(measured_->find(exact), plan) && !restore(measured_->find(near), plan)) {
+      // What serves its neighbours and not this shape stays theirs.
+      choose(p, plan, measured_->find(near).empty() ? near : exact);
     }
     return plan;
+  }
+  static std::string name_of(const Key& key) {
+    std::string name = "product";
+    for (const int64_t k : key) name += " " + std::to_string(k);
+    return name;
   }
 
   void describe(const Product& p, Plan& plan) {
@@ -3053,7 +3083,7 @@ class Products {
     layout(plan.c, p.out, p.M, p.N, p.ldd, p.d_stride);
   }
 
-  // The heuristic's candidates, the fastest of which stays.
+  // The heuristic's candidates, the fastest of which stays, under `name`.
   void choose(const Product& p, Plan& plan, const std::string& name) {
     cublasLtMatmulPreference_t preference = nullptr;
     check(cublasLtMatmulPreferenceCreate(&preference), "a product's preference");
@@ -3080,7 +3110,14 @@ class Products {
            "), status ", int(status));
     }
     plan.algorithm = found[0].algo;
-    if (!kTimed || count == 1 || capturing()) return;
+    if (!measured_) return;
+    const auto hex = [&] {
+      std::string all;
+      for (const uint64_t word : plan.algorithm.data)
+        all += format("%016llx", (unsigned long long)word);
+      return all;
+    };
+    if (count == 1 || capturing()) return measured_->use(name, hex());
     // A product that adds to D would add again each time it is timed: then elsewhere.
     Product timed = p;
     Buffer<char> elsewhere;
@@ -3089,8 +3126,8 @@ class Products {
       try {
         elsewhere =
             Buffer<char>("a product's result", elements * (p.out == CUDA_R_32F ? 4 : 2), "");
-      } catch (const Error&) {
-        return;  // no room to measure in: the first candidate stays
+      } catch (const Error&) {  // no room to measure in: the first candidate stays
+        return measured_->use(name, hex());
       }
       timed.d = elsewhere.data(), timed.c = nullptr;
     }
@@ -3100,10 +3137,7 @@ class Products {
       const double seconds = time([&] { multiply(timed, plan, found[size_t(i)].algo); });
       if (seconds < best) best = seconds, plan.algorithm = found[size_t(i)].algo;
     }
-    std::string hex;
-    for (const uint64_t word : plan.algorithm.data)
-      hex += format("%016llx", (unsigned long long)word);
-    measured_->put(name, hex);
+    measured_->put(name, hex());
   }
 
   // From the cache on disk; false when there is nothing usable.
@@ -3507,21 +3541,7 @@ struct DeviceBatch {
 // cos and sin of every position so far, (positions, HS/2), made on the host in double.
 class RopeTable {
  public:
-  explicit RopeTable(const Config& c) : half_(c.HS / 2), T_(c.T) {
-    // As rope_frequencies in train_gpt.cpp: theta^(-2i/HS); rope_type llama3 divides those of long
-    // wavelengths by `factor`, with a smooth passage between (Llama 3 report 2024).
-    const Rope& r = c.rope;
-    for (int i = 0; i < half_; i++) {
-      double f = std::pow(r.theta, -2. * i / c.HS);
-      if (r.factor > 0) {
-        const double turns = r.original_T * f / 6.283185307179586;  // in the original context
-        const double mix = std::clamp(
-            (turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor), 0., 1.);
-        f = (1 - mix) * f / r.factor + mix * f;
-      }
-      frequency_.push_back(f);
-    }
-  }
+  explicit RopeTable(const Config& c) : half_(c.HS / 2), T_(c.T), frequency_(rope_frequencies(c)) {}
   // True when the table moved. Grows to the next power of two, at most to T.
   bool reach(int positions, cudaStream_t stream) {
     if (positions <= reached_) return false;
@@ -3594,7 +3614,7 @@ class CudaGpt final : public Gpt {
   void backward(std::span<const float> dlogp, std::span<const float> dvalue,
                 std::span<const float> dentropy) override {
     if (!live_) fail("backward: no forward with Pass::train came before");
-    check_weights(dlogp, dvalue, dentropy);
+    check_weights(config_, N_, dlogp, dvalue, dentropy);
     send_weights(dlogp, dvalue, dentropy);
     clear_fresh();
     graphs.run(key(logits_kept_ ? kBackwardOfLogits : kBackward), stream_, [&] {
@@ -3608,7 +3628,7 @@ class CudaGpt final : public Gpt {
                         std::span<const float> dvalue, std::span<const float> dentropy) override {
     if (!train_) fail("forward_backward: an inference model has no gradients");
     begin(batch);
-    check_weights(dlogp, dvalue, dentropy);
+    check_weights(config_, N_, dlogp, dvalue, dentropy);
     send_weights(dlogp, dvalue, dentropy);
     clear_fresh();
     graphs.run(key(kForwardBackward), stream_, [&] {
@@ -3624,6 +3644,13 @@ class CudaGpt final : public Gpt {
   UpdateStats stats() override;
   void zero_gradients() override;
   void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
+  std::map<std::string, std::string> choices() const override {
+    const Measured* measured = machine_->products->measured();
+    return measured ? measured->used() : Measured::Choices{};
+  }
+  void keep_choices(const std::map<std::string, std::string>& choices) override {
+    if (Measured* measured = machine_->products->measured()) measured->keep(choices);
+  }
 
   std::span<const float> logp() override { return fetch(logp_, batch_.logp, Head::lm); }
   std::span<const float> entropy() override { return fetch(entropy_, batch_.entropy, Head::lm); }
@@ -3880,8 +3907,6 @@ class CudaGpt final : public Gpt {
     if (config_.family != Family::gpt2 && rope_.reach(positions, stream_)) graphs.clear();
   }
   void begin(const Batch& batch);
-  void check_weights(std::span<const float> dlogp, std::span<const float> dvalue,
-                     std::span<const float> dentropy) const;
   void send_weights(std::span<const float> dlogp, std::span<const float> dvalue,
                     std::span<const float> dentropy);
   std::span<const float> fetch(std::vector<float>& host, const float* device, Head head);
@@ -3980,24 +4005,12 @@ template <class A>
 void CudaGpt<A>::begin(const Batch& batch) {
   const auto N = int64_t(batch.tokens.size());
   const auto& starts = batch.doc_starts;
-  if (N == 0 || N > 1 << 28) fail("batch: found ", N, " tokens, expected 1 to ", 1 << 28);
-  if (starts.size() < 2 || starts.front() != 0 || starts.back() != N) {
-    fail("batch: doc_starts must begin with 0 and end with the number of tokens");
-  }
   const bool lm = config_.head == Head::lm;
-  if (lm && int64_t(batch.targets.size()) != N) {
-    fail("batch: found ", batch.targets.size(), " targets, expected ", N);
-  }
-  if (!(batch.temperature > 0))
-    fail("batch: temperature: found ", batch.temperature, ", expected above 0");
+  check_batch(config_, batch);
   std::vector<int> positions(static_cast<size_t>(N)), doc_start(positions), doc_end(positions);
   int longest = 0;
   for (size_t d = 0; d + 1 < starts.size(); d++) {
     const int length = starts[d + 1] - starts[d];
-    if (length <= 0 || length > config_.T) {
-      fail("batch: document ", d, ": found ", length, " tokens, expected 1 to the context of ",
-           config_.T);
-    }
     longest = std::max(longest, length);
     for (int t = 0; t < length; t++) {
       const auto n = size_t(starts[d] + t);
@@ -4005,14 +4018,8 @@ void CudaGpt<A>::begin(const Batch& batch) {
     }
   }
   std::vector<int> rows;
-  for (int64_t n = 0; n < N; n++) {
-    const int token = batch.tokens[size_t(n)], target = lm ? batch.targets[size_t(n)] : -1;
-    if (token < 0 || token >= config_.V || target < -1 || target >= config_.V) {
-      fail("batch: position ", n, ": found token ", token, " and target ", target,
-           ", expected ids below ", config_.V);
-    }
-    if (target >= 0) rows.push_back(int(n));
-  }
+  for (int64_t n = 0; lm && n < N; n++)
+    if (batch.targets[size_t(n)] >= 0) rows.push_back(int(n));
   gathered_ = int64_t(rows.size()) < N;
   if (gathered_) rows.resize(size_t(round_up(int64_t(rows.size()), 128)), -1);
   rows_ = int64_t(rows.size());
@@ -4035,21 +4042,6 @@ void CudaGpt<A>::begin(const Batch& batch) {
   send(batch_.doc_end, doc_end);
   if (lm) send(batch_.row_of, rows);
   staging_.end(stream_);
-}
-
-template <class A>
-void CudaGpt<A>::check_weights(std::span<const float> dlogp, std::span<const float> dvalue,
-                               std::span<const float> dentropy) const {
-  const auto check = [&](const char* name, std::span<const float> w, bool wanted) {
-    if (w.empty()) return;
-    if (!wanted) fail(name, ": this model's head does not make it");
-    if (w.size() != size_t(N_)) {
-      fail(name, ": found ", w.size(), " weights, expected one for each of ", N_, " tokens");
-    }
-  };
-  check("dlogp", dlogp, config_.head == Head::lm);
-  check("dentropy", dentropy, config_.head == Head::lm);
-  check("dvalue", dvalue, config_.head == Head::scalar);
 }
 
 template <class A>
@@ -4816,15 +4808,9 @@ std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
   size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "free memory");
   if (plan.total() > int64_t(free)) {
-    std::string items;
-    const MemoryPlan::Item* largest = &plan.items[0];
-    for (const auto& i : plan.items) {
-      items += concat(items.empty() ? "" : ", ", i.what, " ", bytes_text(double(i.bytes)));
-      if (i.bytes > largest->bytes) largest = &i;
-    }
-    fail("out of memory on the GPU: the plan takes ", bytes_text(double(plan.total())), " (", items,
-         "), found ", bytes_text(double(free)), " free of ", bytes_text(double(total)), "; lower ",
-         largest->lower);
+    fail("out of memory on the GPU: the plan takes ", bytes_text(double(plan.total())), " (",
+         plan.text(), "), found ", bytes_text(double(free)), " free of ", bytes_text(double(total)),
+         "; lower ", plan.largest().lower);
   }
   if (wants_bf16(options)) return std::make_unique<CudaGpt<bf16>>(config, options);
   return std::make_unique<CudaGpt<float>>(config, options);
@@ -4836,7 +4822,7 @@ static double product_peak() {
   static double peak = 0;  // once a process
   if (peak > 0) return peak;
   const auto machine = Machine::get();
-  if (!kTimed) return peak = 1e9;  // the emulator has no speed of its own
+  if (!timing) return peak = 1e9;  // the emulator has no speed of its own
   for (int64_t n = std::is_same_v<A, float> ? 4096 : 8192; n >= 512 && peak == 0; n /= 2) {
     Buffer<A> a, b, d;
     try {

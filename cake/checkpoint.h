@@ -32,6 +32,7 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <set>
 #include <span>
@@ -234,6 +235,7 @@ inline Config parse_config(const Json& json, const std::string& where) {
   c.bos = in.token_id("bos_token_id", c.V);
   c.eos = in.token_id("eos_token_id", c.V);
   c.pad = in.token_id("pad_token_id", c.V);
+  if (c.head == Head::scalar) c.reward_shift = in.get_or<double>("reward_shift", 0);
   return c;
 }
 
@@ -393,6 +395,7 @@ inline OrderedJson config_json(const Config& c, bool bf16 = false) {
                {"pad_token_id", id(c.pad)}});
   if (c.head == Head::scalar) {
     json.update({{"id2label", {{"0", "score"}}}, {"label2id", {{"score", 0}}}});
+    if (c.reward_shift != 0) json["reward_shift"] = c.reward_shift;
   }
   return json;
 }
@@ -934,6 +937,8 @@ struct SaveOptions {
   bool optimizer = false;                // its moments too: what an exact resume needs
   bool bf16 = false;                     // weights as BF16; excludes `optimizer`
   AdapterBase base;                      // of a model with adapters, which are all that is saved
+  // Writes more into the new directory before it takes the old one's place.
+  std::function<void(const std::filesystem::path& dir)> also;
 };
 
 // The bytes that a checkpoint takes on disk, without the tokenizer's; while one replaces another,
@@ -1101,7 +1106,9 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
     write_json(fresh / "generation_config.json", generation_config_json(gpt.config()));
     if (!options.tokenizer_from.empty()) copy_tokenizer(options.tokenizer_from, fresh);
     if (!options.trainer_state.is_null()) {
-      write_file(fresh / "trainer_state.json", options.trainer_state.dump(2) + "\n");
+      Json state = options.trainer_state;
+      if (const auto choices = gpt.choices(); !choices.empty()) state["choices"] = choices;
+      write_file(fresh / "trainer_state.json", state.dump(2) + "\n");
     }
     if (options.optimizer) save_moments(fresh / "optimizer.safetensors", gpt);
     if (gpt.table().lora.rank > 0) {
@@ -1114,6 +1121,7 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
     } else {
       save_weights(fresh / "model.safetensors", gpt, options.bf16);
     }
+    if (options.also) options.also(fresh);
     sync_path(fresh);
     replaced = exchange_directories(fresh, dir);
   } catch (const std::exception& e) {
@@ -1126,11 +1134,31 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
   if (!replaced.empty()) std::filesystem::remove_all(replaced, ignored);
 }
 
+// A run keeps a checkpoint while it writes the next: its disk must have room for two.
+inline void check_disk(const std::filesystem::path& run, const ParamTable& table) {
+  const int64_t need = 2 * checkpoint_bytes(table, true);
+  std::error_code ec;
+  const auto space = std::filesystem::space(run, ec);
+  if (!ec && int64_t(space.available) < need) {
+    fail(run.string(), ": found ", bytes_text(double(space.available)),
+         " free on the disk, expected ", bytes_text(double(need)), " for two checkpoints");
+  }
+}
+
+// Stops a run whose loss or gradient is no number, or explodes. `model`: its last checkpoint.
+[[noreturn]] inline void fail_diverged(int64_t step, const std::string& what, double lr_scale,
+                                       const std::filesystem::path& model) {
+  const bool saved = std::filesystem::exists(model / "config.json");
+  fail("step ", step, ": ", what, "; stopped, nothing was saved after it. Try --lr-scale ",
+       lr_scale / 2, ", a longer --warmup, or --clip .5",
+       saved ? "; the last checkpoint is good" : "");
+}
+
 // ---------------------------------------------------------------------------------------------
 // Going on
 
 // Reads trainer_state.json and writes the optimizer's moments into `gpt`, which was made with the
-// same optimizer.
+// same optimizer and goes by the choices of the run's device from here on.
 inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
   const std::filesystem::path state = dir / "trainer_state.json";
   if (!std::filesystem::exists(state)) {
@@ -1165,7 +1193,15 @@ inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
     fail(path.string(), ": found ", disk.tensors().size(), " tensors, expected ", used,
          ": resume with the optimizer that the run began with");
   }
-  return read_json(state);
+  const Json json = read_json(state);
+  if (const auto choices = json.find("choices"); choices != json.end()) {
+    try {
+      gpt.keep_choices(choices->get<std::map<std::string, std::string>>());
+    } catch (const Json::exception&) {
+      fail(state.string(), ": choices: found ", choices->type_name(), ", expected text by name");
+    }
+  }
+  return json;
 }
 
 // The model directory that `path` means: a model directory itself, or a run's (RUN/model).

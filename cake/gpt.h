@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -60,6 +61,8 @@ struct Config {
   double norm_eps = 1e-6;  // layer_norm_epsilon, rms_norm_eps
   Rope rope;
   int bos = -1, eos = -1, pad = -1;  // token ids, -1 for none
+  // reward_shift of a reward model: what is added to the value at the end of an answer
+  double reward_shift = 0;
 
   bool has_biases() const { return family == Family::gpt2; }
   bool has_gate() const { return family != Family::gpt2; }  // SwiGLU: two matrices into F
@@ -369,6 +372,24 @@ inline std::vector<float> initial_values(const Tensor& t, uint64_t seed) {
   return values;
 }
 
+// Radians a position turns each of the HS/2 pairs by: theta^(-2i/HS); rope_type llama3 divides
+// those of long wavelengths by `factor`, with a smooth passage between (Llama 3 report 2024).
+inline std::vector<double> rope_frequencies(const Config& c) {
+  std::vector<double> frequency(size_t(c.HS / 2));
+  const Rope& r = c.rope;
+  for (int i = 0; i < c.HS / 2; i++) {
+    double f = std::pow(r.theta, -2. * i / c.HS);
+    if (r.factor > 0) {
+      const double turns = r.original_T * f / 6.283185307179586;  // in the original context
+      const double mix = std::clamp(
+          (turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor), 0., 1.);
+      f = (1 - mix) * f / r.factor + mix * f;
+    }
+    frequency[size_t(i)] = f;
+  }
+  return frequency;
+}
+
 // ---------------------------------------------------------------------------------------------
 // What goes through an engine
 
@@ -383,6 +404,51 @@ enum class Pass {
   train,  // keeps what backward needs
   score,  // keeps no activations
 };
+
+// What an engine asks of a batch before it goes through a model.
+inline void check_batch(const Config& c, const Batch& batch) {
+  const auto N = int64_t(batch.tokens.size());
+  const auto& starts = batch.doc_starts;
+  if (N == 0 || N > 1 << 28) fail("batch: found ", N, " tokens, expected 1 to ", 1 << 28);
+  if (starts.size() < 2 || starts.front() != 0 || starts.back() != N) {
+    fail("batch: doc_starts must begin with 0 and end with the number of tokens");
+  }
+  const bool lm = c.head == Head::lm;
+  if (lm && int64_t(batch.targets.size()) != N) {
+    fail("batch: found ", batch.targets.size(), " targets, expected ", N);
+  }
+  if (!(batch.temperature > 0))
+    fail("batch: temperature: found ", batch.temperature, ", expected above 0");
+  for (size_t d = 0; d + 1 < starts.size(); d++) {
+    const int length = starts[d + 1] - starts[d];
+    if (length <= 0 || length > c.T) {
+      fail("batch: document ", d, ": found ", length, " tokens, expected 1 to the context of ",
+           c.T);
+    }
+  }
+  for (size_t n = 0; n < batch.tokens.size(); n++) {
+    const int token = batch.tokens[n], target = lm ? batch.targets[n] : -1;
+    if (token < 0 || token >= c.V || target < -1 || target >= c.V) {
+      fail("batch: position ", n, ": found token ", token, " and target ", target,
+           ", expected ids below ", c.V);
+    }
+  }
+}
+
+// The same for the weights of its N positions.
+inline void check_weights(const Config& c, int N, std::span<const float> dlogp,
+                          std::span<const float> dvalue, std::span<const float> dentropy) {
+  const auto check = [&](const char* name, std::span<const float> w, bool wanted) {
+    if (w.empty()) return;
+    if (!wanted) fail(name, ": this model's head does not make it");
+    if (w.size() != size_t(N)) {
+      fail(name, ": found ", w.size(), " weights, expected one for each of ", N, " tokens");
+    }
+  };
+  check("dlogp", dlogp, c.head == Head::lm);
+  check("dentropy", dentropy, c.head == Head::lm);
+  check("dvalue", dvalue, c.head == Head::scalar);
+}
 
 struct OptimizerStep {
   int64_t step = 1;                // 1 for the first: AdamW's bias correction
@@ -536,9 +602,7 @@ class Gpt {
   virtual UpdateStats stats() = 0;
   virtual void zero_gradients() = 0;
   // LoRA: off, the model computes as if it had no adapters, which is the model they were added to.
-  virtual void use_adapters(bool) {
-    if (table_.lora.rank > 0) fail("LoRA: this engine has no adapters");
-  }
+  virtual void use_adapters(bool) = 0;
 
   // Of the last forward, (N) each; positions without a target hold 0.
   virtual std::span<const float> logp() = 0;
@@ -553,6 +617,12 @@ class Gpt {
   // Any tensor, (out, in) row-major as float. moment1 and moment2 exist in training only.
   virtual void read(int tensor, Slot, std::span<float> out) const = 0;
   virtual void write(int tensor, Slot, std::span<const float> in) = 0;
+
+  // What the device's speed has decided in this process, as which algorithm a product takes, and
+  // with it the last bits of results. A run's state keeps it, so that a run that goes on has the
+  // bits of one that never stopped; of another kind of device it is ignored.
+  virtual std::map<std::string, std::string> choices() const { return {}; }
+  virtual void keep_choices(const std::map<std::string, std::string>&) {}
 
  protected:
   Gpt(Config config, bool muon, Lora lora = {})
@@ -596,6 +666,16 @@ struct MemoryPlan {
     int64_t n = 0;
     for (const Item& i : items) n += i.bytes;
     return n;
+  }
+  std::string text() const {  // "weights 1.2 GB, gradients 600 MB"
+    std::string all;
+    for (const Item& i : items)
+      all += concat(all.empty() ? "" : ", ", i.what, " ", bytes_text(double(i.bytes)));
+    return all;
+  }
+  const Item& largest() const {
+    return *std::max_element(items.begin(), items.end(),
+                             [](const Item& a, const Item& b) { return a.bytes < b.bytes; });
   }
 };
 

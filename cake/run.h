@@ -340,6 +340,14 @@ class ProgressLine {
   double interval_, next_ = 0;
 };
 
+// Fails when a run's directory holds something already.
+inline void expect_new_run(const std::filesystem::path& dir) {
+  namespace fs = std::filesystem;
+  if (fs::exists(dir) && (!fs::is_directory(dir) || !fs::is_empty(dir))) {
+    fail(dir.string(), ": exists; --resume goes on with it, --overwrite begins anew");
+  }
+}
+
 // ---------------------------------------------------------------------------------------------
 // metrics.jsonl: one JSON object a step, appended, {"step": n, ...}
 

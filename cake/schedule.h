@@ -32,6 +32,29 @@ struct Schedule {
   }
 };
 
+// A run's learning rates and what else an optimizer step takes of its settings.
+struct Rates {
+  double matrix = 0;  // Muon's, or AdamW's for matrices and adapters
+  double embedding = 0, head = 0, vector = 0;
+  double weight_decay = 0, clip = 0, beta1 = .9, beta2 = .95, momentum = .95;
+
+  OptimizerStep at(int64_t step, double factor) const {  // the factor: Schedule's
+    OptimizerStep o;
+    o.step = step;
+    o.lr[size_t(Kind::embedding)] = o.lr[size_t(Kind::position)] = float(factor * embedding);
+    o.lr[size_t(Kind::matrix)] = o.lr[size_t(Kind::adapter)] = float(factor * matrix);
+    o.lr[size_t(Kind::head)] = float(factor * head);
+    o.lr[size_t(Kind::vector)] = float(factor * vector);
+    o.beta1 = float(beta1), o.beta2 = float(beta2);
+    o.decay = float(weight_decay);
+    o.muon_lr = float(factor * matrix);
+    o.muon_momentum = float(momentum);
+    o.muon_decay = float(weight_decay);
+    o.max_norm = float(clip);
+    return o;
+  }
+};
+
 // `--depth N` (nanochat's idea: one dial). The width is 64 N for depths from 8 on; smaller models
 // are narrower, since at a laptop's budget tokens seen matter more than parameters.
 inline int width_of_depth(int depth) {

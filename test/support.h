@@ -19,11 +19,13 @@
 #include <memory>
 #include <set>
 #include <span>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "cake/gpt.h"
+#include "cake/json.h"
 #include "cake/run.h"
 
 namespace cake {
@@ -188,6 +190,7 @@ class FakeGpt : public Gpt {
   void update(const OptimizerStep&) override { none(); }
   UpdateStats stats() override { none(); }
   void zero_gradients() override { none(); }
+  void use_adapters(bool) override { none(); }
   std::span<const float> logp() override { none(); }
   std::span<const float> entropy() override { none(); }
   std::span<const float> value() override { none(); }
@@ -202,5 +205,17 @@ class FakeGpt : public Gpt {
   }
   std::vector<float> arenas_[4];  // one a slot
 };
+
+// The losses of a run's steps, as written.
+inline std::vector<std::string> losses(const std::filesystem::path& run_dir) {
+  std::vector<std::string> result;
+  std::istringstream lines(read_file(run_dir / "metrics.jsonl"));
+  for (std::string line; std::getline(lines, line);) {
+    const Json j = Json::parse(line);
+    for (const char* key : {"loss", "val_loss"})
+      if (j.contains(key)) result.push_back(concat(j.at("step"), " ", key, " ", j.at(key)));
+  }
+  return result;
+}
 
 }  // namespace cake

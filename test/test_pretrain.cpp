@@ -48,17 +48,6 @@ std::string train_command(const std::string& out, const std::string& flags, int 
       " --layers 1 --channels 32 --context 32 --batch-tokens 256 --micro-batch-tokens 128 ", flags);
 }
 
-std::vector<std::string> losses(const std::filesystem::path& run_dir) {  // of each step, as written
-  std::vector<std::string> result;
-  std::istringstream lines(read_file(run_dir / "metrics.jsonl"));
-  for (std::string line; std::getline(lines, line);) {
-    const Json j = Json::parse(line);
-    for (const char* key : {"loss", "val_loss"})
-      if (j.contains(key)) result.push_back(concat(j.at("step"), " ", key, " ", j.at(key)));
-  }
-  return result;
-}
-
 }  // namespace
 
 TEST_CASE("the linear schedule rises, stays, and falls to its floor on a line") {

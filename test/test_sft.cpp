@@ -490,17 +490,6 @@ std::string model_bytes(const std::filesystem::path& run) {
   return read_file(run / "model" / (adapters ? "adapter_model.safetensors" : "model.safetensors"));
 }
 
-std::vector<std::string> losses(const std::filesystem::path& run_dir) {  // as written
-  std::vector<std::string> result;
-  std::istringstream lines(read_file(run_dir / "metrics.jsonl"));
-  for (std::string line; std::getline(lines, line);) {
-    const Json j = Json::parse(line);
-    for (const char* key : {"loss", "val_loss"})
-      if (j.contains(key)) result.push_back(concat(j.at("step"), " ", key, " ", j.at(key)));
-  }
-  return result;
-}
-
 }  // namespace
 
 TEST_CASE("the losses of a run are those of its conversations one by one in a plain loop") {
