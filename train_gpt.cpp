@@ -254,6 +254,7 @@ struct Product {
   const float* bias = nullptr;      // (N): the chain starts at bias
   const float* residual = nullptr;  // (M, N), row stride ldc: the chain starts at residual + bias
   bool lower = false;               // only tiles that touch n <= m: a symmetric C
+  float* sums = nullptr;  // (M), A by columns in memory: its sums over k, accumulated as C
 };
 
 // R x NV vectors of C advance over K steps: acc[r][v] += a(r, k) b(k, v).
@@ -410,35 +411,44 @@ static void stream_rows(const Product& p, const float* a, int n0, int n1) {
 // Asks for the cache lines of the next B panel while the tiles of this one are computed, a share at
 // each tile: packing strides through a matrix too widely for the hardware to see it coming.
 struct Ahead {
-  const char* first = nullptr;
-  int64_t ld = 0;            // bytes between the lines of the operand
-  int lines = 0, bytes = 0;  // lines, and how far each is read
-  int tiles;
-  Ahead(const Product& p, int n, int n1, int k0, int depth, int tiles_) : tiles(tiles_) {
+  const char* at = nullptr;
+  int64_t ld = 0;             // bytes between the strips of the operand
+  int left = 0, a_tile = 0;   // cache lines still to ask for; a tile's share
+  int column = 0, width = 1;  // of a strip, in cache lines
+  Ahead(const Product& p, int n, int n1, int k0, int depth, int tiles) {
     if (n >= n1) return;
-    if (p.b.packed) {
-      first = reinterpret_cast<const char*>(p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR);
-      ld = bytes = kNR * 4, lines = depth;
-      return;
-    }
     const int columns = std::min(kNR, n1 - n);
-    const bool inner = p.b.inner == Inner::k;
-    first = reinterpret_cast<const char*>(p.b.data + (inner ? n * p.b.ld + k0 : k0 * p.b.ld + n));
-    ld = p.b.ld * 4, lines = inner ? columns : depth, bytes = 4 * (inner ? depth : columns);
+    const bool inner = !p.b.packed && p.b.inner == Inner::k;
+    const float* first = p.b.packed ? p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR
+                         : inner    ? p.b.data + n * p.b.ld + k0
+                                    : p.b.data + k0 * p.b.ld + n;
+    at = reinterpret_cast<const char*>(first);
+    ld = 4 * (p.b.packed ? kNR : p.b.ld);
+    width = ((inner ? depth : columns) * 4 + 63) / 64;
+    left = width * (inner ? columns : depth);
+    a_tile = (left + tiles - 1) / tiles;
   }
   // Inlined, since a call without effects would be dropped.
-  __attribute__((always_inline)) void fetch(int tile) const {
-    if (!first) return;
-    if (bytes <= 64) {
-      for (int i = int(int64_t(lines) * tile / tiles); i < int64_t(lines) * (tile + 1) / tiles; i++)
-        __builtin_prefetch(first + i * ld, 0, 2);
-    } else {
-      const int all = lines * ((bytes + 63) / 64), each = all / lines;
-      for (int i = int(int64_t(all) * tile / tiles); i < int64_t(all) * (tile + 1) / tiles; i++)
-        __builtin_prefetch(first + i / each * ld + i % each * 64, 0, 2);
+  __attribute__((always_inline)) void fetch() {
+    const int count = std::min(left, a_tile);
+    left -= count;
+    for (int i = 0; i < count; i++) {
+      __builtin_prefetch(at + column * 64, 0, 2);
+      if (++column == width) column = 0, at += ld;
     }
   }
 };
+
+// sums[i] (+)= the sum of a packed panel's row i over K steps: four chains over k, then their sum.
+static void add_panel_sums(const float* panel, int count, int K, bool accumulate, float* sums) {
+  for (int first = 0; first < count; first += kLanes) {
+    vec chain[4] = {};
+    for (int k = 0; k < K; k++) chain[k % 4] += load(panel + k * kMR + first);
+    const vec sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
+    const int n = std::min(kLanes, count - first);
+    store(sums + first, accumulate ? load(sums + first, n) + sum : sum, n);
+  }
+}
 
 // The rectangle [m0, m1) x [n0, n1) of the product by one thread; n0 is a multiple of kNR.
 static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
@@ -463,8 +473,12 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
       const int depth = std::min(kKC, p.K - k0);
       const bool direct = p.a.inner == Inner::k;
       for (int m = 0; m < rows && !direct; m += kMR) {
-        pack_panel<kMR>(p.a, at(p.a, mc + m, k0), std::min(kMR, rows - m), depth,
-                        scratch.a.data() + int64_t(m) * depth);
+        float* panel = scratch.a.data() + int64_t(m) * depth;
+        const int count = std::min(kMR, rows - m);
+        pack_panel<kMR>(p.a, at(p.a, mc + m, k0), count, depth, panel);
+        if (p.sums && n0 == 0) {
+          add_panel_sums(panel, count, depth, p.accumulate || k0 > 0, p.sums + mc + m);
+        }
       }
       for (int n = n0; n < n1; n += kNR) {
         if (p.lower && n >= mc + rows) break;
@@ -475,9 +489,9 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
         } else {
           pack_panel<kNR>(p.b, at(p.b, n, k0), columns, depth, scratch.b.data());
         }
-        const Ahead ahead(p, n + kNR, n1, k0, depth, (rows + kMR - 1) / kMR);
+        Ahead ahead(p, n + kNR, n1, k0, depth, (rows + kMR - 1) / kMR);
         for (int m = 0; m < rows; m += kMR) {
-          ahead.fetch(m / kMR);
+          ahead.fetch();
           const int r = std::min(kMR, rows - m);
           if (p.lower && n >= mc + m + r) continue;
           float* c = p.c + (mc + m) * p.ldc + n;
@@ -627,21 +641,6 @@ static void norm_backward(int N, int C, const float* dy, const float* x, const f
       dweight[c] = w;
       if (dbias) dbias[c] = b;
     }
-  });
-}
-
-// db[o] (+)= sum_n dy[n,o], each column by one thread over n in order
-static void bias_backward(int N, int out, const float* dy, float* dbias, bool accumulate) {
-  parallel_for((out + 63) / 64, [&](int64_t chunk) {
-    const int64_t first = chunk * 64;
-    const int width = int(std::min<int64_t>(64, out - first));
-    float sum[64] = {};
-    if (accumulate) std::copy(dbias + first, dbias + first + width, sum);
-    for (int64_t n = 0; n < N; n++) {
-      const float* d = dy + n * out + first;
-      lanes(width, [&](int64_t c, int m) { store(sum + c, load(sum + c, m) + load(d + c, m), m); });
-    }
-    std::copy(sum, sum + width, dbias + first);
   });
 }
 
@@ -1497,9 +1496,9 @@ class CpuGpt final : public Gpt {
             .b = {x, l.in, Inner::other},
             .c = dweight,
             .ldc = l.in,
-            .accumulate = !fresh_});
+            .accumulate = !fresh_,
+            .sums = gradient(l.bias)});
     }
-    if (float* dbias = gradient(l.bias)) bias_backward(N, l.out, dy, dbias, !fresh_);
     gemm({.M = N,
           .N = l.in,
           .K = l.out,

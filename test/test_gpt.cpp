@@ -235,6 +235,19 @@ TEST_CASE("GEMM agrees with the plain product in every order of its operands") {
         for (int m = 0; m < s.M; m++)
           for (int n = 0; n < s.N; n++) truth[size_t(m * s.N + n)] += bias[size_t(n)];
         CHECK(rel_error(d, truth) < kFloatTolerance);
+        if (a_inner == Inner::other) {  // the sums that come with it
+          std::vector<float> sums(size_t(s.M), NAN);
+          std::vector<double> sums_truth(size_t(s.M));
+          for (int m = 0; m < s.M; m++)
+            for (int k = 0; k < s.K; k++) sums_truth[size_t(m)] += at_a(m, k);
+          p.bias = p.residual = nullptr, p.sums = sums.data();
+          gemm(p);
+          CHECK(rel_error(sums, sums_truth) < kFloatTolerance);
+          p.accumulate = true;
+          gemm(p);
+          for (double& x : sums_truth) x *= 2;
+          CHECK(rel_error(sums, sums_truth) < kFloatTolerance);
+        }
         if (b_inner == Inner::k && a_inner == Inner::k) {  // decoding's panels: the same bits
           std::vector<float> panels(size_t(packed_size(s.N, s.K)) + kLanes), e(c.size());
           pack_weights(b.data(), s.N, s.K, panels.data());
