@@ -264,12 +264,12 @@ static inline __attribute__((always_inline)) void tile(int K, const float* a, in
                                                        vec (&acc)[R][NV]) {
   for (int k = 0; k < K; k++) {
     vec bv[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < NV; v++) bv[v] = load(b + k * ldb + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const vec x = splat(a[r * a_row + k * a_k]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < NV; v++) acc[r][v] = fused(x, bv[v], acc[r][v]);
     }
   }
@@ -741,13 +741,13 @@ static void small_tile(int K, const float* a, int64_t a_row, int64_t a_k, const 
   vec acc[R][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < NV; v++) acc[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : vec{};
   }
   tile<R, NV>(K, a, a_row, a_k, b, ldb, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < NV; v++) store(c + r * ldc + v * kLanes, acc[r][v]);
   }
 }
@@ -765,6 +765,10 @@ inline constexpr auto kSmallTiles2 = small_tiles<2>(std::make_integer_sequence<i
 static void small_product(int M, int N, int K, const float* a, int64_t a_row, int64_t a_k,
                           const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   int n = 0;
+  if (M == 1) {  // decoding: one row has too few chains to keep the units busy
+    for (; n + 8 * kLanes <= N; n += 8 * kLanes)
+      small_tile<1, 8>(K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
+  }
   for (; n + 2 * kLanes <= N; n += 2 * kLanes)
     kSmallTiles2[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
   if (n < N) kSmallTiles1[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
