@@ -105,17 +105,23 @@ static inline vec vsqrt(vec x) {
 #endif
 }
 static inline vec vmax(vec a, vec b) { return a > b ? a : b; }
-static inline float sum_lanes(vec v) {  // a tree: the same order wherever it is called
-  float x[kLanes];
-  store(x, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) x[i] += x[i + n];
-  return x[0];
+// Lane i of the result is lane i + By.
+template <int By, int... I>
+static inline vec shifted(vec v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, ((I + By) % kLanes)...);
+}
+// A tree over the lanes, the same wherever it is called: halves, quarters, ... meet.
+template <int N = kLanes / 2, class Op>
+static inline float fold_lanes(vec v, Op op) {
+  v = op(v, shifted<N>(v, std::make_integer_sequence<int, kLanes>{}));
+  if constexpr (N > 1) return fold_lanes<N / 2>(v, op);
+  return v[0];
+}
+static inline float sum_lanes(vec v) {
+  return fold_lanes(v, [](vec a, vec b) { return a + b; });
 }
 static inline float max_lanes(vec v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; i++) m = std::max(m, v[i]);
-  return m;
+  return fold_lanes(v, [](vec a, vec b) { return vmax(a, b); });
 }
 
 // e^x to 1 ulp or so, 0 below -87.3, NaN for NaN: 2^n e^r with |r| <= ln 2 / 2 (the polynomial is
