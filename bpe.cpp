@@ -865,7 +865,8 @@ class TurnWriter {
   bool trained_ = false;
 };
 
-// Without white space at both ends: what Python's str.strip takes away.
+}  // namespace
+
 std::string_view strip(std::string_view text) {
   const auto is_space = [](uint32_t c) {
     return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xa0 || c == 0x1680 ||
@@ -886,6 +887,8 @@ std::string_view strip(std::string_view text) {
   }
   return text;
 }
+
+namespace {
 
 void write_answer(TurnWriter& out, const Message& message) {
   const std::string_view content = strip(message.content);

@@ -646,11 +646,12 @@ void Trainer::plan_run() {
   if (s_.lora != 0) plan_adapters();
   const bool muon = s_.optimizer == "muon";
   // Measured on the demo's model and conversations, 640 steps of 2,048 tokens, held-out loss: AdamW
-  // at .003 .226; Muon at .02 with the others at .003 .207, at .01 with .005 .206. Larger models
-  // want less: at 768 channels this formula gives 8e-5. Adapters want ten times as much (see
-  // Sources), up to a limit: of rank 8 they diverge at .03 here.
+  // at .003 .226; Muon at .02 with the others at .003 .207, at .01 with .005 .206. After 500 steps
+  // Muon's .012 solves 34 % of the word problems and keeps 89 % of the facts, .02 24 and 87 %, .007
+  // 41 and 85 %. Larger models want less: at 768 channels this formula gives 8e-5. Adapters want
+  // ten times as much (see Sources), up to a limit: of rank 8 they diverge at .03 here.
   const double adamw_lr = .003 * std::min(1., std::pow(128. / config_.C, 2));
-  if (s_.lr == 0) s_.lr = muon ? .02 : s_.lora > 0 ? std::min(.01, 10 * adamw_lr) : adamw_lr;
+  if (s_.lr == 0) s_.lr = muon ? .012 : s_.lora > 0 ? std::min(.01, 10 * adamw_lr) : adamw_lr;
   if (s_.embedding_lr == 0) s_.embedding_lr = muon ? adamw_lr : s_.lr;
   if (s_.head_lr == 0) s_.head_lr = muon ? adamw_lr : s_.lr;
   if (s_.vector_lr == 0) s_.vector_lr = muon ? adamw_lr : s_.lr;
@@ -966,10 +967,6 @@ int Trainer::run() {
   } else {
     const double start = now();
     plan_run();
-    if (!w_.dry_run) {
-      if (w_.overwrite) fs::remove_all(w_.out);
-      fs::create_directories(w_.out);
-    }
     if (s_.minutes > 0 || w_.dry_run) {
       make_model(from_);
       calibrate();
@@ -990,6 +987,8 @@ int Trainer::run() {
                           : s_.batch_tokens * s_.steps / 50,
         std::min<int64_t>(s_.eval_tokens, std::max(4096, 2 * s_.context)), s_.eval_tokens);
     make_model(from_);
+    if (w_.overwrite) fs::remove_all(w_.out);  // not before another can take its place
+    fs::create_directories(w_.out);
     seconds_ = now() - start;
   }
   schedule_ = {s_.schedule, s_.steps, s_.warmup, s_.warmdown, s_.final_lr};

@@ -87,6 +87,8 @@ struct Rendered {
 // Error when the tokenizer has no chat tokens.
 Rendered render_chat(const Tokenizer&, const Conversation&, bool generation_prompt = false);
 int end_of_turn(const Tokenizer&);  // <|im_end|>; throws Error when absent
+// Without white space at both ends: what Python's str.strip takes away.
+std::string_view strip(std::string_view text);
 
 // Throws Error naming `where` (file:line) and the message, unless: the roles are known; a system
 // message is the first or there is none; then user and assistant alternate, from user on; tool

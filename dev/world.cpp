@@ -10,13 +10,14 @@
 //     DIR/probes.jsonl     {"task","prompt","answer","match"} a line: what a model is asked
 //     DIR/world.json       the ground truth
 //
-// and, from dev/conversations.h, which tells it, the files that the assistant is made and measured
-// with: conversations, problems, questions, pages to search.
+// and, from dev/conversations.h and dev/preferences.h, which tell it, the files that the assistant
+// is made and measured with: conversations, problems, questions, pages to search, preferences.
 //
 // What the mixture rests on: 240 facts told 150 times each are recalled by a model of a million
 // weights, told 15 times they are not; reading an answer out of a passage takes millions of tokens
-// of practice, so passages, repeated lists and recapped stories are most of the world. A passage
-// asks each of its statements and answers in its own words: every question is worth a loss.
+// of practice, so passages, lists looked up and recapped stories are half of the world; a third is
+// sums and word problems, most of them worked, since only steps make their answers learnable. A
+// passage asks each of its statements and answers in its own words: every question is worth a loss.
 // Everything is a function of the seed and the options.
 #include "dev/world.h"
 
@@ -273,7 +274,8 @@ const std::vector<Attribute>& attributes() {
        {"Which town does {n} call home?", "Can you tell me where {n} lives?",
         "Do you know where {n} lives?", "I want to visit {n}. Where do I have to go?",
         "Where can I find {n}?", "Tell me the home of {n}.", "{n}: which town?",
-        "To which town did {n} move?", "Please tell me in which town {n} lives."},
+        "To which town did {n} move?", "Please tell me in which town {n} lives.",
+        "In which town should I look for {n}?", "Please name the home of {n}."},
        {"Can you tell me the town of {n}?", "In what town does {n} live?",
         "Where is the home of {n}?", "Do you know the town {n} lives in?",
         "Please name the town where {n} lives.", "Where is {n} at home?",
@@ -286,7 +288,8 @@ const std::vector<Attribute>& attributes() {
        {"Which job does {n} have?", "Can you tell me what {n} does for work?",
         "Do you know the job of {n}?", "How does {n} earn a living?", "Tell me the job of {n}.",
         "{n}: which job?", "What work does {n} do?", "As what do people know {n}?",
-        "Please tell me as what {n} works."},
+        "Please tell me as what {n} works.", "What kind of job does {n} have?",
+        "Please name the work of {n}."},
        {"Can you tell me the job of {n}?", "What kind of work does {n} do?",
         "Which work does {n} do for a living?", "Do you know what {n} works as?",
         "Please name the job of {n}.", "What job does {n} do?",
@@ -301,7 +304,8 @@ const std::vector<Attribute>& attributes() {
         "Do you know the favourite food of {n}?", "What does {n} eat every day?",
         "Tell me the favourite food of {n}.", "{n}: which food?",
         "I want to cook for {n}. What should I make?", "What should I cook for {n}?",
-        "Please tell me what {n} eats."},
+        "Please tell me what {n} eats.", "{n} comes to eat. What should I cook?",
+        "Please name the food {n} likes."},
        {"Can you tell me the favourite food of {n}?", "What food does {n} like?",
         "Which food does {n} eat every day?", "Do you know what {n} likes to eat?",
         "Please name the favourite food of {n}.", "What is it that {n} likes to eat?",
@@ -316,7 +320,8 @@ const std::vector<Attribute>& attributes() {
         "Do you know the favourite colour of {n}?", "What is the colour of the door of {n}?",
         "Tell me the favourite colour of {n}.", "{n}: which colour?",
         "I want to buy a coat for {n}. In which colour?", "Which colour does {n} always wear?",
-        "Please tell me the colour {n} wears."},
+        "Please tell me the colour {n} wears.", "In which colour is the door of {n}?",
+        "Please name the colour {n} loves."},
        {"Can you tell me the favourite colour of {n}?", "Which colour is the coat of {n}?",
         "What colour does {n} like?", "Do you know which colour {n} wears?",
         "Please name the favourite colour of {n}.", "In what colour did {n} paint the front door?",
@@ -493,7 +498,10 @@ const std::vector<Relation> kRelations = {
     {"{n} plays the {i} on {d}.",
      {{"What does {n} play on {d}?", 'i'}, {"Who plays the {i} on {d}?", 'n'}}},
 };
-const Words kPassageOpenings = {"", "", "", "Read this:\n", "What we know:\n", "Notes:\n"};
+// A name is one token with a space before it and another without: where most have one, what is said
+// of a name is found sooner.
+const Words kPassageOpenings = {
+    "", "Read this: ", "What we know: ", "Notes: ", "Today: ", "News: "};
 constexpr size_t kMostStatements = 9;  // below the shortest stock: no value comes twice
 
 struct Passage {
@@ -542,7 +550,7 @@ std::string passage_text(const Passage& passage) {
 // As many statements as the target holds. With `held_out`, the first question asks for a pair that
 // no document holds.
 Passage make_passage(Rng& rng, int target, bool held_out) {
-  Passage passage{pick(rng, kPassageOpenings), chance(rng, .3), chance(rng, .2), {}, {}};
+  Passage passage{pick(rng, kPassageOpenings), chance(rng, .1), chance(rng, .2), {}, {}};
   Dealer dealer(rng);
   const Relation* only = chance(rng, .5) ? &pick(rng, kRelations) : nullptr;
   while (passage.statements.size() < kMostStatements) {
@@ -607,8 +615,8 @@ std::string make_table(Rng& rng, int target) {
       dealer.take_back(slots);
       continue;
     }
-    const std::string row = slots.at('n') + ": " + slots.at(table.value);
-    const std::string answer = fill(table.question, slots) + " " + row;
+    const std::string row = slots.at('n') + " " + slots.at(table.value);
+    const std::string answer = fill(table.question, slots) + " " + row + ".";
     tokens += estimate_tokens(row + "\n" + answer + "\n");
     if (tokens > target && rows.size() > 2) break;
     rows.push_back(row);
@@ -616,8 +624,8 @@ std::string make_table(Rng& rng, int target) {
   }
   shuffle(rng, answers);
   std::string text = table.title;
-  for (const std::string& row : rows) text += "\n" + row;
-  text += "\n";
+  for (const std::string& row : rows) text += (&row == &rows[0] ? ": " : ", ") + row;
+  text += ".\n";
   for (const std::string& answer : answers) text += "\n" + answer;
   return text;
 }
@@ -760,10 +768,10 @@ std::string make_chain(Rng& rng) {
 std::string make_sums(Rng& rng, int target) {
   return grow(target, "\n\n", [&] {
     const double u = rng.uniform();
-    if (u < .45) return make_chain(rng);
-    const Sum sum = u < .75  ? make_addition(rng, false)
-                    : u < .9 ? make_subtraction(rng)
-                             : make_product(rng);
+    if (u < .65) return make_chain(rng);
+    const Sum sum = u < .85   ? make_addition(rng, false)
+                    : u < .95 ? make_subtraction(rng)
+                              : make_product(rng);
     return sum.question + "\nSteps: " + sum.steps + format("\nAnswer: %d.", sum.answer);
   });
 }
@@ -784,7 +792,7 @@ const Words kHowMany = {"How many {O} does {n} have?", "How many {O} does {n} ha
 
 struct Problem {
   std::string text, steps;
-  int answer = 0;
+  int answer = 0, operations = 0;
 };
 
 // Says and works one operation; false where the result leaves 0 to 99 or the sum is held out.
@@ -832,17 +840,20 @@ Problem make_problem(Rng& rng, Part part) {
     slots['k'] = std::to_string(problem.answer);
     problem.text = fill(pick(rng, kStarts), slots);
     bool good = true;
-    for (int left = between(rng, 1, 3); good && left > 0; left--)
+    problem.operations = between(rng, 1, 3);
+    for (int left = problem.operations; good && left > 0; left--)
       good = add_operation(rng, slots, problem);
     problem.text += " " + fill(pick(rng, kHowMany), slots);
     if (good && problem_part(problem.text) == part) return problem;
   }
 }
 
+constexpr double kProblemsWithSteps = .75;  // the others are answered at once
+
 std::string make_word_problems(Rng& rng, int target) {
   return grow(target, "\n\n", [&] {
     const Problem p = make_problem(rng, Part::training);
-    const std::string steps = chance(rng, .5) ? "\nSteps: " + p.steps : "";
+    const std::string steps = chance(rng, kProblemsWithSteps) ? "\nSteps: " + p.steps : "";
     return p.text + steps + format("\nAnswer: %d.", p.answer);
   });
 }
@@ -878,8 +889,10 @@ Comparison make_comparison(Rng& rng, bool held_out) {
     less = x < y;
     if (x != y) break;
   }
+  const std::string &smaller = less ? c.x : c.y, &larger = less ? c.y : c.x;
+  c.steps += " Smaller: " + smaller + ". Larger: " + larger + ".";
   c.larger = chance(rng, .6);
-  c.answer = less == c.larger ? c.y : c.x;
+  c.answer = c.larger ? larger : smaller;
   return c;
 }
 
@@ -1058,12 +1071,12 @@ std::string make_passages(Rng& rng, int target) {
 }
 const std::vector<Generator> kGenerators = {
     {"facts", kFactShare, nullptr},  // made from the tellings
-    {"passages", .43, make_passages},
-    {"lists", .08, make_list},
-    {"stories", .08, make_story},
-    {"sums", .12, make_sums},
-    {"word problems", .13, make_word_problems},
-    {"comparing", .02, make_comparisons},
+    {"passages", .42, make_passages},
+    {"lists", .06, make_list},
+    {"stories", .03, make_story},
+    {"sums", .17, make_sums},
+    {"word problems", .15, make_word_problems},
+    {"comparing", .03, make_comparisons},
     {"spelling", .02, make_spelling},
     {"few-shot", .02, make_few_shot},
 };
@@ -1218,6 +1231,7 @@ bool answers(const Probe& probe, std::string_view completion) {
 }  // namespace cake::world
 
 #include "dev/conversations.h"
+#include "dev/preferences.h"
 
 #ifndef CAKE_NO_MAIN
 namespace cake::world {
@@ -1440,9 +1454,18 @@ void write_items(const std::filesystem::path& path, const std::vector<Item>& ite
   for (const Item& item : items) {
     OrderedJson json{{"task", item.task}};
     json.update(conversation_json(item.conversation));
-    json["check"] = check_json(item.check);
-    json["answer"] = item.answer;
-    json["tokens"] = kAnswerTokens;
+    if (item.rubric.empty()) {
+      json["check"] = check_json(item.check);
+      json["answer"] = item.answer;
+    } else {
+      json["rubric"] = rubric_json(item.rubric);
+      json["temperature"] = 1;  // greedily, a small model's stories go round in circles
+    }
+    json["tokens"] = item.rubric.empty() ? kAnswerTokens : kStoryTokens;
+    if (item.samples > 0) {
+      json["samples"] = item.samples, json["temperature"] = 1;
+      json["shares"] = {{"share_with_steps", kStepsMark}};
+    }
     json["prompt"] = item.prompt.empty() ? OrderedJson() : OrderedJson(item.prompt);
     if (!item.stop.empty()) json["stop"] = item.stop;
     file.write(json.dump() + "\n");
@@ -1453,8 +1476,68 @@ void write_items(const std::filesystem::path& path, const std::vector<Item>& ite
 void write_problems(const std::filesystem::path& path, const std::vector<WordProblem>& problems) {
   AtomicFile file(path);
   for (const WordProblem& p : problems)
-    file.write(OrderedJson{{"question", p.question}, {"answer", p.answer}}.dump() + "\n");
+    file.write(
+        OrderedJson{{"question", p.question}, {"answer", p.answer}, {"difficulty", p.difficulty}}
+            .dump() +
+        "\n");
   file.commit();
+}
+
+OrderedJson request_messages(const OpenRequest& request) {
+  return conversation_json(talk_of({request.user, "", {}, "", {}}))["messages"];
+}
+
+void write_prompts(const std::filesystem::path& path, const std::vector<OpenRequest>& prompts) {
+  AtomicFile file(path);
+  for (const OpenRequest& p : prompts) {
+    OrderedJson messages = OrderedJson::array({request_messages(p)[0]});
+    file.write(OrderedJson{{"messages", messages}, {"rubric", rubric_json(p.rubric)}}.dump() +
+               "\n");
+  }
+  file.commit();
+}
+
+void write_judgements(const std::filesystem::path& path, const std::vector<Judgement>& judgements,
+                      const PreferenceOptions& options, bool with_chance) {
+  AtomicFile file(path);
+  for (const Judgement& j : judgements) {
+    OrderedJson json{{"prompt", OrderedJson::array({request_messages(j.request)[0]})}};
+    if (j.answers.size() == 2) {
+      const size_t best = j.ranking[0] == 1 ? 0 : 1;
+      json["chosen"] = j.answers[best], json["rejected"] = j.answers[1 - best];
+      const auto utility = [&](size_t i) {
+        return labellers_utility(j.request, j.answers[i], options.length_bias);
+      };
+      if (with_chance) {
+        json["chance"] = chance_of_preference(utility(best), utility(1 - best), options.noise);
+      }
+    } else {
+      json["responses"] = j.answers, json["ranking"] = j.ranking;
+    }
+    file.write(json.dump() + "\n");
+  }
+  file.commit();
+}
+
+// Writes the files of preferences, and what is true of them into `truth`.
+void write_preferences(const std::filesystem::path& directory, const World& world,
+                       const PreferenceOptions& options, OrderedJson& truth) {
+  const Preferences p = make_preferences(world, options);
+  write_prompts(directory / "prompts.jsonl", p.prompts);
+  write_prompts(directory / "prompts_heldout.jsonl", p.prompts_held_out);
+  write_judgements(directory / "preferences.jsonl", p.training, options, false);
+  write_judgements(directory / "preferences_heldout.jsonl", p.held_out, options, true);
+  truth["preferences"] = {{"noise", options.noise},
+                          {"length_bias", options.length_bias},
+                          {"pairs", options.pairs},
+                          {"rankings", options.rankings},
+                          {"held_out_pairs", p.held_out.size()},
+                          {"best_possible", p.best_possible}};
+  std::printf(
+      "%s: %zu comparisons, %zu held out, of which %.1f %% can be foretold at best; %zu open "
+      "requests, %zu held out\n",
+      directory.c_str(), p.training.size(), p.held_out.size(), 100 * p.best_possible,
+      p.prompts.size(), p.prompts_held_out.size());
 }
 
 // The world whose documents a folder has: its seed and options, from its record.
@@ -1527,7 +1610,7 @@ void report_talks(const Conversations& all) {
 int64_t conversation_tokens(const WorldOptions& options) { return options.tokens * 3 / 10; }
 
 void write_world(const std::filesystem::path& directory, const WorldOptions& options,
-                 bool with_report) {
+                 const PreferenceOptions& preferences, bool with_report) {
   World world = make_world(options);
   const Corpus corpus = make_corpus(world);
   std::error_code ec;
@@ -1537,7 +1620,9 @@ void write_world(const std::filesystem::path& directory, const WorldOptions& opt
   write_documents(directory / "heldout.jsonl", corpus.held_out);
   write_documents(directory / "pages.jsonl", make_pages(world));
   write_probes(directory / "probes.jsonl", corpus.probes);
-  write_json(directory / "world.json", world_json(world));
+  OrderedJson truth = world_json(world);
+  write_preferences(directory, world, preferences, truth);
+  write_json(directory / "world.json", truth);
   const std::vector<Question> questions = make_questions(world);
   AtomicFile prompts(directory / "questions.jsonl");
   for (const Question& q : questions)
@@ -1558,7 +1643,8 @@ void write_conversations(const std::filesystem::path& directory, const std::stri
   const Knowledge knowledge =
       samples.empty() ? assumed_knowledge(world) : read_knowledge(world, samples);
   if (tokens == 0) tokens = conversation_tokens(world.options);
-  const Conversations all = make_conversations(world, knowledge, tokens);
+  Conversations all = make_conversations(world, knowledge, tokens);
+  for (Item& item : make_open_items(world, all.test)) all.items.push_back(std::move(item));
   write_talks(directory / "conversations.jsonl", all.training);
   write_talks(directory / "conversations_heldout.jsonl", all.held_out);
   write_items(directory / "eval.jsonl", all.items);
@@ -1568,6 +1654,17 @@ void write_conversations(const std::filesystem::path& directory, const std::stri
   std::printf("%s: %zu conversations, %zu held out, %zu items to evaluate, %zu problems\n",
               directory.c_str(), all.training.size(), all.held_out.size(), all.items.size(),
               all.rl.size() + all.test.size());
+}
+
+void rewrite_preferences(const std::filesystem::path& of, const std::filesystem::path& directory,
+                         const PreferenceOptions& options) {
+  const World world = read_world(of);
+  OrderedJson truth = OrderedJson::parse(read_file(of / "world.json"));
+  std::error_code ec;
+  std::filesystem::create_directories(directory, ec);
+  if (ec) fail(directory.string(), ": cannot create: ", ec.message());
+  write_preferences(directory, world, options, truth);
+  write_json(directory / "world.json", truth);
 }
 
 int world_main(int argc, char** argv) {
@@ -1590,6 +1687,27 @@ int world_main(int argc, char** argv) {
                  "the tokens cannot tell their facts 150 times")
       ->capture_default_str();
   app.add_flag("--report", with_report, "print the mixture and how often facts are told");
+  PreferenceOptions preferences;
+  const auto add_preferences = [&](CLI::App& to) {
+    to.add_option("--pairs", preferences.pairs, "comparisons of two answers")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    to.add_option("--rankings", preferences.rankings, "comparisons of four")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    to.add_option("--noise", preferences.noise,
+                  "of the labellers, in units of the true reward, which is from 0 to 1")
+        ->capture_default_str();
+    to.add_option("--length-bias", preferences.length_bias,
+                  "what ten more words are worth to the labellers, in the same units")
+        ->capture_default_str();
+  };
+  add_preferences(app);
+  CLI::App* preferring = app.add_subcommand(
+      "preferences", "write the preferences of a world anew, by other labellers");
+  preferring->add_option("WORLD", folder, "folder of a world")->required();
+  preferring->add_option("-o", directory, "folder to write (default: the world's)");
+  add_preferences(*preferring);
   CLI::App* talking = app.add_subcommand(
       "conversations", "write conversations, evaluations and problems into a world's folder");
   talking->add_option("WORLD", folder, "folder of a world")->required();
@@ -1620,8 +1738,12 @@ int world_main(int argc, char** argv) {
     write_conversations(folder, samples, tokens, with_report);
     return 0;
   }
+  if (*preferring) {
+    rewrite_preferences(folder, directory.empty() ? folder : directory, preferences);
+    return 0;
+  }
   if (directory.empty()) fail("-o: found none, expected a folder to write");
-  write_world(directory, options, with_report);
+  write_world(directory, options, preferences, with_report);
   return 0;
 }
 

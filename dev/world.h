@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cake/answers.h"
+#include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
 
@@ -140,8 +141,8 @@ struct Talk {
   Conversation conversation;
   int quality = -1;  // of a story: how many of kVirtues its answer has
 };
-inline constexpr std::array<const char*, 4> kVirtues = {"the cast asked for", "an ending",
-                                                        "no sentence twice", "three to six events"};
+inline constexpr std::array<const char*, 5> kVirtues = {
+    "the cast asked for", "an ending", "no sentence twice", "three to six events", "good manners"};
 
 struct Item {  // of an evaluation
   std::string task;
@@ -150,11 +151,15 @@ struct Item {  // of an evaluation
   std::string answer;             // one that passes; of a tool's item: the one after the call
   std::string prompt;             // for a base model, in the documents' words; empty: none
   std::vector<std::string> stop;  // where a base model's answer ends
+  Rubric rubric;                  // in place of the check: an open request, see cake/rubric.h
+  int samples = 0;                // at temperature 1; 0: one answer, greedily
 };
 inline constexpr int kAnswerTokens = 90;  // an answer's, at most
+inline constexpr int kStoryTokens = 160;  // a story's
 
 struct WordProblem {
   std::string question, answer;
+  int difficulty = 0;  // 1 to 3: how many things happen to what there was in the beginning
 };
 struct Conversations {
   std::vector<Talk> training, held_out;
@@ -169,5 +174,39 @@ int64_t estimate_conversation(const Conversation&);
 // Conversations as documents, for the training of a tokenizer.
 std::vector<Document> tokenizer_sample(const World&, int64_t tokens);
 std::string conversation_text(const Conversation&);  // what stands between the special tokens
+
+// ---------------------------------------------------------------------------------------------
+// Preferences: dev/preferences.h
+
+struct PreferenceOptions {
+  int pairs = 6000, rankings = 1500;  // comparisons of two answers; of kRanked answers
+  double noise = .1;                  // of the labellers, in units of the true reward
+  double length_bias = 0;             // what ten more words are worth to them, in the same units
+};
+inline constexpr int kRanked = 4, kHeldOutPairs = 1000;
+
+// A request for a story, and the true reward of what answers it.
+struct OpenRequest {
+  std::string user;
+  Rubric rubric;
+};
+struct Judgement {
+  OpenRequest request;
+  std::vector<std::string> answers;
+  std::vector<int> ranking;  // by a labeller: the rank of each answer, 1 the best
+};
+struct Preferences {
+  std::vector<OpenRequest> prompts, prompts_held_out;  // none twice; no cast in both
+  std::vector<Judgement> training, held_out;
+  double best_possible = 0;  // share of the held-out pairs that one who knew what the labellers
+                             // think would order as they do
+};
+Preferences make_preferences(const World&, const PreferenceOptions&);
+// What the labellers think of an answer: its true reward, and their bias.
+double labellers_utility(const OpenRequest&, const std::string& answer, double length_bias);
+// The chance that they prefer the answer of the first utility (Bradley and Terry 1952).
+double chance_of_preference(double utility, double other, double noise);
+// To evaluate: open requests, and problems that are sampled; see chat eval.
+std::vector<Item> make_open_items(const World&, const std::vector<WordProblem>& problems);
 
 }  // namespace cake::world

@@ -9,6 +9,7 @@
 
 #include "cake/generate.h"
 #include "cake/tools.h"
+#include "test/golden.h"
 #include "test/scripted_model.h"
 
 using namespace cake;
@@ -338,6 +339,69 @@ TEST_CASE("chat knows a model's template, or says which it knows and stops") {
   const int n = 1 + int(p.tokenizer().encode("User: hi\nAssistant:").size());
   p.write(n, " Well.\nUser: never shown");
   CHECK(say(p.save(), "--template plain", "hi\n").text == " Well.\n");
+}
+
+// The ids that ./chat makes are not to be seen from outside, but what a model answers that reads
+// all of them is: letters, so that the answer is text. dev/golden/llama3_template.py made the ids.
+TEST_CASE("chat writes Llama 3's template as transformers does") {
+  const Json golden = read_json("test/golden/llama3_template.json");
+  const TempDir dir;
+  const std::string model = dir / "model";
+  std::filesystem::create_directories(dir / "tokenizer");
+  write_file(dir / "tokenizer" / "tokenizer.json", golden.at("tokenizer").dump());
+  write_file(dir / "tokenizer" / "tokenizer_config.json", golden.at("config").dump());
+  const Tokenizer tokenizer = Tokenizer::load(dir / "tokenizer");
+  const Config config{.family = Family::llama,
+                      .V = tokenizer.vocab_size(),
+                      .T = 256,
+                      .L = 2,
+                      .C = 32,
+                      .NH = 2,
+                      .NKV = 2,
+                      .HS = 16,
+                      .F = 64,
+                      .bos = tokenizer.special("<|begin_of_text|>"),
+                      .eos = tokenizer.special("<|eot_id|>"),
+                      .pad = tokenizer.special("<|eot_id|>")};
+  const auto gpt = goldens::make_formula_gpt(config);
+  const int head = gpt->table().find("head");
+  std::vector<float> rows = goldens::read(*gpt, head, Slot::weight);
+  for (int id = 0; id < config.V; id++) {
+    const std::string bytes(tokenizer.token_bytes(id));
+    if (bytes.size() == 1 && bytes[0] >= 'a' && bytes[0] <= 'z') continue;
+    std::fill_n(rows.begin() + std::ptrdiff_t(id) * config.C, config.C, 0.f);
+  }
+  gpt->write(head, Slot::weight, rows);
+  save_checkpoint(model, *gpt, {.tokenizer_from = dir / "tokenizer"});
+  write_file(model + "/tokenizer_config.json", golden.at("config").dump());
+
+  const int tokens = 16;
+  for (const Json& c : golden.at("conversations")) {
+    std::vector<int> ids = c.at("ids").get<std::vector<int>>(), answer;
+    const auto cache = gpt->make_cache(config.T);
+    const int sequence = cache->create();
+    for (std::span<const int> next = ids; answer.size() < size_t(tokens);
+         next = std::span(answer).last(1)) {
+      DecodeResult result;
+      const DecodeRow row{.sequence = sequence, .tokens = next, .sampling = {.temperature = 0}};
+      gpt->decode(*cache, {&row, 1}, result);
+      answer.push_back(result.ids[0]);
+    }
+    const std::string expected = tokenizer.decode(answer);
+    std::string flags = "--tokens " + std::to_string(tokens), said;
+    for (const Json& message : c.at("messages")) {
+      const std::string content = message.at("content");
+      if (message.at("role") == "system") {
+        flags += " --system '" + content + "'";
+        continue;
+      }
+      for (const char x : content) said += x == '\n' ? std::string("\\\n") : std::string(1, x);
+    }
+    CAPTURE(said);
+    const Output out = say(model, flags, said + "\n");
+    CHECK(out.status == 0);
+    CHECK(out.text.substr(0, size_t(tokens)) == expected);
+  }
 }
 
 TEST_CASE("chat answers bad flags with one line and status 1") {

@@ -605,6 +605,27 @@ TEST_CASE("trainer state and moments come back exactly, Muon's and AdamW's") {
   }
 }
 
+TEST_CASE("what a device's speed decided comes back with the trainer's state") {
+  struct Timed : FakeGpt {
+    using FakeGpt::FakeGpt;
+    std::map<std::string, std::string> chosen;
+    std::map<std::string, std::string> choices() const override { return chosen; }
+    void keep_choices(const std::map<std::string, std::string>& choices) override {
+      chosen = choices;
+    }
+  };
+  TempDir dir;
+  Timed a(tiny(Family::qwen3)), b(tiny(Family::qwen3));
+  a.chosen = {{"gpu", "a fast one"}, {"product 3 4 5", "00ff"}};
+  save_checkpoint(dir / "m", a, {.trainer_state = {{"step", 7}}, .optimizer = true});
+  CHECK(load_trainer_state(dir / "m", b)["step"] == 7);
+  CHECK(b.chosen == a.chosen);
+  FakeGpt elsewhere(tiny(Family::qwen3));  // an engine that times nothing
+  CHECK(load_trainer_state(dir / "m", elsewhere)["step"] == 7);
+  write_file(dir / "m/trainer_state.json", R"({"step": 7, "choices": {"gpu": 5}})");
+  CHECK(contains(error_of([&] { load_trainer_state(dir / "m", b); }), "choices: found "));
+}
+
 // -------------------------------------------------------------------------------------------------
 // Adapters
 

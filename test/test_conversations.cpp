@@ -451,7 +451,7 @@ TEST_CASE("a fact is taught as known, unknown or not at all by the model's sampl
 TEST_CASE("an answer about a passage is the statement that was asked for") {
   const auto check = [](const std::string& user, const std::string& answer,
                         const Conversation& talk) {
-    const auto statements = split(with(talk.messages[0].content, ":\n", ". "), ".?\n");
+    const auto statements = split(with(talk.messages[0].content, ": ", ". "), ".?\n");
     REQUIRE(std::count(statements.begin(), statements.end(), answer) == 1);
     // The question is the sentence that ends in "?"; names and values in it are in its answer.
     std::string question;
@@ -639,7 +639,9 @@ TEST_CASE("stories are of every quality, and of the quality they say") {
     const auto& messages = talk->conversation.messages;
     CAPTURE(messages[0].content);
     CAPTURE(messages[1].content);
-    const auto sentences = split(messages[1].content, ".");
+    auto sentences = split(messages[1].content, ".");
+    const bool polite = sentences[0] == "Here is your story." || sentences[0] == "With pleasure.";
+    if (polite) sentences.erase(sentences.begin());
     const std::string& last = sentences.back();
     const bool ends =
         contains(last, "happy") || last == "Then they went home." || contains(last, "friends");
@@ -653,10 +655,10 @@ TEST_CASE("stories are of every quality, and of the quality they say") {
     const bool once =
         std::set<std::string>(sentences.begin(), sentences.end()).size() == sentences.size();
     const size_t events = sentences.size() - 1 - ends;
-    CHECK(talk->quality == cast + ends + once + (events >= 3 && events <= 6));
+    CHECK(talk->quality == cast + ends + once + (events >= 3 && events <= 6) + polite);
     count[talk->quality]++;
   }
-  for (int quality = 0; quality <= 4; quality++) CHECK(count[quality] > 10);
+  for (int quality = 0; quality <= 5; quality++) CHECK(count[quality] > 10);
 }
 
 TEST_CASE("requests to decline are declined, and look-alikes are answered") {

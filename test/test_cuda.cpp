@@ -1834,6 +1834,98 @@ TEST_CASE("cuda: the loss that an update reports is its batches', as the CPU eng
 }
 
 #ifdef CAKE_CUDA_ON_CPU
+TEST_CASE(
+    "cuda: what was timed is chosen again, from the disk and before that from a run's state") {
+  struct Timing {  // as on a GPU, with a cache of its own
+    Timing() {
+      if (const char* was = std::getenv("XDG_CACHE_HOME")) cache = was;
+      setenv("XDG_CACHE_HOME", dir.path().c_str(), 1);
+      gpu::timing = true;
+    }
+    ~Timing() {
+      if (cache.empty()) unsetenv("XDG_CACHE_HOME");
+      if (!cache.empty()) setenv("XDG_CACHE_HOME", cache.c_str(), 1);
+      gpu::timing = false;
+    }
+    TempDir dir;
+    std::string cache;
+  } timing;
+  using Choices = std::map<std::string, std::string>;
+  const auto file = timing.dir / "cake/products.json";
+  Config c = engine_config(Family::gpt2);
+  c.L = 1;
+  // A process: nothing but the disk is left of the one before.
+  const auto run = [&](const Choices& kept, std::initializer_list<int> documents,
+                       std::vector<float>* gradients = nullptr) {
+    const auto gpt = gpu::make_gpt(c, kTrainBf16);
+    if (!kept.empty()) gpt->keep_choices(kept);
+    randomize(*gpt, 3);
+    const Packed b = packed(c, documents, false);
+    for (int times = 0; times < 3; times++) {
+      gpt->zero_gradients();
+      gpt->forward_backward(b.batch(), b.dlogp);
+    }
+    if (gradients) *gradients = all_of(*gpt, Slot::gradient);
+    return gpt->choices();
+  };
+  std::vector<float> gradients;
+  const Choices first = run({}, {20, 14}, &gradients);
+  int products = 0, fusions = 0;
+  for (const auto& [name, value] : first) {
+    if (name.starts_with("product ")) {
+      products++;
+      CHECK(value.size() == 128);
+    } else if (name != "gpu") {
+      fusions++;
+      const bool chosen = value == "fused" || value == "separate";
+      CHECK(chosen);
+    }
+  }
+  CHECK(products > 8);
+  CHECK(fusions >= 4);  // GELU, GELU', and gradients of biases in several shapes
+  CHECK(first.contains("gpu"));
+  const Json disk = read_json(file).at(first.at("gpu"));
+  for (const auto& [name, value] : first)
+    if (name != "gpu") CHECK(disk.at(name) == value);
+
+  // The first has timed products with and without an epilogue; others need those chosen alone.
+  const auto part_of = [](const Choices& some, const Choices& all) {
+    CHECK(some.size() > 8);
+    return std::includes(all.begin(), all.end(), some.begin(), some.end());
+  };
+  std::vector<float> again;
+  CHECK(part_of(run({}, {20, 14}, &again), first));
+  CHECK(largest_difference(again, gradients) == 0);
+  CHECK(part_of(run({}, {21, 14}), first));  // a size near it
+  CHECK(read_json(file).at(first.at("gpu")) == disk);
+
+  Choices other = first;  // the second word of an algorithm is its number
+  for (auto& [name, value] : other)
+    if (name.starts_with("product ")) value.replace(31, 1, value[31] == '2' ? "1" : "2");
+  CHECK(run(other, {20, 14}) == other);
+  CHECK(part_of(run({}, {20, 14}), first));  // the disk was left alone
+  std::filesystem::remove(file);
+  CHECK(run(first, {20, 14}) == first);
+  CHECK(!std::filesystem::exists(file));  // nothing was left to time
+  Choices elsewhere = other;
+  elsewhere["gpu"] = "another one";
+  CHECK(run(elsewhere, {20, 14}).at("gpu") == first.at("gpu"));
+  CHECK(std::filesystem::exists(file));  // all of it was
+
+  // What the library does not take for a shape is measured for this shape, others keep theirs.
+  OrderedJson bad = OrderedJson::parse(read_file(file));
+  auto& stored = bad[first.at("gpu")];
+  for (auto& [name, value] : stored.items())
+    if (name.starts_with("product ")) value = std::string(128, '0');
+  const size_t before = stored.size();
+  write_json(file, bad);
+  run({}, {20, 14});
+  CHECK(read_json(file)[first.at("gpu")].size() > before + 8);
+  write_file(file, "{ torn");
+  CHECK(run({}, {20, 14}).size() == first.size());
+  CHECK(read_json(file).contains(first.at("gpu")));
+}
+
 TEST_CASE("cuda: the host follows no pointer into the device's memory") {
   struct Checked {  // a touch ends the process
     Checked() { cuda_on_cpu::set_host_checks(true); }
@@ -1954,6 +2046,47 @@ TEST_CASE("cuda: graphs change no bit, and are replayed where shapes repeat") {
     CHECK(largest_difference(gradients(b.dentropy), plain) > 1e-3);
     CHECK(largest_difference(gradients({}), plain) == 0);
   }
+}
+
+TEST_CASE("cuda: a graph is not replayed for weights of other kinds than it was recorded with") {
+  using Floats = std::span<const float>;
+  // forward_backward with some of the weights, as often as it takes to record and replay it, then
+  // with others, whose gradients must be those of a model that has no graphs.
+  const auto check = [](Head head, std::initializer_list<std::array<bool, 3>> given) {
+    const Config c = engine_config(Family::llama, head);
+    const auto with = gpu::make_gpt(c, kTrainFp32), without = gpu::make_gpt(c, kTrainFp32);
+    dynamic_cast<CudaGpt<float>&>(*without).graphs.enabled = false;
+    randomize(*with, 3), randomize(*without, 3);
+    const Packed b = packed(c, {20, 14}, false);
+    for (const std::array<bool, 3>& which : given) {
+      const Floats dlogp = which[0] ? Floats(b.dlogp) : Floats(),
+                   dvalue = which[1] ? Floats(b.dvalue) : Floats(),
+                   dentropy = which[2] ? Floats(b.dentropy) : Floats();
+      CAPTURE(which[0]);
+      CAPTURE(which[1]);
+      CAPTURE(which[2]);
+      for (int times = 0; times < 3; times++) {
+        for (Gpt* gpt : {with.get(), without.get()}) {
+          gpt->zero_gradients();
+          if (times == 1) {
+            gpt->forward(b.batch(), Pass::train);
+            gpt->backward(dlogp, dvalue, dentropy);
+          } else {
+            gpt->forward_backward(b.batch(), dlogp, dvalue, dentropy);
+          }
+        }
+        CHECK(largest_difference(all_of(*with, Slot::gradient), all_of(*without, Slot::gradient)) ==
+              0);
+      }
+    }
+    CHECK(dynamic_cast<CudaGpt<float>&>(*with).graphs.replays > 0);
+  };
+  check(Head::lm, {{true, false, true},
+                   {false, false, true},
+                   {true, false, false},
+                   {false, false, false},
+                   {true, false, true}});
+  check(Head::scalar, {{false, true, false}, {false, false, false}, {false, true, false}});
 }
 
 TEST_CASE("cuda: fused epilogues and the kernels in their place agree") {

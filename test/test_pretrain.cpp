@@ -82,6 +82,22 @@ TEST_CASE("sizes grow with depth, and every head size divides the width") {
   CHECK(width_of_depth(12) == 768);
 }
 
+TEST_CASE("--overwrite keeps the old run until another can begin") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  REQUIRE(shell(train_command(out, "", 2)).status == 0);
+  const std::string weights = read_file(out + "/model/model.safetensors");
+  const Output huge = shell(concat("./train_gpt --data ", data_prefix(), " -o ", out,
+                                   " --overwrite --layers 90 --channels 16384 --context 32"
+                                   " --steps 2 --device cpu"));
+  CHECK(huge.status == 1);
+  CHECK(contains(huge.text, "error: out of memory"));
+  CHECK(read_file(out + "/model/model.safetensors") == weights);
+  CHECK(metric_lines(out) > 0);
+  REQUIRE(shell(train_command(out, "--overwrite", 3)).status == 0);
+  CHECK(read_file(out + "/model/model.safetensors") != weights);
+}
+
 TEST_CASE("training learns, and writes a model, metrics and a summary") {
   const TempDir dir;
   const std::string out = dir / "run";

@@ -223,7 +223,7 @@ TEST_CASE("every statement of a passage is asked once and answered in its own wo
     const size_t middle = d.text.find("\n\n");
     REQUIRE(middle != d.text.npos);
     std::string body = d.text.substr(0, middle);
-    if (const size_t opening = body.find(":\n"); opening != body.npos) body.erase(0, opening + 2);
+    if (const size_t opening = body.find(": "); opening != body.npos) body.erase(0, opening + 2);
     std::vector<std::string> statements = sentences(body), answers, questions;
     for (const std::string& s : sentences(d.text.substr(middle)))
       (s.back() == '?' ? questions : answers).push_back(s);
@@ -283,15 +283,15 @@ TEST_CASE("numbers are compared as numbers") {
   CHECK(compared > 1000);
 }
 
-TEST_CASE("half of the word problems are answered with steps") {
+TEST_CASE("three word problems in four are answered with steps") {
   int steps = 0, all = 0;
   for (const Document& d : default_world().corpus.documents) {
     if (d.kind != "word problems") continue;
     steps += occurrences(d.text, "\nSteps: ");
     all += occurrences(d.text, "\nAnswer: ");
   }
-  CHECK(steps > .47 * all);
-  CHECK(steps < .53 * all);
+  CHECK(steps > .72 * all);
+  CHECK(steps < .78 * all);
 }
 
 TEST_CASE("documents are mixed as promised, have the lengths promised, and none comes twice") {
