@@ -21,7 +21,7 @@ FLAGS := -std=c++20 -O3 -march=$(MARCH) -ffp-contract=fast -fopenmp -I. \
 LIBRARIES := -Wl,--as-needed -lsimdjson -lzstd -lz -ledit
 HEADERS := CLI/CLI.hpp doctest/doctest.h histedit.h nlohmann/json.hpp omp.h simdjson.h xxhash.h zlib.h zstd.h
 
-STAGES := bpe train_gpt sft chat
+STAGES := bpe train_gpt sft rlhf chat
 SOURCES = $(wildcard *.cpp *.cu cake/*.h dev/*.cpp dev/*.h dev/*/*.cpp dev/*/*.h test/*.cpp test/*.h \
             test/*/*.cpp test/*/*.h test/*/*/*.h)
 
@@ -49,6 +49,7 @@ ENGINE := $(OBJECTS)/train_gpt.cuda.o
 ENGINE_FLAGS := -DCAKE_CUDA
 LIBRARIES += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart
 endif
+FAULT_OBJECTS := $(OBJECTS)/test/main.o $(ON_CPU) $(OBJECTS)/train_gpt.lib.o $(OBJECTS)/bpe.lib.o
 TESTS := $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/*.cpp))
 
 ifeq ($(MAKELEVEL),0)
@@ -58,13 +59,19 @@ ifneq ($(filter clean,$(MAKECMDGOALS)),)
 .NOTPARALLEL: # `make clean all`: one after the other
 endif
 
-all: $(STAGES:%=$(BIN)/%) $(BUILD)/world ## all binaries (the default)
+all: $(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/report ## all binaries (the default)
 
 run: ## set up, build and bake the whole cake: RUN=dir TEXT=path MINUTES=n
 	@dev/setup.sh
 	@$(MAKE) --no-print-directory all
 	@dev/demo.sh
-export RUN TEXT MINUTES
+export RUN TEXT MINUTES FROM
+
+overoptimize: all ## reward hacking: gold against proxy, three reward models: RUN=dir FROM=runs/demo
+	@dev/overoptimize.sh
+
+base-to-chat: all ## RL alone: grpo from the base model beside grpo from the assistant: RUN=dir FROM=runs/demo
+	@dev/base_to_chat.sh
 
 test: ## set up, build and run every test; DEVICE=cuda: the CUDA engine's on the GPU
 	@dev/setup.sh
@@ -80,8 +87,8 @@ emulate: ## the stages with --device cuda running on the CPU, in build/emulate
 	@$(MAKE) --no-print-directory EMULATE=1 BUILD=$(BUILD)/emulate BIN=$(BUILD)/emulate \
 	  $(STAGES:%=$(BUILD)/emulate/%)
 
-test-faults: all $(BUILD)/test ## deliberate faults in the CUDA engine, each of which must turn a test red
-	@CXX="$(CXX)" FLAGS="$(FLAGS) $(ON_CPU_FLAGS)" OBJECTS="$(OBJECTS)" LIBRARIES="$(LIBRARIES)" dev/faults.sh
+test-faults: $(FAULT_OBJECTS) ## deliberate faults in the CUDA engine, each of which must turn a test red
+	@CXX="$(CXX)" FLAGS="$(FLAGS) $(ON_CPU_FLAGS)" OBJECTS="$(FAULT_OBJECTS)" LIBRARIES="$(LIBRARIES)" dev/faults.sh
 
 spills: ## compile the CUDA engine for CUDA_ARCHS and fail on a spilled register
 	@dev/spills.sh "$(NVCC)" $(NVCC_FLAGS)
@@ -107,14 +114,16 @@ help: ## this list
 $(BIN)/bpe: $(OBJECTS)/bpe.o
 $(BIN)/train_gpt: $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.lib.o $(ENGINE)
 $(BIN)/sft: $(OBJECTS)/sft.o $(LIBRARY)
+$(BIN)/rlhf: $(OBJECTS)/rlhf.o $(LIBRARY)
 $(BIN)/chat: $(OBJECTS)/chat.o $(LIBRARY)
 $(BUILD)/world: $(OBJECTS)/dev/world.o
+$(BUILD)/report: $(OBJECTS)/dev/report.o
 $(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.lib.o
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
                    $(OBJECTS)/train_gpt.lib.o $(OBJECTS)/bpe.lib.o
 $(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.lib.o $(OBJECTS)/dev/world.lib.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
+$(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/report $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
 
@@ -174,6 +183,6 @@ $(BUILD)/packages: $(BUILD)/command
 	done
 	@touch $@
 
-.PHONY: all run test emulate test-faults spills bench format format-check clean help FORCE
+.PHONY: all run overoptimize base-to-chat test emulate test-faults spills bench format format-check clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:

@@ -36,6 +36,7 @@
 #include "cake/gpt.h"
 #include "cake/json.h"
 #include "cake/records.h"
+#include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
 #include "cake/tools.h"
@@ -380,7 +381,7 @@ std::vector<int> render(const Model& m, Template t, const Conversation& c, bool 
     if (begins) special("<|begin_of_text|>");
     for (const Message& message : c.messages) {
       header(message.role);
-      tokenizer.encode("\n\n" + message.content, ids);
+      tokenizer.encode(concat("\n\n", strip(message.content)), ids);
       special("<|eot_id|>");
     }
     if (answer) header("assistant"), tokenizer.encode("\n\n", ids);
@@ -880,6 +881,16 @@ struct Result {
   Interval ci95{};
 };
 
+// The mean of one number an item; its interval is the normal one.
+Result mean(const std::string& task, const std::string& metric, const std::vector<double>& values) {
+  const double n = double(values.size());
+  double sum = 0, squares = 0;
+  for (const double v : values) sum += v;
+  for (const double v : values) squares += (v - sum / n) * (v - sum / n);
+  const double half = 1.959963984540054 * std::sqrt(squares / std::max(1., n - 1) / n);
+  return {task, metric, sum / n, int64_t(values.size()), {sum / n - half, sum / n + half}};
+}
+
 Result share(const std::string& task, const std::string& metric, int64_t right, int64_t n) {
   const double value = double(right) / double(n);
   return {task, metric, value, n, wilson(value, n)};
@@ -1148,7 +1159,8 @@ std::vector<Result> measure_bits(const Model& m, const std::string& task, const 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Questions that are answered in words
+// Questions that are answered in words: greedily once, or in several samples, each a Question of
+// its own. An answer is right or not, by the check, or has a true reward, by the rubric.
 
 struct Question {
   std::string task, where;
@@ -1157,16 +1169,21 @@ struct Question {
   int tokens = 256;
   std::vector<std::string> stop;
   bool tools = false;  // calls are run
+  Rubric rubric;       // empty: the check decides
+  float temperature = 0;
+  int sample = 0, samples = 1;                              // this one's number of so many
+  std::vector<std::pair<std::string, std::string>> shares;  // task, text: of answers with the text
 };
 
 struct Answer {
   std::string text;
   std::set<std::string> tools;  // called
   Finish finish = Finish::length;
-  bool right = false, too_long = false;
+  bool too_long = false;
+  double score = 0;  // 1 or 0, right or not; of a rubric: the true reward
 };
 
-// Greedily, up to `rows` at a time. A prompt that fills the context is answered with nothing.
+// Up to `rows` at a time. A prompt that fills the context is answered with nothing.
 std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
                                const TemplateRules& rules, const Search* search, int rows,
                                int64_t cache_bytes) {
@@ -1191,7 +1208,7 @@ std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& ques
     if (a.too_long) continue;
     Request request{.prompt = q.prompt,
                     .max_new = std::min(q.tokens, config.T - int(q.prompt.size())),
-                    .sampling = {.temperature = 0, .vocab = m.tokenizer.vocab_size()},
+                    .sampling = {.temperature = q.temperature, .vocab = m.tokenizer.vocab_size()},
                     .stop_ids = rules.stop_ids,
                     .stop_strings = q.stop};
     if (q.tools) {
@@ -1216,7 +1233,10 @@ std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& ques
     Completion c = generator.take(numbers[i]);
     answers[i].text = std::move(c.text);
     answers[i].finish = c.finish;
-    answers[i].right = passes(questions[i].check, answers[i].text, answers[i].tools);
+    const Question& q = questions[i];
+    const bool ended = c.finish == Finish::stop_token || c.finish == Finish::stop_string;
+    answers[i].score = q.rubric.empty() ? passes(q.check, answers[i].text, answers[i].tools)
+                                        : true_reward(q.rubric, answers[i].text, ended);
   }
   return answers;
 }
@@ -1249,8 +1269,36 @@ void for_each_json(const std::string& path, int limit, Read&& read) {
   if (n == 0) fail(path, ": found no item, expected one a line");
 }
 
-// {"task", "check", "tokens"; for an assistant "messages" and "tools"; for a base model "prompt"
-// and "stop"}. A base model writes on behind its answer, which ends at a stop string, by default an
+// How an item is asked and marked: "check" or "rubric", "tokens", "samples" at "temperature", and
+// "shares", {"name": "text"}: the share of the answers that have the text is a task of its own.
+void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q) {
+  if (json.contains("rubric")) {
+    q.rubric = parse_rubric(json["rubric"], where + ": rubric");
+  } else {
+    if (!json.contains("check")) fail(where, ": check is missing");
+    q.check = parse_check(json["check"], where + ": check");
+  }
+  q.tokens = o.tokens > 0 ? o.tokens : json_get_or<int>(json, "tokens", 128, where);
+  if (q.tokens < 1) fail(where, ": tokens: found ", q.tokens, ", expected at least 1");
+  q.samples = json_get_or<int>(json, "samples", 1, where);
+  if (q.samples < 1 || q.samples > 1024) {
+    fail(where, ": samples: found ", q.samples, ", expected 1 to 1024");
+  }
+  q.temperature = float(json_get_or<double>(json, "temperature", q.samples > 1 ? 1 : 0, where));
+  if (!(q.temperature >= 0 && q.temperature <= 100)) {
+    fail(where, ": temperature: found ", q.temperature, ", expected 0 to 100");
+  }
+  if (const auto shares = json.find("shares"); shares != json.end()) {
+    if (!shares->is_object()) {
+      fail(where, ": shares: found ", json_text(*shares), ", expected {\"task\": \"text\"}");
+    }
+    for (const auto& [name, text] : shares->items())
+      q.shares.emplace_back(name, json_as<std::string>(text, name, where + ": shares"));
+  }
+}
+
+// {"task", how it is marked; for an assistant "messages" and "tools"; for a base model "prompt" and
+// "stop"}. A base model writes on behind its answer, which ends at a stop string, by default an
 // empty line.
 void read_items(const Model& m, Template chat, const std::string& path, const EvalOptions& o,
                 std::vector<Question>& out) {
@@ -1262,10 +1310,7 @@ void read_items(const Model& m, Template chat, const std::string& path, const Ev
     const Json json = Json::parse(simdjson::minify(object));
     Question q{.task = json_get<std::string>(json, "task", where), .where = where};
     if (o.limit > 0 && counts[q.task]++ >= o.limit) continue;
-    if (!json.contains("check")) fail(where, ": check is missing");
-    q.check = parse_check(json["check"], where + ": check");
-    q.tokens = o.tokens > 0 ? o.tokens : json_get_or<int>(json, "tokens", 128, where);
-    if (q.tokens < 1) fail(where, ": tokens: found ", q.tokens, ", expected at least 1");
+    read_marking(json, where, o, q);
     if (chat == Template::document) {
       q.stop = {"\n\n"};
       if (const auto stop = json.find("stop"); stop != json.end()) {
@@ -1286,7 +1331,7 @@ void read_items(const Model& m, Template chat, const std::string& path, const Ev
       q.tools = !conversation.tools.empty();
       q.prompt = render(m, chat, conversation, true, true);
     }
-    out.push_back(std::move(q));
+    for (q.sample = 0; q.sample < q.samples; q.sample++) out.push_back(q);
   }
   if (n == 0) fail(path, ": found no item, expected one a line");
 }
@@ -1368,17 +1413,33 @@ std::vector<Result> multiple_choice(const Model& m, const std::string& task,
   return choose(m, task, all, task != "mmlu", !o.no_start);
 }
 
+const std::string kReward = "reward";  // a number from 0 to 1, and no share
+
 std::vector<Result> mark(const std::vector<Question>& questions, const std::vector<Answer>& answers,
                          const EvalOptions& o) {
+  struct Task {
+    std::string metric;
+    std::vector<double> scores;  // of each item: the mean of its samples
+  };
   std::vector<std::string> order;
-  std::map<std::string, std::pair<int64_t, int64_t>> counts;  // right, asked
-  int64_t ended = 0, too_long = 0;
+  std::map<std::string, Task> tasks;
+  const auto add = [&](const std::string& task, const std::string& metric, double score,
+                       const Question& q) {
+    auto [it, is_new] = tasks.try_emplace(task, Task{metric, {}});
+    if (is_new) order.push_back(task);
+    if (q.sample == 0) it->second.scores.push_back(0);
+    it->second.scores.back() += score / q.samples;
+  };
+  int64_t ended = 0, greedy = 0, too_long = 0;
   for (size_t i = 0; i < questions.size(); i++) {
-    auto& [right, n] = counts[questions[i].task];
-    if (n++ == 0) order.push_back(questions[i].task);
-    right += answers[i].right;
-    ended += answers[i].finish == Finish::stop_token;
-    too_long += answers[i].too_long;
+    const Question& q = questions[i];
+    const Answer& a = answers[i];
+    add(q.task, !q.rubric.empty() ? kReward : q.samples > 1 ? "pass@1" : "accuracy", a.score, q);
+    for (const auto& [task, text] : q.shares)
+      add(task, "share", a.text.find(text) != std::string::npos, q);
+    greedy += q.samples == 1;
+    ended += q.samples == 1 && a.finish == Finish::stop_token;
+    too_long += a.too_long && q.sample == 0;
   }
   if (too_long > 0) {
     std::fprintf(stderr, "note: %lld questions are longer than the context: not answered\n",
@@ -1386,11 +1447,15 @@ std::vector<Result> mark(const std::vector<Question>& questions, const std::vect
   }
   std::vector<Result> results;
   for (const std::string& task : order) {
-    results.push_back(share(task, "accuracy", counts[task].first, counts[task].second));
+    const auto& [metric, scores] = tasks[task];
+    const bool counted =
+        metric != kReward && std::all_of(scores.begin(), scores.end(),
+                                         [](double score) { return score == 0 || score == 1; });
+    results.push_back(counted ? share(task, metric, std::count(scores.begin(), scores.end(), 1.),
+                                      int64_t(scores.size()))
+                              : mean(task, metric, scores));
   }
-  if (!o.base) {
-    results.push_back(share("end_of_turn", "share", ended, int64_t(questions.size())));
-  }
+  if (!o.base && greedy > 0) results.push_back(share("end_of_turn", "share", ended, greedy));
   return results;
 }
 
@@ -1408,7 +1473,7 @@ void report(const std::vector<Result>& results, const EvalOptions& o) {
         format(" %10s  %-18s %7s\n", beside.empty() ? "value" : "now", "95 % interval", "items"));
   OrderedJson json = OrderedJson::object();
   for (const Result& r : results) {
-    const bool share = r.metric != "bits_per_byte";
+    const bool share = r.metric != "bits_per_byte" && r.metric != kReward;
     const double unit = share ? 100 : 1;
     const int digits = share ? 1 : 4;
     const auto cell = [&](double value) {
@@ -1435,13 +1500,17 @@ void write_answers(const std::string& path, const Tokenizer& tokenizer,
                    const std::vector<Question>& questions, const std::vector<Answer>& answers) {
   AtomicFile file(path);
   for (size_t i = 0; i < questions.size(); i++) {
-    const OrderedJson json{{"task", questions[i].task},
-                           {"item", questions[i].where},
-                           {"prompt", tokenizer.decode(questions[i].prompt)},
-                           {"answer", answers[i].text},
-                           {"tools", answers[i].tools},
-                           {"finish", finish_name(answers[i].finish)},
-                           {"right", answers[i].right}};
+    OrderedJson json{{"task", questions[i].task},
+                     {"item", questions[i].where},
+                     {"prompt", tokenizer.decode(questions[i].prompt)},
+                     {"answer", answers[i].text},
+                     {"tools", answers[i].tools},
+                     {"finish", finish_name(answers[i].finish)}};
+    if (questions[i].rubric.empty()) {
+      json["right"] = answers[i].score == 1;
+    } else {
+      json["reward"] = answers[i].score;
+    }
     file.write(json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
   }
   file.commit();

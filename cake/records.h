@@ -22,6 +22,7 @@
 #include <cstring>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -554,6 +555,226 @@ inline Conversation parse_conversation(simdjson::dom::object object, const std::
     conversation.tools.push_back(python_json(function(e, at)));
   }
   return conversation;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Preferences: several answers to one prompt and which is better, or one text and whether it is
+// good.
+//
+//     {"prompt", "chosen", "rejected"}        two answers
+//     {"prompt", "responses", "ranking"}      K answers, the rank of each: 1 best, equal is a tie
+//     {"chosen", "rejected"}                  whole conversations, whose common beginning is the
+//                                             prompt
+//     {"text", "label"}                       label: true, 1, "pos", "good"; false, 0, "neg", "bad"
+//
+// Prompts and answers are strings or lists of messages. A string in answer to messages is the
+// assistant's; strings on both sides are a text and what continues it.
+
+struct Preference {
+  bool is_chat = false;
+  std::string text;                           // the prompt, or the labelled text
+  Conversation prompt;                        // of a chat
+  std::vector<std::string> continuations;     // of a text
+  std::vector<std::vector<Message>> answers;  // of a chat
+  std::vector<int> ranking;                   // of each answer, 1 best
+  std::optional<bool> label;                  // of the text
+  double chance = 0;  // that labellers choose so, where it is known (synthetic data)
+};
+
+namespace preferences {
+using simdjson::dom::element;
+using simdjson::dom::object;
+
+// A list of messages, without the order of roles that a conversation has.
+inline std::vector<Message> messages_of(element list, const std::string& at) {
+  simdjson::dom::array items;
+  if (list.get(items)) fail(at, ": found ", JsonLines::type_name(list), ", expected messages");
+  if (items.size() == 0) fail(at, ": found an empty list, expected messages");
+  const std::string wrapped = "{\"messages\":" + std::string(simdjson::minify(list)) + "}";
+  simdjson::dom::parser parser;
+  object whole;
+  if (parser.parse(wrapped).get(whole)) fail(at, ": not JSON");
+  return parse_conversation(whole, at).messages;
+}
+
+inline std::vector<std::string> tools_of(element list, const std::string& where) {
+  const std::string wrapped =
+      "{\"messages\":[],\"tools\":" + std::string(simdjson::minify(list)) + "}";
+  simdjson::dom::parser parser;
+  object whole;
+  if (parser.parse(wrapped).get(whole)) fail(where, ": tools: not JSON");
+  return parse_conversation(whole, where).tools;
+}
+
+inline element member(object from, const char* key, const std::string& where) {
+  element e;
+  if (from.at_key(key).get(e)) fail(where, ": \"", key, "\" is missing");
+  return e;
+}
+
+// An answer: to a chat, one or more messages; to a text, a string.
+inline void add_answer(Preference& p, element e, const std::string& at) {
+  std::string_view text;
+  if (!e.get(text)) {
+    if (text.find_first_not_of(" \t\r\n") == std::string_view::npos) {
+      fail(at, ": found nothing, expected an answer");
+    }
+    if (p.is_chat) {
+      p.answers.push_back({{"assistant", std::string(text), {}}});
+    } else {
+      p.continuations.emplace_back(text);
+    }
+    return;
+  }
+  if (!p.is_chat) {
+    fail(at, ": found ", JsonLines::type_name(e), ", expected a string, as the prompt is");
+  }
+  p.answers.push_back(messages_of(e, at));
+}
+
+inline std::vector<int> parse_ranking(element e, size_t answers, const std::string& at) {
+  simdjson::dom::array ranks;
+  if (e.get(ranks)) {
+    fail(at, ": found ", JsonLines::type_name(e), ", expected a rank for each response");
+  }
+  std::vector<int> ranking;
+  for (const element rank : ranks) {
+    int64_t r = 0;
+    if (rank.get(r) || r < 1 || r > 1 << 20) {
+      fail(at, ": found ", std::string(simdjson::minify(rank)), ", expected ranks from 1 on");
+    }
+    ranking.push_back(int(r));
+  }
+  if (ranking.size() != answers) {
+    fail(at, ": found ", ranking.size(), " ranks, expected ", answers, ", one for each response");
+  }
+  return ranking;
+}
+
+inline bool parse_label(element e, const std::string& at) {
+  bool truth = false;
+  int64_t number = 0;
+  std::string_view name;
+  if (!e.get(truth)) return truth;
+  if (!e.get(number) && (number == 0 || number == 1)) return number == 1;
+  if (!e.get(name)) {
+    for (const char* good : {"pos", "positive", "good", "1"})
+      if (name == good) return true;
+    for (const char* bad : {"neg", "negative", "bad", "0"})
+      if (name == bad) return false;
+  }
+  fail(at, ": found ", std::string(simdjson::minify(e)), ", expected true or false");
+}
+
+inline bool same(const Message& a, const Message& b) {
+  if (a.role != b.role || a.content != b.content || a.tool_calls.size() != b.tool_calls.size()) {
+    return false;
+  }
+  for (size_t i = 0; i < a.tool_calls.size(); i++) {
+    if (a.tool_calls[i].name != b.tool_calls[i].name ||
+        a.tool_calls[i].arguments != b.tool_calls[i].arguments) {
+      return false;
+    }
+  }
+  return true;
+}
+inline bool same(const std::vector<Message>& a, const std::vector<Message>& b) {
+  return a.size() == b.size() &&
+         std::equal(a.begin(), a.end(), b.begin(),
+                    [](const auto& x, const auto& y) { return same(x, y); });
+}
+
+// Two whole conversations: what both begin with is the prompt.
+inline void split_common_prompt(Preference& p, const std::string& where) {
+  std::vector<Message>&a = p.answers[0], &b = p.answers[1];
+  size_t n = 0;
+  while (n < a.size() && n < b.size() && same(a[n], b[n])) n++;
+  if (n == a.size() && n == b.size()) return;  // equal sides: check_preference says so
+  while (n > 0 && (n == a.size() || n == b.size() || a[n - 1].role == "assistant")) n--;
+  if (n == 0) fail(where, ": found no message that both sides begin with, expected a prompt");
+  p.prompt.messages.assign(a.begin(), a.begin() + long(n));
+  a.erase(a.begin(), a.begin() + long(n));
+  b.erase(b.begin(), b.begin() + long(n));
+}
+
+// Every answer follows the prompt as check_conversation asks, ends with the assistant, and no two
+// sides of a pair are equal.
+inline void check_preference(const Preference& p, const std::string& where) {
+  const size_t answers = p.ranking.size();
+  if (answers < 2) fail(where, ": found ", answers, " answers, expected at least 2");
+  for (size_t i = 0; i < answers; i++) {
+    for (size_t j = 0; j < i; j++) {
+      const bool equal =
+          p.is_chat ? same(p.answers[i], p.answers[j]) : p.continuations[i] == p.continuations[j];
+      if (equal && p.ranking[i] != p.ranking[j]) {
+        fail(where, ": found the same answer twice, as number ", j + 1, " and ", i + 1,
+             " with other ranks, expected answers that differ");
+      }
+    }
+    if (!p.is_chat) continue;
+    Conversation whole = p.prompt;
+    whole.messages.insert(whole.messages.end(), p.answers[i].begin(), p.answers[i].end());
+    check_conversation(whole, concat(where, ": answer ", i + 1));
+  }
+}
+}  // namespace preferences
+
+// `where` is the file and line, for errors.
+inline Preference parse_preference(simdjson::dom::object object, const std::string& where) {
+  using namespace preferences;
+  element e;
+  std::string_view text;
+  const auto has = [&](const char* key) { return !object.at_key(key).get(e); };
+  Preference p;
+  if (has("text") && has("label")) {
+    if (member(object, "text", where).get(text)) fail(where, ": text: expected a string");
+    if (text.empty()) fail(where, ": text: found nothing, expected text");
+    p.text = text;
+    p.label = parse_label(member(object, "label", where), where + ": label");
+    return p;
+  }
+  const bool pair = has("chosen") && has("rejected");
+  if (!pair && !(has("prompt") && has("responses") && has("ranking"))) {
+    fail(where,
+         ": found neither \"chosen\" and \"rejected\", nor \"prompt\", \"responses\" and "
+         "\"ranking\", nor \"text\" and \"label\"");
+  }
+  const bool whole = pair && !has("prompt");
+  if (whole) {
+    p.is_chat = true;
+  } else if (member(object, "prompt", where).get(text) == simdjson::SUCCESS) {
+    // Messages in answer to a string make it the user's.
+    p.is_chat = pair && member(object, "chosen", where).is_array();
+    if (p.is_chat) {
+      p.prompt.messages = {{"user", std::string(text), {}}};
+    } else {
+      p.text = text;
+    }
+  } else {
+    p.is_chat = true;
+    p.prompt.messages = messages_of(member(object, "prompt", where), where + ": prompt");
+  }
+  if (pair) {
+    add_answer(p, member(object, "chosen", where), where + ": chosen");
+    add_answer(p, member(object, "rejected", where), where + ": rejected");
+    p.ranking = {1, 2};
+    if (has("chance") && (e.get(p.chance) || !(p.chance >= 0 && p.chance <= 1))) {
+      fail(where, ": chance: expected a number from 0 to 1");
+    }
+  } else {
+    element responses = member(object, "responses", where);
+    simdjson::dom::array list;
+    if (responses.get(list)) {
+      fail(where, ": responses: found ", JsonLines::type_name(responses), ", expected an array");
+    }
+    size_t i = 0;
+    for (const element r : list) add_answer(p, r, concat(where, ": responses[", i++, "]"));
+    p.ranking = parse_ranking(member(object, "ranking", where), i, where + ": ranking");
+  }
+  if (whole) split_common_prompt(p, where);
+  if (p.is_chat && has("tools")) p.prompt.tools = tools_of(e, where);
+  check_preference(p, where);
+  return p;
 }
 
 }  // namespace cake

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # The whole cake, baked on this machine: documents -> tokenizer -> token shards -> base model ->
-# assistant, each by one command that is printed before it runs, then what each model has learned.
-# `make run` calls it. Run it from the repository's root.
+# assistant -> reward model -> assistants that learned from rewards, each by one command that is
+# printed before it runs, then what each model has learned, on one page. `make run` calls it. Run it
+# from the repository's root.
 #
 #   RUN=dir      where everything goes, a folder a stage (default runs/demo)
 #   TEXT=path    your own text in place of the demo's closed world
-#   MINUTES=n    of pretraining (default 3), and half as many of fine-tuning; the closed world grows
-#                with them
+#   MINUTES=n    of pretraining (default 3), and half as many of fine-tuning; the closed world and
+#                what is learned from rewards grow with them
 set -euo pipefail
 
 RUN=${RUN:-runs/demo}
 TEXT=${TEXT:-}
 MINUTES=${MINUTES:-3}
 BIN=${BIN:-.}          # where the stages' binaries are
-BUILD=${BUILD:-build}  # where build/world is
+BUILD=${BUILD:-build}  # where build/world and build/report are
 
 fail() { echo "error: $*" >&2; exit 1; }
 
@@ -57,6 +58,11 @@ stage() {  # name command...
   seconds+=("$(printf '"%s": %d.%03d' "$name" $((took / 1000)) $((took % 1000)))")
 }
 compute() { awk "BEGIN { $1 }"; }
+finished() {  # stage command...: one that a signal stopped has saved, and has no summary
+  local name=$1
+  shift
+  [[ -e $RUN/$name/summary.json ]] || fail "'$name' was stopped; go on with: $* -o $RUN/$name --resume"
+}
 
 # ------------------------------------------------------------------------------------------------
 # The stages
@@ -65,7 +71,7 @@ if [[ -z $TEXT ]]; then
   # What three minutes on two cores read once; a world is never so small that it tells nothing.
   tokens=$(compute "t = $MINUTES / 3 * 5e6; printf \"%d\", t < 2e5 ? 2e5 : t")
   stage world "$BUILD/world" -o "$RUN/world" --tokens "$tokens"
-  input=$RUN/world/documents.jsonl vocabulary=1024 held_out=.01 name=world
+  input=$RUN/world/documents.jsonl vocabulary=1536 held_out=.01 name=world
   more=("$RUN/world/conversations_sample.jsonl")  # its words are in the tokenizer from the start
 else
   # A small text has too few words to teach many tokens.
@@ -78,8 +84,7 @@ stage tokenizer "$BIN/bpe" train "$input" ${more[@]+"${more[@]}"} --vocab-size "
 stage tokens "$BIN/bpe" encode "$RUN/tokenizer" "$input" --val-fraction "$held_out" \
   -o "$RUN/tokens/$name"
 stage base "$BIN/train_gpt" --data "$RUN/tokens/$name" -o "$RUN/base" --minutes "$MINUTES"
-[[ -e $RUN/base/summary.json ]] ||
-  fail "training was stopped; go on with: $BIN/train_gpt -o $RUN/base --resume"
+finished base "$BIN/train_gpt"
 
 # ------------------------------------------------------------------------------------------------
 # What the base model writes; then it is asked what it knows, and becomes an assistant that answers
@@ -94,13 +99,38 @@ if [[ -z $TEXT ]]; then
   stage conversations "$BUILD/world" conversations "$world" --answers "$RUN/base/knows.jsonl"
   stage sft "$BIN/sft" --model "$RUN/base" --data "$world/conversations.jsonl" \
     --val "$world/conversations_heldout.jsonl" --minutes "$(compute "print $MINUTES / 2")" -o "$RUN/sft"
-  [[ -e $RUN/sft/summary.json ]] ||
-    fail "fine-tuning was stopped; go on with: $BIN/sft -o $RUN/sft --resume"
-  stage eval_base "$BIN/chat" eval "$RUN/base" --base --tasks "$tasks" --json "$RUN/base/evaluation.json"
-  stage eval_sft "$BIN/chat" eval "$RUN/sft" --tasks "$tasks" --documents "$world/pages.jsonl" \
-    --beside "base=$RUN/base/evaluation.json" --json "$RUN/sft/evaluation.json"
-  evaluation="{\"base\": $(<"$RUN/base/evaluation.json"), \"sft\": $(<"$RUN/sft/evaluation.json")}"
-  summaries="\"base\": $(<"$RUN/base/summary.json"), \"sft\": $(<"$RUN/sft/summary.json")"
+  finished sft "$BIN/sft"
+
+  # Learning from rewards, twice from the same assistant. Steps in the time that three minutes of
+  # pretraining leave: 30 seconds, 100 and 120.
+  steps() { compute "n = $1 * $MINUTES / 3; printf \"%d\", n < 2 ? 2 : n"; }
+  stage reward "$BIN/rlhf" reward --model "$RUN/sft" --data "$world/preferences.jsonl" \
+    --val "$world/preferences_heldout.jsonl" --steps "$(steps 42)" -o "$RUN/reward"
+  finished reward "$BIN/rlhf reward"
+  stage ppo "$BIN/rlhf" ppo --model "$RUN/sft" --reward "model:$RUN/reward" --gold rubric \
+    --prompts "$world/prompts.jsonl" --val "$world/prompts_heldout.jsonl" --max-tokens 160 \
+    --kl-budget 25 --steps "$(steps 45)" -o "$RUN/ppo"
+  finished ppo "$BIN/rlhf ppo"
+  stage grpo "$BIN/rlhf" grpo --model "$RUN/sft" --reward number --prompts "$world/problems_rl.jsonl" \
+    --val "$world/problems_test.jsonl" --max-tokens 90 --steps "$(steps 100)" -o "$RUN/grpo"
+  finished grpo "$BIN/rlhf grpo"
+
+  stage eval_base "$BIN/chat" eval "$RUN/base" --base --tasks "$tasks" \
+    --json "$RUN/base/evaluation.json" -o "$RUN/base/answers.jsonl"
+  beside=(--beside "base=$RUN/base/evaluation.json")
+  evaluation="\"base\": $(<"$RUN/base/evaluation.json")" summaries="\"base\": $(<"$RUN/base/summary.json")"
+  for name in sft ppo grpo; do
+    stage "eval_$name" "$BIN/chat" eval "$RUN/$name" --tasks "$tasks" --documents "$world/pages.jsonl" \
+      "${beside[@]}" --json "$RUN/$name/evaluation.json" -o "$RUN/$name/answers.jsonl"
+    beside+=(--beside "$name=$RUN/$name/evaluation.json")
+    evaluation+=", \"$name\": $(<"$RUN/$name/evaluation.json")"
+    summaries+=", \"$name\": $(<"$RUN/$name/summary.json")"
+  done
+  evaluation="{$evaluation}"
+  # What the labellers' noise leaves to be foretold stands beside the reward model's accuracy.
+  best=$(grep -o '"best_possible": [0-9.]*' "$world/world.json")
+  reward=$(<"$RUN/reward/summary.json")
+  summaries+=", \"reward\": ${reward%\}}, $best}"
 else
   stage generate "$BIN/chat" generate "$RUN/base" --tokens 400
   evaluation={}
@@ -112,15 +142,18 @@ printf '{\n"minutes": %s,\n"seconds": {%s},\n%s,\n"evaluation": %s\n}\n' \
   "$(compute "print $MINUTES")" "${timings//,/, }" "$summaries" "$evaluation" \
   >"$RUN/results.json.partial"
 mv -- "$RUN/results.json.partial" "$RUN/results.json"
+stage report "$BUILD/report" "$RUN" --title "From text to assistant: $(compute "printf \"%g\", $MINUTES") minutes of pretraining"
 
 # ------------------------------------------------------------------------------------------------
 # What to try next
 
-printf '\nEverything is in %s; times, losses and figures in %s. What to try next:\n\n' \
-  "$RUN" "$RUN/results.json"
+printf '\nEverything is in %s; what came of it on one page in %s, its figures in %s. What to try next:\n\n' \
+  "$RUN" "$RUN/report.html" "$RUN/results.json"
 if [[ -z $TEXT ]]; then
   cat <<END
   $BIN/chat $RUN/sft --calculator --documents $RUN/world/pages.jsonl     talk to it
+  $BIN/chat $RUN/ppo                                            ask for a story about Ada and a dog
+  $BIN/chat $RUN/grpo                                           ask what 27 apples and 15 more make
   $BIN/chat $RUN/base --base                                    talk to what it was made from
   $BIN/sft --data $RUN/world/conversations.jsonl --model $RUN/base --show 3      what it was taught
 END

@@ -1,0 +1,749 @@
+// Learning from rollouts: verifiers and what they are held to, rollouts and their masks, PPO and
+// GRPO on problems small enough to know what must come of them, and ./rlhf as its user meets it.
+#include <fstream>
+#include <sstream>
+
+#define CAKE_NO_MAIN
+#pragma GCC diagnostic ignored "-Wunused-function"
+#define main_rlhf main_rlhf_of_test_rl  // another test has the name
+#include "cake/sha256.h"
+#include "rlhf.cpp"
+#include "test/scripted_model.h"
+#include "test/support.h"
+
+using namespace cake;
+
+TEST_CASE("SHA-256 gives the sums that FIPS 180-4 names") {
+  CHECK(sha256("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  CHECK(sha256("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  CHECK(sha256(std::string(1000000, 'a')) ==
+        "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+}
+
+// ---------------------------------------------------------------------------------------------
+// Verifiers
+
+namespace {
+
+Prompt problem(const std::string& answer, const std::string& line = "{}") {
+  return {.question = "q", .answer = answer, .line = Json::parse(line), .where = "p.jsonl:1"};
+}
+
+}  // namespace
+
+TEST_CASE("a number is right however it is written") {
+  for (const char* text : {"18", "18.", "$18", "It is 18.00", "1 and 17 make 18", "18 ",
+                           "<<9+9=18>>18", "No: 17\n#### 18\nthen 3"}) {
+    CAPTURE(text);
+    CHECK(right_number(problem("18"), text));
+    CHECK(right_number(problem("long way\n#### 18"), text));
+  }
+  CHECK(right_number(problem("1000"), "1,000"));
+  CHECK(right_number(problem("-5"), "minus: -5."));
+  for (const char* text : {"", "none", "18 or 19", "180", "1.8", "-18"}) {
+    CAPTURE(text);
+    CHECK(!right_number(problem("18"), text));
+  }
+  CHECK(contains(error_of([] { right_number(problem("many"), "3"); }),
+                 "p.jsonl:1: answer: found \"many\", expected a number"));
+}
+
+TEST_CASE("a choice is the letter behind the last answer, or the only one there is") {
+  CHECK(chosen_letter("The answer is (B).") == 'B');
+  CHECK(chosen_letter("Answer: A. No. Answer: C") == 'C');
+  CHECK(chosen_letter("D") == 'D');
+  CHECK(chosen_letter("D) because it is so") == 'D');
+  CHECK(chosen_letter("B or C") == 0);
+  CHECK(chosen_letter("Both, I'd say") == 0);
+  CHECK(chosen_letter("") == 0);
+  CHECK(right_choice(problem("C"), "So the answer is C."));
+  CHECK(!right_choice(problem("C"), "So the answer is D, not C."));
+  CHECK(contains(error_of([] { right_choice(problem("cc"), "C"); }), "expected a letter"));
+}
+
+TEST_CASE("a countdown is the target made of numbers, each used once at most") {
+  const Prompt p = problem("", R"({"numbers": [3, 5, 7, 25], "target": 26})");
+  for (const char* text :
+       {"3 * 7 + 5", "(3*7)+5 = 26", "First 25 - 3 = 22.\nSo: 5 + 3 * 7 = 26.", "7*3-(0-5)"}) {
+    CAPTURE(text);
+    CHECK(right_countdown(p, text) == !contains(text, "0-5"));
+  }
+  for (const char* text : {"", "26", "25 + 1", "3*3*3-1", "5 + 7 * 3 - 0", "25 + 3/3", "5+7",
+                           "(3*7+5", "1/0", "3 * 7 + 5 + 25"}) {
+    CAPTURE(text);
+    CHECK(!right_countdown(p, text));
+  }
+  CHECK(contains(error_of([] { right_countdown(problem("8"), "3+5"); }), "found no countdown"));
+}
+
+TEST_CASE("rewards are named with weights and arguments") {
+  const RewardSpec plain = parse_reward("number"), weighted = parse_reward("-.5*length:40"),
+                   command = parse_reward("command:awk '{print 2*3}'");
+  CHECK(plain.name == "number");
+  CHECK(plain.weight == 1);
+  CHECK(weighted.name == "length");
+  CHECK(weighted.argument == "40");
+  CHECK(weighted.weight == -.5);
+  CHECK(command.argument == "awk '{print 2*3}'");
+  CHECK(command.weight == 1);
+  CHECK(contains(error_of([] { parse_reward("x*number"); }), "expected a number"));
+  CHECK(matches("Steps: *Answer: *.", "Steps: 1\nAnswer: 2."));
+  CHECK(matches("*", ""));
+  CHECK(matches("a?c*", "abc"));
+  CHECK(!matches("Steps: *Answer: *.", "Steps: 1\nAnswer: 2"));
+  CHECK(!matches("a*b", "ab "));
+}
+
+// ---------------------------------------------------------------------------------------------
+// A verifier of the user's own
+
+namespace {
+
+// Reads the id of a line in sh.
+const std::string kId = R"(i=${l##*\"id\":}; i=${i%%[,\}]*}; )";
+
+Rollout answered(const Prompt& p, const std::string& text) { return {.prompt = &p, .text = text}; }
+
+struct Verified {
+  std::vector<float> rewards;
+  std::string why;
+};
+
+// Three rollouts, one after another; "hang", "die" and the like are for the command to look for.
+Verified verify(const std::string& command, const std::vector<std::string>& texts,
+                CommandVerifier::Limits limits = {.seconds = 5}) {
+  const Prompt p = problem("b");
+  CommandVerifier verifier(command, limits);
+  Verified out;
+  for (size_t i = 0; i < texts.size(); i++) {
+    out.rewards.push_back(verifier.reward(int64_t(i) + 40, answered(p, texts[i])));
+  }
+  out.why = verifier.last_failure();
+  return out;
+}
+
+bool failed(float reward) { return std::isnan(reward); }
+
+}  // namespace
+
+TEST_CASE("a command rewards line after line in one process") {
+  const Verified v = verify("n=0; while read -r l; do n=$((n+1)); " + kId +
+                                "echo \"{\\\"id\\\":$i,\\\"reward\\\":$n.5}\"; done",
+                            {"a", "b\nc", "\xff\""});
+  CHECK(v.rewards == std::vector<float>{1.5, 2.5, 3.5});  // its count lives
+  CHECK(v.why.empty());
+  // It reads the prompt, the completion and the answer.
+  const Verified seen =
+      verify("while read -r l; do " + kId +
+                 "case $l in *'\"answer\":\"b\"'*'\"completion\":\"b\"'*'\"prompt\":\"q\"'*) r=1;; "
+                 "*) r=0;; "
+                 "esac; echo \"{\\\"reward\\\":$r,\\\"id\\\":$i}\"; done",
+             {"a", "b"});
+  CHECK(seen.rewards == std::vector<float>{0, 1});
+}
+
+TEST_CASE("a command that hangs, ends or writes nonsense loses that rollout and no other") {
+  const std::string good = "echo \"{\\\"id\\\":$i,\\\"reward\\\":1}\"";
+  const auto loop = [&](const std::string& bad) {
+    return "while read -r l; do " + kId + "case $l in *bad*) " + bad + ";; *) " + good +
+           ";; esac; done";
+  };
+  const struct {
+    const char *what, *bad, *why;
+  } cases[] = {{"hangs", "sleep 60", "wrote no line within 0.3 s"},
+               {"ends", "exit 3", "ended"},
+               {"crashes", "kill -SEGV $$", "ended"},
+               {"nonsense", "echo ok", "wrote \"ok\", expected {\"id\": 41"},
+               {"another id", "echo '{\"id\":7,\"reward\":1}'", "expected {\"id\": 41"},
+               {"no number", "echo \"{\\\"id\\\":$i,\\\"reward\\\":\\\"1\\\"}\"", "expected"},
+               {"not finite", "echo \"{\\\"id\\\":$i,\\\"reward\\\":1e999}\"", "expected"},
+               {"two lines", "echo \"{\\\"id\\\":$i,\\\"reward\\\":1}\nmore\"", "expected"}};
+  for (const auto& c : cases) {
+    CAPTURE(c.what);
+    const Verified v = verify(loop(c.bad), {"a", "bad", "b"}, {.seconds = .3});
+    CHECK(v.rewards[0] == 1);
+    CHECK(failed(v.rewards[1]));
+    CHECK(v.rewards[2] == 1);
+    CHECK_MESSAGE(contains(v.why, c.why), v.why);
+  }
+  CHECK(contains(verify("exit 0", {"a"}).why, "ended"));
+  CHECK(contains(verify("/nonexistent/verifier 2>/dev/null", {"a"}).why, "ended"));
+}
+
+TEST_CASE("a command has limits of memory and processes") {
+  // 16 MB of text in a variable, within 4 GB and within 24 MB of addresses
+  const std::string grows = "read -r l; " + kId +
+                            "x=$(head -c 16000000 /dev/zero | tr '\\0' x) || exit 1; "
+                            "echo \"{\\\"id\\\":$i,\\\"reward\\\":${#x}}\"";
+  CHECK(verify(grows, {"a"}).rewards[0] == 16000000);
+  CHECK(failed(
+      verify("exec 2>/dev/null; " + grows, {"a"}, {.seconds = 5, .memory = 24 << 20}).rewards[0]));
+  if (getuid() != 0) {  // the system does not bind root by the other limit
+    const std::string forks =
+        "read -r l; " + kId +
+        "sleep 9 & sleep 9 & sleep 9 & echo \"{\\\"id\\\":$i,\\\"reward\\\":1}\"";
+    CHECK(failed(verify(forks + " 2>/dev/null", {"a"}, {.seconds = 5, .processes = 1}).rewards[0]));
+  }
+}
+
+TEST_CASE("what a command started ends with it") {
+  const TempDir dir;
+  const std::string mark = dir / "alive";
+  verify("(sleep 1; touch " + mark + ") & sleep 60", {"a"}, {.seconds = .1});
+  std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+  CHECK(!std::filesystem::exists(mark));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Rollouts
+
+TEST_CASE("what a tool inserts is read and never learned from") {
+  ScriptedModel script;
+  const Tokenizer& t = script.tokenizer();
+  Conversation chat{{{"user", "What is 6*7?", {}}}, {kCalculatorTool}};
+  Prompt p{.ids = prompt_ids(t, chat), .tools = true};
+  const std::string call = R"(<tool_call>
+{"name": "calculator", "arguments": {"expression": "6*7"}}
+</tool_call><|im_end|>)";
+  int at = script.write(int(p.ids.size()), call);
+  Conversation reply;
+  reply.messages = {{.role = "tool", .content = "42"}};
+  std::vector<int> inserted = t.encode("\n");
+  const std::vector<int> rest = render_chat(t, reply, true).ids;
+  inserted.insert(inserted.end(), rest.begin(), rest.end());
+  script.write(at + int(inserted.size()), "It is 42.<|im_end|>");
+  const std::filesystem::path dir = script.save();
+  const auto gpt = make_gpt(load_config(dir), {.device = Device::cpu});
+  load_weights(dir, *gpt);
+
+  const Prompt* prompts[] = {&p};
+  RolloutOptions o;
+  o.temperature = .02f;  // the script, but for what is never drawn
+  std::vector<Rollout> rollouts = roll_out(*gpt, t, prompts, 1, o, 1);
+  Rollout& r = rollouts.at(0);
+  CHECK(r.text == "It is 42.");
+  CHECK(r.ended);
+  // The inserted ids stand where they were inserted, and are no actions.
+  const int first = int(p.ids.size() + t.encode(call, true).size());
+  CHECK(std::vector<int>(r.ids.begin() + first, r.ids.begin() + first + int(inserted.size())) ==
+        inserted);
+  std::set<int> actions(r.actions.begin(), r.actions.end());
+  CHECK(actions.size() + inserted.size() + p.ids.size() == r.ids.size());
+  for (int i = 0; i < int(r.ids.size()); i++) {
+    const bool of_tool = i >= first && i < first + int(inserted.size());
+    CHECK(bool(actions.count(i)) == (i >= int(p.ids.size()) && !of_tool));
+  }
+  // In a batch they are no targets, and weights of actions fall on no other place.
+  Rollout* all[] = {&r};
+  const auto batches = pack_rollouts(all, 4096);
+  REQUIRE(batches.size() == 1);
+  const RolloutBatch& b = batches[0];
+  REQUIRE(b.tokens.size() == r.ids.size() - 1);
+  const std::vector<float> weights = b.scatter(std::vector<float>(r.actions.size(), 1.f));
+  for (size_t n = 0; n < b.tokens.size(); n++) {
+    CHECK((b.targets[n] >= 0) == bool(actions.count(int(n) + 1)));
+    CHECK(weights[n] == (actions.count(int(n) + 1) ? 1.f : 0.f));
+    if (b.targets[n] >= 0) CHECK(b.targets[n] == r.ids[n + 1]);
+  }
+  // The generator's log-probabilities are those of a forward pass over the same ids.
+  gpt->forward(b.batch(o.temperature), Pass::score);
+  CHECK(b.gather(gpt->logp()) == r.sampled_logp);
+}
+
+// ---------------------------------------------------------------------------------------------
+// A bandit: one question, and a model that answers a, b, c or d, each as often as another
+
+namespace {
+
+class Bandit {
+ public:
+  Bandit() : tokenizer_(make_tokenizer(dir_)) {
+    Config c = new_config(Family::qwen3, 1, 32, tokenizer_.vocab_size(), 64);
+    c.HS = 16, c.NH = c.NKV = 2;
+    const auto gpt = make_gpt(c, {.device = Device::cpu});
+    for (size_t i = 0; i < gpt->table().tensors.size(); i++) {
+      Tensor t = gpt->table().tensors[i];
+      if (t.kind == Kind::head) t.init_std = .2;  // rows that a block can tell apart
+      gpt->write(int(i), Slot::weight, initial_values(t, 5));
+    }
+    // Taught until it answers in form: the four letters, then the end of turn.
+    RolloutBatch b;
+    std::vector<Rollout> taught(4);
+    for (int i = 0; i < 4; i++) {
+      Rollout& r = taught[size_t(i)];
+      r.ids = render_chat(tokenizer_, {{{"user", "Go", {}}}, {}}, true).ids;
+      r.actions = {int(r.ids.size()), int(r.ids.size()) + 1};
+      tokenizer_.encode(std::string(1, char('a' + i)), r.ids);
+      r.ids.push_back(end_of_turn(tokenizer_));
+      b.add(r);
+    }
+    const std::vector<float> weights(b.places.size(), -.125f);
+    for (int n = 1; n <= 120; n++) {
+      gpt->forward_backward(b.batch(1), b.scatter(weights));
+      OptimizerStep step = adamw(.01).at(n, 1);
+      step.lr[size_t(Kind::embedding)] = 0;  // what is learned goes through the block
+      gpt->update(step);
+    }
+    save_checkpoint(dir_ / "model", *gpt, {.tokenizer_from = dir_ / "tokenizer"});
+    // Problems whose answer is b, and problems whose answers are drawn by lot.
+    std::string same, lots;
+    Rng rng{3};
+    for (int i = 0; i < 64; i++) {
+      same += "{\"question\":\"Go\",\"answer\":\"b\"}\n";
+      lots += format("{\"question\":\"Go\",\"answer\":\"%c\"}\n", int('a' + rng.below(4)));
+    }
+    encode_corpus({.inputs = {dir_ / "text.txt"}}, tokenizer_, dir_ / "tokenizer", dir_ / "shards");
+    write_file(dir_ / "same.jsonl", same);
+    write_file(dir_ / "lots.jsonl", lots);
+  }
+  std::string path(const std::string& name) const { return dir_ / name; }
+  const Tokenizer& tokenizer() const { return tokenizer_; }
+
+  RlSettings settings(bool ppo) const {
+    RlSettings s;
+    s.ppo = ppo;
+    s.model = path("model");
+    s.prompts = {path("same.jsonl")};
+    s.val = {path("same.jsonl")};
+    s.rewards = {"exact"};
+    s.steps = 20, s.rollouts = 64, s.max_tokens = 4;
+    s.lr = .004, s.beta = 0, s.keep = "last";
+    s.eval_samples = 4, s.eval_every = 1000;
+    if (ppo) s.truncated_reward = -1, s.critic_lr = .004;
+    return s;
+  }
+
+ private:
+  static Tokenizer make_tokenizer(const TempDir& dir) {
+    std::string text;
+    for (int i = 0; i < 100; i++) text += "user assistant Go a b c d\n";
+    write_file(dir / "text.txt", text);
+    const Tokenizer t = train_tokenizer({.inputs = {dir / "text.txt"}}, 280, "qwen2");
+    std::filesystem::create_directories(dir / "tokenizer");
+    t.save(dir / "tokenizer");
+    return t;
+  }
+  TempDir dir_;
+  Tokenizer tokenizer_;
+};
+
+const Bandit& bandit() {
+  static const Bandit b;
+  return b;
+}
+
+struct Outcome {
+  Json summary;
+  std::vector<Json> steps, held_out;  // lines of metrics.jsonl
+};
+
+Outcome run(const RlSettings& s, const std::filesystem::path& out) {
+  Watching w;
+  w.out = out, w.device = "cpu", w.save_minutes = 0;
+  RlRun(s, w).run();
+  Outcome o{read_json(out / "summary.json"), {}, {}};
+  std::istringstream lines(read_file(out / "metrics.jsonl"));
+  for (std::string line; std::getline(lines, line);) {
+    const Json j = Json::parse(line);
+    (j.contains("held_out") ? o.held_out : o.steps).push_back(j);
+  }
+  return o;
+}
+
+}  // namespace
+
+TEST_CASE("GRPO learns a bandit by each of its methods") {
+  const TempDir dir;
+  for (const char* method : {"cake", "grpo", "dr_grpo", "dapo", "rloo", "gspo"}) {
+    CAPTURE(method);
+    RlSettings s = bandit().settings(false);
+    s.method = method;
+    if (std::string(method) == "rloo" || std::string(method) == "grpo") s.beta = .01;
+    if (std::string(method) == "gspo") s.minibatches = 2;
+    const Outcome o = run(s, dir / method);
+    // One in four at first, of 256 answers: 5 standard deviations are .14
+    CHECK(std::abs(o.held_out.at(0).at("pass1").get<double>() - .25) < .14);
+    CHECK(o.summary.at("pass1").get<double>() > .9);
+    CHECK(o.summary.at("greedy").get<double>() == 1);
+    const Json& first = o.steps.at(0);
+    CHECK(first.at("kl") == 0);  // nothing has moved
+    CHECK(first.at("ratio_off").get<double>() >= 0);
+    CHECK(first.at("generator_off").at("largest") == 0);  // the CPU's two ways are one
+    CHECK(o.steps.back().at("kl").get<double>() > .2);    // on its way to ln 4: b alone of four
+    CHECK(o.steps.back().at("entropy").get<double>() < first.at("entropy").get<double>());
+  }
+}
+
+TEST_CASE("GRPO learns nothing from rewards that are drawn by lot") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(false);
+  s.prompts = {bandit().path("lots.jsonl")}, s.lr = .002;
+  const Outcome o = run(s, dir / "run");
+  double last = 0;
+  for (size_t i = 10; i < 20; i++) last += o.steps[i].at("reward").get<double>() / 10;
+  CHECK(std::abs(last - .25) < .2);  // 80 groups, each with its own lot: 4 standard deviations
+}
+
+TEST_CASE("PPO learns a bandit, and its first ratios are 1") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(true);
+  s.minibatches = 1, s.epochs = 1;
+  s.beta = .01;
+  const Outcome o = run(s, dir / "run");
+  CHECK(o.summary.at("pass1").get<double>() > .9);
+  for (const Json& step : o.steps) {  // each minibatch is a first one, and the same bits
+    CHECK(step.at("ratio_off") == 0);
+    CHECK(step.at("clipped") == 0);
+    if (!step.contains("generator_off")) continue;  // all were right: nothing to learn
+    CHECK(step.at("generator_off").at("largest") == 0);
+  }
+  CHECK(o.steps[0].at("kl") == 0);
+  // A head of zeros says 0 everywhere; with lambda .95 the returns of an answer of two tokens are
+  // .95 r and r, so the first loss is known from the rewards: half the mean of their squares.
+  const double p = o.steps[0].at("reward").get<double>();
+  CHECK(std::abs(o.steps[0].at("value_loss").get<double>() - .5 * p * (1 + .95 * .95) / 2) < .01);
+  CHECK(std::abs(o.steps[0].at("explained_variance").get<double>()) < 1e-6);
+  CHECK(o.steps[19].at("value_loss").get<double>() < o.steps[0].at("value_loss").get<double>());
+}
+
+TEST_CASE("PPO learns over minibatches and epochs, with ratios that move and are clipped") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(true);
+  s.minibatches = 4, s.epochs = 2, s.lr = .002;
+  const Outcome o = run(s, dir / "run");
+  CHECK(o.summary.at("pass1").get<double>() > .9);
+  double off = 0, clipped = 0;
+  for (const Json& step : o.steps) {
+    off = std::max(off, step.at("ratio_off").get<double>());
+    clipped += step.at("clipped").get<double>();
+  }
+  CHECK(off > .01);
+  CHECK(clipped > 0);
+}
+
+TEST_CASE("PPO learns nothing from rewards that are drawn by lot") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(true);
+  s.prompts = {bandit().path("lots.jsonl")};
+  s.minibatches = 1, s.epochs = 1, s.lr = .001;
+  const Outcome o = run(s, dir / "run");
+  double last = 0;
+  for (size_t i = 10; i < 20; i++) last += o.steps[i].at("reward").get<double>() / 10;
+  CHECK(std::abs(last - .25) < .1);  // 640 prompts: 5 standard deviations
+}
+
+TEST_CASE("pretraining text mixed in keeps its loss low") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(true);
+  const auto loss = [&](const std::filesystem::path& model) {  // of the text, nats a token
+    const auto gpt = make_gpt(load_config(model), {.device = Device::cpu});
+    load_weights(model, *gpt);
+    const TokenStream stream(bandit().path("shards"), "train");
+    Loader loader(stream, 32, 1, bandit().tokenizer().end_of_text());
+    std::vector<int> tokens, targets, starts;
+    loader.next(8, tokens, targets, starts);
+    gpt->forward({tokens, targets, starts}, Pass::score);
+    double nats = 0;
+    for (const float logp : gpt->logp()) nats -= logp / double(targets.size());
+    return nats;
+  };
+  run(s, dir / "without");
+  s.ptx = bandit().path("shards"), s.ptx_tokens = 64, s.ptx_weight = 1;
+  const Outcome o = run(s, dir / "with");
+  CHECK(o.summary.at("pass1").get<double>() > .4);  // the price of the text
+  CHECK(loss(dir / "with/model") < .5 * loss(dir / "without/model"));
+}
+
+TEST_CASE("a KL budget stops a run, which keeps the last good weights and says why") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(true);
+  s.kl_budget = .3, s.eval_every = 1;
+  const Outcome o = run(s, dir / "run");
+  CHECK(contains(o.summary.at("stopped"), "the KL to the reference is "));
+  CHECK(o.summary.at("steps").get<int>() < 20);
+  CHECK(o.summary.at("kl").get<double>() <= .3);
+  CHECK(o.summary.at("pass1").get<double>() >= o.held_out[0].at("pass1").get<double>());
+  CHECK(o.steps.back().at("kl").get<double>() > .3);
+  // The other way to stay near: a high price
+  s.kl_budget = 0, s.beta = 2, s.eval_every = 1000;
+  const Outcome priced = run(s, dir / "priced");
+  CHECK(priced.summary.at("stopped").is_null());
+  CHECK(priced.steps.back().at("kl").get<double>() < .3);
+}
+
+TEST_CASE("beta follows a target of the KL") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(true);
+  s.steps = 3, s.beta = .1, s.kl_target = 5, s.kl_horizon = 640;
+  const Outcome o = run(s, dir / "run");
+  // The KL is far below the target: beta falls by .2 x 64/640 a step.
+  CHECK(std::abs(o.steps[2].at("beta").get<double>() - .1 * std::pow(.98, 3)) < 1e-9);
+}
+
+TEST_CASE("rewards that are all equal teach nothing, and ten such steps end a run") {
+  const TempDir dir;
+  for (const bool ppo : {false, true}) {
+    RlSettings s = bandit().settings(ppo);
+    s.rewards = {"ended"};
+    s.truncated_reward = 1;
+    const Outcome o = run(s, dir / (ppo ? "ppo" : "grpo"));
+    CHECK(o.steps.size() == 10);
+    CHECK(contains(o.summary.at("stopped"), "all rewards of ten steps in a row were equal"));
+    CHECK(read_file(dir / (ppo ? "ppo" : "grpo") / "model/model.safetensors") ==
+          read_file(bandit().path("model/model.safetensors")));
+    if (!ppo) CHECK(o.summary.at("groups_without_variance") == 80);
+  }
+}
+
+TEST_CASE("DAPO replaces groups without variance by others") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(false);
+  s.group = 2, s.method = "dapo", s.steps = 2;  // two answers differ in right and wrong: .375
+  const Outcome o = run(s, dir / "run");
+  CHECK(o.steps[0].at("resampled").get<int>() > 5);
+  CHECK(o.steps[0].at("no_variance") == 0);
+  s.resample = 0;
+  const Outcome plain = run(s, dir / "plain");
+  CHECK(plain.steps[0].at("resampled") == 0);
+  CHECK(plain.steps[0].at("no_variance").get<double>() > .3);
+}
+
+TEST_CASE("several rewards add up by their weights, and each is logged") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(false);
+  s.rewards = {"exact", ".5*ended", "-.25*format:a"};
+  s.steps = 1;
+  const Json step = run(s, dir / "run").steps.at(0);
+  const auto mean = [&](const char* name) {
+    return step.at("rewards").at(name).at("mean").get<double>();
+  };
+  CHECK(mean("ended") > .9);
+  CHECK(mean("format:a") > .05);
+  // Of answers that were cut off the reward is 0, whatever the functions say: none is here.
+  CHECK(step.at("truncated") == 0);
+  CHECK(std::abs(step.at("reward").get<double>() -
+                 (mean("exact") + .5 * mean("ended") - .25 * mean("format:a"))) < 1e-9);
+}
+
+TEST_CASE("answers that were cut off are penalised, count nowhere, or count as they are") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(false);
+  s.steps = 1, s.max_tokens = 1;  // no room for the end of turn
+  s.truncated = "keep";
+  const Json kept = run(s, dir / "keep").steps.at(0);
+  CHECK(kept.at("truncated") == 1);
+  CHECK(kept.at("reward").get<double>() > .05);
+  s.truncated = "mask";
+  const Json masked = run(s, dir / "mask").steps.at(0);
+  CHECK(masked.at("grad_norm") == 0);
+  s.truncated = "penalise", s.truncated_reward = -2;
+  const Json punished = run(s, dir / "penalise").steps.at(0);
+  CHECK(punished.at("reward") == -2);
+}
+
+TEST_CASE("failures of a verifier leave their groups, and more than a fifth of them ends the run") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(false);
+  s.val.clear(), s.steps = 2;
+  const auto command = [](const std::string& on_a) {
+    return "command:while read -r l; do " + kId +
+           "n=$((n+1)); case $l in *'\"completion\":\"b\"'*) " + "r=1;; *) r=0;; esac; " + on_a +
+           "echo \"{\\\"id\\\":$i,\\\"reward\\\":$r}\"; done";
+  };
+  // Every twentieth process fails at once: three of 64
+  s.rewards = {command("case $i in 7|27|47) exit 1;; esac; ")};
+  const Outcome o = run(s, dir / "some");
+  CHECK(o.steps.at(0).at("failed") == 3);
+  CHECK(o.summary.at("failed") == 6);
+  s.rewards = {command("case $i in ?) exit 1;; 1?) exit 1;; esac; ")};
+  CHECK(contains(error_of([&] { run(s, dir / "many"); }),
+                 "--reward command: found 20 failures in 64 rollouts, expected a fifth at most"));
+}
+
+TEST_CASE("problems are filtered by how often they are solved") {
+  const TempDir dir;
+  write_file(dir / "p.jsonl",
+             "{\"question\":\"Go\",\"answer\":\"b\"}\n{\"question\":\"Go\",\"answer\":\"never\"}\n"
+             "{\"question\":\"Go\",\"answer\":\"c\"}\n");
+  RlSettings s = bandit().settings(false);
+  s.prompts = {dir / "p.jsonl"}, s.steps = 1, s.pass_rate = ".01:.9", s.pass_samples = 32;
+  run(s, dir / "run");
+  const Json state = read_json(dir / "run/model/trainer_state.json");
+  CHECK(state.at("pool") == Json({0, 2}));
+  s.pass_rate = ".99:1";
+  CHECK(contains(error_of([&] { run(s, dir / "none"); }), "found none among 3 problems"));
+}
+
+TEST_CASE("adapters learn beside a reference that is the policy without them") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(false);
+  s.lora = 4, s.lora_alpha = 8, s.lr = .01, s.beta = .01, s.method = "grpo";
+  const Outcome o = run(s, dir / "run");
+  CHECK(o.summary.at("pass1").get<double>() > .9);
+  CHECK(o.steps[0].at("kl") == 0);
+  CHECK(o.steps.back().at("kl").get<double>() > .5);
+  CHECK(has_adapters(dir / "run/model"));
+}
+
+TEST_CASE("a text goes on for a fixed length, without a penalty for having no end") {
+  const TempDir dir;
+  write_file(dir / "p.jsonl", "{\"prompt\":\"Go a\"}\n{\"prompt\":\"Go b\"}\n");
+  RlSettings s = bandit().settings(true);
+  s.prompts = {dir / "p.jsonl"}, s.val.clear();
+  s.rewards = {"format:*a*"}, s.steps = 1, s.rollouts = 4, s.max_tokens = 6;
+  const Json fixed = run(s, dir / "fixed").steps.at(0);
+  CHECK(fixed.at("length") == 6);
+  CHECK(fixed.at("ended") == 1);
+  CHECK(fixed.at("reward").get<double>() >= 0);  // no penalty
+}
+
+TEST_CASE("a form puts questions into a text, whose answers end at a stop string") {
+  ScriptedModel script;
+  const Tokenizer& t = script.tokenizer();
+  simdjson::dom::parser parser;
+  const simdjson::dom::object line =
+      parser.parse(std::string(R"({"question":"6*7?","answer":"42"})"));
+  const Prompt p = parse_prompt(line, "here", t, {.form = "Q: {question}\\nA:"});
+  CHECK(t.decode(p.ids) == "<|endoftext|>Q: 6*7?\nA:");
+  CHECK(p.question == "6*7?");
+  script.write(int(p.ids.size()), " 42.\n\nQ: and then");
+  const auto gpt = make_gpt(load_config(script.save()), {.device = Device::cpu});
+  load_weights(script.dir() / "model", *gpt);
+  const Prompt* prompts[] = {&p};
+  RolloutOptions o{.max_new = 40, .temperature = .02f, .stops = {"\n\n"}};
+  const Rollout r = roll_out(*gpt, t, prompts, 1, o, 1).at(0);
+  CHECK(r.text == " 42.");
+  CHECK(r.ended);
+  CHECK(right_number(p, r.text));
+  o.max_new = 2;
+  CHECK(!roll_out(*gpt, t, prompts, 1, o, 1).at(0).ended);
+  CHECK(contains(error_of([&] { parse_prompt(line, "here", t, {.form = "no place"}); }),
+                 "--form: found no {question}"));
+}
+
+// ---------------------------------------------------------------------------------------------
+// The program
+
+namespace {
+
+std::string rl(const std::string& command, const std::filesystem::path& out,
+               const std::string& flags = "") {
+  return concat("./rlhf ", command, " --model ", bandit().path("model"), " --prompts ",
+                bandit().path("lots.jsonl"), " --val ", bandit().path("same.jsonl"),
+                " --reward exact -o ", out.string(), " --device cpu --rollouts 16 --max-tokens 4 ",
+                "--eval-samples 2 --eval-some 8 --lr .001 ", flags);
+}
+
+// Lines as they were written, but for the seconds.
+std::vector<Json> metrics(const std::filesystem::path& run_dir) {
+  std::vector<Json> result;
+  std::istringstream lines(read_file(run_dir / "metrics.jsonl"));
+  for (std::string line; std::getline(lines, line);) {
+    result.push_back(Json::parse(line));
+    result.back().erase("seconds");
+  }
+  return result;
+}
+
+}  // namespace
+
+TEST_CASE("PPO and GRPO killed at any moment and resumed equal runs that never stopped") {
+  const TempDir dir;
+  const std::pair<std::string, std::string> runs[] = {
+      {"grpo", "grpo --group 4 --method dapo --minibatches 2"},
+      {"lora", "grpo --group 4 --lora 4 --beta .01 --method grpo"},
+      {"ppo",
+       "ppo --kl-target 3 --keep best --critic-warmup 3 --entropy .001 --ptx-tokens 64 --ptx " +
+           bandit().path("shards")}};
+  for (const auto& of : runs) {
+    const std::string &name = of.first, &command = of.second;
+    CAPTURE(name);
+    const std::string all = " --steps 24 --eval-every 5 --save-every 4";
+    const std::string out = dir / ("killed_" + name), one = dir / ("one_" + name);
+    const Output whole = shell(rl(command, one, all));
+    REQUIRE_MESSAGE(whole.status == 0, whole.text);
+    const std::string resume =
+        concat("./rlhf ", command.substr(0, command.find(' ')), " --resume --device cpu -o ", out);
+    int status = 0;
+    REQUIRE(interrupt(rl(command, out, all), out, 9, SIGKILL, &status));
+    REQUIRE(interrupt(resume, out, 17, SIGTERM, &status));
+    CHECK(WEXITSTATUS(status) == 128 + SIGTERM);
+    const Output rest = shell(resume);
+    REQUIRE_MESSAGE(rest.status == 0, rest.text);
+    CHECK(contains(rest.text, "resumes after step "));
+    const std::string file = name == "lora" ? "adapter_model.safetensors" : "model.safetensors";
+    CHECK(read_file(std::filesystem::path(out) / "model" / file) ==
+          read_file(std::filesystem::path(one) / "model" / file));
+    CHECK(metrics(out) == metrics(one));
+    CHECK(contains(shell(resume).text, "is finished"));
+  }
+}
+
+TEST_CASE("a reference that has changed is found on resume") {
+  const TempDir dir;
+  std::filesystem::copy(bandit().path("model"), dir / "model");
+  const std::string command =
+      concat("./rlhf grpo --model ", (dir / "model").string(), " --prompts ",
+             bandit().path("same.jsonl"), " --reward exact --device cpu -o ",
+             (dir / "run").string(), " --steps 4000 --rollouts 16 --max-tokens 4");
+  int status = 0;
+  REQUIRE(interrupt(command, dir / "run", 3, SIGINT, &status));
+  CHECK(WEXITSTATUS(status) == 128 + SIGINT);
+  std::fstream file(dir / "model/model.safetensors",
+                    std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(-1, std::ios::end);
+  file.put('?');
+  file.close();
+  const Output o = shell(concat("./rlhf grpo --resume --device cpu -o ", (dir / "run").string()));
+  CHECK(o.status == 1);
+  CHECK_MESSAGE(contains(o.text, ": it has changed"), o.text);
+}
+
+TEST_CASE("./rlhf ppo and grpo say in one line what is wrong") {
+  const TempDir dir;
+  write_file(dir / "empty.jsonl", "\n");
+  write_file(dir / "bad.jsonl", "{\"question\":\"Go\"}\n{\"text\":\"Go\"}\n");
+  write_file(dir / "words.jsonl", "{\"question\":\"Go\",\"answer\":\"many\"}\n");
+  const std::string out = dir / "run";
+  const std::string base =
+      concat(" --device cpu --overwrite -o ", out, " --model ", bandit().path("model"), " ");
+  const std::string prompts = "--prompts " + bandit().path("same.jsonl") + " ";
+  const struct {
+    std::string command, error;
+  } cases[] = {
+      {"grpo" + base + prompts, "--reward: missing"},
+      {"grpo" + base, "--prompts: missing"},
+      {"grpo" + base + prompts + "--reward magic", "--reward: found magic, expected number"},
+      {"grpo" + base + prompts + "--reward model:nowhere", "nowhere: not found"},
+      {"grpo" + base + prompts + "--reward exact --top-k 50", "--top-k: found with RL"},
+      {"grpo" + base + prompts + "--reward exact --top-p .9", "--top-p: found with RL"},
+      {"ppo" + base + prompts + "--reward exact --min-p .1", "--min-p: found with RL"},
+      {"ppo" + base + prompts + "--reward exact --repetition-penalty 1.1",
+       "--repetition-penalty: found with RL"},
+      {"grpo" + base + prompts + "--reward exact --ban-token 7", "--ban-token: found with RL"},
+      {"grpo" + base + prompts + "--reward exact --group 1", "--group: found 1"},
+      {"grpo" + base + prompts + "--reward exact --rollouts 9", "a multiple of --group 8"},
+      {"grpo" + base + prompts + "--reward exact --method magic", "--method: found magic"},
+      {"grpo" + base + prompts + "--reward exact --temperature 0", "--temperature: found 0"},
+      {"grpo" + base + prompts + "--reward exact --max-tokens 100", "leaves room for 100 tokens"},
+      {"grpo" + base + prompts + "--reward exact --pass-rate high", "--pass-rate: found high"},
+      {"grpo" + base + prompts + "--reward exact --keep best", "--keep best: expected --val"},
+      {"grpo" + base + prompts + "--reward rubric --max-tokens 4", "same.jsonl:"},
+      {"grpo" + base + "--reward exact --prompts " + (dir / "empty.jsonl").string(),
+       "empty.jsonl: found no prompt"},
+      {"grpo" + base + "--reward exact --max-tokens 4 --prompts " + (dir / "bad.jsonl").string(),
+       "bad.jsonl:2: found neither"},
+      {"grpo" + base + "--reward number --max-tokens 4 --prompts " + (dir / "words.jsonl").string(),
+       "words.jsonl:1: answer: found \"many\", expected a number"},
+      {"ppo" + base + prompts + "--reward exact --critic " + bandit().path("model"),
+       "expected a reward model"},
+  };
+  for (const auto& c : cases) {
+    CAPTURE(c.command);
+    const Output o =
+        shell("./rlhf " + c.command + (contains(c.command, "max-tokens") ? "" : " --max-tokens 4"));
+    CHECK(o.status == 1);
+    CHECK_MESSAGE(contains(o.text, "error: "), o.text);
+    CHECK_MESSAGE(contains(o.text, c.error), o.text);
+  }
+}

@@ -1,0 +1,923 @@
+// The objectives of rlhf.cpp: known answers worked out by hand, every derivative against finite
+// differences through a softmax in double, and whole steps of PPO, GRPO, DPO and a reward model
+// against PyTorch's autograd (dev/golden/rlhf.py): losses and every gradient.
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#define CAKE_NO_MAIN  // all of rlhf.cpp but its command line, of which this file looks at
+                      // objectives
+#pragma GCC diagnostic ignored "-Wunused-function"
+#include "cake/layers.h"
+#include "rlhf.cpp"
+#include "test/golden.h"
+#include "test/support.h"
+
+using namespace cake;
+
+namespace {
+
+using goldens::check_close;
+using goldens::Golden;
+using goldens::load_golden;
+using goldens::make_formula_gpt;
+
+// Known answers are given to six digits. In double, central differences with h = 1e-5 have
+// truncation h^2 = 1e-10 and cancellation 1e-16 / h = 1e-11: 1e-7 in norm is safe. What is exact
+// but for the order of sums agrees to 1e-12.
+constexpr double kDigits = 6e-7, kDifference = 1e-7, kExact = 1e-12;
+const double kNan = std::numeric_limits<double>::quiet_NaN();
+
+using Doubles = std::vector<double>;
+
+void check_known(double found, double known) {
+  CHECK_MESSAGE(std::abs(found - known) < kDigits, "found ", found, ", known ", known);
+}
+template <class T>
+void check_known(const std::vector<T>& found, const Doubles& known) {
+  REQUIRE(found.size() == known.size());
+  for (size_t i = 0; i < known.size(); i++) check_known(double(found[i]), known[i]);
+}
+
+Doubles noise(const std::string& name, size_t n, double scale = 1) {
+  Rng rng{hash64(name)};
+  Doubles x(n);
+  for (double& v : x) v = scale * rng.normal();
+  return x;
+}
+
+Doubles plus(Doubles x, const Doubles& y) {
+  for (size_t i = 0; i < x.size(); i++) x[i] += y[i];
+  return x;
+}
+
+// df/dx by central differences
+Doubles differences(Doubles x, const std::function<double(const Doubles&)>& f) {
+  constexpr double h = 1e-5;
+  Doubles gradient;
+  for (double& xi : x) {
+    const double keep = xi;
+    xi = keep + h;
+    const double up = f(x);
+    xi = keep - h;
+    const double down = f(x);
+    xi = keep;
+    gradient.push_back((up - down) / (2 * h));
+  }
+  return gradient;
+}
+
+// What an objective says of a batch's log-probabilities and entropies.
+struct Answer {
+  double loss = 0;
+  Doubles dlogp, dentropy = {};
+};
+
+// Tokens drawn from softmaxes of their own, as an engine makes them of logits (N, V).
+struct Softmaxes {
+  int N, V = 5;
+  double temperature = .7;
+  Doubles logits = noise("logits", size_t(N* V), 1.2);
+
+  int target(int n) const { return n * 3 % V; }
+  Doubles logp(const Doubles& z) const { return both(z).first; }
+  std::pair<Doubles, Doubles> both(const Doubles& z) const {  // logp, entropy
+    Doubles logp(static_cast<size_t>(N)), entropy(static_cast<size_t>(N));
+    for (int n = 0; n < N; n++) {
+      plain::classifier_forward(V, z.data() + n * V, target(n), temperature, logp[size_t(n)],
+                                entropy[size_t(n)]);
+    }
+    return {logp, entropy};
+  }
+  // The objective's weights, carried to the logits, against its loss's differences there.
+  void check(const std::string& name,
+             const std::function<Answer(const Doubles&, const Doubles&)>& objective) const {
+    const auto [l, H] = both(logits);
+    const Answer a = objective(l, H);
+    REQUIRE(a.dlogp.size() == size_t(N));
+    Doubles dlogits(size_t(N * V));
+    for (int n = 0; n < N; n++) {
+      plain::classifier_backward(
+          V, logits.data() + n * V, target(n), temperature, a.dlogp[size_t(n)],
+          a.dentropy.empty() ? 0. : a.dentropy[size_t(n)], dlogits.data() + n * V);
+    }
+    const double error = rel_error(dlogits, differences(logits, [&](const Doubles& z) {
+                                     const auto [logp, entropy] = both(z);
+                                     return objective(logp, entropy).loss;
+                                   }));
+    CHECK_MESSAGE(error < kDifference, name, ": ", error);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Reward models
+
+TEST_CASE("the ranking loss of three answers is the known one") {
+  const Doubles r{1, .5, -.25};
+  const auto known = rank_loss<double>(r, std::vector{1, 2, 3}, 0, 0, 1);
+  check_known(known.loss, .370959);
+  check_known(known.dreward, Doubles{-.200080, .018906, .181174});
+  CHECK(known.pairs == 3);
+  CHECK(known.right == 3);
+  check_known(known.margin, .5 + 1.25 + .75);
+  // a pair: -log s(r_w - r_l - m), and what centring adds
+  const auto pair = rank_loss<double>(Doubles{2, .5}, std::vector{2, 1}, .25, .01, .5);
+  check_known(pair.loss, .5 * (std::log(1 + std::exp(1.75)) + .01 * 2.5 * 2.5));
+  CHECK(pair.right == 0);
+  // in float, the same
+  const auto single = rank_loss(std::vector<float>{1, .5f, -.25f}, std::vector{1, 2, 3}, 0, 0, 1);
+  check_known(single.dreward, Doubles{-.200080, .018906, .181174});
+}
+
+TEST_CASE("answers of equal rank make no pair, answers of equal reward are half right") {
+  const auto tied = rank_loss<double>(Doubles{1, 2, 3}, std::vector{1, 1, 1}, 0, .01, 1);
+  CHECK(tied.pairs == 0);
+  CHECK(tied.loss == 0);
+  CHECK(tied.dreward == Doubles{0, 0, 0});
+  const auto some = rank_loss<double>(Doubles{1, 2, 3}, std::vector{1, 1, 2}, 0, 0, 1);
+  CHECK(some.pairs == 2);
+  const auto equal = rank_loss<double>(Doubles{1, 1}, std::vector{1, 2}, 0, 0, 1);
+  CHECK(equal.right == .5);
+  check_known(equal.loss, std::log(2));
+}
+
+TEST_CASE("the ranking loss's gradient matches finite differences, with margin and centring") {
+  const Doubles r = noise("rewards", 6, 1.5);
+  const std::vector<int> ranking{3, 1, 2, 3, 6, 5};
+  const auto loss = [&](const Doubles& x) {
+    return rank_loss<double>(x, ranking, .3, .02, .25).loss;
+  };
+  const auto a = rank_loss<double>(r, ranking, .3, .02, .25);
+  CHECK(a.pairs == 14);
+  CHECK(rel_error(a.dreward, differences(r, loss)) < kDifference);
+}
+
+TEST_CASE("a labelled text's loss is -log s of the reward, and its derivative a difference") {
+  check_known(label_loss(2, true).loss, std::log(1 + std::exp(-2)));
+  check_known(label_loss(2, false).loss, std::log(1 + std::exp(2)));
+  for (const bool good : {true, false}) {
+    const auto loss = [&](const Doubles& r) { return label_loss(r[0], good).loss; };
+    CHECK(rel_error(Doubles{label_loss(.8, good).dreward}, differences({.8}, loss)) < kDifference);
+  }
+  CHECK(label_loss(-800, true).loss == doctest::Approx(800));  // no overflow
+  CHECK(label_loss(800, true).loss == 0);
+}
+
+TEST_CASE("calibration puts pairs into bins of certainty and measures how far they are off") {
+  Calibration c;
+  for (const double right : {1, 1, 1, -1}) c.add(right * std::log(3));  // 3 of 4 at s = .75
+  CHECK(c.error() == doctest::Approx(0));
+  CHECK(c.pairs[5] + c.pairs[4] == 4);
+  c.add(0);  // sure of nothing, right by half
+  CHECK(c.pairs[0] == 1);
+  CHECK(c.error() == doctest::Approx(0));
+  c.add(-40), c.add(-40);  // sure, and wrong
+  CHECK(c.pairs[9] == 2);
+  CHECK(c.error() == doctest::Approx(2. / 7));
+  Calibration other;
+  other.add(c), other.add(c);
+  CHECK(other.pairs[9] == 4);
+  CHECK(other.error() == doctest::Approx(c.error()));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Advantages
+
+TEST_CASE("generalised advantages are the known ones, and those of a plain loop") {
+  const auto known = gae<double>(Doubles{-.1, -.2, 1}, Doubles{.5, .4, .3}, 1, .95);
+  check_known(known.advantages, Doubles{.14675, .365, .7});
+  check_known(known.returns, Doubles{.64675, .765, 1});
+  // A_t = sum over k of (gamma lambda)^k delta_{t + k}
+  const double gamma = .97, lambda = .9;
+  const Doubles r = noise("r", 9), v = noise("v", 9);
+  Doubles advantages, returns;
+  for (size_t t = 0; t < r.size(); t++) {
+    double sum = 0;
+    for (size_t k = t; k < r.size(); k++) {
+      const double delta = r[k] + (k + 1 < v.size() ? gamma * v[k + 1] : 0) - v[k];
+      sum += std::pow(gamma * lambda, double(k - t)) * delta;
+    }
+    advantages.push_back(sum);
+    returns.push_back(sum + v[t]);
+  }
+  const auto found = gae<double>(r, v, gamma, lambda);
+  CHECK(rel_error(found.advantages, advantages) < kExact);
+  CHECK(rel_error(found.returns, returns) < kExact);
+  CHECK(gae(std::vector<float>{}, std::vector<float>{}, 1, .95).advantages.empty());
+}
+
+TEST_CASE("whitening has mean 0 and variance 1 over what is not masked") {
+  Doubles known{.14675, .365, .7};
+  whiten<double>(known);
+  check_known(known, Doubles{-1.130236, -.171037, 1.301273});
+  const Doubles before{.14675, kNan, .365, 1e9, .7}, live{1, 0, .5, 0, 2};
+  Doubles masked = before;
+  whiten<double>(masked, live);
+  check_known(masked, Doubles{-1.130236, 0, -.171037, 0, 1.301273});
+  Doubles rewards{1, 2, 6};
+  whiten<double>(rewards, {}, true);
+  CHECK(rewards[0] + rewards[1] + rewards[2] == doctest::Approx(9));
+  Doubles equal{2, 2, 2};
+  whiten<double>(equal);
+  CHECK(equal == Doubles{0, 0, 0});
+}
+
+TEST_CASE("a group's advantages are the known ones of each method") {
+  const Doubles r{1, 1, 0, 0, 0};
+  using M = GroupMethod;
+  for (const M m : {M::grpo, M::dapo, M::gspo}) {
+    check_known(group_advantages(r, m), Doubles{1.095245, 1.095245, -.730163, -.730163, -.730163});
+  }
+  for (const M m : {M::dr_grpo, M::cake})
+    check_known(group_advantages(r, m), Doubles{.6, .6, -.4, -.4, -.4});
+  check_known(group_advantages(r, M::rloo), Doubles{.75, .75, -.5, -.5, -.5});
+  // RLOO: r less the mean of the others
+  const Doubles rewards{.3, 1.5, -2};
+  check_known(group_advantages(rewards, M::rloo), Doubles{.3 + .25, 1.5 + .85, -2 - .9});
+  for (const M m : {M::cake, M::grpo, M::dr_grpo, M::dapo, M::rloo, M::gspo}) {
+    CHECK(group_advantages(Doubles{.1, .1, .1}, m) == Doubles{0, 0, 0});  // .1: no rounding either
+    CHECK(group_advantages(Doubles{3}, m) == Doubles{0});
+    CHECK(std::isnan(group_advantages(Doubles{1, kNan}, m)[0]));
+    CHECK(std::isnan(group_advantages(Doubles{kNan, 1}, m)[0]));
+  }
+}
+
+TEST_CASE("a group is mixed as often as chance has it") {
+  const auto chance = [](double p, int G) {  // over all outcomes
+    double sum = 0;
+    Doubles rewards(static_cast<size_t>(G));
+    for (int outcome = 0; outcome < 1 << G; outcome++) {
+      double probability = 1;
+      for (int i = 0; i < G; i++) {
+        rewards[size_t(i)] = outcome >> i & 1;
+        probability *= rewards[size_t(i)] > 0 ? p : 1 - p;
+      }
+      if (has_variance(rewards)) sum += probability;
+    }
+    return sum;
+  };
+  CHECK(std::abs(chance(.30, 8) - .94) < .005);
+  CHECK(std::abs(chance(.01, 12) - (1 - std::pow(.01, 12) - std::pow(.99, 12))) < kExact);
+}
+
+TEST_CASE("tokens weigh what each method's reduction says") {
+  using M = GroupMethod;
+  const std::vector<int> lengths{4, 0, 1, 11};  // B = 4, 16 tokens
+  check_known(token_weights(M::grpo, lengths, 20), Doubles{1. / 16, 0, 1. / 4, 1. / 44});
+  CHECK(token_weights(M::gspo, lengths, 20) == token_weights(M::grpo, lengths, 20));
+  check_known(token_weights(M::dr_grpo, lengths, 20), Doubles{1. / 80, 0, 1. / 80, 1. / 80});
+  check_known(token_weights(M::rloo, lengths, 20), Doubles{.25, 0, .25, .25});
+  for (const M m : {M::dapo, M::cake})
+    check_known(token_weights(m, lengths, 20), Doubles{1. / 16, 0, 1. / 16, 1. / 16});
+}
+
+// ---------------------------------------------------------------------------------------------
+// Policy and value
+
+TEST_CASE("the clipped policy loss is the known one on both sides") {
+  const auto one = [](double A, double ratio) {
+    return clipped_policy<double>(Doubles{std::log(ratio) - 1}, Doubles{-1}, Doubles{A}, Doubles{1},
+                                  .2, .2);
+  };
+  check_known(one(1, 1.3).loss, -1.2);
+  CHECK(one(1, 1.3).dlogp[0] == 0);
+  CHECK(one(1, 1.3).ratios.clipped_share() == 1);
+  check_known(one(-1, 1.3).loss, 1.3);
+  check_known(one(-1, 1.3).dlogp[0], 1.3);
+  CHECK(one(-1, 1.3).ratios.clipped_share() == 0);
+  check_known(one(-1, .7).loss, .8);
+  CHECK(one(-1, .7).dlogp[0] == 0);
+  check_known(one(1, .7).loss, -.7);
+  check_known(one(1, .7).dlogp[0], -.7);
+  // DAPO's wider upper side
+  const auto wide =
+      clipped_policy<double>(Doubles{std::log(1.25)}, Doubles{0}, Doubles{1}, Doubles{1}, .2, .28);
+  check_known(wide.loss, -1.25);
+  check_known(wide.dlogp[0], -1.25);
+  check_known(wide.ratios.mean_ratio(), 1.25);
+  check_known(wide.ratios.mean_k3(), .25 - std::log(1.25));
+  check_known(wide.ratios.largest, .25);
+}
+
+TEST_CASE("before the first update the ratio is 1 and a weight is its advantage") {
+  const std::vector<float> l{-1.5f, -.25f, -7}, A{.5f, -2, 1}, w{.25f, .25f, .5f};
+  const auto a = clipped_policy(l, l, A, w, .2, .2);
+  CHECK(a.ratios.mean_ratio() == 1);
+  CHECK(a.ratios.largest == 0);
+  CHECK(a.ratios.mean_k3() == 0);
+  CHECK(a.dlogp == std::vector<float>{-.125f, .5f, -.5f});
+  const auto s =
+      clipped_sequence_policy(l, l, std::vector{0, 2, 3}, std::vector<float>{.5f, -2}, w, .2, .2);
+  CHECK(s.dlogp == std::vector<float>{-.125f, -.125f, 1});
+  // another temperature or mask is seen
+  CHECK(clipped_policy(std::vector<float>{-1.5f, -.26f, -7}, l, A, w, .2, .2).ratios.largest >
+        .009);
+}
+
+TEST_CASE("ratios of micro-batches add up to the batch's") {
+  const Doubles l = noise("l", 40, .3), old = noise("old", 40, .3), A = noise("A", 40);
+  Doubles w(40, 1. / 40);
+  w[3] = w[17] = 0;
+  const auto whole = clipped_policy<double>(l, old, A, w, .2, .2);
+  CHECK(whole.ratios.count == 38);
+  CHECK(whole.ratios.clipped > 0);
+  RatioStats sum;
+  double loss = 0;
+  for (const size_t begin : {0, 25}) {
+    const size_t n = begin == 0 ? 25 : 15;
+    const auto cut = [&](const Doubles& x) { return std::span(x).subspan(begin, n); };
+    const auto part = clipped_policy<double>(cut(l), cut(old), cut(A), cut(w), .2, .2);
+    sum.add(part.ratios);
+    loss += part.loss;
+  }
+  CHECK(loss == doctest::Approx(whole.loss));
+  CHECK(sum.count == whole.ratios.count);
+  CHECK(sum.clipped_share() == whole.ratios.clipped_share());
+  CHECK(sum.mean_ratio() == doctest::Approx(whole.ratios.mean_ratio()));
+  CHECK(sum.mean_k3() == doctest::Approx(whole.ratios.mean_k3()));
+  CHECK(sum.largest == whole.ratios.largest);
+}
+
+TEST_CASE("policy losses' gradients match finite differences through a softmax") {
+  const Softmaxes s{9};
+  const Doubles l = s.logp(s.logits), old = plus(l, noise("drift", 9, .3)),
+                A{1, -1, .5, -.5, 2, -2, 1, -1, .7};
+  Doubles w = noise("w", 9);
+  for (double& x : w) x = std::abs(x);
+  w[4] = 0;
+  const auto tokens = clipped_policy<double>(l, old, A, w, .2, .28);
+  REQUIRE(tokens.ratios.clipped > 0);
+  REQUIRE(tokens.ratios.clipped < 8);
+  s.check("clipped policy", [&](const Doubles& logp, const Doubles&) {
+    const auto a = clipped_policy<double>(logp, old, A, w, .2, .28);
+    return Answer{a.loss, a.dlogp};
+  });
+  s.check("with an entropy bonus", [&](const Doubles& logp, const Doubles& entropy) {
+    const auto a = clipped_policy<double>(logp, old, A, w, .2, .28);
+    Answer answer{a.loss, a.dlogp};
+    for (size_t t = 0; t < w.size(); t++) {
+      answer.loss -= .1 * w[t] * entropy[t];
+      answer.dentropy.push_back(-.1 * w[t]);
+    }
+    return answer;
+  });
+  const std::vector<int> starts{0, 3, 5, 9};
+  for (const double first : {1., -1.}) {  // the first rollout's ratio is outside the clip
+    Doubles far = old;
+    for (size_t t = 0; t < 3; t++) far[t] = l[t] - .4;
+    const Doubles advantages{first, .5, -2};
+    const auto run = [&](const Doubles& logp) {
+      // within a rollout a weight is constant or 0
+      const Doubles flat{.2, 0, .2, .5, .5, .1, .1, 0, .1};
+      return clipped_sequence_policy<double>(logp, far, starts, advantages, flat, .2, .2);
+    };
+    CHECK(run(l).ratios.clipped == (first > 0 ? 1 : 0));
+    s.check("GSPO", [&](const Doubles& logp, const Doubles&) {
+      return Answer{run(logp).loss, run(logp).dlogp};
+    });
+  }
+}
+
+TEST_CASE("the clipped value loss is the known one, and its gradient a difference") {
+  const auto known = clipped_value<double>(Doubles{.8}, Doubles{.5}, Doubles{1}, Doubles{1}, .2);
+  check_known(known.loss, .045);
+  CHECK(known.dvalue[0] == 0);
+  CHECK(known.clipped == 1);
+  const auto open = clipped_value<double>(Doubles{.8}, Doubles{.5}, Doubles{1}, Doubles{1}, 0);
+  check_known(open.loss, .02);
+  check_known(open.dvalue[0], -.2);
+  const Doubles v = noise("v", 12), old = plus(v, noise("old", 12, .3)), R = noise("R", 12);
+  Doubles w(12, .1);
+  w[5] = 0;
+  const auto run = [&](const Doubles& x) { return clipped_value<double>(x, old, R, w, .2); };
+  REQUIRE(run(v).clipped > 0);
+  REQUIRE(run(v).clipped < 11);
+  CHECK(run(v).count == 11);
+  CHECK(rel_error(run(v).dvalue, differences(v, [&](auto& x) { return run(x).loss; })) <
+        kDifference);
+}
+
+TEST_CASE("explained variance is 1 for a critic that knows and 0 for one that says the mean") {
+  const Doubles R{1, 3, -2, kNan, 6}, w{1, .5, 1, 0, 1}, mean(5, 2);
+  CHECK(explained_variance<double>(R, R, w) == 1);
+  CHECK(std::abs(explained_variance<double>(mean, R, w)) < kExact);
+  const Doubles half{.5, 1.5, -1, 0, 3};
+  CHECK(explained_variance<double>(half, R, w) == doctest::Approx(.75));
+  CHECK(explained_variance<double>(R, Doubles(5, 1), w) == 0);  // nothing to explain
+}
+
+// ---------------------------------------------------------------------------------------------
+// KL
+
+TEST_CASE("KL estimators and the adaptive price are the known ones") {
+  check_known(kl_estimate(KlEstimator::k1, -.5), -.5);
+  check_known(kl_estimate(KlEstimator::k2, -.5), .125);
+  check_known(kl_estimate(KlEstimator::k3, -.5), .148721);
+  AdaptiveBeta beta{.15, 6};
+  beta.update(12, 512);
+  check_known(beta.beta, .151536);
+  AdaptiveBeta slow{1, 6};
+  for (int i = 0; i < 50; i++) slow.update(1e9, 64);
+  CHECK(std::abs(slow.beta - 1.066) < 5e-4);
+  AdaptiveBeta down{.15, 6};
+  down.update(5.4, 10000);  // inside the clip: -.1
+  check_known(down.beta, .135);
+}
+
+TEST_CASE("KL losses' gradients match finite differences through a softmax") {
+  const Softmaxes s{6};
+  const Doubles ref = plus(s.logp(s.logits), noise("ref", 6, .5)), w{.3, .1, 0, .2, .2, .2};
+  for (const KlEstimator k : {KlEstimator::k1, KlEstimator::k2, KlEstimator::k3}) {
+    s.check("k" + std::to_string(int(k) + 1), [&](const Doubles& logp, const Doubles&) {
+      const auto a = kl_loss<double>(k, logp, ref, w);
+      return Answer{a.loss, a.dlogp};
+    });
+  }
+}
+
+// Over all tokens, each as often as the policy draws it.
+TEST_CASE("on policy, k2's gradient is the KL's, k3's that of the other KL, k1's none") {
+  const size_t V = 5;
+  const Doubles z = noise("z", V), zr = noise("zr", V);
+  const auto log_softmax = [&](const Doubles& x) {
+    Doubles l(V);
+    double ignored;
+    for (size_t j = 0; j < V; j++)
+      plain::classifier_forward(int(V), x.data(), int(j), 1., l[j], ignored);
+    return l;
+  };
+  const auto kl = [&](const Doubles& a, const Doubles& b) {
+    double sum = 0;
+    for (size_t j = 0; j < V; j++) sum += std::exp(a[j]) * (a[j] - b[j]);
+    return sum;
+  };
+  const Doubles l = log_softmax(z), ref = log_softmax(zr);
+  Doubles p(V);
+  for (size_t j = 0; j < V; j++) p[j] = std::exp(l[j]);
+  const auto gradient = [&](KlEstimator k) {
+    const auto a = kl_loss<double>(k, l, ref, p);
+    Doubles dz(V), one(V);
+    for (size_t j = 0; j < V; j++) {
+      plain::classifier_backward(int(V), z.data(), int(j), 1., a.dlogp[j], 0., one.data());
+      dz = plus(dz, one);
+    }
+    return dz;
+  };
+  CHECK(std::abs(kl_loss<double>(KlEstimator::k1, l, ref, p).loss - kl(l, ref)) < kExact);
+  CHECK(std::abs(kl_loss<double>(KlEstimator::k3, l, ref, p).loss - kl(l, ref)) < kExact);
+  const auto policy_kl = [&](const Doubles& x) { return kl(log_softmax(x), ref); };
+  const auto other_kl = [&](const Doubles& x) { return kl(ref, log_softmax(x)); };
+  CHECK(rel_error(gradient(KlEstimator::k2), differences(z, policy_kl)) < kDifference);
+  CHECK(rel_error(gradient(KlEstimator::k3), differences(z, other_kl)) < kDifference);
+  CHECK(rel_error(gradient(KlEstimator::k1), Doubles(V, 0.)) < kExact);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Direct preferences
+
+TEST_CASE("DPO's first loss is ln 2, and the known pair's are the known ones") {
+  const PairLoss first = dpo_loss(-12.5, -9, -12.5, -9, .1);
+  check_known(first.loss, std::log(2));
+  check_known(first.dchosen, -.05);
+  CHECK(first.margin == 0);
+  check_known(dpo_loss(-12.5, -9, -12.5, -9, .1, .2).loss, std::log(2));
+  const PairLoss known = dpo_loss(-10, -14, -11, -13, .1);  // D = 2
+  check_known(known.loss, .598139);
+  check_known(known.dchosen, -.045017);
+  check_known(known.drejected, .045017);
+  check_known(known.margin, .2);
+  const PairLoss smoothed = dpo_loss(-10, -14, -11, -13, .1, .1);
+  check_known(smoothed.loss, .618139);
+  check_known(smoothed.dchosen, -.035017);
+  const PairLoss ipo = ipo_loss(-10, -14, -11, -13, .1);
+  check_known(ipo.loss, 9);
+  check_known(ipo.dchosen, -6);
+  check_known(ipo.drejected, 6);
+  CHECK(dpo_loss(-2000, -1, -1, -1, 1).loss == doctest::Approx(1999));  // no overflow
+}
+
+TEST_CASE("KTO and ORPO are what their formulas say at a point") {
+  // at the baseline both kinds lose a half
+  check_known(kto_loss(-3, -4, true, 1, .1).loss, .5);
+  check_known(kto_loss(-3, -4, false, 1, .1, 1.5).loss, .75);
+  check_known(kto_loss(-3, -4, true, 1, .1).dlogp, -.1 / 4);
+  CHECK(kto_loss(-1, -4, true, 1, .1).loss < .5);
+  CHECK(kto_loss(-1, -4, false, 1, .1).loss > .5);
+  check_known(kto_baseline(Doubles{1, 3, -1}), 1);
+  CHECK(kto_baseline(Doubles{-1, -3, 1}) == 0);
+  CHECK(std::isnan(kto_baseline(Doubles{1, kNan})));
+  // odds 1 and 1/3: -log(1/2) - lambda log s(log 3)
+  const PairLoss orpo = orpo_loss(std::log(.5), std::log(.25), .2);
+  check_known(orpo.loss, std::log(2) + .2 * std::log(4. / 3));
+  check_known(orpo.margin, std::log(3));
+  CHECK(std::isfinite(orpo_loss(0, 0, .2).loss));  // certain of both
+  CHECK(std::isfinite(orpo_loss(0, -1, .2).dchosen));
+}
+
+TEST_CASE("direct objectives' gradients match finite differences through a softmax") {
+  const Softmaxes s{7};
+  const size_t chosen = 4;  // tokens of the chosen answer, the rest are the rejected one's
+  const double refs[] = {-5, -4};
+  // of sums, or of means per token
+  const auto check = [&](const std::string& name, bool means, const auto& objective) {
+    s.check(name, [&](const Doubles& l, const Doubles&) {
+      const double n = means ? double(chosen) : 1, m = means ? double(l.size() - chosen) : 1;
+      double a = 0, b = 0;
+      for (size_t t = 0; t < l.size(); t++) (t < chosen ? a : b) += l[t];
+      const PairLoss pair = objective(a / n, b / m);
+      Answer answer{pair.loss, Doubles(l.size())};
+      for (size_t t = 0; t < l.size(); t++)
+        answer.dlogp[t] = t < chosen ? pair.dchosen / n : pair.drejected / m;
+      return answer;
+    });
+  };
+  for (const double smoothing : {0., .1}) {
+    check("DPO", false,
+          [&](double a, double b) { return dpo_loss(a, b, refs[0], refs[1], .3, smoothing); });
+  }
+  check("IPO", true,
+        [&](double a, double b) { return ipo_loss(a, b, refs[0] / 4, refs[1] / 3, .3); });
+  check("ORPO", true, [&](double a, double b) { return orpo_loss(a, b, .4); });
+  check("KTO", false, [&](double a, double b) {
+    const KtoLoss good = kto_loss(a, refs[0], true, .2, .3, 1.25),
+                  bad = kto_loss(b, refs[1], false, .2, .3, .75);
+    return PairLoss{good.loss + bad.loss, good.dlogp, bad.dlogp};
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// NaN
+
+TEST_CASE("NaN in is NaN out, but where it is masked") {
+  const Doubles bad{-1, kNan}, fine{-1, -2}, A{1, -1}, live{.5, .5}, masked{.5, 0};
+  const auto both = [](double loss, const Doubles& d) {
+    return std::isnan(loss) && std::isnan(d[1]);
+  };
+  const auto none = [](double loss, const Doubles& d) { return std::isfinite(loss) && d[1] == 0; };
+  const std::vector<int> starts{0, 1, 2};
+  for (int argument = 0; argument < 3; argument++) {
+    const auto at = [&](int i, const Doubles& x) { return i == argument ? bad : x; };
+    CAPTURE(argument);
+    for (const Doubles& w : {live, masked}) {
+      const auto test = [&](double loss, const Doubles& d) {
+        CHECK((w == live ? both(loss, d) : none(loss, d)));
+      };
+      const auto policy = clipped_policy<double>(at(0, fine), at(1, fine), at(2, A), w, .2, .2);
+      test(policy.loss, policy.dlogp);
+      if (argument < 2) CHECK(std::isnan(policy.ratios.largest) == (w == live));
+      const auto sequence =
+          clipped_sequence_policy<double>(at(0, fine), at(1, fine), starts, at(2, A), w, .2, .2);
+      test(sequence.loss, sequence.dlogp);
+      const auto value = clipped_value<double>(at(0, fine), at(1, fine), at(2, A), w, .2);
+      test(value.loss, value.dvalue);
+      if (argument == 2) continue;
+      for (const KlEstimator k : {KlEstimator::k2, KlEstimator::k3}) {
+        const auto kl = kl_loss<double>(k, at(0, fine), at(1, fine), w);
+        test(kl.loss, kl.dlogp);
+      }
+    }
+  }
+  const auto rollout =
+      clipped_sequence_policy<double>(bad, fine, std::vector{0, 2}, Doubles{1}, masked, .2, .2);
+  CHECK(rollout.loss == -.5);
+  CHECK(rollout.dlogp == Doubles{-.5, 0});
+  RatioStats ratios, nan, more;
+  nan.add(kNan, false), more.add(.5, false);
+  ratios.add(nan), ratios.add(more);
+  CHECK(std::isnan(ratios.largest));
+  CHECK(std::isnan(rank_loss<double>(bad, std::vector{1, 2}, 0, 0, 1).loss));
+  CHECK(std::isnan(rank_loss<double>(bad, std::vector{1, 2}, 0, 0, 1).dreward[0]));
+  CHECK(std::isnan(label_loss(kNan, true).loss));
+  CHECK(std::isnan(gae<double>(bad, fine, 1, .95).advantages[0]));
+  CHECK(std::isnan(gae<double>(fine, bad, 1, .95).advantages[0]));
+  for (int i = 0; i < 4; i++) {
+    double x[] = {-1, -2, -3, -4};
+    x[i] = kNan;
+    CHECK(std::isnan(dpo_loss(x[0], x[1], x[2], x[3], .1).dchosen));
+    CHECK(std::isnan(ipo_loss(x[0], x[1], x[2], x[3], .1).loss));
+    if (i < 2) CHECK(std::isnan(orpo_loss(x[0], x[1], .1).loss));
+    if (i < 2) CHECK(std::isnan(kto_loss(x[0], x[1], true, 0, .1).dlogp));
+  }
+  Doubles nans{1, kNan};
+  whiten<double>(nans);
+  CHECK(std::isnan(nans[0]));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Measures
+
+TEST_CASE("pass@k is the known one, and that of all draws") {
+  check_known(pass_at_k(8, 2, 4), .785714);
+  CHECK(pass_at_k(8, 0, 4) == 0);
+  CHECK(pass_at_k(8, 5, 4) == 1);
+  check_known(pass_at_k(8, 3, 1), 3. / 8);
+  int right = 0, draws = 0;  // of 3 out of 6 answers, of which the first two are right
+  for (int chosen = 0; chosen < 64; chosen++) {
+    if (__builtin_popcount(unsigned(chosen)) != 3) continue;
+    draws++;
+    right += (chosen & 3) != 0;
+  }
+  CHECK(pass_at_k(6, 2, 3) == doctest::Approx(double(right) / draws));
+}
+
+TEST_CASE("the KL of the best of n is that of the highest of n uniform numbers") {
+  CHECK(best_of_n_kl(1) == 0);
+  check_known(best_of_n_kl(4), std::log(4) - .75);
+  for (const double n : {2., 16.}) {  // density n u^(n-1) against 1
+    double sum = 0;
+    const int steps = 20000;
+    for (int i = 0; i < steps; i++) {
+      const double density = n * std::pow((i + .5) / steps, n - 1);
+      sum += density * std::log(density) / steps;
+    }
+    CHECK(std::abs(best_of_n_kl(n) - sum) < 1e-6);  // of the midpoint rule
+  }
+}
+
+TEST_CASE("fits of overoptimisation find the curve, its optimum and its height") {
+  const Doubles d{0, .5, 1, 1.5, 2, 3, 4};
+  for (const Pressure p : {Pressure::best_of_n, Pressure::rl}) {
+    Doubles R;
+    for (const double x : d) {
+      R.push_back(x == 0                     ? 0
+                  : p == Pressure::best_of_n ? x * (2 - .4 * x)
+                                             : x * (1.2 - .6 * std::log(x)));
+    }
+    const Overoptimization fit = fit_overoptimization(p, d, R);
+    check_known(fit.alpha, p == Pressure::best_of_n ? 2 : 1.2);
+    check_known(fit.beta, p == Pressure::best_of_n ? .4 : .6);
+    check_known(fit.optimum, p == Pressure::best_of_n ? 2.5 : std::exp(1.));
+    check_known(fit.highest, p == Pressure::best_of_n ? 2.5 : .6 * std::exp(1.));
+    for (const double off : {-.01, .01})
+      CHECK(overoptimized(p, fit.alpha, fit.beta, fit.optimum + off) < fit.highest);
+    // least squares: no other curve is nearer to noisy points
+    const Doubles noisy = plus(R, noise("gold", d.size(), .2));
+    const auto squares = [&](const Doubles& x) {
+      double sum = 0;
+      for (size_t i = 0; i < d.size(); i++)
+        sum += std::pow(overoptimized(p, x[0], x[1], d[i]) - noisy[i], 2);
+      return sum;
+    };
+    const Overoptimization best = fit_overoptimization(p, d, noisy);
+    for (const double slope : differences({best.alpha, best.beta}, squares))
+      CHECK(std::abs(slope) < 1e-8);
+    const Doubles rising{0, .5, 1.1, 1.8, 2.6, 4.5, 7};
+    CHECK(std::isinf(fit_overoptimization(p, d, rising).optimum));
+    const Overoptimization none = fit_overoptimization(p, Doubles{0, 2, 2}, Doubles{0, 1, 1});
+    CHECK(std::isnan(none.alpha));
+    CHECK(std::isnan(none.optimum));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Whole steps against PyTorch
+
+// Relative, ||a - b|| / ||b||, about ten times what PyTorch's float32 is off (rlhf.py prints it).
+constexpr double kGradient = 3e-5;  // 2.9e-6
+constexpr double kWeights = 4e-6;   // dlogp, advantages, returns, scores: 3.5e-7
+// Losses are sums of both signs: absolute, of terms about 1, each off by 1e-7.
+constexpr double kLoss = 2e-6;
+
+// A golden's rollouts: document i's answer is [begin, end) of the packed positions.
+struct Steps {
+  Golden golden;
+  std::vector<int> tokens, targets, starts;
+  std::vector<std::pair<size_t, size_t>> answers;
+  std::vector<float> live;  // 1 where there is a target
+  int trained = 0;
+
+  explicit Steps(const std::string& name)
+      : golden(load_golden(name)),
+        tokens(golden.ints("tokens")),
+        targets(golden.ints("targets")),
+        starts(golden.ints("doc_starts")) {
+    for (size_t i = 0; i + 1 < starts.size(); i++) {
+      size_t begin = size_t(starts[i]);
+      while (targets[begin] < 0) begin++;
+      answers.push_back({begin, size_t(starts[i + 1])});
+    }
+    for (const int t : targets) live.push_back(t >= 0), trained += t >= 0;
+  }
+  Batch batch() const { return {tokens, targets, starts, golden.temperature}; }
+  double setting(const char* name) const { return golden.settings.at(name); }
+  int length(size_t i) const {  // trained tokens of an answer
+    return int(std::count(live.begin() + std::ptrdiff_t(answers[i].first),
+                          live.begin() + std::ptrdiff_t(answers[i].second), 1.f));
+  }
+  double sum(std::span<const float> x, size_t i) const {  // over an answer's trained tokens
+    double s = 0;
+    for (size_t t = answers[i].first; t < answers[i].second; t++) s += double(live[t]) * x[t];
+    return s;
+  }
+};
+
+void check_loss(double found, const std::vector<float>& golden, const std::string& what) {
+  const double error = std::abs(found - double(golden.at(0)));
+  CHECK_MESSAGE(error < kLoss, what, ": found ", found, ", golden ", golden[0]);
+}
+
+// Every tensor's gradient, cleared afterwards.
+void check_gradients(Gpt& gpt, const Golden& golden, const std::string& prefix) {
+  const auto& tensors = gpt.table().tensors;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    const std::string name = prefix + "gradient." + tensors[i].name;
+    check_close(goldens::read(gpt, int(i), Slot::gradient), golden.at(name), kGradient, name);
+  }
+  gpt.zero_gradients();
+}
+
+TEST_CASE("a step of PPO has PyTorch's losses and gradients, of policy and critic") {
+  const Steps s("rlhf_ppo");
+  const Golden& g = s.golden;
+  const std::vector<float>&old_logp = g.at("old_logp"), &ref_logp = g.at("ref_logp"),
+        &old_value = g.at("old_value"), &scores = g.at("scores");
+  std::vector<float> advantages(s.tokens.size()), returns(s.tokens.size());
+  for (size_t i = 0; i < s.answers.size(); i++) {
+    const auto [begin, end] = s.answers[i];
+    std::vector<float> rewards, values;
+    for (size_t t = begin; t < end; t++) {
+      const double kl = kl_estimate(KlEstimator::k1, double(old_logp[t]) - ref_logp[t]);
+      rewards.push_back(float(-s.setting("beta") * kl + (t + 1 == end ? scores[i] : 0)));
+      values.push_back(old_value[t]);
+    }
+    const auto a = gae(rewards, values, s.setting("gamma"), s.setting("lam"));
+    std::copy(a.advantages.begin(), a.advantages.end(), advantages.begin() + std::ptrdiff_t(begin));
+    std::copy(a.returns.begin(), a.returns.end(), returns.begin() + std::ptrdiff_t(begin));
+  }
+  whiten(advantages, s.live);
+  const auto packed = [&](const std::vector<float>& x) {
+    std::vector<float> kept;
+    for (size_t t = 0; t < x.size(); t++)
+      if (s.live[t] > 0) kept.push_back(x[t]);
+    return kept;
+  };
+  check_close(packed(advantages), g.at("advantages"), kWeights, "advantages");
+  check_close(packed(returns), g.at("returns"), kWeights, "returns");
+
+  std::vector<float> weights(s.tokens.size()), dentropy(s.tokens.size());
+  for (size_t t = 0; t < weights.size(); t++) {
+    weights[t] = s.live[t] / float(s.trained);
+    dentropy[t] = float(-s.setting("entropy")) * weights[t];
+  }
+  const auto policy = make_formula_gpt(g.config);
+  policy->forward(s.batch(), Pass::train);
+  const double clip = s.setting("clip");
+  const auto loss = clipped_policy(policy->logp(), old_logp, advantages, weights, clip, clip);
+  CHECK(loss.ratios.clipped > 0);
+  const auto entropy = policy->entropy();
+  check_loss(loss.loss + std::inner_product(dentropy.begin(), dentropy.end(), entropy.begin(), 0.),
+             g.at("loss"), "loss");
+  policy->backward(loss.dlogp, {}, dentropy);
+  check_gradients(*policy, g, "");
+
+  Config config = g.config;
+  config.head = Head::scalar;
+  const auto critic = make_formula_gpt(config);
+  critic->forward({s.tokens, {}, s.starts}, Pass::train);
+  const auto value =
+      clipped_value(critic->value(), old_value, returns, weights, s.setting("value_clip"));
+  CHECK(value.clipped > 0);
+  check_loss(value.loss, g.at("value_loss"), "value loss");
+  critic->backward({}, value.dvalue);
+  check_gradients(*critic, g, "critic.");
+}
+
+TEST_CASE(
+    "a step of each GRPO method has PyTorch's loss and weights, GRPO and GSPO every gradient") {
+  const Steps s("rlhf_grpo");
+  const Golden& g = s.golden;
+  const size_t B = s.answers.size(), G = B / size_t(s.setting("groups"));
+  const std::vector<float>&old_logp = g.at("old_logp"), &ref_logp = g.at("ref_logp");
+  std::vector<int> lengths;
+  for (size_t i = 0; i < B; i++) lengths.push_back(s.length(i));
+  const auto policy = make_formula_gpt(g.config);
+  policy->forward(s.batch(), Pass::train);
+  const std::span<const float> logp = policy->logp();
+  const std::pair<const char*, GroupMethod> methods[] = {
+      {"grpo", GroupMethod::grpo}, {"dr_grpo", GroupMethod::dr_grpo}, {"dapo", GroupMethod::dapo},
+      {"rloo", GroupMethod::rloo}, {"cake", GroupMethod::cake},       {"gspo", GroupMethod::gspo}};
+  for (const auto& [name, method] : methods) {
+    const auto each = token_weights(method, lengths, int(s.setting("max_length")));
+    std::vector<float> rollout_advantages, advantages(logp.size()), weights(logp.size());
+    for (size_t first = 0; first < B; first += G) {
+      Doubles rewards;
+      for (size_t i = first; i < first + G; i++) {
+        rewards.push_back(g.at("rewards")[i]);
+        if (method == GroupMethod::rloo)
+          rewards.back() -= s.setting("beta") * (s.sum(old_logp, i) - s.sum(ref_logp, i));
+      }
+      for (const double a : group_advantages(rewards, method))
+        rollout_advantages.push_back(float(a));
+    }
+    for (size_t i = 0; i < B; i++) {
+      for (size_t t = s.answers[i].first; t < s.answers[i].second; t++) {
+        advantages[t] = rollout_advantages[i];
+        weights[t] = float(each[i]) * s.live[t];
+      }
+    }
+    const double low = s.setting("low"),
+                 high = method == GroupMethod::dapo ? s.setting("high") : low;
+    PolicyLoss<float> a = method == GroupMethod::gspo
+                              ? clipped_sequence_policy(logp, old_logp, s.starts,
+                                                        rollout_advantages, weights, low, high)
+                              : clipped_policy(logp, old_logp, advantages, weights, low, high);
+    CHECK(a.ratios.clipped > 0);
+    CHECK(a.ratios.count == (method == GroupMethod::gspo ? int64_t(B) : s.trained));
+    if (method == GroupMethod::grpo) {
+      const auto kl = kl_loss(KlEstimator::k3, logp, ref_logp, weights);
+      a.loss += s.setting("beta") * kl.loss;
+      for (size_t t = 0; t < logp.size(); t++) a.dlogp[t] += float(s.setting("beta")) * kl.dlogp[t];
+    }
+    const std::string key = name;
+    check_loss(a.loss, g.at("loss." + key), key);
+    check_close(a.dlogp, g.at("dlogp." + key), kWeights, "dlogp." + key);
+    if (!g.has(key + ".gradient.wte")) continue;
+    policy->backward(a.dlogp);
+    check_gradients(*policy, g, key + ".");
+    policy->forward(s.batch(), Pass::train);
+  }
+}
+
+TEST_CASE("a step of DPO has PyTorch's loss and every gradient, IPO, ORPO and KTO its weights") {
+  const Steps s("rlhf_dpo");
+  const Golden& g = s.golden;
+  const std::vector<float>& ref_logp = g.at("ref_logp");
+  const auto policy = make_formula_gpt(g.config);
+  policy->forward(s.batch(), Pass::train);
+  const std::span<const float> logp = policy->logp();
+  const double beta = s.setting("beta"), pairs = double(s.answers.size()) / 2;
+  for (const std::string name : {"dpo", "ipo", "orpo", "kto"}) {
+    double loss = 0;
+    std::vector<float> dlogp(logp.size());
+    for (size_t w = 0; w < s.answers.size(); w += 2) {  // chosen w, rejected w + 1
+      const bool means = name == "ipo" || name == "orpo";
+      const double n = means ? s.length(w) : 1, m = means ? s.length(w + 1) : 1;
+      const double chosen = s.sum(logp, w) / n, rejected = s.sum(logp, w + 1) / m,
+                   ref_chosen = s.sum(ref_logp, w) / n, ref_rejected = s.sum(ref_logp, w + 1) / m;
+      PairLoss pair;
+      if (name == "dpo") {
+        pair = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, s.setting("smoothing"));
+      } else if (name == "ipo") {
+        pair = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta);
+      } else if (name == "orpo") {
+        pair = orpo_loss(chosen, rejected, s.setting("lam"));
+      } else {
+        const double baseline = s.setting("baseline");
+        const KtoLoss good = kto_loss(chosen, ref_chosen, true, baseline, beta),
+                      bad = kto_loss(rejected, ref_rejected, false, baseline, beta);
+        pair = {(good.loss + bad.loss) / 2, good.dlogp / 2, bad.dlogp / 2};  // mean over answers
+      }
+      loss += pair.loss / pairs;
+      for (size_t t = s.answers[w].first; t < s.answers[w].second; t++)
+        dlogp[t] = float(pair.dchosen / n / pairs) * s.live[t];
+      for (size_t t = s.answers[w + 1].first; t < s.answers[w + 1].second; t++)
+        dlogp[t] = float(pair.drejected / m / pairs) * s.live[t];
+    }
+    // IPO's loss is about 24: its error is of that size
+    check_loss(name == "ipo" ? loss / 24 : loss,
+               name == "ipo" ? std::vector{g.at("loss.ipo")[0] / 24} : g.at("loss." + name), name);
+    check_close(dlogp, g.at("dlogp." + name), kWeights, "dlogp." + name);
+    if (name != "dpo") continue;
+    policy->backward(dlogp);
+    check_gradients(*policy, g, "");
+    policy->forward(s.batch(), Pass::train);
+  }
+}
+
+TEST_CASE("a step of a reward model on rankings and labels has PyTorch's loss and every gradient") {
+  const Golden g = load_golden("rlhf_reward");
+  const std::vector<int> tokens = g.ints("tokens"), starts = g.ints("doc_starts");
+  const auto model = make_formula_gpt(g.config);
+  model->forward({tokens, {}, starts}, Pass::train);
+  const std::span<const float> value = model->value();
+  std::vector<float> score, dvalue(tokens.size());
+  for (size_t i = 1; i < starts.size(); i++) score.push_back(value[size_t(starts[i]) - 1]);
+  check_close(score, g.at("score"), kWeights, "score");
+  const auto rankings = g.settings.at("rankings").get<std::vector<std::vector<int>>>();
+  double loss = 0;
+  size_t at = 0;  // answer
+  const auto dscore = [&](size_t answer) -> float& {
+    return dvalue[size_t(starts[answer + 1]) - 1];
+  };
+  for (const std::vector<int>& ranking : rankings) {
+    const auto rank =
+        rank_loss(std::span(score).subspan(at, ranking.size()), ranking, g.settings.at("margin"),
+                  g.settings.at("centring"), 1. / double(rankings.size()));
+    loss += rank.loss;
+    for (size_t k = 0; k < ranking.size(); k++) dscore(at + k) = rank.dreward[k];
+    at += ranking.size();
+  }
+  check_loss(loss, g.at("loss"), "rankings");
+  const auto labels = g.settings.at("labels").get<std::vector<int>>();
+  loss = 0;
+  for (const int good : labels) {
+    const LabelLoss label = label_loss(score[at], good != 0);
+    loss += label.loss / double(labels.size());
+    dscore(at++) = float(label.dreward / double(labels.size()));
+  }
+  check_loss(loss, g.at("loss.labels"), "labels");
+  model->backward({}, dvalue);
+  check_gradients(*model, g, "");
+}
+
+}  // namespace
