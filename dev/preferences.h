@@ -8,10 +8,10 @@
 //                        -> ranking: utility + noise * Gumbel, the largest first
 //
 //     DIR/prompts.jsonl, prompts_heldout.jsonl   {"messages","rubric"}
-//     DIR/preferences.jsonl           {"prompt","chosen","rejected"},
-//     {"prompt","responses","ranking"} DIR/preferences_heldout.jsonl
-//     {"prompt","chosen","rejected","chance"}: how likely it was that
-//                                     the labellers chose so
+//     DIR/preferences.jsonl           pairs, {"prompt","chosen","rejected"}, and of four,
+//                                     {"prompt","responses","ranking"}
+//     DIR/preferences_heldout.jsonl   pairs with their "chance": how likely it was that the
+//                                     labellers chose so
 //     DIR/world.json                  "preferences": the noise, and the best possible accuracy
 //
 // Rankings by utilities with Gumbel noise are Plackett and Luce's (Plackett 1975), and any two of a
