@@ -3041,7 +3041,7 @@ class Products {
   }
   static std::string name_of(const Key& key) {
     std::string name = "product";
-    for (const int64_t k : key) name += " " + std::to_string(k);
+    for (const int64_t k : key) (name += ' ') += std::to_string(k);
     return name;
   }
 
