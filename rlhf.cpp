@@ -1102,6 +1102,11 @@ class GroupRun : public Run {
     return rates.at(n, schedule_.at(n));
   }
   int64_t steps() const override { return g_.steps; }
+  void before_first_step() override { report(0); }
+  void after_step(int64_t n) override {
+    if (n % g_.eval_every == 0 && n < steps()) report(n);
+  }
+  virtual void report(int64_t n) = 0;  // evaluates on the held-out groups, if there are any
   SaveOptions save_options() const override { return {.tokenizer_from = from_}; }
   void print_plan() const {
     std::printf("model   %s: %d layers, %d channels, context %d, %s parameters\n", from_.c_str(),
@@ -1376,10 +1381,6 @@ class RewardRun : public GroupRun {
     c.reward_shift = shift_;
     write_json(dir / "config.json", config_json(c));
   }
-  void before_first_step() override { report(0); }
-  void after_step(int64_t n) override {
-    if (n % g_.eval_every == 0 && n < steps()) report(n);
-  }
 
   StepResult step(int64_t n) override;
   OrderedJson finish() override;
@@ -1391,7 +1392,7 @@ class RewardRun : public GroupRun {
     load_weights(dir, *gpt_, {.new_score = true, .seed = g_.seed});
   }
   Agreement evaluate();
-  void report(int64_t n) {
+  void report(int64_t n) override {
     if (val_.empty()) return;
     const Agreement a = evaluate();
     write_metrics({{"val_loss", a.mean_loss()},
@@ -1678,10 +1679,6 @@ class DpoRun : public GroupRun {
     o.base = base_;
     return o;
   }
-  void before_first_step() override { report(0); }
-  void after_step(int64_t n) override {
-    if (n % g_.eval_every == 0 && n < steps()) report(n);
-  }
   StepResult step(int64_t n) override;
   OrderedJson finish() override;
 
@@ -1702,7 +1699,7 @@ class DpoRun : public GroupRun {
   std::vector<double> judge(const Group& g, std::span<const AnswerLogp> now,
                             std::span<const AnswerLogp> ref, double kto_baseline, double scale,
                             DpoSeen& seen) const;
-  void report(int64_t n) {
+  void report(int64_t n) override {
     if (val_.empty()) return;
     std::vector<int> all(val_.size());
     std::iota(all.begin(), all.end(), 0);
