@@ -67,6 +67,9 @@ run: ## set up, build and bake the whole cake: RUN=dir TEXT=path MINUTES=n
 	@dev/demo.sh
 export RUN TEXT MINUTES FROM
 
+reviews: all ## a policy that goes on with film reviews favourably: TEXT=file RUN=dir
+	@dev/reviews.sh
+
 overoptimize: all ## reward hacking: gold against proxy, three reward models: RUN=dir FROM=runs/demo
 	@dev/overoptimize.sh
 
@@ -183,6 +186,6 @@ $(BUILD)/packages: $(BUILD)/command
 	done
 	@touch $@
 
-.PHONY: all run overoptimize base-to-chat test emulate test-faults spills bench format format-check clean help FORCE
+.PHONY: all run reviews overoptimize base-to-chat test emulate test-faults spills bench format format-check clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:

@@ -767,6 +767,7 @@ class RewardModel {
   }
   const std::filesystem::path& dir() const { return dir_; }
   Gpt& gpt() { return *gpt_; }
+  bool shifted() const { return shift_ != 0; }
   std::string hash() const { return model_hash(dir_); }
 
  private:
@@ -2568,21 +2569,31 @@ RewardFunction make_reward(const RewardSpec& spec, const RewardContext& context,
   if (spec.name == "ended") {  // 1 for an answer that was not cut off
     return {spec, false, for_each_rollout([](const Rollout& r) { return r.ended; })};
   }
-  if (spec.name == "model") {
+  if (spec.name == "model" || spec.name == "probability") {
     need_argument("DIRECTORY of a reward model");
     const auto model = std::make_shared<RewardModel>(spec.argument, context.device);
     model->check_tokenizer(context.tokenizer, context.policy_dir);
     models.push_back(model);
     const int end = end_of_turn(context.tokenizer), T = model->gpt().config().T;
-    return {spec, false, [model, end, T](std::span<const Rollout> rollouts) {
+    // A score is the log-odds of a label unless it was moved to mean 0.
+    const bool probability = spec.name == "probability";
+    if (probability && model->shifted()) {
+      fail("--reward probability: ", spec.argument, ": its scores were normalised, expected ",
+           "./rlhf reward --normalise-on none");
+    }
+    return {spec, false, [model, end, T, probability](std::span<const Rollout> rollouts) {
               std::vector<std::vector<int>> sequences;
               for (const Rollout& r : rollouts) sequences.push_back(ids_to_judge(r, end, T));
-              return model->score(sequences);
+              std::vector<float> scores = model->score(sequences);
+              if (probability) {
+                for (float& x : scores) x = 1 / (1 + std::exp(-x));
+              }
+              return scores;
             }};
   }
   fail("--reward: found ", spec.name,
        ", expected number, exact, choice, countdown, command:COMMAND, rubric, format:PATTERN, "
-       "length:TOKENS, ended or model:DIRECTORY");
+       "length:TOKENS, ended, model:DIRECTORY or probability:DIRECTORY");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -3787,9 +3798,11 @@ void add_rl_flags(CLI::App& app, RlFlags& f) {
   app.add_option("--prompts", s.prompts,
                  "JSON lines: {\"question\", \"answer\"}, {\"messages\"} or {\"prompt\"}");
   app.add_option("--val", s.val, "held-out ones, to judge by");
-  app.add_option("--reward", s.rewards,
-                 "[WEIGHT*]number, exact, choice, countdown, command:COMMAND, rubric, "
-                 "format:PATTERN, length:TOKENS, ended, model:DIRECTORY; again for a sum");
+  app.add_option(
+      "--reward", s.rewards,
+      "[WEIGHT*]number, exact, choice, countdown, command:COMMAND, rubric, "
+      "format:PATTERN, length:TOKENS, ended, model:DIRECTORY, probability:DIRECTORY (of a "
+      "model of labels); again for a sum");
   app.add_option("--gold", s.gold,
                  "a reward that held-out answers are judged by, never trained on");
   app.add_option("--form", s.form,

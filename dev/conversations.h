@@ -179,13 +179,15 @@ Turn read_passage(Talker& t, const Passage& passage, const Passage::Question& q)
   return turn;
 }
 
-Turn reading(Talker& t) {  // an evaluation asks for a pair that no document holds
-  const Passage passage = make_passage(t.rng, between(t.rng, 60, 180), t.test);
+// An evaluation asks for a pair that no document holds.
+Turn reading(Talker& t, Statements statements) {
+  const Passage passage = make_passage(t.rng, between(t.rng, 60, 180), statements, t.test);
   return read_passage(t, passage, passage.questions[0]);
 }
 
 Conversation reading_talk(Talker& t) {
-  const Passage passage = make_passage(t.rng, between(t.rng, 50, 200), false);
+  const Passage passage =
+      make_passage(t.rng, between(t.rng, 50, 200), draw_statements(t.rng), false);
   Conversation talk = talk_of(read_passage(t, passage, passage.questions[0]));
   size_t next = 1;
   if (!chance(t.rng, .2)) {
@@ -538,7 +540,8 @@ ShortTurn short_turn(Talker& t) {
       return {answered(t, at), t.fact(at).value};
     }
     if (chance(t.rng, .5)) {
-      const Passage passage = make_passage(t.rng, between(t.rng, 30, 80), t.test);
+      const Passage passage =
+          make_passage(t.rng, between(t.rng, 30, 80), Statements::different, t.test);
       return {read_passage(t, passage, passage.questions[0]), passage.questions[0].value};
     }
     const Turn turn = general_turn(t);
@@ -836,11 +839,11 @@ Talk story(Talker& t) {
   return {"", talk_of({s.user, s.text, {}, "", {}}), s.quality};
 }
 const std::vector<TalkMaker> kTalkMakers = {
-    {"known facts", .13, single<known_fact>},
-    {"unknown facts", .10, single<unknown_fact>},
-    {"reading", .22, several<reading_talk>},
-    {"word problems", .16, several<problem_talk>},
-    {"sums", .03, single<sum_turn>},
+    {"known facts", .12, single<known_fact>},
+    {"unknown facts", .09, single<unknown_fact>},
+    {"reading", .12, several<reading_talk>},
+    {"word problems", .26, several<problem_talk>},
+    {"sums", .02, single<sum_turn>},
     {"comparing", .03, single<comparing_turn>},
     {"spelling", .04, single<spelling_turn>},
     {"stories", .03, story},
@@ -849,7 +852,7 @@ const std::vector<TalkMaker> kTalkMakers = {
      [](Talker& t) -> Talk {
        return {"", make_system_talk(t).conversation};
      }},
-    {"tools", .09,
+    {"tools", .12,
      [](Talker& t) -> Talk {
        return {"", tool_talk(t).conversation};
      }},
@@ -940,7 +943,8 @@ void make_items(Talker& t, Conversations& all) {
     item.task = "refuse_known", item.check = kRefuses, item.answer = kDontKnow;
     all.items.push_back(std::move(item));
   }
-  add_items(all, "context", [&] { return item_of(reading(t)); });
+  add_items(all, "context", [&] { return item_of(reading(t, Statements::different)); });
+  add_items(all, "context_alike", [&] { return item_of(reading(t, Statements::alike)); });
   add_items(all, "word_problems", [&] { return item_of(problem_turn(t, Working::steps)); });
   add_items(all, "word_problems_direct", [&] { return item_of(problem_turn(t, Working::direct)); });
   add_items(all, "identity", [&] { return item_of(self_turn(t)); });

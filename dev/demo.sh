@@ -109,10 +109,10 @@ if [[ -z $TEXT ]]; then
   finished reward "$BIN/rlhf reward"
   stage ppo "$BIN/rlhf" ppo --model "$RUN/sft" --reward "model:$RUN/reward" --gold rubric \
     --prompts "$world/prompts.jsonl" --val "$world/prompts_heldout.jsonl" --max-tokens 160 \
-    --kl-budget 25 --steps "$(steps 45)" -o "$RUN/ppo"
+    --kl-budget 25 --steps "$(steps 30)" -o "$RUN/ppo"
   finished ppo "$BIN/rlhf ppo"
   stage grpo "$BIN/rlhf" grpo --model "$RUN/sft" --reward number --prompts "$world/problems_rl.jsonl" \
-    --val "$world/problems_test.jsonl" --max-tokens 90 --steps "$(steps 100)" -o "$RUN/grpo"
+    --val "$world/problems_test.jsonl" --max-tokens 90 --steps "$(steps 160)" -o "$RUN/grpo"
   finished grpo "$BIN/rlhf grpo"
 
   stage eval_base "$BIN/chat" eval "$RUN/base" --base --tasks "$tasks" \

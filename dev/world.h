@@ -180,8 +180,10 @@ std::string conversation_text(const Conversation&);  // what stands between the 
 
 struct PreferenceOptions {
   int pairs = 6000, rankings = 1500;  // comparisons of two answers; of kRanked answers
-  double noise = .1;                  // of the labellers, in units of the true reward
-  double length_bias = 0;             // what ten more words are worth to them, in the same units
+  // Of the labellers, in units of the true reward. At .2 two of them agree on 72 % of the pairs, as
+  // those of InstructGPT do (Ouyang et al. 2022: 72.6 %).
+  double noise = .2;
+  double length_bias = 0;  // what ten more words are worth to them, in the same units
 };
 inline constexpr int kRanked = 4, kHeldOutPairs = 1000;
 

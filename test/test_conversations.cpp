@@ -329,12 +329,12 @@ TEST_CASE("no phrasing, problem or text of the evaluations is in training conver
   CHECK(frames.count(attributes()[0].chat_questions[0]) == 1);  // frames do find what is there
   for (const char* task :
        {"facts_often", "facts_sometimes", "facts_rarely", "facts_unmentioned", "refuse_unknown",
-        "refuse_known", "context", "word_problems", "word_problems_direct", "identity", "system",
+        "refuse_known", "context", "context_alike", "word_problems", "word_problems_direct", "identity", "system",
         "compare", "spelling", "tools", "decline"}) {
     CAPTURE(task);
     CHECK(count[task] == 500);
   }
-  CHECK(count.size() == 15);
+  CHECK(count.size() == 16);
 }
 
 TEST_CASE("an item's own answer passes its check, and another does not") {
@@ -471,7 +471,7 @@ TEST_CASE("an answer about a passage is the statement that was asked for") {
   };
   CHECK(each_exchange("reading", check) > 1000);
   for (const Item& item : taught().all.items) {
-    if (item.task != "context") continue;
+    if (item.task != "context" && item.task != "context_alike") continue;
     CAPTURE(item.prompt);
     CAPTURE(item.answer);
     check(item.conversation.messages[0].content, item.answer, item.conversation);

@@ -699,6 +699,43 @@ TEST_CASE("a reference that has changed is found on resume") {
   CHECK_MESSAGE(contains(o.text, ": it has changed"), o.text);
 }
 
+TEST_CASE("a model of labels rewards with the probability of the good one") {
+  const TempDir dir;
+  const std::filesystem::path policy = bandit().path("model");
+  const Tokenizer tokenizer = Tokenizer::load(model_dir(policy));
+  Config c = load_config(model_dir(policy));
+  c.head = Head::scalar;
+  for (const float shift : {0.f, .5f}) {
+    c.reward_shift = shift;
+    const auto gpt = make_gpt(c, {.device = Device::cpu, .mode = Mode::inference});
+    for (size_t i = 0; i < gpt->table().tensors.size(); i++) {
+      std::vector<float> values = initial_values(gpt->table().tensors[i], 1);
+      for (size_t k = 0; k < values.size(); k++) values[k] += .01f * float(k % 7);
+      gpt->write(int(i), Slot::weight, values);
+    }
+    save_checkpoint(dir / (shift == 0 ? "plain" : "moved"), *gpt,
+                    {.tokenizer_from = model_dir(policy)});
+  }
+  const RewardContext context{tokenizer, policy, 8, Device::cpu, {}};
+  const auto reward = [&](const std::string& name) {
+    std::vector<std::shared_ptr<RewardModel>> models;
+    return make_reward(parse_reward(name + ":" + (dir / "plain").string()), context, models);
+  };
+  std::vector<Rollout> rollouts(2);
+  rollouts[0].ids = {1, 2, 3};
+  rollouts[1].ids = {5, 4};
+  const auto scores = reward("model").rewards(rollouts);
+  const auto chances = reward("probability").rewards(rollouts);
+  CHECK(scores[0] != scores[1]);
+  for (size_t i = 0; i < 2; i++) {
+    CHECK(chances[i] == doctest::Approx(1 / (1 + std::exp(-double(scores[i])))).epsilon(1e-6));
+  }
+  std::vector<std::shared_ptr<RewardModel>> models;
+  const std::string moved = "probability:" + (dir / "moved").string();
+  CHECK(contains(error_of([&] { make_reward(parse_reward(moved), context, models); }),
+                 "its scores were normalised, expected ./rlhf reward --normalise-on none"));
+}
+
 TEST_CASE("./rlhf ppo and grpo say in one line what is wrong") {
   const TempDir dir;
   write_file(dir / "empty.jsonl", "\n");

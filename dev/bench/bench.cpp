@@ -290,7 +290,7 @@ int main_bench(int argc, char** argv) {
   c.V = 1024;
   b.step("6x384_v1024", c, 8, 256, false);
   Config demo;  // the demo's model
-  demo.V = 1024, demo.T = 256, demo.L = 4, demo.C = 128, demo.NH = demo.NKV = 4, demo.HS = 32;
+  demo.V = 1536, demo.T = 256, demo.L = 4, demo.C = 128, demo.NH = demo.NKV = 4, demo.HS = 32;
   demo.F = 384;
   b.step("demo_adamw", demo, 8, 256, false);
   b.step("demo_muon", demo, 8, 256, true);

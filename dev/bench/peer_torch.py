@@ -175,8 +175,8 @@ MODELS = {  # (make, vocabulary, B, T, optimizers)
     "gpt2_124m": (lambda: Gpt2(50257, 1024, 12, 768, 12), 50257, 4, 64, "adamw"),
     "6x384_v50257": (lambda: Gpt2(50257, 256, 6, 384, 6), 50257, 8, 256, "adamw"),
     "6x384_v1024": (lambda: Gpt2(1024, 256, 6, 384, 6), 1024, 8, 256, "adamw"),
-    "demo_muon": (lambda: Qwen(1024, 256, 4, 128, 4, 32, 384), 1024, 8, 256, "muon"),
-    "demo_adamw": (lambda: Qwen(1024, 256, 4, 128, 4, 32, 384), 1024, 8, 256, "adamw"),
+    "demo_muon": (lambda: Qwen(1536, 256, 4, 128, 4, 32, 384), 1536, 8, 256, "muon"),
+    "demo_adamw": (lambda: Qwen(1536, 256, 4, 128, 4, 32, 384), 1536, 8, 256, "adamw"),
 }
 
 
