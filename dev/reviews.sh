@@ -8,13 +8,13 @@
 #   TEXT=file    JSON lines {"text", "label"} with the labels pos and neg (Pang and Lee's 2,000)
 #   RUN=dir      where everything goes (default runs/reviews)
 #   MINUTES=n    of pretraining (default 3)
-#   STEPS=n      of PPO (default 40)
+#   STEPS=n      of PPO (default 20)
 set -euo pipefail
 
 TEXT=${TEXT:-}
 RUN=${RUN:-runs/reviews}
 MINUTES=${MINUTES:-3}
-STEPS=${STEPS:-40}
+STEPS=${STEPS:-20}
 BIN=${BIN:-.}
 
 fail() { echo "error: $*" >&2; exit 1; }
@@ -56,11 +56,12 @@ awk -v out="$RUN/data" '
 
 run "$BIN/bpe" train "$RUN/data/train_text.jsonl" --vocab-size 2048 --pattern qwen2 -o "$RUN/tokenizer"
 run "$BIN/bpe" encode "$RUN/tokenizer" "$RUN/data/train_text.jsonl" --val-fraction .02 -o "$RUN/tokens/reviews"
-run "$BIN/train_gpt" --data "$RUN/tokens/reviews" -o "$RUN/base" --minutes "$MINUTES"
+# Pieces of 112 words are up to 250 tokens or so.
+run "$BIN/train_gpt" --data "$RUN/tokens/reviews" -o "$RUN/base" --depth 4 --context 512 --minutes "$MINUTES"
 run "$BIN/rlhf" reward --model "$RUN/base" --data "$RUN/data/train.jsonl" --val "$RUN/data/heldout.jsonl" \
   --epochs 1 -o "$RUN/reward"
 run "$BIN/rlhf" reward --model "$RUN/base" --data "$RUN/data/judge.jsonl" --val "$RUN/data/heldout.jsonl" \
-  --epochs 1 --normalise-on none -o "$RUN/judge"
+  --epochs 2 --normalise-on none -o "$RUN/judge"
 
 # 100 words are about 160 tokens here. The judge alone decides nothing: the last weights are kept.
 run "$BIN/rlhf" ppo --model "$RUN/base" --reward "model:$RUN/reward" --gold "probability:$RUN/judge" \
