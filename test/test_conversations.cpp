@@ -329,8 +329,8 @@ TEST_CASE("no phrasing, problem or text of the evaluations is in training conver
   CHECK(frames.count(attributes()[0].chat_questions[0]) == 1);  // frames do find what is there
   for (const char* task :
        {"facts_often", "facts_sometimes", "facts_rarely", "facts_unmentioned", "refuse_unknown",
-        "refuse_known", "context", "context_alike", "word_problems", "word_problems_direct", "identity", "system",
-        "compare", "spelling", "tools", "decline"}) {
+        "refuse_known", "context", "context_alike", "word_problems", "word_problems_direct",
+        "identity", "system", "compare", "spelling", "tools", "decline"}) {
     CAPTURE(task);
     CHECK(count[task] == 500);
   }
