@@ -16,10 +16,9 @@
 // What the mixture rests on: 240 facts told 150 times each are recalled by a model of a million
 // weights, told 15 times they are not. A passage teaches reading by its answers, so each of its
 // statements is asked for three times and answered in its own words: 400 steps of passages that ask
-// once taught a model to read 16 % of the probes, of passages that ask three times 46 %. Half of
-// the tokens are sums and word problems, most of them worked, since only steps make their answers
-// learnable.
-// Everything is a function of the seed and the options.
+// once taught a model to read 16 % of the probes, of shorter passages that ask three times 46 %.
+// Half of the tokens are sums and word problems, most of them worked, since only steps make their
+// answers learnable. Everything is a function of the seed and the options.
 #include "dev/world.h"
 
 #include <algorithm>
