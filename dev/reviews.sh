@@ -27,32 +27,41 @@ mkdir -p -- "$RUN/data"
 
 # Six reviews in ten are trained on, three teach the judge, one begins what is judged. Labels are of
 # pieces of 112 words, as long as what they will be asked for. Escapes hold no space: words stay whole.
-awk -v out="$RUN/data" '
-  !match($0, /^\{"text": ?".*", ?"label": ?"(pos|neg)"\}$/) {
-    printf "error: %s:%d: expected {\"text\": ..., \"label\": \"pos\" or \"neg\"}\n", FILENAME, FNR > "/dev/stderr"
-    bad = 1
-    exit 1
-  }
-  {
-    label = $0 ~ /"pos"\}$/ ? "pos" : "neg"
-    text = $0
-    sub(/^\{"text": ?"/, "", text)
-    sub(/", ?"label": ?"(pos|neg)"\}$/, "", text)
-    part = seen[label]++ % 10
-    name = part < 6 ? "train" : part < 9 ? "judge" : "heldout"
-    if (name != "heldout") printf "{\"text\": \"%s\"}\n", text > (out "/" name "_text.jsonl")
-    n = split(text, word, " ")
-    for (at = 1; at + 111 <= n; at += 112) {
-      begin = word[at]
-      for (i = 1; i < 12; i++) begin = begin " " word[at + i]
-      piece = begin
-      for (i = 12; i < 112; i++) piece = piece " " word[at + i]
-      printf "{\"text\": \"%s\", \"label\": \"%s\"}\n", piece, label > (out "/" name ".jsonl")
-      printf "{\"prompt\": \"%s\"}\n", begin > (out "/" name "_prompts.jsonl")
+split() {
+  awk -v out="$RUN/data" '
+    !/^\{"text": ?".*", ?"label": ?"(pos|neg)"\}$/ {
+      printf "error: %s:%d: found %s, expected {\"text\": ..., \"label\": \"pos\" or \"neg\"}\n",
+        FILENAME, FNR, substr($0, 1, 40) > "/dev/stderr"
+      bad = 1
+      exit 1
     }
-  }
-  END { if (!bad && !NR) { print "error: " FILENAME ": found an empty file" > "/dev/stderr"; exit 1 } }
-' "$TEXT"
+    {
+      label = $0 ~ /"pos"\}$/ ? "pos" : "neg"
+      text = $0
+      sub(/^\{"text": ?"/, "", text)
+      sub(/", ?"label": ?"(pos|neg)"\}$/, "", text)
+      part = seen[label]++ % 10
+      name = part < 6 ? "train" : part < 9 ? "judge" : "heldout"
+      if (name == "train") printf "{\"text\": \"%s\"}\n", text > (out "/train_text.jsonl")
+      n = split(text, word, " ")
+      for (at = 1; at + 111 <= n; at += 112) {
+        begin = word[at]
+        for (i = 1; i < 12; i++) begin = begin " " word[at + i]
+        piece = begin
+        for (i = 12; i < 112; i++) piece = piece " " word[at + i]
+        printf "{\"text\": \"%s\", \"label\": \"%s\"}\n", piece, label > (out "/" name ".jsonl")
+        if (name != "judge") printf "{\"prompt\": \"%s\"}\n", begin > (out "/" name "_prompts.jsonl")
+      }
+    }
+    END {
+      if (!bad && !NR) {
+        print "error: " FILENAME ": found an empty file, expected labelled reviews" > "/dev/stderr"
+        exit 1
+      }
+    }
+  ' "$TEXT"
+}
+split || { rm -rf -- "$RUN"; exit 1; }
 
 run "$BIN/bpe" train "$RUN/data/train_text.jsonl" --vocab-size 2048 --pattern qwen2 -o "$RUN/tokenizer"
 run "$BIN/bpe" encode "$RUN/tokenizer" "$RUN/data/train_text.jsonl" --val-fraction .02 -o "$RUN/tokens/reviews"

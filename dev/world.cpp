@@ -1085,7 +1085,8 @@ struct Generator {
   std::string (*make)(Rng&, int target);
 };
 // Each question is asked three times, in another order each time: what a passage teaches about
-// reading is in its answers, and a statement read for one of them costs as much as for three.
+// reading is in its answers, and a statement read for one of them costs as much as for three. Some
+// long documents ask once or twice, and hold more statements.
 std::string make_passages(Rng& rng, int target) {
   const int rounds = target < kLong ? 3 : between(rng, 1, 3);
   Passage passage = make_passage(rng, target, draw_statements(rng), false, rounds);
