@@ -67,8 +67,12 @@ static inline vec load(const float* p, int n) {
   std::memcpy(&v, p, size_t(n) * sizeof(float));
   return v;
 }
+template <int... I>
+static inline vec keep(vec v, int n, std::integer_sequence<int, I...>) {
+  return ivec{I...} < n ? v : vec{};
+}
 static inline vec keep(vec v, int n) {  // zeroes the lanes from n on
-  return n == kLanes ? v : load(reinterpret_cast<const float*>(&v), n);
+  return keep(v, n, std::make_integer_sequence<int, kLanes>{});
 }
 static inline void store(float* p, vec v, int n) { std::memcpy(p, &v, size_t(n) * sizeof(float)); }
 // Walks n floats a vector at a time: body(first, count), count < kLanes only at the end.
@@ -124,12 +128,11 @@ static inline float max_lanes(vec v) {
   return fold_lanes(v, [](vec a, vec b) { return vmax(a, b); });
 }
 
-// e^x to 1 ulp or so, 0 below -87.3, NaN for NaN: 2^n e^r with |r| <= ln 2 / 2 (the polynomial is
-// Cephes'). Each lane does the same operations: its place in a vector does not matter.
-static inline vec vexp(vec x) {
-  const vec low =
-      x < splat(-87.3f) ? splat(-87.3f) : x;  // comparisons with NaN are false: it stays
-  const vec c = low > splat(88.7f) ? splat(88.7f) : low;
+// e^x for x below 88 to 1 ulp or so, 0 below -87.3, NaN for NaN: 2^n e^r with |r| <= ln 2 / 2 (the
+// polynomial is Cephes'). Each lane does the same operations: its place in a vector does not
+// matter.
+static inline vec vexp_below_88(vec x) {
+  const vec c = vmax(splat(-87.3f), x);
   const vec shifted = c * 1.44269504f + 12582912.f;  // rounds to an integer in the low bits
   const vec n = shifted - 12582912.f;
   const vec r = (c - n * .693359375f) + n * 2.12194440e-4f;
@@ -149,6 +152,7 @@ static inline vec vexp(vec x) {
   std::memcpy(&result, &bits, sizeof result);
   return x < splat(-87.3f) ? vec{} : result;
 }
+static inline vec vexp(vec x) { return vexp_below_88(x > splat(88.7f) ? splat(88.7f) : x); }
 static inline float exp1(float x) { return vexp(splat(x))[0]; }
 static inline vec vsigmoid(vec x) { return 1.f / (1.f + vexp(-x)); }
 
@@ -189,7 +193,9 @@ class Arena {
   void reset(int64_t floats) {
     release();
     if (floats == 0) return;
+    constexpr size_t kHugePage = size_t(2) << 20;
     bytes_ = size_t(floats) * sizeof(float);
+    if (bytes_ > kHugePage / 8) bytes_ = (bytes_ + kHugePage - 1) / kHugePage * kHugePage;
     void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
@@ -197,22 +203,23 @@ class Arena {
       fail("out of memory: cannot reserve ", bytes_text(double(floats) * 4),
            "; lower the batch, the context or the model");
     }
-    data_ = static_cast<float*>(p);
+    data_ = static_cast<float*>(p), size_ = floats;
     madvise(p, bytes_, MADV_HUGEPAGE);
   }
   void grow(int64_t floats) {  // contents are lost when it grows
     if (floats > size()) reset(floats);
   }
   float* data() const { return data_; }
-  int64_t size() const { return int64_t(bytes_ / sizeof(float)); }
+  int64_t size() const { return size_; }
 
  private:
   void release() {
     if (data_) munmap(data_, bytes_);
-    data_ = nullptr, bytes_ = 0;
+    data_ = nullptr, bytes_ = 0, size_ = 0;
   }
   float* data_ = nullptr;
-  size_t bytes_ = 0;
+  size_t bytes_ = 0;  // what is mapped
+  int64_t size_ = 0;
 };
 
 // Runs body(i) for i in [0, n) on all threads; bodies write disjoint outputs.
@@ -225,6 +232,13 @@ static void parallel_for(int64_t n, Body&& body) {
 template <class Body>
 static void parallel_items(int64_t n, Body&& body) {
 #pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < n; i++) body(i);
+}
+// The same; `group` neighbours, which share memory, go to one thread where there are groups enough.
+template <class Body>
+static void parallel_groups(int64_t n, int group, Body&& body) {
+  const int chunk = n >= int64_t(4) * group * omp_get_max_threads() ? group : 1;
+#pragma omp parallel for schedule(dynamic, chunk)
   for (int64_t i = 0; i < n; i++) body(i);
 }
 
@@ -240,7 +254,7 @@ static void parallel_items(int64_t n, Body&& body) {
 inline constexpr int kNR = 2 * kLanes;                               // columns of a tile
 inline constexpr int kMR = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 8;  // rows: fills the registers
 inline constexpr int kKC = 384;                                      // depth of a packed block
-inline constexpr int kMC = 80 * kMR;                                 // rows of A packed at a time
+inline constexpr int kBlock = 80 * kMR * kKC;  // elements of A at work at a time: most of the cache
 
 enum class Inner { k, other };  // which index is contiguous in memory: k, or m (of A), n (of B)
 
@@ -332,6 +346,8 @@ static constexpr std::array<BlockTile, kMR> block_tiles(std::integer_sequence<in
 }
 inline constexpr auto kBlockTiles = block_tiles(std::make_integer_sequence<int, kMR>{});
 
+inline constexpr int kAhead = 12;  // steps between asking for a line of memory and packing it
+
 // Packs `count` (<= Width) lines of an operand over K steps into panel[k][Width]; lines beyond
 // count are zero. Line i, step k is x[i * ld + k] (Inner::k) or x[k * ld + i] (Inner::other).
 // Writes up to kLanes floats past the panel's end.
@@ -340,9 +356,11 @@ static void pack_panel(const Operand& x, const float* data, int count, int K, fl
   if (x.inner == Inner::other) {
     // Whole vectors: what the last one holds beyond the line, the next step overwrites.
     const int whole = count == Width ? (Width % kLanes == 0 ? K : K - 1) : 0;
-    for (int k = 0; k < whole; k++)
+    for (int k = 0; k < whole; k++) {
+      __builtin_prefetch(data + (k + kAhead) * x.ld);
       for (int i = 0; i < Width; i += kLanes)
         store(panel + k * Width + i, load(data + k * x.ld + i));
+    }
     for (int k = whole; k < K; k++)
       for (int i = 0; i < Width; i++) panel[k * Width + i] = i < count ? data[k * x.ld + i] : 0.f;
     return;
@@ -353,8 +371,12 @@ static void pack_panel(const Operand& x, const float* data, int count, int K, fl
     int k = 0;
     for (; k + kLanes <= K; k += kLanes) {
       vec rows[kLanes];
-      for (int i = 0; i < kLanes; i++)
-        rows[i] = first + i < count ? load(data + (first + i) * x.ld + k) : vec{};
+      if (first + kLanes <= count) {
+        for (int i = 0; i < kLanes; i++) rows[i] = load(data + (first + i) * x.ld + k);
+      } else {
+        for (int i = 0; i < kLanes; i++)
+          rows[i] = first + i < count ? load(data + (first + i) * x.ld + k) : vec{};
+      }
       transpose(rows);
       for (int i = 0; i < kLanes; i++) {
         if constexpr (Width % kLanes == 0 || Width < kLanes) {
@@ -445,6 +467,28 @@ struct Ahead {
   }
 };
 
+// Packs rows of A that lie by columns (Inner::other) over K steps into panels of kMR rows. Several
+// panels at a time, so that a cache line is used up while it is there.
+static void pack_rows(const Operand& x, const float* data, int rows, int K, float* panels) {
+  constexpr int kGroup = 8;
+  int m = 0;
+  for (; rows - m >= kGroup * kMR; m += kGroup * kMR, panels += kGroup * kMR * K) {
+    // Whole vectors: what they hold beyond a panel's line, its next line overwrites.
+    for (int k = 0; k + 1 < K; k++) {
+      const float* from = data + k * x.ld + m;
+      for (int i = 0; i < kGroup * kMR; i += 16) __builtin_prefetch(from + kAhead * x.ld + i);
+#pragma GCC unroll 8
+      for (int j = 0; j < kGroup; j++)
+        for (int i = 0; i < kMR; i += kLanes)
+          store(panels + (j * K + k) * kMR + i, load(from + j * kMR + i));
+    }
+    for (int i = 0; i < kGroup * kMR; i++)
+      panels[(i / kMR * K + K - 1) * kMR + i % kMR] = data[(K - 1) * x.ld + m + i];
+  }
+  for (; m < rows; m += kMR, panels += kMR * K)
+    pack_panel<kMR>(x, data + m, std::min(kMR, rows - m), K, panels);
+}
+
 // sums[i] (+)= the sum of a packed panel's row i over K steps: four chains over k, then their sum.
 static void add_panel_sums(const float* panel, int count, int K, bool accumulate, float* sums) {
   for (int first = 0; first < count; first += kLanes) {
@@ -456,44 +500,43 @@ static void add_panel_sums(const float* panel, int count, int K, bool accumulate
   }
 }
 
+// Rows of A at work at a time, whole tiles.
+static int block_rows(int K) { return kBlock / std::clamp(K, 1, kKC) / kMR * kMR; }
+
 // The rectangle [m0, m1) x [n0, n1) of the product by one thread; n0 is a multiple of kNR.
 static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
-  struct Scratch {
-    std::vector<float> a, b;
-  };
-  thread_local Scratch scratch;
-  scratch.a.resize(std::max(scratch.a.size(), size_t(kMC) * kKC + kLanes));
-  scratch.b.resize(size_t(kNR) * kKC + kLanes);
+  thread_local Arena scratch;
+  scratch.grow(std::max<int64_t>(kBlock, int64_t(kMR) * p.K) + kNR * kKC + 2 * kLanes);
+  float *b_panel = scratch.data(), *a_panels = b_panel + kNR * kKC + kLanes;
   if (p.b.packed && p.M <= 2 && !p.accumulate) {
-    scratch.a.resize(std::max(scratch.a.size(), size_t(kMR) * size_t(p.K) + kLanes));
-    pack_panel<kMR>(p.a, p.a.data, p.M, p.K, scratch.a.data());
-    if (p.M == 1) return stream_rows<1>(p, scratch.a.data(), n0, n1);
-    return stream_rows<2>(p, scratch.a.data(), n0, n1);
+    pack_panel<kMR>(p.a, p.a.data, p.M, p.K, a_panels);
+    if (p.M == 1) return stream_rows<1>(p, a_panels, n0, n1);
+    return stream_rows<2>(p, a_panels, n0, n1);
   }
   const auto at = [](const Operand& x, int64_t line, int64_t k) {
     return x.data + (x.inner == Inner::k ? line * x.ld + k : k * x.ld + line);
   };
-  for (int mc = m0; mc < m1; mc += kMC) {
-    const int rows = std::min(kMC, m1 - mc);
+  const int block = block_rows(p.K);
+  for (int mc = m0; mc < m1; mc += block) {
+    const int rows = std::min(block, m1 - mc);
     for (int k0 = 0; k0 < p.K || k0 == 0; k0 += kKC) {
       const int depth = std::min(kKC, p.K - k0);
       const bool direct = p.a.inner == Inner::k;
-      for (int m = 0; m < rows && !direct; m += kMR) {
-        float* panel = scratch.a.data() + int64_t(m) * depth;
-        const int count = std::min(kMR, rows - m);
-        pack_panel<kMR>(p.a, at(p.a, mc + m, k0), count, depth, panel);
-        if (p.sums && n0 == 0) {
-          add_panel_sums(panel, count, depth, p.accumulate || k0 > 0, p.sums + mc + m);
+      if (!direct) {
+        pack_rows(p.a, at(p.a, mc, k0), rows, depth, a_panels);
+        for (int m = 0; p.sums && n0 == 0 && m < rows; m += kMR) {
+          add_panel_sums(a_panels + int64_t(m) * depth, std::min(kMR, rows - m), depth,
+                         p.accumulate || k0 > 0, p.sums + mc + m);
         }
       }
       for (int n = n0; n < n1; n += kNR) {
         if (p.lower && n >= mc + rows) break;
         const int columns = std::min(kNR, n1 - n);
-        const float* b = scratch.b.data();
+        const float* b = b_panel;
         if (p.b.packed) {
           b = p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR;
         } else {
-          pack_panel<kNR>(p.b, at(p.b, n, k0), columns, depth, scratch.b.data());
+          pack_panel<kNR>(p.b, at(p.b, n, k0), columns, depth, b_panel);
         }
         Ahead ahead(p, n + kNR, n1, k0, depth, (rows + kMR - 1) / kMR);
         for (int m = 0; m < rows; m += kMR) {
@@ -503,7 +546,7 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
           float* c = p.c + (mc + m) * p.ldc + n;
           const float* start = k0 > 0 || p.accumulate ? c : nullptr;
           if (k0 == 0 && p.residual) start = p.residual + (mc + m) * p.ldc + n;
-          const float* a = direct ? at(p.a, mc + m, k0) : scratch.a.data() + int64_t(m) * depth;
+          const float* a = direct ? at(p.a, mc + m, k0) : a_panels + int64_t(m) * depth;
           kBlockTiles[size_t(r - 1)](depth, a, direct ? p.a.ld : 1, direct ? 1 : kMR, b, c, p.ldc,
                                      columns, start, p.ldc,
                                      k0 == 0 && p.bias ? p.bias + n : nullptr);
@@ -526,7 +569,7 @@ static void gemm(const Product& p) {
     const double columns = double((n_panels + tn - 1) / tn) * kNR;
     // an element that is packed, or read from packed weights, costs about as much as a vector
     // multiply-add of kLanes products
-    const double pack = rows + columns * std::max(1., rows / kMC);
+    const double pack = rows + columns * std::max(1., rows / block_rows(p.K));
     const double cost = rows * columns + 6 * pack;
     if (cost < best) best = cost, best_m = tm;
   }
@@ -665,13 +708,14 @@ static void gelu_forward(int64_t size, const float* x, float* y) {
     });
   });
 }
-static void gelu_backward(int64_t size, const float* x, const float* dy, float* dx) {
+// From dy; x's gradient takes its place.
+static void gelu_backward(int64_t size, float* x, const float* dy) {
   parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
     const int64_t first = chunk * 4096;
     lanes(std::min<int64_t>(4096, size - first), [&](int64_t i, int n) {
       const vec v = load(x + first + i, n), s = vsigmoid(gelu_argument(v));
       const vec slope = 1.5957691216f * (1.f + .134145f * v * v);
-      store(dx + first + i, load(dy + first + i, n) * (s + v * s * (1.f - s) * slope), n);
+      store(x + first + i, load(dy + first + i, n) * (s + v * s * (1.f - s) * slope), n);
     });
   });
 }
@@ -685,15 +729,15 @@ static void swiglu_forward(int64_t N, int F, const float* gate_up, float* y) {
     });
   });
 }
-static void swiglu_backward(int64_t N, int F, const float* gate_up, const float* dy, float* dx) {
+// From dy (N, F); gate_up's gradient takes its place.
+static void swiglu_backward(int64_t N, int F, float* gate_up, const float* dy) {
   parallel_for(N, [&](int64_t r) {
-    const float *gate = gate_up + r * 2 * F, *up = gate + F;
-    float *dgate = dx + r * 2 * F, *dup = dgate + F;
+    float *gate = gate_up + r * 2 * F, *up = gate + F;
     lanes(F, [&](int64_t i, int n) {
       const vec g = load(gate + i, n), u = load(up + i, n), d = load(dy + r * F + i, n);
       const vec s = vsigmoid(g);
-      store(dup + i, d * g * s, n);
-      store(dgate + i, d * u * (s + g * s * (1.f - s)), n);
+      store(up + i, d * g * s, n);
+      store(gate + i, d * u * (s + g * s * (1.f - s)), n);
     });
   });
 }
@@ -732,12 +776,37 @@ static void rope_row(int HS, float* x, const float* cos, const float* sin, float
   });
 }
 
+// y: RMSNorm of one head, rotated.
+static void norm_rope_row(int HS, const float* x, const float* weight, float eps, const float* cos,
+                          const float* sin, float* y) {
+  const int half = HS / 2;
+  vec square{};
+  lanes(HS, [&](int64_t i, int n) { square += load(x + i, n) * load(x + i, n); });
+  const float rstd = 1 / std::sqrt(sum_lanes(square) / float(HS) + eps);
+  lanes(half, [&](int64_t i, int n) {
+    const vec c = load(cos + i, n), s = load(sin + i, n);
+    const vec a = load(x + i, n) * rstd * load(weight + i, n);
+    const vec b = load(x + half + i, n) * rstd * load(weight + half + i, n);
+    store(y + i, a * c - b * s, n);
+    store(y + half + i, b * c + a * s, n);
+  });
+}
+
 // ---------------------------------------------------------------------------------------------
 // Attention. Keys and values of one (document, key/value head) lie in pages of kPage positions:
 // keys transposed, [HS][kPage], so that one query meets kPage keys in vector lanes; values
 // [kPage][HSP], HSP = HS padded to whole vectors. The KV cache holds the same pages, and training
 // makes them on the way, so one function serves both. A row's sums run over its pages in order with
 // a running maximum (Dao et al. 2022): the result does not depend on which rows stand beside it.
+
+static inline void copy_row(int n, const float* from, float* to) {
+  lanes(n, [&](int64_t i, int count) { store(to + i, load(from + i, count), count); });
+}
+
+// Asks for a row of n floats that will be read soon.
+static inline void prefetch_row(int n, const float* row) {
+  for (int i = 0; i < n; i += 16) __builtin_prefetch(row + i);
+}
 
 static int padded_head(int HS) { return (HS + kLanes - 1) / kLanes * kLanes; }
 
@@ -780,6 +849,8 @@ static void small_product(int M, int N, int K, const float* a, int64_t a_row, in
   if (n < N) kSmallTiles1[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
 }
 
+inline constexpr int kSpan = 4 * kPage;  // keys between two looks at a row's maximum
+
 static inline int to_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // R <= kMR queries of one head at positions first .. first + R - 1; q (R, HS) is already divided by
@@ -788,7 +859,7 @@ static void attend(int R, int first, int HS, const float* q, int64_t q_ld,
                    const float* const* key_pages, const float* const* value_pages, float* out,
                    int64_t out_ld, float* lse, int64_t lse_ld) {
   const int HSP = padded_head(HS);
-  alignas(64) float scores[kMR * kPage];
+  alignas(64) float scores[kMR * kSpan];
   alignas(64) float sums[kMR * 256];  // HSP <= 256
   float highest[kMR];
   vec total[kMR];
@@ -796,32 +867,36 @@ static void attend(int R, int first, int HS, const float* q, int64_t q_ld,
     highest[r] = -std::numeric_limits<float>::infinity(), total[r] = vec{};
   std::fill(sums, sums + R * HSP, 0.f);
   const int last = first + R - 1;
-  for (int page = 0; page * kPage <= last; page++) {
-    const int keys = std::min(kPage, last + 1 - page * kPage);  // that the last row sees
+  for (int start = 0; start <= last; start += kSpan) {
+    const int keys = std::min(kSpan, last + 1 - start);  // that the last row sees
     const int width = to_lanes(keys);
-    small_product(R, width, HS, q, q_ld, 1, key_pages[page], kPage, scores, kPage, false);
+    for (int at = 0; at < keys; at += kPage)
+      small_product(R, to_lanes(std::min(kPage, keys - at)), HS, q, q_ld, 1,
+                    key_pages[(start + at) / kPage], kPage, scores + at, kSpan, false);
     for (int r = 0; r < R; r++) {
-      const int seen = std::clamp(first + r + 1 - page * kPage, 0, keys);
-      float* s = scores + r * kPage;
-      std::fill(s + seen, s + width, -std::numeric_limits<float>::infinity());
+      const int seen = std::clamp(first + r + 1 - start, 0, keys);
+      float* s = scores + r * kSpan;
+      for (int j = seen; j < width; j++) s[j] = -std::numeric_limits<float>::infinity();
       vec top = splat(highest[r]);
       for (int j = 0; j < width; j += kLanes) top = vmax(top, load(s + j));
       const float higher = max_lanes(top);
-      if (higher > highest[r]) {
+      if (start > 0 && higher > highest[r]) {
         const float scale = exp1(highest[r] - higher);
-        highest[r] = higher;
         total[r] *= scale;
         for (int d = 0; d < HSP; d += kLanes) {
           store(sums + r * HSP + d, load(sums + r * HSP + d) * scale);
         }
       }
+      highest[r] = higher;
       for (int j = 0; j < width; j += kLanes) {
-        const vec p = vexp(load(s + j) - highest[r]);
+        const vec p = vexp_below_88(load(s + j) - higher);
         total[r] += p;
         store(s + j, p);
       }
     }
-    small_product(R, HSP, keys, scores, kPage, 1, value_pages[page], HSP, sums, HSP, true);
+    for (int at = 0; at < keys; at += kPage)
+      small_product(R, HSP, std::min(kPage, keys - at), scores + at, kSpan, 1,
+                    value_pages[(start + at) / kPage], HSP, sums, HSP, true);
   }
   for (int r = 0; r < R; r++) {
     const float sum = sum_lanes(total[r]);
@@ -852,24 +927,27 @@ static void attention_forward(const Attention& a, float* out, float* lse) {
   const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = padded_head(HS);
   const int group = a.NH / a.NKV;
   const float scale = 1 / std::sqrt(float(HS));
-  parallel_items(int64_t(D) * a.NKV, [&](int64_t task) {
+  parallel_groups(int64_t(D) * a.NKV, a.NKV, [&](int64_t task) {
     const int begin = a.doc_starts[size_t(task / a.NKV)];
     const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
     const int kv = int(task % a.NKV), pages = (length + kPage - 1) / kPage;
-    thread_local std::vector<float> memory;
-    const size_t key_size = size_t(HS) * kPage, value_size = size_t(HSP) * kPage;
-    memory.resize(size_t(pages) * (key_size + value_size));
-    if (HSP != HS) std::fill(memory.begin(), memory.end(), 0.f);  // the padding of values
+    thread_local Arena memory;
+    const int64_t key_size = int64_t(HS) * kPage, value_size = int64_t(HSP) * kPage;
+    const int64_t size = pages * (key_size + value_size);
+    memory.grow(size);
+    if (HSP != HS) std::fill_n(memory.data(), size, 0.f);  // the padding of values
     std::vector<const float*> key_pages, value_pages;
     for (int p = 0; p < pages; p++) {
-      float* key = memory.data() + size_t(p) * (key_size + value_size);
+      float* key = memory.data() + p * (key_size + value_size);
       const int64_t n = begin + p * kPage;
       const int count = std::min(kPage, length - p * kPage);
-      pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, a.k + n * a.k_ld + kv * HS, count, HS, key);
+      const float *k = a.k + n * a.k_ld + kv * HS, *v = a.v + n * a.v_ld + kv * HS;
       for (int j = 0; j < count; j++) {
-        const float* v = a.v + (n + j) * a.v_ld + kv * HS;
-        std::copy(v, v + HS, key + key_size + int64_t(j) * HSP);
+        prefetch_row(HS, k + j * a.k_ld);
+        prefetch_row(HS, v + (j + kAhead) * a.v_ld);
+        copy_row(HS, v + j * a.v_ld, key + key_size + int64_t(j) * HSP);
       }
+      pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, k, count, HS, key);
       key_pages.push_back(key);
       value_pages.push_back(key + key_size);
     }
@@ -877,9 +955,11 @@ static void attention_forward(const Attention& a, float* out, float* lse) {
     for (int h = kv * group; h < (kv + 1) * group; h++) {
       for (int t = 0; t < length; t += kMR) {
         const int R = std::min(kMR, length - t);
-        for (int r = 0; r < R; r++)
-          for (int d = 0; d < HS; d++)
-            q[r * HS + d] = a.q[(begin + t + r) * a.q_ld + h * HS + d] * scale;
+        for (int r = 0; r < R; r++) {
+          const float* from = a.q + (begin + t + r) * a.q_ld + h * HS;
+          prefetch_row(HS, from + kMR * a.q_ld);
+          lanes(HS, [&](int64_t d, int m) { store(q + r * HS + d, load(from + d, m) * scale, m); });
+        }
         const int64_t n = begin + t;
         attend(R, t, HS, q, HS, key_pages.data(), value_pages.data(), out + n * a.NH * HS + h * HS,
                a.NH * HS, lse + n * a.NH + h, a.NH);
@@ -897,26 +977,30 @@ static void attention_backward(const Attention& a, const float* out, const float
   const int group = a.NH / a.NKV;
   const int64_t out_ld = int64_t(a.NH) * HS;
   const float scale = 1 / std::sqrt(float(HS));
-  parallel_items(int64_t(D) * a.NKV, [&](int64_t task) {
+  parallel_groups(int64_t(D) * a.NKV, a.NKV, [&](int64_t task) {
     const int begin = a.doc_starts[size_t(task / a.NKV)];
     const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
     const int kv = int(task % a.NKV), padded = (length + kPage - 1) / kPage * kPage;
-    thread_local std::vector<float> memory;
-    memory.assign(size_t(padded) * size_t(4 * HSP + 2 * HS), 0.f);
+    thread_local Arena memory;
+    memory.grow(int64_t(padded) * (3 * HSP + 2 * HS));
     float* keys = memory.data();                   // (padded, HSP)
     float* keys_t = keys + int64_t(padded) * HSP;  // pages [HS][kPage]
     float* values_t = keys_t + int64_t(padded) * HS;
     float* dkeys = values_t + int64_t(padded) * HS;  // (padded, HSP), as the next two
     float* dvalues = dkeys + int64_t(padded) * HSP;
-    for (int t = 0; t < length; t++) {
-      const float* k = a.k + (begin + t) * a.k_ld + kv * HS;
-      const float* v = a.v + (begin + t) * a.v_ld + kv * HS;
-      std::copy(k, k + HS, keys + int64_t(t) * HSP);
-      if (t % kPage == 0) {
-        const int count = std::min(kPage, length - t);
-        pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, k, count, HS, keys_t + int64_t(t) * HS);
-        pack_panel<kPage>({nullptr, a.v_ld, Inner::k}, v, count, HS, values_t + int64_t(t) * HS);
+    if (HSP != HS) std::fill(keys, keys + int64_t(padded) * HSP, 0.f);  // the padding
+    std::fill(dkeys, dvalues + int64_t(padded) * HSP, 0.f);
+    for (int t0 = 0; t0 < length; t0 += kPage) {
+      const int count = std::min(kPage, length - t0);
+      const float* k = a.k + (begin + t0) * a.k_ld + kv * HS;
+      const float* v = a.v + (begin + t0) * a.v_ld + kv * HS;
+      for (int t = 0; t < count; t++) {
+        prefetch_row(HS, k + (t + kAhead) * a.k_ld);
+        prefetch_row(HS, v + t * a.v_ld);
+        copy_row(HS, k + t * a.k_ld, keys + int64_t(t0 + t) * HSP);
       }
+      pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, k, count, HS, keys_t + int64_t(t0) * HS);
+      pack_panel<kPage>({nullptr, a.v_ld, Inner::k}, v, count, HS, values_t + int64_t(t0) * HS);
     }
     alignas(64) static thread_local float q[kPage * 256], d_out[kPage * 256], d_q[kPage * 256];
     alignas(64) static thread_local float p[kPage * kPage], ds[kPage * kPage];
@@ -928,6 +1012,9 @@ static void attention_backward(const Attention& a, const float* out, const float
           const int64_t n = begin + t0 + r;
           const float *from = a.q + n * a.q_ld + h * HS, *d = dout + n * out_ld + h * HS;
           const float* o = out + n * out_ld + h * HS;
+          prefetch_row(HS, from + kAhead * a.q_ld);
+          prefetch_row(HS, d + kAhead * out_ld);
+          prefetch_row(HS, o + kAhead * out_ld);
           vec sum{};
           lanes(HS, [&](int64_t i, int m) {
             store(q + r * HSP + i, load(from + i, m) * scale);
@@ -953,12 +1040,14 @@ static void attention_backward(const Attention& a, const float* out, const float
             for (int r = 0; r < R; r++) {
               const int seen = diagonal ? r0 + r + 1 : page_keys;
               float *ps = pr + r * kPage, *d = dsr + r * kPage;
-              for (int j = 0; j < width; j += kLanes) {
-                const vec e =
-                    keep(vexp(load(ps + j) - row_lse[r0 + r]), std::clamp(seen - j, 0, kLanes));
+              const auto weigh = [&](int j, int n) {
+                const vec e = keep(vexp_below_88(load(ps + j) - row_lse[r0 + r]), n);
                 store(ps + j, e);
                 store(d + j, e * (load(d + j) - dot[r0 + r]));
-              }
+              };
+              int j = 0;
+              for (; j + kLanes <= seen; j += kLanes) weigh(j, kLanes);
+              for (; j < width; j += kLanes) weigh(j, std::max(0, seen - j));
             }
             small_product(R, HSP, count, dsr, kPage, 1, keys + int64_t(s0) * HSP, HSP,
                           d_q + r0 * HSP, HSP, true);
@@ -978,10 +1067,8 @@ static void attention_backward(const Attention& a, const float* out, const float
       }
     }
     for (int t = 0; t < length; t++) {
-      std::copy(dkeys + int64_t(t) * HSP, dkeys + int64_t(t) * HSP + HS,
-                dk + (begin + t) * d_ld + kv * HS);
-      std::copy(dvalues + int64_t(t) * HSP, dvalues + int64_t(t) * HSP + HS,
-                dv + (begin + t) * d_ld + kv * HS);
+      copy_row(HS, dkeys + int64_t(t) * HSP, dk + (begin + t) * d_ld + kv * HS);
+      copy_row(HS, dvalues + int64_t(t) * HSP, dv + (begin + t) * d_ld + kv * HS);
     }
   });
 }
@@ -1007,7 +1094,7 @@ static RowSoftmax row_softmax(int V, const float* x, float inverse_temperature) 
   vec sum{}, weighted{};
   lanes(V, [&](int64_t i, int n) {
     const vec s = keep((load(x + i, n) - highest) * inverse_temperature, n);
-    const vec e = keep(vexp(s), n);
+    const vec e = keep(vexp_below_88(s), n);
     sum += e;
     weighted += e * s;
   });
@@ -1020,7 +1107,7 @@ static void row_softmax_backward(int V, float* x, const RowSoftmax& s, float inv
   const float a = -dlogp * inverse_temperature, b = -dentropy * inverse_temperature;
   lanes(V, [&](int64_t j, int n) {
     const vec logp = (load(x + j, n) - s.highest) * inverse_temperature - s.log_sum;
-    store(x + j, vexp(logp) * (a + b * (logp + s.entropy)), n);
+    store(x + j, vexp_below_88(logp) * (a + b * (logp + s.entropy)), n);
   });
   x[target] += dlogp * inverse_temperature;
 }
@@ -1117,100 +1204,106 @@ static void adamw(int64_t size, float* w, const float* g, float* m, float* v, fl
   });
 }
 
-// C (rows, rows) = A B^T, known to be symmetric, for A and B (rows, K): the lower triangle by one
-// thread, then mirrored. B may be known to be symmetric too: it is packed more cheaply then.
-static void gemm_symmetric(int rows, int K, const float* a, const float* b, float* c,
-                           bool b_symmetric) {
-  const Product p{.M = rows,
-                  .N = rows,
-                  .K = K,
-                  .a = {a, K, Inner::k},
-                  .b = {b, K, b_symmetric ? Inner::other : Inner::k},
-                  .c = c,
-                  .ldc = rows,
-                  .lower = true};
-  gemm_rectangle(p, 0, rows, 0, rows);
-  for (int i = 0; i < rows; i++)
-    for (int j = i + 1; j < rows; j++) c[int64_t(i) * rows + j] = c[int64_t(j) * rows + i];
+// The upper triangle of a square matrix takes the lower one's values.
+template <int... I>
+static void mirror(int size, float* c, std::integer_sequence<int, I...>) {
+  const int whole = size / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes)
+    for (int j = 0; j <= i; j += kLanes) {
+      vec block[kLanes];
+      for (int k = 0; k < kLanes; k++) block[k] = load(c + int64_t(i + k) * size + j);
+      transpose(block);
+      for (int k = 0; k < kLanes; k++) {
+        float* to = c + int64_t(j + k) * size + i;
+        store(to, i == j ? (ivec{I...} < k ? load(to) : block[k]) : block[k]);
+      }
+    }
+  for (int i = whole; i < size; i++)
+    for (int j = 0; j < i; j++) c[int64_t(j) * size + i] = c[int64_t(i) * size + j];
+}
+
+// C (size, size) = A B, known to be symmetric, by one thread: half of it is computed.
+static void gemm_symmetric(int size, int K, const Operand& a, const Operand& b, float* c) {
+  gemm_rectangle({.M = size, .N = size, .K = K, .a = a, .b = b, .c = c, .ldc = size, .lower = true},
+                 0, size, 0, size);
+  mirror(size, c, std::make_integer_sequence<int, kLanes>{});
 }
 
 // Muon (Jordan et al. 2024) on one matrix (out, in), by one thread:
 // m = mu m + (1-mu) g;  u = mu m + (1-mu) g (Nesterov);
 // X = u / (||u|| + 1e-7), five times X <- a X + (b A + c A A) X with A = X X^T, which drives the
 // singular values towards 1;  w -= lr (sqrt(max(1, out/in)) X + decay w)
+// A tall X is multiplied from the right instead, with A = X^T X: the same, transposed.
 static void muon(int out, int in, float* w, const float* g, float* m, float scale,
                  const OptimizerStep& o) {
   const int64_t size = int64_t(out) * in;
-  const int rows = std::min(out, in), columns = std::max(out, in);  // X is wide
-  thread_local std::vector<float> memory;
-  memory.resize(size_t(2 * size) + 4 * size_t(rows) * size_t(rows));
-  float *x = memory.data(), *next = x + size, *a = next + size, *p = a + int64_t(rows) * rows;
-  float *q = p + int64_t(rows) * rows, *r = q + int64_t(rows) * rows;  // (rows, rows), as a and p
+  const bool tall = out > in;
+  const int rows = std::min(out, in), columns = std::max(out, in);
+  const int64_t square_size = int64_t(rows) * rows;
+  thread_local Arena memory;
+  memory.grow(2 * size + 4 * square_size);
+  float *x = memory.data(), *next = x + size, *a = next + size, *p = a + square_size;
+  float *q = p + square_size, *r = q + square_size;  // (rows, rows), as a and p
   const float mu = o.muon_momentum;
-  vec square{};
+  vec squares{};
   lanes(size, [&](int64_t i, int n) {
     const vec grad = load(g + i, n) * scale;
     const vec mi = mu * load(m + i, n) + (1 - mu) * grad;
     const vec u = mu * mi + (1 - mu) * grad;
     store(m + i, mi, n);
-    store(next + i, u, n);
-    square += u * u;
+    store(x + i, u, n);
+    squares += u * u;
   });
-  const float inverse = 1 / (std::sqrt(sum_lanes(square)) + 1e-7f);
-  const bool tall = out > in;
-  for (int i = 0; i < rows; i++)
-    for (int j = 0; j < columns; j++)
-      x[int64_t(i) * columns + j] =
-          next[tall ? int64_t(j) * in + i : int64_t(i) * in + j] * inverse;
-  const int64_t square_size = int64_t(rows) * rows;
+  const float inverse = 1 / (std::sqrt(sum_lanes(squares)) + 1e-7f);
+  lanes(size, [&](int64_t i, int n) { store(x + i, load(x + i, n) * inverse, n); });
+
+  const auto small = [&](const float* left, const float* right, float* to) {  // commuting matrices
+    gemm_symmetric(rows, rows, {left, rows, Inner::k}, {right, rows, Inner::other}, to);
+  };
+  const auto gram = [&] {  // A = X X^T
+    const Operand lines{x, in, tall ? Inner::other : Inner::k};
+    gemm_symmetric(rows, columns, lines, lines, a);
+  };
   const auto polynomial = [&](float* to) {  // a I + b A + c A A
-    gemm_symmetric(rows, rows, a, a, to, true);
-    for (int64_t i = 0; i < square_size; i++) to[i] = 2.0315f * to[i] - 4.7750f * a[i];
+    small(a, a, to);
+    lanes(square_size, [&](int64_t i, int n) {
+      store(to + i, 2.0315f * load(to + i, n) - 4.7750f * load(a + i, n), n);
+    });
     for (int i = 0; i < rows; i++) to[int64_t(i) * rows + i] += 3.4445f;
   };
-  const auto advance = [&](const float* p) {  // X <- P X
-    gemm_rectangle({.M = rows,
-                    .N = columns,
+  const auto advance = [&](const float* by) {  // X <- P X
+    const Operand square{by, rows, tall ? Inner::other : Inner::k};
+    const Operand wide{x, in, tall ? Inner::k : Inner::other};
+    gemm_rectangle({.M = out,
+                    .N = in,
                     .K = rows,
-                    .a = {p, rows, Inner::k},
-                    .b = {x, columns, Inner::other},
+                    .a = tall ? wide : square,
+                    .b = tall ? square : wide,
                     .c = next,
-                    .ldc = columns},
-                   0, rows, 0, columns);
+                    .ldc = in},
+                   0, out, 0, in);
     std::swap(x, next);
   };
-  if (columns < 2 * rows) {
-    for (int step = 0; step < 5; step++) {
-      gemm_symmetric(rows, columns, x, x, a, false);
-      polynomial(p);
-      advance(p);
-    }
-  } else {
-    // The polynomials of one A commute: several steps are one product of small symmetric matrices,
-    // and A follows them by A <- P A P. Three wide products of X in place of ten. Rounding in A
-    // grows with the steps: beginning anew after two keeps it near the plain way's (4e-5 in place
-    // of 5e-4 on matrices of many scales; the plain way has 3e-5).
-    for (const int steps : {2, 3}) {
-      gemm_symmetric(rows, columns, x, x, a, false);
-      polynomial(q);
-      for (int step = 1; step < steps; step++) {
-        const float* last = step == 1 ? q : p;  // the polynomial that A has yet to follow
-        gemm_symmetric(rows, rows, last, a, r, true);
-        gemm_symmetric(rows, rows, r, last, a, true);
-        polynomial(p);
-        gemm_symmetric(rows, rows, p, q, r, true);
-        std::swap(q, r);
-      }
-      advance(q);
-    }
+  // The polynomials of one A commute, so that the five steps of X are one product of small
+  // symmetric matrices, and A follows them by A <- P A P: two wide products of X in place of ten.
+  // Rounding in A grows with the steps: to 1e-4 of the result on a gradient of rank 8 with noise a
+  // thousand times smaller, where the plain way has 3e-5; to 2e-6 on wide random matrices, as the
+  // plain way's.
+  gram();
+  polynomial(q);
+  for (int step = 1; step < 5; step++) {
+    const float* last = step == 1 ? q : p;  // the polynomial that A has yet to follow
+    small(last, a, r);
+    small(r, last, a);
+    polynomial(p);
+    small(p, q, r);
+    std::swap(q, r);
   }
+  advance(q);
   const float lr = o.muon_lr * std::sqrt(std::max(1.f, float(out) / float(in)));
   const float keep_w = 1 - o.muon_lr * o.muon_decay;
-  for (int i = 0; i < out; i++)
-    for (int j = 0; j < in; j++) {
-      const float step = x[tall ? int64_t(j) * columns + i : int64_t(i) * columns + j];
-      w[int64_t(i) * in + j] = keep_w * w[int64_t(i) * in + j] - lr * step;
-    }
+  lanes(size,
+        [&](int64_t i, int n) { store(w + i, keep_w * load(w + i, n) - lr * load(x + i, n), n); });
 }
 
 // =============================================================================================
@@ -1322,7 +1415,7 @@ struct LayerActivations {
   float* mid;      // (N, C) the stream after attention
   float* norm2;    // (N, C)
   NormStats stats2;
-  float* up;   // (N, 2F) gate and up; gpt2 (N, F)
+  float* up;   // (N, 2F) gate and up; gpt2 (N, F); then their gradient
   float* act;  // (N, F)
 };
 
@@ -1337,7 +1430,7 @@ struct Activations {
   float* dhead_in;    // (N, C)
   float *dx, *dnorm;  // (N, C), (N, max(C, NH HS))
   float* dqkv;        // (N, qkv)
-  float *dact, *dup;  // (N, F), (N, 2F or F)
+  float* dact;        // (N, F)
   float* partials;
 
   // Floats it takes; with `base`, also sets the pointers. Without `train` the layers share buffers.
@@ -1391,7 +1484,6 @@ struct Activations {
       dnorm = take(N * std::max<int64_t>(c.C, heads));
       dqkv = take(N * c.qkv());
       dact = take(N * c.F);
-      dup = take(N * up);
       partials = take(norm_partials(N, std::max(c.C, c.HS)));
     }
     return used;
@@ -1693,12 +1785,11 @@ void CpuGpt::rotate(int N, const int* positions, const Block& b, float* qkv, flo
     for (int h = 0; h < heads; h++) {
       float* x = qkv + n * config_.qkv() + h * HS;
       if (rotated) {
-        float* y = rotated + (n * heads + h) * HS;
-        norm_row(HS, x, weight(h < NH ? b.q_norm : b.k_norm), nullptr, float(config_.norm_eps), y,
-                 nullptr, nullptr);
-        x = y;
+        norm_rope_row(HS, x, weight(h < NH ? b.q_norm : b.k_norm), float(config_.norm_eps), cos,
+                      sin, rotated + (n * heads + h) * HS);
+      } else {
+        rope_row(HS, x, cos, sin, 1);
       }
-      rope_row(HS, x, cos, sin, 1);
     }
   });
 }
@@ -1786,7 +1877,7 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
   const int C = config_.C, V = config_.V, ld = config_.padded_V();
   const Linear& head = table_.head;
   const Operand weights{weight(head.weight), C, Inner::other};
-  std::fill_n(a_.dnorm, int64_t(N_) * C, 0.f);
+  parallel_for(N_, [&](int64_t n) { std::fill_n(a_.dnorm + n * C, C, 0.f); });
   if (config_.head == Head::scalar) {
     if (!dvalue.empty()) {
       gemm({.M = N_,
@@ -1808,7 +1899,10 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
             .ldc = C,
             .accumulate = !fresh_});
   } else {
-    const auto M = int64_t(head_rows_.size()), chunk = logit_rows(config_, N_);
+    // Logits that no forward left are made in smaller numbers, which the caches hold.
+    const auto M = int64_t(head_rows_.size()), cached = (int64_t(4) << 20) / (int64_t(ld) * 4);
+    const int64_t chunk =
+        logits_ready ? M : std::min(logit_rows(config_, N_), std::max<int64_t>(512, cached));
     if (!logits_ready) {
       parallel_for(M, [&](int64_t r) {
         std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
@@ -1847,14 +1941,14 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
     });
   }
   for (size_t n = 0; n < dlogp.size(); n++) loss_ += double(dlogp[n]) * logp_[n];
-  std::fill_n(a_.dx, int64_t(N_) * C, 0.f);
+  parallel_for(N_, [&](int64_t n) { std::fill_n(a_.dx + n * C, C, 0.f); });
   norm_back(N_, table_.final_norm, a_.dnorm, a_.x, a_.final_stats);
 }
 
 // dqkv holds gradients of the rotated q and k: turned back, and through qwen3's norm.
 void CpuGpt::rotate_backward(const Block& b, const LayerActivations& a) {
   if (config_.family == Family::gpt2) return;
-  const int HS = config_.HS, NH = config_.NH, heads = NH + config_.NKV;
+  const int HS = config_.HS, half = HS / 2, NH = config_.NH, heads = NH + config_.NKV;
   const int64_t ld = config_.qkv();
   const bool norm = config_.family == Family::qwen3;
   const int blocks = (N_ + kRowBlock - 1) / kRowBlock;
@@ -1866,15 +1960,22 @@ void CpuGpt::rotate_backward(const Block& b, const LayerActivations& a) {
       const float *cos = rope_.cos(positions_[size_t(n)]), *sin = rope_.sin(positions_[size_t(n)]);
       for (int h = 0; h < heads; h++) {
         float* d = a_.dqkv + n * ld + h * HS;
-        rope_row(HS, d, cos, sin, -1);
-        if (!norm) continue;
+        if (!norm) {
+          rope_row(HS, d, cos, sin, -1);
+          continue;
+        }
         const float *x = a.qkv + n * ld + h * HS, *w = weight(h < NH ? b.q_norm : b.k_norm);
         float* dw = sums + (h < NH ? 0 : HS);
         vec square{}, gx_sum{};
-        lanes(HS, [&](int64_t i, int m) {
-          const vec xi = load(x + i, m);
-          square += xi * xi;
-          gx_sum += xi * load(d + i, m) * load(w + i, m);
+        lanes(half, [&](int64_t i, int m) {
+          const vec c = load(cos + i, m), s = load(sin + i, m);
+          const vec from = load(d + i, m), from2 = load(d + half + i, m);
+          const vec d1 = from * c + from2 * s, d2 = from2 * c - from * s;
+          const vec x1 = load(x + i, m), x2 = load(x + half + i, m);
+          square += x1 * x1 + x2 * x2;
+          gx_sum += x1 * d1 * load(w + i, m) + x2 * d2 * load(w + half + i, m);
+          store(d + i, d1, m);
+          store(d + half + i, d2, m);
         });
         const float rstd = 1 / std::sqrt(sum_lanes(square) / float(HS) + float(config_.norm_eps));
         const float gh_mean = sum_lanes(gx_sum) * rstd / float(HS);
@@ -1905,11 +2006,11 @@ void CpuGpt::trunk_backward() {
     LayerActivations& a = a_.layers[size_t(l)];
     linear_backward(N_, b.down, a.act, a_.dx, a_.dact);
     if (config_.has_gate()) {
-      swiglu_backward(N_, config_.F, a.up, a_.dact, a_.dup);
+      swiglu_backward(N_, config_.F, a.up, a_.dact);
     } else {
-      gelu_backward(int64_t(N_) * config_.F, a.up, a_.dact, a_.dup);
+      gelu_backward(int64_t(N_) * config_.F, a.up, a_.dact);
     }
-    linear_backward(N_, b.up, a.norm2, a_.dup, a_.dnorm);
+    linear_backward(N_, b.up, a.norm2, a.up, a_.dnorm);
     norm_back(N_, b.norm2, a_.dnorm, a.mid, a.stats2);
     linear_backward(N_, b.o, a.att, a_.dx, a_.dnorm);
     float *dq = a_.dqkv, *dk = dq + int64_t(NH) * HS, *dv = dk + int64_t(config_.NKV) * HS;
@@ -1948,12 +2049,12 @@ void CpuGpt::update(const OptimizerStep& step) {
   const int64_t begin = table_.first_trainable();  // pages before it are never touched
   if (fresh_) std::fill_n(gradients_.data() + begin, table_.size - begin, 0.f);
   // The norm: blocks of a fixed size, then over the blocks in order.
-  constexpr int64_t kBlock = 1 << 15;
-  std::vector<double> squares(size_t((table_.size - begin + kBlock - 1) / kBlock));
+  constexpr int64_t kChunk = 1 << 15;
+  std::vector<double> squares(size_t((table_.size - begin + kChunk - 1) / kChunk));
   parallel_for(int64_t(squares.size()), [&](int64_t block) {
-    const float* g = gradients_.data() + begin + block * kBlock;
+    const float* g = gradients_.data() + begin + block * kChunk;
     double sum = 0;
-    for (int64_t first = 0, n = std::min(kBlock, table_.size - begin - block * kBlock); first < n;
+    for (int64_t first = 0, n = std::min(kChunk, table_.size - begin - block * kChunk); first < n;
          first += 1024) {
       vec square{};
       lanes(std::min<int64_t>(1024, n - first), [&](int64_t i, int m) {
@@ -1988,6 +2089,9 @@ void CpuGpt::update(const OptimizerStep& step) {
         pieces.push_back({&t, t.offset + i, std::min(chunk, t.size() - i)});
     }
   }
+  std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) {
+    return a.tensor->muon && (!b.tensor->muon || a.size > b.size);  // the longest work first
+  });
   parallel_items(int64_t(pieces.size()), [&](int64_t i) {
     const Piece& p = pieces[size_t(i)];
     const Tensor& t = *p.tensor;

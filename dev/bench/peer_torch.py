@@ -213,11 +213,13 @@ def step(name, mode, seconds):
     model = make()
     ids, targets = torch.randint(vocabulary, (2, B, T))
     run = torch.compile(model) if mode == "compile" else model
+    parameters = list(model.parameters())
     optimizers = muon_and_adamw(model) if optimizer == "muon" else [adamw(model.parameters())]
 
     def train_step():
         loss = F.cross_entropy(run(ids).view(-1, vocabulary), targets.view(-1))
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # as cake's step and everyone's trainer do
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
