@@ -176,6 +176,18 @@ TEST_CASE("--minutes prints the equal --steps, which gives the same bits") {
         read_file(dir / "counted/model/model.safetensors"));
 }
 
+TEST_CASE("--minutes reads a small text five times at most") {
+  const TempDir dir;
+  const Output o =
+      shell(concat("./train_gpt --data ", data_prefix(), " -o ", (dir / "run").string(),
+                   " --layers 1 --channels 32 --context 32 --batch-tokens 32 --minutes .5"));
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  CHECK(contains(o.text, "minutes more than this text takes"));
+  const double tokens = read_json(data_prefix() + ".json").at("train").at("tokens");
+  const double steps = read_json(dir / "run/summary.json").at("steps");
+  CHECK(steps == doctest::Approx(std::max(800., 5 * tokens / 32)).epsilon(.01));
+}
+
 TEST_CASE("--init-from goes on from a model") {
   const TempDir dir;
   REQUIRE(shell(train_command(dir / "first", "")).status == 0);
