@@ -219,7 +219,7 @@ def step(name, mode, seconds):
     def train_step():
         loss = F.cross_entropy(run(ids).view(-1, vocabulary), targets.view(-1))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # as cake's step and everyone's trainer do
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # as cake's step and nanoGPT's do
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
