@@ -1,0 +1,101 @@
+// Command lines: one way to parse them in every stage, on CLI11.
+//
+// --help shows the flags that matter, --help-all shows all of them. A flag that was renamed still
+// works under its old name, which no help shows. Every error is one line and exit status 1.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+
+#include "cake/run.h"
+
+namespace cake {
+
+// A flag that has another name now. With a `reason` the old name is an error instead, because its
+// meaning would change in silence.
+struct RenamedFlag {
+  std::string_view old_name, new_name;  // "--documents"
+  std::string_view reason = {};
+  std::string_view subcommand = {};  // only there; empty: everywhere
+};
+
+// The words of a command line, CLI11's order (the program's name left out), with renamed flags
+// under their new names.
+inline std::vector<std::string> rename_flags(int argc, char** argv,
+                                             std::span<const RenamedFlag> renamed) {
+  std::vector<std::string> words(argv + std::min(1, argc), argv + argc);
+  const std::string subcommand = words.empty() ? "" : words[0];
+  for (std::string& word : words) {
+    if (word == "--") break;
+    const std::string name = word.substr(0, word.find('='));
+    for (const RenamedFlag& r : renamed) {
+      if (name != r.old_name || (!r.subcommand.empty() && r.subcommand != subcommand)) continue;
+      if (!r.reason.empty()) fail(name, ": ", r.reason);
+      word = std::string(r.new_name) + word.substr(name.size());
+      break;
+    }
+  }
+  return words;
+}
+
+// Leaves in the help of `app` only the options named, in the order in which they were added. The
+// others work as before, and `--help-all` shows them.
+inline void hide_all_but(CLI::App& app, const std::vector<std::string>& shown) {
+  for (CLI::Option* option : app.get_options([&](const CLI::Option* o) {
+         return std::none_of(shown.begin(), shown.end(),
+                             [&](const std::string& name) { return o->check_name(name); });
+       })) {
+    option->group("");
+  }
+  for (CLI::App* group : app.get_subcommands([](CLI::App* a) { return a->get_name().empty(); })) {
+    hide_all_but(*group, shown);
+    const auto visible = [&](const CLI::Option* o) {
+      return o != group->get_help_ptr() && !o->get_group().empty();
+    };
+    if (group->get_options(visible).empty()) group->group("");
+  }
+}
+
+// What --help shows of a command: the names of its ten or so options that matter.
+struct HelpPage {
+  CLI::App* app;  // the program, or one of its subcommands
+  std::vector<std::string> shown;
+};
+
+// Parses the command line. True: go on; false: the help was printed. Throws Error for whatever
+// CLI11 refuses. The defaults in the help are those of the variables when the options were added,
+// so that `app.option_defaults()->always_capture_default()` belongs before the first add_option.
+inline bool parse_flags(CLI::App& app, int argc, char** argv, std::vector<HelpPage> pages,
+                        std::span<const RenamedFlag> renamed = {}) {
+  std::vector<std::string> words = rename_flags(argc, argv, renamed);
+  const auto all = std::find(words.begin(), words.end(), "--help-all");
+  if (all != words.end()) {
+    *all = "--help";
+  } else {
+    for (const HelpPage& page : pages) {
+      std::vector<std::string> shown = page.shown;
+      shown.push_back("--help");
+      hide_all_but(*page.app, shown);
+      page.app->footer("\n--help-all shows every flag");
+    }
+  }
+  if (argc > 0) app.name(argv[0]);
+  std::reverse(words.begin(), words.end());  // CLI11 takes them from the back
+  try {
+    app.parse(words);
+  } catch (const CLI::CallForHelp& e) {
+    app.exit(e);
+    return false;
+  } catch (const CLI::ParseError& e) {
+    fail(e.what(), " (see --help)");
+  }
+  return true;
+}
+
+}  // namespace cake
