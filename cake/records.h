@@ -28,8 +28,8 @@
 #include <utility>
 #include <vector>
 
+#include "cake/chat_template.h"
 #include "cake/run.h"
-#include "cake/tokenizer.h"
 
 namespace cake {
 
@@ -491,7 +491,7 @@ inline std::string python_json(simdjson::dom::element e) {
 }
 
 // Reads "messages" and "tools". `where` is the file and line, for errors. The order of roles is
-// check_conversation's, in cake/tokenizer.h.
+// check_conversation's, in cake/chat_template.h.
 inline Conversation parse_conversation(simdjson::dom::object object, const std::string& where) {
   using simdjson::dom::element;
   const auto list = [](simdjson::dom::object from, const char* key, const std::string& at) {

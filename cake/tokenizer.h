@@ -55,54 +55,9 @@ inline constexpr const char* kSpecialTokens[] = {
     "<|spare_6|>",     "<|spare_7|>"};
 inline constexpr int kSpecials = int(std::size(kSpecialTokens));
 
-// ---------------------------------------------------------------------------------------------
-// Conversations: ChatML, `<|im_start|>{role}\n{content}<|im_end|>\n`, and tools as in Qwen3. The
-// template itself is in bpe.cpp, as C++ and as the Jinja of tokenizer_config.json, which give the
-// same ids but where a content's text looks like a special token: here it stays text.
-
-struct ToolCall {
-  std::string name;
-  std::string arguments;  // a JSON object as text
-};
-
-struct Message {
-  std::string role;  // system, user, assistant or tool
-  std::string content;
-  std::vector<ToolCall> tool_calls;  // an assistant's
-};
-
-struct Conversation {
-  std::vector<Message> messages;
-  std::vector<std::string> tools;  // each a JSON object as text: name, description, parameters
-};
-
-struct Rendered {
-  std::vector<int> ids;
-  std::vector<bool> trained;  // of each id: the assistant is to write it (content, end of turn)
-};
-
-// The ids of whole turns; then, for `generation_prompt`, the header of the assistant's next turn.
-// Any part of a conversation can be rendered: no order of roles is asked for. An assistant's
-// content is stripped of white space at both ends, so that generation begins on a token. Throws
-// Error when the tokenizer has no chat tokens.
-Rendered render_chat(const Tokenizer&, const Conversation&, bool generation_prompt = false);
-int end_of_turn(const Tokenizer&);  // <|im_end|>; throws Error when absent
-// Without white space at both ends: what Python's str.strip takes away.
-std::string_view strip(std::string_view text);
-
-// Throws Error naming `where` (file:line) and the message, unless: the roles are known; a system
-// message is the first or there is none; then user and assistant alternate, from user on; tool
-// messages follow an assistant's calls, and an assistant's message follows them; contents are not
-// empty, but for a tool's and an assistant's that has calls; calls are of declared tools, and their
-// arguments JSON objects; an assistant has a message, or, for a `prompt`, a user or a tool has the
-// last one.
-void check_conversation(const Conversation&, const std::string& where, bool prompt = false);
-
 // The same tokenizer with the chat template in its tokenizer_config.json, in place of another; with
 // `add`, every token of kSpecialTokens that it lacks comes behind its last id.
 Tokenizer with_chat_tokens(const Tokenizer&, bool add = true);
-
-// ---------------------------------------------------------------------------------------------
 
 // Documents: plain text or JSON lines, each also .gz or .zst, or "-"; see cake/records.h. The
 // validation part is a function of the documents and the fraction alone: the tail of a single

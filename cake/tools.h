@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "cake/chat_template.h"
 #include "cake/json.h"
 #include "cake/records.h"
 #include "cake/run.h"

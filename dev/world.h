@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cake/answers.h"
+#include "cake/chat_template.h"
 #include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
