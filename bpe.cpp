@@ -58,199 +58,18 @@ namespace cake {
 namespace {
 
 // ---------------------------------------------------------------------------------------------
-// UTF-8. A byte that no well-formed sequence holds stands for itself: class kOther, one byte long.
+// Split patterns
 
+// A code point of UTF-8 and its length. A byte that no well-formed sequence holds stands for
+// itself: kInvalid plus the byte, one byte long, of class kOther.
 struct CodePoint {
   uint32_t code;
   int bytes;
 };
 
 constexpr uint32_t kInvalid = 0x110000;  // plus the byte
-
-CodePoint decode_utf8(const char* text, size_t left) {
-  const auto* p = reinterpret_cast<const unsigned char*>(text);
-  const auto tail = [&](size_t i) { return i < left && (p[i] & 0xC0) == 0x80; };
-  const uint32_t a = p[0];
-  if (a < 0x80) return {a, 1};
-  if (a >= 0xC2 && a < 0xE0 && tail(1)) return {(a & 31) << 6 | (p[1] & 63u), 2};
-  if (a >= 0xE0 && a < 0xF0 && tail(1) && tail(2)) {
-    const uint32_t c = (a & 15) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u);
-    if (c >= 0x800 && (c < 0xD800 || c > 0xDFFF)) return {c, 3};
-  }
-  if (a >= 0xF0 && a < 0xF5 && tail(1) && tail(2) && tail(3)) {
-    const uint32_t c = (a & 7) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
-    if (c >= 0x10000 && c <= 0x10FFFF) return {c, 4};
-  }
-  return {kInvalid + a, 1};
-}
-
-void append_utf8(std::string& out, uint32_t c) {
-  const auto put = [&](uint32_t byte) { out += char(byte); };
-  if (c >= kInvalid) return put(c - kInvalid);
-  if (c < 0x80) return put(c);
-  if (c < 0x800) return put(0xC0 | c >> 6), put(0x80 | (c & 63));
-  if (c < 0x10000) {
-    return put(0xE0 | c >> 12), put(0x80 | (c >> 6 & 63)), put(0x80 | (c & 63));
-  }
-  put(0xF0 | c >> 18), put(0x80 | (c >> 12 & 63)), put(0x80 | (c >> 6 & 63)), put(0x80 | (c & 63));
-}
-
-// ---------------------------------------------------------------------------------------------
-// A map from 64-bit keys to int: open addressing, linear probing, nothing is ever removed.
-
-class FlatMap {
- public:
-  FlatMap() { resize(16); }
-  int find(uint64_t key) const {  // -1 when absent
-    for (size_t i = index(key);; i = (i + 1) & mask_) {
-      if (slots_[i].key == key) return slots_[i].value;
-      if (slots_[i].key == kEmpty) return -1;
-    }
-  }
-  int& operator[](uint64_t key) {  // -1 when new
-    if (2 * (size_ + 1) > slots_.size()) resize(2 * slots_.size());
-    size_t i = index(key);
-    while (slots_[i].key != key && slots_[i].key != kEmpty) i = (i + 1) & mask_;
-    if (slots_[i].key == kEmpty) slots_[i] = {key, -1}, size_++;
-    return slots_[i].value;
-  }
-
- private:
-  struct Slot {
-    uint64_t key;
-    int value;
-  };
-  static constexpr uint64_t kEmpty = ~uint64_t(0);
-  size_t index(uint64_t key) const { return size_t(key * 0x9e3779b97f4a7c15 >> shift_); }
-  void resize(size_t n) {
-    std::vector<Slot> old(n, {kEmpty, -1});
-    old.swap(slots_);
-    mask_ = n - 1, shift_ = 64 - __builtin_ctzll(n), size_ = 0;
-    for (const Slot& s : old)
-      if (s.key != kEmpty) (*this)[s.key] = s.value;
-  }
-  std::vector<Slot> slots_;
-  size_t mask_ = 0, size_ = 0;
-  int shift_ = 0;
-};
-
-uint64_t piece_hash(std::string_view piece) { return XXH3_64bits(piece.data(), piece.size()); }
-uint64_t pair_key(int a, int b) { return uint64_t(uint32_t(a)) << 32 | uint32_t(b); }
-
-// ---------------------------------------------------------------------------------------------
-// Normalization Form C, which Qwen's tokenizers ask for (Unicode Standard Annex 15).
-
-class Nfc {
- public:
-  static const Nfc& instance() {
-    static const Nfc nfc;
-    return nfc;
-  }
-
-  // Text below U+0300 is in this form already: nothing there combines.
-  static bool is_plain(std::string_view text) {
-    return std::all_of(text.begin(), text.end(), [](unsigned char c) { return c < 0xCC; });
-  }
-
-  std::string normalize(std::string_view text) const {
-    std::vector<uint32_t> codes;
-    for (size_t i = 0; i < text.size();) {
-      const CodePoint c = decode_utf8(text.data() + i, text.size() - i);
-      decompose(c.code, codes);
-      i += size_t(c.bytes);
-    }
-    sort_marks(codes);
-    compose(codes);
-    std::string out;
-    out.reserve(text.size());
-    for (const uint32_t c : codes) append_utf8(out, c);
-    return out;
-  }
-
- private:
-  // Hangul syllables are arithmetic: leading consonant, vowel, trailing consonant.
-  static constexpr uint32_t kSBase = 0xAC00, kLBase = 0x1100, kVBase = 0x1161, kTBase = 0x11A7;
-  static constexpr uint32_t kLCount = 19, kVCount = 21, kTCount = 28;
-  static constexpr uint32_t kSCount = kLCount * kVCount * kTCount;
-
-  Nfc() : combining_(0x110100) {
-    std::set<uint32_t> excluded(std::begin(kCompositionExclusions),
-                                std::end(kCompositionExclusions));
-    for (size_t i = 0; i < std::size(kDecompositions); i += 3) {
-      const uint32_t c = kDecompositions[i], a = kDecompositions[i + 1], b = kDecompositions[i + 2];
-      parts_[c] = int(i);
-      if (b != 0 && !excluded.count(c)) composed_[pair_key(int(a), int(b))] = int(c);
-    }
-    for (size_t i = 0; i < std::size(kCombiningRuns); i += 3) {
-      for (uint32_t c = kCombiningRuns[i]; c <= kCombiningRuns[i + 1]; c++) {
-        combining_[c] = uint8_t(kCombiningRuns[i + 2]);
-      }
-    }
-  }
-
-  void decompose(uint32_t c, std::vector<uint32_t>& out) const {
-    if (c - kSBase < kSCount) {
-      const uint32_t s = c - kSBase;
-      out.push_back(kLBase + s / (kVCount * kTCount));
-      out.push_back(kVBase + s % (kVCount * kTCount) / kTCount);
-      if (s % kTCount) out.push_back(kTBase + s % kTCount);
-      return;
-    }
-    const int i = c < 0xC0 ? -1 : parts_.find(c);
-    if (i < 0) return out.push_back(c);
-    decompose(kDecompositions[i + 1], out);
-    if (kDecompositions[i + 2]) decompose(kDecompositions[i + 2], out);
-  }
-
-  void sort_marks(std::vector<uint32_t>& codes) const {  // each run of marks, by class, stably
-    const auto cc = [this](uint32_t c) { return combining_[c]; };
-    for (size_t i = 0; i < codes.size(); i++) {
-      if (cc(codes[i]) == 0) continue;
-      size_t end = i;
-      while (end < codes.size() && cc(codes[end]) != 0) end++;
-      std::stable_sort(codes.begin() + int64_t(i), codes.begin() + int64_t(end),
-                       [&](uint32_t a, uint32_t b) { return cc(a) < cc(b); });
-      i = end;
-    }
-  }
-
-  int compose_pair(uint32_t a, uint32_t b) const {  // -1: they do not compose
-    if (a - kLBase < kLCount && b - kVBase < kVCount) {
-      return int(kSBase + ((a - kLBase) * kVCount + (b - kVBase)) * kTCount);
-    }
-    if (a - kSBase < kSCount && (a - kSBase) % kTCount == 0 && b - kTBase - 1 < kTCount - 1) {
-      return int(a + (b - kTBase));
-    }
-    return composed_.find(pair_key(int(a), int(b)));
-  }
-
-  // A code point joins the last starter unless one between them has its class or a higher one.
-  void compose(std::vector<uint32_t>& codes) const {
-    size_t out = 0, starter = SIZE_MAX;
-    int last = 0;  // class of the code point kept last, behind the starter
-    for (const uint32_t c : codes) {
-      const int cc = combining_[c];
-      const bool adjacent = starter != SIZE_MAX && starter + 1 == out;
-      if (starter != SIZE_MAX && (adjacent || last < cc)) {
-        const int joined = compose_pair(codes[starter], c);
-        if (joined >= 0) {
-          codes[starter] = uint32_t(joined);
-          continue;
-        }
-      }
-      if (cc == 0) starter = out;
-      last = cc;
-      codes[out++] = c;
-    }
-    codes.resize(out);
-  }
-
-  FlatMap parts_, composed_;
-  std::vector<uint8_t> combining_;  // 0 for the stand-ins of invalid bytes, too
-};
-
-// ---------------------------------------------------------------------------------------------
-// Split patterns
+CodePoint decode_utf8(const char* text, size_t left);
+void append_utf8(std::string& out, uint32_t c);
 
 enum class Pattern { gpt2, gpt2_digits, cl100k, qwen2, o200k };
 
@@ -455,6 +274,52 @@ void for_each_piece(std::string_view text, size_t end, Pattern pattern, F&& f) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------
+// A map from 64-bit keys to int: open addressing, linear probing, nothing is ever removed.
+
+class FlatMap {
+ public:
+  FlatMap() { resize(16); }
+  int find(uint64_t key) const {  // -1 when absent
+    for (size_t i = index(key);; i = (i + 1) & mask_) {
+      if (slots_[i].key == key) return slots_[i].value;
+      if (slots_[i].key == kEmpty) return -1;
+    }
+  }
+  int& operator[](uint64_t key) {  // -1 when new
+    if (2 * (size_ + 1) > slots_.size()) resize(2 * slots_.size());
+    size_t i = index(key);
+    while (slots_[i].key != key && slots_[i].key != kEmpty) i = (i + 1) & mask_;
+    if (slots_[i].key == kEmpty) slots_[i] = {key, -1}, size_++;
+    return slots_[i].value;
+  }
+
+ private:
+  struct Slot {
+    uint64_t key;
+    int value;
+  };
+  static constexpr uint64_t kEmpty = ~uint64_t(0);
+  size_t index(uint64_t key) const { return size_t(key * 0x9e3779b97f4a7c15 >> shift_); }
+  void resize(size_t n) {
+    std::vector<Slot> old(n, {kEmpty, -1});
+    old.swap(slots_);
+    mask_ = n - 1, shift_ = 64 - __builtin_ctzll(n), size_ = 0;
+    for (const Slot& s : old)
+      if (s.key != kEmpty) (*this)[s.key] = s.value;
+  }
+  std::vector<Slot> slots_;
+  size_t mask_ = 0, size_ = 0;
+  int shift_ = 0;
+};
+
+uint64_t piece_hash(std::string_view piece) { return XXH3_64bits(piece.data(), piece.size()); }
+uint64_t pair_key(int a, int b) { return uint64_t(uint32_t(a)) << 32 | uint32_t(b); }
+
+// ---------------------------------------------------------------------------------------------
+// The corpus: documents of many inputs, in batches that fit memory, each cut into chunks that
+// threads can work on alone
+
 // Whether a piece ends between text[i-1] and text[i] in every pattern, whatever surrounds them:
 // behind a newline before a visible ASCII character (o200k would keep a slash), and between a
 // letter and a space that a letter follows. NFC joins nothing across such a place either.
@@ -466,8 +331,267 @@ bool is_safe_cut(std::string_view text, size_t i) {
   return after == ' ' && letter(before) && letter(text[i + 1]);
 }
 
+// Runs f(i, thread) for 0 <= i < n; an exception in a thread comes out here.
+template <class F>
+void parallel_for(size_t n, int threads, F&& f) {
+  std::exception_ptr failure;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (size_t i = 0; i < n; i++) {
+    try {
+      f(i, size_t(omp_get_thread_num()));
+    } catch (...) {
+#pragma omp critical
+      failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+constexpr size_t kHeadBytes = 1 << 16;  // of a document: they tell it from others
+
+uint64_t document_hash(std::string_view head) { return piece_hash(head.substr(0, kHeadBytes)); }
+
+// Which documents, or which tail of the only one, are validation.
+//   one document:   its last `fraction`, from the next line on
+//   2 to 64:        those with the smallest hashes, the nearest number to the fraction, but one at
+//                   least and not all
+//   more:           those whose hash is below the fraction of 2^64
+class ValidationSplit {
+ public:
+  static constexpr size_t kFew = 64;
+
+  ValidationSplit(const std::vector<Input>& inputs, double fraction) {
+    if (!(fraction >= 0 && fraction < 1)) {
+      fail("--val-fraction: found ", fraction, ", expected 0 or more and less than 1");
+    }
+    if (fraction == 0) return;
+    std::set<uint64_t> hashes;
+    size_t documents = 0;
+    DocumentReader reader(inputs);
+    for (DocumentPart part; documents <= kFew && reader.next(part);) {
+      if (!part.begins || part.text.empty()) continue;
+      documents++;
+      hashes.insert(document_hash(part.text));
+      if (!part.ends) reader.skip_document();
+    }
+    if (documents == 1) {
+      find_tail(inputs, fraction);
+    } else if (documents > kFew) {
+      threshold_ = uint64_t(std::ldexp(fraction, 63)) << 1;
+    } else if (hashes.size() < 2) {
+      fail("--val-fraction: found ", documents,
+           " documents, expected at least two different ones, or a single one to cut");
+    } else {
+      const int64_t n = int64_t(hashes.size());
+      const int64_t chosen = std::clamp<int64_t>(std::llround(fraction * double(n)), 1, n - 1);
+      threshold_ = *std::next(hashes.begin(), chosen);
+    }
+  }
+
+  bool has_tail() const { return tail_ > 0; }
+  int64_t tail() const { return tail_; }  // byte of the only document at which validation begins
+  bool is_validation(std::string_view document) const {
+    return document_hash(document) < threshold_;
+  }
+
+ private:
+  void find_tail(const std::vector<Input>& inputs, double fraction) {
+    int64_t bytes = 0;
+    DocumentReader counter(inputs);
+    for (DocumentPart part; counter.next(part);) bytes += int64_t(part.text.size());
+    const int64_t wanted = bytes - int64_t(double(bytes) * fraction);
+    std::string near;  // the bytes from `wanted` on
+    int64_t at = 0;
+    DocumentReader reader(inputs);
+    for (DocumentPart part; near.size() < 4096 && reader.next(part);) {
+      const int64_t skip = std::clamp<int64_t>(wanted - at, 0, int64_t(part.text.size()));
+      near += part.text.substr(size_t(skip), 4096 - near.size());
+      at += int64_t(part.text.size());
+    }
+    const size_t newline = near.find('\n');
+    size_t cut = 0;
+    if (newline != std::string::npos && wanted + int64_t(newline) + 1 < bytes) {
+      cut = newline + 1;
+    } else {
+      while (cut < near.size() && (near[cut] & 0xC0) == 0x80) cut++;
+    }
+    tail_ = wanted + int64_t(cut);
+    if (tail_ <= 0 || tail_ >= bytes) {
+      fail("--val-fraction: found ", fraction, " of ", bytes,
+           " bytes, expected at least one byte on each side");
+    }
+  }
+
+  int64_t tail_ = 0;
+  uint64_t threshold_ = 0;
+};
+
+struct Chunk {
+  size_t begin, end;     // in the batch's text
+  size_t seen;           // the document's text goes on to here at least
+  bool begins_document;  //
+  bool validation;
+};
+struct TextBatch {
+  std::string text;
+  std::vector<Chunk> chunks;
+};
+
+class CorpusReader {
+ public:
+  CorpusReader(const std::vector<Input>& inputs, const ValidationSplit& split)
+      : reader_(inputs), split_(split) {}
+
+  // The next batch: whole documents, and of a long one as much as is there up to a safe cut.
+  bool next(TextBatch& batch) {
+    batch.text.swap(rest_);
+    rest_.clear();
+    const size_t wanted = 2 * batch.text.size() + kBatchBytes;
+    batch.chunks.clear();
+    stretch_ = 0;
+    for (DocumentPart part; batch.text.size() < wanted && reader_.next(part);) add(part, batch);
+    if (open_) keep_rest(batch);
+    return !batch.chunks.empty() || open_;
+  }
+
+ private:
+  static constexpr size_t kBatchBytes = 16 << 20, kChunkBytes = 128 << 10;
+
+  void add(DocumentPart part, TextBatch& batch) {
+    if (part.begins) {
+      begin_document(batch, !split_.has_tail() && split_.is_validation(part.text));
+      offset_ = 0;
+    }
+    const int64_t size = int64_t(part.text.size());
+    if (split_.has_tail() && offset_ < split_.tail() && split_.tail() < offset_ + size) {
+      const size_t cut = size_t(split_.tail() - offset_);
+      batch.text += part.text.substr(0, cut);
+      end_document(batch);
+      begin_document(batch, true);
+      part.text.remove_prefix(cut);
+    } else if (split_.has_tail() && offset_ == split_.tail()) {
+      end_document(batch);
+      begin_document(batch, true);
+    }
+    offset_ += size;
+    batch.text += part.text;
+    if (part.ends) end_document(batch);
+  }
+
+  void begin_document(const TextBatch& batch, bool validation) {
+    open_ = begins_ = true;
+    validation_ = validation;
+    stretch_ = batch.text.size();
+  }
+  void end_document(TextBatch& batch) {
+    add_chunks(batch, batch.text.size());
+    open_ = false;
+  }
+
+  // The text of an unfinished document behind the last safe cut waits for the next batch.
+  void keep_rest(TextBatch& batch) {
+    size_t cut = batch.text.size();
+    while (cut > stretch_ && !is_safe_cut(batch.text, cut)) cut--;
+    if (cut > stretch_) add_chunks(batch, cut);
+    rest_ = batch.text.substr(cut);
+  }
+
+  // Chunks for [stretch_, end): about kChunkBytes each, cut where it is safe.
+  void add_chunks(TextBatch& batch, size_t end) {
+    const std::string_view seen = std::string_view(batch.text);
+    for (size_t at = stretch_; at < end;) {
+      size_t cut = std::min(end, at + kChunkBytes);
+      while (cut < end && !is_safe_cut(seen, cut)) cut++;
+      batch.chunks.push_back({at, cut, seen.size(), std::exchange(begins_, false), validation_});
+      at = cut;
+    }
+    stretch_ = end;
+  }
+
+  DocumentReader reader_;
+  const ValidationSplit& split_;
+  std::string rest_;
+  size_t stretch_ = 0;  // where the open document's text in the batch begins
+  int64_t offset_ = 0;  // bytes of the open document so far
+  bool open_ = false, begins_ = false, validation_ = false;
+};
+
+// Seconds since the start, for a summary line.
+class Stopwatch {
+ public:
+  double seconds() const { return now() - start_; }
+  std::string rate(int64_t bytes) const {
+    return format("%.1f s, %.1f MB/s", seconds(), double(bytes) / 1e6 / std::max(seconds(), 1e-9));
+  }
+
+ private:
+  double start_ = now();
+};
+
+// The inputs, "-" made readable twice where that is needed.
+struct OpenCorpus {
+  explicit OpenCorpus(const Corpus& corpus) : inputs(corpus.inputs.begin(), corpus.inputs.end()) {
+    if (inputs.empty()) fail("found no inputs, expected text or JSON lines");
+    if (corpus.threads < 1) fail("--threads: found ", corpus.threads, ", expected 1 or more");
+    if (corpus.val_fraction > 0) {
+      for (Input& input : inputs) spooled.emplace_back(input);
+    }
+    split.emplace(inputs, corpus.val_fraction);
+  }
+  std::vector<Input> inputs;
+  std::vector<SpooledInput> spooled;
+  std::optional<ValidationSplit> split;
+};
+
 // ---------------------------------------------------------------------------------------------
-// The merges, and the encoder on them
+// Training
+
+// Distinct pieces and how often each occurs.
+class WordTable {
+ public:
+  void add(std::string_view word, int64_t count) {
+    if (2 * (words_.size() + 1) > slots_.size()) grow();
+    const uint64_t hash = piece_hash(word);
+    for (size_t i = hash & (slots_.size() - 1);; i = (i + 1) & (slots_.size() - 1)) {
+      if (slots_[i] < 0) {
+        slots_[i] = int64_t(words_.size());
+        words_.push_back({hash, text_.size(), word.size(), count});
+        text_ += word;
+        return;
+      }
+      Word& w = words_[size_t(slots_[i])];
+      if (w.hash == hash && text(w) == word) {
+        w.count += count;
+        return;
+      }
+    }
+  }
+  size_t size() const { return words_.size(); }
+  std::string_view word(size_t i) const { return text(words_[i]); }
+  int64_t count(size_t i) const { return words_[i].count; }
+  void merge(const WordTable& other) {
+    for (size_t i = 0; i < other.size(); i++) add(other.word(i), other.count(i));
+  }
+
+ private:
+  struct Word {
+    uint64_t hash;
+    size_t offset, size;
+    int64_t count;
+  };
+  std::string_view text(const Word& w) const { return {text_.data() + w.offset, w.size}; }
+  void grow() {
+    slots_.assign(std::max<size_t>(1024, 2 * slots_.size()), -1);
+    for (size_t w = 0; w < words_.size(); w++) {
+      size_t i = words_[w].hash & (slots_.size() - 1);
+      while (slots_[i] >= 0) i = (i + 1) & (slots_.size() - 1);
+      slots_[i] = int64_t(w);
+    }
+  }
+  std::vector<int64_t> slots_;  // index into words_, -1: free; open addressing
+  std::vector<Word> words_;
+  std::string text_;  // of all words, end to end
+};
 
 class Merges {
  public:
@@ -509,69 +633,20 @@ class Merges {
     return token;
   }
 
-  // Whether `a` and `b` can stand side by side when all merges are done, each made of its own
-  // bytes. Undoes the merges of both, latest first, until a merge across the border shows that
-  // would have come before (no), or only bytes are left (yes). `limit`: the rank that a merge
-  // across must stay below to have come first; of two equal ranks the left one is first.
-  bool can_neighbour(int a, int b) const {
-    int limit = std::numeric_limits<int>::max();
-    for (;;) {
-      const int across = pairs_.find(pair_key(a, b));
-      if (across >= 0 && across < limit) return false;
-      if (a < 256 && b < 256) return true;
-      if (a > b) {
-        limit = a, a = parts(a).second;
-      } else {
-        limit = b + 1, b = parts(b).first;
-      }
-    }
-  }
+  bool can_neighbour(int a, int b) const;
 
   struct Scratch {
     std::vector<int> tokens;
     std::vector<uint64_t> possible;  // a bit a position: may a token end here?
   };
 
-  // Appends the tokens of one piece, in time linear in its length. Greedy with repentance: takes
-  // the longest token that can follow the last; where none can, no encoding has a border at this
-  // position, and the last token is taken back for a shorter one.
-  void encode(std::string_view piece, Scratch& scratch) const {
-    std::vector<int>& tokens = scratch.tokens;
-    std::vector<uint64_t>& possible = scratch.possible;
-    tokens.clear();
-    possible.assign(piece.size() / 64 + 1, ~uint64_t(0));
-    int token = longest(piece);
-    for (size_t at = 0; at < piece.size();) {
-      const size_t end = at + size_t(length(token));
-      if ((possible[end / 64] >> (end % 64) & 1) &&
-          (tokens.empty() || can_neighbour(tokens.back(), token))) {
-        tokens.push_back(token);
-        at = end;
-        if (at < piece.size()) token = longest(piece.substr(at));
-      } else if (length(token) > 1) {
-        token = longest(piece.substr(at, size_t(length(token)) - 1));
-      } else {
-        possible[at / 64] &= ~(uint64_t(1) << (at % 64));
-        token = tokens.back();
-        tokens.pop_back();
-        at -= size_t(length(token));
-      }
-    }
-  }
+  void encode(std::string_view piece, Scratch& scratch) const;
 
  private:
   static uint64_t edge(int node, char byte) {
     return uint64_t(uint32_t(node)) << 8 | static_cast<unsigned char>(byte);
   }
-  int longest(std::string_view text) const {  // the longest token that `text` begins with
-    int node = static_cast<unsigned char>(text[0]), best = node;
-    for (size_t i = 1; i < text.size(); i++) {
-      node = edges_.find(edge(node, text[i]));
-      if (node < 0) break;
-      if (node_token_[size_t(node)] >= 0) best = node_token_[size_t(node)];
-    }
-    return best;
-  }
+  int longest(std::string_view text) const;
 
   std::string bytes_;            // of all tokens, end to end
   std::vector<size_t> offsets_;  // (tokens + 1)
@@ -581,8 +656,119 @@ class Merges {
   std::vector<int> node_token_;  // token that ends at the node, -1: none
 };
 
-// ---------------------------------------------------------------------------------------------
-// A tokenizer: merges, ids, special tokens
+// Joins the most frequent pair of neighbours again and again. Pair counts are kept up to date word
+// by word: a merge visits only the words that have held its pair. Ties: of equal counts the
+// smallest (left, right), so that the order of words does not matter.
+class Trainer {
+ public:
+  explicit Trainer(const WordTable& words) {
+    std::vector<int> fresh;
+    for (size_t w = 0; w < words.size(); w++) {
+      const std::string_view text = words.word(w);
+      words_.push_back({tokens_.size(), text.size(), words.count(w)});
+      for (const unsigned char b : text) tokens_.push_back(b);
+      for (size_t i = words_[w].begin; i + 1 < tokens_.size(); i++) {
+        add(tokens_[i], tokens_[i + 1], uint32_t(w), fresh);
+      }
+    }
+    for (const int p : fresh) enqueue(p);
+  }
+
+  // The pair to merge next; false when there is none. An entry of the queue may be out of date: its
+  // pair's count can only have fallen since, so that it goes back with the count of now.
+  bool best(int& left, int& right) {
+    while (!queue_.empty()) {
+      const auto [count, minus_left, minus_right, p] = queue_.top();
+      if (pairs_[size_t(p)].count == count) {
+        left = -minus_left, right = -minus_right;
+        return true;
+      }
+      queue_.pop();
+      if (pairs_[size_t(p)].count > 0) enqueue(p);
+    }
+    return false;
+  }
+
+  // Replaces the pair by `token` in every word.
+  void merge(int left, int right, int token) {
+    Pair& pair = pairs_[size_t(index_.find(pair_key(left, right)))];
+    const std::vector<uint32_t> words = std::move(pair.words);
+    pair.words = {};
+    std::vector<int> fresh;  // pairs with the new token
+    for (const uint32_t w : words) merge_word(w, left, right, token, fresh);
+    pairs_[size_t(index_.find(pair_key(left, right)))].count = 0;  // `add` may have moved it
+    for (const int p : fresh) enqueue(p);
+  }
+
+  int64_t tokens() const {  // in the text
+    int64_t n = 0;
+    for (const Word& w : words_) n += int64_t(w.size) * w.count;
+    return n;
+  }
+
+ private:
+  struct Word {
+    size_t begin, size;  // in tokens_
+    int64_t count;       // in the text
+  };
+  struct Pair {
+    int left, right;
+    int64_t count = 0;            // in the text; each place counts, also where places overlap
+    std::vector<uint32_t> words;  // that have held it, each once
+  };
+  using Entry = std::tuple<int64_t, int, int, int>;  // count, -left, -right, index of the pair
+
+  void enqueue(int p) {
+    const Pair& pair = pairs_[size_t(p)];
+    queue_.push({pair.count, -pair.left, -pair.right, p});
+  }
+
+  void add(int left, int right, uint32_t w, std::vector<int>& fresh) {
+    int& p = index_[pair_key(left, right)];
+    if (p < 0) {
+      p = int(pairs_.size());
+      pairs_.push_back({left, right});
+      fresh.push_back(p);
+    }
+    Pair& pair = pairs_[size_t(p)];
+    pair.count += words_[w].count;
+    if (pair.words.empty() || pair.words.back() != w) pair.words.push_back(w);
+  }
+
+  // left right -> token, from the left, in place. Each pair of neighbours that goes is taken from
+  // its count, each that comes is added, once.
+  void merge_word(uint32_t w, int left, int right, int token, std::vector<int>& fresh) {
+    Word& word = words_[w];
+    int* const t = tokens_.data() + word.begin;
+    const auto subtract = [&](int a, int b) {
+      pairs_[size_t(index_.find(pair_key(a, b)))].count -= word.count;
+    };
+    size_t out = 0;
+    bool joined = false;  // the last step made a token: its pair on the right is gone already
+    for (size_t i = 0; i < word.size;) {
+      if (i + 1 < word.size && t[i] == left && t[i + 1] == right) {
+        // t[out - 1] is what now stands before: `token` itself if joined, else what stood there.
+        if (out > 0 && !joined) subtract(t[out - 1], left);
+        if (i + 2 < word.size) subtract(right, t[i + 2]);
+        if (out > 0) add(t[out - 1], token, w, fresh);
+        t[out++] = token;
+        joined = true;
+        i += 2;
+      } else {
+        if (joined) add(token, t[i], w, fresh);
+        t[out++] = t[i++];
+        joined = false;
+      }
+    }
+    word.size = out;
+  }
+
+  std::vector<int> tokens_;  // of all words, end to end; merges shorten a word in place
+  std::vector<Word> words_;
+  FlatMap index_;  // of pairs_
+  std::vector<Pair> pairs_;
+  std::priority_queue<Entry> queue_;
+};
 
 }  // namespace
 
@@ -636,7 +822,142 @@ struct TokenizerData {
   }
 };
 
+Tokenizer train_tokenizer(const Corpus& corpus, int vocab_size, const std::string& pattern) {
+  constexpr int kSmallest = 256 + kSpecials;
+  if (vocab_size < kSmallest || vocab_size > 1 << 24) {
+    fail("--vocab-size: found ", vocab_size, ", expected ", kSmallest, " (256 bytes and ",
+         kSpecials, " special tokens) to ", 1 << 24);
+  }
+  auto data = std::make_shared<TokenizerData>();
+  data->pattern = parse_pattern(pattern);
+
+  const Stopwatch watch;
+  ProgressLine progress;
+  const OpenCorpus open(corpus);
+  CorpusReader reader(open.inputs, *open.split);
+  std::vector<WordTable> tables(size_t(corpus.threads));
+  int64_t documents = 0, bytes = 0;
+  for (TextBatch batch; reader.next(batch);) {
+    parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
+      const Chunk& c = batch.chunks[i];
+      if (c.validation) return;
+      const std::string_view text = std::string_view(batch.text).substr(c.begin, c.seen - c.begin);
+      for_each_piece(text, c.end - c.begin, data->pattern,
+                     [&](std::string_view piece) { tables[thread].add(piece, 1); });
+    });
+    for (const Chunk& c : batch.chunks) {
+      if (c.validation) continue;
+      documents += c.begins_document;
+      bytes += int64_t(c.end - c.begin);
+    }
+    if (!corpus.quiet) {
+      progress.show("reading: " + bytes_text(double(bytes)) + ", " + watch.rate(bytes));
+    }
+  }
+  if (bytes == 0) fail("training: found documents without text, expected text");
+  WordTable words = std::move(tables[0]);
+  for (size_t t = 1; t < tables.size(); t++) words.merge(std::exchange(tables[t], {}));
+  if (!corpus.quiet) {
+    progress.note(format("%lld documents, %s, %zu distinct pieces", (long long)documents,
+                         bytes_text(double(bytes)).c_str(), words.size()));
+  }
+
+  Trainer trainer(words);
+  const int merges = vocab_size - kSmallest;
+  for (int left, right; data->merges.size() < 256 + merges && trainer.best(left, right);) {
+    const int token = data->merges.add(left, right);
+    trainer.merge(left, right, token);
+    if (!corpus.quiet && token % 64 == 0) {
+      progress.show(format("merging: %d of %d", token - 255, merges));
+    }
+  }
+  for (int t = 0; t < data->merges.size(); t++) data->ids.push_back(t);
+  for (int i = 0; i < kSpecials; i++) {
+    data->specials.push_back({kSpecialTokens[i], data->merges.size() + i});
+  }
+  data->complete("training");
+  if (!corpus.quiet) {
+    const int size = data->merges.size() + kSpecials;
+    if (size < vocab_size) {
+      progress.note(
+          format("the text has pairs for %d tokens only, of the %d asked for", size, vocab_size));
+    }
+    const int64_t tokens = trainer.tokens();
+    progress.show(format("trained %d tokens on %lld documents, %s: %.3f bytes a token there, %s",
+                         size, (long long)documents, bytes_text(double(bytes)).c_str(),
+                         double(bytes) / double(tokens), watch.rate(bytes).c_str()),
+                  true);
+  }
+  return Tokenizer(data);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Encoding
+
 namespace {
+
+// Whether `a` and `b` can stand side by side when all merges are done, each made of its own
+// bytes. Undoes the merges of both, latest first, until a merge across the border shows that
+// would have come before (no), or only bytes are left (yes). `limit`: the rank that a merge
+// across must stay below to have come first; of two equal ranks the left one is first.
+bool Merges::can_neighbour(int a, int b) const {
+  int limit = std::numeric_limits<int>::max();
+  for (;;) {
+    const int across = pairs_.find(pair_key(a, b));
+    if (across >= 0 && across < limit) return false;
+    if (a < 256 && b < 256) return true;
+    if (a > b) {
+      limit = a, a = parts(a).second;
+    } else {
+      limit = b + 1, b = parts(b).first;
+    }
+  }
+}
+
+// The longest token that `text` begins with.
+int Merges::longest(std::string_view text) const {
+  int node = static_cast<unsigned char>(text[0]), best = node;
+  for (size_t i = 1; i < text.size(); i++) {
+    node = edges_.find(edge(node, text[i]));
+    if (node < 0) break;
+    if (node_token_[size_t(node)] >= 0) best = node_token_[size_t(node)];
+  }
+  return best;
+}
+
+// Appends the tokens of one piece, in time linear in its length. Greedy with repentance: takes
+// the longest token that can follow the last; where none can, no encoding has a border at this
+// position, and the last token is taken back for a shorter one.
+void Merges::encode(std::string_view piece, Scratch& scratch) const {
+  std::vector<int>& tokens = scratch.tokens;
+  std::vector<uint64_t>& possible = scratch.possible;
+  tokens.clear();
+  possible.assign(piece.size() / 64 + 1, ~uint64_t(0));
+  int token = longest(piece);
+  for (size_t at = 0; at < piece.size();) {
+    const size_t end = at + size_t(length(token));
+    if ((possible[end / 64] >> (end % 64) & 1) &&
+        (tokens.empty() || can_neighbour(tokens.back(), token))) {
+      tokens.push_back(token);
+      at = end;
+      if (at < piece.size()) token = longest(piece.substr(at));
+    } else if (length(token) > 1) {
+      token = longest(piece.substr(at, size_t(length(token)) - 1));
+    } else {
+      possible[at / 64] &= ~(uint64_t(1) << (at % 64));
+      token = tokens.back();
+      tokens.pop_back();
+      at -= size_t(length(token));
+    }
+  }
+}
+
+std::string to_nfc(std::string_view text);  // Normalization Form C
+
+// Text below U+0300 is in Normalization Form C already: nothing there combines.
+bool is_plain_nfc(std::string_view text) {
+  return std::all_of(text.begin(), text.end(), [](unsigned char c) { return c < 0xCC; });
+}
 
 // Encodes texts; one for each thread, since it remembers. Most pieces of a text are words seen
 // before: their ids stand in a direct-mapped cache, one cache line a piece.
@@ -646,8 +967,8 @@ class Encoder {
 
   // Appends the ids of text[0, end); see for_each_piece for what follows.
   void encode(std::string_view text, size_t end, std::vector<int>& ids) {
-    if (!data_.nfc || Nfc::is_plain(text)) return encode_normal(text, end, ids);
-    std::string normal = Nfc::instance().normalize(text.substr(0, end));
+    if (!data_.nfc || is_plain_nfc(text)) return encode_normal(text, end, ids);
+    std::string normal = to_nfc(text.substr(0, end));
     const size_t normal_end = normal.size();
     normal += text.substr(end, 2);  // ASCII: is_safe_cut
     encode_normal(normal, normal_end, ids);
@@ -770,6 +1091,70 @@ std::vector<std::string_view> Tokenizer::pieces(std::string_view text) const {
   std::vector<std::string_view> all;
   for_each_piece(text, text.size(), data_->pattern, [&](auto piece) { all.push_back(piece); });
   return all;
+}
+
+DataInfo encode_corpus(const Corpus& corpus, const Tokenizer& tokenizer,
+                       const std::filesystem::path& tokenizer_path,
+                       const std::filesystem::path& prefix) {
+  const Stopwatch watch;
+  ProgressLine progress;
+  const OpenCorpus open(corpus);
+  CorpusReader reader(open.inputs, *open.split);
+  const int end_of_text = tokenizer.end_of_text();
+  ShardWriter train(prefix, "train", tokenizer.vocab_size(), tokenizer.hash());
+  ShardWriter val(prefix, "val", tokenizer.vocab_size(), tokenizer.hash());
+  DataInfo info;
+  info.hash = tokenizer.hash();
+  info.vocab_size = tokenizer.vocab_size();
+  namespace fs = std::filesystem;
+  info.tokenizer = fs::absolute(tokenizer_path)
+                       .lexically_normal()
+                       .lexically_proximate(fs::absolute(prefix).lexically_normal().parent_path())
+                       .string();
+
+  std::vector<Encoder> encoders(size_t(corpus.threads), Encoder(tokenizer.data(), true));
+  std::vector<std::vector<int>> ids;  // of each chunk
+  for (TextBatch batch; reader.next(batch);) {
+    if (ids.size() < batch.chunks.size()) ids.resize(batch.chunks.size());
+    parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
+      const Chunk& c = batch.chunks[i];
+      ids[i].clear();
+      if (c.begins_document) ids[i].push_back(end_of_text);
+      encoders[thread].encode(std::string_view(batch.text).substr(c.begin, c.seen - c.begin),
+                              c.end - c.begin, ids[i]);
+    });
+    for (size_t i = 0; i < batch.chunks.size(); i++) {
+      const Chunk& c = batch.chunks[i];
+      DataInfo::Split& split = c.validation ? info.val : info.train;
+      (c.validation ? val : train).append(ids[i]);
+      split.documents += c.begins_document;
+      split.bytes += int64_t(c.end - c.begin);
+      split.tokens += int64_t(ids[i].size());
+    }
+    const int64_t bytes = info.train.bytes + info.val.bytes;
+    if (!corpus.quiet) {
+      progress.show("encoding: " + bytes_text(double(bytes)) + ", " + watch.rate(bytes));
+    }
+  }
+  if (info.train.tokens + info.val.tokens == 0) {
+    fail("encoding: found documents without text, expected text");
+  }
+  train.finish();
+  val.finish();
+  write_data_info(prefix, info);
+  if (!corpus.quiet) {
+    const auto line = [&](const char* name, const DataInfo::Split& s) {
+      progress.note(format("%s: %lld documents, %lld bytes, %lld tokens, %.3f bytes a token", name,
+                           (long long)s.documents, (long long)s.bytes, (long long)s.tokens,
+                           double(s.bytes) / double(std::max<int64_t>(1, s.tokens))));
+    };
+    line("train", info.train);
+    line("val", info.val);
+    progress.show("encoded into " + prefix.string() + "_*.bin, " +
+                      watch.rate(info.train.bytes + info.val.bytes),
+                  true);
+  }
+  return info;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1334,525 +1719,149 @@ Tokenizer Tokenizer::load(const std::filesystem::path& path) {
        ".tiktoken or vocab.bpe");
 }
 
-// ---------------------------------------------------------------------------------------------
-// The corpus: documents of many inputs, in batches that fit memory, each cut into chunks that
-// threads can work on alone
-
 namespace {
 
-// Runs f(i, thread) for 0 <= i < n; an exception in a thread comes out here.
-template <class F>
-void parallel_for(size_t n, int threads, F&& f) {
-  std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (size_t i = 0; i < n; i++) {
-    try {
-      f(i, size_t(omp_get_thread_num()));
-    } catch (...) {
-#pragma omp critical
-      failure = std::current_exception();
-    }
+// ---------------------------------------------------------------------------------------------
+// UTF-8
+
+CodePoint decode_utf8(const char* text, size_t left) {
+  const auto* p = reinterpret_cast<const unsigned char*>(text);
+  const auto tail = [&](size_t i) { return i < left && (p[i] & 0xC0) == 0x80; };
+  const uint32_t a = p[0];
+  if (a < 0x80) return {a, 1};
+  if (a >= 0xC2 && a < 0xE0 && tail(1)) return {(a & 31) << 6 | (p[1] & 63u), 2};
+  if (a >= 0xE0 && a < 0xF0 && tail(1) && tail(2)) {
+    const uint32_t c = (a & 15) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u);
+    if (c >= 0x800 && (c < 0xD800 || c > 0xDFFF)) return {c, 3};
   }
-  if (failure) std::rethrow_exception(failure);
+  if (a >= 0xF0 && a < 0xF5 && tail(1) && tail(2) && tail(3)) {
+    const uint32_t c = (a & 7) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
+    if (c >= 0x10000 && c <= 0x10FFFF) return {c, 4};
+  }
+  return {kInvalid + a, 1};
 }
 
-constexpr size_t kHeadBytes = 1 << 16;  // of a document: they tell it from others
-
-uint64_t document_hash(std::string_view head) { return piece_hash(head.substr(0, kHeadBytes)); }
-
-// Which documents, or which tail of the only one, are validation.
-//   one document:   its last `fraction`, from the next line on
-//   2 to 64:        those with the smallest hashes, the nearest number to the fraction, but one at
-//                   least and not all
-//   more:           those whose hash is below the fraction of 2^64
-class ValidationSplit {
- public:
-  static constexpr size_t kFew = 64;
-
-  ValidationSplit(const std::vector<Input>& inputs, double fraction) {
-    if (!(fraction >= 0 && fraction < 1)) {
-      fail("--val-fraction: found ", fraction, ", expected 0 or more and less than 1");
-    }
-    if (fraction == 0) return;
-    std::set<uint64_t> hashes;
-    size_t documents = 0;
-    DocumentReader reader(inputs);
-    for (DocumentPart part; documents <= kFew && reader.next(part);) {
-      if (!part.begins || part.text.empty()) continue;
-      documents++;
-      hashes.insert(document_hash(part.text));
-      if (!part.ends) reader.skip_document();
-    }
-    if (documents == 1) {
-      find_tail(inputs, fraction);
-    } else if (documents > kFew) {
-      threshold_ = uint64_t(std::ldexp(fraction, 63)) << 1;
-    } else if (hashes.size() < 2) {
-      fail("--val-fraction: found ", documents,
-           " documents, expected at least two different ones, or a single one to cut");
-    } else {
-      const int64_t n = int64_t(hashes.size());
-      const int64_t chosen = std::clamp<int64_t>(std::llround(fraction * double(n)), 1, n - 1);
-      threshold_ = *std::next(hashes.begin(), chosen);
-    }
+void append_utf8(std::string& out, uint32_t c) {
+  const auto put = [&](uint32_t byte) { out += char(byte); };
+  if (c >= kInvalid) return put(c - kInvalid);
+  if (c < 0x80) return put(c);
+  if (c < 0x800) return put(0xC0 | c >> 6), put(0x80 | (c & 63));
+  if (c < 0x10000) {
+    return put(0xE0 | c >> 12), put(0x80 | (c >> 6 & 63)), put(0x80 | (c & 63));
   }
+  put(0xF0 | c >> 18), put(0x80 | (c >> 12 & 63)), put(0x80 | (c >> 6 & 63)), put(0x80 | (c & 63));
+}
 
-  bool has_tail() const { return tail_ > 0; }
-  int64_t tail() const { return tail_; }  // byte of the only document at which validation begins
-  bool is_validation(std::string_view document) const {
-    return document_hash(document) < threshold_;
-  }
-
- private:
-  void find_tail(const std::vector<Input>& inputs, double fraction) {
-    int64_t bytes = 0;
-    DocumentReader counter(inputs);
-    for (DocumentPart part; counter.next(part);) bytes += int64_t(part.text.size());
-    const int64_t wanted = bytes - int64_t(double(bytes) * fraction);
-    std::string near;  // the bytes from `wanted` on
-    int64_t at = 0;
-    DocumentReader reader(inputs);
-    for (DocumentPart part; near.size() < 4096 && reader.next(part);) {
-      const int64_t skip = std::clamp<int64_t>(wanted - at, 0, int64_t(part.text.size()));
-      near += part.text.substr(size_t(skip), 4096 - near.size());
-      at += int64_t(part.text.size());
-    }
-    const size_t newline = near.find('\n');
-    size_t cut = 0;
-    if (newline != std::string::npos && wanted + int64_t(newline) + 1 < bytes) {
-      cut = newline + 1;
-    } else {
-      while (cut < near.size() && (near[cut] & 0xC0) == 0x80) cut++;
-    }
-    tail_ = wanted + int64_t(cut);
-    if (tail_ <= 0 || tail_ >= bytes) {
-      fail("--val-fraction: found ", fraction, " of ", bytes,
-           " bytes, expected at least one byte on each side");
-    }
-  }
-
-  int64_t tail_ = 0;
-  uint64_t threshold_ = 0;
-};
-
-struct Chunk {
-  size_t begin, end;     // in the batch's text
-  size_t seen;           // the document's text goes on to here at least
-  bool begins_document;  //
-  bool validation;
-};
-struct TextBatch {
-  std::string text;
-  std::vector<Chunk> chunks;
-};
-
-class CorpusReader {
- public:
-  CorpusReader(const std::vector<Input>& inputs, const ValidationSplit& split)
-      : reader_(inputs), split_(split) {}
-
-  // The next batch: whole documents, and of a long one as much as is there up to a safe cut.
-  bool next(TextBatch& batch) {
-    batch.text.swap(rest_);
-    rest_.clear();
-    const size_t wanted = 2 * batch.text.size() + kBatchBytes;
-    batch.chunks.clear();
-    stretch_ = 0;
-    for (DocumentPart part; batch.text.size() < wanted && reader_.next(part);) add(part, batch);
-    if (open_) keep_rest(batch);
-    return !batch.chunks.empty() || open_;
-  }
-
- private:
-  static constexpr size_t kBatchBytes = 16 << 20, kChunkBytes = 128 << 10;
-
-  void add(DocumentPart part, TextBatch& batch) {
-    if (part.begins) {
-      begin_document(batch, !split_.has_tail() && split_.is_validation(part.text));
-      offset_ = 0;
-    }
-    const int64_t size = int64_t(part.text.size());
-    if (split_.has_tail() && offset_ < split_.tail() && split_.tail() < offset_ + size) {
-      const size_t cut = size_t(split_.tail() - offset_);
-      batch.text += part.text.substr(0, cut);
-      end_document(batch);
-      begin_document(batch, true);
-      part.text.remove_prefix(cut);
-    } else if (split_.has_tail() && offset_ == split_.tail()) {
-      end_document(batch);
-      begin_document(batch, true);
-    }
-    offset_ += size;
-    batch.text += part.text;
-    if (part.ends) end_document(batch);
-  }
-
-  void begin_document(const TextBatch& batch, bool validation) {
-    open_ = begins_ = true;
-    validation_ = validation;
-    stretch_ = batch.text.size();
-  }
-  void end_document(TextBatch& batch) {
-    add_chunks(batch, batch.text.size());
-    open_ = false;
-  }
-
-  // The text of an unfinished document behind the last safe cut waits for the next batch.
-  void keep_rest(TextBatch& batch) {
-    size_t cut = batch.text.size();
-    while (cut > stretch_ && !is_safe_cut(batch.text, cut)) cut--;
-    if (cut > stretch_) add_chunks(batch, cut);
-    rest_ = batch.text.substr(cut);
-  }
-
-  // Chunks for [stretch_, end): about kChunkBytes each, cut where it is safe.
-  void add_chunks(TextBatch& batch, size_t end) {
-    const std::string_view seen = std::string_view(batch.text);
-    for (size_t at = stretch_; at < end;) {
-      size_t cut = std::min(end, at + kChunkBytes);
-      while (cut < end && !is_safe_cut(seen, cut)) cut++;
-      batch.chunks.push_back({at, cut, seen.size(), std::exchange(begins_, false), validation_});
-      at = cut;
-    }
-    stretch_ = end;
-  }
-
-  DocumentReader reader_;
-  const ValidationSplit& split_;
-  std::string rest_;
-  size_t stretch_ = 0;  // where the open document's text in the batch begins
-  int64_t offset_ = 0;  // bytes of the open document so far
-  bool open_ = false, begins_ = false, validation_ = false;
-};
 // ---------------------------------------------------------------------------------------------
-// Training
+// Normalization Form C, which Qwen's tokenizers ask for (Unicode Standard Annex 15).
 
-// Distinct pieces and how often each occurs.
-class WordTable {
+class Nfc {
  public:
-  void add(std::string_view word, int64_t count) {
-    if (2 * (words_.size() + 1) > slots_.size()) grow();
-    const uint64_t hash = piece_hash(word);
-    for (size_t i = hash & (slots_.size() - 1);; i = (i + 1) & (slots_.size() - 1)) {
-      if (slots_[i] < 0) {
-        slots_[i] = int64_t(words_.size());
-        words_.push_back({hash, text_.size(), word.size(), count});
-        text_ += word;
-        return;
-      }
-      Word& w = words_[size_t(slots_[i])];
-      if (w.hash == hash && text(w) == word) {
-        w.count += count;
-        return;
-      }
-    }
+  static const Nfc& instance() {
+    static const Nfc nfc;
+    return nfc;
   }
-  size_t size() const { return words_.size(); }
-  std::string_view word(size_t i) const { return text(words_[i]); }
-  int64_t count(size_t i) const { return words_[i].count; }
-  void merge(const WordTable& other) {
-    for (size_t i = 0; i < other.size(); i++) add(other.word(i), other.count(i));
+
+  std::string normalize(std::string_view text) const {
+    std::vector<uint32_t> codes;
+    for (size_t i = 0; i < text.size();) {
+      const CodePoint c = decode_utf8(text.data() + i, text.size() - i);
+      decompose(c.code, codes);
+      i += size_t(c.bytes);
+    }
+    sort_marks(codes);
+    compose(codes);
+    std::string out;
+    out.reserve(text.size());
+    for (const uint32_t c : codes) append_utf8(out, c);
+    return out;
   }
 
  private:
-  struct Word {
-    uint64_t hash;
-    size_t offset, size;
-    int64_t count;
-  };
-  std::string_view text(const Word& w) const { return {text_.data() + w.offset, w.size}; }
-  void grow() {
-    slots_.assign(std::max<size_t>(1024, 2 * slots_.size()), -1);
-    for (size_t w = 0; w < words_.size(); w++) {
-      size_t i = words_[w].hash & (slots_.size() - 1);
-      while (slots_[i] >= 0) i = (i + 1) & (slots_.size() - 1);
-      slots_[i] = int64_t(w);
-    }
-  }
-  std::vector<int64_t> slots_;  // index into words_, -1: free; open addressing
-  std::vector<Word> words_;
-  std::string text_;  // of all words, end to end
-};
+  // Hangul syllables are arithmetic: leading consonant, vowel, trailing consonant.
+  static constexpr uint32_t kSBase = 0xAC00, kLBase = 0x1100, kVBase = 0x1161, kTBase = 0x11A7;
+  static constexpr uint32_t kLCount = 19, kVCount = 21, kTCount = 28;
+  static constexpr uint32_t kSCount = kLCount * kVCount * kTCount;
 
-// Joins the most frequent pair of neighbours again and again. Pair counts are kept up to date word
-// by word: a merge visits only the words that have held its pair. Ties: of equal counts the
-// smallest (left, right), so that the order of words does not matter.
-class Trainer {
- public:
-  explicit Trainer(const WordTable& words) {
-    std::vector<int> fresh;
-    for (size_t w = 0; w < words.size(); w++) {
-      const std::string_view text = words.word(w);
-      words_.push_back({tokens_.size(), text.size(), words.count(w)});
-      for (const unsigned char b : text) tokens_.push_back(b);
-      for (size_t i = words_[w].begin; i + 1 < tokens_.size(); i++) {
-        add(tokens_[i], tokens_[i + 1], uint32_t(w), fresh);
+  Nfc() : combining_(0x110100) {
+    std::set<uint32_t> excluded(std::begin(kCompositionExclusions),
+                                std::end(kCompositionExclusions));
+    for (size_t i = 0; i < std::size(kDecompositions); i += 3) {
+      const uint32_t c = kDecompositions[i], a = kDecompositions[i + 1], b = kDecompositions[i + 2];
+      parts_[c] = int(i);
+      if (b != 0 && !excluded.count(c)) composed_[pair_key(int(a), int(b))] = int(c);
+    }
+    for (size_t i = 0; i < std::size(kCombiningRuns); i += 3) {
+      for (uint32_t c = kCombiningRuns[i]; c <= kCombiningRuns[i + 1]; c++) {
+        combining_[c] = uint8_t(kCombiningRuns[i + 2]);
       }
     }
-    for (const int p : fresh) enqueue(p);
   }
 
-  // The pair to merge next; false when there is none. An entry of the queue may be out of date: its
-  // pair's count can only have fallen since, so that it goes back with the count of now.
-  bool best(int& left, int& right) {
-    while (!queue_.empty()) {
-      const auto [count, minus_left, minus_right, p] = queue_.top();
-      if (pairs_[size_t(p)].count == count) {
-        left = -minus_left, right = -minus_right;
-        return true;
+  void decompose(uint32_t c, std::vector<uint32_t>& out) const {
+    if (c - kSBase < kSCount) {
+      const uint32_t s = c - kSBase;
+      out.push_back(kLBase + s / (kVCount * kTCount));
+      out.push_back(kVBase + s % (kVCount * kTCount) / kTCount);
+      if (s % kTCount) out.push_back(kTBase + s % kTCount);
+      return;
+    }
+    const int i = c < 0xC0 ? -1 : parts_.find(c);
+    if (i < 0) return out.push_back(c);
+    decompose(kDecompositions[i + 1], out);
+    if (kDecompositions[i + 2]) decompose(kDecompositions[i + 2], out);
+  }
+
+  void sort_marks(std::vector<uint32_t>& codes) const {  // each run of marks, by class, stably
+    const auto cc = [this](uint32_t c) { return combining_[c]; };
+    for (size_t i = 0; i < codes.size(); i++) {
+      if (cc(codes[i]) == 0) continue;
+      size_t end = i;
+      while (end < codes.size() && cc(codes[end]) != 0) end++;
+      std::stable_sort(codes.begin() + int64_t(i), codes.begin() + int64_t(end),
+                       [&](uint32_t a, uint32_t b) { return cc(a) < cc(b); });
+      i = end;
+    }
+  }
+
+  int compose_pair(uint32_t a, uint32_t b) const {  // -1: they do not compose
+    if (a - kLBase < kLCount && b - kVBase < kVCount) {
+      return int(kSBase + ((a - kLBase) * kVCount + (b - kVBase)) * kTCount);
+    }
+    if (a - kSBase < kSCount && (a - kSBase) % kTCount == 0 && b - kTBase - 1 < kTCount - 1) {
+      return int(a + (b - kTBase));
+    }
+    return composed_.find(pair_key(int(a), int(b)));
+  }
+
+  // A code point joins the last starter unless one between them has its class or a higher one.
+  void compose(std::vector<uint32_t>& codes) const {
+    size_t out = 0, starter = SIZE_MAX;
+    int last = 0;  // class of the code point kept last, behind the starter
+    for (const uint32_t c : codes) {
+      const int cc = combining_[c];
+      const bool adjacent = starter != SIZE_MAX && starter + 1 == out;
+      if (starter != SIZE_MAX && (adjacent || last < cc)) {
+        const int joined = compose_pair(codes[starter], c);
+        if (joined >= 0) {
+          codes[starter] = uint32_t(joined);
+          continue;
+        }
       }
-      queue_.pop();
-      if (pairs_[size_t(p)].count > 0) enqueue(p);
+      if (cc == 0) starter = out;
+      last = cc;
+      codes[out++] = c;
     }
-    return false;
+    codes.resize(out);
   }
 
-  // Replaces the pair by `token` in every word.
-  void merge(int left, int right, int token) {
-    Pair& pair = pairs_[size_t(index_.find(pair_key(left, right)))];
-    const std::vector<uint32_t> words = std::move(pair.words);
-    pair.words = {};
-    std::vector<int> fresh;  // pairs with the new token
-    for (const uint32_t w : words) merge_word(w, left, right, token, fresh);
-    pairs_[size_t(index_.find(pair_key(left, right)))].count = 0;  // `add` may have moved it
-    for (const int p : fresh) enqueue(p);
-  }
-
-  int64_t tokens() const {  // in the text
-    int64_t n = 0;
-    for (const Word& w : words_) n += int64_t(w.size) * w.count;
-    return n;
-  }
-
- private:
-  struct Word {
-    size_t begin, size;  // in tokens_
-    int64_t count;       // in the text
-  };
-  struct Pair {
-    int left, right;
-    int64_t count = 0;            // in the text; each place counts, also where places overlap
-    std::vector<uint32_t> words;  // that have held it, each once
-  };
-  using Entry = std::tuple<int64_t, int, int, int>;  // count, -left, -right, index of the pair
-
-  void enqueue(int p) {
-    const Pair& pair = pairs_[size_t(p)];
-    queue_.push({pair.count, -pair.left, -pair.right, p});
-  }
-
-  void add(int left, int right, uint32_t w, std::vector<int>& fresh) {
-    int& p = index_[pair_key(left, right)];
-    if (p < 0) {
-      p = int(pairs_.size());
-      pairs_.push_back({left, right});
-      fresh.push_back(p);
-    }
-    Pair& pair = pairs_[size_t(p)];
-    pair.count += words_[w].count;
-    if (pair.words.empty() || pair.words.back() != w) pair.words.push_back(w);
-  }
-
-  // left right -> token, from the left, in place. Each pair of neighbours that goes is taken from
-  // its count, each that comes is added, once.
-  void merge_word(uint32_t w, int left, int right, int token, std::vector<int>& fresh) {
-    Word& word = words_[w];
-    int* const t = tokens_.data() + word.begin;
-    const auto subtract = [&](int a, int b) {
-      pairs_[size_t(index_.find(pair_key(a, b)))].count -= word.count;
-    };
-    size_t out = 0;
-    bool joined = false;  // the last step made a token: its pair on the right is gone already
-    for (size_t i = 0; i < word.size;) {
-      if (i + 1 < word.size && t[i] == left && t[i + 1] == right) {
-        // t[out - 1] is what now stands before: `token` itself if joined, else what stood there.
-        if (out > 0 && !joined) subtract(t[out - 1], left);
-        if (i + 2 < word.size) subtract(right, t[i + 2]);
-        if (out > 0) add(t[out - 1], token, w, fresh);
-        t[out++] = token;
-        joined = true;
-        i += 2;
-      } else {
-        if (joined) add(token, t[i], w, fresh);
-        t[out++] = t[i++];
-        joined = false;
-      }
-    }
-    word.size = out;
-  }
-
-  std::vector<int> tokens_;  // of all words, end to end; merges shorten a word in place
-  std::vector<Word> words_;
-  FlatMap index_;  // of pairs_
-  std::vector<Pair> pairs_;
-  std::priority_queue<Entry> queue_;
+  FlatMap parts_, composed_;
+  std::vector<uint8_t> combining_;  // 0 for the stand-ins of invalid bytes, too
 };
 
-// Seconds since the start, for a summary line.
-class Stopwatch {
- public:
-  double seconds() const { return now() - start_; }
-  std::string rate(int64_t bytes) const {
-    return format("%.1f s, %.1f MB/s", seconds(), double(bytes) / 1e6 / std::max(seconds(), 1e-9));
-  }
-
- private:
-  double start_ = now();
-};
-
-// The inputs, "-" made readable twice where that is needed.
-struct OpenCorpus {
-  explicit OpenCorpus(const Corpus& corpus) : inputs(corpus.inputs.begin(), corpus.inputs.end()) {
-    if (inputs.empty()) fail("found no inputs, expected text or JSON lines");
-    if (corpus.threads < 1) fail("--threads: found ", corpus.threads, ", expected 1 or more");
-    if (corpus.val_fraction > 0) {
-      for (Input& input : inputs) spooled.emplace_back(input);
-    }
-    split.emplace(inputs, corpus.val_fraction);
-  }
-  std::vector<Input> inputs;
-  std::vector<SpooledInput> spooled;
-  std::optional<ValidationSplit> split;
-};
+std::string to_nfc(std::string_view text) { return Nfc::instance().normalize(text); }
 
 }  // namespace
-
-Tokenizer train_tokenizer(const Corpus& corpus, int vocab_size, const std::string& pattern) {
-  constexpr int kSmallest = 256 + kSpecials;
-  if (vocab_size < kSmallest || vocab_size > 1 << 24) {
-    fail("--vocab-size: found ", vocab_size, ", expected ", kSmallest, " (256 bytes and ",
-         kSpecials, " special tokens) to ", 1 << 24);
-  }
-  auto data = std::make_shared<TokenizerData>();
-  data->pattern = parse_pattern(pattern);
-
-  const Stopwatch watch;
-  ProgressLine progress;
-  const OpenCorpus open(corpus);
-  CorpusReader reader(open.inputs, *open.split);
-  std::vector<WordTable> tables(size_t(corpus.threads));
-  int64_t documents = 0, bytes = 0;
-  for (TextBatch batch; reader.next(batch);) {
-    parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
-      const Chunk& c = batch.chunks[i];
-      if (c.validation) return;
-      const std::string_view text = std::string_view(batch.text).substr(c.begin, c.seen - c.begin);
-      for_each_piece(text, c.end - c.begin, data->pattern,
-                     [&](std::string_view piece) { tables[thread].add(piece, 1); });
-    });
-    for (const Chunk& c : batch.chunks) {
-      if (c.validation) continue;
-      documents += c.begins_document;
-      bytes += int64_t(c.end - c.begin);
-    }
-    if (!corpus.quiet) {
-      progress.show("reading: " + bytes_text(double(bytes)) + ", " + watch.rate(bytes));
-    }
-  }
-  if (bytes == 0) fail("training: found documents without text, expected text");
-  WordTable words = std::move(tables[0]);
-  for (size_t t = 1; t < tables.size(); t++) words.merge(std::exchange(tables[t], {}));
-  if (!corpus.quiet) {
-    progress.note(format("%lld documents, %s, %zu distinct pieces", (long long)documents,
-                         bytes_text(double(bytes)).c_str(), words.size()));
-  }
-
-  Trainer trainer(words);
-  const int merges = vocab_size - kSmallest;
-  for (int left, right; data->merges.size() < 256 + merges && trainer.best(left, right);) {
-    const int token = data->merges.add(left, right);
-    trainer.merge(left, right, token);
-    if (!corpus.quiet && token % 64 == 0) {
-      progress.show(format("merging: %d of %d", token - 255, merges));
-    }
-  }
-  for (int t = 0; t < data->merges.size(); t++) data->ids.push_back(t);
-  for (int i = 0; i < kSpecials; i++) {
-    data->specials.push_back({kSpecialTokens[i], data->merges.size() + i});
-  }
-  data->complete("training");
-  if (!corpus.quiet) {
-    const int size = data->merges.size() + kSpecials;
-    if (size < vocab_size) {
-      progress.note(
-          format("the text has pairs for %d tokens only, of the %d asked for", size, vocab_size));
-    }
-    const int64_t tokens = trainer.tokens();
-    progress.show(format("trained %d tokens on %lld documents, %s: %.3f bytes a token there, %s",
-                         size, (long long)documents, bytes_text(double(bytes)).c_str(),
-                         double(bytes) / double(tokens), watch.rate(bytes).c_str()),
-                  true);
-  }
-  return Tokenizer(data);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Encoding a corpus
-
-DataInfo encode_corpus(const Corpus& corpus, const Tokenizer& tokenizer,
-                       const std::filesystem::path& tokenizer_path,
-                       const std::filesystem::path& prefix) {
-  const Stopwatch watch;
-  ProgressLine progress;
-  const OpenCorpus open(corpus);
-  CorpusReader reader(open.inputs, *open.split);
-  const int end_of_text = tokenizer.end_of_text();
-  ShardWriter train(prefix, "train", tokenizer.vocab_size(), tokenizer.hash());
-  ShardWriter val(prefix, "val", tokenizer.vocab_size(), tokenizer.hash());
-  DataInfo info;
-  info.hash = tokenizer.hash();
-  info.vocab_size = tokenizer.vocab_size();
-  namespace fs = std::filesystem;
-  info.tokenizer = fs::absolute(tokenizer_path)
-                       .lexically_normal()
-                       .lexically_proximate(fs::absolute(prefix).lexically_normal().parent_path())
-                       .string();
-
-  std::vector<Encoder> encoders(size_t(corpus.threads), Encoder(tokenizer.data(), true));
-  std::vector<std::vector<int>> ids;  // of each chunk
-  for (TextBatch batch; reader.next(batch);) {
-    if (ids.size() < batch.chunks.size()) ids.resize(batch.chunks.size());
-    parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
-      const Chunk& c = batch.chunks[i];
-      ids[i].clear();
-      if (c.begins_document) ids[i].push_back(end_of_text);
-      encoders[thread].encode(std::string_view(batch.text).substr(c.begin, c.seen - c.begin),
-                              c.end - c.begin, ids[i]);
-    });
-    for (size_t i = 0; i < batch.chunks.size(); i++) {
-      const Chunk& c = batch.chunks[i];
-      DataInfo::Split& split = c.validation ? info.val : info.train;
-      (c.validation ? val : train).append(ids[i]);
-      split.documents += c.begins_document;
-      split.bytes += int64_t(c.end - c.begin);
-      split.tokens += int64_t(ids[i].size());
-    }
-    const int64_t bytes = info.train.bytes + info.val.bytes;
-    if (!corpus.quiet) {
-      progress.show("encoding: " + bytes_text(double(bytes)) + ", " + watch.rate(bytes));
-    }
-  }
-  if (info.train.tokens + info.val.tokens == 0) {
-    fail("encoding: found documents without text, expected text");
-  }
-  train.finish();
-  val.finish();
-  write_data_info(prefix, info);
-  if (!corpus.quiet) {
-    const auto line = [&](const char* name, const DataInfo::Split& s) {
-      progress.note(format("%s: %lld documents, %lld bytes, %lld tokens, %.3f bytes a token", name,
-                           (long long)s.documents, (long long)s.bytes, (long long)s.tokens,
-                           double(s.bytes) / double(std::max<int64_t>(1, s.tokens))));
-    };
-    line("train", info.train);
-    line("val", info.val);
-    progress.show("encoded into " + prefix.string() + "_*.bin, " +
-                      watch.rate(info.train.bytes + info.val.bytes),
-                  true);
-  }
-  return info;
-}
-
 }  // namespace cake
 
 #ifndef CAKE_NO_MAIN
