@@ -5,25 +5,36 @@
 //     train    pieces, counted --merge the most frequent pair, again and again--> tokenizer.json
 //     encode   documents --tokenizer--> <|endoftext|> ids ... <|endoftext|> ids ... --> shards
 //
+// The file in order: byte pair encoding by its definition, in a page; the split patterns; training;
+// encoding; reading a corpus; files of tokenizers; UTF-8 and Unicode's normal form; the command
+// line.
+//
 // A split pattern cuts text into pieces that tokens never cross: words with the space before them,
-// numbers, punctuation, white space. The published patterns are regular expressions; here each is a
-// few lines over one class per code point, since a regular expression engine would take most of the
-// time and some overflow their stack on long runs. Within a piece the tokens are at first its
-// bytes; then, as long as a pair of neighbours is in the table of merges, the pair that was learned
-// first is joined, the leftmost one first. That is the definition. The encoder finds the same
-// tokens in one pass.
+// numbers, punctuation, white space. The published patterns are regular expressions. Here each is a
+// few lines over one class per code point: a regular expression engine would take most of the time,
+// and some overflow their stack on long runs.
 //
 // In this file a token is named by its rank: bytes are 0 to 255, merge k makes token 256 + k. Ids
-// are what a file assigns to tokens; they equal ranks in the tokenizers trained here, and nowhere
-// else. Where a file lists several merges that make the same bytes, at most one of them can ever
+// are what a file assigns to tokens. They equal ranks in the tokenizers trained here, and nowhere
+// else. A file may list several merges that make the same bytes. At most one of them can ever
 // happen: between two places that no merge has crossed, bytes always develop in the same way.
 //
 // Sources: byte-level BPE, Radford et al. 2019; BPE for words, Sennrich et al. 2016; patterns and
 // the .tiktoken format, OpenAI's tiktoken; linear encoding by backtracking over compatible
 // neighbours, Antwerpen and Neubeck 2024 (GitHub's rust-gems); tokenizer.json, Hugging Face.
 #include <omp.h>
+
+// GCC 12 says of its own AVX-512 intrinsics that a variable is not initialised (its bug 105593).
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ == 12
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #define XXH_INLINE_ALL
 #include <xxhash.h>
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ == 12
+#pragma GCC diagnostic pop
+#endif
 
 #include <algorithm>
 #include <array>
@@ -32,6 +43,7 @@
 #include <exception>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <queue>
 #include <set>
@@ -43,6 +55,7 @@
 #include <vector>
 
 #include "cake/chat_template.h"
+#include "cake/flags.h"
 #include "cake/json.h"
 #include "cake/records.h"
 #include "cake/run.h"
@@ -50,11 +63,53 @@
 #include "cake/tokenizer.h"
 #include "cake/unicode.h"
 
-#ifndef CAKE_NO_MAIN
-#include <CLI/CLI.hpp>
-#endif
-
 namespace cake {
+
+// ---------------------------------------------------------------------------------------------
+// Byte pair encoding by its definition. The rest of this file gives the same tokens, but faster;
+// the tests compare the two.
+
+namespace plain {
+
+// Replaces each pair of neighbours (left, right) by `token`, from left to right.
+static void join_pairs(std::vector<int>& tokens, Merge pair, int token) {
+  size_t size = 0;
+  for (size_t i = 0; i < tokens.size(); i++) {
+    const bool joined = i + 1 < tokens.size() && Merge(tokens[i], tokens[i + 1]) == pair;
+    tokens[size++] = joined ? token : tokens[i];
+    i += joined;
+  }
+  tokens.resize(size);
+}
+
+// Training: count the pairs of neighbours in all pieces, join the most frequent pair everywhere,
+// count again. Of pairs with equal counts the smallest is joined.
+std::vector<Merge> learn_merges(std::vector<std::vector<int>> pieces, int count) {
+  std::vector<Merge> merges;
+  while (int(merges.size()) < count) {
+    std::map<Merge, int64_t> counts;
+    for (const std::vector<int>& piece : pieces) {
+      for (size_t i = 0; i + 1 < piece.size(); i++) counts[{piece[i], piece[i + 1]}]++;
+    }
+    if (counts.empty()) break;
+    const auto less = [](const auto& a, const auto& b) { return a.second < b.second; };
+    const Merge best = std::max_element(counts.begin(), counts.end(), less)->first;
+    for (std::vector<int>& piece : pieces) join_pairs(piece, best, 256 + int(merges.size()));
+    merges.push_back(best);
+  }
+  return merges;
+}
+
+// Encoding: the bytes of a piece, then every merge in the order in which it was learned.
+std::vector<int> encode(std::string_view piece, std::span<const Merge> merges) {
+  std::vector<int> tokens;
+  for (const unsigned char byte : piece) tokens.push_back(byte);
+  for (size_t k = 0; k < merges.size(); k++) join_pairs(tokens, merges[k], 256 + int(k));
+  return tokens;
+}
+
+}  // namespace plain
+
 namespace {
 
 // ---------------------------------------------------------------------------------------------
@@ -275,6 +330,72 @@ void for_each_piece(std::string_view text, size_t end, Pattern pattern, F&& f) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// A corpus arrives in batches of text that fit memory, each cut into chunks that threads can work
+// on alone. How it is read is told further below.
+
+struct Chunk {
+  size_t begin, end;  // in the batch's text
+  size_t text_end;    // the batch holds the document's text at least to here
+  bool begins_document, is_validation;
+  size_t size() const { return end - begin; }
+};
+struct TextBatch {
+  std::string text;
+  std::vector<Chunk> chunks;
+  // The chunk and what follows it in its document: whether a piece ends can depend on that.
+  std::string_view text_of(const Chunk& c) const {
+    return std::string_view(text).substr(c.begin, c.text_end - c.begin);
+  }
+};
+
+// The lines that a long command prints; none when it is quiet.
+class ConsoleLog {
+ public:
+  explicit ConsoleLog(bool quiet) : quiet_(quiet) {}
+  void progress(const std::string& line, bool last = false) {
+    if (!quiet_) line_.show(line, last);
+  }
+  void note(const std::string& line) {
+    if (!quiet_) line_.note(line);
+  }
+  std::string rate(int64_t bytes) const {  // since the start
+    const double seconds = now() - start_;
+    return format("%.1f s, %.1f MB/s", seconds, double(bytes) / 1e6 / std::max(seconds, 1e-9));
+  }
+
+ private:
+  bool quiet_;
+  ProgressLine line_;
+  double start_ = now();
+};
+
+// Throws Error where there is no input or no thread.
+void check_corpus(const Corpus& corpus);
+
+// Calls process(batch) for each batch of the corpus, one after the other. `verb` is for the
+// progress line.
+void for_each_batch(const Corpus& corpus, const char* verb, ConsoleLog& log,
+                    const std::function<void(const TextBatch&)>& process);
+
+// Runs f(i, thread) for 0 <= i < n; an exception in a thread comes out here.
+template <class F>
+void parallel_for(size_t n, int threads, F&& f) {
+  std::exception_ptr failure;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (size_t i = 0; i < n; i++) {
+    try {
+      f(i, size_t(omp_get_thread_num()));
+    } catch (...) {
+#pragma omp critical
+      failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Training
+
 // A map from 64-bit keys to int: open addressing, linear probing, nothing is ever removed.
 
 class FlatMap {
@@ -315,236 +436,6 @@ class FlatMap {
 
 uint64_t piece_hash(std::string_view piece) { return XXH3_64bits(piece.data(), piece.size()); }
 uint64_t pair_key(int a, int b) { return uint64_t(uint32_t(a)) << 32 | uint32_t(b); }
-
-// ---------------------------------------------------------------------------------------------
-// The corpus: documents of many inputs, in batches that fit memory, each cut into chunks that
-// threads can work on alone
-
-// Whether a piece ends between text[i-1] and text[i] in every pattern, whatever surrounds them:
-// behind a newline before a visible ASCII character (o200k would keep a slash), and between a
-// letter and a space that a letter follows. NFC joins nothing across such a place either.
-bool is_safe_cut(std::string_view text, size_t i) {
-  const auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
-  if (i == 0 || i + 1 >= text.size()) return false;
-  const char before = text[i - 1], after = text[i];
-  if (before == '\n') return after > ' ' && after < '\x7f' && after != '/';
-  return after == ' ' && letter(before) && letter(text[i + 1]);
-}
-
-// Runs f(i, thread) for 0 <= i < n; an exception in a thread comes out here.
-template <class F>
-void parallel_for(size_t n, int threads, F&& f) {
-  std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (size_t i = 0; i < n; i++) {
-    try {
-      f(i, size_t(omp_get_thread_num()));
-    } catch (...) {
-#pragma omp critical
-      failure = std::current_exception();
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
-}
-
-constexpr size_t kHeadBytes = 1 << 16;  // of a document: they tell it from others
-
-uint64_t document_hash(std::string_view head) { return piece_hash(head.substr(0, kHeadBytes)); }
-
-// Which documents, or which tail of the only one, are validation.
-//   one document:   its last `fraction`, from the next line on
-//   2 to 64:        those with the smallest hashes, the nearest number to the fraction, but one at
-//                   least and not all
-//   more:           those whose hash is below the fraction of 2^64
-class ValidationSplit {
- public:
-  static constexpr size_t kFew = 64;
-
-  ValidationSplit(const std::vector<Input>& inputs, double fraction) {
-    if (!(fraction >= 0 && fraction < 1)) {
-      fail("--val-fraction: found ", fraction, ", expected 0 or more and less than 1");
-    }
-    if (fraction == 0) return;
-    std::set<uint64_t> hashes;
-    size_t documents = 0;
-    DocumentReader reader(inputs);
-    for (DocumentPart part; documents <= kFew && reader.next(part);) {
-      if (!part.begins || part.text.empty()) continue;
-      documents++;
-      hashes.insert(document_hash(part.text));
-      if (!part.ends) reader.skip_document();
-    }
-    if (documents == 1) {
-      find_tail(inputs, fraction);
-    } else if (documents > kFew) {
-      threshold_ = uint64_t(std::ldexp(fraction, 63)) << 1;
-    } else if (hashes.size() < 2) {
-      fail("--val-fraction: found ", documents,
-           " documents, expected at least two different ones, or a single one to cut");
-    } else {
-      const int64_t n = int64_t(hashes.size());
-      const int64_t chosen = std::clamp<int64_t>(std::llround(fraction * double(n)), 1, n - 1);
-      threshold_ = *std::next(hashes.begin(), chosen);
-    }
-  }
-
-  bool has_tail() const { return tail_ > 0; }
-  int64_t tail() const { return tail_; }  // byte of the only document at which validation begins
-  bool is_validation(std::string_view document) const {
-    return document_hash(document) < threshold_;
-  }
-
- private:
-  void find_tail(const std::vector<Input>& inputs, double fraction) {
-    int64_t bytes = 0;
-    DocumentReader counter(inputs);
-    for (DocumentPart part; counter.next(part);) bytes += int64_t(part.text.size());
-    const int64_t wanted = bytes - int64_t(double(bytes) * fraction);
-    std::string near;  // the bytes from `wanted` on
-    int64_t at = 0;
-    DocumentReader reader(inputs);
-    for (DocumentPart part; near.size() < 4096 && reader.next(part);) {
-      const int64_t skip = std::clamp<int64_t>(wanted - at, 0, int64_t(part.text.size()));
-      near += part.text.substr(size_t(skip), 4096 - near.size());
-      at += int64_t(part.text.size());
-    }
-    const size_t newline = near.find('\n');
-    size_t cut = 0;
-    if (newline != std::string::npos && wanted + int64_t(newline) + 1 < bytes) {
-      cut = newline + 1;
-    } else {
-      while (cut < near.size() && (near[cut] & 0xC0) == 0x80) cut++;
-    }
-    tail_ = wanted + int64_t(cut);
-    if (tail_ <= 0 || tail_ >= bytes) {
-      fail("--val-fraction: found ", fraction, " of ", bytes,
-           " bytes, expected at least one byte on each side");
-    }
-  }
-
-  int64_t tail_ = 0;
-  uint64_t threshold_ = 0;
-};
-
-struct Chunk {
-  size_t begin, end;     // in the batch's text
-  size_t seen;           // the document's text goes on to here at least
-  bool begins_document;  //
-  bool validation;
-};
-struct TextBatch {
-  std::string text;
-  std::vector<Chunk> chunks;
-};
-
-class CorpusReader {
- public:
-  CorpusReader(const std::vector<Input>& inputs, const ValidationSplit& split)
-      : reader_(inputs), split_(split) {}
-
-  // The next batch: whole documents, and of a long one as much as is there up to a safe cut.
-  bool next(TextBatch& batch) {
-    batch.text.swap(rest_);
-    rest_.clear();
-    const size_t wanted = 2 * batch.text.size() + kBatchBytes;
-    batch.chunks.clear();
-    stretch_ = 0;
-    for (DocumentPart part; batch.text.size() < wanted && reader_.next(part);) add(part, batch);
-    if (open_) keep_rest(batch);
-    return !batch.chunks.empty() || open_;
-  }
-
- private:
-  static constexpr size_t kBatchBytes = 16 << 20, kChunkBytes = 128 << 10;
-
-  void add(DocumentPart part, TextBatch& batch) {
-    if (part.begins) {
-      begin_document(batch, !split_.has_tail() && split_.is_validation(part.text));
-      offset_ = 0;
-    }
-    const int64_t size = int64_t(part.text.size());
-    if (split_.has_tail() && offset_ < split_.tail() && split_.tail() < offset_ + size) {
-      const size_t cut = size_t(split_.tail() - offset_);
-      batch.text += part.text.substr(0, cut);
-      end_document(batch);
-      begin_document(batch, true);
-      part.text.remove_prefix(cut);
-    } else if (split_.has_tail() && offset_ == split_.tail()) {
-      end_document(batch);
-      begin_document(batch, true);
-    }
-    offset_ += size;
-    batch.text += part.text;
-    if (part.ends) end_document(batch);
-  }
-
-  void begin_document(const TextBatch& batch, bool validation) {
-    open_ = begins_ = true;
-    validation_ = validation;
-    stretch_ = batch.text.size();
-  }
-  void end_document(TextBatch& batch) {
-    add_chunks(batch, batch.text.size());
-    open_ = false;
-  }
-
-  // The text of an unfinished document behind the last safe cut waits for the next batch.
-  void keep_rest(TextBatch& batch) {
-    size_t cut = batch.text.size();
-    while (cut > stretch_ && !is_safe_cut(batch.text, cut)) cut--;
-    if (cut > stretch_) add_chunks(batch, cut);
-    rest_ = batch.text.substr(cut);
-  }
-
-  // Chunks for [stretch_, end): about kChunkBytes each, cut where it is safe.
-  void add_chunks(TextBatch& batch, size_t end) {
-    const std::string_view seen = std::string_view(batch.text);
-    for (size_t at = stretch_; at < end;) {
-      size_t cut = std::min(end, at + kChunkBytes);
-      while (cut < end && !is_safe_cut(seen, cut)) cut++;
-      batch.chunks.push_back({at, cut, seen.size(), std::exchange(begins_, false), validation_});
-      at = cut;
-    }
-    stretch_ = end;
-  }
-
-  DocumentReader reader_;
-  const ValidationSplit& split_;
-  std::string rest_;
-  size_t stretch_ = 0;  // where the open document's text in the batch begins
-  int64_t offset_ = 0;  // bytes of the open document so far
-  bool open_ = false, begins_ = false, validation_ = false;
-};
-
-// Seconds since the start, for a summary line.
-class Stopwatch {
- public:
-  double seconds() const { return now() - start_; }
-  std::string rate(int64_t bytes) const {
-    return format("%.1f s, %.1f MB/s", seconds(), double(bytes) / 1e6 / std::max(seconds(), 1e-9));
-  }
-
- private:
-  double start_ = now();
-};
-
-// The inputs, "-" made readable twice where that is needed.
-struct OpenCorpus {
-  explicit OpenCorpus(const Corpus& corpus) : inputs(corpus.inputs.begin(), corpus.inputs.end()) {
-    if (inputs.empty()) fail("found no inputs, expected text or JSON lines");
-    if (corpus.threads < 1) fail("--threads: found ", corpus.threads, ", expected 1 or more");
-    if (corpus.val_fraction > 0) {
-      for (Input& input : inputs) spooled.emplace_back(input);
-    }
-    split.emplace(inputs, corpus.val_fraction);
-  }
-  std::vector<Input> inputs;
-  std::vector<SpooledInput> spooled;
-  std::optional<ValidationSplit> split;
-};
-
-// ---------------------------------------------------------------------------------------------
-// Training
 
 // Distinct pieces and how often each occurs.
 class WordTable {
@@ -792,35 +683,75 @@ struct TokenizerData {
   }
 
   // Fills what follows from the rest. `where` is a file, for errors.
-  void complete(const std::string& where) {
-    for (int t = 0; t < merges.size(); t++) add_token(ids[size_t(t)], merges.bytes(t));
-    std::sort(specials.begin(), specials.end(),
-              [](const auto& a, const auto& b) { return a.second < b.second; });
-    for (size_t id = 0; id < bytes.size(); id++) {
-      if (ignore_merges && !bytes[id].empty()) whole_pieces[piece_hash(bytes[id])] = int(id);
-    }
-    for (int t = 0; t < merges.size(); t++) {
-      whole_pieces[piece_hash(merges.bytes(t))] = ids[size_t(t)];
-    }
-    std::string all = concat(pattern_info(pattern).name, nfc ? " nfc" : "",
-                             ignore_merges ? " ignore_merges" : "");
-    const auto put = [&all](int x) { all.append(reinterpret_cast<const char*>(&x), sizeof x); };
-    for (int t = 256; t < merges.size(); t++) {
-      put(merges.parts(t).first), put(merges.parts(t).second);
-    }
-    for (const auto& [name, id] : specials) {
-      if (name.empty()) fail(where, ": found a special token without text");
-      add_token(id, name);
-      special_ids[name] = id;
-      specials_by_length.push_back(&name);
-      put(id);
-    }
-    for (const std::string& token : bytes) put(int(token.size())), all += token;
-    std::stable_sort(specials_by_length.begin(), specials_by_length.end(),
-                     [](const auto* a, const auto* b) { return a->size() > b->size(); });
-    hash = hash64(all);
-  }
+  void complete(const std::string& where);
+  uint64_t compute_hash() const;
 };
+
+void TokenizerData::complete(const std::string& where) {
+  for (int t = 0; t < merges.size(); t++) add_token(ids[size_t(t)], merges.bytes(t));
+  std::sort(specials.begin(), specials.end(),
+            [](const auto& a, const auto& b) { return a.second < b.second; });
+  for (size_t id = 0; id < bytes.size(); id++) {
+    if (ignore_merges && !bytes[id].empty()) whole_pieces[piece_hash(bytes[id])] = int(id);
+  }
+  for (int t = 0; t < merges.size(); t++) {
+    whole_pieces[piece_hash(merges.bytes(t))] = ids[size_t(t)];
+  }
+  for (const auto& [name, id] : specials) {
+    if (name.empty()) fail(where, ": found a special token without text");
+    add_token(id, name);
+    special_ids[name] = id;
+    specials_by_length.push_back(&name);
+  }
+  std::stable_sort(specials_by_length.begin(), specials_by_length.end(),
+                   [](const auto* a, const auto* b) { return a->size() > b->size(); });
+  hash = compute_hash();
+}
+
+uint64_t TokenizerData::compute_hash() const {
+  std::string all =
+      concat(pattern_info(pattern).name, nfc ? " nfc" : "", ignore_merges ? " ignore_merges" : "");
+  const auto put = [&all](int x) { all.append(reinterpret_cast<const char*>(&x), sizeof x); };
+  for (int t = 256; t < merges.size(); t++) {
+    put(merges.parts(t).first), put(merges.parts(t).second);
+  }
+  for (const auto& [name, id] : specials) put(id);
+  for (const std::string& token : bytes) put(int(token.size())), all += token;
+  return hash64(all);
+}
+
+namespace {
+
+// The distinct pieces of the training documents.
+struct CountedPieces {
+  WordTable words;
+  int64_t documents = 0, bytes = 0;
+};
+
+CountedPieces count_pieces(const Corpus& corpus, Pattern pattern, ConsoleLog& log) {
+  check_corpus(corpus);
+  CountedPieces all;
+  std::vector<WordTable> tables(size_t(corpus.threads));
+  for_each_batch(corpus, "reading", log, [&](const TextBatch& batch) {
+    parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
+      const Chunk& c = batch.chunks[i];
+      if (c.is_validation) return;
+      for_each_piece(batch.text_of(c), c.size(), pattern,
+                     [&](std::string_view piece) { tables[thread].add(piece, 1); });
+    });
+    for (const Chunk& c : batch.chunks) {
+      if (c.is_validation) continue;
+      all.documents += c.begins_document;
+      all.bytes += int64_t(c.size());
+    }
+  });
+  if (all.bytes == 0) fail("training: found documents without text, expected text");
+  all.words = std::move(tables[0]);
+  for (size_t t = 1; t < tables.size(); t++) all.words.merge(std::exchange(tables[t], {}));
+  return all;
+}
+
+}  // namespace
 
 Tokenizer train_tokenizer(const Corpus& corpus, int vocab_size, const std::string& pattern) {
   constexpr int kSmallest = 256 + kSpecials;
@@ -830,64 +761,35 @@ Tokenizer train_tokenizer(const Corpus& corpus, int vocab_size, const std::strin
   }
   auto data = std::make_shared<TokenizerData>();
   data->pattern = parse_pattern(pattern);
+  ConsoleLog log(corpus.quiet);
+  const CountedPieces pieces = count_pieces(corpus, data->pattern, log);
+  const std::string size_text = bytes_text(double(pieces.bytes));
+  log.note(format("%lld documents, %s, %zu distinct pieces", (long long)pieces.documents,
+                  size_text.c_str(), pieces.words.size()));
 
-  const Stopwatch watch;
-  ProgressLine progress;
-  const OpenCorpus open(corpus);
-  CorpusReader reader(open.inputs, *open.split);
-  std::vector<WordTable> tables(size_t(corpus.threads));
-  int64_t documents = 0, bytes = 0;
-  for (TextBatch batch; reader.next(batch);) {
-    parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
-      const Chunk& c = batch.chunks[i];
-      if (c.validation) return;
-      const std::string_view text = std::string_view(batch.text).substr(c.begin, c.seen - c.begin);
-      for_each_piece(text, c.end - c.begin, data->pattern,
-                     [&](std::string_view piece) { tables[thread].add(piece, 1); });
-    });
-    for (const Chunk& c : batch.chunks) {
-      if (c.validation) continue;
-      documents += c.begins_document;
-      bytes += int64_t(c.end - c.begin);
-    }
-    if (!corpus.quiet) {
-      progress.show("reading: " + bytes_text(double(bytes)) + ", " + watch.rate(bytes));
-    }
-  }
-  if (bytes == 0) fail("training: found documents without text, expected text");
-  WordTable words = std::move(tables[0]);
-  for (size_t t = 1; t < tables.size(); t++) words.merge(std::exchange(tables[t], {}));
-  if (!corpus.quiet) {
-    progress.note(format("%lld documents, %s, %zu distinct pieces", (long long)documents,
-                         bytes_text(double(bytes)).c_str(), words.size()));
-  }
-
-  Trainer trainer(words);
+  Trainer trainer(pieces.words);
   const int merges = vocab_size - kSmallest;
   for (int left, right; data->merges.size() < 256 + merges && trainer.best(left, right);) {
     const int token = data->merges.add(left, right);
     trainer.merge(left, right, token);
-    if (!corpus.quiet && token % 64 == 0) {
-      progress.show(format("merging: %d of %d", token - 255, merges));
-    }
+    if (token % 64 == 0) log.progress(format("merging: %d of %d", token - 255, merges));
   }
   for (int t = 0; t < data->merges.size(); t++) data->ids.push_back(t);
   for (int i = 0; i < kSpecials; i++) {
     data->specials.push_back({kSpecialTokens[i], data->merges.size() + i});
   }
   data->complete("training");
-  if (!corpus.quiet) {
-    const int size = data->merges.size() + kSpecials;
-    if (size < vocab_size) {
-      progress.note(
-          format("the text has pairs for %d tokens only, of the %d asked for", size, vocab_size));
-    }
-    const int64_t tokens = trainer.tokens();
-    progress.show(format("trained %d tokens on %lld documents, %s: %.3f bytes a token there, %s",
-                         size, (long long)documents, bytes_text(double(bytes)).c_str(),
-                         double(bytes) / double(tokens), watch.rate(bytes).c_str()),
-                  true);
+
+  const int size = data->merges.size() + kSpecials;
+  if (size < vocab_size) {
+    log.note(
+        format("the text has pairs for %d tokens only, of the %d asked for", size, vocab_size));
   }
+  log.progress(
+      format("trained %d tokens on %lld documents, %s: %.3f bytes a token there, %s", size,
+             (long long)pieces.documents, size_text.c_str(),
+             double(pieces.bytes) / double(trainer.tokens()), log.rate(pieces.bytes).c_str()),
+      true);
   return Tokenizer(data);
 }
 
@@ -1096,66 +998,253 @@ std::vector<std::string_view> Tokenizer::pieces(std::string_view text) const {
 DataInfo encode_corpus(const Corpus& corpus, const Tokenizer& tokenizer,
                        const std::filesystem::path& tokenizer_path,
                        const std::filesystem::path& prefix) {
-  const Stopwatch watch;
-  ProgressLine progress;
-  const OpenCorpus open(corpus);
-  CorpusReader reader(open.inputs, *open.split);
-  const int end_of_text = tokenizer.end_of_text();
-  ShardWriter train(prefix, "train", tokenizer.vocab_size(), tokenizer.hash());
-  ShardWriter val(prefix, "val", tokenizer.vocab_size(), tokenizer.hash());
+  check_corpus(corpus);
+  namespace fs = std::filesystem;
   DataInfo info;
   info.hash = tokenizer.hash();
   info.vocab_size = tokenizer.vocab_size();
-  namespace fs = std::filesystem;
   info.tokenizer = fs::absolute(tokenizer_path)
                        .lexically_normal()
                        .lexically_proximate(fs::absolute(prefix).lexically_normal().parent_path())
                        .string();
+  const int end_of_text = tokenizer.end_of_text();
+  ShardWriter train(prefix, "train", info.vocab_size, info.hash);
+  ShardWriter val(prefix, "val", info.vocab_size, info.hash);
 
+  ConsoleLog log(corpus.quiet);
   std::vector<Encoder> encoders(size_t(corpus.threads), Encoder(tokenizer.data(), true));
   std::vector<std::vector<int>> ids;  // of each chunk
-  for (TextBatch batch; reader.next(batch);) {
+  for_each_batch(corpus, "encoding", log, [&](const TextBatch& batch) {
     if (ids.size() < batch.chunks.size()) ids.resize(batch.chunks.size());
     parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
       const Chunk& c = batch.chunks[i];
       ids[i].clear();
       if (c.begins_document) ids[i].push_back(end_of_text);
-      encoders[thread].encode(std::string_view(batch.text).substr(c.begin, c.seen - c.begin),
-                              c.end - c.begin, ids[i]);
+      encoders[thread].encode(batch.text_of(c), c.size(), ids[i]);
     });
     for (size_t i = 0; i < batch.chunks.size(); i++) {
       const Chunk& c = batch.chunks[i];
-      DataInfo::Split& split = c.validation ? info.val : info.train;
-      (c.validation ? val : train).append(ids[i]);
+      DataInfo::Split& split = c.is_validation ? info.val : info.train;
+      (c.is_validation ? val : train).append(ids[i]);
       split.documents += c.begins_document;
-      split.bytes += int64_t(c.end - c.begin);
+      split.bytes += int64_t(c.size());
       split.tokens += int64_t(ids[i].size());
     }
-    const int64_t bytes = info.train.bytes + info.val.bytes;
-    if (!corpus.quiet) {
-      progress.show("encoding: " + bytes_text(double(bytes)) + ", " + watch.rate(bytes));
-    }
-  }
+  });
   if (info.train.tokens + info.val.tokens == 0) {
     fail("encoding: found documents without text, expected text");
   }
   train.finish();
   val.finish();
   write_data_info(prefix, info);
-  if (!corpus.quiet) {
-    const auto line = [&](const char* name, const DataInfo::Split& s) {
-      progress.note(format("%s: %lld documents, %lld bytes, %lld tokens, %.3f bytes a token", name,
-                           (long long)s.documents, (long long)s.bytes, (long long)s.tokens,
-                           double(s.bytes) / double(std::max<int64_t>(1, s.tokens))));
-    };
-    line("train", info.train);
-    line("val", info.val);
-    progress.show("encoded into " + prefix.string() + "_*.bin, " +
-                      watch.rate(info.train.bytes + info.val.bytes),
-                  true);
+  for (const auto& [name, split] : {std::pair("train", info.train), std::pair("val", info.val)}) {
+    log.note(format("%s: %lld documents, %lld bytes, %lld tokens, %.3f bytes a token", name,
+                    (long long)split.documents, (long long)split.bytes, (long long)split.tokens,
+                    double(split.bytes) / double(std::max<int64_t>(1, split.tokens))));
   }
+  log.progress(
+      "encoded into " + prefix.string() + "_*.bin, " + log.rate(info.train.bytes + info.val.bytes),
+      true);
   return info;
 }
+
+// ---------------------------------------------------------------------------------------------
+// Reading a corpus
+
+namespace {
+
+// Whether a piece ends between text[i-1] and text[i] in every pattern, whatever surrounds them:
+// behind a newline before a visible ASCII character (o200k would keep a slash), and between a
+// letter and a space that a letter follows. NFC joins nothing across such a place either.
+bool is_safe_cut(std::string_view text, size_t i) {
+  const auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
+  if (i == 0 || i + 1 >= text.size()) return false;
+  const char before = text[i - 1], after = text[i];
+  if (before == '\n') return after > ' ' && after < '\x7f' && after != '/';
+  return after == ' ' && letter(before) && letter(text[i + 1]);
+}
+
+constexpr size_t kHeadBytes = 1 << 16;  // of a document: they tell it from others
+
+uint64_t document_hash(std::string_view head) { return piece_hash(head.substr(0, kHeadBytes)); }
+
+// Which documents, or which tail of the only one, are validation.
+//   one document:   its last `fraction`, from the next line on
+//   2 to 64:        those with the smallest hashes, the nearest number to the fraction, but one at
+//                   least and not all
+//   more:           those whose hash is below the fraction of 2^64
+class ValidationSplit {
+ public:
+  static constexpr size_t kFew = 64;
+
+  ValidationSplit(const std::vector<Input>& inputs, double fraction) {
+    if (!(fraction >= 0 && fraction < 1)) {
+      fail("--val-fraction: found ", fraction, ", expected 0 or more and less than 1");
+    }
+    if (fraction == 0) return;
+    std::set<uint64_t> hashes;
+    size_t documents = 0;
+    DocumentReader reader(inputs);
+    for (DocumentPart part; documents <= kFew && reader.next(part);) {
+      if (!part.begins || part.text.empty()) continue;
+      documents++;
+      hashes.insert(document_hash(part.text));
+      if (!part.ends) reader.skip_document();
+    }
+    if (documents == 1) {
+      find_tail(inputs, fraction);
+    } else if (documents > kFew) {
+      threshold_ = uint64_t(std::ldexp(fraction, 63)) << 1;
+    } else if (hashes.size() < 2) {
+      fail("--val-fraction: found ", documents,
+           " documents, expected at least two different ones, or a single one to cut");
+    } else {
+      const int64_t n = int64_t(hashes.size());
+      const int64_t chosen = std::clamp<int64_t>(std::llround(fraction * double(n)), 1, n - 1);
+      threshold_ = *std::next(hashes.begin(), chosen);
+    }
+  }
+
+  bool has_tail() const { return tail_ > 0; }
+  int64_t tail() const { return tail_; }  // byte of the only document at which validation begins
+  bool is_validation(std::string_view document) const {
+    return document_hash(document) < threshold_;
+  }
+
+ private:
+  void find_tail(const std::vector<Input>& inputs, double fraction) {
+    int64_t bytes = 0;
+    DocumentReader counter(inputs);
+    for (DocumentPart part; counter.next(part);) bytes += int64_t(part.text.size());
+    const int64_t wanted = bytes - int64_t(double(bytes) * fraction);
+    std::string near;  // the bytes from `wanted` on
+    int64_t at = 0;
+    DocumentReader reader(inputs);
+    for (DocumentPart part; near.size() < 4096 && reader.next(part);) {
+      const int64_t skip = std::clamp<int64_t>(wanted - at, 0, int64_t(part.text.size()));
+      near += part.text.substr(size_t(skip), 4096 - near.size());
+      at += int64_t(part.text.size());
+    }
+    const size_t newline = near.find('\n');
+    size_t cut = 0;
+    if (newline != std::string::npos && wanted + int64_t(newline) + 1 < bytes) {
+      cut = newline + 1;
+    } else {
+      while (cut < near.size() && (near[cut] & 0xC0) == 0x80) cut++;
+    }
+    tail_ = wanted + int64_t(cut);
+    if (tail_ <= 0 || tail_ >= bytes) {
+      fail("--val-fraction: found ", fraction, " of ", bytes,
+           " bytes, expected at least one byte on each side");
+    }
+  }
+
+  int64_t tail_ = 0;
+  uint64_t threshold_ = 0;
+};
+
+class CorpusReader {
+ public:
+  CorpusReader(const std::vector<Input>& inputs, const ValidationSplit& split)
+      : reader_(inputs), split_(split) {}
+
+  // The next batch: whole documents, and of a long one as much as is there up to a safe cut.
+  bool next(TextBatch& batch) {
+    batch.text.swap(rest_);
+    rest_.clear();
+    const size_t wanted = 2 * batch.text.size() + kBatchBytes;
+    batch.chunks.clear();
+    stretch_ = 0;
+    for (DocumentPart part; batch.text.size() < wanted && reader_.next(part);) add(part, batch);
+    if (open_) keep_rest(batch);
+    return !batch.chunks.empty() || open_;
+  }
+
+ private:
+  static constexpr size_t kBatchBytes = 16 << 20, kChunkBytes = 128 << 10;
+
+  void add(DocumentPart part, TextBatch& batch) {
+    if (part.begins) {
+      begin_document(batch, !split_.has_tail() && split_.is_validation(part.text));
+      offset_ = 0;
+    }
+    const int64_t size = int64_t(part.text.size());
+    if (split_.has_tail() && offset_ < split_.tail() && split_.tail() < offset_ + size) {
+      const size_t cut = size_t(split_.tail() - offset_);
+      batch.text += part.text.substr(0, cut);
+      end_document(batch);
+      begin_document(batch, true);
+      part.text.remove_prefix(cut);
+    } else if (split_.has_tail() && offset_ == split_.tail()) {
+      end_document(batch);
+      begin_document(batch, true);
+    }
+    offset_ += size;
+    batch.text += part.text;
+    if (part.ends) end_document(batch);
+  }
+
+  void begin_document(const TextBatch& batch, bool validation) {
+    open_ = begins_ = true;
+    validation_ = validation;
+    stretch_ = batch.text.size();
+  }
+  void end_document(TextBatch& batch) {
+    add_chunks(batch, batch.text.size());
+    open_ = false;
+  }
+
+  // The text of an unfinished document behind the last safe cut waits for the next batch.
+  void keep_rest(TextBatch& batch) {
+    size_t cut = batch.text.size();
+    while (cut > stretch_ && !is_safe_cut(batch.text, cut)) cut--;
+    if (cut > stretch_) add_chunks(batch, cut);
+    rest_ = batch.text.substr(cut);
+  }
+
+  // Chunks for [stretch_, end): about kChunkBytes each, cut where it is safe.
+  void add_chunks(TextBatch& batch, size_t end) {
+    const std::string_view text = batch.text;
+    for (size_t begin = stretch_; begin < end;) {
+      size_t cut = std::min(end, begin + kChunkBytes);
+      while (cut < end && !is_safe_cut(text, cut)) cut++;
+      batch.chunks.push_back({begin, cut, text.size(), std::exchange(begins_, false), validation_});
+      begin = cut;
+    }
+    stretch_ = end;
+  }
+
+  DocumentReader reader_;
+  const ValidationSplit& split_;
+  std::string rest_;
+  size_t stretch_ = 0;  // where the open document's text in the batch begins
+  int64_t offset_ = 0;  // bytes of the open document so far
+  bool open_ = false, begins_ = false, validation_ = false;
+};
+
+void check_corpus(const Corpus& corpus) {
+  if (corpus.inputs.empty()) fail("found no inputs, expected text or JSON lines");
+  if (corpus.threads < 1) fail("--threads: found ", corpus.threads, ", expected 1 or more");
+}
+
+void for_each_batch(const Corpus& corpus, const char* verb, ConsoleLog& log,
+                    const std::function<void(const TextBatch&)>& process) {
+  std::vector<Input> inputs(corpus.inputs.begin(), corpus.inputs.end());
+  std::vector<SpooledInput> copies;  // of standard input: a split reads the inputs first
+  if (corpus.val_fraction > 0) {
+    for (Input& input : inputs) copies.emplace_back(input);
+  }
+  const ValidationSplit split(inputs, corpus.val_fraction);
+  CorpusReader reader(inputs, split);
+  int64_t bytes = 0;
+  for (TextBatch batch; reader.next(batch);) {
+    process(batch);
+    for (const Chunk& c : batch.chunks) bytes += int64_t(c.size());
+    log.progress(concat(verb, ": ", bytes_text(double(bytes)), ", ", log.rate(bytes)));
+  }
+}
+
+}  // namespace
 
 // ---------------------------------------------------------------------------------------------
 // Writing tokenizer.json

@@ -81,4 +81,13 @@ struct DataInfo;
 DataInfo encode_corpus(const Corpus&, const Tokenizer&, const std::filesystem::path& tokenizer_path,
                        const std::filesystem::path& prefix);
 
+// Byte pair encoding by its definition, slowly: the first page of bpe.cpp. Bytes are tokens 0 to
+// 255, merge k makes token 256 + k.
+namespace plain {
+
+using Merge = std::pair<int, int>;  // left, right
+std::vector<Merge> learn_merges(std::vector<std::vector<int>> pieces, int count);
+std::vector<int> encode(std::string_view piece, std::span<const Merge> merges);
+
+}  // namespace plain
 }  // namespace cake
