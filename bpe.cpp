@@ -163,13 +163,15 @@ Pattern parse_pattern(const std::string& name) {
   fail("--pattern: found ", name, ", expected gpt2, cl100k, qwen2 or o200k");
 }
 
-// Finds where pieces end. Each member is one pattern, its tests in the order of its alternatives.
+// Finds where pieces end. Each pattern is a member function, which tests the alternatives of the
+// regular expression in their order.
 class Scanner {
  public:
   Scanner(std::string_view text, Pattern pattern)
       : text_(text), end_(pattern == Pattern::gpt2_digits ? 0 : text.size()), pattern_(pattern) {}
 
-  // The end of the piece that begins at `i` < size. Calls follow each other through the text.
+  // The end of the piece that begins at byte `i` of the text. Each call continues where the last
+  // one ended.
   size_t piece_end(size_t i) {
     switch (pattern_) {
       case Pattern::gpt2:
@@ -186,13 +188,14 @@ class Scanner {
   }
 
  private:
-  static constexpr int kEnd = 8;  // the class behind the last character
+  static constexpr int kEnd = 8;  // the class of the position behind the last character
   static constexpr unsigned kLetters = bit(kUpper) | bit(kLower) | bit(kLetter);
   static constexpr unsigned kSpaces = bit(kSpace) | bit(kNewline);
   static constexpr unsigned kSigns = bit(kOther) | bit(kMark);  // [^\s\p{L}\p{N}]
-  // What may stand in front of a word: [^\r\n\p{L}\p{N}]
+  // The one character that may stand in front of a word: [^\r\n\p{L}\p{N}]
   static constexpr unsigned kPrefixes = kSigns | bit(kSpace);
-  // o200k's two classes of a word; marks and letters without case are in both.
+  // o200k's words: upper-case characters, then lower-case ones. Marks and letters without case
+  // count as both.
   static constexpr unsigned kUncased = bit(kLetter) | bit(kMark);
   static constexpr unsigned kUppers = bit(kUpper) | kUncased, kLowers = bit(kLower) | kUncased;
 
@@ -201,23 +204,24 @@ class Scanner {
     bool in(unsigned mask) const { return mask >> kind & 1; }
   };
 
-  Char at(size_t i) const {
+  Char char_at(size_t i) const {
     if (i >= end_) return {kEnd, 0};
     const auto byte = static_cast<unsigned char>(text_[i]);
     if (byte < 0x80) return {classes_[byte], 1};
     const CodePoint c = decode_utf8(text_.data() + i, end_ - i);
     return {c.code < kInvalid ? classes_[c.code] : int(kOther), c.bytes};
   }
-  bool is(size_t i, char c) const { return i < end_ && text_[i] == c; }
+  bool has(size_t i, char c) const { return i < end_ && text_[i] == c; }
 
-  size_t run(size_t i, unsigned mask) const {
-    for (Char c; (c = at(i)).in(mask);) i += size_t(c.bytes);
+  // The end of the run of characters in `mask` that begins at `i`.
+  size_t skip(size_t i, unsigned mask) const {
+    for (Char c; (c = char_at(i)).in(mask);) i += size_t(c.bytes);
     return i;
   }
 
-  // '(?:[sdmt]|ll|ve|re): its end, or i. Without regard to case, U+017F is an s.
+  // '(?:[sdmt]|ll|ve|re): its end, or i. In any case (?i:), U+017F counts as an s.
   size_t contraction(size_t i, bool any_case) const {
-    if (!is(i, '\'')) return i;
+    if (!has(i, '\'')) return i;
     const auto lower = [&](size_t j) {
       const char c = j < end_ ? text_[j] : '\0';
       return any_case && c >= 'A' && c <= 'Z' ? char(c + 32) : c;
@@ -229,10 +233,10 @@ class Scanner {
     return i;
   }
 
-  // \s+(?!\S)|\s+, and before them \s*[\r\n]+ where newlines come first.
+  // \s+(?!\S)|\s+, and before them \s*[\r\n]+ where newlines come head.
   size_t white_space(size_t i, bool newlines_first) const {
     size_t e = i, last = i, after_newline = i;  // last: where the run's last character begins
-    for (Char c; (c = at(e)).in(kSpaces); e += size_t(c.bytes)) {
+    for (Char c; (c = char_at(e)).in(kSpaces); e += size_t(c.bytes)) {
       last = e;
       if (c.kind == kNewline) after_newline = e + 1;
     }
@@ -241,91 +245,92 @@ class Scanner {
   }
 
   size_t gpt2(size_t i) const {
-    const size_t c = contraction(i, false);
-    if (c > i) return c;
-    const size_t start = i + is(i, ' ');
-    const Char first = at(start);
-    if (first.in(kLetters)) return run(start, kLetters);
-    if (first.in(bit(kNumber))) return run(start, bit(kNumber));
-    if (first.in(kSigns)) return run(start, kSigns);
+    const size_t end = contraction(i, false);
+    if (end > i) return end;
+    const size_t start = i + has(i, ' ');
+    const Char head = char_at(start);
+    if (head.in(kLetters)) return skip(start, kLetters);
+    if (head.in(bit(kNumber))) return skip(start, bit(kNumber));
+    if (head.in(kSigns)) return skip(start, kSigns);
     return white_space(i, false);
   }
 
   size_t gpt2_digits(size_t i) {
-    if (i == end_) {  // the stretch up to here is done
-      const Char c = (end_ = text_.size(), at(i));
+    if (i == end_) {  // the text between two digits ends here
+      end_ = text_.size();
+      const Char c = char_at(i);
       if (c.kind == kNumber) return end_ = i + size_t(c.bytes);
-      end_ = run(i, ~bit(kNumber) & ~bit(kEnd));
+      end_ = skip(i, ~bit(kNumber) & ~bit(kEnd));
     }
     return gpt2(i);
   }
 
   size_t cl100k(size_t i, int digits) const {
-    const size_t c = contraction(i, true);
-    if (c > i) return c;
-    const Char first = at(i);
-    const size_t second = i + size_t(first.bytes);
-    if (first.in(kLetters)) return run(i, kLetters);
-    if (first.in(kPrefixes) && at(second).in(kLetters)) return run(second, kLetters);
-    if (first.kind == kNumber) return number(i, digits);
-    const size_t start = i + is(i, ' ');
-    if (at(start).in(kSigns)) return run(run(start, kSigns), bit(kNewline));
+    const size_t end = contraction(i, true);
+    if (end > i) return end;
+    const Char head = char_at(i);
+    const size_t next = i + size_t(head.bytes);
+    if (head.in(kLetters)) return skip(i, kLetters);
+    if (head.in(kPrefixes) && char_at(next).in(kLetters)) return skip(next, kLetters);
+    if (head.kind == kNumber) return number(i, digits);
+    const size_t start = i + has(i, ' ');
+    if (char_at(start).in(kSigns)) return skip(skip(start, kSigns), bit(kNewline));
     return white_space(i, true);
   }
 
   size_t o200k(size_t i) const {
-    const Char first = at(i);
-    const size_t second = i + size_t(first.bytes);
+    const Char head = char_at(i);
+    const size_t next = i + size_t(head.bytes);
     size_t e = i;
     // The two kinds of words, each tried with the prefix and then without.
-    if (first.in(kPrefixes)) e = cased_word(second, i);
+    if (head.in(kPrefixes)) e = cased_word(next, i);
     if (e == i) e = cased_word(i, i);
-    if (e == i && first.in(kPrefixes)) e = upper_word(second, i);
+    if (e == i && head.in(kPrefixes)) e = upper_word(next, i);
     if (e == i) e = upper_word(i, i);
     if (e > i) return contraction(e, true);
-    if (first.kind == kNumber) return number(i, 3);
-    const size_t start = i + is(i, ' ');
-    if (!at(start).in(kSigns)) return white_space(i, true);
-    for (e = run(start, kSigns); is(e, '\r') || is(e, '\n') || is(e, '/');) e++;
+    if (head.kind == kNumber) return number(i, 3);
+    const size_t start = i + has(i, ' ');
+    if (!char_at(start).in(kSigns)) return white_space(i, true);
+    for (e = skip(start, kSigns); has(e, '\r') || has(e, '\n') || has(e, '/');) e++;
     return e;
   }
 
-  // [uppers]*[lowers]+ from i, or `none`. Where no lower follows the uppers, they give back
-  // characters until one of them can be a lower: the last without case.
+  // The end of [uppers]*[lowers]+ from i, or `none`. Where no lower follows the uppers, the regular
+  // expression backtracks to the last of them that is a lower too: one without case.
   size_t cased_word(size_t i, size_t none) const {
     size_t e = i, after_uncased = none;
-    for (Char c; (c = at(e)).in(kUppers);) {
+    for (Char c; (c = char_at(e)).in(kUppers);) {
       e += size_t(c.bytes);
       if (c.in(kUncased)) after_uncased = e;
     }
-    return at(e).in(kLowers) ? run(e, kLowers) : after_uncased;
+    return char_at(e).in(kLowers) ? skip(e, kLowers) : after_uncased;
   }
-  // [uppers]+[lowers]* from i, or `none`.
+  // The end of [uppers]+[lowers]* from i, or `none`.
   size_t upper_word(size_t i, size_t none) const {
-    const size_t e = run(i, kUppers);
-    return e > i ? run(e, kLowers) : none;
+    const size_t e = skip(i, kUppers);
+    return e > i ? skip(e, kLowers) : none;
   }
 
   size_t number(size_t i, int digits) const {
-    for (Char c; digits-- > 0 && (c = at(i)).kind == kNumber;) i += size_t(c.bytes);
+    for (Char c; digits-- > 0 && (c = char_at(i)).kind == kNumber;) i += size_t(c.bytes);
     return i;
   }
 
   std::string_view text_;
-  size_t end_;  // of what the pattern sees
+  size_t end_;  // of the text that the pattern sees
   Pattern pattern_;
   const uint8_t* classes_ = char_classes();
 };
 
-// Calls f(piece) for the pieces of text[0, end), a stretch that ends where a piece does; what
-// follows it in `text` is seen, since whether text goes on behind white space matters.
+// Calls f(piece) for the pieces of text[0, end), which must end where a piece ends. The text behind
+// `end` is looked at, because a piece of white space depends on what follows it.
 template <class F>
 void for_each_piece(std::string_view text, size_t end, Pattern pattern, F&& f) {
   Scanner scanner(text, pattern);
   for (size_t i = 0; i < end;) {
-    const size_t e = scanner.piece_end(i);
-    f(text.substr(i, e - i));
-    i = e;
+    const size_t next = scanner.piece_end(i);
+    f(text.substr(i, next - i));
+    i = next;
   }
 }
 
@@ -394,10 +399,10 @@ void parallel_for(size_t n, int threads, F&& f) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Training
+// Training: WordTable counts the distinct pieces, Trainer chooses pair after pair, Merges holds
+// what was learned, TokenizerData is the result.
 
 // A map from 64-bit keys to int: open addressing, linear probing, nothing is ever removed.
-
 class FlatMap {
  public:
   FlatMap() { resize(16); }
@@ -441,49 +446,38 @@ uint64_t pair_key(int a, int b) { return uint64_t(uint32_t(a)) << 32 | uint32_t(
 class WordTable {
  public:
   void add(std::string_view word, int64_t count) {
-    if (2 * (words_.size() + 1) > slots_.size()) grow();
-    const uint64_t hash = piece_hash(word);
-    for (size_t i = hash & (slots_.size() - 1);; i = (i + 1) & (slots_.size() - 1)) {
-      if (slots_[i] < 0) {
-        slots_[i] = int64_t(words_.size());
-        words_.push_back({hash, text_.size(), word.size(), count});
+    for (uint64_t key = piece_hash(word) >> 1;; key++) {  // the next key where hashes collide
+      int& w = index_[key];
+      if (w < 0) {
+        w = int(words_.size());
+        words_.push_back({text_.size(), word.size(), 0});
         text_ += word;
-        return;
       }
-      Word& w = words_[size_t(slots_[i])];
-      if (w.hash == hash && text(w) == word) {
-        w.count += count;
-        return;
-      }
+      if (this->word(size_t(w)) != word) continue;
+      words_[size_t(w)].count += count;
+      return;
     }
   }
-  size_t size() const { return words_.size(); }
-  std::string_view word(size_t i) const { return text(words_[i]); }
-  int64_t count(size_t i) const { return words_[i].count; }
   void merge(const WordTable& other) {
     for (size_t i = 0; i < other.size(); i++) add(other.word(i), other.count(i));
   }
+  size_t size() const { return words_.size(); }
+  std::string_view word(size_t i) const {
+    return std::string_view(text_).substr(words_[i].offset, words_[i].size);
+  }
+  int64_t count(size_t i) const { return words_[i].count; }
 
  private:
   struct Word {
-    uint64_t hash;
-    size_t offset, size;
+    size_t offset, size;  // in text_
     int64_t count;
   };
-  std::string_view text(const Word& w) const { return {text_.data() + w.offset, w.size}; }
-  void grow() {
-    slots_.assign(std::max<size_t>(1024, 2 * slots_.size()), -1);
-    for (size_t w = 0; w < words_.size(); w++) {
-      size_t i = words_[w].hash & (slots_.size() - 1);
-      while (slots_[i] >= 0) i = (i + 1) & (slots_.size() - 1);
-      slots_[i] = int64_t(w);
-    }
-  }
-  std::vector<int64_t> slots_;  // index into words_, -1: free; open addressing
+  FlatMap index_;  // hash -> index into words_
   std::vector<Word> words_;
   std::string text_;  // of all words, end to end
 };
 
+// The merges in the order in which they were learned, and what the encoder needs to look up.
 class Merges {
  public:
   Merges() {
@@ -503,7 +497,7 @@ class Merges {
   int length(int token) const { return int(offsets_[size_t(token) + 1] - offsets_[size_t(token)]); }
   std::pair<int, int> parts(int token) const { return parts_[size_t(token - 256)]; }
 
-  // The next merge; its token.
+  // Appends a merge. Returns its token.
   int add(int left, int right) {
     const int token = size();
     pairs_[pair_key(left, right)] = token;
@@ -524,13 +518,12 @@ class Merges {
     return token;
   }
 
-  bool can_neighbour(int a, int b) const;
+  bool can_neighbour(int a, int b) const;  // defined with the encoder
 
   struct Scratch {
-    std::vector<int> tokens;
-    std::vector<uint64_t> possible;  // a bit a position: may a token end here?
+    std::vector<int> tokens;         // the result
+    std::vector<uint64_t> possible;  // one bit for each position: may a token end here?
   };
-
   void encode(std::string_view piece, Scratch& scratch) const;
 
  private:
@@ -547,9 +540,10 @@ class Merges {
   std::vector<int> node_token_;  // token that ends at the node, -1: none
 };
 
-// Joins the most frequent pair of neighbours again and again. Pair counts are kept up to date word
-// by word: a merge visits only the words that have held its pair. Ties: of equal counts the
-// smallest (left, right), so that the order of words does not matter.
+// Joins the most frequent pair of neighbours again and again, as plain::learn_merges does. It
+// counts the pairs once: a merge visits only the words that have held its pair, and changes the
+// counts of the pairs that it makes and breaks there. Of pairs with equal counts the smallest
+// (left, right) is joined, so that the order of words does not matter.
 class Trainer {
  public:
   explicit Trainer(const WordTable& words) {
@@ -565,8 +559,8 @@ class Trainer {
     for (const int p : fresh) enqueue(p);
   }
 
-  // The pair to merge next; false when there is none. An entry of the queue may be out of date: its
-  // pair's count can only have fallen since, so that it goes back with the count of now.
+  // The pair to merge next; false when there is none. The count in an entry of the queue may be out
+  // of date. It can only have fallen since: the entry goes back with the present count.
   bool best(int& left, int& right) {
     while (!queue_.empty()) {
       const auto [count, minus_left, minus_right, p] = queue_.top();
@@ -585,9 +579,10 @@ class Trainer {
     Pair& pair = pairs_[size_t(index_.find(pair_key(left, right)))];
     const std::vector<uint32_t> words = std::move(pair.words);
     pair.words = {};
-    std::vector<int> fresh;  // pairs with the new token
+    std::vector<int> fresh;  // the pairs that hold the new token
     for (const uint32_t w : words) merge_word(w, left, right, token, fresh);
-    pairs_[size_t(index_.find(pair_key(left, right)))].count = 0;  // `add` may have moved it
+    pairs_[size_t(index_.find(pair_key(left, right)))].count =
+        0;  // `pair` may dangle: add() grows pairs_
     for (const int p : fresh) enqueue(p);
   }
 
@@ -604,8 +599,8 @@ class Trainer {
   };
   struct Pair {
     int left, right;
-    int64_t count = 0;            // in the text; each place counts, also where places overlap
-    std::vector<uint32_t> words;  // that have held it, each once
+    int64_t count = 0;            // in the text; places that overlap count each
+    std::vector<uint32_t> words;  // every word that has held the pair, once
   };
   using Entry = std::tuple<int64_t, int, int, int>;  // count, -left, -right, index of the pair
 
@@ -626,8 +621,8 @@ class Trainer {
     if (pair.words.empty() || pair.words.back() != w) pair.words.push_back(w);
   }
 
-  // left right -> token, from the left, in place. Each pair of neighbours that goes is taken from
-  // its count, each that comes is added, once.
+  // Joins (left, right) to `token` in one word, from left to right, in place. Every pair of
+  // neighbours that disappears is subtracted from its count once, every new one is added once.
   void merge_word(uint32_t w, int left, int right, int token, std::vector<int>& fresh) {
     Word& word = words_[w];
     int* const t = tokens_.data() + word.begin;
@@ -635,10 +630,10 @@ class Trainer {
       pairs_[size_t(index_.find(pair_key(a, b)))].count -= word.count;
     };
     size_t out = 0;
-    bool joined = false;  // the last step made a token: its pair on the right is gone already
+    bool joined = false;  // the last step joined a pair, and subtracted the pair on its right
     for (size_t i = 0; i < word.size;) {
       if (i + 1 < word.size && t[i] == left && t[i + 1] == right) {
-        // t[out - 1] is what now stands before: `token` itself if joined, else what stood there.
+        // t[out - 1] is the token before: `token` itself if joined.
         if (out > 0 && !joined) subtract(t[out - 1], left);
         if (i + 2 < word.size) subtract(right, t[i + 2]);
         if (out > 0) add(t[out - 1], token, w, fresh);
@@ -673,8 +668,8 @@ struct TokenizerData {
   std::vector<std::pair<std::string, int>> specials;   // by id
   std::vector<const std::string*> specials_by_length;  // longest first
   std::unordered_map<std::string, int> special_ids;    // by name
-  FlatMap whole_pieces;      // hash of a token's bytes -> id, of what a piece may be as a whole
-  std::string json, config;  // the files it was read from
+  FlatMap whole_pieces;      // hash of a piece -> the id that the whole piece becomes
+  std::string json, config;  // the contents of the files it was read from; empty: none
   uint64_t hash = 0;
 
   void add_token(int id, std::string_view text) {
@@ -782,8 +777,7 @@ Tokenizer train_tokenizer(const Corpus& corpus, int vocab_size, const std::strin
 
   const int size = data->merges.size() + kSpecials;
   if (size < vocab_size) {
-    log.note(
-        format("the text has pairs for %d tokens only, of the %d asked for", size, vocab_size));
+    log.note(format("the text has pairs for only %d of the %d tokens asked for", size, vocab_size));
   }
   log.progress(
       format("trained %d tokens on %lld documents, %s: %.3f bytes a token there, %s", size,
@@ -798,10 +792,11 @@ Tokenizer train_tokenizer(const Corpus& corpus, int vocab_size, const std::strin
 
 namespace {
 
-// Whether `a` and `b` can stand side by side when all merges are done, each made of its own
-// bytes. Undoes the merges of both, latest first, until a merge across the border shows that
-// would have come before (no), or only bytes are left (yes). `limit`: the rank that a merge
-// across must stay below to have come first; of two equal ranks the left one is first.
+// Whether tokens `a` and `b` can be neighbours once all merges are done. Undoes the merges of both,
+// the latest first, and looks for a merge that joins the two parts at the border. If that merge
+// comes before the one undone last, it would have happened instead: the answer is no. If only bytes
+// are left, it is yes. `limit`: a merge across the border with a rank below it would have come
+// first. Of two merges with equal ranks the left one comes first.
 bool Merges::can_neighbour(int a, int b) const {
   int limit = std::numeric_limits<int>::max();
   for (;;) {
@@ -827,52 +822,53 @@ int Merges::longest(std::string_view text) const {
   return best;
 }
 
-// Appends the tokens of one piece, in time linear in its length. Greedy with repentance: takes
-// the longest token that can follow the last; where none can, no encoding has a border at this
-// position, and the last token is taken back for a shorter one.
+// The tokens of one piece, in time linear in its length, by backtracking: append the longest token
+// that can follow the last one. If none can, no encoding has a border at this position: mark it,
+// remove the last token and try a shorter one in its place.
 void Merges::encode(std::string_view piece, Scratch& scratch) const {
   std::vector<int>& tokens = scratch.tokens;
   std::vector<uint64_t>& possible = scratch.possible;
   tokens.clear();
   possible.assign(piece.size() / 64 + 1, ~uint64_t(0));
   int token = longest(piece);
-  for (size_t at = 0; at < piece.size();) {
-    const size_t end = at + size_t(length(token));
+  for (size_t begin = 0; begin < piece.size();) {
+    const size_t end = begin + size_t(length(token));
     if ((possible[end / 64] >> (end % 64) & 1) &&
         (tokens.empty() || can_neighbour(tokens.back(), token))) {
       tokens.push_back(token);
-      at = end;
-      if (at < piece.size()) token = longest(piece.substr(at));
+      begin = end;
+      if (begin < piece.size()) token = longest(piece.substr(begin));
     } else if (length(token) > 1) {
-      token = longest(piece.substr(at, size_t(length(token)) - 1));
+      token = longest(piece.substr(begin, size_t(length(token)) - 1));
     } else {
-      possible[at / 64] &= ~(uint64_t(1) << (at % 64));
+      possible[begin / 64] &= ~(uint64_t(1) << (begin % 64));
       token = tokens.back();
       tokens.pop_back();
-      at -= size_t(length(token));
+      begin -= size_t(length(token));
     }
   }
 }
 
-std::string to_nfc(std::string_view text);  // Normalization Form C
+std::string to_nfc(std::string_view text);  // Normalization Form C, below
 
 // Text below U+0300 is in Normalization Form C already: nothing there combines.
 bool is_plain_nfc(std::string_view text) {
   return std::all_of(text.begin(), text.end(), [](unsigned char c) { return c < 0xCC; });
 }
 
-// Encodes texts; one for each thread, since it remembers. Most pieces of a text are words seen
-// before: their ids stand in a direct-mapped cache, one cache line a piece.
+// Encodes texts. Every thread has its own, because it has a cache: most pieces of a text are words
+// that occurred before. The cache is direct-mapped, with one cache line for a piece and its ids.
 class Encoder {
  public:
-  Encoder(const TokenizerData& data, bool remember) : data_(data), cache_(remember ? kLines : 0) {}
+  Encoder(const TokenizerData& data, bool with_cache)
+      : data_(data), cache_(with_cache ? kLines : 0) {}
 
-  // Appends the ids of text[0, end); see for_each_piece for what follows.
+  // Appends the ids of text[0, end); for_each_piece says why `text` goes on.
   void encode(std::string_view text, size_t end, std::vector<int>& ids) {
     if (!data_.nfc || is_plain_nfc(text)) return encode_normal(text, end, ids);
     std::string normal = to_nfc(text.substr(0, end));
     const size_t normal_end = normal.size();
-    normal += text.substr(end, 2);  // ASCII: is_safe_cut
+    normal += text.substr(end, 2);  // ASCII, as is_safe_cut has it
     encode_normal(normal, normal_end, ids);
   }
 
@@ -903,7 +899,7 @@ class Encoder {
     });
   }
 
-  // Every token that merges reach encodes to itself, so that most pieces need one look-up.
+  // A token that merges can make encodes to itself, so that most pieces need one look-up.
   void encode_piece(std::string_view piece, uint64_t hash, std::vector<int>& ids) {
     const int whole = data_.whole_pieces.find(hash);
     if (whole >= 0 && data_.bytes[size_t(whole)] == piece) return ids.push_back(whole);
@@ -916,16 +912,17 @@ class Encoder {
   Merges::Scratch scratch_;
 };
 
-// The first special token in `text` from `at`: its place and name, the longest one there; the end
-// and nothing when there is none.
+// The offset and name of the first special token in text[begin, ...), the longest one at its place;
+// the text's end and nullptr when there is none.
 std::pair<size_t, const std::string*> find_special(const TokenizerData& data, std::string_view text,
-                                                   size_t at) {
-  std::array<bool, 256> begins{};
-  for (const auto& [name, id] : data.specials) begins[static_cast<unsigned char>(name[0])] = true;
-  for (; at < text.size(); at++) {
-    if (!begins[static_cast<unsigned char>(text[at])]) continue;
+                                                   size_t begin) {
+  std::array<bool, 256> can_begin{};
+  for (const auto& [name, id] : data.specials)
+    can_begin[static_cast<unsigned char>(name[0])] = true;
+  for (; begin < text.size(); begin++) {
+    if (!can_begin[static_cast<unsigned char>(text[begin])]) continue;
     for (const std::string* name : data.specials_by_length) {
-      if (text.compare(at, name->size(), *name) == 0) return {at, name};
+      if (text.compare(begin, name->size(), *name) == 0) return {begin, name};
     }
   }
   return {text.size(), nullptr};
@@ -935,13 +932,13 @@ std::pair<size_t, const std::string*> find_special(const TokenizerData& data, st
 
 void Tokenizer::encode(std::string_view text, std::vector<int>& ids, bool allow_special) const {
   Encoder encoder(*data_, text.size() > 1 << 16);  // the cache pays for itself in long texts
-  for (size_t at = 0; at < text.size();) {
+  for (size_t begin = 0; begin < text.size();) {
     size_t end = text.size();
     const std::string* special = nullptr;
-    if (allow_special) std::tie(end, special) = find_special(*data_, text, at);
-    encoder.encode(text.substr(at, end - at), end - at, ids);
+    if (allow_special) std::tie(end, special) = find_special(*data_, text, begin);
+    encoder.encode(text.substr(begin, end - begin), end - begin, ids);
     if (special) ids.push_back(data_->special_ids.at(*special));
-    at = end + (special ? special->size() : 0);
+    begin = end + (special ? special->size() : 0);
   }
 }
 
@@ -1064,15 +1061,17 @@ bool is_safe_cut(std::string_view text, size_t i) {
   return after == ' ' && letter(before) && letter(text[i + 1]);
 }
 
-constexpr size_t kHeadBytes = 1 << 16;  // of a document: they tell it from others
+// Of the first 64 KiB of a document, which is to say of all of most documents.
+uint64_t document_hash(std::string_view document) {
+  return piece_hash(document.substr(0, 1 << 16));
+}
 
-uint64_t document_hash(std::string_view head) { return piece_hash(head.substr(0, kHeadBytes)); }
-
-// Which documents, or which tail of the only one, are validation.
-//   one document:   its last `fraction`, from the next line on
-//   2 to 64:        those with the smallest hashes, the nearest number to the fraction, but one at
-//                   least and not all
-//   more:           those whose hash is below the fraction of 2^64
+// The part of the corpus that is kept for validation.
+//   one document:       its last `fraction`, from the next line on
+//   2 to 64 documents:  those with the smallest hashes; their number is the nearest to the
+//   fraction,
+//                       but at least one and not all
+//   more documents:     those whose hash is below the fraction of 2^64
 class ValidationSplit {
  public:
   static constexpr size_t kFew = 64;
@@ -1118,12 +1117,12 @@ class ValidationSplit {
     for (DocumentPart part; counter.next(part);) bytes += int64_t(part.text.size());
     const int64_t wanted = bytes - int64_t(double(bytes) * fraction);
     std::string near;  // the bytes from `wanted` on
-    int64_t at = 0;
+    int64_t offset = 0;
     DocumentReader reader(inputs);
     for (DocumentPart part; near.size() < 4096 && reader.next(part);) {
-      const int64_t skip = std::clamp<int64_t>(wanted - at, 0, int64_t(part.text.size()));
+      const int64_t skip = std::clamp<int64_t>(wanted - offset, 0, int64_t(part.text.size()));
       near += part.text.substr(size_t(skip), 4096 - near.size());
-      at += int64_t(part.text.size());
+      offset += int64_t(part.text.size());
     }
     const size_t newline = near.find('\n');
     size_t cut = 0;
@@ -1143,12 +1142,13 @@ class ValidationSplit {
   uint64_t threshold_ = 0;
 };
 
+// Cuts documents into chunks, and a document that is longer than a batch into stretches.
 class CorpusReader {
  public:
   CorpusReader(const std::vector<Input>& inputs, const ValidationSplit& split)
       : reader_(inputs), split_(split) {}
 
-  // The next batch: whole documents, and of a long one as much as is there up to a safe cut.
+  // The next batch: whole documents, and of a long one the text up to the last safe cut.
   bool next(TextBatch& batch) {
     batch.text.swap(rest_);
     rest_.clear();
@@ -1156,7 +1156,7 @@ class CorpusReader {
     batch.chunks.clear();
     stretch_ = 0;
     for (DocumentPart part; batch.text.size() < wanted && reader_.next(part);) add(part, batch);
-    if (open_) keep_rest(batch);
+    if (open_) defer_rest(batch);
     return !batch.chunks.empty() || open_;
   }
 
@@ -1194,15 +1194,15 @@ class CorpusReader {
     open_ = false;
   }
 
-  // The text of an unfinished document behind the last safe cut waits for the next batch.
-  void keep_rest(TextBatch& batch) {
+  // Leaves the text of an unfinished document behind the last safe cut to the next batch.
+  void defer_rest(TextBatch& batch) {
     size_t cut = batch.text.size();
     while (cut > stretch_ && !is_safe_cut(batch.text, cut)) cut--;
     if (cut > stretch_) add_chunks(batch, cut);
     rest_ = batch.text.substr(cut);
   }
 
-  // Chunks for [stretch_, end): about kChunkBytes each, cut where it is safe.
+  // Appends chunks for [stretch_, end): about kChunkBytes each, cut where it is safe.
   void add_chunks(TextBatch& batch, size_t end) {
     const std::string_view text = batch.text;
     for (size_t begin = stretch_; begin < end;) {
@@ -1216,8 +1216,8 @@ class CorpusReader {
 
   DocumentReader reader_;
   const ValidationSplit& split_;
-  std::string rest_;
-  size_t stretch_ = 0;  // where the open document's text in the batch begins
+  std::string rest_;    // text of the open document for the next batch
+  size_t stretch_ = 0;  // where the text of the open document that is in no chunk yet begins
   int64_t offset_ = 0;  // bytes of the open document so far
   bool open_ = false, begins_ = false, validation_ = false;
 };
@@ -1251,8 +1251,8 @@ void for_each_batch(const Corpus& corpus, const char* verb, ConsoleLog& log,
 
 namespace {
 
-// Hugging Face's and GPT-2's files spell a byte as a printable character: most of Latin-1 as
-// itself, the other 68 bytes, in order, as U+0100 and on.
+// The files of Hugging Face and GPT-2 spell each byte as a printable character: most of Latin-1 as
+// itself, the other 68 bytes, in order, as U+0100 and the characters behind it.
 std::array<uint32_t, 256> byte_characters() {
   std::array<uint32_t, 256> code{};
   uint32_t next = 0x100;
@@ -1291,74 +1291,106 @@ bool unspell(std::string_view text, std::string& bytes) {
 
 std::string quoted(const std::string& text) { return Json(text).dump(); }
 
-OrderedJson pre_tokenizer_json(Pattern pattern) {
-  const auto byte_level = [](bool use_regex) {
-    return OrderedJson{{"type", "ByteLevel"},
-                       {"add_prefix_space", false},
-                       {"trim_offsets", true},
-                       {"use_regex", use_regex}};
-  };
-  if (pattern == Pattern::gpt2) return byte_level(true);
-  const OrderedJson first =
-      pattern == Pattern::gpt2_digits
-          ? OrderedJson{{"type", "Digits"}, {"individual_digits", true}}
-          : OrderedJson{{"type", "Split"},
-                        {"pattern", OrderedJson{{"Regex", pattern_info(pattern).regex}}},
-                        {"behavior", "Isolated"},
-                        {"invert", false}};
-  return {
-      {"type", "Sequence"},
-      {"pretokenizers", OrderedJson::array({first, byte_level(pattern == Pattern::gpt2_digits)})}};
+OrderedJson byte_level_json(bool use_regex) {
+  return {{"type", "ByteLevel"},
+          {"add_prefix_space", false},
+          {"trim_offsets", true},
+          {"use_regex", use_regex}};
 }
 
-std::string tokenizer_json(const TokenizerData& data) {
-  OrderedJson added = OrderedJson::array();
+OrderedJson pre_tokenizer_json(Pattern pattern) {
+  if (pattern == Pattern::gpt2) return byte_level_json(true);
+  const bool digits = pattern == Pattern::gpt2_digits;
+  const OrderedJson split =
+      digits ? OrderedJson{{"type", "Digits"}, {"individual_digits", true}}
+             : OrderedJson{{"type", "Split"},
+                           {"pattern", OrderedJson{{"Regex", pattern_info(pattern).regex}}},
+                           {"behavior", "Isolated"},
+                           {"invert", false}};
+  return {{"type", "Sequence"},
+          {"pretokenizers", OrderedJson::array({split, byte_level_json(digits)})}};
+}
+
+// The items as lines of a JSON list or object.
+std::string json_lines(const std::vector<std::string>& items, const std::string& indent) {
+  std::string out;
+  for (const std::string& item : items) out += (out.empty() ? "\n" : ",\n") + indent + item;
+  return out;
+}
+
+std::vector<std::string> added_tokens(const TokenizerData& data) {
+  std::vector<std::string> items;
   for (const auto& [name, id] : data.specials) {
-    added.push_back({{"id", id},
-                     {"content", name},
-                     {"single_word", false},
-                     {"lstrip", false},
-                     {"rstrip", false},
-                     {"normalized", false},
-                     {"special", true}});
+    items.push_back(OrderedJson{
+        {"id", id},
+        {"content", name},
+        {"single_word", false},
+        {"lstrip", false},
+        {"rstrip", false},
+        {"normalized", false},
+        {"special",
+         true}}.dump());
   }
-  OrderedJson normalizer;
-  if (data.nfc) normalizer = {{"type", "NFC"}};
-  const OrderedJson decoder = {{"type", "ByteLevel"},
-                               {"add_prefix_space", false},
-                               {"trim_offsets", true},
-                               {"use_regex", true}};
-  std::string out = "{\n  \"version\": \"1.0\",\n  \"truncation\": null,\n  \"padding\": null,\n";
-  out += "  \"added_tokens\": [";
-  for (size_t i = 0; i < added.size(); i++) out += (i ? ",\n    " : "\n    ") + added[i].dump();
-  out += "\n  ],\n  \"normalizer\": " + normalizer.dump();
-  out += ",\n  \"pre_tokenizer\": " + pre_tokenizer_json(data.pattern).dump();
-  out += ",\n  \"post_processor\": null,\n  \"decoder\": " + decoder.dump();
-  out += ",\n  \"model\": {\n    \"type\": \"BPE\",\n    \"dropout\": null,\n";
-  out += "    \"unk_token\": null,\n    \"continuing_subword_prefix\": null,\n";
-  out += "    \"end_of_word_suffix\": null,\n    \"fuse_unk\": false,\n";
-  out += "    \"byte_fallback\": false,\n    \"ignore_merges\": ";
-  out += data.ignore_merges ? "true" : "false";
-  // Special tokens stand in the vocabulary, too: else Hugging Face numbers them by its size, which
-  // is wrong where ids have holes.
-  out += ",\n    \"vocab\": {";
-  const char* separator = "\n      ";
+  return items;
+}
+
+// Special tokens are in the vocabulary too. Otherwise Hugging Face numbers them from the size of
+// the vocabulary on, which is wrong where ids have holes.
+std::vector<std::string> vocabulary(const TokenizerData& data) {
+  std::vector<std::string> items;
   for (size_t id = 0; id < data.bytes.size(); id++) {
     const std::string& bytes = data.bytes[id];
     if (bytes.empty()) continue;
-    const bool special = data.special_ids.count(bytes) && data.special_ids.at(bytes) == int(id);
-    out += separator + quoted(special ? bytes : spell(bytes)) + ": " + std::to_string(id);
-    separator = ",\n      ";
+    const auto special = data.special_ids.find(bytes);
+    const bool is_special = special != data.special_ids.end() && special->second == int(id);
+    items.push_back(quoted(is_special ? bytes : spell(bytes)) + ": " + std::to_string(id));
   }
-  out += "\n    },\n    \"merges\": [";
-  separator = "\n      ";
-  for (int t = 256; t < data.merges.size(); t++) {
-    const auto [left, right] = data.merges.parts(t);
-    out += separator;
-    out += quoted(spell(data.merges.bytes(left)) + " " + spell(data.merges.bytes(right)));
-    separator = ",\n      ";
+  return items;
+}
+
+std::vector<std::string> merge_list(const Merges& merges) {
+  std::vector<std::string> items;
+  for (int t = 256; t < merges.size(); t++) {
+    const auto [left, right] = merges.parts(t);
+    items.push_back(quoted(spell(merges.bytes(left)) + " " + spell(merges.bytes(right))));
   }
-  return out + "\n    ]\n  }\n}\n";
+  return items;
+}
+
+std::string tokenizer_json(const TokenizerData& data) {
+  return R"({
+  "version": "1.0",
+  "truncation": null,
+  "padding": null,
+  "added_tokens": [)" +
+         json_lines(added_tokens(data), "    ") + R"(
+  ],
+  "normalizer": )" +
+         (data.nfc ? R"({"type":"NFC"})" : "null") + R"(,
+  "pre_tokenizer": )" +
+         pre_tokenizer_json(data.pattern).dump() + R"(,
+  "post_processor": null,
+  "decoder": )" +
+         byte_level_json(true).dump() + R"(,
+  "model": {
+    "type": "BPE",
+    "dropout": null,
+    "unk_token": null,
+    "continuing_subword_prefix": null,
+    "end_of_word_suffix": null,
+    "fuse_unk": false,
+    "byte_fallback": false,
+    "ignore_merges": )" +
+         (data.ignore_merges ? "true" : "false") + R"(,
+    "vocab": {)" +
+         json_lines(vocabulary(data), "      ") + R"(
+    },
+    "merges": [)" +
+         json_lines(merge_list(data.merges), "      ") + R"(
+    ]
+  }
+}
+)";
 }
 
 std::string tokenizer_config_json(const TokenizerData& data) {
@@ -1389,7 +1421,7 @@ Tokenizer with_chat_tokens(const Tokenizer& tokenizer, bool add) {
     if (!add || d.special_ids.count(name)) continue;
     d.specials.push_back({name, int(d.bytes.size())});
     d.add_token(int(d.bytes.size()), name);
-    d.json.clear();  // what was read no longer says all
+    d.json.clear();  // the file that was read lacks this token
   }
   for (const auto& [name, id] : d.specials) d.bytes[size_t(id)].clear();  // complete() adds them
   d.special_ids.clear();
@@ -1423,7 +1455,7 @@ struct JsonNode {
   std::string file, key;  // key.key[index]; empty for the whole file
 
   std::string where() const { return key.empty() ? file : file + ": " + key; }
-  [[noreturn]] void expected(const std::string& what) const {
+  [[noreturn]] void refuse(const std::string& what) const {
     std::string found = simdjson::minify(value);
     if (found.size() > 80) found = found.substr(0, 77) + "...";
     fail(where(), ": found ", found, ", expected ", what);
@@ -1432,7 +1464,7 @@ struct JsonNode {
     JsonElement e;
     return value.at_key(name).get(e) == simdjson::SUCCESS && !e.is_null();
   }
-  JsonNode at(const char* name) const {
+  JsonNode member(const char* name) const {
     JsonElement e;
     const std::string inner = key.empty() ? name : key + "." + name;
     if (value.at_key(name).get(e)) fail(file, ": ", inner, " is missing");
@@ -1444,7 +1476,7 @@ struct JsonNode {
   template <class T>
   T as(const char* what) const {
     T x;
-    if (value.get(x)) expected(what);
+    if (value.get(x)) refuse(what);
     return x;
   }
   std::string_view string() const { return as<std::string_view>("a string"); }
@@ -1452,15 +1484,16 @@ struct JsonNode {
   simdjson::dom::array array() const { return as<simdjson::dom::array>("an array"); }
   int id() const {
     const int64_t x = as<int64_t>("a token id");
-    if (x < 0 || x > 1 << 24) expected("0 to 16777216");
+    if (x < 0 || x > 1 << 24) refuse("0 to 16777216");
     return int(x);
   }
   bool flag(const char* name, bool fallback) const {
-    return has(name) ? at(name).as<bool>("true or false") : fallback;
+    return has(name) ? member(name).as<bool>("true or false") : fallback;
   }
 };
 
-// SentencePiece's models spell spaces with U+2581 and fall back to bytes: another algorithm.
+// SentencePiece's models spell spaces with U+2581 and fall back to bytes. That is another
+// algorithm.
 [[noreturn]] void refuse_kind(const JsonNode& node, std::string_view kind) {
   fail(
       node.where(), ": found ", kind,
@@ -1468,23 +1501,37 @@ struct JsonNode {
       "not supported");
 }
 
+void check_model(const JsonNode& model) {
+  const std::string_view type =
+      model.has("type") ? model.member("type").string() : std::string_view("BPE");  // older files
+  if (type != "BPE") refuse_kind(model.member("type"), type);
+  if (model.flag("byte_fallback", false)) refuse_kind(model, "\"byte_fallback\": true");
+  for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
+    if (model.has(key) && !model.member(key).string().empty()) model.member(key).refuse("null");
+  }
+  if (model.has("dropout") && model.member("dropout").as<double>("a number") != 0) {
+    model.member("dropout").refuse("null");
+  }
+}
+
 bool read_normalizer(const JsonNode& root) {  // true: NFC
   if (!root.has("normalizer")) return false;
-  JsonNode node = root.at("normalizer");
-  if (node.at("type").string() == "Sequence") {
-    const JsonNode list = node.at("normalizers");
+  JsonNode node = root.member("normalizer");
+  if (node.member("type").string() == "Sequence") {
+    const JsonNode list = node.member("normalizers");
     if (list.array().size() == 0) return false;
     if (list.array().size() == 1) node = list.item(0);
   }
-  const std::string_view type = node.at("type").string();
+  const std::string_view type = node.member("type").string();
   if (type == "Prepend" || type == "Replace" || type == "Precompiled" || type == "Sequence") {
     refuse_kind(node, type);
   }
-  if (type != "NFC") node.at("type").expected("NFC or no normalizer");
+  if (type != "NFC") node.member("type").refuse("NFC or no normalizer");
   return true;
 }
 
-// Possessive quantifiers change speed, not matches, in the patterns known here.
+// The pattern with a plain quantifier in place of every possessive one. In the patterns known here
+// both kinds match the same.
 std::string without_possessive(std::string_view regex) {
   std::string out;
   for (const char c : regex) {
@@ -1500,45 +1547,72 @@ Pattern read_pattern(const JsonNode& root) {
   if (!root.has("pre_tokenizer")) {
     fail(root.where(), ": pre_tokenizer: found null, expected ByteLevel, or Split and ByteLevel");
   }
-  const JsonNode node = root.at("pre_tokenizer");
+  const JsonNode node = root.member("pre_tokenizer");
   const auto check_byte_level = [](const JsonNode& n, bool use_regex) {
-    const std::string_view type = n.at("type").string();
+    const std::string_view type = n.member("type").string();
     if (type == "Metaspace") refuse_kind(n, type);
-    if (type != "ByteLevel") n.at("type").expected("ByteLevel");
-    if (n.flag("add_prefix_space", true)) n.expected("\"add_prefix_space\": false");
+    if (type != "ByteLevel") n.member("type").refuse("ByteLevel");
+    if (n.flag("add_prefix_space", true)) n.refuse("\"add_prefix_space\": false");
     if (n.flag("use_regex", true) != use_regex) {
-      n.expected(concat("\"use_regex\": ", use_regex ? "true" : "false"));
+      n.refuse(concat("\"use_regex\": ", use_regex ? "true" : "false"));
     }
   };
-  if (node.at("type").string() != "Sequence") return check_byte_level(node, true), Pattern::gpt2;
-  const JsonNode list = node.at("pretokenizers");
-  if (list.array().size() != 2) list.expected("Split or Digits, then ByteLevel");
-  const JsonNode first = list.item(0), second = list.item(1);
-  if (first.at("type").string() == "Digits") {
-    if (!first.flag("individual_digits", false)) first.expected("\"individual_digits\": true");
-    return check_byte_level(second, true), Pattern::gpt2_digits;
+  if (node.member("type").string() != "Sequence")
+    return check_byte_level(node, true), Pattern::gpt2;
+  const JsonNode list = node.member("pretokenizers");
+  if (list.array().size() != 2) list.refuse("Split or Digits, then ByteLevel");
+  const JsonNode split = list.item(0), byte_level = list.item(1);
+  if (split.member("type").string() == "Digits") {
+    if (!split.flag("individual_digits", false)) split.refuse("\"individual_digits\": true");
+    return check_byte_level(byte_level, true), Pattern::gpt2_digits;
   }
-  if (first.at("type").string() != "Split") first.at("type").expected("Split or Digits");
-  check_byte_level(second, false);
-  if (first.at("behavior").string() != "Isolated") first.at("behavior").expected("\"Isolated\"");
-  if (first.flag("invert", false)) first.expected("\"invert\": false");
-  const JsonNode regex = first.at("pattern").at("Regex");
+  if (split.member("type").string() != "Split") split.member("type").refuse("Split or Digits");
+  check_byte_level(byte_level, false);
+  if (split.member("behavior").string() != "Isolated")
+    split.member("behavior").refuse("\"Isolated\"");
+  if (split.flag("invert", false)) split.refuse("\"invert\": false");
+  const JsonNode regex = split.member("pattern").member("Regex");
   for (const PatternInfo& known : kPatterns) {
     if (known.regex[0] && without_possessive(regex.string()) == known.regex) return known.pattern;
   }
-  regex.expected("the pattern of gpt2, cl100k, qwen2 or o200k");
+  regex.refuse("the pattern of gpt2, cl100k, qwen2 or o200k");
 }
 
 void read_added_tokens(const JsonNode& root, TokenizerData& data) {
   if (!root.has("added_tokens")) return;
-  const JsonNode list = root.at("added_tokens");
+  const JsonNode list = root.member("added_tokens");
   for (size_t i = 0; i < list.array().size(); i++) {
     const JsonNode token = list.item(i);
     for (const char* key : {"single_word", "lstrip", "rstrip"}) {
-      if (token.flag(key, false)) token.expected(concat("\"", key, "\": false"));
+      if (token.flag(key, false)) token.refuse(concat("\"", key, "\": false"));
     }
-    data.specials.push_back({std::string(token.at("content").string()), token.at("id").id()});
+    data.specials.push_back(
+        {std::string(token.member("content").string()), token.member("id").id()});
   }
+}
+
+// The id of each spelling, without the added tokens. The views last as long as the parser.
+using Vocabulary = std::unordered_map<std::string_view, int>;
+
+Vocabulary read_vocabulary(const JsonNode& model, TokenizerData& data) {
+  std::set<std::string_view> added;
+  for (const auto& [name, id] : data.specials) added.insert(name);
+  Vocabulary id_of;
+  const JsonNode vocab = model.member("vocab");
+  std::string bytes;
+  for (const auto& [key, value] : vocab.object()) {
+    if (added.count(key)) continue;
+    const int id = JsonNode{value, vocab.file, "model.vocab"}.id();
+    if (!unspell(key, bytes) || bytes.empty()) {
+      fail(vocab.where(), ": found ", key, ", expected a spelling by ByteLevel's characters");
+    }
+    if (size_t(id) < data.bytes.size() && !data.bytes[size_t(id)].empty()) {
+      fail(vocab.where(), ": found id ", id, " twice, the second time for ", key);
+    }
+    data.add_token(id, bytes);
+    id_of[key] = id;
+  }
+  return id_of;
 }
 
 // "left right" or ["left", "right"].
@@ -1555,10 +1629,9 @@ bool split_merge(const JsonElement& merge, std::string_view& left, std::string_v
   return true;
 }
 
-// Ranks of the tokens that merges reach, in the order of the merges. Files made from tiktoken's
-// list every way to split a token; the first that can happen is the token's.
-void read_merges(const JsonNode& model, const std::unordered_map<std::string_view, int>& id_of,
-                 TokenizerData& data) {
+// Fills `merges` and `ids`. Files that were made from tiktoken's list every way to split a token.
+// Of these merges only the first one that can happen counts.
+void read_merges(const JsonNode& model, const Vocabulary& id_of, TokenizerData& data) {
   std::vector<int> token_of(data.bytes.size(), -1);  // by id
   for (int b = 0; b < 256; b++) {
     const auto it = id_of.find(spell(std::string(1, char(b))));
@@ -1571,17 +1644,18 @@ void read_merges(const JsonNode& model, const std::unordered_map<std::string_vie
   struct Merge {
     int number, left, right, joined;  // ids
   };
-  std::vector<Merge> early;  // a part is not there yet
+  std::vector<Merge> early;  // those that come before the merge of one of their parts
   int number = 0;
   std::string joined;
-  const JsonNode list = model.at("merges");
+  const JsonNode list = model.member("merges");
   for (const JsonElement e : list.array()) {
     std::string_view left, right;
     const bool good = split_merge(e, left, right);
     joined.assign(left).append(right);
     const auto l = id_of.find(left), r = id_of.find(right), j = id_of.find(joined);
     if (!good || l == id_of.end() || r == id_of.end() || j == id_of.end()) {
-      list.item(size_t(number)).expected("two tokens whose joint the vocabulary has");
+      list.item(size_t(number))
+          .refuse("two tokens such that the vocabulary holds both and their concatenation");
     }
     const int a = token_of[size_t(l->second)], b = token_of[size_t(r->second)];
     if (a < 0 || b < 0) {
@@ -1592,12 +1666,12 @@ void read_merges(const JsonNode& model, const std::unordered_map<std::string_vie
     }
     number++;
   }
-  for (const Merge& m : early) {  // harmless when its token came about before its parts
+  for (const Merge& m : early) {  // harmless when another merge made the token before its parts
     const int last = std::max(token_of[size_t(m.left)], token_of[size_t(m.right)]);
     const int joined = token_of[size_t(m.joined)];
     const bool both = token_of[size_t(m.left)] >= 0 && token_of[size_t(m.right)] >= 0;
     if (both && (joined < 0 || joined > last)) {
-      list.item(size_t(m.number)).expected("the merges that make its parts before it");
+      list.item(size_t(m.number)).refuse("a merge that comes after the merges of its two parts");
     }
   }
 }
@@ -1612,40 +1686,13 @@ std::shared_ptr<TokenizerData> read_tokenizer_json(const std::filesystem::path& 
   }
   const JsonNode root{element, path.string(), ""};
   root.object();
-  const JsonNode model = root.at("model");
-  const std::string_view type =
-      model.has("type") ? model.at("type").string() : std::string_view("BPE");  // older files
-  if (type != "BPE") refuse_kind(model.at("type"), type);
-  if (model.flag("byte_fallback", false)) refuse_kind(model, "\"byte_fallback\": true");
-  for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-    if (model.has(key) && !model.at(key).string().empty()) model.at(key).expected("null");
-  }
-  if (model.has("dropout") && model.at("dropout").as<double>("a number") != 0) {
-    model.at("dropout").expected("null");
-  }
+  const JsonNode model = root.member("model");
+  check_model(model);
   data->nfc = read_normalizer(root);
   data->pattern = read_pattern(root);
   data->ignore_merges = model.flag("ignore_merges", false);
   read_added_tokens(root, *data);
-  std::set<std::string_view> added;
-  for (const auto& [name, id] : data->specials) added.insert(name);
-
-  std::unordered_map<std::string_view, int> id_of;  // by spelling
-  const JsonNode vocab = model.at("vocab");
-  std::string bytes;
-  for (const auto& [key, value] : vocab.object()) {
-    if (added.count(key)) continue;
-    const int id = JsonNode{value, vocab.file, "model.vocab"}.id();
-    if (!unspell(key, bytes) || bytes.empty()) {
-      fail(vocab.where(), ": found ", key, ", expected a spelling by ByteLevel's characters");
-    }
-    if (size_t(id) < data->bytes.size() && !data->bytes[size_t(id)].empty()) {
-      fail(vocab.where(), ": found id ", id, " twice, the second time for ", key);
-    }
-    data->add_token(id, bytes);
-    id_of[key] = id;
-  }
-  read_merges(model, id_of, *data);
+  read_merges(model, read_vocabulary(model, *data), *data);
   data->complete(path.string());
   const std::filesystem::path config = path.parent_path() / "tokenizer_config.json";
   if (std::filesystem::exists(config)) data->config = read_file(config);
@@ -1676,13 +1723,14 @@ std::string decode_base64(std::string_view spelling, const std::string& where) {
   return out;
 }
 
-// What a .tiktoken file leaves out, by the number of its ranks.
+// A .tiktoken file does not name its split pattern and its special tokens. The number of its ranks
+// tells which vocabulary it is.
 struct KnownVocabulary {
   size_t ranks;
   Pattern pattern;
   std::vector<std::pair<std::string, int>> specials;
 };
-const std::vector<KnownVocabulary>& known_vocabularies() {
+const KnownVocabulary& find_vocabulary(size_t ranks, const std::string& file) {
   static const std::vector<KnownVocabulary> known = {
       {50256, Pattern::gpt2, {{"<|endoftext|>", 50256}}},
       {100256,
@@ -1693,15 +1741,18 @@ const std::vector<KnownVocabulary>& known_vocabularies() {
         {"<|fim_suffix|>", 100260},
         {"<|endofprompt|>", 100276}}},
       {199998, Pattern::o200k, {{"<|endoftext|>", 199999}, {"<|endofprompt|>", 200018}}}};
-  return known;
+  for (const KnownVocabulary& v : known) {
+    if (v.ranks == ranks) return v;
+  }
+  fail(file, ": found ", ranks,
+       " ranks, expected 50256 (r50k), 100256 (cl100k) or 199998 (o200k): the file does not say "
+       "which split pattern another vocabulary needs");
 }
 
-// The file holds tokens and the ranks at which they were made, not what they were made of: that is
-// what the earlier merges leave of their bytes, always two parts.
-std::shared_ptr<TokenizerData> read_tiktoken(const std::filesystem::path& path) {
-  auto data = std::make_shared<TokenizerData>();
+// A line holds a token in base64, a space, and its rank. The result is in the order of the ranks.
+std::vector<std::pair<int, std::string>> read_ranks(const std::string& path) {
   std::vector<std::pair<int, std::string>> ranks;
-  LineReader lines{Input(path.string())};
+  LineReader lines{Input(path)};
   for (std::string_view line; lines.next(line);) {
     if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
     if (line.empty()) continue;
@@ -1714,17 +1765,18 @@ std::shared_ptr<TokenizerData> read_tiktoken(const std::filesystem::path& path) 
     ranks.push_back(
         {std::stoi(std::string(digits)), decode_base64(line.substr(0, space), lines.where())});
   }
-  const auto& all = known_vocabularies();
-  const auto known =
-      std::find_if(all.begin(), all.end(), [&](const auto& v) { return v.ranks == ranks.size(); });
-  if (known == all.end()) {
-    fail(path.string(), ": found ", ranks.size(),
-         " ranks, expected 50256 (r50k), 100256 (cl100k) or 199998 (o200k): the file does not say "
-         "which split pattern another vocabulary needs");
-  }
-  data->pattern = known->pattern;
-  data->specials = known->specials;
   std::sort(ranks.begin(), ranks.end());
+  return ranks;
+}
+
+// The file holds tokens and their ranks, not the two parts of each token. Encoding a token's bytes
+// with the merges before it gives its parts.
+std::shared_ptr<TokenizerData> read_tiktoken(const std::filesystem::path& path) {
+  const std::vector<std::pair<int, std::string>> ranks = read_ranks(path.string());
+  const KnownVocabulary& known = find_vocabulary(ranks.size(), path.string());
+  auto data = std::make_shared<TokenizerData>();
+  data->pattern = known.pattern;
+  data->specials = known.specials;
   data->ids.assign(256, -1);
   for (size_t i = 0; i < ranks.size(); i++) {
     const auto& [rank, bytes] = ranks[i];
@@ -1740,8 +1792,8 @@ std::shared_ptr<TokenizerData> read_tiktoken(const std::filesystem::path& path) 
     if (bytes.empty()) fail(path.string(), ": rank ", rank, ": found an empty token");
     data->merges.encode(bytes, scratch);
     if (scratch.tokens.size() != 2) {
-      fail(path.string(), ": rank ", rank, ": found a token of ", scratch.tokens.size(),
-           " earlier ones, expected two");
+      fail(path.string(), ": rank ", rank, ": found a token made of ", scratch.tokens.size(),
+           " earlier tokens, expected 2");
     }
     data->merges.add(scratch.tokens[0], scratch.tokens[1]);
     data->ids.push_back(rank);
@@ -1750,8 +1802,8 @@ std::shared_ptr<TokenizerData> read_tiktoken(const std::filesystem::path& path) 
   return data;
 }
 
-// GPT-2's own file: a merge a line. Bytes have the ids 0 to 255 in the order of their spelling,
-// merges follow, then <|endoftext|>.
+// GPT-2's own file has one merge on each line. Its ids: bytes have 0 to 255 in the order of their
+// spelling, then come the merges, then <|endoftext|>.
 std::shared_ptr<TokenizerData> read_vocab_bpe(const std::filesystem::path& path) {
   auto data = std::make_shared<TokenizerData>();
   const std::array<uint32_t, 256> code = byte_characters();
@@ -1846,9 +1898,19 @@ void append_utf8(std::string& out, uint32_t c) {
 
 class Nfc {
  public:
-  static const Nfc& instance() {
-    static const Nfc nfc;
-    return nfc;
+  Nfc() : combining_(0x110100) {
+    std::set<uint32_t> excluded(std::begin(kCompositionExclusions),
+                                std::end(kCompositionExclusions));
+    for (size_t i = 0; i < std::size(kDecompositions); i += 3) {
+      const uint32_t c = kDecompositions[i], a = kDecompositions[i + 1], b = kDecompositions[i + 2];
+      parts_[c] = int(i);
+      if (b != 0 && !excluded.count(c)) composed_[pair_key(int(a), int(b))] = int(c);
+    }
+    for (size_t i = 0; i < std::size(kCombiningRuns); i += 3) {
+      for (uint32_t c = kCombiningRuns[i]; c <= kCombiningRuns[i + 1]; c++) {
+        combining_[c] = uint8_t(kCombiningRuns[i + 2]);
+      }
+    }
   }
 
   std::string normalize(std::string_view text) const {
@@ -1871,21 +1933,6 @@ class Nfc {
   static constexpr uint32_t kSBase = 0xAC00, kLBase = 0x1100, kVBase = 0x1161, kTBase = 0x11A7;
   static constexpr uint32_t kLCount = 19, kVCount = 21, kTCount = 28;
   static constexpr uint32_t kSCount = kLCount * kVCount * kTCount;
-
-  Nfc() : combining_(0x110100) {
-    std::set<uint32_t> excluded(std::begin(kCompositionExclusions),
-                                std::end(kCompositionExclusions));
-    for (size_t i = 0; i < std::size(kDecompositions); i += 3) {
-      const uint32_t c = kDecompositions[i], a = kDecompositions[i + 1], b = kDecompositions[i + 2];
-      parts_[c] = int(i);
-      if (b != 0 && !excluded.count(c)) composed_[pair_key(int(a), int(b))] = int(c);
-    }
-    for (size_t i = 0; i < std::size(kCombiningRuns); i += 3) {
-      for (uint32_t c = kCombiningRuns[i]; c <= kCombiningRuns[i + 1]; c++) {
-        combining_[c] = uint8_t(kCombiningRuns[i + 2]);
-      }
-    }
-  }
 
   void decompose(uint32_t c, std::vector<uint32_t>& out) const {
     if (c - kSBase < kSCount) {
@@ -1913,7 +1960,7 @@ class Nfc {
     }
   }
 
-  int compose_pair(uint32_t a, uint32_t b) const {  // -1: they do not compose
+  int compose_pair(uint32_t a, uint32_t b) const {  // -1: the two do not compose
     if (a - kLBase < kLCount && b - kVBase < kVCount) {
       return int(kSBase + ((a - kLBase) * kVCount + (b - kVBase)) * kTCount);
     }
@@ -1926,7 +1973,7 @@ class Nfc {
   // A code point joins the last starter unless one between them has its class or a higher one.
   void compose(std::vector<uint32_t>& codes) const {
     size_t out = 0, starter = SIZE_MAX;
-    int last = 0;  // class of the code point kept last, behind the starter
+    int last = 0;  // class of the last code point of the result
     for (const uint32_t c : codes) {
       const int cc = combining_[c];
       const bool adjacent = starter != SIZE_MAX && starter + 1 == out;
@@ -1945,52 +1992,34 @@ class Nfc {
   }
 
   FlatMap parts_, composed_;
-  std::vector<uint8_t> combining_;  // 0 for the stand-ins of invalid bytes, too
+  std::vector<uint8_t>
+      combining_;  // class of a code point; 0 for those that stand for invalid bytes
 };
 
-std::string to_nfc(std::string_view text) { return Nfc::instance().normalize(text); }
+std::string to_nfc(std::string_view text) {
+  static const Nfc nfc;
+  return nfc.normalize(text);
+}
 
 }  // namespace
 }  // namespace cake
 
-#ifndef CAKE_NO_MAIN
 // ---------------------------------------------------------------------------------------------
 // Command line
 
 namespace cake {
 namespace {
 
-// The ids of a shard, this project's or llm.c's.
-std::vector<int> read_shard(const std::filesystem::path& path) {
-  const std::string file = read_file(path);
-  int32_t header[kShardHeader] = {};
-  std::memcpy(header, file.data(), std::min(file.size(), sizeof header));
-  const bool narrow = header[0] == kMagic16;
-  if (file.size() < sizeof header || (!narrow && header[0] != kMagic32)) {
-    fail(path.string(), ": found magic ", header[0], ", expected ", kMagic16, " or ", kMagic32,
-         ": not a token shard");
-  }
-  const size_t width = narrow ? 2 : 4, n = (file.size() - sizeof header) / width;
-  if (header[2] < 0 || file.size() != sizeof header + size_t(header[2]) * width) {
-    fail(path.string(), ": found ", n, " tokens, expected the ", header[2], " of its header");
-  }
-  std::vector<int> ids(n);
-  for (size_t i = 0; i < n; i++) {
-    std::memcpy(&ids[i], file.data() + sizeof header + i * width, width);
-  }
-  return ids;
-}
-
 void print(std::string_view text) { std::fwrite(text.data(), 1, text.size(), stdout); }
 
-void decode_command(const Tokenizer& tokenizer, const std::vector<std::string>& what) {
+void decode_command(const Tokenizer& tokenizer, const std::vector<std::string>& words) {
   std::vector<int> ids;
-  for (const std::string& word : what) {
+  for (const std::string& word : words) {
     if (word.size() <= 9 && word.find_first_not_of("0123456789") == std::string::npos) {
       ids.push_back(std::stoi(word));
     } else {
-      const std::vector<int> shard = read_shard(word);
-      ids.insert(ids.end(), shard.begin(), shard.end());
+      const Shard shard(word);
+      for (int64_t i = 0; i < shard.size(); i++) ids.push_back(int(shard.id(i)));
     }
   }
   constexpr size_t kBlock = 1 << 20;
@@ -2000,8 +2029,8 @@ void decode_command(const Tokenizer& tokenizer, const std::vector<std::string>& 
   if (isatty(STDOUT_FILENO)) print("\n");
 }
 
-// A token as a reader can see it: line ends and other controls by their names, bytes that are only
-// part of a character in hexadecimal.
+// A token as a reader can see it: control characters are escaped, and bytes that are only a part of
+// a character are hexadecimal.
 std::string visible(std::string_view token) {
   std::string out;
   for (size_t i = 0; i < token.size();) {
@@ -2022,7 +2051,8 @@ std::string visible(std::string_view token) {
   return out;
 }
 
-// The text with its tokens told apart, by colours on a terminal and by bars elsewhere; then ids.
+// Prints the text with its tokens in colours on a terminal and divided by bars elsewhere, then the
+// ids.
 void show_command(const Tokenizer& tokenizer, const std::string& text, bool special) {
   const std::vector<int> ids = tokenizer.encode(text, special);
   const bool colours = isatty(STDOUT_FILENO);
@@ -2057,6 +2087,7 @@ std::string read_all(const Input& input) {
 int run(int argc, char** argv) {
   CLI::App app{"Byte pair encoding: trains a tokenizer, turns documents into token shards."};
   app.require_subcommand(1);
+  app.option_defaults()->always_capture_default();
   Corpus corpus;
   corpus.quiet = false;
   corpus.threads = usable_cores();
@@ -2065,50 +2096,49 @@ int run(int argc, char** argv) {
   int vocab_size = 0;
   bool special = false;
 
-  const char* inputs_help =
-      "plain text (one document a file) or .jsonl with \"text\", each also .gz or .zst; - is "
-      "standard input";
-  const char* tokenizer_help = "directory, or tokenizer.json, .tiktoken or vocab.bpe file";
   const auto add_corpus = [&](CLI::App* command) {
-    command->add_option("INPUT", corpus.inputs, inputs_help)->required();
-    command->add_option("--val-fraction", corpus.val_fraction,
-                        "validation: the tail of one document, or whole ones of many; 0 for none");
-    command->add_option("--threads", corpus.threads, "changes speed alone")->capture_default_str();
+    const char* inputs =
+        "plain text (each file is one document) or .jsonl with \"text\", both also "
+        "as .gz or .zst; - is the standard input";
+    const char* share =
+        "share of the text that is kept for validation, 0 to 1: the end of a single "
+        "document, or whole documents; 0: none";
+    const char* threads = "number of threads; changes the speed, not the result";
+    command->add_option("INPUT", corpus.inputs, inputs)->required()->default_str("");
+    command->add_option("--val-fraction", corpus.val_fraction, share);
+    command->add_option("--threads", corpus.threads, threads);
+  };
+  const auto add_tokenizer = [&](CLI::App* command) {
+    const char* help = "a directory, or a tokenizer.json, .tiktoken or vocab.bpe file";
+    command->add_option("TOKENIZER", tokenizer, help)->required();
   };
   CLI::App* train = app.add_subcommand("train", "documents to a tokenizer");
   add_corpus(train);
-  train
-      ->add_option("--vocab-size", vocab_size,
-                   concat("tokens: 256 bytes, merges, ", kSpecials, " special tokens"))
-      ->required();
-  train->add_option("--pattern", pattern, "how text is split: gpt2, cl100k, qwen2 or o200k")
-      ->capture_default_str();
+  const std::string sizes = concat("number of tokens: 256 bytes, merges, ", kSpecials, " specials");
+  train->add_option("--vocab-size", vocab_size, sizes)->required()->default_str("");
+  train->add_option("--pattern", pattern, "split pattern: gpt2, cl100k, qwen2 or o200k");
   train->add_option("-o", output, "directory to write")->required();
 
   CLI::App* encode = app.add_subcommand("encode", "documents to token shards");
-  encode->add_option("TOKENIZER", tokenizer, tokenizer_help)->required();
+  add_tokenizer(encode);
   add_corpus(encode);
-  encode->add_option("-o", output, "prefix of the shards to write")->required();
+  encode->add_option("-o", output, "prefix of the shards' paths")->required();
 
   CLI::App* decode = app.add_subcommand("decode", "ids or shards to text");
-  decode->add_option("TOKENIZER", tokenizer, tokenizer_help)->required();
-  decode->add_option("IDS", words, "ids, or shard files")->required();
+  add_tokenizer(decode);
+  decode->add_option("IDS", words, "ids, or shard files")->required()->default_str("");
 
-  CLI::App* show = app.add_subcommand("show", "a text with its tokens visible");
-  show->add_option("TOKENIZER", tokenizer, tokenizer_help)->required();
-  show->add_option("TEXT", words, "the text; standard input without it");
-  show->add_option("-f", file, "a file to show in its place");
-  show->add_flag("--special", special, "read special tokens in the text as such");
+  CLI::App* show = app.add_subcommand("show", "a text with its tokens made visible");
+  add_tokenizer(show);
+  show->add_option("TEXT", words, "the text; without it, the standard input is read")
+      ->default_str("");
+  show->add_option("-f", file, "file to read the text from");
+  show->add_flag("--special", special, "read the names of special tokens as special tokens");
 
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    if (e.get_exit_code() == 0) return app.exit(e);  // --help
-    fail(e.what(), " (./bpe --help tells more)");
-  }
+  if (!parse_flags(app, argc, argv, {})) return 0;
   if (*train) {
     if (std::filesystem::exists(output) && !std::filesystem::is_directory(output)) {
-      fail(output, ": found a file, expected a directory to write");  // now, not after the training
+      fail(output, ": found a file, expected a directory to write");  // before the training
     }
     train_tokenizer(corpus, vocab_size, pattern).save(output);
   } else if (*encode) {
@@ -2127,8 +2157,8 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace cake
 
-int main(int argc, char** argv) {
+// Weak: programs that link this file as a library have a main of their own.
+__attribute__((weak)) int main(int argc, char** argv) {
   cake::spin_briefly(argv);
   return cake::guarded_main([&] { return cake::run(argc, argv); });
 }
-#endif

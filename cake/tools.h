@@ -209,10 +209,9 @@ class Calculator {
 // anything but arithmetic, on division by zero, on numbers of more than 36 digits, and on
 // parentheses nested deeper than 100.
 inline std::string calculate(std::string_view expression) {
-  const size_t begin = expression.find_first_not_of(" \t\r\n");
-  if (begin == std::string_view::npos) fail("calculator: found nothing, expected an expression");
-  const size_t end = expression.find_last_not_of(" \t\r\n");
-  return Calculator(expression.substr(begin, end + 1 - begin)).result();
+  expression = strip(expression);
+  if (expression.empty()) fail("calculator: found nothing, expected an expression");
+  return Calculator(expression).result();
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -310,7 +309,7 @@ class Search {
   void cut(std::string_view text, const CountTokens& count_tokens, int most_tokens) {
     size_t begin = 0, end = 0;
     const auto fits = [&](size_t stop) {
-      return count_tokens(trimmed(text.substr(begin, stop - begin))) <= most_tokens;
+      return count_tokens(strip(text.substr(begin, stop - begin))) <= most_tokens;
     };
     while (begin < text.size()) {
       while (end < text.size()) {
@@ -326,17 +325,11 @@ class Search {
           if (!fits(end)) break;
         }
       }
-      const std::string_view passage = trimmed(text.substr(begin, end - begin));
+      const std::string_view passage = strip(text.substr(begin, end - begin));
       if (!passage.empty()) passages_.emplace_back(passage);
       begin = end;
     }
   }
-  static std::string_view trimmed(std::string_view s) {
-    const size_t begin = s.find_first_not_of(" \t\r\n");
-    if (begin == std::string_view::npos) return {};
-    return s.substr(begin, s.find_last_not_of(" \t\r\n") + 1 - begin);
-  }
-
   void build_index() {
     int64_t total = 0;
     for (size_t p = 0; p < passages_.size(); p++) {
