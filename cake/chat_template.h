@@ -2,16 +2,16 @@
 //
 //     {"messages": [user, assistant, ...]} --render_chat--> ids, and a mask over them
 //
-// The format is ChatML, `<|im_start|>{role}\n{content}<|im_end|>\n`, with tools as in Qwen3. It
-// stands here twice, once as Jinja for other programs (tokenizer_config.json) and once as C++ for
-// this one: reading one, check the other. Both give the same ids but where a content's text looks
-// like a special token: here it stays text.
+// The format is ChatML, `<|im_start|>{role}\n{content}<|im_end|>\n`, with tools as in Qwen3. It is
+// written here twice: as C++ for this project, and as Jinja for other programs, which read it in
+// tokenizer_config.json. Both give the same ids, except for a content with text that looks like a
+// special token: the C++ code encodes it as text.
 //
-// Between two special tokens text is split and encoded as a whole, so "assistant\n" and the content
-// after it would share a token if the content began with white space that a pattern joins to a line
-// end. The assistant's contents are stripped for that reason: what generation begins with, and what
-// is trained, is a token of its own. Qwen3's declaration of tools is a paragraph long; ours is
-// short, since a small model's context is.
+// The text between two special tokens is encoded as a whole. If the assistant's content began with
+// white space, a split pattern could join it to the line end of "assistant\n", and one token would
+// belong to both. So the assistant's contents are stripped: generation and training begin at the
+// first token of the content. Qwen3's declaration of tools is a paragraph long; this one is short,
+// because a small model has a short context.
 #pragma once
 
 #include <set>
@@ -44,22 +44,22 @@ struct Conversation {
 
 struct Rendered {
   std::vector<int> ids;
-  std::vector<bool> trained;  // of each id: the assistant is to write it (content, end of turn)
+  std::vector<bool> trained;  // of each id: the assistant writes it (its content, end of turn)
 };
 
-// The ids of whole turns; then, for `generation_prompt`, the header of the assistant's next turn.
-// Any part of a conversation can be rendered: no order of roles is asked for. An assistant's
-// content is stripped of white space at both ends, so that generation begins on a token. Throws
-// Error when the tokenizer has no chat tokens.
+// The ids of whole turns and, for a `generation_prompt`, the header of the assistant's next turn.
+// Renders any part of a conversation, with roles in any order. Throws Error when the tokenizer has
+// no chat tokens.
 inline Rendered render_chat(const Tokenizer&, const Conversation&, bool generation_prompt = false);
 inline int end_of_turn(const Tokenizer&);  // <|im_end|>; throws Error when absent
 
-// Throws Error naming `where` (file:line) and the message, unless: the roles are known; a system
-// message is the first or there is none; then user and assistant alternate, from user on; tool
-// messages follow an assistant's calls, and an assistant's message follows them; contents are not
-// empty, but for a tool's and an assistant's that has calls; calls are of declared tools, and their
-// arguments JSON objects; an assistant has a message, or, for a `prompt`, a user or a tool has the
-// last one.
+// Throws Error with `where` (file:line) and the message's number unless
+// - the roles are known; only the first message may be the system's; then user and assistant
+//   alternate, and the user begins; a tool's messages follow an assistant's calls, and the
+//   assistant's next message follows them;
+// - no content is empty, but a tool's, and that of an assistant who calls tools;
+// - every call is of a declared tool, and its arguments are a JSON object;
+// - the assistant has a message; in a `prompt`, the last message is a user's or a tool's instead.
 inline void check_conversation(const Conversation&, const std::string& where, bool prompt = false);
 
 // ---------------------------------------------------------------------------------------------
@@ -111,8 +111,28 @@ inline constexpr const char* kChatTemplate = R"({%- if tools %}
 {%- endif %}
 )";
 
-// Text and special tokens to ids: text is gathered until a special token, or the border between
-// what is trained and what is not.
+// The text without white space at both ends, by Unicode, as Python's str.strip() and Jinja's trim
+// have it.
+inline std::string_view strip(std::string_view text) {
+  static constexpr std::string_view kSpaces[] = {
+      "\t",           "\n",           "\v",           "\f",           "\r",
+      "\x1c",         "\x1d",         "\x1e",         "\x1f",         " ",
+      "\xc2\x85",     "\xc2\xa0",     "\xe1\x9a\x80", "\xe2\x80\x80", "\xe2\x80\x81",
+      "\xe2\x80\x82", "\xe2\x80\x83", "\xe2\x80\x84", "\xe2\x80\x85", "\xe2\x80\x86",
+      "\xe2\x80\x87", "\xe2\x80\x88", "\xe2\x80\x89", "\xe2\x80\x8a", "\xe2\x80\xa8",
+      "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f", "\xe3\x80\x80"};
+  const auto remove = [&text](std::string_view space) {
+    if (text.starts_with(space)) return text.remove_prefix(space.size()), true;
+    if (text.ends_with(space)) return text.remove_suffix(space.size()), true;
+    return false;
+  };
+  while (std::any_of(std::begin(kSpaces), std::end(kSpaces), remove)) {
+  }
+  return text;
+}
+
+// Text and special tokens to ids. Gathers text, and encodes it at the next special token and where
+// training begins or ends.
 class TurnWriter {
  public:
   explicit TurnWriter(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
@@ -126,7 +146,7 @@ class TurnWriter {
   }
   TurnWriter& begin(std::string_view role) { return special("<|im_start|>").text(role).text("\n"); }
   TurnWriter& end() { return special("<|im_end|>"); }
-  void train(bool on) {  // from here on
+  void train(bool on) {  // the ids that follow
     encode_text();
     out_.trained.resize(out_.ids.size(), trained_);
     trained_ = on;
@@ -182,7 +202,7 @@ inline Rendered render_chat(const Tokenizer& tokenizer, const Conversation& conv
     const Message& message = messages[i];
     if (message.role == "assistant") {
       write_answer(out, message);
-    } else if (message.role == "tool") {  // the answers to several calls share a turn
+    } else if (message.role == "tool") {  // the answers to the calls of one turn share a turn
       if (i == 0 || messages[i - 1].role != "tool") out.special("<|im_start|>").text("user");
       out.text("\n").special("<tool_response>").text("\n").text(message.content).text("\n");
       out.special("</tool_response>");
@@ -204,66 +224,82 @@ inline int end_of_turn(const Tokenizer& tokenizer) {
   return id;
 }
 
+// The names of the tools that are declared.
+inline std::set<std::string> tool_names(const std::vector<std::string>& tools,
+                                        const std::string& where) {
+  std::set<std::string> names;
+  for (size_t i = 0; i < tools.size(); i++) {
+    const Json tool = Json::parse(tools[i], nullptr, false);
+    const std::string place = concat(where, ": tools[", i, "]");
+    if (tool.is_discarded()) fail(place, ": not JSON");
+    names.insert(json_get<std::string>(tool, "name", place));
+  }
+  return names;
+}
+
+// Whether the message may follow the one before it (nullptr: it is the first one).
+inline void check_role(const Message& message, const Message* before, const std::string& where) {
+  const std::string& role = message.role;
+  if (role != "system" && role != "user" && role != "assistant" && role != "tool") {
+    fail(where, ": role: found \"", role, "\", expected system, user, assistant or tool");
+  }
+  const bool called = before && !before->tool_calls.empty();
+  const std::string expected = !before                  ? "system or user"
+                               : called                 ? "tool, the answer to a call"
+                               : before->role == "tool" ? "assistant or tool"
+                               : before->role == "user" ? "assistant"
+                                                        : "user";
+  const bool may_follow = called ? role == "tool" : expected.find(role) != std::string::npos;
+  if (may_follow) return;
+  fail(where, ": role: found ", role, before ? " after " + before->role : " first", ", expected ",
+       expected);
+}
+
+inline void check_content(const Message& message, const std::set<std::string>& tools,
+                          const std::string& where) {
+  if (!message.tool_calls.empty() && message.role != "assistant") {
+    fail(where, ": tool_calls: found calls by the ", message.role,
+         ", expected calls by the assistant only");
+  }
+  const bool is_blank =
+      message.role == "assistant" ? strip(message.content).empty() : message.content.empty();
+  if (is_blank && message.tool_calls.empty() &&
+      message.role != "tool") {  // a tool may find nothing
+    fail(where, ": content: found nothing, expected text");
+  }
+  for (const ToolCall& call : message.tool_calls) {
+    if (!Json::parse(call.arguments, nullptr, false).is_object()) {
+      fail(where, ": tool_calls: ", call.name, ": arguments: found ", call.arguments,
+           ", expected a JSON object");
+    }
+    if (!tools.count(call.name)) {
+      fail(where, ": tool_calls: found a call of \"", call.name, "\", expected one of the ",
+           tools.size(), " declared tools");
+    }
+  }
+}
+
 inline void check_conversation(const Conversation& conversation, const std::string& where,
                                bool prompt) {
   const std::vector<Message>& messages = conversation.messages;
-  if (messages.empty()) fail(where, ": messages: found none, expected a user's and an answer");
-  std::set<std::string> declared;
-  for (size_t i = 0; i < conversation.tools.size(); i++) {
-    const Json tool = Json::parse(conversation.tools[i], nullptr, false);
-    const std::string at = concat(where, ": tools[", i, "]");
-    if (tool.is_discarded()) fail(at, ": not JSON");
-    declared.insert(json_get<std::string>(tool, "name", at));
+  if (messages.empty()) {
+    fail(where, ": messages: found none, expected a user's message and an assistant's");
   }
+  const std::set<std::string> tools = tool_names(conversation.tools, where);
   bool answered = false;
   for (size_t i = 0; i < messages.size(); i++) {
-    const Message& m = messages[i];
-    const std::string at = concat(where, ": messages[", i, "]");
-    const std::string before = i > 0 ? messages[i - 1].role : "";
-    const bool called = i > 0 && !messages[i - 1].tool_calls.empty();
-    const bool may = m.role == "system" ? i == 0
-                     : m.role == "user"
-                         ? i == 0 || before == "system" || (before == "assistant" && !called)
-                     : m.role == "assistant" ? before == "user" || before == "tool"
-                                             : before == "tool" || called;
-    if (m.role != "system" && m.role != "user" && m.role != "assistant" && m.role != "tool") {
-      fail(at, ": role: found \"", m.role, "\", expected system, user, assistant or tool");
+    const std::string place = concat(where, ": messages[", i, "]");
+    if (i > 0 && messages[i].role == "system" && messages[0].role == "system") {
+      fail(place, ": role: found a second system message, expected at most one");
     }
-    if (m.role == "system" && i > 0 && messages[0].role == "system") {
-      fail(at, ": role: found a second system message, expected one at most");
-    }
-    if (!may) {
-      const char* expected = i == 0             ? "system or user"
-                             : called           ? "tool, the answer to a call"
-                             : before == "tool" ? "assistant or tool"
-                             : before == "user" ? "assistant"
-                                                : "user";
-      fail(at, ": role: found ", m.role, i > 0 ? " after " + before : " first", ", expected ",
-           expected);
-    }
-    answered |= m.role == "assistant";
-    if (!m.tool_calls.empty() && m.role != "assistant") {
-      fail(at, ": tool_calls: found ", m.role, "'s, expected calls by an assistant alone");
-    }
-    // A tool may find nothing: its answer is the one that may be empty.
-    const bool blank = m.role == "assistant" ? strip(m.content).empty() : m.content.empty();
-    if (blank && m.tool_calls.empty() && m.role != "tool") {
-      fail(at, ": content: found nothing, expected text");
-    }
-    for (const ToolCall& call : m.tool_calls) {
-      const Json arguments = Json::parse(call.arguments, nullptr, false);
-      if (!arguments.is_object()) {
-        fail(at, ": tool_calls: ", call.name, ": arguments: found ", call.arguments,
-             ", expected a JSON object");
-      }
-      if (!declared.count(call.name)) {
-        fail(at, ": tool_calls: found a call of \"", call.name, "\", expected one of the ",
-             declared.size(), " declared tools");
-      }
-    }
+    check_role(messages[i], i > 0 ? &messages[i - 1] : nullptr, place);
+    check_content(messages[i], tools, place);
+    answered |= messages[i].role == "assistant";
+  }
+  if (!answered && !prompt) {
+    fail(where, ": messages: found none by the assistant, expected at least one to train on");
   }
   const std::string& last = messages.back().role;
-  if (!answered && !prompt) fail(where, ": messages: found no assistant's, expected one to learn");
   if (prompt && last != "user" && last != "tool") {
     fail(where, ": messages: found ", last, " last, expected user or tool");
   }

@@ -332,25 +332,6 @@ inline std::string count_text(double n) {  // 1,234 or 5.03M
   return digits;
 }
 
-// Without white space at both ends: what Python's str.strip takes away.
-inline std::string_view strip(std::string_view text) {
-  static constexpr std::string_view kSpaces[] = {
-      "\t",           "\n",           "\v",           "\f",           "\r",
-      "\x1c",         "\x1d",         "\x1e",         "\x1f",         " ",
-      "\xc2\x85",     "\xc2\xa0",     "\xe1\x9a\x80", "\xe2\x80\x80", "\xe2\x80\x81",
-      "\xe2\x80\x82", "\xe2\x80\x83", "\xe2\x80\x84", "\xe2\x80\x85", "\xe2\x80\x86",
-      "\xe2\x80\x87", "\xe2\x80\x88", "\xe2\x80\x89", "\xe2\x80\x8a", "\xe2\x80\xa8",
-      "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f", "\xe3\x80\x80"};
-  const auto remove = [&text](std::string_view space) {
-    if (text.starts_with(space)) return text.remove_prefix(space.size()), true;
-    if (text.ends_with(space)) return text.remove_suffix(space.size()), true;
-    return false;
-  };
-  while (std::any_of(std::begin(kSpaces), std::end(kSpaces), remove)) {
-  }
-  return text;
-}
-
 // One line that is rewritten in place on a terminal; in a log, a line at most every `interval`
 // seconds, so that a file stays readable.
 class ProgressLine {

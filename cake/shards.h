@@ -8,7 +8,7 @@
 // uint32 (magic 20240801, version 7) where the vocabulary needs it. Header: [0] magic, [1] version,
 // [2] number of ids; here also [3] vocabulary size and [4], [5] the tokenizer's hash, low and high
 // half, all zero in llm.c's own files. Little-endian. PREFIX.json names the tokenizer and counts
-// each split; it is written last, and what it says must agree with the shards.
+// each split. It is written last, and must agree with the shards.
 #pragma once
 
 #include <algorithm>
@@ -101,7 +101,7 @@ inline std::filesystem::path shard_path(const std::filesystem::path& prefix,
   return prefix.string() + "_" + split + format("_%06d.bin", number);
 }
 
-// The numbers of the shards that are there, ascending.
+// The numbers of the shards that exist, ascending.
 inline std::vector<int> shard_numbers(const std::filesystem::path& prefix,
                                       const std::string& split) {
   const std::string stem = prefix.filename().string() + "_" + split + "_";
@@ -143,8 +143,8 @@ class ShardWriter {
     }
   }
 
-  // Completes the files, puts them under their names, removes shards of an older and longer
-  // encoding under the same names. Returns the number of ids.
+  // Completes the files and renames them to their final names. Removes the further shards of an
+  // older, longer encoding with the same prefix. Returns the number of ids.
   int64_t finish() {
     if (!files_.empty()) close_last();
     for (auto& file : files_) file->commit();
@@ -165,7 +165,7 @@ class ShardWriter {
     in_file_ = 0;
     write_header();
   }
-  void close_last() {  // with the count, known now, in the header
+  void close_last() {  // the number of ids is known now: writes it into the header
     files_.back()->seek(0);
     write_header();
     files_.back()->close();
@@ -245,10 +245,11 @@ class Shard {
   size_t width_ = 0;  // bytes of an id
 };
 
-// All shards of one split as one sequence of ids, mapped, never loaded.
+// All shards of one split as one sequence of ids, mapped into memory.
 class TokenStream {
  public:
-  // Checks each shard's header, length and, where PREFIX.json exists, its agreement with it.
+  // Checks the header and length of each shard, and that it agrees with PREFIX.json, if that
+  // exists.
   TokenStream(const std::filesystem::path& prefix, const std::string& split) {
     std::optional<DataInfo> info;
     if (std::filesystem::exists(data_info_path(prefix))) info = read_data_info(prefix);
@@ -260,7 +261,7 @@ class TokenStream {
     for (size_t i = 0; i < numbers.size(); i++) {
       if (numbers[i] != numbers[0] + int(i)) {  // llm.c numbers some splits from 1
         fail(shard_path(prefix, split, numbers[0] + int(i)).string(),
-             ": not found, though a later shard of its split is there");
+             ": not found, although a later shard of its split exists");
       }
       add(Shard(shard_path(prefix, split, numbers[i])), info);
     }
@@ -276,8 +277,8 @@ class TokenStream {
   int64_t size() const { return size_; }
   int vocab_size() const { return vocab_size_; }  // 0: llm.c's shards without PREFIX.json
 
-  // Ids [begin, begin + out.size()). Throws Error naming shard and position when an id lies beyond
-  // the vocabulary.
+  // Ids [begin, begin + out.size()). Throws Error with shard and position if an id is not in the
+  // vocabulary.
   void copy(int64_t begin, std::span<int> out) const {
     if (begin < 0 || begin + int64_t(out.size()) > size_) {
       fail("token stream: found positions ", begin, " to ", begin + int64_t(out.size()),
@@ -341,18 +342,19 @@ class TokenStream {
 // ---------------------------------------------------------------------------------------------
 // Windows
 
-// Appends the window [begin, begin + length) of the stream: its ids, each one's successor as
-// target, and a document start at its first position and wherever an end_of_text opens a document.
+// Appends the window [begin, begin + length) of the stream: its ids, the next id of each as its
+// target, and a document start at the first position and at every end_of_text, which begins a
+// document.
 inline void append_window(const TokenStream& stream, int64_t begin, int64_t length, int end_of_text,
                           std::vector<int>& tokens, std::vector<int>& targets,
                           std::vector<int>& doc_starts) {
-  const size_t n = size_t(length), at = tokens.size();
-  tokens.resize(at + n + 1);
-  stream.copy(begin, std::span(tokens).subspan(at));
-  targets.insert(targets.end(), tokens.begin() + int64_t(at) + 1, tokens.end());
+  const size_t n = size_t(length), offset = tokens.size();
+  tokens.resize(offset + n + 1);
+  stream.copy(begin, std::span(tokens).subspan(offset));
+  targets.insert(targets.end(), tokens.begin() + int64_t(offset) + 1, tokens.end());
   tokens.pop_back();
-  for (size_t i = at; i < at + n; i++) {
-    if (i == at || tokens[i] == end_of_text) doc_starts.push_back(int(i));
+  for (size_t i = offset; i < offset + n; i++) {
+    if (i == offset || tokens[i] == end_of_text) doc_starts.push_back(int(i));
   }
 }
 
@@ -393,8 +395,8 @@ struct LoaderState {
 };
 
 // Training: windows of T ids in a shuffled order. An epoch cuts the stream into windows that do not
-// overlap, from an offset of its own, and visits each once. What comes next is a function of
-// (stream, T, seed, state) alone.
+// overlap, beginning at an offset of its own, and visits each once. The next windows depend on
+// nothing but (stream, T, seed, state).
 class Loader {
  public:
   Loader(const TokenStream& stream, int T, uint64_t seed, int end_of_text)
