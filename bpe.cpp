@@ -336,7 +336,7 @@ void for_each_piece(std::string_view text, size_t end, Pattern pattern, F&& f) {
 
 // ---------------------------------------------------------------------------------------------
 // A corpus arrives in batches of text that fit memory, each cut into chunks that threads can work
-// on alone. How it is read is told further below.
+// on alone. The reader of a corpus is defined below, behind the encoder.
 
 struct Chunk {
   size_t begin, end;  // in the batch's text
@@ -374,7 +374,7 @@ class ConsoleLog {
   double start_ = now();
 };
 
-// Throws Error where there is no input or no thread.
+// Throws Error if the corpus has no input or no thread.
 void check_corpus(const Corpus& corpus);
 
 // Calls process(batch) for each batch of the corpus, one after the other. `verb` is for the
@@ -664,7 +664,7 @@ struct TokenizerData {
   bool ignore_merges = false;  // a piece that is a token is that token, whatever the merges say
   Merges merges;
   std::vector<int> ids;                                // of each token of `merges`
-  std::vector<std::string> bytes;                      // of each id; empty where there is none
+  std::vector<std::string> bytes;                      // of each id; empty if no token has it
   std::vector<std::pair<std::string, int>> specials;   // by id
   std::vector<const std::string*> specials_by_length;  // longest first
   std::unordered_map<std::string, int> special_ids;    // by name
@@ -966,12 +966,7 @@ std::string_view Tokenizer::token_bytes(int id) const {
                                       : std::string_view();
 }
 
-bool Tokenizer::is_special(int id) const {
-  const auto& all = data_->specials;
-  const auto it = std::lower_bound(all.begin(), all.end(), id,
-                                   [](const auto& s, int x) { return s.second < x; });
-  return it != all.end() && it->second == id;
-}
+bool Tokenizer::is_special(int id) const { return id >= 0 && special(token_bytes(id)) == id; }
 
 int Tokenizer::special(std::string_view name) const {
   const auto it = data_->special_ids.find(std::string(name));
@@ -1991,9 +1986,9 @@ class Nfc {
     codes.resize(out);
   }
 
-  FlatMap parts_, composed_;
-  std::vector<uint8_t>
-      combining_;  // class of a code point; 0 for those that stand for invalid bytes
+  FlatMap parts_;                   // code point -> index into kDecompositions
+  FlatMap composed_;                // pair of code points -> code point
+  std::vector<uint8_t> combining_;  // class of a code point; 0: none, and for invalid bytes
 };
 
 std::string to_nfc(std::string_view text) {
@@ -2035,13 +2030,14 @@ std::string visible(std::string_view token) {
   std::string out;
   for (size_t i = 0; i < token.size();) {
     const CodePoint c = decode_utf8(token.data() + i, token.size() - i);
-    if (c.code == '\n') {
-      out += "\\n";
-    } else if (c.code == '\r') {
-      out += "\\r";
-    } else if (c.code == '\t') {
-      out += "\\t";
-    } else if (c.code < 32 || c.code == 127 || c.code >= kInvalid) {
+    const char* name = c.code == '\n'   ? "\\n"
+                       : c.code == '\r' ? "\\r"
+                       : c.code == '\t' ? "\\t"
+                                        : nullptr;
+    const bool is_hidden = c.code < 32 || c.code == 127 || c.code >= kInvalid;
+    if (name) {
+      out += name;
+    } else if (is_hidden) {
       out += format("\\x%02x", static_cast<unsigned char>(token[i]));
     } else {
       out += token.substr(i, size_t(c.bytes));

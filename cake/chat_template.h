@@ -29,12 +29,14 @@ namespace cake {
 struct ToolCall {
   std::string name;
   std::string arguments;  // a JSON object as text
+  bool operator==(const ToolCall&) const = default;
 };
 
 struct Message {
   std::string role;  // system, user, assistant or tool
   std::string content;
   std::vector<ToolCall> tool_calls;  // an assistant's
+  bool operator==(const Message&) const = default;
 };
 
 struct Conversation {

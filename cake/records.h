@@ -45,6 +45,12 @@ struct Input {
 // ---------------------------------------------------------------------------------------------
 // Bytes
 
+struct CloseFile {
+  void operator()(std::FILE* f) const {
+    if (f != stdin) std::fclose(f);
+  }
+};
+
 class ByteSource {
  public:
   explicit ByteSource(const Input& input) : name_(input.name) {
@@ -74,11 +80,6 @@ class ByteSource {
   const std::string& name() const { return name_; }
 
  private:
-  struct CloseFile {
-    void operator()(std::FILE* f) const {
-      if (f != stdin) std::fclose(f);
-    }
-  };
   struct EndInflate {
     void operator()(z_stream* z) const { inflateEnd(z), delete z; }
   };
@@ -110,17 +111,10 @@ class ByteSource {
       fail(name_, ": found ", head.empty() ? "an empty file" : "other bytes", ", expected ",
            extension == ".gz" ? "gzip" : "Zstandard", " data");
     }
-    const std::pair<std::string_view, const char*> others[] = {{"BZh", "bzip2 data"},
-                                                               {"\xfd"
-                                                                "7zXZ",
-                                                                "xz data"},
-                                                               {"PK\x03\x04", "a zip archive"},
-                                                               {"PAR1", "a Parquet file"},
-                                                               {"%PDF-", "a PDF file"},
-                                                               {"WARC/", "a WARC archive"},
-                                                               {"\x7f"
-                                                                "ELF",
-                                                                "a program"}};
+    const std::pair<std::string_view, const char*> others[] = {
+        {"BZh", "bzip2 data"},      {"\xfd\x37zXZ", "xz data"}, {"PK\x03\x04", "a zip archive"},
+        {"PAR1", "a Parquet file"}, {"%PDF-", "a PDF file"},    {"WARC/", "a WARC archive"},
+        {"\x7f\x45LF", "a program"}};
     for (const auto& [magic, what] : others) {
       if (begins(magic)) fail(name_, ": found ", what, ", expected text, JSON lines, .gz or .zst");
     }
@@ -207,9 +201,6 @@ class SpooledInput {
   }
 
  private:
-  struct CloseFile {
-    void operator()(std::FILE* f) const { std::fclose(f); }
-  };
   std::unique_ptr<std::FILE, CloseFile> file_;
 };
 
@@ -422,26 +413,40 @@ class DocumentReader {
 // Conversations: {"messages": [{"role", "content", "tool_calls"}, ...], "tools": [...]}. Calls and
 // tools may be inside OpenAI's {"type": "function", "function": {...}}.
 
+inline void append_json_string(std::string& out, std::string_view text) {
+  out += '"';
+  for (const char c : text) {
+    const char* names = "\"\"\\\\\nn\rr\tt\ff\bb";  // characters and how they are escaped
+    while (*names && *names != c) names += 2;
+    if (*names) {
+      (out += '\\') += names[1];
+    } else if (static_cast<unsigned char>(c) < 32) {
+      out += format("\\u%04x", static_cast<unsigned char>(c));
+    } else {
+      out += c;
+    }
+  }
+  out += '"';
+}
+
+// The fewest digits that give the number back; whole numbers end in ".0".
+inline void append_json_number(std::string& out, double x) {
+  if (x == std::floor(x) && std::fabs(x) < 1e16) {
+    out += format("%.1f", x);
+    return;
+  }
+  std::array<char, 32> digits;
+  const bool scientific = std::fabs(x) >= 1e16 || std::fabs(x) < 1e-4;
+  const auto end =
+      std::to_chars(digits.begin(), digits.end(), x,
+                    scientific ? std::chars_format::scientific : std::chars_format::fixed);
+  out.append(digits.data(), end.ptr);
+}
+
 // Appends a value as Python's json.dumps(value, ensure_ascii=False) writes it, as chat templates
 // do: a space behind every colon and comma, keys in the order of the file.
 inline void append_json(std::string& out, simdjson::dom::element e) {
   using simdjson::dom::element_type;
-  const auto append_string = [&out](std::string_view text) {
-    out += '"';
-    for (const char c : text) {
-      const char* names = "\"\"\\\\\nn\rr\tt\ff\bb";
-      const char* name = names;
-      while (*name && *name != c) name += 2;
-      if (*name) {
-        (out += '\\') += name[1];
-      } else if (static_cast<unsigned char>(c) < 32) {
-        out += format("\\u%04x", static_cast<unsigned char>(c));
-      } else {
-        out += c;
-      }
-    }
-    out += '"';
-  };
   const char* comma = "";
   switch (e.type()) {
     case element_type::ARRAY:
@@ -456,30 +461,18 @@ inline void append_json(std::string& out, simdjson::dom::element e) {
       out += '{';
       for (const auto& [key, value] : e.get_object()) {
         out += std::exchange(comma, ", ");
-        append_string(key);
+        append_json_string(out, key);
         out += ": ";
         append_json(out, value);
       }
       out += '}';
       break;
     case element_type::STRING:
-      append_string(e.get_string());
+      append_json_string(out, e.get_string());
       break;
-    case element_type::DOUBLE: {
-      // The fewest digits that give the number back; whole numbers end in ".0".
-      const double x = e.get_double();
-      if (x == std::floor(x) && std::fabs(x) < 1e16) {
-        out += format("%.1f", x);
-        break;
-      }
-      std::array<char, 32> digits;
-      const auto scientific = std::fabs(x) >= 1e16 || std::fabs(x) < 1e-4;
-      const auto end =
-          std::to_chars(digits.begin(), digits.end(), x,
-                        scientific ? std::chars_format::scientific : std::chars_format::fixed);
-      out.append(digits.data(), end.ptr);
+    case element_type::DOUBLE:
+      append_json_number(out, e.get_double());
       break;
-    }
     default:
       out += simdjson::minify(e);
   }
@@ -671,29 +664,11 @@ inline bool parse_label(element e, const std::string& where) {
   fail(where, ": found ", std::string(simdjson::minify(e)), ", expected true or false");
 }
 
-inline bool same(const Message& a, const Message& b) {
-  if (a.role != b.role || a.content != b.content || a.tool_calls.size() != b.tool_calls.size()) {
-    return false;
-  }
-  for (size_t i = 0; i < a.tool_calls.size(); i++) {
-    if (a.tool_calls[i].name != b.tool_calls[i].name ||
-        a.tool_calls[i].arguments != b.tool_calls[i].arguments) {
-      return false;
-    }
-  }
-  return true;
-}
-inline bool same(const std::vector<Message>& a, const std::vector<Message>& b) {
-  return a.size() == b.size() &&
-         std::equal(a.begin(), a.end(), b.begin(),
-                    [](const auto& x, const auto& y) { return same(x, y); });
-}
-
 // Splits two whole conversations: the messages that both begin with become the prompt.
 inline void split_common_prompt(Preference& p, const std::string& where) {
   std::vector<Message>&a = p.answers[0], &b = p.answers[1];
   size_t n = 0;
-  while (n < a.size() && n < b.size() && same(a[n], b[n])) n++;
+  while (n < a.size() && n < b.size() && a[n] == b[n]) n++;
   if (n == a.size() && n == b.size()) return;  // equal answers: check_preference refuses them
   while (n > 0 && (n == a.size() || n == b.size() || a[n - 1].role == "assistant")) n--;
   if (n == 0) fail(where, ": found no message that both sides begin with, expected a prompt");
@@ -710,7 +685,7 @@ inline void check_preference(const Preference& p, const std::string& where) {
   for (size_t i = 0; i < answers; i++) {
     for (size_t j = 0; j < i; j++) {
       const bool equal =
-          p.is_chat ? same(p.answers[i], p.answers[j]) : p.continuations[i] == p.continuations[j];
+          p.is_chat ? p.answers[i] == p.answers[j] : p.continuations[i] == p.continuations[j];
       if (equal && p.ranking[i] != p.ranking[j]) {
         fail(where, ": found the same answer twice, as number ", j + 1, " and ", i + 1,
              " with different ranks, expected different answers");
@@ -721,6 +696,33 @@ inline void check_preference(const Preference& p, const std::string& where) {
     whole.messages.insert(whole.messages.end(), p.answers[i].begin(), p.answers[i].end());
     check_conversation(whole, concat(where, ": answer ", i + 1));
   }
+}
+
+// "prompt": a text, or a chat as a string or as messages.
+inline void read_prompt(Preference& p, object from, bool pair, const std::string& where) {
+  const element prompt = member(from, "prompt", where);
+  std::string_view text;
+  if (prompt.get(text)) {
+    p.is_chat = true;
+    p.prompt.messages = messages_of(prompt, where + ": prompt");
+    return;
+  }
+  p.is_chat = pair && member(from, "chosen", where).is_array();
+  if (p.is_chat) {  // a string that is answered by messages is the user's message
+    p.prompt.messages = {{"user", std::string(text), {}}};
+  } else {
+    p.text = text;
+  }
+}
+
+// "responses" and "ranking".
+inline void read_responses(Preference& p, object from, const std::string& where) {
+  const std::vector<element> responses =
+      as_list(member(from, "responses", where), where + ": responses");
+  for (size_t i = 0; i < responses.size(); i++) {
+    add_answer(p, responses[i], concat(where, ": responses[", i, "]"));
+  }
+  p.ranking = parse_ranking(member(from, "ranking", where), responses.size(), where + ": ranking");
 }
 }  // namespace preferences
 
@@ -745,20 +747,8 @@ inline Preference parse_preference(simdjson::dom::object object, const std::stri
          "\"ranking\", nor \"text\" and \"label\"");
   }
   const bool whole = pair && !has("prompt");
-  if (whole) {
-    p.is_chat = true;
-  } else if (member(object, "prompt", where).get(text) == simdjson::SUCCESS) {
-    // A string that is answered by messages is the user's message.
-    p.is_chat = pair && member(object, "chosen", where).is_array();
-    if (p.is_chat) {
-      p.prompt.messages = {{"user", std::string(text), {}}};
-    } else {
-      p.text = text;
-    }
-  } else {
-    p.is_chat = true;
-    p.prompt.messages = messages_of(member(object, "prompt", where), where + ": prompt");
-  }
+  p.is_chat = whole;
+  if (!whole) read_prompt(p, object, pair, where);
   if (pair) {
     add_answer(p, member(object, "chosen", where), where + ": chosen");
     add_answer(p, member(object, "rejected", where), where + ": rejected");
@@ -767,14 +757,7 @@ inline Preference parse_preference(simdjson::dom::object object, const std::stri
       fail(where, ": chance: expected a number from 0 to 1");
     }
   } else {
-    element responses = member(object, "responses", where);
-    simdjson::dom::array list;
-    if (responses.get(list)) {
-      fail(where, ": responses: found ", JsonLines::type_name(responses), ", expected an array");
-    }
-    size_t i = 0;
-    for (const element r : list) add_answer(p, r, concat(where, ": responses[", i++, "]"));
-    p.ranking = parse_ranking(member(object, "ranking", where), i, where + ": ranking");
+    read_responses(p, object, where);
   }
   if (whole) split_common_prompt(p, where);
   if (p.is_chat) p.prompt.tools = parse_tools(object, where);
