@@ -7,6 +7,7 @@
 #   BUILD=dir        where objects go; BIN=dir: where the stages' binaries go
 #   CUDA=0|1         the CUDA engine: left out, built in (default: where nvcc and a GPU are)
 #   CUDA_ARCHS="80 90a"   for these GPUs (default: the one that is here)
+#   PRECOMPILE=0     each file parses the packages' headers itself
 #   -jN              so many compilers at once, not one a processor
 
 BUILD ?= build
@@ -21,14 +22,18 @@ FLAGS := -std=c++20 -O3 -march=$(MARCH) -ffp-contract=fast -fopenmp -I. \
 LIBRARIES := -Wl,--as-needed -lsimdjson -lzstd -lz -ledit
 HEADERS := CLI/CLI.hpp doctest/doctest.h histedit.h nlohmann/json.hpp omp.h simdjson.h xxhash.h zlib.h zstd.h
 
-STAGES := bpe train_gpt sft rlhf chat
+# The longest to compile first.
+MODEL_STAGES := rlhf reward chat sft
+STAGES := train_gpt $(MODEL_STAGES) bpe
+TOOLS := world report overoptimize
 SOURCES = $(wildcard *.cpp *.cu cake/*.h dev/*.cpp dev/*.h dev/*/*.cpp dev/*/*.h test/*.cpp test/*.h \
             test/*/*.cpp test/*/*.h test/*/*/*.h)
 
-# Two stages are libraries too: compiled a second time without their main. test/test_gpt.cpp and
-# dev/bench/bench.cpp include train_gpt.cpp itself: they look at what is inside.
+# Two stages are libraries too: their main is weak, and gives way to that of a program which links
+# them. test/test_gpt.cpp and dev/bench/bench.cpp include train_gpt.cpp itself: they look at what is
+# inside.
 OBJECTS := $(BUILD)/objects
-LIBRARY = $(OBJECTS)/bpe.lib.o $(OBJECTS)/train_gpt.lib.o $(ENGINE)
+ENGINE := $(OBJECTS)/train_gpt.o
 # The CUDA engine: by nvcc, or as C++ over test/cuda_on_cpu/, which runs its kernels on the CPU (the
 # tests, and `make emulate`).
 NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
@@ -41,15 +46,14 @@ NVCC_FLAGS = -std=c++20 -O3 -I. -lineinfo $(foreach a,$(CUDA_ARCHS),-gencode arc
   --diag-suppress=177
 ON_CPU := $(OBJECTS)/test/cuda_on_cpu/runtime.o
 ON_CPU_FLAGS := -DCAKE_CUDA_ON_CPU -Itest/cuda_on_cpu/include -fno-strict-aliasing -Wno-unknown-pragmas -pthread
-ifdef EMULATE
-ENGINE := $(OBJECTS)/train_gpt.emulated.o $(ON_CPU)
-ENGINE_FLAGS := -DCAKE_CUDA -DCAKE_CUDA_ON_CPU
-else ifeq ($(CUDA),1)
-ENGINE := $(OBJECTS)/train_gpt.cuda.o
+EMULATE := $(BUILD)/emulate
+EMULATED_ENGINE := $(OBJECTS)/emulate/train_gpt.o $(OBJECTS)/emulate/train_gpt.cuda.o $(ON_CPU)
+ifeq ($(CUDA),1)
+ENGINE += $(OBJECTS)/train_gpt.cuda.o
 ENGINE_FLAGS := -DCAKE_CUDA
 LIBRARIES += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart
 endif
-FAULT_OBJECTS := $(OBJECTS)/test/main.o $(ON_CPU) $(OBJECTS)/train_gpt.lib.o $(OBJECTS)/bpe.lib.o
+FAULT_OBJECTS := $(OBJECTS)/test/main.o $(ON_CPU) $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.o
 TESTS := $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/*.cpp))
 
 ifeq ($(MAKELEVEL),0)
@@ -59,7 +63,7 @@ ifneq ($(filter clean,$(MAKECMDGOALS)),)
 .NOTPARALLEL: # `make clean all`: one after the other
 endif
 
-all: $(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/report ## all binaries (the default)
+all: $(STAGES:%=$(BIN)/%) $(TOOLS:%=$(BUILD)/%) ## all binaries (the default)
 
 run: ## set up, build and bake the whole cake: RUN=dir TEXT=path MINUTES=n
 	@dev/setup.sh
@@ -86,9 +90,7 @@ else
 	@$(BUILD)/test
 endif
 
-emulate: ## the stages with --device cuda running on the CPU, in build/emulate
-	@$(MAKE) --no-print-directory EMULATE=1 BUILD=$(BUILD)/emulate BIN=$(BUILD)/emulate \
-	  $(STAGES:%=$(BUILD)/emulate/%)
+emulate: $(STAGES:%=$(EMULATE)/%) ## the stages with --device cuda running on the CPU, in build/emulate
 
 test-faults: $(FAULT_OBJECTS) ## deliberate faults in the CUDA engine, each of which must turn a test red
 	@CXX="$(CXX)" FLAGS="$(FLAGS) $(ON_CPU_FLAGS)" OBJECTS="$(FAULT_OBJECTS)" LIBRARIES="$(LIBRARIES)" dev/faults.sh
@@ -114,19 +116,20 @@ help: ## this list
 # -------------------------------------------------------------------------------------------------
 # Binaries
 
-$(BIN)/bpe: $(OBJECTS)/bpe.o
-$(BIN)/train_gpt: $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.lib.o $(ENGINE)
-$(BIN)/sft: $(OBJECTS)/sft.o $(LIBRARY)
-$(BIN)/rlhf: $(OBJECTS)/rlhf.o $(LIBRARY)
-$(BIN)/chat: $(OBJECTS)/chat.o $(LIBRARY)
-$(BUILD)/world: $(OBJECTS)/dev/world.o
-$(BUILD)/report: $(OBJECTS)/dev/report.o
-$(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.lib.o
+# A program's own object stands first: of two weak mains the linker takes the first.
+$(BIN)/bpe $(EMULATE)/bpe: $(OBJECTS)/bpe.o
+$(BIN)/train_gpt: $(ENGINE) $(OBJECTS)/bpe.o
+$(EMULATE)/train_gpt: $(EMULATED_ENGINE) $(OBJECTS)/bpe.o
+$(MODEL_STAGES:%=$(BIN)/%): $(BIN)/%: $(OBJECTS)/%.o $(ENGINE) $(OBJECTS)/bpe.o
+$(MODEL_STAGES:%=$(EMULATE)/%): $(EMULATE)/%: $(OBJECTS)/%.o $(EMULATED_ENGINE) $(OBJECTS)/bpe.o
+$(TOOLS:%=$(BUILD)/%): $(BUILD)/%: $(OBJECTS)/dev/%.o
+$(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.o
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
-                   $(OBJECTS)/train_gpt.lib.o $(OBJECTS)/bpe.lib.o
-$(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.lib.o $(OBJECTS)/dev/world.lib.o $(ON_CPU)
+                   $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.o
+$(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.o $(OBJECTS)/dev/world.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/report $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
+$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
+	@mkdir -p $(@D)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
 
@@ -139,17 +142,17 @@ $(OBJECTS)/%.o: %.cpp $(BUILD)/command | $(BUILD)/packages
 	@echo "compile $<"
 	@$(CXX) $(FLAGS) -MMD -MP -c $< -o $@
 
-$(OBJECTS)/%.lib.o: %.cpp $(BUILD)/command | $(BUILD)/packages
-	@mkdir -p $(@D)
-	@echo "compile $< as a library"
-	@$(CXX) $(FLAGS) -DCAKE_NO_MAIN -MMD -MP -c $< -o $@
-
 # The tests' own code need not be fast: it compiles in two thirds of the time.
 $(TESTS): FLAGS += -O1
 $(OBJECTS)/test/test_gpt.o: FLAGS += -O3  # the engine itself is in it
 $(OBJECTS)/test/test_cuda.o: FLAGS += -O2
 
-$(OBJECTS)/train_gpt.emulated.o: train_gpt.cu $(BUILD)/command | $(BUILD)/packages
+$(OBJECTS)/emulate/train_gpt.o: train_gpt.cpp $(BUILD)/command | $(BUILD)/packages
+	@mkdir -p $(@D)
+	@echo "compile $< with a CUDA engine"
+	@$(CXX) $(FLAGS) -DCAKE_CUDA -DCAKE_CUDA_ON_CPU -MMD -MP -c $< -o $@
+
+$(OBJECTS)/emulate/train_gpt.cuda.o: train_gpt.cu $(BUILD)/command | $(BUILD)/packages
 	@mkdir -p $(@D)
 	@echo "compile $< for the CPU"
 	@$(CXX) $(FLAGS) -MMD -MP -x c++ -c $< -o $@
@@ -166,8 +169,8 @@ $(OBJECTS)/test/test_cuda.cuda.o: test/test_cuda.cpp $(BUILD)/command
 	@echo "compile $< for $(CUDA_ARCHS)"
 	@$(NVCC) $(NVCC_FLAGS) -x cu -MMD -MP -c $< -o $@
 
-$(OBJECTS)/train_gpt.o $(OBJECTS)/train_gpt.lib.o: FLAGS += $(ENGINE_FLAGS)
-$(ON_CPU) $(OBJECTS)/train_gpt.emulated.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_cuda*.cpp)): FLAGS += $(ON_CPU_FLAGS)
+$(OBJECTS)/train_gpt.o: FLAGS += $(ENGINE_FLAGS)
+$(ON_CPU) $(OBJECTS)/emulate/train_gpt.cuda.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_cuda*.cpp)): FLAGS += $(ON_CPU_FLAGS)
 
 -include $(shell find $(OBJECTS) -name '*.d' 2>/dev/null)
 
