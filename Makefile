@@ -7,7 +7,6 @@
 #   BUILD=dir        where objects go; BIN=dir: where the stages' binaries go
 #   CUDA=0|1         the CUDA engine: left out, built in (default: where nvcc and a GPU are)
 #   CUDA_ARCHS="80 90a"   for these GPUs (default: the one that is here)
-#   PRECOMPILE=0     each file parses the packages' headers itself
 #   -jN              so many compilers at once, not one a processor
 
 BUILD ?= build
@@ -90,6 +89,24 @@ else
 	@$(BUILD)/test
 endif
 
+# In a folder of its own, which holds its binaries and, under build/, its objects: the tests run there.
+variant = $(MAKE) --no-print-directory BIN=build/$(1) BUILD=build/$(1)/build $(2) all build/$(1)/build/test && \
+  ln -sfn ../../test build/$(1)/test && cd build/$(1) && \
+  CAKE_DATA="$${CAKE_DATA:-$(CURDIR)/../shared/data}" build/test
+SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+
+test-all: ## sanitized, for x86-64-v3, and test-faults: takes an hour, and dev/setup.sh --all
+	@dev/setup.sh --all
+	@$(MAKE) --no-print-directory test-sanitized
+	@$(MAKE) --no-print-directory test-v3
+	@$(MAKE) --no-print-directory test-faults
+
+test-sanitized: ## every test under AddressSanitizer and UBSan, in build/sanitized
+	+@$(call variant,sanitized,CXXFLAGS="$(SANITIZE)")
+
+test-v3: ## every test compiled for MARCH=x86-64-v3, in build/v3
+	+@$(call variant,v3,MARCH=x86-64-v3)
+
 emulate: $(STAGES:%=$(EMULATE)/%) ## the stages with --device cuda running on the CPU, in build/emulate
 
 test-faults: $(FAULT_OBJECTS) ## deliberate faults in the CUDA engine, each of which must turn a test red
@@ -111,7 +128,7 @@ clean: ## remove everything that was built
 	rm -rf $(BUILD) $(STAGES:%=$(BIN)/%)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # -------------------------------------------------------------------------------------------------
 # Binaries
@@ -143,9 +160,9 @@ $(OBJECTS)/%.o: %.cpp $(BUILD)/command | $(BUILD)/packages
 	@$(CXX) $(FLAGS) -MMD -MP -c $< -o $@
 
 # The tests' own code need not be fast: it compiles in two thirds of the time.
-$(TESTS): FLAGS += -O1
-$(OBJECTS)/test/test_gpt.o: FLAGS += -O3  # the engine itself is in it
-$(OBJECTS)/test/test_cuda.o: FLAGS += -O2
+$(TESTS): private FLAGS += -O1
+$(OBJECTS)/test/test_gpt.o: private FLAGS += -O3  # the engine itself is in it
+$(OBJECTS)/test/test_cuda.o: private FLAGS += -O2
 
 $(OBJECTS)/emulate/train_gpt.o: train_gpt.cpp $(BUILD)/command | $(BUILD)/packages
 	@mkdir -p $(@D)
@@ -169,8 +186,8 @@ $(OBJECTS)/test/test_cuda.cuda.o: test/test_cuda.cpp $(BUILD)/command
 	@echo "compile $< for $(CUDA_ARCHS)"
 	@$(NVCC) $(NVCC_FLAGS) -x cu -MMD -MP -c $< -o $@
 
-$(OBJECTS)/train_gpt.o: FLAGS += $(ENGINE_FLAGS)
-$(ON_CPU) $(OBJECTS)/emulate/train_gpt.cuda.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_cuda*.cpp)): FLAGS += $(ON_CPU_FLAGS)
+$(OBJECTS)/train_gpt.o: private FLAGS += $(ENGINE_FLAGS)
+$(ON_CPU) $(OBJECTS)/emulate/train_gpt.cuda.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_cuda*.cpp)): private FLAGS += $(ON_CPU_FLAGS)
 
 -include $(shell find $(OBJECTS) -name '*.d' 2>/dev/null)
 
@@ -189,6 +206,6 @@ $(BUILD)/packages: $(BUILD)/command
 	done
 	@touch $@
 
-.PHONY: all run reviews overoptimize base-to-chat test emulate test-faults spills bench format format-check clean help FORCE
+.PHONY: all run reviews overoptimize base-to-chat test test-all test-sanitized test-v3 emulate test-faults spills bench format format-check clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:
