@@ -159,7 +159,10 @@ $(OBJECTS)/%.o: %.cpp $(BUILD)/command | $(BUILD)/packages
 	@echo "compile $<"
 	@$(CXX) $(FLAGS) -MMD -MP -c $< -o $@
 
-# The tests' own code need not be fast: it compiles in two thirds of the time.
+# What waits for an engine, a tokenizer or a file need not be the fastest code: it compiles in four
+# fifths of the time, the tests' in two thirds.
+$(MODEL_STAGES:%=$(OBJECTS)/%.o): private FLAGS += -O2
+$(TOOLS:%=$(OBJECTS)/dev/%.o): private FLAGS += -O1
 $(TESTS): private FLAGS += -O1
 $(OBJECTS)/test/test_gpt.o: private FLAGS += -O3  # the engine itself is in it
 $(OBJECTS)/test/test_cuda.o: private FLAGS += -O2
