@@ -30,7 +30,6 @@
 #include <string>
 #include <vector>
 
-#include "cake/answers.h"
 #include "cake/checkpoint.h"
 #include "cake/generate.h"
 #include "cake/gpt.h"
@@ -40,6 +39,7 @@
 #include "cake/run.h"
 #include "cake/tokenizer.h"
 #include "cake/tools.h"
+#include "cake/verify.h"
 
 namespace cake {
 namespace {

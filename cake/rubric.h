@@ -17,6 +17,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdint>
 #include <set>
@@ -24,7 +25,6 @@
 #include <string_view>
 #include <vector>
 
-#include "cake/answers.h"
 #include "cake/json.h"
 
 namespace cake {
@@ -38,6 +38,31 @@ struct Criterion {
 inline constexpr const char* kCriterionNames[] = {"mentions", "begins", "ends", "varied", "length"};
 
 using Rubric = std::vector<Criterion>;
+
+// ---------------------------------------------------------------------------------------------
+// Words in text
+
+inline std::string lower_ascii(std::string_view text) {
+  std::string out(text);
+  for (char& c : out) c = c >= 'A' && c <= 'Z' ? char(c + ('a' - 'A')) : c;
+  for (size_t i; (i = out.find("\xe2\x80\x99")) != std::string::npos;) out.replace(i, 3, "'");
+  return out;
+}
+
+// As whole words, case ignored: no letter or digit on either side.
+inline bool contains_words(std::string_view text, std::string_view words) {
+  const std::string t = lower_ascii(text), w = lower_ascii(words);
+  const auto letter = [&](size_t i) {
+    return i < t.size() && (std::isalnum(static_cast<unsigned char>(t[i])) || (t[i] & 0x80));
+  };
+  if (w.empty()) return false;
+  for (size_t at = t.find(w); at != std::string::npos; at = t.find(w, at + 1)) {
+    const bool begins = at == 0 || !letter(at - 1) || !letter(at);
+    const bool ends = !letter(at + w.size()) || !letter(at + w.size() - 1);
+    if (begins && ends) return true;
+  }
+  return false;
+}
 
 // ---------------------------------------------------------------------------------------------
 // Marks
