@@ -3086,7 +3086,7 @@ int main_train(int argc, char** argv) {
   auto* budget = app.add_option_group("Budget", "one of; default: 10.5 tokens a parameter");
   budget->add_option(
       "--minutes", s.minutes,
-      "measure the speed, then fix the steps that fit (a small text: five readings at most)");
+      "measure the speed, then fix the steps that fit (a small text: five readings, or 800)");
   budget->add_option("--steps", s.steps, "optimizer steps");
   budget->add_option("--tokens", s.tokens, "tokens seen");
   budget->add_option("--batch-tokens", s.batch_tokens, "tokens an optimizer step");
