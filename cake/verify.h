@@ -1,25 +1,28 @@
-// Whether an answer is right: once, for `./chat eval` and for the rewards of `./rlhf`.
+// Is this answer right? For the rewards of `./rlhf` and for `./chat eval`.
 //
-//     a problem, and a text that answers it -> a verifier -> 1 right, 0 wrong (or a reward)
+//     (problem, text of the answer) -> verifier -> 1 right, 0 wrong, or another reward
 //
-// A verifier knows nothing of rollouts, tokens or models. The verifiers by their names, as in
-// `./rlhf grpo --reward number`; `answer` and the rest are what the problem's line of JSON holds:
+// A verifier sees the problem and the text. It does not know rollouts, tokens or models. Each has a
+// name, as in `./rlhf grpo --reward number`; `answer`, `numbers`, `target` and `rubric` are keys of
+// the problem's JSON line:
 //
-//     number          the text's last number is the last one of `answer`
-//     exact           the text is `answer`, but for white space around it
-//     choice          the letter that the text chooses is that of `answer`
-//     countdown       the text's last sum makes `target` of `numbers`
-//     command:CMD     a program of the user's says so, or gives any other reward
-//     rubric          from 0 to 1, by the criteria of `rubric` (cake/rubric.h)
-//     format:PATTERN  the text has this form; * is any text
+//     number          the last number of the text equals the last number of `answer`
+//     exact           the text equals `answer`; white space around both is ignored
+//     choice          the letter that the text chooses is the letter of `answer`
+//     countdown       the last sum in the text makes `target` of `numbers`
+//     command:CMD     the user's program CMD gives the reward
+//     rubric          the mean mark from 0 to 1 by the criteria of `rubric` (cake/rubric.h)
+//     format:PATTERN  the text has this form, where * is any text
 //
-// An item of `./chat eval` says itself what is right, as its "check":
+// An item of `./chat eval` says by itself what is right, in its "check":
 //
-//     {"type": "number", "value": "42"}  the answer's last number is 42
+//     {"type": "number", "value": "42"}  the last number of the answer is 42
 //     {"type": "contains", "any": ["baker"], "none": ["sailor"]}  whole words, case ignored
-//     {"type": "exact", "text": "..."}  the answer, but for white space around it
-//     {"type": "refuses"}, {"type": "answers"}  says that it does not know or cannot help, or not
-//     {"type": "tool", "name": "search", "then": {...}}  called that tool, and `then` of the answer
+//     {"type": "exact", "text": "..."}  the answer is this text, white space around it ignored
+//     {"type": "refuses"}  the answer says that it does not know or cannot help
+//     {"type": "answers"}  it does not say so
+//     {"type": "tool", "name": "search", "then": {...}}  the tool was called, and the answer passes
+//                                                        the check `then`
 #pragma once
 
 #include <fcntl.h>
@@ -60,39 +63,41 @@ namespace cake {
 
 struct Problem {  // one line of a problems file
   std::string question;
-  std::string answer;  // as the file has it, perhaps worked out in steps; empty: none
-  Json line;           // all that the line holds: a countdown's numbers and target, an id
+  std::string answer;  // as in the file, often with the steps that lead to it; empty: none
+  Json line;           // the whole line: a countdown's numbers and target, an id
   Rubric rubric;       // empty: none
   std::string where;   // file:line, for messages
 };
 
-struct Attempt {  // what is verified
+struct Attempt {  // at a problem
   const Problem* problem;
   std::string_view text;
-  bool ended = true;  // the model ended its turn itself: no length limit cut the text off
+  bool ended = true;  // the model ended its turn; false: a length limit cut the text off
 };
 
 struct Verifier {
-  bool is_pass_fail;  // scores are 1, right, and 0, wrong; otherwise any reward
-  std::function<std::vector<float>(std::span<const Attempt>)> score;  // of each; NaN: it failed
+  bool is_pass_fail;  // true: a score is 1 (right) or 0 (wrong); false: a score is any reward
+  // The score of each attempt; NaN where the verifier itself failed.
+  std::function<std::vector<float>(std::span<const Attempt>)> score;
 };
 
-struct CommandLimits {                // of the user's program
-  double seconds = 10;                // for each line
-  int64_t memory = int64_t(4) << 30;  // bytes of addresses
-  int processes = 64;                 // more than its user has at its start
+struct CommandLimits {                // on the user's program
+  double seconds = 10;                // for each answer
+  int64_t memory = int64_t(4) << 30;  // bytes of address space
+  int processes = 64;                 // that the user may have beside those at the start
 };
 
 inline bool right_number(const Problem&, std::string_view text);
 inline bool right_exact(const Problem&, std::string_view text);
 inline bool right_choice(const Problem&, std::string_view text);
 inline bool right_countdown(const Problem&, std::string_view text);
-inline bool matches(std::string_view pattern, std::string_view text);
+inline bool matches_pattern(std::string_view pattern, std::string_view text);
 inline std::string form_text(const std::string& form);
 inline Verifier command_verifier(const std::string& command, const CommandLimits& limits,
                                  const std::string& where);
 
-// One of those above; none for another name. `where` stands before messages: a flag's name.
+// The verifier of this name, or none. `where` begins error messages: it is the flag that the user
+// gave.
 inline std::optional<Verifier> make_verifier(const std::string& name, const std::string& argument,
                                              const CommandLimits& limits,
                                              const std::string& where = "--reward") {
@@ -126,20 +131,20 @@ inline std::optional<Verifier> make_verifier(const std::string& name, const std:
   if (name == "format") {
     need_argument("PATTERN, where * is any text");
     return each(false, [pattern = form_text(argument)](const Attempt& a) {
-      return matches(pattern, a.text);
+      return matches_pattern(pattern, a.text);
     });
   }
   return std::nullopt;
 }
 
 // ---------------------------------------------------------------------------------------------
-// Checks: what an item of an evaluation says is right
+// Checks: what an item of `./chat eval` says is right
 
 struct Check {
   enum class Type { contains, number, refuses, answers, exact, tool } type = Type::answers;
-  std::vector<std::string> any, none;  // contains
+  std::vector<std::string> any, none;  // of contains
   std::string text;                    // exact: the text; number: canonical; tool: its name
-  std::shared_ptr<const Check> then;   // tool
+  std::shared_ptr<const Check> then;   // of tool
 };
 
 inline std::string canonical_number(std::string_view written);
@@ -147,7 +152,7 @@ inline bool is_number(std::string_view text, const std::string& canonical);
 inline bool is_same_text(std::string_view a, std::string_view b);
 inline bool refuses(std::string_view answer);
 
-// `tools` are the names of those that were called on the way.
+// `tools`: the names of the tools that the model called before it answered.
 inline bool passes(const Check& check, std::string_view answer,
                    const std::set<std::string>& tools = {}) {
   const auto has = [&](const std::string& words) { return contains_words(answer, words); };
@@ -208,8 +213,9 @@ inline Check parse_check(const Json& json, const std::string& where) {
 // ---------------------------------------------------------------------------------------------
 // Numbers
 
-// A number as written ("$1,000.50", "+18.", "007") in one form: no sign but -, no commas, no zeros
-// that mean nothing, no point at the end. Empty when there is no digit.
+// A number as written ("$1,000.50", "+18.", "007") in one form: no sign but -, no commas, no
+// leading zeros, no trailing zeros of a fraction, no point at the end. Empty when there is no
+// digit.
 inline std::string canonical_number(std::string_view written) {
   std::string whole, part;
   bool negative = false, point = false;
@@ -226,8 +232,9 @@ inline std::string canonical_number(std::string_view written) {
   return (negative ? "-" : "") + whole + (part.empty() ? "" : "." + part);
 }
 
-// The numbers of a text in their canonical form, in order. Commas divide digits in threes; a sign
-// belongs to a number where no digit, letter or ")" stands before it ("5-3" is 5 and 3).
+// The numbers of a text in their canonical form, in order. A comma is part of a number when exactly
+// three digits follow. A minus is part of a number unless a digit, a letter or ")" stands before it
+// ("5-3" is 5 and 3).
 inline std::vector<std::string> numbers_in(std::string_view s) {
   const auto digit = [&](size_t i) {
     return i < s.size() && std::isdigit(static_cast<unsigned char>(s[i]));
@@ -248,10 +255,11 @@ inline std::vector<std::string> numbers_in(std::string_view s) {
     }
     std::string written = negative ? "-" : "";
     while (digit(i)) written += s[i++];
-    const auto three = [&](size_t at) {
-      return digit(at) && digit(at + 1) && digit(at + 2) && !digit(at + 3);
+    const auto three_digits = [&](size_t k) {
+      return digit(k) && digit(k + 1) && digit(k + 2) && !digit(k + 3);
     };
-    while (i < s.size() && s[i] == ',' && three(i + 1)) written += s.substr(i + 1, 3), i += 4;
+    while (i < s.size() && s[i] == ',' && three_digits(i + 1))
+      written += s.substr(i + 1, 3), i += 4;
     if (i < s.size() && s[i] == '.' && digit(i + 1)) {
       written += s[i++];
       while (digit(i)) written += s[i++];
@@ -261,7 +269,7 @@ inline std::vector<std::string> numbers_in(std::string_view s) {
   return numbers;
 }
 
-// GSM8K's calculator annotations, <<48/2=24>>, stand beside the text that people read.
+// The text without GSM8K's calculator annotations such as <<48/2=24>>.
 inline std::string without_annotations(std::string_view text) {
   std::string out;
   for (;;) {
@@ -272,8 +280,8 @@ inline std::string without_annotations(std::string_view text) {
   }
 }
 
-// The number that a worked answer ends with: the first behind the last "####" where there is one
-// (GSM8K), otherwise the last of the text. Empty when there is none.
+// The number that an answer ends with, in canonical form: the first one behind the last "####" (as
+// in GSM8K's solutions), or the last one of the text. Empty when there is no number.
 inline std::string final_number(std::string_view answer) {
   const std::string text = without_annotations(answer);
   const size_t mark = text.rfind("####");
@@ -289,7 +297,7 @@ inline bool is_number(std::string_view text, const std::string& canonical) {
   return final_number(text) == canonical;
 }
 
-// "18.", "$18", "18.00" and "1,000" are the numbers they look like; of several, the last counts.
+// "18.", "$18" and "18.00" are all 18. Of several numbers the last one counts.
 inline bool right_number(const Problem& p, std::string_view text) {
   const std::string expected = final_number(p.answer);
   if (expected.empty())
@@ -300,14 +308,7 @@ inline bool right_number(const Problem& p, std::string_view text) {
 // ---------------------------------------------------------------------------------------------
 // Texts and their form
 
-inline std::string_view without_space(std::string_view s) {
-  const size_t begin = s.find_first_not_of(" \t\r\n");
-  return begin == s.npos ? "" : s.substr(begin, s.find_last_not_of(" \t\r\n") + 1 - begin);
-}
-
-inline bool is_same_text(std::string_view a, std::string_view b) {
-  return without_space(a) == without_space(b);
-}
+inline bool is_same_text(std::string_view a, std::string_view b) { return strip(a) == strip(b); }
 inline bool right_exact(const Problem& p, std::string_view text) {
   if (p.answer.empty()) fail(p.where, ": answer is missing");
   return is_same_text(text, p.answer);
@@ -320,7 +321,7 @@ inline bool refuses(std::string_view answer) {
   return false;
 }
 
-// A flag's text, or what the file of this name holds; \n is a line's end.
+// The text of a flag, or, where it names a file, the text of that file. \n becomes a line break.
 inline std::string form_text(const std::string& form) {
   std::error_code ignored;
   std::string text = std::filesystem::is_regular_file(form, ignored) ? read_file(form) : form;
@@ -328,16 +329,17 @@ inline std::string form_text(const std::string& form) {
   return text;
 }
 
-// * stands for any text, ? for any byte; all else for itself.
-inline bool matches(std::string_view pattern, std::string_view text) {
-  size_t p = 0, t = 0, star = pattern.npos, from = 0;
+// In a pattern, * is any text and ? is any byte. Every other byte is itself. After a mismatch, the
+// last * takes one more byte of the text.
+inline bool matches_pattern(std::string_view pattern, std::string_view text) {
+  size_t p = 0, t = 0, star = pattern.npos, star_end = 0;
   while (t < text.size()) {
     if (p < pattern.size() && pattern[p] == '*') {
-      star = p++, from = t;
+      star = p++, star_end = t;
     } else if (p < pattern.size() && (pattern[p] == '?' || pattern[p] == text[t])) {
       p++, t++;
     } else if (star != pattern.npos) {
-      p = star + 1, t = ++from;
+      p = star + 1, t = ++star_end;
     } else {
       return false;
     }
@@ -348,17 +350,18 @@ inline bool matches(std::string_view pattern, std::string_view text) {
 // ---------------------------------------------------------------------------------------------
 // Choices
 
-// The letter of a choice, A to Z: the first one alone behind the last "answer", else the only
-// letter alone in the text, else none. A letter is alone between what is no letter or digit.
+// The letter that a text chooses, A to Z: the first letter that stands alone behind the last
+// "answer"; without "answer", the only letter that stands alone; otherwise 0. A letter stands alone
+// when no letter, digit or apostrophe touches it.
 inline char chosen_letter(std::string_view text) {
   const std::string lower = lower_ascii(text);
   const size_t said = lower.rfind("answer");
   const auto alone = [&](size_t i) {
-    const auto word = [&](size_t at) {
-      return at < text.size() && (std::isalnum(static_cast<unsigned char>(text[at])) ||
-                                  (text[at] & 0x80) || text[at] == '\'');
+    const auto in_word = [&](size_t k) {
+      return k < text.size() && (std::isalnum(static_cast<unsigned char>(text[k])) ||
+                                 (text[k] & 0x80) || text[k] == '\'');
     };
-    return text[i] >= 'A' && text[i] <= 'Z' && !(i > 0 && word(i - 1)) && !word(i + 1);
+    return text[i] >= 'A' && text[i] <= 'Z' && !(i > 0 && in_word(i - 1)) && !in_word(i + 1);
   };
   char only = 0;
   for (size_t i = said == lower.npos ? 0 : said + 6; i < text.size(); i++) {
@@ -378,8 +381,7 @@ inline bool right_choice(const Problem& p, std::string_view text) {
 // ---------------------------------------------------------------------------------------------
 // Countdowns
 
-// {"numbers": [3, 5, 7], "target": 26}: the text's last arithmetic makes the target of the numbers,
-// each used once at most, and at least two of them. What stands behind an = is not part of it.
+// The last arithmetic in a text: "(3*7)+5" in "So (3*7)+5 = 26." Empty when there is none.
 inline std::string last_arithmetic(std::string_view text) {
   const auto part = [](char c) {
     return std::string_view("0123456789+-*/(). ").find(c) != std::string_view::npos;
@@ -388,31 +390,36 @@ inline std::string last_arithmetic(std::string_view text) {
   for (size_t i = 0; i < text.size();) {
     size_t end = i;
     while (end < text.size() && part(text[end])) end++;
-    std::string_view run = without_space(text.substr(i, end - i));
-    while (!run.empty() && run.back() == '.') run = without_space(run.substr(0, run.size() - 1));
+    std::string_view run = strip(text.substr(i, end - i));
+    while (!run.empty() && run.back() == '.') run = strip(run.substr(0, run.size() - 1));
     const bool digits = run.find_first_of("0123456789") != run.npos;
     if (digits && run.find_first_of("+-*/", 1) != run.npos) found = run;
     i = end + 1;
   }
   return found;
 }
+
+// {"numbers": [3, 5, 7], "target": 26}: the last arithmetic in the text gives the target. It uses
+// at least two of the numbers, and each at most once.
 inline bool right_countdown(const Problem& p, std::string_view text) {
-  std::multiset<std::string> left;
+  std::multiset<std::string> unused;
   std::string target;
   try {
-    for (const Json& n : p.line.at("numbers")) left.insert(canonical_number(n.dump()));
+    for (const Json& n : p.line.at("numbers")) unused.insert(canonical_number(n.dump()));
     target = canonical_number(p.line.at("target").dump());
   } catch (const Json::exception&) {
     fail(p.where, ": found no countdown, expected {\"numbers\": [3, 5], \"target\": 8}");
   }
   const std::string sum = last_arithmetic(text);
-  std::string apart = sum;  // so that no sign belongs to a number
-  for (char& c : apart) c = std::string_view("+-*/()").find(c) == std::string_view::npos ? c : ' ';
-  const std::vector<std::string> used = numbers_in(apart);
+  std::string operands = sum;  // without operators, so that no minus becomes part of a number
+  for (char& c : operands) {
+    if (std::string_view("+-*/()").find(c) != std::string_view::npos) c = ' ';
+  }
+  const std::vector<std::string> used = numbers_in(operands);
   for (const std::string& n : used) {
-    const auto it = left.find(n);
-    if (it == left.end()) return false;
-    left.erase(it);
+    const auto it = unused.find(n);
+    if (it == unused.end()) return false;
+    unused.erase(it);
   }
   try {
     return used.size() >= 2 && canonical_number(calculate(sum)) == target;
@@ -428,7 +435,7 @@ struct Interval {
   double low, high;
 };
 
-// Wilson's 95 % interval of a share of n (Wilson 1927).
+// The 95 % interval of a share measured on n items (Wilson 1927).
 inline Interval wilson(double share, int64_t n) {
   const double z = 1.959963984540054, m = double(n), p = share;
   const double middle = p + z * z / (2 * m);
@@ -440,23 +447,23 @@ inline Interval wilson(double share, int64_t n) {
 // ---------------------------------------------------------------------------------------------
 // What is only there to run a user's program
 
-// A user's own verifier, one process for the whole run: it reads a line {"id", "prompt",
-// "completion", "answer"} and writes a line {"id", "reward"}, for one answer after another.
+// The user's program, one process for the whole run. For each answer it reads a line of JSON
+// {"id", "prompt", "completion", "answer"} and writes a line {"id", "reward"}.
 //
-// What it is held to are limits, not isolation: it runs with the rights of whoever started the
-// training. A process that is late, ends, or writes anything else is ended and begun anew for the
-// next answer, and that answer has no reward.
+// The limits are no sandbox: the program has all the rights of the user who started the training.
+// When it is too slow, ends, or writes anything else, the process is killed, that answer gets no
+// reward, and the next answer starts a new process.
 class CommandVerifier {
  public:
   CommandVerifier(std::string command, const CommandLimits& limits)
       : command_(std::move(command)), limits_(limits) {
-    std::signal(SIGPIPE, SIG_IGN);  // a verifier that ended is met as an error of write()
+    std::signal(SIGPIPE, SIG_IGN);  // writing to a program that ended is an error of write()
   }
   CommandVerifier(const CommandVerifier&) = delete;
   CommandVerifier& operator=(const CommandVerifier&) = delete;
   ~CommandVerifier() { stop(); }
 
-  // NaN on failure, and why in last_failure().
+  // NaN where the program failed; last_failure() says why.
   float reward(int64_t id, const Attempt& a) {
     const Json line = {{"id", id},
                        {"prompt", a.problem->question},
@@ -480,7 +487,7 @@ class CommandVerifier {
   const std::string& last_failure() const { return last_failure_; }
 
  private:
-  // Threads that this process's user has: what RLIMIT_NPROC counts. (It does not bind root.)
+  // How many threads this process's user has. RLIMIT_NPROC counts them, and does not bind root.
   static int64_t threads_of_user() {
     namespace fs = std::filesystem;
     int64_t n = 0;
@@ -502,12 +509,12 @@ class CommandVerifier {
     if (pipe2(in, O_CLOEXEC) != 0) fail("command: cannot make a pipe: ", errno_text());
     if (pipe2(out, O_CLOEXEC) != 0) fail("command: cannot make a pipe: ", errno_text());
     const rlimit memory{rlim_t(limits_.memory), rlim_t(limits_.memory)};
-    const auto most = rlim_t(threads_of_user() + limits_.processes);
-    const rlimit processes{most, most}, no_core{0, 0};
+    const auto process_limit = rlim_t(threads_of_user() + limits_.processes);
+    const rlimit processes{process_limit, process_limit}, no_core{0, 0};
     const pid_t parent = getpid();
     process_ = fork();
     if (process_ < 0) fail("command: cannot start a process: ", errno_text());
-    if (process_ == 0) {  // only calls that are safe between fork and exec
+    if (process_ == 0) {  // until exec, only calls that are safe after fork
       prctl(PR_SET_PDEATHSIG, SIGKILL);
       if (getppid() != parent) _exit(127);
       setpgid(0, 0);
@@ -520,14 +527,14 @@ class CommandVerifier {
     }
     setpgid(process_, process_);
     close(in[0]), close(out[1]);
-    to_ = in[1], from_ = out[0];
-    fcntl(to_, F_SETFL, O_NONBLOCK);
+    stdin_ = in[1], stdout_ = out[0];
+    fcntl(stdin_, F_SETFL, O_NONBLOCK);
   }
-  void stop() {  // it, and what it started
+  void stop() {  // kills the process and every process that it started
     if (process_ < 0) return;
     kill(-process_, SIGKILL);
     waitpid(process_, nullptr, 0);
-    close(to_), close(from_);
+    close(stdin_), close(stdout_);
     process_ = -1;
     unread_.clear();
   }
@@ -537,21 +544,21 @@ class CommandVerifier {
     constexpr size_t kLongest = 1 << 20;
     const double deadline = now() + limits_.seconds;
     for (;;) {
-      const double left = deadline - now();
-      if (left <= 0) return format("wrote no line within %g s", limits_.seconds);
-      pollfd fds[] = {{from_, POLLIN, 0}, {line.empty() ? -1 : to_, POLLOUT, 0}};
-      if (poll(fds, 2, int(std::ceil(std::min(left, 1e5) * 1000))) < 0) {
+      const double seconds_left = deadline - now();
+      if (seconds_left <= 0) return format("wrote no line within %g s", limits_.seconds);
+      pollfd fds[] = {{stdout_, POLLIN, 0}, {line.empty() ? -1 : stdin_, POLLOUT, 0}};
+      if (poll(fds, 2, int(std::ceil(std::min(seconds_left, 1e5) * 1000))) < 0) {
         if (errno == EINTR) continue;
         return "poll: " + errno_text();
       }
       if (fds[1].revents) {
-        const ssize_t n = write(to_, line.data(), line.size());
+        const ssize_t n = write(stdin_, line.data(), line.size());
         if (n < 0 && errno != EAGAIN && errno != EINTR) return "ended";
         line.remove_prefix(size_t(std::max<ssize_t>(0, n)));
       }
       if (fds[0].revents) {
         char piece[4096];
-        const ssize_t n = read(from_, piece, sizeof piece);
+        const ssize_t n = read(stdout_, piece, sizeof piece);
         if (n == 0) return "ended";
         unread_.append(piece, size_t(std::max<ssize_t>(0, n)));
       }
@@ -567,7 +574,7 @@ class CommandVerifier {
   std::string command_;
   CommandLimits limits_;
   pid_t process_ = -1;
-  int to_ = -1, from_ = -1;
+  int stdin_ = -1, stdout_ = -1;  // our ends of the process's pipes
   std::string unread_, last_failure_;
 };
 
