@@ -212,7 +212,7 @@ int stream(Generator& generator, Request request, const Prompt& prompt, int T) {
   const int number = generator.submit(std::move(request));
   const int status = run(generator, [] {});
   if (line_open) print("\n");
-  if (status == 0 && generator.take(number).finish == Finish::context) {
+  if (status == 0 && generator.pop(number).finish == Finish::context) {
     std::fprintf(stderr, "the model's context of %d tokens is full\n", T);
   }
   return status;
@@ -234,7 +234,7 @@ int batch(Generator& generator, const Request& settings, const std::vector<Promp
   const int status = run(generator, [&] {
     for (; written < total && generator.done(written); written++) {
       const Prompt& prompt = prompts[size_t(written / o.samples)];
-      const Completion c = generator.take(written);
+      const Completion c = generator.pop(written);
       if (file) {
         file->write(result_line(prompt, c));
         const bool last = written + 1 == total;
@@ -771,7 +771,7 @@ class Talk {
     }
     if (stop_signal == SIGINT) stop_signal = 0;
     if (line_open) print("\n");
-    finish(std::move(turn), generator_.take(number));
+    finish(std::move(turn), generator_.pop(number));
   }
 
   std::vector<int> run_calls(std::vector<Message>& messages) {
@@ -1230,7 +1230,7 @@ std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& ques
   progress.show(format("%zu of %zu answered", std::min(done, asked), asked), true);
   for (size_t i = 0; i < questions.size() && stop_signal == 0; i++) {
     if (numbers[i] < 0) continue;
-    Completion c = generator.take(numbers[i]);
+    Completion c = generator.pop(numbers[i]);
     answers[i].text = std::move(c.text);
     answers[i].finish = c.finish;
     const Question& q = questions[i];

@@ -2120,7 +2120,7 @@ std::vector<Rollout> roll_out(Gpt& gpt, const Tokenizer& tokenizer,
   std::vector<Rollout> rollouts;
   for (int n = 0; n < int(prompts.size()) * copies; n++) {
     rollouts.push_back(
-        make_rollout(*prompts[size_t(n / copies)], n / copies, generator.take(n), tokenizer, o));
+        make_rollout(*prompts[size_t(n / copies)], n / copies, generator.pop(n), tokenizer, o));
   }
   return rollouts;
 }

@@ -878,7 +878,7 @@ void Trainer::sample(int64_t number) {
   }
   const int submitted = generator.submit(request);
   generator.run();
-  const Completion done = generator.take(submitted);
+  const Completion done = generator.pop(submitted);
   // The last turn before the answer, then the answer and how it ended.
   std::string asked = tokenizer_.decode(prompt);
   if (const size_t header = asked.rfind("<|im_start|>assistant\n"); header != std::string::npos) {

@@ -2809,7 +2809,7 @@ void Trainer::sample() {
   request.stop_ids = {end_of_text_};
   const int number = generator.submit(request);
   generator.run();
-  std::string text = w_.prompt + generator.take(number).text;
+  std::string text = w_.prompt + generator.pop(number).text;
   for (size_t i = 0; (i = text.find('\n', i)) != std::string::npos; i += 9)
     text.replace(i, 1, "\n        ");
   line_.note("sample  " + text);
