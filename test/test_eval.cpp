@@ -190,7 +190,7 @@ TEST_CASE("GSM8K is asked in conversations and after solved examples, and marked
   CHECK(eval(dir + " --tasks gsm8k=" + file)["gsm8k"]["value"] == .5);
   CHECK(eval(dir + " --base --shots 1 --shots-from gsm8k=" + one +
              " --tasks gsm8k=" + file)["gsm8k"]["value"] == .5);
-  CHECK(eval(dir + " --base --tokens 3 --tasks gsm8k=" + file)["gsm8k"]["value"] == 0);
+  CHECK(eval(dir + " --base --max-tokens 3 --tasks gsm8k=" + file)["gsm8k"]["value"] == 0);
 }
 
 TEST_CASE("the reference solutions of GSM8K pass its own check") {

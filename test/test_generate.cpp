@@ -1322,16 +1322,17 @@ Output generate(const std::string& arguments, int T = 128) {
 }  // namespace
 
 TEST_CASE("chat generate continues a prompt, the same way for the same seed") {
-  const Output a = generate("--prompt 'the caf\u00e9s' --tokens 40");
+  const Output a = generate("--prompt 'the caf\u00e9s' --max-tokens 40");
   REQUIRE_MESSAGE(a.status == 0, a.text);
   CHECK(a.text.starts_with("the caf\u00e9s"));
   CHECK(a.text.size() > 40);
   CHECK(a.text.ends_with("\n"));
   CHECK(is_utf8(a.text));
-  CHECK(generate("--prompt 'the caf\u00e9s' --tokens 40").text == a.text);
-  CHECK(generate("--prompt 'the caf\u00e9s' --tokens 40 --seed 1").text != a.text);
-  CHECK(contains(generate("--tokens 500").text, "the model's context of 128 tokens is full"));
-  const Output stats = generate("--prompt the --tokens 5 --stats");
+  CHECK(generate("--prompt 'the caf\u00e9s' --max-tokens 40").text == a.text);
+  CHECK(generate("--prompt 'the caf\u00e9s' --tokens 40").text == a.text);  // its old name
+  CHECK(generate("--prompt 'the caf\u00e9s' --max-tokens 40 --seed 1").text != a.text);
+  CHECK(contains(generate("--max-tokens 500").text, "the model's context of 128 tokens is full"));
+  const Output stats = generate("--prompt the --max-tokens 5 --stats");
   CHECK(contains(stats.text, "decode  4 tokens, "));
 }
 
@@ -1346,7 +1347,7 @@ TEST_CASE("chat generate writes the results of many prompts in their order") {
        {"--rows 1 --prompts " + prompts, "--rows 8 --prompts " + prompts,
         "--rows 3 --cache-mb 1 --prompts " + lines, "--prompts - < " + lines}) {
     const std::string path = dir / "results.jsonl";
-    const Output out = generate(arguments + " --samples 3 --tokens 30 -o " + path);
+    const Output out = generate(arguments + " --samples 3 --max-tokens 30 -o " + path);
     REQUIRE_MESSAGE(out.status == 0, out.text);
     results.push_back(read_file(path));
     CHECK(results.back() == results[0]);
@@ -1378,8 +1379,8 @@ TEST_CASE("chat generate answers bad input with one line and status 1") {
            {"--top-k -3", "--top-k: found -3"},
            {"--min-p 2", "--min-p: found 2"},
            {"--repetition-penalty 0", "--repetition-penalty: found 0"},
-           {"--tokens 0", "--tokens: found 0, expected at least 1"},
-           {"--tokens many", "--tokens"},
+           {"--max-tokens 0", "--max-tokens: found 0, expected at least 1"},
+           {"--max-tokens many", "--max-tokens"},
            {"--stop ''", "--stop: found \"\", expected some text"},
            {"--what", "--what"},
            {"--device tpu", "--device: found tpu, expected auto, cpu or cuda"},
@@ -1402,7 +1403,7 @@ TEST_CASE("chat generate answers bad input with one line and status 1") {
   const Output missing = shell("./chat generate " + d + "none");
   CHECK(missing.status == 1);
   CHECK(contains(missing.text, "none: not found"));
-  const Output full = generate("--tokens 5 > /dev/full");
+  const Output full = generate("--max-tokens 5 > /dev/full");
   CHECK(full.status == 1);
   CHECK(contains(full.text, "standard output: cannot write: No space left on device"));
   CHECK(shell("./chat generate --help").status == 0);
@@ -1416,7 +1417,7 @@ TEST_CASE("chat generate ends quietly when its reader does, and with 130 at Ctrl
   CHECK(out.text.size() == 1);
   CHECK(read_file(status) == "0\n");
 
-  const std::string long_text = model_of(100000) + " --threads 1 --tokens 99000 --prompt 'a'";
+  const std::string long_text = model_of(100000) + " --threads 1 --max-tokens 99000 --prompt 'a'";
   // In the foreground, timeout sends one signal; else a second follows, which ends a run at once.
   const std::string interrupted =
       "timeout --foreground --preserve-status -s INT 2 ./chat generate ";
