@@ -44,16 +44,6 @@ inline std::string model_hash(const std::filesystem::path& dir) {
   return sha256_of_file(dir / "adapter_model.safetensors") + adapter_base(dir).hash;
 }
 
-// The config of the model in `dir`, which must have the head that is asked for.
-inline Config load_config_with_head(const std::filesystem::path& dir, Head head) {
-  const Config config = load_config(dir);
-  if (config.head != head) {
-    fail(dir.string(), ": found ", architecture_name(config), ", expected a ",
-         head == Head::lm ? "language model" : "reward model (...ForSequenceClassification)");
-  }
-  return config;
-}
-
 class RewardModel {
  public:
   RewardModel(const std::filesystem::path& path, Device device, int64_t micro_batch_tokens = 4096)

@@ -255,6 +255,7 @@ struct Run {
   int64_t steps = 0;    // of the whole run
   double peak = 0;      // operations a second, measured; 0: unknown
   double lr_scale = 1;  // for the advice when a run diverges
+  std::string hint;     // a command to try the model with
   std::string stopped;  // why it ends before its last step; empty: it does not
   ProgressLine line;
   Metrics metrics;
@@ -434,7 +435,7 @@ inline int run_steps(Run& run) {
   write_json(o.out / "summary.json", summary);
   save(run, true);
   fs::remove_all(run.best());
-  run.line.note(concat("model in ", run.model().string()));
+  run.line.note(concat("model in ", run.model().string(), run.hint.empty() ? "" : ": ", run.hint));
   return stop_signal ? 128 + stop_signal : 0;
 }
 
@@ -454,7 +455,7 @@ inline Completion sample_one(Gpt& gpt, const Tokenizer& tokenizer, std::vector<i
   request.stop_ids = std::move(stop_ids);
   const int number = generator.submit(request);
   generator.run();
-  return generator.take(number);
+  return generator.pop(number);
 }
 
 }  // namespace cake

@@ -308,7 +308,7 @@ inline bool right_number(const Problem& p, std::string_view text) {
 // ---------------------------------------------------------------------------------------------
 // Texts and their form
 
-inline bool is_same_text(std::string_view a, std::string_view b) { return strip(a) == strip(b); }
+inline bool is_same_text(std::string_view a, std::string_view b) { return strip_ascii(a) == strip_ascii(b); }
 inline bool right_exact(const Problem& p, std::string_view text) {
   if (p.answer.empty()) fail(p.where, ": answer is missing");
   return is_same_text(text, p.answer);
@@ -390,8 +390,8 @@ inline std::string last_arithmetic(std::string_view text) {
   for (size_t i = 0; i < text.size();) {
     size_t end = i;
     while (end < text.size() && part(text[end])) end++;
-    std::string_view run = strip(text.substr(i, end - i));
-    while (!run.empty() && run.back() == '.') run = strip(run.substr(0, run.size() - 1));
+    std::string_view run = strip_ascii(text.substr(i, end - i));
+    while (!run.empty() && run.back() == '.') run = strip_ascii(run.substr(0, run.size() - 1));
     const bool digits = run.find_first_of("0123456789") != run.npos;
     if (digits && run.find_first_of("+-*/", 1) != run.npos) found = run;
     i = end + 1;
