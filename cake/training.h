@@ -455,7 +455,7 @@ inline Completion sample_one(Gpt& gpt, const Tokenizer& tokenizer, std::vector<i
   request.stop_ids = std::move(stop_ids);
   const int number = generator.submit(request);
   generator.run();
-  return generator.take(number);
+  return generator.pop(number);
 }
 
 }  // namespace cake
