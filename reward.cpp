@@ -424,6 +424,79 @@ double log_sigmoid(double x) {  // without overflow on either side
   return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x));
 }
 
+template <class T>
+struct RankLoss {
+  double loss = 0;
+  std::vector<T> dreward;  // (K)
+};
+
+// K answers to one prompt, ranked (1 is best, equal ranks make no pair). Bradley, Terry 1952; all
+// pairs of a prompt in one batch, Ouyang et al. 2022; centering, Eisenstein et al. 2023:
+//   L = scale / pairs * sum over pairs of -log s(r_w - r_l - margin) + center (r_w + r_l)^2
+// `scale`: 1 / prompts of the step. Without pairs the loss is 0.
+template <class T = float>
+RankLoss<T> rank_loss(In<T> reward,                  // (K)
+                      std::span<const int> ranking,  // (K)
+                      double margin, double center, double scale) {
+  const size_t K = reward.size();
+  RankLoss<T> out;
+  std::vector<double> d(K);
+  int pairs = 0;
+  for (size_t w = 0; w < K; w++) {
+    for (size_t l = 0; l < K; l++) {
+      if (ranking[w] >= ranking[l]) continue;
+      const double difference = double(reward[w]) - reward[l], sum = double(reward[w]) + reward[l];
+      out.loss += -log_sigmoid(difference - margin) + center * sum * sum;
+      const double dpair = -sigmoid(margin - difference), dcenter = 2 * center * sum;
+      d[w] += dpair + dcenter;
+      d[l] += -dpair + dcenter;
+      pairs++;
+    }
+  }
+  const double mean = pairs > 0 ? scale / pairs : 0;
+  out.loss *= mean;
+  for (const double x : d) out.dreward.push_back(T(mean * x));
+  return out;
+}
+
+struct LabelLoss {
+  double loss = 0, dreward = 0;
+};
+// A text that is good, or not: L = -log s(r), or -log s(-r).
+LabelLoss label_loss(double reward, bool good) {
+  const double sign = good ? 1 : -1;
+  return {-log_sigmoid(sign * reward), -sign * sigmoid(-sign * reward)};
+}
+
+// Of a comparison or a labelled text.
+RankLoss<float> comparison_loss(const Comparison& c,
+                                std::span<const float> reward,  // (K)
+                                double margin, double center, double scale) {
+  if (!c.label) return rank_loss(reward, c.ranking, margin, center, scale);
+  const LabelLoss l = label_loss(reward[0], *c.label);
+  return {scale * l.loss, {float(scale * l.dreward)}};
+}
+
+struct RewardSettings {
+  PreferenceSettings common;
+  double margin = 0, center = 0;  // see rank_loss
+  // Mean 0 and standard deviation 1 on: "training" answers, a file of answers, or "none".
+  std::string normalize_on = "training";
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(RewardSettings, common, margin, center,
+                                                normalize_on)
+
+struct RewardTraining {
+  RewardSettings settings;
+  PreferenceData data;
+  std::unique_ptr<Gpt> gpt;
+  std::vector<std::vector<int>> reference_answers;  // that scores are normalized on
+  double shift = 0;                                 // to be added to a value
+};
+
+// ---------------------------------------------------------------------------------------------
+// How well scores agree with preferences
+
 // How often "a is better" is right, by how sure the model is: bins of s(|difference|) over .5 to 1.
 struct Calibration {
   static constexpr int kBins = 10;
@@ -456,68 +529,15 @@ struct Calibration {
   }
 };
 
-template <class T>
-struct RankLoss {
-  double loss = 0;
-  std::vector<T> dreward;  // (K)
-  int pairs = 0;           // whose ranks differ
-  double right = 0;        // of them, in the right order; a pair of equal rewards counts a half
-  double margin = 0;       // sum of r_w - r_l
-  Calibration calibration;
-};
-
-// K answers to one prompt, ranked (1 is best, equal ranks make no pair). Bradley, Terry 1952; all
-// pairs of a prompt in one batch, Ouyang et al. 2022; centering, Eisenstein et al. 2023:
-//   L = scale / pairs * sum over pairs of -log s(r_w - r_l - margin) + center (r_w + r_l)^2
-// `scale`: 1 / prompts of the step. Without pairs the loss is 0.
-template <class T = float>
-RankLoss<T> rank_loss(In<T> reward,                  // (K)
-                      std::span<const int> ranking,  // (K)
-                      double margin, double center, double scale) {
-  const size_t K = reward.size();
-  RankLoss<T> out;
-  std::vector<double> d(K);
-  for (size_t w = 0; w < K; w++) {
-    for (size_t l = 0; l < K; l++) {
-      if (ranking[w] >= ranking[l]) continue;
-      const double difference = double(reward[w]) - reward[l], sum = double(reward[w]) + reward[l];
-      out.loss += -log_sigmoid(difference - margin) + center * sum * sum;
-      const double dpair = -sigmoid(margin - difference), dcenter = 2 * center * sum;
-      d[w] += dpair + dcenter;
-      d[l] += -dpair + dcenter;
-      out.pairs++;
-      out.right += difference > 0 ? 1 : difference == 0 ? .5 : 0;
-      out.margin += difference;
-      out.calibration.add(difference);
-    }
-  }
-  const double mean = out.pairs > 0 ? scale / out.pairs : 0;
-  out.loss *= mean;
-  for (const double x : d) out.dreward.push_back(T(mean * x));
-  return out;
-}
-
-struct LabelLoss {
-  double loss = 0, dreward = 0;
-};
-// A text that is good, or not: L = -log s(r), or -log s(-r).
-LabelLoss label_loss(double reward, bool good) {
-  const double sign = good ? 1 : -1;
-  return {-log_sigmoid(sign * reward), -sign * sigmoid(-sign * reward)};
-}
-
-// ---------------------------------------------------------------------------------------------
-// How well scores agree with preferences
-
-// Sums, to be added over comparisons and folds.
+// How well scores agree with preferences. Sums, to be added over comparisons and folds.
 struct Agreement {
   int64_t comparisons = 0, pairs = 0;  // a labelled text is a pair of its own
-  double loss = 0, right = 0, margin = 0;
-  double longer = 0;  // pairs that "the longer answer wins" gets right
-  double best_possible =
-      0;               // right answers of a guesser who knows each pair's chance P: max(P, 1 - P)
-  int64_t known = 0;   // pairs whose chance is known
-  bool texts = false;  // labels: there are no answers whose lengths could be compared
+  double loss = 0;                     // of comparisons
+  double right = 0, margin = 0;        // of pairs: in the right order, equal ones half; r_w - r_l
+  double longer = 0;                   // pairs that "the longer answer wins" gets right
+  double best_possible = 0;  // pairs that who knows their chance P gets right: max(P, 1 - P)
+  int64_t known = 0;         // pairs whose chance is known
+  bool texts = false;        // labels: there are no answers whose lengths could be compared
   Calibration calibration;
   std::vector<float> rewards, lengths;  // of every answer
 
@@ -526,6 +546,12 @@ struct Agreement {
   double mean_loss() const { return loss / double(std::max<int64_t>(1, comparisons)); }
   double mean_margin() const { return margin / double(std::max<int64_t>(1, pairs)); }
 
+  void add_pair(double difference) {  // r_w - r_l
+    pairs++;
+    right += difference > 0 ? 1 : difference == 0 ? .5 : 0;
+    margin += difference;
+    calibration.add(difference);
+  }
   void add(const Agreement& a) {
     comparisons += a.comparisons, pairs += a.pairs, loss += a.loss;
     right += a.right, margin += a.margin, longer += a.longer, texts |= a.texts;
@@ -536,40 +562,26 @@ struct Agreement {
   }
 };
 
-// Adds a comparison to `seen`; returns its loss, scaled, and dL/dreward.
-RankLoss<float> compare(const Comparison& c,
-                        std::span<const float> reward,  // (K)
-                        double margin, double center, double scale, Agreement& seen) {
-  RankLoss<float> r;
-  if (c.label) {
-    const LabelLoss l = label_loss(reward[0], *c.label);
-    const double signed_reward = *c.label ? reward[0] : -reward[0];
-    r.loss = scale * l.loss, r.dreward = {float(scale * l.dreward)};
-    r.pairs = 1, r.margin = signed_reward;
-    r.right = signed_reward > 0 ? 1 : signed_reward == 0 ? .5 : 0;
-    r.calibration.add(signed_reward);
-    seen.texts = true;
-  } else {
-    r = rank_loss(reward, c.ranking, margin, center, scale);
-  }
-  const size_t K = c.sequences.size();
+// Of one comparison. `loss`: its own.
+Agreement agreement_on(const Comparison& c,
+                       std::span<const float> reward,  // (K)
+                       double loss) {
+  Agreement a{.comparisons = 1, .loss = loss, .texts = c.label.has_value()};
+  if (c.label) a.add_pair(*c.label ? reward[0] : -reward[0]);
   for (size_t w = 0; w < c.ranking.size(); w++) {
     for (size_t l = 0; l < c.ranking.size(); l++) {
       if (c.ranking[w] >= c.ranking[l]) continue;
-      const size_t a = c.sequences[w].size(), b = c.sequences[l].size();
-      seen.longer += a > b ? 1 : a == b ? .5 : 0;
+      a.add_pair(double(reward[w]) - reward[l]);
+      const size_t length_w = c.sequences[w].size(), length_l = c.sequences[l].size();
+      a.longer += length_w > length_l ? 1 : length_w == length_l ? .5 : 0;
     }
   }
-  if (c.chance > 0) seen.known++, seen.best_possible += std::max(c.chance, 1 - c.chance);
-  seen.comparisons++;
-  seen.pairs += r.pairs, seen.right += r.right, seen.margin += r.margin;
-  seen.loss += r.loss / scale;
-  seen.calibration.add(r.calibration);
-  for (size_t k = 0; k < K; k++) {
-    seen.rewards.push_back(reward[k]);
-    seen.lengths.push_back(float(int(c.sequences[k].size()) - c.prompt_length));
+  if (c.chance > 0) a.known = 1, a.best_possible = std::max(c.chance, 1 - c.chance);
+  for (size_t k = 0; k < c.sequences.size(); k++) {
+    a.rewards.push_back(reward[k]);
+    a.lengths.push_back(float(int(c.sequences[k].size()) - c.prompt_length));
   }
-  return r;
+  return a;
 }
 
 struct Spread {
@@ -581,6 +593,75 @@ Spread spread_of(std::span<const float> values) {
   for (const float v : values) s.std += (v - s.mean) * (v - s.mean) / double(values.size());
   return {s.mean, std::sqrt(s.std)};
 }
+
+// ---------------------------------------------------------------------------------------------
+// A step, and an evaluation
+
+// The score of each sequence of a batch: the value at its last id.
+std::vector<float> values_at_end(std::span<const float> value,  // (N)
+                                 const Packed& b) {
+  std::vector<float> scores;
+  for (size_t i = 0; i < b.members.size(); i++) scores.push_back(value[b.last(i)]);
+  return scores;
+}
+
+// Goes over the chosen comparisons; `train` adds their gradients.
+Agreement pass_over(Gpt& gpt, const RewardSettings& s, std::span<const Comparison> all,
+                    std::span<const int> chosen, bool train) {
+  const double scale = train ? 1 / double(chosen.size()) : 1;
+  Agreement seen;
+  for (const ComparisonBatch& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
+    gpt.forward(b.packed.batch(), train ? Pass::train : Pass::score);
+    const std::vector<float> rewards = values_at_end(gpt.value(), b.packed);
+    std::vector<float> dvalue(b.packed.tokens.size());
+    size_t k = 0;  // answers of the batch so far
+    for (const int i : b.chosen) {
+      const Comparison& c = all[size_t(i)];
+      const auto reward = std::span(rewards).subspan(k, c.sequences.size());
+      const RankLoss<float> r = train ? comparison_loss(c, reward, s.margin, s.center, scale)
+                                      : comparison_loss(c, reward, 0, 0, scale);
+      seen.add(agreement_on(c, reward, r.loss / scale));
+      for (const float d : r.dreward) dvalue[b.packed.last(k++)] = d;
+    }
+    if (train) gpt.backward({}, dvalue);
+  }
+  return seen;
+}
+
+StepResult step(RewardTraining& t, int64_t n, const Run& run) {
+  const std::vector<int> chosen = chosen_in_step(t.settings.common, t.data, n);
+  const Agreement seen = pass_over(*t.gpt, t.settings, t.data.train, chosen, true);
+  if (!std::isfinite(seen.loss)) {
+    fail_diverged(run, format("the loss is %f", seen.mean_loss()));
+  }
+  int64_t tokens = 0;
+  for (const int i : chosen) tokens += t.data.train[size_t(i)].tokens();
+  const Spread spread = spread_of(seen.rewards);
+  StepResult result;
+  result.metrics = {{"loss", seen.mean_loss()},
+                    {"accuracy", seen.accuracy()},
+                    {"margin", seen.mean_margin()},
+                    {"reward_mean", spread.mean},
+                    {"reward_std", spread.std}};
+  result.line = format("loss %.4f  accuracy %3.0f%%  margin %+.3f", seen.mean_loss(),
+                       100 * seen.accuracy(), seen.mean_margin());
+  update(*t.gpt, t.settings.common, n, result);
+  result.metrics["tokens"] = tokens;
+  return result;
+}
+
+void evaluate(RewardTraining& t, int64_t n, Run& run) {
+  const Agreement a = pass_over(*t.gpt, t.settings, t.data.val, all_of(t.data.val), false);
+  run.write_metrics(n, {{"val_loss", a.mean_loss()},
+                        {"val_accuracy", a.accuracy()},
+                        {"val_margin", a.mean_margin()},
+                        {"val_pairs", a.pairs}});
+  run.line.note(format("step %lld  held-out accuracy %.1f%%, loss %.4f", (long long)n,
+                       100 * a.accuracy(), a.mean_loss()));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Measures, for files and for people
 
 // Pearson's; 0 where one of them does not vary. A reward that grows with length warns of a model
 // that scores length.
@@ -646,85 +727,6 @@ std::string agreement_text(const Agreement& a) {
                    100 * a.calibration.right[b] / n, n);
   }
   return text;
-}
-
-// The score of each sequence of a batch: the value at its last id.
-std::vector<float> values_at_end(std::span<const float> value,  // (N)
-                                 const Packed& b) {
-  std::vector<float> scores;
-  for (size_t i = 0; i < b.members.size(); i++) scores.push_back(value[b.last(i)]);
-  return scores;
-}
-
-struct RewardSettings {
-  PreferenceSettings common;
-  double margin = 0, center = 0;  // see rank_loss
-  // Mean 0 and standard deviation 1 on: "training" answers, a file of answers, or "none".
-  std::string normalize_on = "training";
-};
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(RewardSettings, common, margin, center,
-                                                normalize_on)
-
-struct RewardTraining {
-  RewardSettings settings;
-  PreferenceData data;
-  std::unique_ptr<Gpt> gpt;
-  std::vector<std::vector<int>> reference_answers;  // that scores are normalized on
-  double shift = 0;                                 // to be added to a value
-};
-
-// Goes over the chosen comparisons; `train` adds their gradients.
-Agreement pass_over(Gpt& gpt, const RewardSettings& s, std::span<const Comparison> all,
-                    std::span<const int> chosen, bool train) {
-  const double scale = train ? 1 / double(chosen.size()) : 1;
-  const double margin = train ? s.margin : 0, center = train ? s.center : 0;
-  Agreement seen;
-  for (const ComparisonBatch& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
-    gpt.forward(b.packed.batch(), train ? Pass::train : Pass::score);
-    const std::vector<float> rewards = values_at_end(gpt.value(), b.packed);
-    std::vector<float> dvalue(b.packed.tokens.size());
-    size_t k = 0;  // answers of the batch so far
-    for (const int i : b.chosen) {
-      const Comparison& c = all[size_t(i)];
-      const auto reward = std::span(rewards).subspan(k, c.sequences.size());
-      const RankLoss<float> r = compare(c, reward, margin, center, scale, seen);
-      for (const float d : r.dreward) dvalue[b.packed.last(k++)] = d;
-    }
-    if (train) gpt.backward({}, dvalue);
-  }
-  return seen;
-}
-
-StepResult step(RewardTraining& t, int64_t n, const Run& run) {
-  const std::vector<int> chosen = chosen_in_step(t.settings.common, t.data, n);
-  const Agreement seen = pass_over(*t.gpt, t.settings, t.data.train, chosen, true);
-  if (!std::isfinite(seen.loss)) {
-    fail_diverged(run, format("the loss is %f", seen.mean_loss()));
-  }
-  int64_t tokens = 0;
-  for (const int i : chosen) tokens += t.data.train[size_t(i)].tokens();
-  const Spread spread = spread_of(seen.rewards);
-  StepResult result;
-  result.metrics = {{"loss", seen.mean_loss()},
-                    {"accuracy", seen.accuracy()},
-                    {"margin", seen.mean_margin()},
-                    {"reward_mean", spread.mean},
-                    {"reward_std", spread.std}};
-  result.line = format("loss %.4f  accuracy %3.0f%%  margin %+.3f", seen.mean_loss(),
-                       100 * seen.accuracy(), seen.mean_margin());
-  update(*t.gpt, t.settings.common, n, result);
-  result.metrics["tokens"] = tokens;
-  return result;
-}
-
-void evaluate(RewardTraining& t, int64_t n, Run& run) {
-  const Agreement a = pass_over(*t.gpt, t.settings, t.data.val, all_of(t.data.val), false);
-  run.write_metrics(n, {{"val_loss", a.mean_loss()},
-                        {"val_accuracy", a.accuracy()},
-                        {"val_margin", a.mean_margin()},
-                        {"val_pairs", a.pairs}});
-  run.line.note(format("step %lld  held-out accuracy %.1f%%, loss %.4f", (long long)n,
-                       100 * a.accuracy(), a.mean_loss()));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1354,7 +1356,9 @@ int run_score(const ScoreOptions& o) {
     for (const float r : reward) {
       if (!std::isfinite(r)) fail(dir.string(), ": gave a score that is not finite");
     }
-    if (!reward.empty()) compare(c, reward, 0, 0, 1, seen);
+    if (!reward.empty()) {
+      seen.add(agreement_on(c, reward, comparison_loss(c, reward, 0, 0, 1).loss));
+    }
     const bool several = c.ranking.size() > 1;
     OrderedJson& score = records[i][several ? "scores" : "score"] = nullptr;
     if (reward.size() == 1) score = reward[0];
