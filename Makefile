@@ -59,7 +59,7 @@ ifneq ($(filter clean,$(MAKECMDGOALS)),)
 .NOTPARALLEL: # `make clean all`: one after the other
 endif
 
-all: $(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/report ## all binaries (the default)
+all: $(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/report $(BUILD)/overoptimize ## all binaries (the default)
 
 run: ## set up, build and bake the whole cake: RUN=dir TEXT=path MINUTES=n
 	@dev/setup.sh
@@ -121,12 +121,13 @@ $(BIN)/rlhf: $(OBJECTS)/rlhf.o $(LIBRARY)
 $(BIN)/chat: $(OBJECTS)/chat.o $(LIBRARY)
 $(BUILD)/world: $(OBJECTS)/dev/world.o
 $(BUILD)/report: $(OBJECTS)/dev/report.o
+$(BUILD)/overoptimize: $(OBJECTS)/dev/overoptimize.o
 $(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.lib.o
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
                    $(OBJECTS)/train_gpt.lib.o $(OBJECTS)/bpe.lib.o
 $(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.lib.o $(OBJECTS)/dev/world.lib.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/report $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
+$(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/report $(BUILD)/overoptimize $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
 
