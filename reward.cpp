@@ -31,6 +31,7 @@
 #include <utility>
 #include <vector>
 
+#include "cake/chat_template.h"
 #include "cake/checkpoint.h"
 #include "cake/flags.h"
 #include "cake/gpt.h"
