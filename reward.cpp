@@ -1482,19 +1482,19 @@ int main_reward(int argc, char** argv) {
   scores->add_option("--device", score.device, "auto, cpu or cuda");
   scores->add_option("--threads", score.threads, "0: the physical cores that the process may use");
 
-  const std::vector<std::string> shown = {"--model", "--data", "--val",    "--as-chat", "--steps",
-                                          "--lr",    "-o",     "--resume", "--epochs"};
-  const auto with = [&shown](std::vector<std::string> more) {
-    more.insert(more.end(), shown.begin(), shown.end());
-    return more;
+  const auto shown = [](const std::vector<std::string>& own) {
+    std::vector<std::string> flags = {"--model",  "--data",  "--val", "--as-chat",
+                                      "--epochs", "--steps", "--lr"};
+    flags.insert(flags.end(), own.begin(), own.end());
+    return flags;
   };
   const RenamedFlag renamed[] = {{"--most", "--limit"},
                                  {"--clip", "--clip-norm"},
                                  {"--centring", "--center"},
                                  {"--normalise-on", "--normalize-on"}};
   if (!parse_flags(app, argc, argv,
-                   {{train, with({"--folds", "--normalize-on"})},
-                    {direct, with({"--loss", "--beta", "--lora"})},
+                   {{train, shown({"--folds", "--normalize-on", "-o", "--resume"})},
+                    {direct, shown({"--loss", "--beta", "--lora", "-o", "--resume"})},
                     {scores, {"MODEL", "--data", "-o", "--as-chat", "--reference"}}},
                    renamed)) {
     return 0;
