@@ -307,4 +307,14 @@ inline void check_conversation(const Conversation& conversation, const std::stri
   }
 }
 
+// A prompt as ids: a chat up to the header of the assistant's turn, or <|endoftext|> and a text.
+inline std::vector<int> prompt_ids(const Tokenizer& tokenizer, const Conversation& prompt) {
+  return render_chat(tokenizer, prompt, true).ids;
+}
+inline std::vector<int> prompt_ids(const Tokenizer& tokenizer, const std::string& text) {
+  std::vector<int> ids = {tokenizer.end_of_text()};
+  tokenizer.encode(text, ids);
+  return ids;
+}
+
 }  // namespace cake
