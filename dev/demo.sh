@@ -104,9 +104,9 @@ if [[ -z $TEXT ]]; then
   # Learning from rewards, twice from the same assistant. Steps in the time that three minutes of
   # pretraining leave: a minute, 80 seconds and 90.
   steps() { compute "n = $1 * $MINUTES / 3; printf \"%d\", n < 2 ? 2 : n"; }
-  stage reward "$BIN/rlhf" reward --model "$RUN/sft" --data "$world/preferences.jsonl" \
+  stage reward "$BIN/reward" train --model "$RUN/sft" --data "$world/preferences.jsonl" \
     --val "$world/preferences_heldout.jsonl" --steps "$(steps 84)" -o "$RUN/reward"
-  finished reward "$BIN/rlhf reward"
+  finished reward "$BIN/reward train"
   stage ppo "$BIN/rlhf" ppo --model "$RUN/sft" --reward "model:$RUN/reward" --gold rubric \
     --prompts "$world/prompts.jsonl" --val "$world/prompts_heldout.jsonl" --max-tokens 160 \
     --kl-budget 25 --steps "$(steps 30)" -o "$RUN/ppo"

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "cake/chat_template.h"
 #include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
