@@ -169,13 +169,8 @@ int generate(const GenerateOptions& o) {
   return status;
 }
 
-void check(const GenerateOptions& o) {
-  const Sampling& s = o.sampling;
-  need(o.max_tokens >= 1, "--max-tokens", o.max_tokens, "at least 1");
-  need(o.samples >= 1, "--samples", o.samples, "at least 1");
-  need(o.rows >= 1 && o.rows <= 4096, "--rows", o.rows, "1 to 4096");
-  need(o.cache_mb >= 1, "--cache-mb", o.cache_mb, "at least 1");
-  need(o.model.threads >= 0 && o.model.threads <= 4096, "--threads", o.model.threads,
+void check(const ModelOptions& model, const Sampling& s) {
+  need(model.threads >= 0 && model.threads <= 4096, "--threads", model.threads,
        "1 to 4096, or 0 for all cores");
   need(s.temperature >= 0 && s.temperature <= 100, "--temperature", s.temperature, "0 to 100");
   need(s.top_k >= 0, "--top-k", s.top_k, "0 (all) or more");
@@ -183,6 +178,14 @@ void check(const GenerateOptions& o) {
   need(s.min_p >= 0 && s.min_p <= 1, "--min-p", s.min_p, "0 to 1");
   need(s.repetition_penalty > 0 && s.repetition_penalty <= 100, "--repetition-penalty",
        s.repetition_penalty, "above 0, at most 100");
+}
+
+void check(const GenerateOptions& o) {
+  need(o.max_tokens >= 1, "--max-tokens", o.max_tokens, "at least 1");
+  need(o.samples >= 1, "--samples", o.samples, "at least 1");
+  need(o.rows >= 1 && o.rows <= 4096, "--rows", o.rows, "1 to 4096");
+  need(o.cache_mb >= 1, "--cache-mb", o.cache_mb, "at least 1");
+  check(o.model, o.sampling);
   for (const std::string& stop : o.stop) need(!stop.empty(), "--stop", "\"\"", "some text");
 }
 
@@ -502,98 +505,6 @@ class Talk {
     turns_.clear();
   }
 
-  void set_system(const std::string& text) {
-    if (chat_ == Template::document) return note("a base model has no system message");
-    if (text.empty()) return note(system_.empty() ? "no system message" : "system: " + system_);
-    try {
-      restart(text);
-      note("a new conversation with this system message");
-    } catch (const Error& e) {
-      note(e.what());
-    }
-  }
-
-  void set_temperature(const std::string& text) {
-    float& temperature = options_.sampling.temperature;
-    if (!text.empty()) {
-      char* rest;
-      const float x = std::strtof(text.c_str(), &rest);
-      if (*rest || !(x >= 0 && x <= 100)) {
-        return note("temperature: found " + text + ", expected 0 to 100");
-      }
-      temperature = x;
-    }
-    note(concat("temperature ", temperature));
-  }
-
-  void help() const {
-    const bool base = chat_ == Template::document;
-    print(base ? "What you type is text; the model goes on with it. An empty line: it goes on.\n"
-               : "Type and press Enter. A backslash at the end of a line: the line goes on.\n");
-    print(
-        "Ctrl+C         stops the answer\n"
-        "Ctrl+D, /quit  ends the program\n");
-    print(base ? "/reset         begins a new document\n"
-               : "/reset         begins a new conversation\n");
-    if (!base) print("/system TEXT   begins one with this system message; alone: shows it\n");
-    print(base ? "/retry         goes on in another way\n" : "/retry         answers again\n");
-    print(concat("/save FILE     appends the ", base ? "document" : "conversation",
-                 " to a .jsonl file\n", "/temperature X sets the temperature; 0: no chance\n"));
-  }
-
-  void retry() {
-    if (turns_.empty()) return note("nothing was said yet");
-    Turn turn = std::move(turns_.back());
-    turns_.pop_back();
-    turn.answered.clear();
-    turn.messages.resize(1);
-    answer(std::move(turn));
-  }
-
-  void save(const std::string& path) const {
-    if (path.empty()) return note("/save: a file's name is missing");
-    if (turns_.empty()) return note("nothing was said yet");
-    OrderedJson json;
-    if (chat_ == Template::document) {
-      json["text"] = document_text();
-    } else {
-      json["messages"] = OrderedJson::array();
-      if (!system_.empty()) json["messages"].push_back({{"role", "system"}, {"content", system_}});
-      for (const Turn& t : turns_) {
-        for (const Message& m : t.messages) json["messages"].push_back(message_json(m));
-      }
-      for (const std::string& tool : tools_) {
-        json["tools"].push_back({{"type", "function"}, {"function", OrderedJson::parse(tool)}});
-      }
-    }
-    const std::string line =
-        json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
-    std::FILE* file = std::fopen(path.c_str(), "ab");
-    const bool good = file && std::fwrite(line.data(), 1, line.size(), file) == line.size();
-    const bool closed = file && std::fclose(file) == 0;
-    note(good && closed ? "saved in " + path : path + ": cannot write: " + errno_text());
-  }
-  static OrderedJson message_json(const Message& m) {
-    OrderedJson json{{"role", m.role}, {"content", m.content}};
-    for (const ToolCall& call : m.tool_calls) {
-      const OrderedJson arguments = OrderedJson::parse(call.arguments, nullptr, false);
-      json["tool_calls"].push_back(
-          {{"type", "function"},
-           {"function",
-            {{"name", call.name},
-             {"arguments", arguments.is_discarded() ? OrderedJson(call.arguments) : arguments}}}});
-    }
-    return json;
-  }
-  std::string document_text() const {
-    std::vector<int> ids;
-    for (const Turn& t : turns_) {
-      ids.insert(ids.end(), t.asked.begin(), t.asked.end());
-      ids.insert(ids.end(), t.answered.begin(), t.answered.end());
-    }
-    return model_.tokenizer.decode(ids);
-  }
-
   void add_message(const std::string& text) {
     if (std::exchange(ended_, false)) turns_.clear();
     Turn turn;
@@ -605,9 +516,17 @@ class Talk {
       // A new line of the document, unless the document begins here. An empty line adds nothing.
       const bool begun = !turns_.empty();
       if (!text.empty()) turn.asked = model_.tokenizer.encode((begun ? "\n" : "") + text);
-      if (!begun && turn.asked.empty() && opening_.empty()) return note("type how it begins");
+      if (!begun && turn.asked.empty() && opening_.empty())
+        return note("type the beginning of the document");
     }
     answer(std::move(turn));
+  }
+
+  void append_turns(std::vector<int>& ids) const {
+    for (const Turn& t : turns_) {
+      ids.insert(ids.end(), t.asked.begin(), t.asked.end());
+      ids.insert(ids.end(), t.answered.begin(), t.answered.end());
+    }
   }
 
   // All ids so far: the opening, the turns, and the new message. When less than an eighth of the
@@ -626,13 +545,10 @@ class Talk {
     }
     if (dropped > 0) {
       note(concat("the context of ", T_, " tokens is full: the oldest ", dropped,
-                  dropped == 1 ? " turn is" : " turns are", " forgotten"));
+                  dropped == 1 ? " turn is" : " turns are", " dropped"));
     }
     std::vector<int> ids = opening_;
-    for (const Turn& t : turns_) {
-      ids.insert(ids.end(), t.asked.begin(), t.asked.end());
-      ids.insert(ids.end(), t.answered.begin(), t.answered.end());
-    }
+    append_turns(ids);
     ids.insert(ids.end(), last.asked.begin(), last.asked.end());
     return ids;
   }
@@ -642,7 +558,7 @@ class Talk {
     const int room = T_ - int(request.prompt.size());
     if (room < 1) {
       return note(concat("that is ", turn.asked.size(), " tokens, and the model's context is ", T_,
-                         ": it was not said"));
+                         ": the message was not added"));
     }
     const int wanted = options_.max_tokens > 0       ? options_.max_tokens
                        : chat_ == Template::document ? 100
@@ -654,15 +570,15 @@ class Talk {
     request.stop_strings = rules_.stop_strings;
 
     bool line_open = false, in_call = false;
-    const int call_begins = model_.tokenizer.special("<tool_call>");
-    const int call_ends = model_.tokenizer.special("</tool_call>");
+    const int call_begin = model_.tokenizer.special("<tool_call>");
+    const int call_end = model_.tokenizer.special("</tool_call>");
     request.on_token = [&](const Token& t) {
-      if (t.id == call_begins && chat_ == Template::chatml) in_call = true;
+      if (t.id == call_begin && chat_ == Template::chatml) in_call = true;
       if (!in_call && !t.text.empty() && (line_open || t.text != "\n")) {
         print(t.text);
         line_open = t.text.back() != '\n';
       }
-      if (t.id == call_ends || t.last) in_call = false;
+      if (t.id == call_end || t.last) in_call = false;
     };
     if (chat_ == Template::chatml) {
       request.on_turn = [&](int, std::span<const int> ids) {
@@ -714,6 +630,95 @@ class Talk {
       note("(the answer is as long as --max-tokens allows)");
     }
     turns_.push_back(std::move(turn));
+  }
+
+  void set_system(const std::string& text) {
+    if (chat_ == Template::document) return note("a base model has no system message");
+    if (text.empty()) return note(system_.empty() ? "no system message" : "system: " + system_);
+    try {
+      restart(text);
+      note("a new conversation with this system message");
+    } catch (const Error& e) {
+      note(e.what());
+    }
+  }
+
+  void set_temperature(const std::string& text) {
+    float& temperature = options_.sampling.temperature;
+    if (!text.empty()) {
+      char* rest;
+      const float x = std::strtof(text.c_str(), &rest);
+      if (*rest || !(x >= 0 && x <= 100)) {
+        return note("temperature: found " + text + ", expected 0 to 100");
+      }
+      temperature = x;
+    }
+    note(concat("temperature ", temperature));
+  }
+
+  void help() const {
+    const bool base = chat_ == Template::document;
+    print(base ? "What you type is text, and the model continues it. An empty line adds nothing.\n"
+               : "Type and press Enter. A line that ends with a backslash continues on the next "
+                 "one.\n");
+    print(
+        "Ctrl+C         stops the answer\n"
+        "Ctrl+D, /quit  ends the program\n");
+    print(base ? "/reset         begins a new document\n"
+               : "/reset         begins a new conversation\n");
+    if (!base)
+      print("/system TEXT   begins one with this system message; without TEXT, shows it\n");
+    print(base ? "/retry         continues in another way\n" : "/retry         answers again\n");
+    print(concat("/save FILE     appends the ", base ? "document" : "conversation",
+                 " to a .jsonl file\n",
+                 "/temperature X sets the temperature; 0: always the most likely token\n"));
+  }
+
+  void retry() {
+    if (turns_.empty()) return note("there is no message yet");
+    Turn turn = std::move(turns_.back());
+    turns_.pop_back();
+    turn.answered.clear();
+    turn.messages.resize(1);
+    answer(std::move(turn));
+  }
+
+  void save(const std::string& path) const {
+    if (path.empty()) return note("/save: a file's name is missing");
+    if (turns_.empty()) return note("there is no message yet");
+    OrderedJson json;
+    if (chat_ == Template::document) {
+      std::vector<int> ids;
+      append_turns(ids);
+      json["text"] = model_.tokenizer.decode(ids);
+    } else {
+      json["messages"] = OrderedJson::array();
+      if (!system_.empty()) json["messages"].push_back({{"role", "system"}, {"content", system_}});
+      for (const Turn& t : turns_) {
+        for (const Message& m : t.messages) json["messages"].push_back(message_json(m));
+      }
+      for (const std::string& tool : tools_) {
+        json["tools"].push_back({{"type", "function"}, {"function", OrderedJson::parse(tool)}});
+      }
+    }
+    const std::string line =
+        json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
+    std::FILE* file = std::fopen(path.c_str(), "ab");
+    const bool good = file && std::fwrite(line.data(), 1, line.size(), file) == line.size();
+    const bool closed = file && std::fclose(file) == 0;
+    note(good && closed ? "saved in " + path : path + ": cannot write: " + errno_text());
+  }
+  static OrderedJson message_json(const Message& m) {
+    OrderedJson json{{"role", m.role}, {"content", m.content}};
+    for (const ToolCall& call : m.tool_calls) {
+      const OrderedJson arguments = OrderedJson::parse(call.arguments, nullptr, false);
+      json["tool_calls"].push_back(
+          {{"type", "function"},
+           {"function",
+            {{"name", call.name},
+             {"arguments", arguments.is_discarded() ? OrderedJson(call.arguments) : arguments}}}});
+    }
+    return json;
   }
 
   const Model& model_;
@@ -852,9 +857,7 @@ std::optional<Search> load_documents(const std::string& path, const Tokenizer& t
 }
 
 int talk(const TalkOptions& o) {
-  GenerateOptions limits{.max_tokens = std::max(o.max_tokens, 1), .sampling = o.sampling};
-  limits.model = o.model;
-  check(limits);
+  check(o.model, o.sampling);
   need(o.max_tokens >= 0, "--max-tokens", o.max_tokens, "at least 1, or 0");
   const Model model = load_model(o.model, GeneratorOptions{}.prefill_tokens);
   const Template chat = o.base ? Template::document : find_template(model, o.chat_template);
@@ -949,6 +952,7 @@ std::vector<Task> parse_tasks(const EvalOptions& o);
 void check(const EvalOptions& o);
 void read_items(const Model& m, Template chat, const Task& task, const EvalOptions& o,
                 std::vector<Question>& out);
+void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q);
 void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptions& o,
                 std::vector<Question>& out);
 std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
@@ -1054,25 +1058,114 @@ std::vector<Task> parse_tasks(const EvalOptions& o) {
 
 template <class Read>
 void for_each_json(const std::string& path, int limit, Read&& read) {
-  LineReader lines{Input(path)};
+  JsonLines lines{Input(path)};
   int n = 0;
-  for (std::string_view line; (limit == 0 || n < limit) && lines.next(line);) {
-    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-    Json json;
-    try {
-      json = Json::parse(line);
-    } catch (const Json::exception& e) {
-      fail(lines.where(), ": not JSON: ", json_complaint(e));
-    }
-    if (!json.is_object()) fail(lines.where(), ": found ", json_text(json), ", expected an object");
-    read(json, lines.where());
-    n++;
+  simdjson::dom::object object;
+  for (; (limit == 0 || n < limit) && lines.next(object); n++) {
+    read(Json::parse(simdjson::minify(object)), lines.where());
   }
   if (n == 0) fail(path, ": found no item, expected one a line");
 }
 
 // ---------------------------------------------------------------------------------------------
 // Questions that are answered in words
+
+// {"task", how it is marked; for an assistant "messages" and "tools"; for a base model "prompt" and
+// "stop"}. A base model continues behind its answer, so its answer ends at a stop string; the
+// default is an empty line.
+void read_items(const Model& m, Template chat, const Task& task, const EvalOptions& o,
+                std::vector<Question>& out) {
+  JsonLines lines{Input(task.path)};
+  int n = 0;
+  std::map<std::string, int> counts;
+  for (simdjson::dom::object object; lines.next(object); n++) {
+    const std::string where = lines.where();
+    const Json json = Json::parse(simdjson::minify(object));
+    Question q{.task = json_get<std::string>(json, "task", where), .where = where};
+    if (o.limit > 0 && counts[q.task]++ >= o.limit) continue;
+    read_marking(json, where, o, q);
+    if (chat == Template::document) {
+      q.stop = {"\n\n"};
+      if (const auto stop = json.find("stop"); stop != json.end()) {
+        if (!stop->is_array()) {
+          fail(where, ": stop: found ", json_text(*stop), ", expected an array");
+        }
+        q.stop.clear();
+        for (const Json& text : *stop) q.stop.push_back(json_as<std::string>(text, "stop", where));
+      }
+      if (!json.contains("prompt") || json["prompt"].is_null()) continue;
+      const Message message{.role = "user",
+                            .content = json_get<std::string>(json, "prompt", where)};
+      q.prompt = render(m, chat, {.messages = {message}}, !o.no_start, false);
+    } else {
+      if (!json.contains("messages")) continue;
+      const Conversation conversation = parse_conversation(object, where);
+      check_conversation(conversation, where, true);
+      q.tools = !conversation.tools.empty();
+      q.prompt = render(m, chat, conversation, true, true);
+    }
+    for (q.sample = 0; q.sample < q.samples; q.sample++) out.push_back(q);
+  }
+  if (n == 0) fail(task.path, ": found no item, expected one a line");
+}
+
+// How an item is asked and marked: "check" or "rubric"; "tokens" of the answer; "samples" at a
+// "temperature"; and "shares", {"name": "text"}: "name" is another task, whose value is the share
+// of the answers that contain the text.
+void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q) {
+  if (json.contains("rubric")) {
+    q.rubric = parse_rubric(json["rubric"], where + ": rubric");
+  } else {
+    if (!json.contains("check")) fail(where, ": check is missing");
+    q.check = parse_check(json["check"], where + ": check");
+  }
+  q.max_tokens = o.max_tokens > 0 ? o.max_tokens : json_get_or<int>(json, "tokens", 128, where);
+  if (q.max_tokens < 1) fail(where, ": tokens: found ", q.max_tokens, ", expected at least 1");
+  q.samples = json_get_or<int>(json, "samples", 1, where);
+  if (q.samples < 1 || q.samples > 1024) {
+    fail(where, ": samples: found ", q.samples, ", expected 1 to 1024");
+  }
+  q.temperature = float(json_get_or<double>(json, "temperature", q.samples > 1 ? 1 : 0, where));
+  if (!(q.temperature >= 0 && q.temperature <= 100)) {
+    fail(where, ": temperature: found ", q.temperature, ", expected 0 to 100");
+  }
+  if (const auto shares = json.find("shares"); shares != json.end()) {
+    if (!shares->is_object()) {
+      fail(where, ": shares: found ", json_text(*shares), ", expected {\"task\": \"text\"}");
+    }
+    for (const auto& [name, text] : shares->items())
+      q.shares.emplace_back(name, json_as<std::string>(text, name, where + ": shares"));
+  }
+}
+
+// {"question", "answer"}, where the answer ends in "#### 42". A base model reads the solved
+// examples before the question.
+void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptions& o,
+                std::vector<Question>& out) {
+  std::string before;
+  if (!task.shots.empty()) {
+    for_each_json(task.shots, o.shots, [&](const Json& json, const std::string& where) {
+      before += "Question: " + json_get<std::string>(json, "question", where) +
+                "\nAnswer: " + json_get<std::string>(json, "answer", where) + "\n\n";
+    });
+  }
+  for_each_json(task.path, o.limit, [&](const Json& json, const std::string& where) {
+    const auto question = json_get<std::string>(json, "question", where);
+    const std::string value = final_number(json_get<std::string>(json, "answer", where));
+    if (value.empty()) fail(where, ": answer: found no number, expected one behind ####");
+    const bool document = chat == Template::document;
+    const Message message{
+        .role = "user",
+        .content = document ? before + "Question: " + question + "\nAnswer:" : question};
+    Question q{.task = task.name,
+               .where = where,
+               .prompt = render(m, chat, {.messages = {message}}, !o.no_start, !document),
+               .check = {.type = Check::Type::number, .text = value},
+               .max_tokens = o.max_tokens > 0 ? o.max_tokens : 256};
+    if (document) q.stop = {"Question:"};
+    out.push_back(std::move(q));
+  });
+}
 
 // Up to o.rows at a time. A prompt that fills the context gets an empty answer.
 std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
@@ -1131,103 +1224,6 @@ std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& ques
                                         : true_reward(q.rubric, answers[i].text, ended);
   }
   return answers;
-}
-
-// How an item is asked and marked: "check" or "rubric"; "tokens" of the answer; "samples" at a
-// "temperature"; and "shares", {"name": "text"}: "name" is another task, whose value is the share
-// of the answers that contain the text.
-void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q) {
-  if (json.contains("rubric")) {
-    q.rubric = parse_rubric(json["rubric"], where + ": rubric");
-  } else {
-    if (!json.contains("check")) fail(where, ": check is missing");
-    q.check = parse_check(json["check"], where + ": check");
-  }
-  q.max_tokens = o.max_tokens > 0 ? o.max_tokens : json_get_or<int>(json, "tokens", 128, where);
-  if (q.max_tokens < 1) fail(where, ": tokens: found ", q.max_tokens, ", expected at least 1");
-  q.samples = json_get_or<int>(json, "samples", 1, where);
-  if (q.samples < 1 || q.samples > 1024) {
-    fail(where, ": samples: found ", q.samples, ", expected 1 to 1024");
-  }
-  q.temperature = float(json_get_or<double>(json, "temperature", q.samples > 1 ? 1 : 0, where));
-  if (!(q.temperature >= 0 && q.temperature <= 100)) {
-    fail(where, ": temperature: found ", q.temperature, ", expected 0 to 100");
-  }
-  if (const auto shares = json.find("shares"); shares != json.end()) {
-    if (!shares->is_object()) {
-      fail(where, ": shares: found ", json_text(*shares), ", expected {\"task\": \"text\"}");
-    }
-    for (const auto& [name, text] : shares->items())
-      q.shares.emplace_back(name, json_as<std::string>(text, name, where + ": shares"));
-  }
-}
-
-// {"task", how it is marked; for an assistant "messages" and "tools"; for a base model "prompt" and
-// "stop"}. A base model continues behind its answer, so its answer ends at a stop string; the
-// default is an empty line.
-void read_items(const Model& m, Template chat, const Task& task, const EvalOptions& o,
-                std::vector<Question>& out) {
-  JsonLines lines{Input(task.path)};
-  int n = 0;
-  std::map<std::string, int> counts;
-  for (simdjson::dom::object object; lines.next(object); n++) {
-    const std::string where = lines.where();
-    const Json json = Json::parse(simdjson::minify(object));
-    Question q{.task = json_get<std::string>(json, "task", where), .where = where};
-    if (o.limit > 0 && counts[q.task]++ >= o.limit) continue;
-    read_marking(json, where, o, q);
-    if (chat == Template::document) {
-      q.stop = {"\n\n"};
-      if (const auto stop = json.find("stop"); stop != json.end()) {
-        if (!stop->is_array()) {
-          fail(where, ": stop: found ", json_text(*stop), ", expected an array");
-        }
-        q.stop.clear();
-        for (const Json& text : *stop) q.stop.push_back(json_as<std::string>(text, "stop", where));
-      }
-      if (!json.contains("prompt") || json["prompt"].is_null()) continue;
-      const Message message{.role = "user",
-                            .content = json_get<std::string>(json, "prompt", where)};
-      q.prompt = render(m, chat, {.messages = {message}}, !o.no_start, false);
-    } else {
-      if (!json.contains("messages")) continue;
-      const Conversation conversation = parse_conversation(object, where);
-      check_conversation(conversation, where, true);
-      q.tools = !conversation.tools.empty();
-      q.prompt = render(m, chat, conversation, true, true);
-    }
-    for (q.sample = 0; q.sample < q.samples; q.sample++) out.push_back(q);
-  }
-  if (n == 0) fail(task.path, ": found no item, expected one a line");
-}
-
-// {"question", "answer"}, where the answer ends in "#### 42". A base model reads the solved
-// examples before the question.
-void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptions& o,
-                std::vector<Question>& out) {
-  std::string before;
-  if (!task.shots.empty()) {
-    for_each_json(task.shots, o.shots, [&](const Json& json, const std::string& where) {
-      before += "Question: " + json_get<std::string>(json, "question", where) +
-                "\nAnswer: " + json_get<std::string>(json, "answer", where) + "\n\n";
-    });
-  }
-  for_each_json(task.path, o.limit, [&](const Json& json, const std::string& where) {
-    const auto question = json_get<std::string>(json, "question", where);
-    const std::string value = final_number(json_get<std::string>(json, "answer", where));
-    if (value.empty()) fail(where, ": answer: found no number, expected one behind ####");
-    const bool document = chat == Template::document;
-    const Message message{
-        .role = "user",
-        .content = document ? before + "Question: " + question + "\nAnswer:" : question};
-    Question q{.task = task.name,
-               .where = where,
-               .prompt = render(m, chat, {.messages = {message}}, !o.no_start, !document),
-               .check = {.type = Check::Type::number, .text = value},
-               .max_tokens = o.max_tokens > 0 ? o.max_tokens : 256};
-    if (document) q.stop = {"Question:"};
-    out.push_back(std::move(q));
-  });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1352,12 +1348,12 @@ void write_answers(const std::string& path, const Tokenizer& tokenizer,
 }
 
 // ---------------------------------------------------------------------------------------------
-// Log-probabilities of texts: packed end to end, each sees itself alone
+// Log-probabilities of texts, which are packed end to end
 
 struct ScoredText {
   std::vector<int> ids;  // at most T + 1
-  size_t begin;          // of the ids that are scored, given all before them; at least 1
-  double logp = 0;       // their log-probability, the sum
+  size_t begin;          // index of the first id that is scored; at least 1
+  double logp = 0;       // of the ids from there on, given the ids before
 };
 
 void score(Gpt& gpt, std::vector<ScoredText>& all, const std::string& task) {

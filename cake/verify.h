@@ -148,7 +148,7 @@ struct Check {
 };
 
 inline std::string canonical_number(std::string_view written);
-inline bool is_number(std::string_view text, const std::string& canonical);
+inline std::string final_number(std::string_view answer);
 inline bool is_same_text(std::string_view a, std::string_view b);
 inline bool refuses(std::string_view answer);
 
@@ -161,7 +161,7 @@ inline bool passes(const Check& check, std::string_view answer,
       return (check.any.empty() || std::any_of(check.any.begin(), check.any.end(), has)) &&
              std::none_of(check.none.begin(), check.none.end(), has);
     case Check::Type::number:
-      return is_number(answer, check.text);
+      return final_number(answer) == check.text;
     case Check::Type::refuses:
       return refuses(answer);
     case Check::Type::answers:
@@ -293,22 +293,20 @@ inline std::string final_number(std::string_view answer) {
   return all.empty() ? "" : all.back();
 }
 
-inline bool is_number(std::string_view text, const std::string& canonical) {
-  return final_number(text) == canonical;
-}
-
 // "18.", "$18" and "18.00" are all 18. Of several numbers the last one counts.
 inline bool right_number(const Problem& p, std::string_view text) {
   const std::string expected = final_number(p.answer);
   if (expected.empty())
     fail(p.where, ": answer: found ", json_text(p.answer), ", expected a number");
-  return is_number(text, expected);
+  return final_number(text) == expected;
 }
 
 // ---------------------------------------------------------------------------------------------
 // Texts and their form
 
-inline bool is_same_text(std::string_view a, std::string_view b) { return strip_ascii(a) == strip_ascii(b); }
+inline bool is_same_text(std::string_view a, std::string_view b) {
+  return strip_ascii(a) == strip_ascii(b);
+}
 inline bool right_exact(const Problem& p, std::string_view text) {
   if (p.answer.empty()) fail(p.where, ": answer is missing");
   return is_same_text(text, p.answer);

@@ -231,7 +231,7 @@ TEST_CASE("chat answers turn by turn, and every command does what help says") {
                              "A kind one.\nsystem: Be a very kind and patient assistant, in every "
                              "answer.\nsaved in " +
                              saved +
-                             "\na new conversation\nnothing was said yet\n"
+                             "\na new conversation\nthere is no message yet\n"
                              "/save: a file's name is missing\ntemperature 0.5\n"
                              "temperature: found -1, expected 0 to 100\n"
                              "temperature: found x, expected 0 to 100\n"
@@ -254,7 +254,7 @@ TEST_CASE("chat answers turn by turn, and every command does what help says") {
   CHECK(Json::parse(second)["messages"][0]["role"] == "system");
 }
 
-TEST_CASE("chat runs the tools that are called, shows them, and goes on with their answers") {
+TEST_CASE("chat runs the tools that are called, shows them, and continues with their answers") {
   ScriptedModel m(2048);
   write_file(m.dir() / "documents.jsonl", "{\"text\": \"Anna is a baker in Olm.\"}\n");
   Plan(m, {.tools = {kCalculatorTool, kSearchTool}})
@@ -282,7 +282,7 @@ TEST_CASE("chat runs the tools that are called, shows them, and goes on with the
   CHECK(json["messages"][7]["content"] == "A baker.");
 }
 
-TEST_CASE("chat forgets the oldest turns when the context is full, and says so") {
+TEST_CASE("chat drops the oldest turns when the context is full, and says so") {
   ScriptedModel m(128);
   const std::string dir = m.save();
   std::string lines;
@@ -290,13 +290,13 @@ TEST_CASE("chat forgets the oldest turns when the context is full, and says so")
   const Output out = say(dir, "--max-tokens 10", lines + std::string(300, 'z') + "\nhi\n");
   CHECK(out.status == 0);
   CHECK(contains(out.text, "the context of 128 tokens is full: the oldest "));
-  CHECK(contains(out.text, " are forgotten\n"));
+  CHECK(contains(out.text, " are dropped\n"));
   CHECK(contains(out.text, "xxxxxxxxxx\n(the answer is as long as --max-tokens allows)\n"));
-  CHECK(contains(out.text, "tokens, and the model's context is 128: it was not said"));
+  CHECK(contains(out.text, "tokens, and the model's context is 128: the message was not added"));
   CHECK(out.text.ends_with("allows)\n"));
 }
 
-TEST_CASE("a base model goes on with what is typed until the document ends") {
+TEST_CASE("a base model continues what is typed until the document ends") {
   ScriptedModel m;
   const int n = 1 + int(m.tokenizer().encode("Once").size());
   const int then = m.write(n, " upon a time") + int(m.tokenizer().encode("\nand then").size());
