@@ -217,7 +217,7 @@ TEST_CASE("chat answers turn by turn, and every command does what help says") {
       .assistant("A kind one.");
   const std::string dir = m.save(), saved = m.dir() / "saved.jsonl";
   const Output out =
-      say(dir, "--tokens 40",
+      say(dir, "--max-tokens 40",
           "hello\nmore\n/retry\n/save " + saved +
               "\n/system\n/system Be a very kind and patient assistant, in every answer.\n"
               "who?\n/system\n/save " +
@@ -287,11 +287,11 @@ TEST_CASE("chat forgets the oldest turns when the context is full, and says so")
   const std::string dir = m.save();
   std::string lines;
   for (int i = 0; i < 8; i++) lines += "tell me of it\n";
-  const Output out = say(dir, "--tokens 10", lines + std::string(300, 'z') + "\nhi\n");
+  const Output out = say(dir, "--max-tokens 10", lines + std::string(300, 'z') + "\nhi\n");
   CHECK(out.status == 0);
   CHECK(contains(out.text, "the context of 128 tokens is full: the oldest "));
   CHECK(contains(out.text, " are forgotten\n"));
-  CHECK(contains(out.text, "xxxxxxxxxx\n(the answer is as long as --tokens allows)\n"));
+  CHECK(contains(out.text, "xxxxxxxxxx\n(the answer is as long as --max-tokens allows)\n"));
   CHECK(contains(out.text, "tokens, and the model's context is 128: it was not said"));
   CHECK(out.text.ends_with("allows)\n"));
 }
@@ -303,7 +303,7 @@ TEST_CASE("a base model goes on with what is typed until the document ends") {
   m.write(then, " the end.<|endoftext|>");
   const std::string dir = m.save(), saved = m.dir() / "saved.jsonl";
   const Output out =
-      say(dir, "--base --tokens " + std::to_string(m.tokenizer().encode(" upon a time").size()),
+      say(dir, "--base --max-tokens " + std::to_string(m.tokenizer().encode(" upon a time").size()),
           "Once\nand then\n/save " + saved + "\n/system x\nOnce\n");
   CHECK(out.status == 0);
   CHECK(out.text.starts_with(" upon a time\n the end.\n--- the document ends; the next begins\n"));
@@ -333,7 +333,7 @@ TEST_CASE("chat knows a model's template, or says which it knows and stops") {
   json.erase("chat_template");
   write_file(config, json.dump());
   CHECK(contains(say(dir, "", "hi\n").text, "found no chat template"));
-  CHECK(say(dir, "--template chatml --tokens 3", "hi\n").text.starts_with("xxx\n"));
+  CHECK(say(dir, "--template chatml --max-tokens 3", "hi\n").text.starts_with("xxx\n"));
 
   ScriptedModel p;
   const int n = 1 + int(p.tokenizer().encode("User: hi\nAssistant:").size());
@@ -388,7 +388,7 @@ TEST_CASE("chat writes Llama 3's template as transformers does") {
       answer.push_back(result.ids[0]);
     }
     const std::string expected = tokenizer.decode(answer);
-    std::string flags = "--tokens " + std::to_string(tokens), said;
+    std::string flags = "--max-tokens " + std::to_string(tokens), said;
     for (const Json& message : c.at("messages")) {
       const std::string content = message.at("content");
       if (message.at("role") == "system") {
@@ -409,7 +409,7 @@ TEST_CASE("chat answers bad flags with one line and status 1") {
   const std::string dir = m.save();
   const std::pair<const char*, const char*> cases[] = {
       {"--temperature -1", "--temperature: found -1"},
-      {"--tokens -1", "--tokens: found -1"},
+      {"--max-tokens -1", "--max-tokens: found -1"},
       {"--template what", "--template: found what, expected auto, chatml, llama3 or plain"},
       {"--documents none.jsonl", "none.jsonl: cannot open"},
       {"--base --system x", "--base: found --system"},
