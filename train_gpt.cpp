@@ -2403,8 +2403,6 @@ double training_operations(const Gpt& gpt, std::span<const int> doc_starts) {
 
 }  // namespace cake
 
-#ifndef CAKE_NO_MAIN
-
 // =============================================================================================
 // 7. Pretraining
 //
@@ -2414,55 +2412,52 @@ double training_operations(const Gpt& gpt, std::span<const int> doc_starts) {
 #include <CLI/CLI.hpp>
 
 #include "cake/checkpoint.h"
+#include "cake/flags.h"
 #include "cake/generate.h"
 #include "cake/schedule.h"
 #include "cake/shards.h"
 #include "cake/tokenizer.h"
+#include "cake/training.h"
 
 namespace cake {
 namespace {
 
-// What a run is: every choice that decides its updates. Stored in the trainer's state; 0 or empty
-// means that plan_run chooses.
+// What a run is: every choice that decides its updates. It is stored in the trainer's state. 0,
+// empty or negative means that plan_model and plan_run choose.
 struct Settings {
   std::string data, tokenizer, init_from;
-  std::string family = "qwen3", optimizer, schedule = "linear";
+  std::string family = "qwen3";
   int depth = 0, layers = 0, channels = 0, heads = 0, kv_heads = 0, head_size = 0, ffn = 0;
   int context = 0;
   int tied = -1;
-  int64_t steps = 0, tokens = 0;
-  double minutes = 0;
   int64_t batch_tokens = 0, micro_batch_tokens = 0;
-  double matrix_lr = 0, embedding_lr = 0, head_lr = 0, vector_lr = 0, lr_scale = 0;
-  double weight_decay = -1, clip = -1, beta1 = .9, beta2 = .95, momentum = .95;
-  int64_t warmup = -1;
-  double warmdown = -1, final_lr = -1;
+  Budget budget;
+  OptimizerFlags optimizer{
+      .name = "", .lr_scale = 0, .weight_decay = -1, .warmdown = -1, .final_lr = -1};
   uint64_t seed = 1;
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Settings, data, tokenizer, init_from, family, optimizer,
-                                   schedule, depth, layers, channels, heads, kv_heads, head_size,
-                                   ffn, context, tied, steps, tokens, minutes, batch_tokens,
-                                   micro_batch_tokens, matrix_lr, embedding_lr, head_lr, vector_lr,
-                                   lr_scale, weight_decay, clip, beta1, beta2, momentum, warmup,
-                                   warmdown, final_lr, seed)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Settings, data, tokenizer, init_from, family, depth,
+                                                layers, channels, heads, kv_heads, head_size, ffn,
+                                                context, tied, batch_tokens, micro_batch_tokens,
+                                                budget, optimizer, seed)
 
-// How a run is watched and kept: changes no update.
-struct Watching {
-  std::filesystem::path out;
-  std::string device = "auto", prompt;
-  int threads = 0;
-  int64_t eval_every = 0, sample_every = 0, save_every = 0, eval_tokens = 1 << 20;
-  double save_minutes = 10;
-  bool resume = false, overwrite = false, dry_run = false, recompute = false;
-  std::string precision = "auto";
-  std::string model;  // --check
+// What is looked at on the way, and how the engine computes.
+struct Watch {
+  int64_t eval_every = 0, sample_every = 0, eval_tokens = 1 << 20;
+  std::string prompt, precision = "auto";
+  bool recompute = false;
 };
 
-class Trainer {
+struct Score {
+  double loss = 0, bits_per_byte = 0;
+  int64_t tokens = 0;
+};
+
+class Pretraining {
  public:
-  Trainer(Settings settings, Watching watching)
+  Pretraining(Settings settings, Watch watch, RunOptions options)
       : s_(std::move(settings)),
-        w_(std::move(watching)),
+        w_(std::move(watch)),
         info_(read_data_info(s_.data)),
         tokenizer_path_(s_.tokenizer.empty()
                             ? data_info_path(s_.data).parent_path() / info_.tokenizer
@@ -2479,48 +2474,51 @@ class Trainer {
     for (int id = 0; id < tokenizer_.vocab_size(); id++)
       token_bytes_[size_t(id)] =
           tokenizer_.is_special(id) ? 0 : int(tokenizer_.token_bytes(id).size());
+    run_.stage = "pretraining";
+    run_.hint = "./chat generate " + options.out.string() + " --prompt \"...\"";
+    run_.options = std::move(options);
   }
 
-  int run();
+  int run() {
+    run_.hooks = {.begin = [this](const Json* saved) { return begin(saved); },
+                  .step = [this](int64_t n) { return step(n); },
+                  .evaluate = [this](int64_t n) { evaluate_and_sample(n); },
+                  .finish = [this] { return finish(); },
+                  .model = [this]() -> Gpt& { return *gpt_; },
+                  .state = [this] { return state(); },
+                  .save_options = [this](bool) { return save_options(); }};
+    return run_steps(run_);
+  }
 
  private:
-  struct StepResult {
-    double loss, bits_per_byte, grad_norm, operations;
-    bool skipped;
-  };
-  struct Score {
-    double loss = 0, bits_per_byte = 0;
-    int64_t tokens = 0;
-  };
-
-  std::filesystem::path model() const { return w_.out / "model"; }
   bool small_text() const { return train_.size() < 2'000'000; }  // tokens
+  int64_t begin(const Json* saved);
   void plan_model();
   void plan_run();
-  void print_plan(double step_seconds, double total_seconds);
-  void make_model(bool resumed);
-  void calibrate();
+  void plan_steps(double started);
+  void print_plan(double reserved);
+  void make_model();
+  void load_or_initialize();
+  void calibrate_speed();
   StepResult step(int64_t number);
   Score evaluate(int64_t tokens);
-  void sample();
-  void save(bool finished);
-  void train();
-  [[noreturn]] void diverged(const std::string& what) {
-    fail_diverged(done_, what, s_.lr_scale, model());
-  }
-  OptimizerStep optimizer_step(int64_t number) const;
+  void report(const Score& score);
+  void evaluate_and_sample(int64_t number);
+  OrderedJson finish();
+  OrderedJson state() const;
+  SaveOptions save_options() const;
   GptOptions options() const {
     GptOptions o;
-    o.device = parse_device(w_.device);
+    o.device = parse_device(run_.options.device);
     o.precision = parse_precision(w_.precision);
     o.recompute = w_.recompute;
-    o.muon = s_.optimizer == "muon";
+    o.muon = s_.optimizer.name == "muon";
     o.batch_tokens = int(s_.micro_batch_tokens);
     return o;
   }
 
   Settings s_;
-  Watching w_;
+  Watch w_;
   DataInfo info_;
   std::filesystem::path tokenizer_path_;
   Tokenizer tokenizer_;
@@ -2533,20 +2531,105 @@ class Trainer {
   std::unique_ptr<Gpt> gpt_;
   std::unique_ptr<Loader> loader_;
   Schedule schedule_;
-  int64_t done_ = 0;                            // steps
-  double seconds_ = 0;                          // of the run so far, earlier sittings included
-  double peak_ = 0;                             // operations a second
-  double step_seconds_ = 0, eval_seconds_ = 0;  // calibrated; 0: unknown
-  double lowest_loss_ = 1e30, recent_loss_ = 0;
-  int skipped_in_a_row_ = 0;
-  Metrics metrics_;
-  ProgressLine line_;
+  double step_seconds_ = 0, eval_seconds_ = 0;  // calibrated, of a step and a token; 0: unknown
+  Run run_;
   std::vector<int> tokens_, targets_, doc_starts_;
   std::vector<float> dlogp_;
 };
 
+// ---------------------------------------------------------------------------------------------
+// One step
+
+StepResult Pretraining::step(int64_t number) {
+  const int64_t window = loader_->window_length();
+  const int64_t windows = s_.batch_tokens / window, micro = s_.micro_batch_tokens / window;
+  double bytes = 0;
+  StepResult r;
+  r.tokens = double(s_.batch_tokens);
+  for (int64_t done = 0; done < windows; done += micro) {
+    loader_->next(int(std::min(micro, windows - done)), tokens_, targets_, doc_starts_);
+    dlogp_.assign(tokens_.size(), -1 / float(s_.batch_tokens));
+    gpt_->forward_backward({tokens_, targets_, doc_starts_}, dlogp_);
+    for (int id : targets_) bytes += token_bytes_[size_t(id)];
+    r.operations += training_operations(*gpt_, doc_starts_);
+  }
+  gpt_->update(optimizer_step(s_.optimizer, number, schedule_.at(number)));
+  const UpdateStats stats = gpt_->stats();
+  const double bits_per_byte =
+      stats.loss * double(s_.batch_tokens) / (std::log(2.) * std::max(1., bytes));
+  r.loss = stats.loss, r.skipped = stats.skipped;
+  r.metrics = {{"loss", stats.loss},
+               {"bits_per_byte", bits_per_byte},
+               {"grad_norm", stats.grad_norm},
+               {"lr_factor", schedule_.at(number)}};
+  r.line =
+      format("loss %.3f  %.3f bits/byte  grad %.2f", stats.loss, bits_per_byte, stats.grad_norm);
+  return r;
+}
+
+// Windows of the context that do not overlap, spread over the validation part when it is longer
+// than `tokens`. Bits per byte = nats / (ln 2 x bytes of the targets).
+Score Pretraining::evaluate(int64_t tokens) {
+  const int T = s_.context;
+  const int64_t all = validation_windows(*val_, T);
+  const int64_t used = std::clamp<int64_t>(tokens / T, 1, all);
+  double nats = 0, bytes = 0;
+  Score score;
+  for (int64_t i = 0; i < used;) {
+    tokens_.clear(), targets_.clear(), doc_starts_.clear();
+    do {
+      const int64_t begin = i * all / used * T;
+      append_window(*val_, begin, std::min<int64_t>(T, val_->size() - 1 - begin), end_of_text_,
+                    tokens_, targets_, doc_starts_);
+      i++;
+    } while (i < used && int64_t(tokens_.size()) + T <= s_.micro_batch_tokens);
+    doc_starts_.push_back(int(tokens_.size()));
+    gpt_->forward({tokens_, targets_, doc_starts_}, Pass::score);
+    for (float logp : gpt_->logp()) nats -= logp;
+    for (int id : targets_) bytes += token_bytes_[size_t(id)];
+    score.tokens += int64_t(tokens_.size());
+  }
+  score.loss = nats / double(score.tokens);
+  score.bits_per_byte = nats / (std::log(2.) * std::max(1., bytes));
+  return score;
+}
+
+void Pretraining::report(const Score& score) {
+  const int64_t n = run_.state.step;
+  run_.write_metrics(n, {{"val_loss", score.loss},
+                         {"val_bits_per_byte", score.bits_per_byte},
+                         {"val_tokens", score.tokens}});
+  run_.line.note(format("step %lld  validation loss %.4f  %.4f bits/byte", (long long)n, score.loss,
+                        score.bits_per_byte));
+}
+
+// About ten evaluations on the way, each on a part of the validation that costs .3 % of the time,
+// and three samples.
+void Pretraining::evaluate_and_sample(int64_t n) {
+  if (n == 0 || n == run_.steps) return;  // finish() evaluates at the end
+  const auto every = [&](int64_t wanted, int64_t times) {
+    return n % (wanted > 0 ? wanted : std::max<int64_t>(1, run_.steps / times)) == 0;
+  };
+  if (val_ && every(w_.eval_every, 10)) {
+    const int64_t tokens = eval_seconds_ > 0 && step_seconds_ > 0
+                               ? int64_t(.003 * double(run_.steps) * step_seconds_ / eval_seconds_)
+                               : s_.batch_tokens * run_.steps / 300;
+    report(evaluate(std::clamp<int64_t>(tokens, s_.context, w_.eval_tokens)));
+  }
+  if (!every(w_.sample_every, 4)) return;
+  std::vector<int> prompt = {end_of_text_};
+  tokenizer_.encode(w_.prompt, prompt);
+  if (int(prompt.size()) >= config_.T) return;
+  const Completion sample = sample_one(*gpt_, tokenizer_, prompt, 64,
+                                       {.temperature = .8f, .seed = s_.seed}, {end_of_text_});
+  run_.line.note("sample  " + indented(w_.prompt + sample.text));
+}
+
+// ---------------------------------------------------------------------------------------------
+// What the flags left open
+
 // The model: from a directory, or from --depth with every size overridable.
-void Trainer::plan_model() {
+void Pretraining::plan_model() {
   const int V = tokenizer_.vocab_size();
   if (!s_.init_from.empty()) {
     config_ = load_config(model_dir(s_.init_from));
@@ -2604,71 +2687,48 @@ void Trainer::plan_model() {
   config_.check("model flags");
 }
 
-// Batch, budget, optimizer: what the flags left open.
-void Trainer::plan_run() {
+// Batch, budget, optimizer.
+void Pretraining::plan_run() {
   const ParamTable table = make_table(config_);
-  const auto positive = [](const char* flag, auto found) {
-    if (!(found >= 0)) fail(flag, ": found ", found, ", expected above 0");
-  };
-  positive("--steps", s_.steps), positive("--tokens", s_.tokens), positive("--minutes", s_.minutes);
-  positive("--batch-tokens", s_.batch_tokens),
-      positive("--micro-batch-tokens", s_.micro_batch_tokens);
-  if ((s_.steps > 0) + (s_.tokens > 0) + (s_.minutes > 0) > 1) {
-    fail("--steps, --tokens, --minutes: found more than one, expected one budget");
-  }
-  if (s_.schedule != "linear" && s_.schedule != "cosine" && s_.schedule != "constant") {
-    fail("--schedule: found ", s_.schedule, ", expected linear, cosine or constant");
-  }
+  Budget& budget = s_.budget;
+  OptimizerFlags& o = s_.optimizer;
+  expect_not_negative("--batch-tokens", double(s_.batch_tokens));
+  expect_not_negative("--micro-batch-tokens", double(s_.micro_batch_tokens));
+  check_budget(budget);
+  check_optimizer(o);
   loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, end_of_text_);
   const int64_t window = loader_->window_length();
-  if (s_.steps == 0 && s_.tokens == 0 && s_.minutes == 0) s_.tokens = tokens_of_model(table);
+  if (!budget.chosen()) budget.tokens = tokens_of_model(table);
   if (s_.batch_tokens == 0) {
-    s_.batch_tokens = s_.tokens > 0 ? batch_of_tokens(double(s_.tokens)) : 2048;
+    s_.batch_tokens = budget.tokens > 0 ? batch_of_tokens(double(budget.tokens)) : 2048;
   }
   s_.batch_tokens = std::max<int64_t>(1, s_.batch_tokens / window) * window;
   if (s_.micro_batch_tokens == 0) s_.micro_batch_tokens = 4096;
   s_.micro_batch_tokens =
       std::clamp<int64_t>(s_.micro_batch_tokens / window * window, window, s_.batch_tokens);
-  if (s_.tokens > 0) s_.steps = std::max<int64_t>(1, s_.tokens / s_.batch_tokens);
+  if (budget.tokens > 0) budget.steps = std::max<int64_t>(1, budget.tokens / s_.batch_tokens);
 
-  if (s_.optimizer.empty()) {
-    const bool muon = s_.init_from.empty() && muon_is_cheap(table, s_.batch_tokens);
-    s_.optimizer = muon ? "muon" : "adamw";
+  if (o.name.empty()) {
+    o.name = s_.init_from.empty() && muon_is_cheap(table, s_.batch_tokens) ? "muon" : "adamw";
   }
-  if (s_.optimizer != "muon" && s_.optimizer != "adamw") {
-    fail("--optimizer: found ", s_.optimizer, ", expected muon or adamw");
-  }
-  const bool muon = s_.optimizer == "muon";
+  const bool muon = o.name == "muon";
   const double adamw_lr = std::min(.004, .002 * std::sqrt(128. / config_.C) * 2);
   // Muon's companions, measured: a small text that is seen several times over wants faster
   // embeddings and a long fall (tinyshakespeare: 2.111 bits a byte with them, 2.145 without), fresh
   // tokens do not (the demo's world: .356 with them, .336 without), and learn to copy from a
   // passage at a lower rate (passages alone, 400 steps: 32 % read right at .01, 15 % at .02).
-  if (s_.matrix_lr == 0) s_.matrix_lr = !muon ? adamw_lr : small_text() ? .03 : .01;
-  if (s_.embedding_lr == 0) s_.embedding_lr = !muon ? adamw_lr : small_text() ? .03 : .01;
-  if (s_.head_lr == 0) s_.head_lr = !muon ? adamw_lr : small_text() ? .004 : .01;
-  if (s_.warmdown < 0) s_.warmdown = small_text() ? .8 : .6;
-  if (s_.final_lr < 0) s_.final_lr = small_text() ? 0 : .03;
-  if (s_.vector_lr == 0) s_.vector_lr = muon ? .01 : adamw_lr;
-  if (s_.lr_scale == 0) s_.lr_scale = s_.init_from.empty() ? 1 : .1;
-  if (s_.weight_decay < 0) s_.weight_decay = muon ? 0 : .1;
-  if (s_.clip < 0) s_.clip = 1;
+  if (o.lr == 0) o.lr = !muon ? adamw_lr : small_text() ? .03 : .01;
+  if (o.embedding_lr == 0) o.embedding_lr = !muon ? adamw_lr : small_text() ? .03 : .01;
+  if (o.head_lr == 0) o.head_lr = !muon ? adamw_lr : small_text() ? .004 : .01;
+  if (o.vector_lr == 0) o.vector_lr = muon ? .01 : adamw_lr;
+  if (o.warmdown < 0) o.warmdown = small_text() ? .8 : .6;
+  if (o.final_lr < 0) o.final_lr = small_text() ? 0 : .03;
+  if (o.lr_scale == 0) o.lr_scale = s_.init_from.empty() ? 1 : .1;
+  if (o.weight_decay < 0) o.weight_decay = muon ? 0 : .1;
 }
 
-OptimizerStep Trainer::optimizer_step(int64_t number) const {
-  const Rates rates{.matrix = s_.matrix_lr,
-                    .embedding = s_.embedding_lr,
-                    .head = s_.head_lr,
-                    .vector = s_.vector_lr,
-                    .weight_decay = s_.weight_decay,
-                    .clip = s_.clip,
-                    .beta1 = s_.beta1,
-                    .beta2 = s_.beta2,
-                    .momentum = s_.momentum};
-  return rates.at(number, schedule_.at(number) * s_.lr_scale);
-}
-
-void Trainer::print_plan(double step_seconds, double total_seconds) {
+// `reserved`: seconds of the last evaluation.
+void Pretraining::print_plan(double reserved) {
   const ParamTable table = make_table(config_);
   const Config& c = config_;
   const char* families[] = {"gpt2", "llama", "qwen3"};
@@ -2683,313 +2743,148 @@ void Trainer::print_plan(double step_seconds, double total_seconds) {
               s_.data.c_str(), count_text(double(info_.train.tokens)).c_str(),
               count_text(double(info_.val.tokens)).c_str(),
               double(info_.train.bytes) / double(std::max<int64_t>(1, info_.train.tokens)));
-  if (s_.steps > 0) {
-    const double tokens = double(s_.steps) * double(s_.batch_tokens);
+  const int64_t steps = s_.budget.steps;
+  if (steps > 0) {
+    const double tokens = double(steps) * double(s_.batch_tokens);
     std::printf("budget  %s steps of %s tokens = %s tokens, %.2f times the data (--steps %lld)\n",
-                count_text(double(s_.steps)).c_str(), count_text(double(s_.batch_tokens)).c_str(),
-                count_text(tokens).c_str(), tokens / double(train_.size()), (long long)s_.steps);
+                count_text(double(steps)).c_str(), count_text(double(s_.batch_tokens)).c_str(),
+                count_text(tokens).c_str(), tokens / double(train_.size()), (long long)steps);
   }
+  const OptimizerFlags& o = s_.optimizer;
   std::printf("updates %s, %s schedule: learning rate %g for matrices, %g embedding, %g head\n",
-              s_.optimizer.c_str(), s_.schedule.c_str(), s_.matrix_lr * s_.lr_scale,
-              s_.embedding_lr * s_.lr_scale, s_.head_lr * s_.lr_scale);
+              o.name.c_str(), o.schedule.c_str(), o.lr * o.lr_scale, o.embedding_lr * o.lr_scale,
+              o.head_lr * o.lr_scale);
   const MemoryPlan memory = plan_memory(config_, options());
   std::printf("memory  %s (%s)\n", bytes_text(double(memory.total())).c_str(),
               memory.text().c_str());
   std::printf(
       "disk    %s a checkpoint with the optimizer's state, twice while one replaces another\n",
       bytes_text(double(checkpoint_bytes(table, true))).c_str());
-  if (peak_ > 0) std::printf("peak    %.4g TFLOP/s measured\n", peak_ / 1e12);
-  if (step_seconds > 0) {
-    std::printf("time    %.0f ms a step, %s in all\n", step_seconds * 1e3,
-                duration_text(total_seconds).c_str());
+  if (run_.peak > 0) std::printf("peak    %.4g TFLOP/s measured\n", run_.peak / 1e12);
+  if (step_seconds_ > 0) {
+    std::printf("time    %.0f ms a step, %s in all\n", step_seconds_ * 1e3,
+                duration_text(double(steps) * step_seconds_ / .97 + reserved).c_str());
   }
   std::fflush(stdout);
 }
 
-void Trainer::make_model(bool resumed) {
+// ---------------------------------------------------------------------------------------------
+// The beginning and the end
+
+void Pretraining::make_model() {
   gpt_.reset();
   gpt_ = make_gpt(config_, options());
-  if (peak_ == 0) peak_ = measure_peak(*gpt_);
-  if (resumed) {
-    load_weights(model(), *gpt_);
-  } else if (!s_.init_from.empty()) {
-    load_weights(model_dir(s_.init_from), *gpt_);
-  } else {
-    const auto& tensors = gpt_->table().tensors;
-    for (size_t i = 0; i < tensors.size(); i++)
-      gpt_->write(int(i), Slot::weight, initial_values(tensors[i], s_.seed));
-  }
+  if (run_.peak == 0) run_.peak = measure_peak(*gpt_);
 }
 
-// Times steps and evaluation on the model as it is, then makes the model again: the clock decides
-// the number of steps and nothing else.
-void Trainer::calibrate() {
-  const double limit = s_.minutes > 0 ? std::clamp(.02 * 60 * s_.minutes, .2, 10.) : 3;
+void Pretraining::load_or_initialize() {
+  if (!s_.init_from.empty()) return load_weights(model_dir(s_.init_from), *gpt_);
+  const auto& tensors = gpt_->table().tensors;
+  for (size_t i = 0; i < tensors.size(); i++)
+    gpt_->write(int(i), Slot::weight, initial_values(tensors[i], s_.seed));
+}
+
+// Times steps and evaluation. The model is made again afterwards: the clock decides the number of
+// steps and nothing else.
+void Pretraining::calibrate_speed() {
   schedule_ = {.steps = 1 << 20, .warmup = 1 << 20};
   // One micro-batch stands for a step: a large batch would take minutes to time.
   const int64_t batch = std::exchange(s_.batch_tokens, s_.micro_batch_tokens);
-  std::vector<double> times;
+  step_seconds_ = double(batch) * calibrate(s_.budget, [&](int i) { return step(i).tokens; });
   const double start = now();
-  for (int i = 0; i <= 1 || (now() - start < limit && i < 200); i++) {
-    const double t = now();
-    step(i + 1);
-    if (i > 0) times.push_back(now() - t);  // the first one touches the memory
-    if (stop_signal) break;
-  }
-  std::nth_element(times.begin(), times.begin() + long(times.size()) / 2, times.end());
-  const double t = now();
   const Score score = val_ ? evaluate(2 * s_.micro_batch_tokens) : Score{};
-  eval_seconds_ = score.tokens > 0 ? (now() - t) / double(score.tokens) : 0;  // a token
+  eval_seconds_ = score.tokens > 0 ? (now() - start) / double(score.tokens) : 0;
   s_.batch_tokens = batch;
-  step_seconds_ =
-      times.empty() ? 0 : times[times.size() / 2] * double(batch) / double(s_.micro_batch_tokens);
   loader_->set_state({});
-  recent_loss_ = 0, lowest_loss_ = 1e30, skipped_in_a_row_ = 0;
 }
 
-Trainer::StepResult Trainer::step(int64_t number) {
-  const int64_t window = loader_->window_length();
-  const int64_t windows = s_.batch_tokens / window, micro = s_.micro_batch_tokens / window;
-  double bytes = 0, operations = 0;
-  for (int64_t first = 0; first < windows; first += micro) {
-    loader_->next(int(std::min(micro, windows - first)), tokens_, targets_, doc_starts_);
-    dlogp_.assign(tokens_.size(), -1 / float(s_.batch_tokens));
-    gpt_->forward_backward({tokens_, targets_, doc_starts_}, dlogp_);
-    for (int id : targets_) bytes += token_bytes_[size_t(id)];
-    operations += training_operations(*gpt_, doc_starts_);
-  }
-  gpt_->update(optimizer_step(number));
-  const UpdateStats stats = gpt_->stats();
-  return {stats.loss, stats.loss * double(s_.batch_tokens) / (std::log(2.) * std::max(1., bytes)),
-          stats.grad_norm, operations, stats.skipped};
-}
-
-// Windows of the context that do not overlap, spread over the validation part when it is longer
-// than `tokens`. Bits per byte = nats / (ln 2 x bytes of the targets).
-Trainer::Score Trainer::evaluate(int64_t tokens) {
-  const int T = s_.context;
-  const int64_t all = validation_windows(*val_, T);
-  const int64_t used = std::clamp<int64_t>(tokens / T, 1, all);
-  double nats = 0, bytes = 0;
-  Score score;
-  for (int64_t i = 0; i < used;) {
-    tokens_.clear(), targets_.clear(), doc_starts_.clear();
-    do {
-      const int64_t begin = i * all / used * T;
-      append_window(*val_, begin, std::min<int64_t>(T, val_->size() - 1 - begin), end_of_text_,
-                    tokens_, targets_, doc_starts_);
-      i++;
-    } while (i < used && int64_t(tokens_.size()) + T <= s_.micro_batch_tokens);
-    doc_starts_.push_back(int(tokens_.size()));
-    gpt_->forward({tokens_, targets_, doc_starts_}, Pass::score);
-    for (float logp : gpt_->logp()) nats -= logp;
-    for (int id : targets_) bytes += token_bytes_[size_t(id)];
-    score.tokens += int64_t(tokens_.size());
-  }
-  score.loss = nats / double(score.tokens);
-  score.bits_per_byte = nats / (std::log(2.) * std::max(1., bytes));
-  return score;
-}
-
-void Trainer::sample() {
-  std::vector<int> prompt = {end_of_text_};
-  tokenizer_.encode(w_.prompt, prompt);
-  if (int(prompt.size()) >= config_.T) return;
-  GeneratorOptions options;
-  options.rows = 1;
-  options.cache_positions = config_.T;
-  Generator generator(
-      *gpt_, [&](int id) { return tokenizer_.token_bytes(id); }, options);
-  Request request;
-  request.prompt = prompt;
-  request.max_new = std::min(64, config_.T - int(prompt.size()));
-  request.sampling.temperature = .8f;
-  request.sampling.vocab = tokenizer_.vocab_size();
-  request.sampling.seed = s_.seed;
-  request.stop_ids = {end_of_text_};
-  const int number = generator.submit(request);
-  generator.run();
-  std::string text = w_.prompt + generator.take(number).text;
-  for (size_t i = 0; (i = text.find('\n', i)) != std::string::npos; i += 9)
-    text.replace(i, 1, "\n        ");
-  line_.note("sample  " + text);
-}
-
-void Trainer::save(bool finished) {
-  const LoaderState loader = loader_->state();
-  SaveOptions options;
-  options.tokenizer_from = std::filesystem::is_directory(tokenizer_path_)
-                               ? tokenizer_path_
-                               : tokenizer_path_.parent_path();
-  options.optimizer = !finished;
-  options.trainer_state = Json{{"stage", "pretraining"},
-                               {"finished", finished},
-                               {"step", done_},
-                               {"seconds", seconds_},
-                               {"loader", {{"epoch", loader.epoch}, {"window", loader.window}}},
-                               {"lowest_loss", lowest_loss_},
-                               {"recent_loss", recent_loss_},
-                               {"skipped_in_a_row", skipped_in_a_row_},
-                               {"eval_seconds", eval_seconds_},
-                               {"settings", s_}};
-  save_checkpoint(model(), *gpt_, options);
-}
-
-int Trainer::run() {
-  namespace fs = std::filesystem;
-  if (!w_.resume && !w_.overwrite && !w_.dry_run) expect_new_run(w_.out);
-  Json state;
-  if (w_.resume) {
-    config_ = load_config(model_dir(w_.out));
-    make_model(true);
-    state = read_json(model() / "trainer_state.json");
-    if (state.at("finished").get<bool>()) {
-      std::printf("%s is finished: %lld steps\n", w_.out.c_str(),
-                  (long long)state.at("step").get<int64_t>());
-      return 0;
-    }
-    load_trainer_state(model(), *gpt_);
+int64_t Pretraining::begin(const Json* saved) {
+  const double started = now();
+  if (saved) {
+    config_ = load_config(model_dir(run_.options.out));
+    make_model();
+    load_weights(run_.model(), *gpt_);
+    load_trainer_state(run_.model(), *gpt_);
     loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, end_of_text_);
-    const Json& loader = state.at("loader");
+    const Json& loader = saved->at("loader");
     loader_->set_state({loader.at("epoch").get<int64_t>(), loader.at("window").get<int64_t>()});
-    done_ = state.at("step").get<int64_t>();
-    seconds_ = state.at("seconds").get<double>();
-    lowest_loss_ = state.at("lowest_loss").get<double>();
-    recent_loss_ = state.at("recent_loss").get<double>();
-    skipped_in_a_row_ = state.at("skipped_in_a_row").get<int>();
-    eval_seconds_ = state.at("eval_seconds").get<double>();
-    print_plan(0, 0);
-    line_.note(format("resumes after step %lld of %lld", (long long)done_, (long long)s_.steps));
+    eval_seconds_ = saved->at("eval_seconds").get<double>();
+    print_plan(0);
   } else {
-    const double start = now();
     plan_model();
     plan_run();
-    if (s_.minutes > 0 || w_.dry_run) {
-      make_model(false);
-      calibrate();
-    }
-    // Evaluations: about ten on the way, on a part of the validation that costs 3 % of the time,
-    // and the whole of it at the end.
-    const double last_eval =
-        val_ ? eval_seconds_ * double(std::min(w_.eval_tokens, val_->size())) : 0;
-    if (s_.minutes > 0) {
-      const double left = 60 * s_.minutes - (now() - start) - last_eval - .3;
-      s_.steps = std::max<int64_t>(1, int64_t(.94 * left / std::max(1e-6, step_seconds_)));
-      // tinyshakespeare's tail costs 2.12 bits a byte after five times (128 channels), 2.13 after
-      // eight and 2.28 after sixteen (96 channels).
-      const int64_t enough = std::max<int64_t>(800, 5 * train_.size() / s_.batch_tokens);
-      if (small_text() && s_.steps > enough) {
-        s_.steps = enough;
-        std::printf(
-            "minutes more than this text takes: it would be learned by heart (--steps goes on)\n");
-      }
-    }
-    print_plan(step_seconds_, double(s_.steps) * step_seconds_ / .97 + last_eval);
-    if (w_.dry_run) return 0;
-    make_model(false);
-    if (w_.overwrite) fs::remove_all(w_.out);  // not before another can take its place
-    fs::create_directories(w_.out);
-    seconds_ = now() - start;
+    plan_steps(started);
+    if (run_.options.dry_run) return 0;
+    make_model();
+    load_or_initialize();
   }
-  if (s_.warmup < 0) s_.warmup = std::clamp<int64_t>(s_.steps / 50, 1, 40);
-  schedule_ = {s_.schedule, s_.steps, s_.warmup, s_.warmdown, s_.final_lr};
-  check_disk(w_.out, gpt_->table());
-  metrics_.open(w_.out / "metrics.jsonl", done_);
-  train();
-  return stop_signal ? 128 + stop_signal : 0;
+  run_.lr_scale = s_.optimizer.lr_scale;
+  schedule_ = make_schedule(s_.optimizer, s_.budget.steps);
+  return s_.budget.steps;
 }
 
-void Trainer::train() {
-  const int64_t eval_every =
-      w_.eval_every > 0 ? w_.eval_every : std::max<int64_t>(1, s_.steps / 10);
-  const int64_t sample_every =
-      w_.sample_every > 0 ? w_.sample_every : std::max<int64_t>(1, s_.steps / 4);
-  const int64_t some = std::clamp<int64_t>(  // 3 % of the time over ten evaluations
-      eval_seconds_ > 0 && step_seconds_ > 0
-          ? int64_t(.003 * double(s_.steps) * step_seconds_ / eval_seconds_)
-          : s_.batch_tokens * s_.steps / 300,
-      s_.context, w_.eval_tokens);
-  const double began = now() - seconds_;
-  double saved = now(), pace = 0;  // pace: seconds a step, smoothed
+// The number of steps, with --minutes from the speed; prints the plan.
+void Pretraining::plan_steps(double started) {
+  int64_t& steps = s_.budget.steps;
+  if (s_.budget.minutes > 0 || run_.options.dry_run) {
+    make_model();
+    load_or_initialize();
+    calibrate_speed();
+  }
+  const double last_eval =
+      val_ ? eval_seconds_ * double(std::min(w_.eval_tokens, val_->size())) : 0;
+  if (s_.budget.minutes > 0) {
+    steps = steps_in_minutes(s_.budget, started, step_seconds_, last_eval);
+    // tinyshakespeare's tail costs 2.12 bits a byte after five times (128 channels), 2.13 after
+    // eight and 2.28 after sixteen (96 channels).
+    const int64_t enough = std::max<int64_t>(800, 5 * train_.size() / s_.batch_tokens);
+    if (small_text() && steps > enough) {
+      steps = enough;
+      std::printf(
+          "minutes more than this text takes: it would be learned by heart (--steps goes on)\n");
+    }
+  }
+  if (s_.optimizer.warmup < 0) s_.optimizer.warmup = std::clamp<int64_t>(steps / 50, 1, 40);
+  print_plan(last_eval);
+}
+
+OrderedJson Pretraining::finish() {
   Score score;
-  for (int64_t n = done_ + 1; n <= s_.steps && !stop_signal; n++) {
-    const double t = now();
-    const StepResult r = step(n);
-    const double took = now() - t;
-    done_ = n;
-    pace = pace > 0 ? .95 * pace + .05 * took : took;
-    skipped_in_a_row_ = r.skipped ? skipped_in_a_row_ + 1 : 0;
-    if (!std::isfinite(r.loss)) diverged(format("the loss is %f", r.loss));
-    if (skipped_in_a_row_ >= 3) diverged("three gradients in a row were not finite");
-    recent_loss_ = n == 1 ? r.loss : .95 * recent_loss_ + .05 * r.loss;
-    lowest_loss_ = std::min(lowest_loss_, recent_loss_);
-    if (recent_loss_ > lowest_loss_ + 1.5) {
-      diverged(format("the loss rose from %.2f to %.2f", lowest_loss_, recent_loss_));
-    }
-    const double speed = double(s_.batch_tokens) / took, share = r.operations / took / peak_;
-    metrics_.write(
-        format("{\"step\":%lld,\"loss\":%.6f,\"bits_per_byte\":%.6f,\"grad_norm\":%.6g,"
-               "\"lr_factor\":%.6g,\"tokens_per_second\":%.1f,\"peak_share\":%.4f%s}",
-               (long long)n, r.loss, r.bits_per_byte, r.grad_norm, schedule_.at(n), speed, share,
-               r.skipped ? ",\"skipped\":true" : ""));
-    const bool last = n == s_.steps;
-    line_.show(format("step %lld/%lld  loss %.3f  %.3f bits/byte  %s tokens/s  %.0f%% of peak  "
-                      "grad %.2f  %s left",
-                      (long long)n, (long long)s_.steps, r.loss, r.bits_per_byte,
-                      count_text(double(s_.batch_tokens) / pace).c_str(),
-                      100 * r.operations / pace / peak_, r.grad_norm,
-                      duration_text(pace * double(s_.steps - n)).c_str()),
-               last);
-    if (val_ && (n % eval_every == 0 || last)) {
-      score = evaluate(last ? w_.eval_tokens : some);
-      metrics_.write(
-          format("{\"step\":%lld,\"val_loss\":%.6f,\"val_bits_per_byte\":%.6f,"
-                 "\"val_tokens\":%lld}",
-                 (long long)n, score.loss, score.bits_per_byte, (long long)score.tokens));
-      line_.note(format("step %lld  validation loss %.4f  %.4f bits/byte", (long long)n, score.loss,
-                        score.bits_per_byte));
-    }
-    if (n % sample_every == 0 && !last) sample();
-    seconds_ = now() - began;
-    const bool due = (w_.save_every > 0 && n % w_.save_every == 0) ||
-                     (w_.save_minutes > 0 && now() - saved > 60 * w_.save_minutes);
-    if ((due && !last) || (stop_signal && !last)) {
-      save(false);
-      saved = now();
-    }
-  }
-  if (done_ < s_.steps) {
-    line_.note(format("stopped and saved after step %lld of %lld: go on with --resume",
-                      (long long)done_, (long long)s_.steps));
-    return;
-  }
-  save(true);
-  seconds_ = now() - began;
-  const double tokens = double(s_.steps) * double(s_.batch_tokens);
-  const OrderedJson summary = {{"steps", s_.steps},
-                               {"tokens", int64_t(tokens)},
-                               {"epochs", tokens / double(train_.size())},
-                               {"seconds", seconds_},
-                               {"tokens_per_second", tokens / seconds_},
-                               {"parameters", gpt_->table().parameters()},
-                               {"train_loss", recent_loss_},
-                               {"val_loss", val_ ? Json(score.loss) : Json()},
-                               {"val_bits_per_byte", val_ ? Json(score.bits_per_byte) : Json()},
-                               {"val_tokens", score.tokens}};
-  write_json(w_.out / "summary.json", summary);
-  line_.note(
+  if (val_) report(score = evaluate(w_.eval_tokens));
+  const double seconds = run_.state.seconds, loss = run_.state.recent_loss;
+  const double tokens = double(run_.steps) * double(s_.batch_tokens);
+  const auto parameters = gpt_->table().parameters();
+  run_.line.note(
       format("trained %s parameters on %s tokens in %s (%s tokens/s): training loss %.3f%s",
-             count_text(double(gpt_->table().parameters())).c_str(), count_text(tokens).c_str(),
-             duration_text(seconds_).c_str(), count_text(tokens / seconds_).c_str(), recent_loss_,
+             count_text(double(parameters)).c_str(), count_text(tokens).c_str(),
+             duration_text(seconds).c_str(), count_text(tokens / seconds).c_str(), loss,
              val_ ? format(", validation %.4f bits/byte", score.bits_per_byte).c_str() : ""));
-  line_.note(concat("model in ", model().string(), ": ./chat generate ", w_.out.string(),
-                    " --prompt \"...\""));
+  return {{"tokens", int64_t(tokens)},
+          {"epochs", tokens / double(train_.size())},
+          {"tokens_per_second", tokens / seconds},
+          {"parameters", parameters},
+          {"train_loss", loss},
+          {"val_loss", val_ ? Json(score.loss) : Json()},
+          {"val_bits_per_byte", val_ ? Json(score.bits_per_byte) : Json()},
+          {"val_tokens", score.tokens}};
+}
+
+OrderedJson Pretraining::state() const {
+  const LoaderState loader = loader_->state();
+  return {{"loader", {{"epoch", loader.epoch}, {"window", loader.window}}},
+          {"eval_seconds", eval_seconds_},
+          {"settings", Json(s_)}};
+}
+
+SaveOptions Pretraining::save_options() const {
+  const bool directory = std::filesystem::is_directory(tokenizer_path_);
+  return {.tokenizer_from = directory ? tokenizer_path_ : tokenizer_path_.parent_path()};
 }
 
 // The user's own model on both engines: the same batch, every gradient side by side.
-int check_engines(const Watching& w) {
+int check_engines(const std::string& model, const Watch& w) {
   check_device(Device::cuda);
-  const std::filesystem::path dir = model_dir(w.model);
+  const std::filesystem::path dir = model_dir(model);
   const Config c = load_config(dir);
   const int length = std::min(c.T, 256);
   std::vector<int> tokens, targets;
@@ -3051,118 +2946,93 @@ int check_engines(const Watching& w) {
   return good ? 0 : 1;
 }
 
-int main_train(int argc, char** argv) {
-  Settings s;
-  Watching w;
-  CLI::App app("Trains a base model on token shards (made by ./bpe encode).");
-  app.option_defaults()->always_capture_default(false);
-  std::string out;
-  app.add_option("--data", s.data, "token shards: PREFIX of ./bpe encode");
-  app.add_option("-o,--out", out, "the run: DIR/metrics.jsonl, DIR/model");
-  app.add_option("--tokenizer", s.tokenizer, "in place of the one PREFIX.json names");
-  app.add_option("--init-from", s.init_from,
-                 "continue from a model: a run or Hugging Face directory");
-  app.add_flag("--resume", w.resume, "go on with DIR after its last checkpoint");
-  app.add_flag("--overwrite", w.overwrite, "replace DIR");
-  app.add_flag("--dry-run", w.dry_run, "print the plan and stop");
-  bool check = false;
-  app.add_flag("--check", check,
-               "compare the CPU and the CUDA engine on --model, tensor by tensor");
-  app.add_option("--model", w.model, "a run or Hugging Face directory, for --check");
+// ---------------------------------------------------------------------------------------------
+// Command line
 
+void add_model_flags(CLI::App& app, Settings& s) {
   auto* model = app.add_option_group("Model", "sizes follow from --depth; each can be overridden");
   model->add_option("--depth", s.depth,
-                    "layers, and with them every size (default: 4, or 3 for a small text)");
-  model->add_option("--family", s.family, "gpt2, llama or qwen3 (default qwen3)");
-  model->add_option("--layers", s.layers);
-  model->add_option("--channels", s.channels);
-  model->add_option("--heads", s.heads, "query heads");
-  model->add_option("--kv-heads", s.kv_heads, "key/value heads, a divisor of --heads");
-  model->add_option("--head-size", s.head_size);
-  model->add_option("--ffn", s.ffn, "feed-forward width");
-  model->add_option("--context", s.context, "longest context in tokens");
-  model->add_option("--tied", s.tied, "1: the head is the embedding; 0: it is not");
+                    "layers, and with them every size; 0: 4, or 3 for a small text");
+  model->add_option("--family", s.family, "gpt2, llama or qwen3");
+  model->add_option("--layers", s.layers, "0: --depth");
+  model->add_option("--channels", s.channels, "width; 0: by --depth");
+  model->add_option("--heads", s.heads, "query heads; 0: by the width");
+  model->add_option("--kv-heads", s.kv_heads, "key/value heads, a divisor of --heads; 0: --heads");
+  model->add_option("--head-size", s.head_size, "0: 32, 64 or 128, by the width");
+  model->add_option("--ffn", s.ffn, "feed-forward width; 0: by the width");
+  model->add_option("--context", s.context, "longest context in tokens; 0: by width and text");
+  model->add_option("--tied", s.tied, "1: the head is the embedding; 0: it is not; -1: by family");
+}
 
+void add_budget_flags(CLI::App& app, Settings& s) {
   auto* budget = app.add_option_group("Budget", "one of; default: 10.5 tokens a parameter");
   budget->add_option(
-      "--minutes", s.minutes,
-      "measure the speed, then fix the steps that fit (a small text: five readings at most)");
-  budget->add_option("--steps", s.steps, "optimizer steps");
-  budget->add_option("--tokens", s.tokens, "tokens seen");
-  budget->add_option("--batch-tokens", s.batch_tokens, "tokens an optimizer step");
-  budget->add_option("--micro-batch-tokens", s.micro_batch_tokens, "tokens in memory at once");
+      "--minutes", s.budget.minutes,
+      "measure the speed, then fix the steps that fit (a small text: five readings, or 800)");
+  budget->add_option("--steps", s.budget.steps, "optimizer steps");
+  budget->add_option("--tokens", s.budget.tokens, "tokens seen");
+  budget->add_option("--batch-tokens", s.batch_tokens, "tokens an optimizer step; 0: chosen");
+  budget->add_option("--micro-batch-tokens", s.micro_batch_tokens,
+                     "tokens in memory at once; 0: 4,096");
+}
 
-  auto* optimizer = app.add_option_group("Optimizer", "");
-  optimizer->add_option("--optimizer", s.optimizer, "muon or adamw (default: by the batch)");
-  optimizer->add_option("--matrix-lr", s.matrix_lr);
-  optimizer->add_option("--embedding-lr", s.embedding_lr);
-  optimizer->add_option("--head-lr", s.head_lr);
-  optimizer->add_option("--vector-lr", s.vector_lr, "norms and biases");
-  optimizer->add_option("--lr-scale", s.lr_scale, "a factor on all of them");
-  optimizer->add_option("--schedule", s.schedule, "linear, cosine or constant (default linear)");
-  optimizer->add_option("--warmup", s.warmup, "steps");
-  optimizer->add_option("--warmdown", s.warmdown, "share of the steps in which linear falls");
-  optimizer->add_option("--final-lr", s.final_lr, "share of the peak at the end");
-  optimizer->add_option("--weight-decay", s.weight_decay);
-  optimizer->add_option("--clip", s.clip, "largest gradient norm, 0 for any");
-  optimizer->add_option("--beta1", s.beta1);
-  optimizer->add_option("--beta2", s.beta2);
-  optimizer->add_option("--momentum", s.momentum, "Muon's");
-  optimizer->add_option("--seed", s.seed);
-
-  auto* watching = app.add_option_group("Watching", "changes no update");
-  watching->add_option("--eval-every", w.eval_every, "steps (default: a tenth of the run)");
-  watching->add_option("--eval-tokens", w.eval_tokens, "of the final validation at most");
-  watching->add_option("--sample-every", w.sample_every, "steps (default: a quarter of the run)");
-  watching->add_option("--prompt", w.prompt, "of the samples");
-  watching->add_option("--save-every", w.save_every, "steps");
-  watching->add_option("--save-minutes", w.save_minutes, "default 10");
-  watching->add_option("--device", w.device, "auto, cpu or cuda");
-  watching->add_option("--precision", w.precision, "auto, fp32 or bf16 (default: bf16 on CUDA)");
-  watching->add_flag("--recompute", w.recompute,
-                     "CUDA: less memory, a forward more: keep each layer's input alone");
-  watching->add_option("--threads", w.threads, "default: the physical cores it may use");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp& e) {
-    return app.exit(e);
-  } catch (const CLI::ParseError& e) {
-    fail(e.what(), " (see --help)");
-  }
-  w.out = out;
+int main_train(int argc, char** argv) {
+  Settings s;
+  Watch w;
+  RunOptions o;
+  bool check = false;
+  std::string check_model;
+  CLI::App app("Trains a base model on token shards (made by ./bpe encode).");
+  app.option_defaults()->always_capture_default();
+  app.add_option("--data", s.data, "token shards: PREFIX of ./bpe encode");
+  app.add_option("--tokenizer", s.tokenizer, "in place of the one that PREFIX.json names");
+  app.add_option("--init-from", s.init_from,
+                 "continue from a model: a run or Hugging Face directory");
+  app.add_flag("--dry-run", o.dry_run, "print the plan and stop");
+  app.add_flag("--check", check,
+               "compare the CPU and the CUDA engine on --model, tensor by tensor");
+  app.add_option("--model", check_model, "a run or Hugging Face directory, for --check");
+  add_run_flags(app, o);
+  add_model_flags(app, s);
+  add_budget_flags(app, s);
+  add_optimizer_flags(app, s.optimizer, "learning rate of matrices; 0: chosen by the model");
+  add_muon_flags(app, s.optimizer);
+  app.add_option("--seed", s.seed, "of the initial weights and the order of the data");
+  auto* watch = app.add_option_group("Watch", "changes no update");
+  watch->add_option("--eval-every", w.eval_every, "steps; 0: a tenth of the run");
+  watch->add_option("--eval-tokens", w.eval_tokens, "most tokens of the final validation");
+  watch->add_option("--sample-every", w.sample_every, "steps; 0: a quarter of the run");
+  watch->add_option("--prompt", w.prompt, "of the samples");
+  watch->add_option("--precision", w.precision, "auto, f32 or bf16 (auto: bf16 on CUDA)");
+  watch->add_flag("--recompute", w.recompute,
+                  "CUDA: keep each layer's input alone: less memory, one more forward pass");
+  const RenamedFlag renamed[] = {{"--matrix-lr", "--lr"}, {"--clip", "--clip-norm"}};
+  const std::vector<std::string> shown = {"--data",    "--out",    "--depth",     "--minutes",
+                                          "--steps",   "--tokens", "--init-from", "--resume",
+                                          "--dry-run", "--device"};
+  if (!parse_flags(app, argc, argv, {{&app, shown}}, renamed)) return 0;
   if (check) {
-    if (w.model.empty()) fail("--model: missing, expected the model to --check");
-    set_threads(w.threads);
-    return check_engines(w);
+    if (check_model.empty()) fail("--model: missing, expected the model to --check");
+    set_threads(o.threads);
+    return check_engines(check_model, w);
   }
-  if (out.empty()) fail("--out is required (see --help)");
-  if (w.resume && w.overwrite) fail("--resume and --overwrite: found both, expected one");
-  if (w.resume) {
-    const auto state = model_dir(w.out) / "trainer_state.json";
-    try {
-      s = read_json(state).at("settings").get<Settings>();
-    } catch (const Json::exception& e) {
-      fail(state.string(), ": settings: ", json_complaint(e),
-           ": not the state of a ./train_gpt run");
-    }
+  begin_process(o);
+  if (o.resume) {
+    s = saved_settings<Settings>(o, "pretraining");
   } else if (s.data.empty()) {
     fail("--data: missing, expected the PREFIX of token shards");
   }
-  check_device(parse_device(w.device));
-  if (parse_precision(w.precision) == Precision::bf16 && parse_device(w.device) == Device::cpu) {
+  if (parse_precision(w.precision) == Precision::bf16 && parse_device(o.device) == Device::cpu) {
     fail("--precision bf16: the CPU engine computes in fp32, expected fp32 or auto");
   }
-  set_threads(w.threads);
-  watch_signals();
-  return Trainer(std::move(s), std::move(w)).run();
+  return Pretraining(std::move(s), std::move(w), std::move(o)).run();
 }
 
 }  // namespace
 }  // namespace cake
 
-int main(int argc, char** argv) {
+// Weak: a stage that links this file as a library has its own.
+__attribute__((weak)) int main(int argc, char** argv) {
   cake::spin_briefly(argv);
   return cake::guarded_main([&] { return cake::main_train(argc, argv); });
 }
-
-#endif  // CAKE_NO_MAIN

@@ -343,6 +343,16 @@ inline Config load_config(const std::filesystem::path& dir) {
   return parse_config(read_json(path), path.string());
 }
 
+// The config of the model in `dir`, which must have the head that is asked for.
+inline Config load_config_with_head(const std::filesystem::path& dir, Head head) {
+  const Config config = load_config(dir);
+  if (config.head != head) {
+    fail(dir.string(), ": found ", architecture_name(config), ", expected a ",
+         head == Head::lm ? "language model" : "reward model (...ForSequenceClassification)");
+  }
+  return config;
+}
+
 // Keys whose absence means something else to transformers are always written: gpt2's dropouts
 // (0.1), its token ids (50256), llama's (1, 2), qwen3's head_dim and key/value heads.
 inline OrderedJson config_json(const Config& c, bool bf16 = false) {
@@ -1143,15 +1153,6 @@ inline void check_disk(const std::filesystem::path& run, const ParamTable& table
     fail(run.string(), ": found ", bytes_text(double(space.available)),
          " free on the disk, expected ", bytes_text(double(need)), " for two checkpoints");
   }
-}
-
-// Stops a run whose loss or gradient is no number, or explodes. `model`: its last checkpoint.
-[[noreturn]] inline void fail_diverged(int64_t step, const std::string& what, double lr_scale,
-                                       const std::filesystem::path& model) {
-  const bool saved = std::filesystem::exists(model / "config.json");
-  fail("step ", step, ": ", what, "; stopped, nothing was saved after it. Try --lr-scale ",
-       lr_scale / 2, ", a longer --warmup, or --clip .5",
-       saved ? "; the last checkpoint is good" : "");
 }
 
 // ---------------------------------------------------------------------------------------------

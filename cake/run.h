@@ -155,6 +155,11 @@ struct Rng {  // a stream: the n-th number is mix64(seed, n)
   }
 };
 
+template <class List>
+void shuffle(List& list, Rng& rng) {  // Fisher, Yates
+  for (size_t i = list.size(); i > 1; i--) std::swap(list[i - 1], list[rng.below(i)]);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Files: read whole; written whole or not at all (written beside, synced, renamed).
 
@@ -267,6 +272,22 @@ class MappedFile {
   const unsigned char* data_ = nullptr;
   int64_t size_ = 0;
 };
+
+// ---------------------------------------------------------------------------------------------
+// Text
+
+inline std::string_view strip(std::string_view text) {  // without white space at both ends
+  const size_t begin = text.find_first_not_of(" \t\r\n");
+  if (begin == std::string_view::npos) return {};
+  return text.substr(begin, text.find_last_not_of(" \t\r\n") + 1 - begin);
+}
+
+// Later lines under the first one, for notes such as "sample  a text of\n        two lines".
+inline std::string indented(std::string text) {
+  for (size_t i = 0; (i = text.find('\n', i)) != std::string::npos; i += 9)
+    text.replace(i, 1, "\n        ");
+  return text;
+}
 
 // ---------------------------------------------------------------------------------------------
 // Time and the progress line

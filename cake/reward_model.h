@@ -1,0 +1,101 @@
+// A reward model at work: a language model whose head was exchanged for one row gives a whole
+// sequence, which ends at the end of a turn, one number.
+//
+// `./reward train` makes one, `./reward score` and the rewards of `./rlhf` use it.
+#pragma once
+
+#include <algorithm>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cake/checkpoint.h"
+#include "cake/gpt.h"
+#include "cake/packed.h"
+#include "cake/sha256.h"
+#include "cake/tokenizer.h"
+
+namespace cake {
+
+// A prompt as ids: a chat up to the header of the assistant's turn, or <|endoftext|> and a text.
+inline std::vector<int> prompt_ids(const Tokenizer& tokenizer, const Conversation& prompt) {
+  return render_chat(tokenizer, prompt, true).ids;
+}
+inline std::vector<int> prompt_ids(const Tokenizer& tokenizer, const std::string& text) {
+  std::vector<int> ids = {tokenizer.end_of_text()};
+  tokenizer.encode(text, ids);
+  return ids;
+}
+
+// What a reward model reads: the ids with <|im_end|> behind them, which a text that was cut off
+// lacks.
+inline std::vector<int> with_end_of_turn(std::vector<int> ids, int end_of_turn) {
+  if (ids.empty() || ids.back() != end_of_turn) ids.push_back(end_of_turn);
+  return ids;
+}
+
+// The SHA-256 of a model's weights, with its adapters'. A checkpoint names the models that it
+// depends on by path and hash, and copies nothing of them.
+inline std::string model_hash(const std::filesystem::path& dir) {
+  if (!has_adapters(dir)) return sha256_of_weights(dir);
+  return sha256_of_file(dir / "adapter_model.safetensors") + adapter_base(dir).hash;
+}
+
+class RewardModel {
+ public:
+  RewardModel(const std::filesystem::path& path, Device device, int64_t micro_batch_tokens = 4096)
+      : dir_(model_dir(path)), micro_batch_tokens_(micro_batch_tokens) {
+    const Config config = load_config_with_head(dir_, Head::scalar);
+    shift_ = float(config.reward_shift);
+    gpt_ = make_gpt(config, {.device = device,
+                             .mode = Mode::inference,
+                             .batch_tokens = int(std::max<int64_t>(micro_batch_tokens, config.T))});
+    load_weights(dir_, *gpt_);
+  }
+
+  // The reward of each sequence: the value after its last id, plus the config's reward_shift.
+  std::vector<float> score(std::span<const std::vector<int>> sequences) {
+    std::vector<Packed> batches;
+    for (size_t i = 0; i < sequences.size(); i++) {
+      const std::vector<int>& ids = sequences[i];
+      if (ids.empty() || int(ids.size()) > gpt_->config().T) {
+        fail(dir_.string(), ": found a sequence of ", ids.size(),
+             " tokens to score, expected 1 to ", gpt_->config().T, ", the reward model's context");
+      }
+      batch_with_room(batches, int64_t(ids.size()), micro_batch_tokens_)
+          .add(int(i), ids, ids.size(), [](size_t) { return false; });
+    }
+    std::vector<float> rewards(sequences.size());
+    for (const Packed& b : batches) {
+      gpt_->forward(b.batch(), Pass::score);
+      const std::span<const float> value = gpt_->value();
+      for (size_t i = 0; i < b.members.size(); i++) {
+        rewards[size_t(b.members[i])] = value[b.last(i)] + shift_;
+      }
+    }
+    return rewards;
+  }
+
+  // Fails where ids do not mean the same to this model and to the policy.
+  void check_tokenizer(const Tokenizer& policy, const std::filesystem::path& policy_dir) const {
+    const Tokenizer own = Tokenizer::load(dir_);
+    if (own.hash() == policy.hash()) return;
+    fail(dir_.string(), ": found another vocabulary (", own.vocab_size(), " tokens) than that of ",
+         policy_dir.string(), " (", policy.vocab_size(), "), expected the same");
+  }
+  const std::filesystem::path& dir() const { return dir_; }
+  Gpt& gpt() { return *gpt_; }
+  bool shifted() const { return shift_ != 0; }  // scores were moved to mean 0
+  std::string hash() const { return model_hash(dir_); }
+
+ private:
+  std::filesystem::path dir_;
+  int64_t micro_batch_tokens_;
+  float shift_ = 0;
+  std::unique_ptr<Gpt> gpt_;
+};
+
+}  // namespace cake
