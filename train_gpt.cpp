@@ -8,7 +8,8 @@
 //   3. optimizers     the norm of the gradient, AdamW, Muon
 //   4. decoding       the KV cache, sampling
 //   5. memory         arenas, tensors in and out, what a model takes, make_gpt
-//   6. speed          vectors, loops over threads, the blocked product: 95 % of the work
+//   6. speed          vectors, loops over threads, and the blocked product, which does 95 % of the
+//                     work
 //   7. pretraining    data, plan, loop, checkpoints, command line, main
 //
 // One invariant holds everywhere: the same bits for any number of threads and any batch
@@ -41,7 +42,9 @@
 namespace cake {
 
 // =============================================================================================
-// 1. The model. plain::Gpt in cake/layers.h is the same model in plain loops, with its formulas.
+// 1. The model: forward, backward, update. Read plain::Gpt in cake/layers.h first: it is the same
+// model in plain loops, with its formulas. Here matrices are computed on all cores, activations lie
+// in one arena, and a tensor's gradient may take its place.
 
 // Memory from the system, zeroed, on huge pages where it can. Pages never touched take no memory,
 // which lets an arena have room for what a mode does not use.
@@ -66,7 +69,6 @@ class Arena {
   int64_t size_ = 0;
 };
 
-// What a pass over N tokens writes.
 struct NormStats {
   float* mean;  // (N), null for RMSNorm
   float* rstd;  // (N)
@@ -114,7 +116,7 @@ struct Attention {  // one layer's attention over packed documents
 class RopeTable {  // cos and sin of every position so far, made when first needed
  public:
   explicit RopeTable(const Config& c) : half_(c.HS / 2), frequency_(rope_frequencies(c)) {}
-  void reach(int positions);
+  void extend(int positions);
   const float* cos(int position) const { return cos_.data() + int64_t(position) * half_; }
   const float* sin(int position) const { return sin_.data() + int64_t(position) * half_; }
 
@@ -137,8 +139,8 @@ static void adamw(int64_t size, float* w, const float* g, float* m, float* v, fl
                   float decay, const OptimizerStep& o);
 static void muon(int out, int in, float* w, const float* g, float* m, float scale,
                  const OptimizerStep& o);
-template <class Body>
-static void parallel_items(int64_t n, Body&& body);  // runs body(i) for i in [0, n) on all threads
+template <class Visit>
+static void parallel_items(int64_t n, Visit&& visit);  // visit(i) for i in [0, n), on all threads
 
 struct Operand;     // of a product
 struct RowSoftmax;  // of a row of logits
@@ -151,18 +153,18 @@ class CpuGpt final : public Gpt {
   void forward(const Batch& batch, Pass pass) override {
     begin(batch);
     trunk_forward();
-    live_ = pass == Pass::train;
-    if (live_ && !train_) fail("forward: an inference model keeps nothing for backward");
+    forward_is_live_ = pass == Pass::train;
+    if (forward_is_live_ && !train_) fail("forward: an inference model keeps nothing for backward");
     head_forward();
   }
 
   void backward(std::span<const float> dlogp, std::span<const float> dvalue,
                 std::span<const float> dentropy) override {
-    if (!live_) fail("backward: no forward with Pass::train came before");
+    if (!forward_is_live_) fail("backward: no forward with Pass::train came before");
     check_weights(config_, N_, dlogp, dvalue, dentropy);
     head_backward(dlogp, dvalue, dentropy, logits_kept_);
     trunk_backward();
-    live_ = false;
+    forward_is_live_ = false;
   }
 
   void forward_backward(const Batch& batch, std::span<const float> dlogp,
@@ -174,7 +176,7 @@ class CpuGpt final : public Gpt {
     if (config_.head == Head::scalar) head_forward();
     head_backward(dlogp, dvalue, dentropy, false);
     trunk_backward();
-    live_ = false;
+    forward_is_live_ = false;
   }
 
   // Clips the gradient, then every trainable tensor takes a step of its optimizer.
@@ -182,16 +184,16 @@ class CpuGpt final : public Gpt {
     if (!train_) fail("update: an inference model has no gradients");
     stats_ = {.grad_norm = gradient_norm(), .loss = std::exchange(loss_, 0)};
     stats_.skipped = !std::isfinite(stats_.grad_norm);
-    fresh_ = true;
-    live_ = false;
+    gradients_are_zero_ = true;
+    forward_is_live_ = false;
     if (stats_.skipped) return;
     const bool clipped = step.max_norm > 0 && stats_.grad_norm > step.max_norm;
     const float scale = clipped ? float(step.max_norm / stats_.grad_norm) : 1.f;
     const std::vector<Piece> pieces = update_pieces();
     parallel_items(int64_t(pieces.size()), [&](int64_t i) {
-      const auto& [t, first, size] = pieces[size_t(i)];
-      float *w = weight(first), *m = moment1_.data() + first, *v = moment2_.data() + first;
-      const float* g = gradients_.data() + first;
+      const auto& [t, offset, size] = pieces[size_t(i)];
+      float *w = weight(offset), *m = moment1_.data() + offset, *v = moment2_.data() + offset;
+      const float* g = gradients_.data() + offset;
       if (t->muon) {
         muon(t->out, t->in, w, g, m, scale, step);
       } else {
@@ -202,7 +204,7 @@ class CpuGpt final : public Gpt {
   }
 
   UpdateStats stats() override { return stats_; }
-  void zero_gradients() override { fresh_ = true, loss_ = 0; }
+  void zero_gradients() override { gradients_are_zero_ = true, loss_ = 0; }
   void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
 
   std::span<const float> logp() override { return logp_; }
@@ -231,7 +233,7 @@ class CpuGpt final : public Gpt {
   void blocks_forward(Activations& acts, int N, const int* tokens, const int* positions,
                       bool panels, Attend&& attend) {
     if (config_.family != Family::gpt2)
-      rope_.reach(1 + *std::max_element(positions, positions + N));
+      rope_.extend(1 + *std::max_element(positions, positions + N));
     embed(N, tokens, positions, acts.layers[0].x);
     for (int l = 0; l < config_.L; l++) {
       const Block& b = table_.blocks[size_t(l)];
@@ -270,7 +272,7 @@ class CpuGpt final : public Gpt {
       norm_back(N_, b.norm1, a_.dnorm, a.x, a.stats1);
     }
     embed_backward();
-    fresh_ = false;
+    gradients_are_zero_ = false;
   }
 
   // The batch: checked, copied, its positions; room for what a pass over it writes.
@@ -294,14 +296,14 @@ class CpuGpt final : public Gpt {
   Attention attention_of(const float* qkv, const float* rotated) const;
   void activate(int N, const float* up, float* act) const;
   void activate_backward(float* up, const float* dact) const;
-  void logits_forward(int64_t first, int64_t rows);
+  void logits_forward(int64_t begin, int64_t rows);
   void head_forward();
   void head_backward(std::span<const float> dlogp, std::span<const float> dvalue,
                      std::span<const float> dentropy, bool logits_ready);
 
   struct Piece {
     const Tensor* tensor;
-    int64_t first, size;  // in the arena
+    int64_t offset, size;  // in the arena
   };
   double gradient_norm();
   std::vector<Piece> update_pieces() const;
@@ -318,8 +320,9 @@ class CpuGpt final : public Gpt {
   std::shared_ptr<Weights> weights_;
   Arena gradients_, moment1_, moment2_;  // in the table's order
   UpdateStats stats_;
-  double loss_ = 0;    // of the batches since the last update
-  bool fresh_ = true;  // gradients are zero, whatever the arena holds: the next backward sets them
+  double loss_ = 0;  // of the batches since the last update
+  // All gradients are zero, whatever their arena holds: the next backward sets them.
+  bool gradients_are_zero_ = true;
   Arena arena_;
   Activations a_{};
   int64_t capacity_ = 0;
@@ -336,7 +339,7 @@ class CpuGpt final : public Gpt {
   std::vector<int> head_rows_;       // positions that have a target
   std::vector<RowSoftmax> softmax_;  // one for each of head_rows_
   std::vector<float> logp_, entropy_, value_;
-  bool live_ = false, logits_kept_ = false;
+  bool forward_is_live_ = false, logits_kept_ = false;
 };
 
 // =============================================================================================
@@ -360,7 +363,7 @@ static inline vec load(const float* p, int n);  // n <= kLanes floats; the other
 static inline void store(float* p, vec v);
 static inline void store(float* p, vec v, int n);  // the first n lanes
 static inline vec splat(float x);                  // x in every lane
-static inline vec keep(vec v, int n);              // zeroes the lanes from n on
+static inline vec mask_lanes(vec v, int n);        // zeroes the lanes from n on
 static inline vec fused(vec a, vec b, vec c);      // a b + c, rounded once
 static inline vec vmax(vec a, vec b);
 static inline vec vsqrt(vec x);
@@ -370,17 +373,17 @@ static inline vec vsigmoid(vec x);
 static inline float exp1(float x);
 static inline float sum_lanes(vec v);
 static inline float max_lanes(vec v);
-// Walks n floats a vector at a time: body(first, count), count < kLanes only at the end.
-template <class Body>
-static inline void lanes(int64_t n, Body&& body);
+// Walks n floats a vector at a time: visit(begin, count), count < kLanes only at the end.
+template <class Visit>
+static inline void for_vectors(int64_t n, Visit&& visit);
 
-// Runs body(i) for i in [0, n) on all threads; bodies write disjoint outputs.
-template <class Body>
-static void parallel_for(int64_t n, Body&& body);
+// Runs visit(i) for i in [0, n) on all threads; visits write disjoint outputs.
+template <class Visit>
+static void parallel_for(int64_t n, Visit&& visit);
 // The same for items of unequal cost; `group` neighbours, which share memory, go to one thread
 // where there are groups enough.
-template <class Body>
-static void parallel_groups(int64_t n, int group, Body&& body);
+template <class Visit>
+static void parallel_groups(int64_t n, int group, Visit&& visit);
 
 // A product is computed in tiles of kMR x kNR.
 inline constexpr int kNR = 2 * kLanes;                               // columns of a tile
@@ -425,7 +428,8 @@ static void pack_panel(const Operand& x, const float* data, int count, int K, fl
 // Weights (out, in) as whole-depth panels of kNR outputs, [panel][in][kNR]: what decoding reads.
 static int64_t packed_size(int out, int in) { return int64_t((out + kNR - 1) / kNR * kNR) * in; }
 static void pack_weights(const float* weight, int out, int in, float* packed);
-inline constexpr int kAhead = 12;  // steps between asking for a line of memory and packing it
+// Steps between asking for a line of memory and packing it.
+inline constexpr int kPrefetchSteps = 12;
 
 // ---------------------------------------------------------------------------------------------
 // Weights
@@ -514,7 +518,7 @@ void CpuGpt::begin(const Batch& batch) {
   value_.assign(lm ? 0 : size_t(N), 0.f);
   softmax_.resize(head_rows_.size());
   reserve(N);
-  live_ = logits_kept_ = false;
+  forward_is_live_ = logits_kept_ = false;
 }
 
 // x[n] = wte[token] (+ wpe[position])
@@ -524,16 +528,17 @@ void CpuGpt::embed(int N, const int* tokens, const int* positions, float* x) con
   const bool in_panels = w.panels_only && w.group_of(table_.wte);
   parallel_for(N, [&](int64_t n) {
     float* row = x + n * C;
-    const int64_t first = table_.wte + int64_t(tokens[n]) * C;
+    const int64_t offset = table_.wte + int64_t(tokens[n]) * C;
     if (in_panels) {
       const Weights::Group& g = *w.group_of(table_.wte);
-      for (int c = 0; c < C; c++) row[c] = w.in_panels(g, first + c);
+      for (int c = 0; c < C; c++) row[c] = w.in_panels(g, offset + c);
     } else {
-      std::copy_n(weight(first), C, row);
+      std::copy_n(weight(offset), C, row);
     }
     if (table_.wpe >= 0) {
       const float* p = weight(table_.wpe) + int64_t(positions[n]) * C;
-      lanes(C, [&](int64_t c, int m) { store(row + c, load(row + c, m) + load(p + c, m), m); });
+      for_vectors(C,
+                  [&](int64_t c, int m) { store(row + c, load(row + c, m) + load(p + c, m), m); });
     }
   });
 }
@@ -544,16 +549,18 @@ void CpuGpt::embed_backward() {
   const int C = config_.C;
   const bool tied = table_.head.weight == table_.wte;
   if (!gradient(table_.wte)) return;  // frozen, and the positions with it
-  if (fresh_ && !tied) std::fill_n(gradient(table_.wte), int64_t(config_.V) * C, 0.f);
-  if (fresh_ && table_.wpe >= 0) std::fill_n(gradient(table_.wpe), int64_t(config_.T) * C, 0.f);
+  if (gradients_are_zero_ && !tied) std::fill_n(gradient(table_.wte), int64_t(config_.V) * C, 0.f);
+  if (gradients_are_zero_ && table_.wpe >= 0)
+    std::fill_n(gradient(table_.wpe), int64_t(config_.T) * C, 0.f);
   parallel_for((C + 63) / 64, [&](int64_t chunk) {
-    const int64_t first = chunk * 64;
-    const int width = int(std::min<int64_t>(64, C - first));
+    const int64_t begin = chunk * 64;
+    const int width = int(std::min<int64_t>(64, C - begin));
     for (int64_t n = 0; n < N_; n++) {
-      const float* d = a_.dx + n * C + first;
+      const float* d = a_.dx + n * C + begin;
       const auto add = [&](int64_t table, int64_t row) {
-        float* to = gradient(table) + row * C + first;
-        lanes(width, [&](int64_t c, int m) { store(to + c, load(to + c, m) + load(d + c, m), m); });
+        float* sum = gradient(table) + row * C + begin;
+        for_vectors(
+            width, [&](int64_t c, int m) { store(sum + c, load(sum + c, m) + load(d + c, m), m); });
       };
       add(table_.wte, tokens_[size_t(n)]);
       if (table_.wpe >= 0) add(table_.wpe, positions_[size_t(n)]);
@@ -562,8 +569,10 @@ void CpuGpt::embed_backward() {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Norms: rows in parallel. Gradients of weights are summed over blocks of 64 rows first, then over
-// the blocks in order: the same sum for any number of threads.
+// Norms (plain::norm_forward). LayerNorm: y = (x - mean) rstd w + b. RMSNorm: mean = 0, no b.
+//
+// Rows go in parallel. Gradients of weights are summed over blocks of 64 rows first, then over the
+// blocks in order: the same sum for any number of threads.
 
 inline constexpr int kRowBlock = 64;
 
@@ -573,16 +582,16 @@ static void norm_row(int C, const float* x, const float* weight, const float* bi
   float mean = 0;
   if (bias) {
     vec sum{};
-    lanes(C, [&](int64_t c, int n) { sum += load(x + c, n); });
+    for_vectors(C, [&](int64_t c, int n) { sum += load(x + c, n); });
     mean = sum_lanes(sum) / float(C);
   }
   vec square{};
-  lanes(C, [&](int64_t c, int n) {
-    const vec d = keep(load(x + c, n) - mean, n);
+  for_vectors(C, [&](int64_t c, int n) {
+    const vec d = mask_lanes(load(x + c, n) - mean, n);
     square += d * d;
   });
   const float rstd = 1 / std::sqrt(sum_lanes(square) / float(C) + eps);
-  lanes(C, [&](int64_t c, int n) {
+  for_vectors(C, [&](int64_t c, int n) {
     vec h = (load(x + c, n) - mean) * rstd * load(weight + c, n);
     if (bias) h += load(bias + c, n);
     store(y + c, h, n);
@@ -603,7 +612,9 @@ static int64_t norm_partials(int64_t N, int C) {  // floats of scratch that norm
   return (N + kRowBlock - 1) / kRowBlock * 2 * C;
 }
 
-// dx (N, C) is added to; dweight and dbias (C) are added to when `accumulate`, else set.
+// With h = (x - mean) rstd and g = dy w:  dx += rstd (g - [mean of g] - h mean of g h), the bracket
+// for LayerNorm alone;  dw += dy h;  db += dy. dweight and dbias (C) are added to when
+// `accumulate`, else set.
 static void norm_backward(int N, int C, const float* dy, const float* x, const float* weight,
                           NormStats stats, float* dx, float* dweight, float* dbias, bool accumulate,
                           float* partials) {
@@ -616,7 +627,7 @@ static void norm_backward(int N, int C, const float* dy, const float* x, const f
       const float *row = x + r * C, *d = dy + r * C;
       const float mean = stats.mean ? stats.mean[r] : 0.f, rstd = stats.rstd[r];
       vec g_sum{}, gh_sum{};
-      lanes(C, [&](int64_t c, int n) {
+      for_vectors(C, [&](int64_t c, int n) {
         const vec h = (load(row + c, n) - mean) * rstd, dv = load(d + c, n);
         const vec g = dv * load(weight + c, n);
         g_sum += g;
@@ -626,7 +637,7 @@ static void norm_backward(int N, int C, const float* dy, const float* x, const f
       });
       const float g_mean = stats.mean ? sum_lanes(g_sum) / float(C) : 0.f;
       const float gh_mean = sum_lanes(gh_sum) / float(C);
-      lanes(C, [&](int64_t c, int n) {
+      for_vectors(C, [&](int64_t c, int n) {
         const vec h = (load(row + c, n) - mean) * rstd;
         const vec g = load(d + c, n) * load(weight + c, n);
         store(dx + r * C + c, load(dx + r * C + c, n) + rstd * (g - g_mean - h * gh_mean), n);
@@ -654,11 +665,25 @@ void CpuGpt::norm(int N, const Norm& n, const float* x, float* y, NormStats stat
 }
 void CpuGpt::norm_back(int N, const Norm& n, const float* dy, const float* x, NormStats stats) {
   norm_backward(N, config_.C, dy, x, weight(n.weight), stats, a_.dx, gradient(n.weight),
-                gradient(n.bias), !fresh_, a_.partials);
+                gradient(n.bias), !gradients_are_zero_, a_.partials);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Linear layers, with adapters
+
+// The three products of x (N, in), weights w (out, in) and y (N, out).
+// y = x w^T
+static Product forward_product(int N, int in, int out, const float* x, const float* w, float* y) {
+  return {N, out, in, {x, in, Inner::k}, {w, in, Inner::k}, y, out};
+}
+// dx = dy w
+static Product input_gradient(int N, int in, int out, const float* w, const float* dy, float* dx) {
+  return {N, in, out, {dy, out, Inner::k}, {w, in, Inner::other}, dx, in};
+}
+// dw = dy^T x
+static Product weight_gradient(int N, int in, int out, const float* x, const float* dy, float* dw) {
+  return {out, in, N, {dy, out, Inner::other}, {x, in, Inner::other}, dw, in};
+}
 
 Operand CpuGpt::matrix(const Linear& l, bool panels) const {  // W (out, in) as B(k = in, n = out)
   if (panels) {
@@ -669,37 +694,19 @@ Operand CpuGpt::matrix(const Linear& l, bool panels) const {  // W (out, in) as 
 // y (N, out) = x W^T + b [+ residual]
 void CpuGpt::linear(int N, const Linear& l, const float* x, float* y, const float* residual,
                     bool panels) const {
-  gemm({.M = N,
-        .N = l.out,
-        .K = l.in,
-        .a = {x, l.in, Inner::k},
-        .b = matrix(l, panels),
-        .c = y,
-        .ldc = l.out,
-        .bias = weight(l.bias),
-        .residual = residual});
+  Product p = forward_product(N, l.in, l.out, x, nullptr, y);
+  p.b = matrix(l, panels), p.bias = weight(l.bias), p.residual = residual;
+  gemm(p);
   for (const Adapter& a : l.adapters) adapter_forward(N, l, a, x, y);
 }
 // dW += dy^T x, db += column sums of dy; dx = dy W
 void CpuGpt::linear_backward(int N, const Linear& l, const float* x, const float* dy, float* dx) {
   if (float* dweight = gradient(l.weight)) {
-    gemm({.M = l.out,
-          .N = l.in,
-          .K = N,
-          .a = {dy, l.out, Inner::other},
-          .b = {x, l.in, Inner::other},
-          .c = dweight,
-          .ldc = l.in,
-          .accumulate = !fresh_,
-          .sums = gradient(l.bias)});
+    Product p = weight_gradient(N, l.in, l.out, x, dy, dweight);
+    p.accumulate = !gradients_are_zero_, p.sums = gradient(l.bias);
+    gemm(p);
   }
-  gemm({.M = N,
-        .N = l.in,
-        .K = l.out,
-        .a = {dy, l.out, Inner::k},
-        .b = {weight(l.weight), l.in, Inner::other},
-        .c = dx,
-        .ldc = l.in});
+  gemm(input_gradient(N, l.in, l.out, weight(l.weight), dy, dx));
   for (const Adapter& a : l.adapters) adapter_backward(N, l, a, x, dy, dx);
 }
 // y += u B^T with u = scale x A^T (N, rank)
@@ -708,25 +715,14 @@ void CpuGpt::adapter_forward(int N, const Linear& l, const Adapter& a, const flo
   if (!adapters_) return;
   const int r = table_.lora.rank;
   const float* u = adapter_inner(N, l, a, x);
-  gemm({.M = N,
-        .N = a.out,
-        .K = r,
-        .a = {u, r, Inner::k},
-        .b = {weight(a.b), r, Inner::k},
-        .c = y + a.begin,
-        .ldc = l.out,
-        .accumulate = true});
+  Product p = forward_product(N, r, a.out, u, weight(a.b), y + a.begin);
+  p.ldc = l.out, p.accumulate = true;
+  gemm(p);
 }
 const float* CpuGpt::adapter_inner(int N, const Linear& l, const Adapter& a, const float* x) const {
   const int r = table_.lora.rank;
   if (int64_t(inner_.size()) < int64_t(N) * r) inner_.resize(size_t(N) * size_t(r));
-  gemm({.M = N,
-        .N = r,
-        .K = l.in,
-        .a = {x, l.in, Inner::k},
-        .b = {weight(a.a), l.in, Inner::k},
-        .c = inner_.data(),
-        .ldc = r});
+  gemm(forward_product(N, l.in, r, x, weight(a.a), inner_.data()));
   for (int64_t i = 0; i < int64_t(N) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
   return inner_.data();
 }
@@ -736,44 +732,25 @@ void CpuGpt::adapter_backward(int N, const Linear& l, const Adapter& a, const fl
   if (!adapters_) return;
   const int r = table_.lora.rank;
   const float* u = adapter_inner(N, l, a, x);
-  gemm({.M = a.out,
-        .N = r,
-        .K = N,
-        .a = {dy + a.begin, l.out, Inner::other},
-        .b = {u, r, Inner::other},
-        .c = gradient(a.b),
-        .ldc = r,
-        .accumulate = !fresh_});
-  gemm({.M = N,
-        .N = r,
-        .K = a.out,
-        .a = {dy + a.begin, l.out, Inner::k},
-        .b = {weight(a.b), r, Inner::other},
-        .c = inner_.data(),
-        .ldc = r});
+  Product db = weight_gradient(N, r, a.out, u, dy + a.begin, gradient(a.b));
+  db.a.ld = l.out, db.accumulate = !gradients_are_zero_;
+  gemm(db);
+  Product du = input_gradient(N, r, a.out, weight(a.b), dy + a.begin, inner_.data());
+  du.a.ld = l.out;
+  gemm(du);
   for (int64_t i = 0; i < int64_t(N) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
-  gemm({.M = r,
-        .N = l.in,
-        .K = N,
-        .a = {u, r, Inner::other},
-        .b = {x, l.in, Inner::other},
-        .c = gradient(a.a),
-        .ldc = l.in,
-        .accumulate = !fresh_});
-  gemm({.M = N,
-        .N = l.in,
-        .K = r,
-        .a = {u, r, Inner::k},
-        .b = {weight(a.a), l.in, Inner::other},
-        .c = dx,
-        .ldc = l.in,
-        .accumulate = true});
+  Product da = weight_gradient(N, l.in, r, x, u, gradient(a.a));
+  da.accumulate = !gradients_are_zero_;
+  gemm(da);
+  Product du_a = input_gradient(N, l.in, r, weight(a.a), u, dx);
+  du_a.accumulate = true;
+  gemm(du_a);
 }
 
 // ---------------------------------------------------------------------------------------------
 // RoPE and QK-norm
 
-void RopeTable::reach(int positions) {
+void RopeTable::extend(int positions) {
   for (int t = int(cos_.size() / size_t(half_)); t < positions; t++) {
     for (double f : frequency_) {
       cos_.push_back(float(std::cos(t * f)));
@@ -782,8 +759,9 @@ void RopeTable::reach(int positions) {
   }
 }
 
+// RoPE (plain::rope) turns each pair (x[i], x[i + HS/2]) by position x frequency[i].
 // (a, b) turned by the angles whose cosines and sines are c and s; back with -s.
-static inline void turn(vec& a, vec& b, vec c, vec s) {
+static inline void rotate_pairs(vec& a, vec& b, vec c, vec s) {
   const vec x = a;
   a = x * c - b * s;
   b = b * c + x * s;
@@ -793,9 +771,9 @@ static inline void turn(vec& a, vec& b, vec c, vec s) {
 // (HS/2).
 static void rope_row(int HS, float* x, const float* cos, const float* sin, float sign) {
   const int half = HS / 2;
-  lanes(half, [&](int64_t i, int n) {
+  for_vectors(half, [&](int64_t i, int n) {
     vec a = load(x + i, n), b = load(x + half + i, n);
-    turn(a, b, load(cos + i, n), sign * load(sin + i, n));
+    rotate_pairs(a, b, load(cos + i, n), sign * load(sin + i, n));
     store(x + i, a, n);
     store(x + half + i, b, n);
   });
@@ -806,12 +784,12 @@ static void norm_rope_row(int HS, const float* x, const float* weight, float eps
                           const float* sin, float* y) {
   const int half = HS / 2;
   vec square{};
-  lanes(HS, [&](int64_t i, int n) { square += load(x + i, n) * load(x + i, n); });
+  for_vectors(HS, [&](int64_t i, int n) { square += load(x + i, n) * load(x + i, n); });
   const float rstd = 1 / std::sqrt(sum_lanes(square) / float(HS) + eps);
-  lanes(half, [&](int64_t i, int n) {
+  for_vectors(half, [&](int64_t i, int n) {
     vec a = load(x + i, n) * rstd * load(weight + i, n);
     vec b = load(x + half + i, n) * rstd * load(weight + half + i, n);
-    turn(a, b, load(cos + i, n), load(sin + i, n));
+    rotate_pairs(a, b, load(cos + i, n), load(sin + i, n));
     store(y + i, a, n);
     store(y + half + i, b, n);
   });
@@ -857,9 +835,9 @@ void CpuGpt::rotate_backward(const Block& b, const LayerActivations& a) {
         const float *x = a.qkv + n * ld + h * HS, *w = weight(h < NH ? b.q_norm : b.k_norm);
         float* dw = sums + (h < NH ? 0 : HS);
         vec square{}, gx_sum{};
-        lanes(half, [&](int64_t i, int m) {
+        for_vectors(half, [&](int64_t i, int m) {
           vec d1 = load(d + i, m), d2 = load(d + half + i, m);
-          turn(d1, d2, load(cos + i, m), -load(sin + i, m));
+          rotate_pairs(d1, d2, load(cos + i, m), -load(sin + i, m));
           const vec x1 = load(x + i, m), x2 = load(x + half + i, m);
           square += x1 * x1 + x2 * x2;
           gx_sum += x1 * d1 * load(w + i, m) + x2 * d2 * load(w + half + i, m);
@@ -868,7 +846,7 @@ void CpuGpt::rotate_backward(const Block& b, const LayerActivations& a) {
         });
         const float rstd = 1 / std::sqrt(sum_lanes(square) / float(HS) + float(config_.norm_eps));
         const float gh_mean = sum_lanes(gx_sum) * rstd / float(HS);
-        lanes(HS, [&](int64_t i, int m) {
+        for_vectors(HS, [&](int64_t i, int m) {
           const vec xhat = load(x + i, m) * rstd, dy = load(d + i, m);
           store(dw + i, load(dw + i, m) + dy * xhat, m);
           store(d + i, rstd * (dy * load(w + i, m) - xhat * gh_mean), m);
@@ -880,7 +858,7 @@ void CpuGpt::rotate_backward(const Block& b, const LayerActivations& a) {
   for (int i = 0; i < HS; i++) {
     for (const int which : {0, 1}) {
       float* dw = gradient(which ? b.k_norm : b.q_norm) + i;
-      float sum = fresh_ ? 0.f : *dw;
+      float sum = gradients_are_zero_ ? 0.f : *dw;
       for (int block = 0; block < blocks; block++)
         sum += partials[int64_t(block) * 2 * HS + which * HS + i];
       *dw = sum;
@@ -889,11 +867,15 @@ void CpuGpt::rotate_backward(const Block& b, const LayerActivations& a) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Attention. Keys and values of one (document, key/value head) lie in pages of kPage positions:
-// keys transposed, [HS][kPage], so that one query meets kPage keys in vector lanes; values
-// [kPage][HSP], HSP = HS padded to whole vectors. The KV cache holds the same pages, and training
-// makes them on the way, so one function serves both. A row's sums run over its pages in order with
-// a running maximum (Dao et al. 2022): the result does not depend on which rows stand beside it.
+// Attention (plain::attention_forward and plain::attention_backward define it; read them first):
+// out[t] = sum_{s<=t} p[t,s] v[s],  p[t,.] = softmax over s <= t of q[t] k[s] / sqrt(HS)
+//
+// The fast version makes no T x T matrix. Keys and values of one (document, key/value head) lie in
+// pages of kPage positions: keys transposed, [HS][kPage], so that one query meets kPage keys in
+// vector lanes; values [kPage][HSP], HSP = HS padded to whole vectors. The KV cache holds the same
+// pages, and training makes them on the way, so one function serves both. A row's sums run over its
+// pages in order with a running maximum (Dao et al. 2022): the result does not depend on which rows
+// stand beside it.
 
 // Where attention finds q, k and v of the live batch.
 Attention CpuGpt::attention_of(const float* qkv, const float* rotated) const {
@@ -904,8 +886,8 @@ Attention CpuGpt::attention_of(const float* qkv, const float* rotated) const {
   return a;
 }
 
-static inline void copy_row(int n, const float* from, float* to) {
-  lanes(n, [&](int64_t i, int count) { store(to + i, load(from + i, count), count); });
+static inline void copy_row(int n, const float* src, float* dst) {
+  for_vectors(n, [&](int64_t i, int count) { store(dst + i, load(src + i, count), count); });
 }
 
 // Asks for a row of n floats that will be read soon.
@@ -921,7 +903,7 @@ static inline int to_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // R <= kMR queries of one head at positions first .. first + R - 1; q (R, HS) is already divided by
 // sqrt(HS). out (R, HS); lse (R) log of the sum of exp of a row's scores, may be null.
-static void attend(int R, int first, int HS, const float* q, int64_t q_ld,
+static void attend(int R, int first_position, int HS, const float* q, int64_t q_ld,
                    const float* const* key_pages, const float* const* value_pages, float* out,
                    int64_t out_ld, float* lse, int64_t lse_ld) {
   const int HSP = padded_head(HS);
@@ -932,15 +914,15 @@ static void attend(int R, int first, int HS, const float* q, int64_t q_ld,
   for (int r = 0; r < R; r++)
     highest[r] = -std::numeric_limits<float>::infinity(), total[r] = vec{};
   std::fill(sums, sums + R * HSP, 0.f);
-  const int last = first + R - 1;
-  for (int start = 0; start <= last; start += kSpan) {
-    const int keys = std::min(kSpan, last + 1 - start);  // that the last row sees
+  const int last_position = first_position + R - 1;
+  for (int start = 0; start <= last_position; start += kSpan) {
+    const int keys = std::min(kSpan, last_position + 1 - start);  // that the last row sees
     const int width = to_lanes(keys);
-    for (int at = 0; at < keys; at += kPage)
-      small_product(R, to_lanes(std::min(kPage, keys - at)), HS, q, q_ld, 1,
-                    key_pages[(start + at) / kPage], kPage, scores + at, kSpan, false);
+    for (int key = 0; key < keys; key += kPage)
+      small_product(R, to_lanes(std::min(kPage, keys - key)), HS, q, q_ld, 1,
+                    key_pages[(start + key) / kPage], kPage, scores + key, kSpan, false);
     for (int r = 0; r < R; r++) {
-      const int seen = std::clamp(first + r + 1 - start, 0, keys);
+      const int seen = std::clamp(first_position + r + 1 - start, 0, keys);
       float* s = scores + r * kSpan;
       for (int j = seen; j < width; j++) s[j] = -std::numeric_limits<float>::infinity();
       vec top = splat(highest[r]);
@@ -960,14 +942,14 @@ static void attend(int R, int first, int HS, const float* q, int64_t q_ld,
         store(s + j, p);
       }
     }
-    for (int at = 0; at < keys; at += kPage)
-      small_product(R, HSP, std::min(kPage, keys - at), scores + at, kSpan, 1,
-                    value_pages[(start + at) / kPage], HSP, sums, HSP, true);
+    for (int key = 0; key < keys; key += kPage)
+      small_product(R, HSP, std::min(kPage, keys - key), scores + key, kSpan, 1,
+                    value_pages[(start + key) / kPage], HSP, sums, HSP, true);
   }
   for (int r = 0; r < R; r++) {
     const float sum = sum_lanes(total[r]);
     const float scale = 1 / sum;
-    lanes(HS, [&](int64_t d, int n) {
+    for_vectors(HS, [&](int64_t d, int n) {
       store(out + r * out_ld + d, load(sums + r * HSP + d) * scale, n);
     });
     if (lse) lse[r * lse_ld] = highest[r] + std::log(sum);
@@ -996,7 +978,7 @@ static void attention_forward(const Attention& a, float* out, float* lse) {
       const float *k = a.k + n * a.k_ld + kv * HS, *v = a.v + n * a.v_ld + kv * HS;
       for (int j = 0; j < count; j++) {
         prefetch_row(HS, k + j * a.k_ld);
-        prefetch_row(HS, v + (j + kAhead) * a.v_ld);
+        prefetch_row(HS, v + (j + kPrefetchSteps) * a.v_ld);
         copy_row(HS, v + j * a.v_ld, key + key_size + int64_t(j) * HSP);
       }
       pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, k, count, HS, key);
@@ -1008,9 +990,10 @@ static void attention_forward(const Attention& a, float* out, float* lse) {
       for (int t = 0; t < length; t += kMR) {
         const int R = std::min(kMR, length - t);
         for (int r = 0; r < R; r++) {
-          const float* from = a.q + (begin + t + r) * a.q_ld + h * HS;
-          prefetch_row(HS, from + kMR * a.q_ld);
-          lanes(HS, [&](int64_t d, int m) { store(q + r * HS + d, load(from + d, m) * scale, m); });
+          const float* src = a.q + (begin + t + r) * a.q_ld + h * HS;
+          prefetch_row(HS, src + kMR * a.q_ld);
+          for_vectors(
+              HS, [&](int64_t d, int m) { store(q + r * HS + d, load(src + d, m) * scale, m); });
         }
         const int64_t n = begin + t;
         attend(R, t, HS, q, HS, key_pages.data(), value_pages.data(), out + n * a.NH * HS + h * HS,
@@ -1047,7 +1030,7 @@ static void attention_backward(const Attention& a, const float* out, const float
       const float* k = a.k + (begin + t0) * a.k_ld + kv * HS;
       const float* v = a.v + (begin + t0) * a.v_ld + kv * HS;
       for (int t = 0; t < count; t++) {
-        prefetch_row(HS, k + (t + kAhead) * a.k_ld);
+        prefetch_row(HS, k + (t + kPrefetchSteps) * a.k_ld);
         prefetch_row(HS, v + t * a.v_ld);
         copy_row(HS, k + t * a.k_ld, keys + int64_t(t0 + t) * HSP);
       }
@@ -1062,14 +1045,14 @@ static void attention_backward(const Attention& a, const float* out, const float
         float dot[kPage], row_lse[kPage];  // dot: sum_d dout out = sum_s p dp
         for (int r = 0; r < rows; r++) {
           const int64_t n = begin + t0 + r;
-          const float *from = a.q + n * a.q_ld + h * HS, *d = dout + n * out_ld + h * HS;
+          const float *src = a.q + n * a.q_ld + h * HS, *d = dout + n * out_ld + h * HS;
           const float* o = out + n * out_ld + h * HS;
-          prefetch_row(HS, from + kAhead * a.q_ld);
-          prefetch_row(HS, d + kAhead * out_ld);
-          prefetch_row(HS, o + kAhead * out_ld);
+          prefetch_row(HS, src + kPrefetchSteps * a.q_ld);
+          prefetch_row(HS, d + kPrefetchSteps * out_ld);
+          prefetch_row(HS, o + kPrefetchSteps * out_ld);
           vec sum{};
-          lanes(HS, [&](int64_t i, int m) {
-            store(q + r * HSP + i, load(from + i, m) * scale);
+          for_vectors(HS, [&](int64_t i, int m) {
+            store(q + r * HSP + i, load(src + i, m) * scale);
             store(d_out + r * HSP + i, load(d + i, m));
             sum += load(d + i, m) * load(o + i, m);
           });
@@ -1093,7 +1076,7 @@ static void attention_backward(const Attention& a, const float* out, const float
               const int seen = diagonal ? r0 + r + 1 : page_keys;
               float *ps = pr + r * kPage, *d = dsr + r * kPage;
               const auto weigh = [&](int j, int n) {
-                const vec e = keep(vexp_below_88(load(ps + j) - row_lse[r0 + r]), n);
+                const vec e = mask_lanes(vexp_below_88(load(ps + j) - row_lse[r0 + r]), n);
                 store(ps + j, e);
                 store(d + j, e * (load(d + j) - dot[r0 + r]));
               };
@@ -1105,12 +1088,12 @@ static void attention_backward(const Attention& a, const float* out, const float
                           d_q + r0 * HSP, HSP, true);
           }
           for (int j0 = 0; j0 < page_keys; j0 += kMR) {
-            const int R = std::min(kMR, page_keys - j0), from = diagonal ? j0 : 0;
-            if (from >= rows) break;
-            small_product(R, HSP, rows - from, p + from * kPage + j0, 1, kPage, d_out + from * HSP,
-                          HSP, dvalues + int64_t(s0 + j0) * HSP, HSP, true);
-            small_product(R, HSP, rows - from, ds + from * kPage + j0, 1, kPage, q + from * HSP,
-                          HSP, dkeys + int64_t(s0 + j0) * HSP, HSP, true);
+            const int R = std::min(kMR, page_keys - j0), r_begin = diagonal ? j0 : 0;
+            if (r_begin >= rows) break;
+            small_product(R, HSP, rows - r_begin, p + r_begin * kPage + j0, 1, kPage,
+                          d_out + r_begin * HSP, HSP, dvalues + int64_t(s0 + j0) * HSP, HSP, true);
+            small_product(R, HSP, rows - r_begin, ds + r_begin * kPage + j0, 1, kPage,
+                          q + r_begin * HSP, HSP, dkeys + int64_t(s0 + j0) * HSP, HSP, true);
           }
         }
         for (int r = 0; r < rows; r++)
@@ -1128,34 +1111,36 @@ static void attention_backward(const Attention& a, const float* out, const float
 // ---------------------------------------------------------------------------------------------
 // Activations
 
-static inline vec gelu_argument(vec x) {  // 2u of plain::gelu
+// GELU, tanh form (plain::gelu): y = x s(2u), u = sqrt(2/pi) (x + .044715 x^3), s the sigmoid
+static inline vec gelu_argument(vec x) {  // 2u
   return 1.5957691216f * (x + .044715f * x * x * x);
 }
 static void gelu_forward(int64_t size, const float* x, float* y) {
   parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
-    const int64_t first = chunk * 4096;
-    lanes(std::min<int64_t>(4096, size - first), [&](int64_t i, int n) {
-      const vec v = load(x + first + i, n);
-      store(y + first + i, v * vsigmoid(gelu_argument(v)), n);
+    const int64_t begin = chunk * 4096;
+    for_vectors(std::min<int64_t>(4096, size - begin), [&](int64_t i, int n) {
+      const vec v = load(x + begin + i, n);
+      store(y + begin + i, v * vsigmoid(gelu_argument(v)), n);
     });
   });
 }
 // From dy; x's gradient takes its place.
 static void gelu_backward(int64_t size, float* x, const float* dy) {
   parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
-    const int64_t first = chunk * 4096;
-    lanes(std::min<int64_t>(4096, size - first), [&](int64_t i, int n) {
-      const vec v = load(x + first + i, n), s = vsigmoid(gelu_argument(v));
+    const int64_t begin = chunk * 4096;
+    for_vectors(std::min<int64_t>(4096, size - begin), [&](int64_t i, int n) {
+      const vec v = load(x + begin + i, n), s = vsigmoid(gelu_argument(v));
       const vec slope = 1.5957691216f * (1.f + .134145f * v * v);
-      store(x + first + i, load(dy + first + i, n) * (s + v * s * (1.f - s) * slope), n);
+      store(x + begin + i, load(dy + begin + i, n) * (s + v * s * (1.f - s) * slope), n);
     });
   });
 }
-// gate_up (N, 2F): the gate's columns, then up's; y (N, F)
+// SwiGLU (plain::swiglu): y = gate s(gate) up. gate_up (N, 2F): the gate's columns, then up's;
+// y (N, F)
 static void swiglu_forward(int64_t N, int F, const float* gate_up, float* y) {
   parallel_for(N, [&](int64_t r) {
     const float *gate = gate_up + r * 2 * F, *up = gate + F;
-    lanes(F, [&](int64_t i, int n) {
+    for_vectors(F, [&](int64_t i, int n) {
       const vec g = load(gate + i, n);
       store(y + r * F + i, g * vsigmoid(g) * load(up + i, n), n);
     });
@@ -1165,7 +1150,7 @@ static void swiglu_forward(int64_t N, int F, const float* gate_up, float* y) {
 static void swiglu_backward(int64_t N, int F, float* gate_up, const float* dy) {
   parallel_for(N, [&](int64_t r) {
     float *gate = gate_up + r * 2 * F, *up = gate + F;
-    lanes(F, [&](int64_t i, int n) {
+    for_vectors(F, [&](int64_t i, int n) {
       const vec g = load(gate + i, n), u = load(up + i, n), d = load(dy + r * F + i, n);
       const vec s = vsigmoid(g);
       store(up + i, d * g * s, n);
@@ -1201,6 +1186,7 @@ struct RowSoftmax {  // of softmax(x / temperature) over one row
   }
 };
 
+// log p(target) and the entropy of softmax(x / temperature) (plain::classifier_forward).
 static RowSoftmax row_softmax(int V, const float* x, float inverse_temperature) {
   vec top = splat(-std::numeric_limits<float>::infinity());
   int64_t j = 0;
@@ -1208,9 +1194,9 @@ static RowSoftmax row_softmax(int V, const float* x, float inverse_temperature) 
   float highest = max_lanes(top);
   for (; j < V; j++) highest = std::max(highest, x[j]);
   vec sum{}, weighted{};
-  lanes(V, [&](int64_t i, int n) {
-    const vec s = keep((load(x + i, n) - highest) * inverse_temperature, n);
-    const vec e = keep(vexp_below_88(s), n);
+  for_vectors(V, [&](int64_t i, int n) {
+    const vec s = mask_lanes((load(x + i, n) - highest) * inverse_temperature, n);
+    const vec e = mask_lanes(vexp_below_88(s), n);
     sum += e;
     weighted += e * s;
   });
@@ -1218,10 +1204,11 @@ static RowSoftmax row_softmax(int V, const float* x, float inverse_temperature) 
   return {highest, log_sum, log_sum - sum_lanes(weighted) / total};
 }
 
+// x[j] becomes (dlogp (1[j = target] - p_j) - dentropy p_j (log p_j + H)) / temperature.
 static void row_softmax_backward(int V, float* x, const RowSoftmax& s, float inverse_temperature,
                                  int target, float dlogp, float dentropy) {
   const float a = -dlogp * inverse_temperature, b = -dentropy * inverse_temperature;
-  lanes(V, [&](int64_t j, int n) {
+  for_vectors(V, [&](int64_t j, int n) {
     const vec logp = (load(x + j, n) - s.highest) * inverse_temperature - s.log_sum;
     store(x + j, vexp_below_88(logp) * (a + b * (logp + s.entropy)), n);
   });
@@ -1234,17 +1221,14 @@ static int64_t logit_rows(const Config& c, int64_t N) {
 }
 
 // Logits of head_rows_[first, first + rows) and their softmax statistics.
-void CpuGpt::logits_forward(int64_t first, int64_t rows) {
+void CpuGpt::logits_forward(int64_t begin, int64_t rows) {
   const int V = config_.V, ld = config_.padded_V();
-  gemm({.M = int(rows),
-        .N = V,
-        .K = config_.C,
-        .a = {a_.head_in + first * config_.C, config_.C, Inner::k},
-        .b = matrix(table_.head, weights_->panels_only),
-        .c = a_.logits,
-        .ldc = ld});
+  Product p =
+      forward_product(int(rows), config_.C, V, a_.head_in + begin * config_.C, nullptr, a_.logits);
+  p.b = matrix(table_.head, weights_->panels_only), p.ldc = ld;
+  gemm(p);
   parallel_for(rows, [&](int64_t r) {
-    const size_t row = size_t(first + r), n = size_t(head_rows_[row]);
+    const size_t row = size_t(begin + r), n = size_t(head_rows_[row]);
     const float* x = a_.logits + r * ld;
     softmax_[row] = row_softmax(V, x, inverse_temperature_);
     logp_[n] = softmax_[row].logp(x[targets_[n]], inverse_temperature_);
@@ -1255,21 +1239,15 @@ void CpuGpt::logits_forward(int64_t first, int64_t rows) {
 void CpuGpt::head_forward() {
   const int C = config_.C;
   if (config_.head == Head::scalar) {
-    gemm({.M = N_,
-          .N = 1,
-          .K = C,
-          .a = {a_.final_norm, C, Inner::k},
-          .b = {weight(table_.head.weight), C, Inner::k},
-          .c = value_.data(),
-          .ldc = 1});
+    gemm(forward_product(N_, C, 1, a_.final_norm, weight(table_.head.weight), value_.data()));
     return;
   }
   const auto M = int64_t(head_rows_.size()), chunk = logit_rows(config_, N_);
   parallel_for(M, [&](int64_t r) {
     std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
   });
-  for (int64_t first = 0; first < M; first += chunk) {
-    logits_forward(first, std::min(chunk, M - first));
+  for (int64_t begin = 0; begin < M; begin += chunk) {
+    logits_forward(begin, std::min(chunk, M - begin));
   }
   logits_kept_ = M <= chunk;
 }
@@ -1280,28 +1258,16 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
                            std::span<const float> dentropy, bool logits_ready) {
   const int C = config_.C, V = config_.V, ld = config_.padded_V();
   const Linear& head = table_.head;
-  const Operand weights{weight(head.weight), C, Inner::other};
   parallel_for(N_, [&](int64_t n) { std::fill_n(a_.dnorm + n * C, C, 0.f); });
   if (config_.head == Head::scalar) {
-    if (!dvalue.empty()) {
-      gemm({.M = N_,
-            .N = C,
-            .K = 1,
-            .a = {dvalue.data(), 1, Inner::k},
-            .b = weights,
-            .c = a_.dnorm,
-            .ldc = C});
+    const std::vector<float> zeros(size_t(dvalue.empty() ? N_ : 0));
+    const float* d = dvalue.empty() ? zeros.data() : dvalue.data();  // (N, 1)
+    if (!dvalue.empty()) gemm(input_gradient(N_, C, 1, weight(head.weight), d, a_.dnorm));
+    if (float* dhead = gradient(head.weight)) {
+      Product p = weight_gradient(N_, C, 1, a_.final_norm, d, dhead);
+      p.accumulate = !gradients_are_zero_;
+      gemm(p);
     }
-    const std::vector<float> none(size_t(dvalue.empty() ? N_ : 0), 0.f);
-    if (gradient(head.weight))
-      gemm({.M = 1,
-            .N = C,
-            .K = N_,
-            .a = {dvalue.empty() ? none.data() : dvalue.data(), 1, Inner::other},
-            .b = {a_.final_norm, C, Inner::other},
-            .c = gradient(head.weight),
-            .ldc = C,
-            .accumulate = !fresh_});
   } else {
     // Logits that no forward left are made 4 MiB or 512 rows at a time, which the caches hold.
     const auto M = int64_t(head_rows_.size()), cached = (int64_t(4) << 20) / (int64_t(ld) * 4);
@@ -1313,32 +1279,25 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
       });
     }
     float* dhead = gradient(head.weight);
-    if (fresh_ && M == 0 && dhead) std::fill_n(dhead, int64_t(V) * C, 0.f);
-    for (int64_t first = 0; first < M; first += chunk) {
-      const int rows = int(std::min(chunk, M - first));
-      if (!logits_ready) logits_forward(first, rows);
+    if (gradients_are_zero_ && M == 0 && dhead) std::fill_n(dhead, int64_t(V) * C, 0.f);
+    for (int64_t begin = 0; begin < M; begin += chunk) {
+      const int rows = int(std::min(chunk, M - begin));
+      if (!logits_ready) logits_forward(begin, rows);
       parallel_for(rows, [&](int64_t r) {
-        const size_t row = size_t(first + r), n = size_t(head_rows_[row]);
+        const size_t row = size_t(begin + r), n = size_t(head_rows_[row]);
         row_softmax_backward(V, a_.logits + r * ld, softmax_[row], inverse_temperature_,
                              targets_[n], dlogp.empty() ? 0.f : dlogp[n],
                              dentropy.empty() ? 0.f : dentropy[n]);
       });
-      gemm({.M = rows,
-            .N = C,
-            .K = V,
-            .a = {a_.logits, ld, Inner::k},
-            .b = weights,
-            .c = a_.dhead_in + first * C,
-            .ldc = C});
+      // The logits' gradients now stand in the logits' place.
+      Product p =
+          input_gradient(rows, C, V, weight(head.weight), a_.logits, a_.dhead_in + begin * C);
+      p.a.ld = ld;
+      gemm(p);
       if (!dhead) continue;
-      gemm({.M = V,
-            .N = C,
-            .K = rows,
-            .a = {a_.logits, ld, Inner::other},
-            .b = {a_.head_in + first * C, C, Inner::other},
-            .c = dhead,
-            .ldc = C,
-            .accumulate = !fresh_ || first > 0});
+      p = weight_gradient(rows, C, V, a_.head_in + begin * C, a_.logits, dhead);
+      p.a.ld = ld, p.accumulate = !gradients_are_zero_ || begin > 0;
+      gemm(p);
     }
     parallel_for(M, [&](int64_t r) {
       std::copy_n(a_.dhead_in + r * C, C, a_.dnorm + int64_t(head_rows_[size_t(r)]) * C);
@@ -1355,17 +1314,17 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
 // The norm of the whole gradient: blocks of a fixed size, then over the blocks in order.
 double CpuGpt::gradient_norm() {
   const int64_t begin = table_.first_trainable();  // pages before it are never touched
-  if (fresh_) std::fill_n(gradients_.data() + begin, table_.size - begin, 0.f);
+  if (gradients_are_zero_) std::fill_n(gradients_.data() + begin, table_.size - begin, 0.f);
   constexpr int64_t kChunk = 1 << 15;
   std::vector<double> squares(size_t((table_.size - begin + kChunk - 1) / kChunk));
   parallel_for(int64_t(squares.size()), [&](int64_t block) {
     const float* g = gradients_.data() + begin + block * kChunk;
     double sum = 0;
-    for (int64_t first = 0, n = std::min(kChunk, table_.size - begin - block * kChunk); first < n;
-         first += 1024) {
+    for (int64_t start = 0, n = std::min(kChunk, table_.size - begin - block * kChunk); start < n;
+         start += 1024) {
       vec square{};
-      lanes(std::min<int64_t>(1024, n - first), [&](int64_t i, int m) {
-        const vec x = load(g + first + i, m);
+      for_vectors(std::min<int64_t>(1024, n - start), [&](int64_t i, int m) {
+        const vec x = load(g + start + i, m);
         square += x * x;
       });
       sum += sum_lanes(square);
@@ -1399,14 +1358,14 @@ static void adamw(int64_t size, float* w, const float* g, float* m, float* v, fl
                   float decay, const OptimizerStep& o) {
   const float c1 = 1 / (1 - float(std::pow(double(o.beta1), double(o.step))));
   const float c2 = 1 / (1 - float(std::pow(double(o.beta2), double(o.step))));
-  const float keep_w = 1 - lr * decay;
-  lanes(size, [&](int64_t i, int n) {
+  const float shrink = 1 - lr * decay;
+  for_vectors(size, [&](int64_t i, int n) {
     const vec grad = load(g + i, n) * scale;
     const vec mi = o.beta1 * load(m + i, n) + (1 - o.beta1) * grad;
     const vec vi = o.beta2 * load(v + i, n) + (1 - o.beta2) * grad * grad;
     store(m + i, mi, n);
     store(v + i, vi, n);
-    store(w + i, keep_w * load(w + i, n) - lr * c1 * mi / (vsqrt(vi * c2) + o.eps), n);
+    store(w + i, shrink * load(w + i, n) - lr * c1 * mi / (vsqrt(vi * c2) + o.eps), n);
   });
 }
 
@@ -1427,7 +1386,7 @@ static void muon(int out, int in, float* w, const float* g, float* m, float scal
   float *q = p + square_size, *r = q + square_size;  // (rows, rows), as a and p
   const float mu = o.muon_momentum;
   vec squares{};
-  lanes(size, [&](int64_t i, int n) {
+  for_vectors(size, [&](int64_t i, int n) {
     const vec grad = load(g + i, n) * scale;
     const vec mi = mu * load(m + i, n) + (1 - mu) * grad;
     const vec u = mu * mi + (1 - mu) * grad;
@@ -1436,24 +1395,25 @@ static void muon(int out, int in, float* w, const float* g, float* m, float scal
     squares += u * u;
   });
   const float inverse = 1 / (std::sqrt(sum_lanes(squares)) + 1e-7f);
-  lanes(size, [&](int64_t i, int n) { store(x + i, load(x + i, n) * inverse, n); });
+  for_vectors(size, [&](int64_t i, int n) { store(x + i, load(x + i, n) * inverse, n); });
 
-  const auto small = [&](const float* left, const float* right, float* to) {  // commuting matrices
-    gemm_symmetric(rows, rows, {left, rows, Inner::k}, {right, rows, Inner::other}, to);
+  // left and right commute
+  const auto small = [&](const float* left, const float* right, float* result) {
+    gemm_symmetric(rows, rows, {left, rows, Inner::k}, {right, rows, Inner::other}, result);
   };
   const auto gram = [&] {  // A = X X^T, of a tall X X^T X
     const Operand lines{x, in, tall ? Inner::other : Inner::k};
     gemm_symmetric(rows, columns, lines, lines, a);
   };
-  const auto polynomial = [&](float* to) {  // a I + b A + c A A
-    small(a, a, to);
-    lanes(square_size, [&](int64_t i, int n) {
-      store(to + i, 2.0315f * load(to + i, n) - 4.7750f * load(a + i, n), n);
+  const auto polynomial = [&](float* result) {  // a I + b A + c A A
+    small(a, a, result);
+    for_vectors(square_size, [&](int64_t i, int n) {
+      store(result + i, 2.0315f * load(result + i, n) - 4.7750f * load(a + i, n), n);
     });
-    for (int i = 0; i < rows; i++) to[int64_t(i) * rows + i] += 3.4445f;
+    for (int i = 0; i < rows; i++) result[int64_t(i) * rows + i] += 3.4445f;
   };
-  const auto advance = [&](const float* by) {  // X <- P X, a tall X <- X P
-    const Operand square{by, rows, tall ? Inner::other : Inner::k};
+  const auto advance = [&](const float* polynomial_of_a) {  // X <- P X, a tall X <- X P
+    const Operand square{polynomial_of_a, rows, tall ? Inner::other : Inner::k};
     const Operand wide{x, in, tall ? Inner::k : Inner::other};
     gemm_rectangle({.M = out,
                     .N = in,
@@ -1473,18 +1433,19 @@ static void muon(int out, int in, float* w, const float* g, float* m, float scal
   gram();
   polynomial(q);
   for (int step = 1; step < 5; step++) {
-    const float* last = step == 1 ? q : p;  // the polynomial that A has yet to follow
-    small(last, a, r);
-    small(r, last, a);
+    const float* previous = step == 1 ? q : p;  // the polynomial that A has yet to follow
+    small(previous, a, r);
+    small(r, previous, a);
     polynomial(p);
     small(p, q, r);
     std::swap(q, r);
   }
   advance(q);
   const float lr = o.muon_lr * std::sqrt(std::max(1.f, float(out) / float(in)));
-  const float keep_w = 1 - o.muon_lr * o.muon_decay;
-  lanes(size,
-        [&](int64_t i, int n) { store(w + i, keep_w * load(w + i, n) - lr * load(x + i, n), n); });
+  const float shrink = 1 - o.muon_lr * o.muon_decay;
+  for_vectors(size, [&](int64_t i, int n) {
+    store(w + i, shrink * load(w + i, n) - lr * load(x + i, n), n);
+  });
 }
 
 // =============================================================================================
@@ -1505,8 +1466,8 @@ class CpuKvCache : public KvCache {
   float* values(int page, int layer, int head) const {  // [kPage][HSP]
     return keys(page, layer, head) + key_floats_;
   }
-  void copy(int from, int to) const {
-    std::copy_n(keys(from, 0, 0), L_ * layer_floats_, keys(to, 0, 0));
+  void copy(int src, int dst) const {
+    std::copy_n(keys(src, 0, 0), L_ * layer_floats_, keys(dst, 0, 0));
   }
 
  private:
@@ -1519,50 +1480,50 @@ std::unique_ptr<KvCache> CpuGpt::make_cache(int64_t positions) {
   return std::make_unique<CpuKvCache>(config_, positions);
 }
 
-// One position's key (HS) into lane `at` of a page, transposed, and its value (HS) into row `at`.
-static void fill_page(int HS, int at, const float* k, const float* v, float* key_page,
+// One position's key (HS) into lane `lane` of a page, transposed, and its value (HS) into that row.
+static void fill_page(int HS, int lane, const float* k, const float* v, float* key_page,
                       float* value_page) {
-  for (int d = 0; d < HS; d++) key_page[d * kPage + at] = k[d];
-  std::copy(v, v + HS, value_page + int64_t(at) * padded_head(HS));
+  for (int d = 0; d < HS; d++) key_page[d * kPage + lane] = k[d];
+  std::copy(v, v + HS, value_page + int64_t(lane) * padded_head(HS));
 }
 
 // Sampling: a function of the logits and of (seed, stream, position) alone.
-static int sample_row(int V, const float* logits, const Sampling& how, std::span<const int> history,
-                      uint64_t position, std::vector<float>& p) {
+static int sample_row(int V, const float* logits, const Sampling& sampling,
+                      std::span<const int> history, uint64_t position, std::vector<float>& p) {
   p.assign(logits, logits + V);
-  if (how.repetition_penalty != 1) {
+  if (sampling.repetition_penalty != 1) {
     std::vector<int> seen(history.begin(), history.end());
     std::sort(seen.begin(), seen.end());
     seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
     for (int id : seen) {
       if (id >= V) continue;
       float& x = p[size_t(id)];
-      x = x > 0 ? x / how.repetition_penalty : x * how.repetition_penalty;
+      x = x > 0 ? x / sampling.repetition_penalty : x * sampling.repetition_penalty;
     }
   }
   const int best = int(std::max_element(p.begin(), p.end()) - p.begin());
-  if (how.temperature == 0) return best;
-  const float highest = p[size_t(best)], inverse_temperature = 1 / how.temperature;
-  lanes(V, [&](int64_t j, int n) {  // proportional to probabilities; the best has 1
+  if (sampling.temperature == 0) return best;
+  const float highest = p[size_t(best)], inverse_temperature = 1 / sampling.temperature;
+  for_vectors(V, [&](int64_t j, int n) {  // proportional to probabilities; the best has 1
     store(&p[size_t(j)], vexp((load(&p[size_t(j)], n) - highest) * inverse_temperature), n);
   });
-  if (how.min_p > 0) {
-    for (float& x : p) x = x < how.min_p ? 0 : x;
+  if (sampling.min_p > 0) {
+    for (float& x : p) x = x < sampling.min_p ? 0 : x;
   }
-  const bool cut_k = how.top_k > 0 && how.top_k < V, cut_p = how.top_p < 1;
+  const bool cut_k = sampling.top_k > 0 && sampling.top_k < V, cut_p = sampling.top_p < 1;
   if (cut_k || cut_p) {  // most likely first, smaller ids first among equals
     std::vector<int> order(static_cast<size_t>(V));
     std::iota(order.begin(), order.end(), 0);
     const auto likelier = [&](int a, int b) {
       return p[size_t(a)] != p[size_t(b)] ? p[size_t(a)] > p[size_t(b)] : a < b;
     };
-    size_t kept = cut_k ? size_t(how.top_k) : size_t(V);
+    size_t kept = cut_k ? size_t(sampling.top_k) : size_t(V);
     if (cut_k) std::nth_element(order.begin(), order.begin() + kept - 1, order.end(), likelier);
     if (cut_p) {  // the smallest set that reaches top_p of what is left; few are sorted to find it
       double total = 0, reached = 0;
       for (size_t i = 0; i < kept; i++) total += p[size_t(order[i])];
       size_t i = 0, sorted = 0;
-      for (; i < kept && reached < how.top_p * total; i++) {
+      for (; i < kept && reached < sampling.top_p * total; i++) {
         if (i == sorted) {
           sorted = std::min(kept, std::max<size_t>(64, 4 * sorted));
           std::partial_sort(order.begin() + i, order.begin() + sorted, order.begin() + kept,
@@ -1577,14 +1538,14 @@ static int sample_row(int V, const float* logits, const Sampling& how, std::span
   // Inverse of the cumulative sum: blocks of 256 first, then inside the block.
   std::vector<double> blocks;
   double total = 0;
-  for (int first = 0; first < V; first += 256) {
+  for (int begin = 0; begin < V; begin += 256) {
     vec sum{};
-    lanes(std::min(256, V - first),
-          [&](int64_t j, int n) { sum += load(&p[size_t(first + j)], n); });
+    for_vectors(std::min(256, V - begin),
+                [&](int64_t j, int n) { sum += load(&p[size_t(begin + j)], n); });
     blocks.push_back(sum_lanes(sum));
     total += blocks.back();
   }
-  double left = total * uniform01(mix64(how.seed, how.stream, position));
+  double left = total * uniform01(mix64(sampling.seed, sampling.stream, position));
   size_t block = 0;
   while (block + 1 < blocks.size() && left >= blocks[block]) left -= blocks[block++];
   int last = best;  // rounding may pass the block's end: then its last possible token
@@ -1622,7 +1583,7 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
   }
   for (const DecodeRow& row : rows) {
     cache.append(row.sequence, int(row.tokens.size()),
-                 [&](int from, int to) { pages.copy(from, to); });
+                 [&](int src, int dst) { pages.copy(src, dst); });
   }
   result.ids.assign(size_t(R), 0);
   result.logp.assign(size_t(R), 0.f);
@@ -1674,23 +1635,21 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
     std::copy_n(decode_.x + int64_t(starts[size_t(r) + 1] - 1) * C, C, decode_.final_norm + r * C);
   norm(int(R), table_.final_norm, decode_.final_norm, decode_.head_in, decode_.final_stats);
   const int64_t chunk = logit_rows(config_, decode_capacity_), ld = config_.padded_V();
-  for (int64_t first = 0; first < R; first += chunk) {
-    const int64_t count = std::min(chunk, R - first);
-    gemm({.M = int(count),
-          .N = V,
-          .K = C,
-          .a = {decode_.head_in + first * C, C, Inner::k},
-          .b = matrix(table_.head, true),
-          .c = decode_.logits,
-          .ldc = ld});
+  for (int64_t begin = 0; begin < R; begin += chunk) {
+    const int64_t count = std::min(chunk, R - begin);
+    Product p =
+        forward_product(int(count), C, V, decode_.head_in + begin * C, nullptr, decode_.logits);
+    p.b = matrix(table_.head, true), p.ldc = ld;
+    gemm(p);
     parallel_items(count, [&](int64_t i) {
-      const auto r = size_t(first + i);
+      const auto r = size_t(begin + i);
       const float* x = decode_.logits + i * ld;
-      const Sampling& how = rows[r].sampling;
+      const Sampling& sampling = rows[r].sampling;
       thread_local std::vector<float> scratch;
-      const int id = sample_row(how.vocab > 0 ? std::min(V, how.vocab) : V, x, how, rows[r].history,
-                                uint64_t(lengths[r]) + rows[r].tokens.size(), scratch);
-      const float inverse = how.temperature > 0 ? 1 / how.temperature : 1;
+      const int id =
+          sample_row(sampling.vocab > 0 ? std::min(V, sampling.vocab) : V, x, sampling,
+                     rows[r].history, uint64_t(lengths[r]) + rows[r].tokens.size(), scratch);
+      const float inverse = sampling.temperature > 0 ? 1 / sampling.temperature : 1;
       result.ids[r] = id;
       result.logp[r] = row_softmax(V, x, inverse).logp(x[id], inverse);
       if (want_logits) std::copy_n(x, V, result.logits.data() + int64_t(r) * V);
@@ -1724,14 +1683,14 @@ void Arena::release() {
 
 int64_t Activations::lay_out(const Config& c, int64_t N, bool train, float* base) {
   int64_t used = 0;
-  const auto take = [&](int64_t floats) {
+  const auto allocate = [&](int64_t floats) {
     float* p = base ? base + used : nullptr;
     used += (floats + 15) / 16 * 16;
     return p;
   };
   const int64_t up = c.has_gate() ? 2 * c.F : c.F, heads = int64_t(c.NH) * c.HS;
   const bool mean = c.has_biases();
-  const auto stats = [&] { return NormStats{mean ? take(N) : nullptr, take(N)}; };
+  const auto stats = [&] { return NormStats{mean ? allocate(N) : nullptr, allocate(N)}; };
   layers.resize(size_t(c.L));
   float* streams[2] = {};
   for (int l = 0; l < c.L; l++) {
@@ -1743,36 +1702,36 @@ int64_t Activations::lay_out(const Config& c, int64_t N, bool train, float* base
     }
     if (!train && l == 1) {
       a = layers[0];
-      a.x = streams[1] = take(N * c.C);
+      a.x = streams[1] = allocate(N * c.C);
       continue;
     }
-    a.x = streams[0] = take(N * c.C);
-    a.norm1 = take(N * c.C);
+    a.x = streams[0] = allocate(N * c.C);
+    a.norm1 = allocate(N * c.C);
     a.stats1 = stats();
-    a.qkv = take(N * c.qkv());
-    a.rotated = c.family == Family::qwen3 ? take(N * (c.NH + c.NKV) * c.HS) : nullptr;
-    a.att = take(N * heads);
-    a.lse = take(N * c.NH);
-    a.mid = take(N * c.C);
-    a.norm2 = take(N * c.C);
+    a.qkv = allocate(N * c.qkv());
+    a.rotated = c.family == Family::qwen3 ? allocate(N * (c.NH + c.NKV) * c.HS) : nullptr;
+    a.att = allocate(N * heads);
+    a.lse = allocate(N * c.NH);
+    a.mid = allocate(N * c.C);
+    a.norm2 = allocate(N * c.C);
     a.stats2 = stats();
-    a.up = take(N * up);
-    a.act = take(N * c.F);
+    a.up = allocate(N * up);
+    a.act = allocate(N * c.F);
   }
-  x = take(N * c.C);
-  final_norm = take(N * c.C);
+  x = allocate(N * c.C);
+  final_norm = allocate(N * c.C);
   final_stats = stats();
   if (c.head == Head::lm) {
-    head_in = take(N * c.C);
-    logits = take(logit_rows(c, N) * c.padded_V());
+    head_in = allocate(N * c.C);
+    logits = allocate(logit_rows(c, N) * c.padded_V());
   }
   if (train) {
-    dhead_in = take(N * c.C);
-    dx = take(N * c.C);
-    dnorm = take(N * std::max<int64_t>(c.C, heads));
-    dqkv = take(N * c.qkv());
-    dact = take(N * c.F);
-    partials = take(norm_partials(N, std::max(c.C, c.HS)));
+    dhead_in = allocate(N * c.C);
+    dx = allocate(N * c.C);
+    dnorm = allocate(N * std::max<int64_t>(c.C, heads));
+    dqkv = allocate(N * c.qkv());
+    dact = allocate(N * c.F);
+    partials = allocate(norm_partials(N, std::max(c.C, c.HS)));
   }
   return used;
 }
@@ -1824,14 +1783,14 @@ void CpuGpt::read(int tensor, Slot slot, std::span<float> out) const {
     return;
   }
   if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
-  if (slot == Slot::gradient && fresh_) {
+  if (slot == Slot::gradient && gradients_are_zero_) {
     std::fill(out.begin(), out.end(), 0.f);
     return;
   }
-  const Arena& from = slot == Slot::gradient  ? gradients_
-                      : slot == Slot::moment1 ? moment1_
-                                              : moment2_;
-  std::copy_n(from.data() + t.offset, t.size(), out.data());
+  const Arena& arena = slot == Slot::gradient  ? gradients_
+                       : slot == Slot::moment1 ? moment1_
+                                               : moment2_;
+  std::copy_n(arena.data() + t.offset, t.size(), out.data());
 }
 
 void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
@@ -1853,12 +1812,12 @@ void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
     return;
   }
   if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
-  if (slot == Slot::gradient && fresh_) {
+  if (slot == Slot::gradient && gradients_are_zero_) {
     std::fill_n(gradients_.data(), gradients_.size(), 0.f);
-    fresh_ = false;
+    gradients_are_zero_ = false;
   }
-  Arena& to = slot == Slot::gradient ? gradients_ : slot == Slot::moment1 ? moment1_ : moment2_;
-  std::copy_n(in.data(), t.size(), to.data() + t.offset);
+  Arena& arena = slot == Slot::gradient ? gradients_ : slot == Slot::moment1 ? moment1_ : moment2_;
+  std::copy_n(in.data(), t.size(), arena.data() + t.offset);
 }
 
 void set_threads(int threads) { omp_set_num_threads(threads > 0 ? threads : usable_cores()); }
@@ -2013,22 +1972,22 @@ static inline vec load(const float* p, int n) {
   return v;
 }
 template <int... I>
-static inline vec keep(vec v, int n, std::integer_sequence<int, I...>) {
+static inline vec mask_lanes(vec v, int n, std::integer_sequence<int, I...>) {
   return ivec{I...} < n ? v : vec{};
 }
-static inline vec keep(vec v, int n) {
-  return keep(v, n, std::make_integer_sequence<int, kLanes>{});
+static inline vec mask_lanes(vec v, int n) {
+  return mask_lanes(v, n, std::make_integer_sequence<int, kLanes>{});
 }
 static inline void store(float* p, vec v, int n) { std::memcpy(p, &v, size_t(n) * sizeof(float)); }
-template <class Body>
-static inline __attribute__((always_inline)) void lanes(int64_t n, Body&& body) {
+template <class Visit>
+static inline __attribute__((always_inline)) void for_vectors(int64_t n, Visit&& visit) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
-  if (i < n) body(i, int(n - i));
+  for (; i + kLanes <= n; i += kLanes) visit(i, kLanes);
+  if (i < n) visit(i, int(n - i));
 }
-// Products name it: left to itself, a compiler fuses some chains and, where
-// it deems a chain too long for the processor, not others, and then tiles of different shapes
-// differ in their last bits.
+// Products call this function, so that all of them round in the same way. A compiler that is left
+// to choose fuses some chains of multiplications and additions and not others, and then tiles of
+// different shapes differ in their last bits.
 static inline vec fused(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
   return vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
@@ -2128,20 +2087,20 @@ static inline __attribute__((always_inline)) void transpose(vec (&rows)[kLanes])
 // ---------------------------------------------------------------------------------------------
 // Loops over threads
 
-template <class Body>
-static void parallel_for(int64_t n, Body&& body) {
+template <class Visit>
+static void parallel_for(int64_t n, Visit&& visit) {
 #pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < n; i++) body(i);
+  for (int64_t i = 0; i < n; i++) visit(i);
 }
-template <class Body>
-static void parallel_groups(int64_t n, int group, Body&& body) {
+template <class Visit>
+static void parallel_groups(int64_t n, int group, Visit&& visit) {
   const int chunk = n >= int64_t(4) * group * omp_get_max_threads() ? group : 1;
 #pragma omp parallel for schedule(dynamic, chunk)
-  for (int64_t i = 0; i < n; i++) body(i);
+  for (int64_t i = 0; i < n; i++) visit(i);
 }
-template <class Body>
-static void parallel_items(int64_t n, Body&& body) {
-  parallel_groups(n, 1, body);
+template <class Visit>
+static void parallel_items(int64_t n, Visit&& visit) {
+  parallel_groups(n, 1, visit);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -2195,9 +2154,9 @@ static void block_tile(int K, const float* a, int64_t a_row, int64_t a_k, const 
   } else {
     for (int r = 0; r < R; r++) {
       for (int v = 0; v < 2; v++) {
-        const int first = v * kLanes, n = std::clamp(columns - first, 0, kLanes);
-        acc[r][v] = start ? load(start + r * start_ld + first, n) : vec{};
-        if (bias) acc[r][v] += load(bias + first, n);
+        const int column = v * kLanes, n = std::clamp(columns - column, 0, kLanes);
+        acc[r][v] = start ? load(start + r * start_ld + column, n) : vec{};
+        if (bias) acc[r][v] += load(bias + column, n);
       }
     }
   }
@@ -2231,7 +2190,7 @@ static void pack_panel(const Operand& x, const float* data, int count, int K, fl
     // Whole vectors: what the last one holds beyond the line, the next step overwrites.
     const int whole = count == Width ? (Width % kLanes == 0 ? K : K - 1) : 0;
     for (int k = 0; k < whole; k++) {
-      __builtin_prefetch(data + (k + kAhead) * x.ld);
+      __builtin_prefetch(data + (k + kPrefetchSteps) * x.ld);
       for (int i = 0; i < Width; i += kLanes)
         store(panel + k * Width + i, load(data + k * x.ld + i));
     }
@@ -2241,27 +2200,27 @@ static void pack_panel(const Operand& x, const float* data, int count, int K, fl
   }
   // Blocks of kLanes lines x kLanes steps, transposed in registers. A block narrower than kLanes
   // stores whole vectors too: what it writes beyond its lines, the next step overwrites.
-  for (int first = 0; first < Width; first += kLanes) {
+  for (int line = 0; line < Width; line += kLanes) {
     int k = 0;
     for (; k + kLanes <= K; k += kLanes) {
       vec rows[kLanes];
-      if (first + kLanes <= count) {
-        for (int i = 0; i < kLanes; i++) rows[i] = load(data + (first + i) * x.ld + k);
+      if (line + kLanes <= count) {
+        for (int i = 0; i < kLanes; i++) rows[i] = load(data + (line + i) * x.ld + k);
       } else {
         for (int i = 0; i < kLanes; i++)
-          rows[i] = first + i < count ? load(data + (first + i) * x.ld + k) : vec{};
+          rows[i] = line + i < count ? load(data + (line + i) * x.ld + k) : vec{};
       }
       transpose(rows);
       for (int i = 0; i < kLanes; i++) {
         if constexpr (Width % kLanes == 0 || Width < kLanes) {
-          store(panel + (k + i) * Width + first, rows[i]);
+          store(panel + (k + i) * Width + line, rows[i]);
         } else {
-          store(panel + (k + i) * Width + first, rows[i], std::min(kLanes, Width - first));
+          store(panel + (k + i) * Width + line, rows[i], std::min(kLanes, Width - line));
         }
       }
     }
     for (; k < K; k++)
-      for (int i = first; i < std::min(Width, first + kLanes); i++)
+      for (int i = line; i < std::min(Width, line + kLanes); i++)
         panel[k * Width + i] = i < count ? data[i * x.ld + k] : 0.f;
   }
 }
@@ -2280,9 +2239,9 @@ static void stream_tiles(const Product& p, const float* a, int n, int columns) {
   for (int r = 0; r < R; r++)
     for (int j = 0; j < P; j++)
       for (int v = 0; v < 2; v++) {
-        const int64_t at = n + j * kNR + v * kLanes, w = width(j, v);
-        acc[r][j][v] = p.residual ? load(p.residual + r * p.ldc + at, int(w)) : vec{};
-        if (p.bias) acc[r][j][v] += load(p.bias + at, int(w));
+        const int64_t column = n + j * kNR + v * kLanes, w = width(j, v);
+        acc[r][j][v] = p.residual ? load(p.residual + r * p.ldc + column, int(w)) : vec{};
+        if (p.bias) acc[r][j][v] += load(p.bias + column, int(w));
       }
   for (int k = 0; k < p.K; k++) {
 #pragma GCC unroll 4
@@ -2312,31 +2271,31 @@ static void stream_rows(const Product& p, const float* a, int n0, int n1) {
 
 // Asks for the cache lines of the next B panel while the tiles of this one are computed, a share at
 // each tile: packing strides through a matrix too widely for the hardware to see it coming.
-struct Ahead {
-  const char* at = nullptr;
-  int64_t ld = 0;             // bytes between the strips of the operand
-  int left = 0, a_tile = 0;   // cache lines still to ask for; a tile's share
-  int column = 0, width = 1;  // of a strip, in cache lines
-  Ahead(const Product& p, int n, int n1, int k0, int depth, int tiles) {
+struct Prefetch {
+  const char* next = nullptr;
+  int64_t ld = 0;                          // bytes between the strips of the operand
+  int lines_left = 0, lines_per_tile = 0;  // cache lines still to ask for; a tile's share
+  int column = 0, width = 1;               // of a strip, in cache lines
+  Prefetch(const Product& p, int n, int n1, int k0, int depth, int tiles) {
     if (n >= n1) return;
     const int columns = std::min(kNR, n1 - n);
     const bool inner = !p.b.packed && p.b.inner == Inner::k;
-    const float* first = p.b.packed ? p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR
+    const float* begin = p.b.packed ? p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR
                          : inner    ? p.b.data + n * p.b.ld + k0
                                     : p.b.data + k0 * p.b.ld + n;
-    at = reinterpret_cast<const char*>(first);
+    next = reinterpret_cast<const char*>(begin);
     ld = 4 * (p.b.packed ? kNR : p.b.ld);
     width = ((inner ? depth : columns) * 4 + 63) / 64;
-    left = width * (inner ? columns : depth);
-    a_tile = (left + tiles - 1) / tiles;
+    lines_left = width * (inner ? columns : depth);
+    lines_per_tile = (lines_left + tiles - 1) / tiles;
   }
   // Inlined, since a call without effects would be dropped.
   __attribute__((always_inline)) void fetch() {
-    const int count = std::min(left, a_tile);
-    left -= count;
+    const int count = std::min(lines_left, lines_per_tile);
+    lines_left -= count;
     for (int i = 0; i < count; i++) {
-      __builtin_prefetch(at + column * 64, 0, 2);
-      if (++column == width) column = 0, at += ld;
+      __builtin_prefetch(next + column * 64, 0, 2);
+      if (++column == width) column = 0, next += ld;
     }
   }
 };
@@ -2349,12 +2308,13 @@ static void pack_rows(const Operand& x, const float* data, int rows, int K, floa
   for (; rows - m >= kGroup * kMR; m += kGroup * kMR, panels += kGroup * kMR * K) {
     // Whole vectors: what they hold beyond a panel's line, its next line overwrites.
     for (int k = 0; k + 1 < K; k++) {
-      const float* from = data + k * x.ld + m;
-      for (int i = 0; i < kGroup * kMR; i += 16) __builtin_prefetch(from + kAhead * x.ld + i);
+      const float* src = data + k * x.ld + m;
+      for (int i = 0; i < kGroup * kMR; i += 16)
+        __builtin_prefetch(src + kPrefetchSteps * x.ld + i);
 #pragma GCC unroll 8
       for (int j = 0; j < kGroup; j++)
         for (int i = 0; i < kMR; i += kLanes)
-          store(panels + (j * K + k) * kMR + i, load(from + j * kMR + i));
+          store(panels + (j * K + k) * kMR + i, load(src + j * kMR + i));
     }
     for (int i = 0; i < kGroup * kMR; i++)
       panels[(i / kMR * K + K - 1) * kMR + i % kMR] = data[(K - 1) * x.ld + m + i];
@@ -2365,12 +2325,12 @@ static void pack_rows(const Operand& x, const float* data, int rows, int K, floa
 
 // sums[i] (+)= the sum of a packed panel's row i over K steps: four chains over k, then their sum.
 static void add_panel_sums(const float* panel, int count, int K, bool accumulate, float* sums) {
-  for (int first = 0; first < count; first += kLanes) {
+  for (int row = 0; row < count; row += kLanes) {
     vec chain[4] = {};
-    for (int k = 0; k < K; k++) chain[k % 4] += load(panel + k * kMR + first);
+    for (int k = 0; k < K; k++) chain[k % 4] += load(panel + k * kMR + row);
     const vec sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
-    const int n = std::min(kLanes, count - first);
-    store(sums + first, accumulate ? load(sums + first, n) + sum : sum, n);
+    const int n = std::min(kLanes, count - row);
+    store(sums + row, accumulate ? load(sums + row, n) + sum : sum, n);
   }
 }
 
@@ -2386,7 +2346,7 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
     if (p.M == 1) return stream_rows<1>(p, a_panels, n0, n1);
     return stream_rows<2>(p, a_panels, n0, n1);
   }
-  const auto at = [](const Operand& x, int64_t line, int64_t k) {
+  const auto element = [](const Operand& x, int64_t line, int64_t k) {
     return x.data + (x.inner == Inner::k ? line * x.ld + k : k * x.ld + line);
   };
   const int block = block_rows(p.K);
@@ -2396,7 +2356,7 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
       const int depth = std::min(kKC, p.K - k0);
       const bool direct = p.a.inner == Inner::k;
       if (!direct) {
-        pack_rows(p.a, at(p.a, mc, k0), rows, depth, a_panels);
+        pack_rows(p.a, element(p.a, mc, k0), rows, depth, a_panels);
         for (int m = 0; p.sums && n0 == 0 && m < rows; m += kMR) {
           add_panel_sums(a_panels + int64_t(m) * depth, std::min(kMR, rows - m), depth,
                          p.accumulate || k0 > 0, p.sums + mc + m);
@@ -2409,17 +2369,17 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
         if (p.b.packed) {
           b = p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR;
         } else {
-          pack_panel<kNR>(p.b, at(p.b, n, k0), columns, depth, b_panel);
+          pack_panel<kNR>(p.b, element(p.b, n, k0), columns, depth, b_panel);
         }
-        Ahead ahead(p, n + kNR, n1, k0, depth, (rows + kMR - 1) / kMR);
+        Prefetch prefetch(p, n + kNR, n1, k0, depth, (rows + kMR - 1) / kMR);
         for (int m = 0; m < rows; m += kMR) {
-          ahead.fetch();
+          prefetch.fetch();
           const int r = std::min(kMR, rows - m);
           if (p.lower && n >= mc + m + r) continue;
           float* c = p.c + (mc + m) * p.ldc + n;
           const float* start = k0 > 0 || p.accumulate ? c : nullptr;
           if (k0 == 0 && p.residual) start = p.residual + (mc + m) * p.ldc + n;
-          const float* a = direct ? at(p.a, mc + m, k0) : a_panels + int64_t(m) * depth;
+          const float* a = direct ? element(p.a, mc + m, k0) : a_panels + int64_t(m) * depth;
           kBlockTiles[size_t(r - 1)](depth, a, direct ? p.a.ld : 1, direct ? 1 : kMR, b, c, p.ldc,
                                      columns, start, p.ldc,
                                      k0 == 0 && p.bias ? p.bias + n : nullptr);
@@ -2463,9 +2423,9 @@ static void gemm(const Product& p) {
 
 static void pack_weights(const float* weight, int out, int in, float* packed) {
   parallel_for((out + kNR - 1) / kNR, [&](int64_t panel) {
-    const int64_t first = panel * kNR;
-    const Operand w{weight + first * in, in, Inner::k};
-    pack_panel<kNR>(w, w.data, int(std::min<int64_t>(kNR, out - first)), in, packed + first * in);
+    const int64_t begin = panel * kNR;
+    const Operand w{weight + begin * in, in, Inner::k};
+    pack_panel<kNR>(w, w.data, int(std::min<int64_t>(kNR, out - begin)), in, packed + begin * in);
   });
 }
 
@@ -2519,8 +2479,8 @@ static void mirror(int size, float* c, std::integer_sequence<int, I...>) {
       for (int k = 0; k < kLanes; k++) block[k] = load(c + int64_t(i + k) * size + j);
       transpose(block);
       for (int k = 0; k < kLanes; k++) {
-        float* to = c + int64_t(j + k) * size + i;
-        store(to, i == j ? (ivec{I...} < k ? load(to) : block[k]) : block[k]);
+        float* dst = c + int64_t(j + k) * size + i;
+        store(dst, i == j ? (ivec{I...} < k ? load(dst) : block[k]) : block[k]);
       }
     }
   for (int i = whole; i < size; i++)
