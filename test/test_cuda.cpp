@@ -1859,7 +1859,7 @@ TEST_CASE(
   const auto run = [&](const Choices& kept, std::initializer_list<int> documents,
                        std::vector<float>* gradients = nullptr) {
     const auto gpt = gpu::make_gpt(c, kTrainBf16);
-    if (!kept.empty()) gpt->keep_choices(kept);
+    if (!kept.empty()) gpt->set_tuned_plans(kept);
     randomize(*gpt, 3);
     const Packed b = packed(c, documents, false);
     for (int times = 0; times < 3; times++) {
@@ -1867,7 +1867,7 @@ TEST_CASE(
       gpt->forward_backward(b.batch(), b.dlogp);
     }
     if (gradients) *gradients = all_of(*gpt, Slot::gradient);
-    return gpt->choices();
+    return gpt->tuned_plans();
   };
   std::vector<float> gradients;
   const Choices first = run({}, {20, 14}, &gradients);
