@@ -252,6 +252,11 @@ std::vector<std::vector<int>> pack(std::vector<int> order, const Examples& examp
   return bins;
 }
 
+void add_example(Packed& batch, const Examples& examples, int i) {
+  batch.add(i, examples.ids_of(i), size_t(examples.positions(i)),
+            [&](size_t p) { return examples.is_trained(i, int(p)); });
+}
+
 // Consecutive bins to micro-batches of at most `positions`; a bin is never divided.
 std::vector<Packed> micro_batches(const Examples& examples, std::span<const std::vector<int>> bins,
                                   int64_t positions) {
@@ -260,10 +265,7 @@ std::vector<Packed> micro_batches(const Examples& examples, std::span<const std:
     int64_t n = 0;
     for (const int i : bin) n += examples.positions(i);
     Packed& batch = batch_with_room(batches, n, positions);
-    for (const int i : bin) {
-      batch.add(i, examples.ids_of(i), size_t(examples.positions(i)),
-                [&](size_t p) { return examples.is_trained(i, int(p)); });
-    }
+    for (const int i : bin) add_example(batch, examples, i);
   }
   return batches;
 }

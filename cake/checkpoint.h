@@ -1,24 +1,24 @@
-// A model directory as Hugging Face's transformers reads and writes it, and what a trainer keeps
+// A model directory as Hugging Face's transformers reads and writes it, with the trainer's state
 // beside the model.
 //
 //     config.json             Config: load_config, config_json
-//     generation_config.json  token ids that end a text
+//     generation_config.json  the ids of tokens that end a text
 //     model.safetensors       weights: load_weights; or shards with model.safetensors.index.json
 //     tokenizer.json ...      copied from the tokenizer's directory
-//     trainer_state.json      what the training loop wants back
+//     trainer_state.json      what a run needs to go on from here
 //     optimizer.safetensors   AdamW's and Muon's moments
 //
-// Adapters (LoRA) are a directory too, as PEFT reads and writes it: in place of model.safetensors
-// it has
+// LoRA adapters are also a directory, as PEFT reads and writes it. In place of model.safetensors it
+// has
 //
-//     adapter_config.json        rank, alpha, their matrices, and the model that they were added to
-//     adapter_model.safetensors  A and B of each; in its metadata the hash of that model's files
+//     adapter_config.json        rank, alpha, the adapted matrices, and the base model's path
+//     adapter_model.safetensors  A and B of each matrix; the metadata has the base model's hash
 //
-// Whoever loads it gets that model's weights with the adapters in their rows or, where the engine
-// was made without such rows, added to the weights.
+// load_weights reads the base model's weights and puts the adapters into their own rows. Where the
+// engine was made without adapter rows, it adds them to the weights.
 //
-// save_checkpoint writes a whole new directory beside the old one, syncs it and exchanges the two
-// in one step: at every moment, a power cut included, one complete checkpoint is there.
+// save_checkpoint writes a whole new directory beside the old one, syncs it to the disk, and
+// exchanges the two in one step. At every moment, even in a power cut, one checkpoint is complete.
 //
 // A safetensors file: 8 bytes with the header's length, a JSON header {name: {dtype, shape,
 // data_offsets}}, then the tensors end to end (huggingface/safetensors, format.md).
@@ -49,7 +49,7 @@ namespace cake {
 // ---------------------------------------------------------------------------------------------
 // config.json
 
-// The heads that transformers names in `architectures`.
+// The class that transformers names in `architectures`.
 inline const char* architecture_name(const Config& c) {
   const bool lm = c.head == Head::lm;
   switch (c.family) {
@@ -65,7 +65,8 @@ inline const char* family_name(Family family) {
   return family == Family::gpt2 ? "gpt2" : family == Family::llama ? "llama" : "qwen3";
 }
 
-// Reads keys of one config.json; absent and null are the same unless a rule says otherwise.
+// Reads the keys of one config.json. An absent key and null mean the same, unless a rule says
+// otherwise.
 struct ConfigReader {
   const Json& json;
   const std::string& where;
@@ -79,7 +80,7 @@ struct ConfigReader {
     return json_get_or<T>(json, key, fallback, where);
   }
   bool has(const char* key) const { return json.contains(key) && !json[key].is_null(); }
-  // A feature that the model does not have: only `expected` will do.
+  // A feature that our transformer does not have: any value but `expected` is an error.
   template <class T>
   void only(const char* key, const T& expected) const {
     if (!has(key)) return;
@@ -120,8 +121,8 @@ inline Head parse_head(const ConfigReader& in) {
   return Head::scalar;
 }
 
-// Before transformers 5: rope_theta and rope_scaling, which may call its type `type`. Since then:
-// rope_parameters with all of it.
+// Before transformers 5, a config has rope_theta and rope_scaling (whose type may be called
+// `type`). Since then, rope_parameters has all of it.
 inline Rope parse_rope(const ConfigReader& in) {
   Rope rope;
   rope.theta = in.get_or<double>("rope_theta", rope.theta);
@@ -179,7 +180,7 @@ inline void parse_llama(const ConfigReader& in, Config& c) {
   c.L = in.get<int>("num_hidden_layers");
   c.C = in.get<int>("hidden_size");
   c.NH = in.get<int>("num_attention_heads");
-  // A key that is there as null means "as many as query heads" in both families.
+  // In both families null means "as many as query heads".
   const bool absent = !in.json.contains("num_key_value_heads");
   c.NKV = in.get_or<int>("num_key_value_heads", qwen3 && absent ? 32 : c.NH);
   c.HS = in.get_or<int>("head_dim", qwen3 ? 128 : c.NH > 0 ? c.C / c.NH : 0);
@@ -248,15 +249,15 @@ struct AdapterConfig {
   std::filesystem::path base;        // the directory of the model that they were added to
 };
 
-// True for a directory whose weights are another's and adapters.
+// Whether the directory holds adapters and takes its other weights from a base model.
 inline bool has_adapters(const std::filesystem::path& dir) {
   return std::filesystem::exists(dir / "adapter_config.json") &&
          !std::filesystem::exists(dir / "model.safetensors") &&
          !std::filesystem::exists(dir / "model.safetensors.index.json");
 }
 
-// A base is found from the adapters' directory, where save_checkpoint writes it, or from here,
-// which is how PEFT means it.
+// The base model's path is relative to the adapters' directory, as save_checkpoint writes it, or to
+// the working directory, as PEFT writes it.
 inline std::filesystem::path find_base(const std::filesystem::path& dir, const std::string& name,
                                        const std::string& where) {
   for (const std::filesystem::path& base : {dir / name, std::filesystem::path(name)}) {
@@ -278,7 +279,7 @@ inline AdapterConfig load_adapter_config(const std::filesystem::path& dir) {
   for (const char* variant : {"use_rslora", "use_dora", "use_qalora", "lora_bias"}) {
     in.only(variant, false);
   }
-  // They train more than A and B, give matrices ranks of their own, or change the base's weights.
+  // These features train more than A and B, give matrices different ranks, or change the base.
   for (const char* key : {"modules_to_save", "layer_replication", "trainable_token_indices",
                           "target_parameters", "rank_pattern", "alpha_pattern"}) {
     if (in.has(key) && !json[key].empty()) {
@@ -309,7 +310,8 @@ inline AdapterConfig load_adapter_config(const std::filesystem::path& dir) {
   return c;
 }
 
-// What PEFT reads: names that it leaves out have the defaults that load_adapter_config asks for.
+// The file that PEFT reads. Keys that it leaves out have the defaults that load_adapter_config
+// expects.
 inline OrderedJson adapter_config_json(const Config& c, const ParamTable& table,
                                        const std::string& base) {
   std::set<std::string> targets;  // c_attn, q_proj ...
@@ -334,7 +336,7 @@ inline OrderedJson adapter_config_json(const Config& c, const ParamTable& table,
           {"modules_to_save", nullptr}};
 }
 
-// Of a model directory; of adapters without a config.json, their base's.
+// The config of a model directory. Adapters without a config.json have their base's.
 inline Config load_config(const std::filesystem::path& dir) {
   std::filesystem::path path = dir / "config.json";
   if (!std::filesystem::exists(path) && has_adapters(dir)) {
@@ -353,8 +355,8 @@ inline Config load_config_with_head(const std::filesystem::path& dir, Head head)
   return config;
 }
 
-// Keys whose absence means something else to transformers are always written: gpt2's dropouts
-// (0.1), its token ids (50256), llama's (1, 2), qwen3's head_dim and key/value heads.
+// Writes every key whose absence means something else to transformers: gpt2's dropouts (0.1) and
+// token ids (50256), llama's token ids (1, 2), qwen3's head_dim and key/value heads.
 inline OrderedJson config_json(const Config& c, bool bf16 = false) {
   const auto id = [](int token) { return token < 0 ? OrderedJson() : OrderedJson(token); };
   OrderedJson json{{"architectures", OrderedJson::array({architecture_name(c)})},
@@ -491,8 +493,8 @@ inline int64_t dtype_bytes(const std::string& dtype) {  // 0: unknown
   return it == sizes.end() ? 0 : it->second;
 }
 
-// The tensors of one file or of several, by name. Every statement of the headers is checked before
-// any is used.
+// The tensors of one file or of several, by name. The headers are checked completely before any
+// tensor is used.
 class SafeTensors {
  public:
   SafeTensors() = default;
@@ -536,8 +538,8 @@ class SafeTensors {
   const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
-  // Of every byte of the files, in the order of their names: 16 hexadecimal digits. Tells a model
-  // from another, not from a forgery.
+  // A hash of every byte of the files, in the order of their names: 16 hexadecimal digits. It tells
+  // one model from another; it is no protection against forgery.
   std::string hash() const {
     constexpr int64_t kPiece = 1 << 20;
     uint64_t h = 0;
@@ -828,8 +830,8 @@ class Adapters {
   SafeTensors disk_;
 };
 
-// The model that adapters trained on top of `dir` belong to: `dir`, or what the adapters in it were
-// added to.
+// The base model of adapters that are trained on top of `dir`: `dir` itself, or, where `dir` holds
+// adapters, their base.
 inline AdapterBase adapter_base(const std::filesystem::path& dir) {
   AdapterBase base{dir, ""};
   if (has_adapters(dir)) base = Adapters(dir, load_config(dir)).base();
@@ -838,14 +840,14 @@ inline AdapterBase adapter_base(const std::filesystem::path& dir) {
 }
 
 struct LoadOptions {
-  // A model with a scalar head may start from a language model: its head is dropped and the score
-  // gets initial values.
+  // A model with a scalar head may begin as a language model: the LM head is dropped and the score
+  // row gets initial values.
   bool new_score = false;
   uint64_t seed = 0;  // of the score's and of new adapters' initial values
 };
 
-// The weights of `dir`, which has them all; adapters, if any, into their rows or added to the
-// weights.
+// Reads the weights of `dir`, which must hold all of them. Adapters, if `dir` has any, go into
+// their rows or are added to the weights.
 inline void load_whole_model(const std::filesystem::path& dir, Gpt& gpt, const Adapters* adapters,
                              const LoadOptions& options) {
   const SafeTensors disk = SafeTensors::of_model(dir);
@@ -922,9 +924,9 @@ inline void load_whole_model(const std::filesystem::path& dir, Gpt& gpt, const A
   }
 }
 
-// Fills every weight from a model directory. Throws Error naming the tensor that is missing,
-// unexpected, or of another shape or type than the Config asks for. Adapters that `gpt` has and
-// `dir` has not get initial values: then it computes what the model in `dir` does.
+// Fills every weight from a model directory. Throws an Error that names the tensor which is
+// missing, unexpected, or of another shape or type than the Config says. Where `gpt` has adapters
+// and `dir` has none, they get initial values, and `gpt` computes the same as the model in `dir`.
 inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
                          const LoadOptions& options = {}) {
   if (!has_adapters(dir)) return load_whole_model(dir, gpt, nullptr, options);
@@ -944,15 +946,15 @@ inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
 struct SaveOptions {
   std::filesystem::path tokenizer_from;  // a directory with tokenizer.json; empty: none to copy
   Json trainer_state;                    // null: none
-  bool optimizer = false;                // its moments too: what an exact resume needs
+  bool optimizer = false;                // also its moments, which an exact resume needs
   bool bf16 = false;                     // weights as BF16; excludes `optimizer`
-  AdapterBase base;                      // of a model with adapters, which are all that is saved
+  AdapterBase base;                      // of a model with adapters: only these are saved
   // Writes more into the new directory before it takes the old one's place.
   std::function<void(const std::filesystem::path& dir)> also;
 };
 
-// The bytes that a checkpoint takes on disk, without the tokenizer's; while one replaces another,
-// both are there.
+// Bytes of a checkpoint on disk, without the tokenizer. While a checkpoint replaces another, both
+// are on the disk.
 inline int64_t checkpoint_bytes(const ParamTable& table, bool optimizer, bool bf16 = false) {
   int64_t bytes = 0;
   for (const Tensor& t : table.tensors) {
@@ -964,14 +966,14 @@ inline int64_t checkpoint_bytes(const ParamTable& table, bool optimizer, bool bf
 }
 
 inline void check_finite(const std::string& what, std::span<const float> values) {
-  int64_t bad = 0;  // counted without a branch, at the speed of memory
+  int64_t bad = 0;  // counted without a branch: as fast as memory is read
   for (const float x : values) bad += !(std::fabs(x) <= FLT_MAX);
   if (bad > 0) {
     fail(what, ": found ", bad, " values that are not finite, expected none: not saved");
   }
 }
 
-// All weights; of a model with adapters, these alone.
+// Writes all weights; of a model with adapters, only the adapters.
 inline void save_weights(const std::filesystem::path& path, const Gpt& gpt, bool bf16,
                          const std::map<std::string, std::string>& metadata = {}) {
   const std::vector<Tensor>& tensors = gpt.table().tensors;
@@ -1025,31 +1027,31 @@ inline void save_moments(const std::filesystem::path& path, const Gpt& gpt) {
   writer.commit();
 }
 
-inline void copy_tokenizer(const std::filesystem::path& from, const std::filesystem::path& to) {
+inline void copy_tokenizer(const std::filesystem::path& src, const std::filesystem::path& dst) {
   for (const char* name :
        {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
         "vocab.json", "merges.txt", "chat_template.jinja"}) {
     const bool required = std::string(name) == "tokenizer.json";
-    if (required || std::filesystem::exists(from / name)) {
-      write_file(to / name, read_file(from / name));
+    if (required || std::filesystem::exists(src / name)) {
+      write_file(dst / name, read_file(src / name));
     }
   }
 }
 
-// DIR.new: a checkpoint being written; DIR.old: the one before, while both names change.
+// DIR.new is a checkpoint that is being written. DIR.old is the one before, while the names change.
 inline std::filesystem::path beside(const std::filesystem::path& dir, const char* suffix) {
   return dir.string() + suffix;
 }
 
-// Puts `fresh` under the name `dir`; returns where the directory it replaces is now, empty for
-// none. A file system that cannot exchange two names in one step keeps the old one as DIR.old, and
-// repair_checkpoint brings it back if the process ends between the two renames.
+// Gives `fresh` the name `dir`. Returns where the directory that had this name is now; empty: there
+// was none. On a file system that cannot exchange two names in one step, the old directory becomes
+// DIR.old first, and repair_checkpoint brings it back if the process ends between the two renames.
 inline std::filesystem::path exchange_directories(const std::filesystem::path& fresh,
                                                   const std::filesystem::path& dir,
                                                   bool one_step = true) {
-  const auto move = [](const std::filesystem::path& from, const std::filesystem::path& to) {
-    if (std::rename(from.c_str(), to.c_str()) != 0) {
-      fail(to.string(), ": cannot rename ", from.string(), ": ", errno_text());
+  const auto move = [](const std::filesystem::path& src, const std::filesystem::path& dst) {
+    if (std::rename(src.c_str(), dst.c_str()) != 0) {
+      fail(dst.string(), ": cannot rename ", src.string(), ": ", errno_text());
     }
   };
   if (!std::filesystem::exists(dir)) {
@@ -1085,9 +1087,9 @@ inline void repair_checkpoint(const std::filesystem::path& dir) {
   }
 }
 
-// Writes the model, and what `options` asks for, as directory `dir`, all of it or nothing: after
-// an Error (a full disk, a tokenizer that cannot be read, weights that are not finite) `dir` is as
-// it was.
+// Writes the model, and what `options` says, as the directory `dir`: all of it or nothing. After an
+// Error (a full disk, a tokenizer that cannot be read, weights that are not finite) `dir` is as it
+// was before.
 inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const SaveOptions& options) {
   if (!dir.has_filename()) dir = dir.parent_path();  // "model/" is "model"
   if (options.bf16 && options.optimizer) {
@@ -1107,7 +1109,7 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
     std::error_code ignored;
     std::filesystem::remove_all(fresh, ignored);
   };
-  discard();  // of a run that was killed
+  discard();  // what a killed run left
   std::filesystem::path replaced;
   try {
     std::filesystem::remove_all(beside(dir, ".old"));
@@ -1122,7 +1124,7 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
     }
     if (options.optimizer) save_moments(fresh / "optimizer.safetensors", gpt);
     if (gpt.table().lora.rank > 0) {
-      // From the directory, so that both can move together.
+      // Relative to this directory, so that both can be moved together.
       const auto base = std::filesystem::relative(options.base.dir, fresh);
       write_json(fresh / "adapter_config.json",
                  adapter_config_json(gpt.config(), gpt.table(), base.string()));
@@ -1140,11 +1142,11 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
     fail(e.what(), had ? "; the checkpoint that was there is untouched" : "");
   }
   sync_path(dir.has_parent_path() ? dir.parent_path() : ".");
-  std::error_code ignored;  // what cannot be removed now goes with the next checkpoint
+  std::error_code ignored;  // what cannot be removed now is removed by the next checkpoint
   if (!replaced.empty()) std::filesystem::remove_all(replaced, ignored);
 }
 
-// A run keeps a checkpoint while it writes the next: its disk must have room for two.
+// A run keeps its checkpoint while it writes the next one: the disk must have room for two.
 inline void check_disk(const std::filesystem::path& run, const ParamTable& table) {
   const int64_t need = 2 * checkpoint_bytes(table, true);
   std::error_code ec;
@@ -1156,10 +1158,11 @@ inline void check_disk(const std::filesystem::path& run, const ParamTable& table
 }
 
 // ---------------------------------------------------------------------------------------------
-// Going on
+// Resuming
 
-// Reads trainer_state.json and writes the optimizer's moments into `gpt`, which was made with the
-// same optimizer and computes by the tuned plans of the run's device from here on.
+// Reads trainer_state.json and writes the optimizer's moments into `gpt`, which must have been made
+// with the same optimizer. The cuBLASLt algorithms that the run chose are kept, so that a resumed
+// run rounds the same way.
 inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
   const std::filesystem::path state = dir / "trainer_state.json";
   if (!std::filesystem::exists(state)) {
@@ -1205,7 +1208,7 @@ inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
   return json;
 }
 
-// The model directory that `path` means: a model directory itself, or a run's (RUN/model).
+// The model directory that `path` means: `path` itself, or RUN/model where it is a run.
 inline std::filesystem::path model_dir(std::filesystem::path path) {
   if (path.has_parent_path() && !path.has_filename()) path = path.parent_path();
   repair_checkpoint(path);

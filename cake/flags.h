@@ -5,7 +5,7 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -44,23 +44,26 @@ inline std::vector<std::string> rename_flags(int argc, char** argv,
   return words;
 }
 
-// Leaves in the help of `app` only the options named, in the order in which they were added. The
-// others work as before, and `--help-all` shows them.
-inline void hide_all_but(CLI::App& app, const std::vector<std::string>& shown) {
-  for (CLI::Option* option : app.get_options([&](const CLI::Option* o) {
-         return std::none_of(shown.begin(), shown.end(),
-                             [&](const std::string& name) { return o->check_name(name); });
-       })) {
-    option->group("");
+// The help of the flags that matter, in one list.
+class ShortHelp : public CLI::Formatter {
+ public:
+  explicit ShortHelp(std::vector<std::string> shown) : shown_(std::move(shown)) {}
+  std::string make_help(const CLI::App* app, std::string name, CLI::AppFormatMode) const override {
+    std::string text = make_description(app) + make_usage(app, std::move(name)) + "\n";
+    for (const std::string& option : shown_) {
+      if (const auto* o = app->get_option_no_throw(option)) text += make_option(o, false);
+    }
+    for (const CLI::App* sub : app->get_subcommands([](const CLI::App* a) {
+           return !a->get_name().empty();  // an option group has none
+         })) {
+      text += make_subcommand(sub);
+    }
+    return text + "\n  --help-all                  every flag\n";
   }
-  for (CLI::App* group : app.get_subcommands([](CLI::App* a) { return a->get_name().empty(); })) {
-    hide_all_but(*group, shown);
-    const auto visible = [&](const CLI::Option* o) {
-      return o != group->get_help_ptr() && !o->get_group().empty();
-    };
-    if (group->get_options(visible).empty()) group->group("");
-  }
-}
+
+ private:
+  std::vector<std::string> shown_;
+};
 
 // What --help shows of a command: the names of its ten or so options that matter.
 struct HelpPage {
@@ -78,11 +81,8 @@ inline bool parse_flags(CLI::App& app, int argc, char** argv, std::vector<HelpPa
   if (all != words.end()) {
     *all = "--help";
   } else {
-    for (const HelpPage& page : pages) {
-      std::vector<std::string> shown = page.shown;
-      shown.push_back("--help");
-      hide_all_but(*page.app, shown);
-      page.app->footer("\n--help-all shows every flag");
+    for (HelpPage& page : pages) {
+      page.app->formatter(std::make_shared<ShortHelp>(std::move(page.shown)));
     }
   }
   if (argc > 0) app.name(argv[0]);

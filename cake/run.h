@@ -276,7 +276,7 @@ class MappedFile {
 // ---------------------------------------------------------------------------------------------
 // Text
 
-inline std::string_view strip(std::string_view text) {  // without white space at both ends
+inline std::string_view strip_ascii(std::string_view text) {  // no white space at both ends
   const size_t begin = text.find_first_not_of(" \t\r\n");
   if (begin == std::string_view::npos) return {};
   return text.substr(begin, text.find_last_not_of(" \t\r\n") + 1 - begin);

@@ -1,4 +1,4 @@
-// How a run's learning rate moves, and the one dial: what follows from a model's depth.
+// The learning-rate schedules, and the rules of `--depth`: what follows from a model's depth.
 #pragma once
 
 #include <algorithm>
@@ -29,29 +29,6 @@ struct Schedule {
     }
     const double left = double(steps - step) / std::max(1., warmdown * double(steps));
     return floor + (1 - floor) * std::clamp(left, 0., 1.);
-  }
-};
-
-// A run's learning rates and what else an optimizer step takes of its settings.
-struct Rates {
-  double matrix = 0;  // Muon's, or AdamW's for matrices and adapters
-  double embedding = 0, head = 0, vector = 0;
-  double weight_decay = 0, clip = 0, beta1 = .9, beta2 = .95, momentum = .95;
-
-  OptimizerStep at(int64_t step, double factor) const {  // the factor: Schedule's
-    OptimizerStep o;
-    o.step = step;
-    o.lr[size_t(Kind::embedding)] = o.lr[size_t(Kind::position)] = float(factor * embedding);
-    o.lr[size_t(Kind::matrix)] = o.lr[size_t(Kind::adapter)] = float(factor * matrix);
-    o.lr[size_t(Kind::head)] = float(factor * head);
-    o.lr[size_t(Kind::vector)] = float(factor * vector);
-    o.beta1 = float(beta1), o.beta2 = float(beta2);
-    o.decay = float(weight_decay);
-    o.muon_lr = float(factor * matrix);
-    o.muon_momentum = float(momentum);
-    o.muon_decay = float(weight_decay);
-    o.max_norm = float(clip);
-    return o;
   }
 };
 

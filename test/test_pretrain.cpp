@@ -235,7 +235,7 @@ TEST_CASE("train_gpt's bad input ends in one line and exit status 1") {
   };
   const std::string out = dir / "run";
   refused("./train_gpt -o " + out, "--data: missing");
-  refused("./train_gpt", "--out");
+  refused("./train_gpt", "-o: missing");
   refused("./train_gpt --data nowhere -o " + out, "nowhere.json: ");
   refused(train_command(out, "--nonsense 3"), "--nonsense");
   refused(train_command(out, "--schedule steps"), "--schedule: found steps");

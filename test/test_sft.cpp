@@ -5,8 +5,9 @@
 #include "cake/checkpoint.h"
 #include "cake/json.h"
 #include "cake/schedule.h"
-#define CAKE_NO_MAIN  // all of sft.cpp but the run itself
+#define main sft_main  // the test binary has its own main
 #include "sft.cpp"
+#undef main
 #include "test/support.h"
 
 using namespace cake;
@@ -337,12 +338,12 @@ TEST_CASE("packing is best fit decreasing") {
 TEST_CASE("packed examples stand end to end with their masks") {
   const Examples e = examples_of({3, 2});
   Packed p;
-  p.add(e, 1), p.add(e, 0);
+  add_example(p, e, 1), add_example(p, e, 0);
   CHECK(p.tokens == std::vector<int>{4, 5, 0, 1, 2});
   CHECK(p.targets == std::vector<int>{5, -1, 1, -1, 3});
   CHECK(p.doc_starts == std::vector<int>{0, 2, 5});
   CHECK(p.trained == 3);
-  CHECK(p.weights(3) == std::vector<float>{-1 / 3.f, 0, -1 / 3.f, 0, -1 / 3.f});
+  CHECK(p.mean_loss_weights(3) == std::vector<float>{-1 / 3.f, 0, -1 / 3.f, 0, -1 / 3.f});
 }
 
 TEST_CASE("an epoch has every example as often as its weight says, in another order each time") {
@@ -419,7 +420,7 @@ Pass1 pass(Gpt& gpt, const std::vector<Packed>& batches) {
   for (const Packed& b : batches) trained += b.trained;
   gpt.zero_gradients();
   for (const Packed& b : batches) {
-    gpt.forward_backward(b.batch(), b.weights(trained));
+    gpt.forward_backward(b.batch(), b.mean_loss_weights(trained));
     for (const float logp : gpt.logp()) out.nats -= logp;
   }
   for (size_t i = 0; i < gpt.table().tensors.size(); i++) {
@@ -437,7 +438,7 @@ TEST_CASE("a packed batch has the loss and gradients of its conversations one by
   auto gpt = small_model(small_config());
   const auto bins = Stream(e, 40, 1).make_epoch(0);
   std::vector<Packed> alone(6);
-  for (int i = 0; i < 6; i++) alone[size_t(i)].add(e, i);
+  for (int i = 0; i < 6; i++) add_example(alone[size_t(i)], e, i);
   const Pass1 want = pass(*gpt, alone);
   CHECK(want.nats > 100);                      // 43 trained tokens at about ln 64 each
   for (const int64_t size : {40, 80, 1000}) {  // a bin, two, all at once: accumulation too
@@ -515,8 +516,8 @@ TEST_CASE("the losses of a run are those of its conversations one by one in a pl
     double nats = 0;
     for (const int i : order) {
       Packed alone;
-      alone.add(train, i);
-      gpt->forward_backward(alone.batch(), alone.weights(trained));
+      add_example(alone, train, i);
+      gpt->forward_backward(alone.batch(), alone.mean_loss_weights(trained));
       for (const float logp : gpt->logp()) nats -= logp;
     }
     OptimizerStep step{.step = n, .max_norm = 1};
@@ -545,7 +546,7 @@ TEST_CASE("fine-tuning learns, and writes a model with the chat template, metric
   CHECK(summary.at("train_loss").get<double>() < 2.81);
   CHECK(summary.at("val_loss").get<double>() < 2.81);
   CHECK(summary.at("val_tokens").get<int>() > 20);
-  CHECK(losses(dir / "run").size() == 60 + 11 + 1);  // before, ten on the way, the last
+  CHECK(losses(dir / "run").size() == 60 + 10 + 1);  // before, nine on the way, the last
   CHECK(contains(o.text, "asked   say "));
   CHECK(contains(o.text, "held-out loss"));
   const Json config = read_json(dir / "run/model/config.json");
@@ -588,7 +589,7 @@ std::vector<float> score(Gpt& gpt) {
   read_examples({(world() / "data.jsonl").string()}, tokenizer(), 64, TooLong::drop, 0, train, val,
                 report);
   Packed p;
-  for (int i = 0; i < 40; i++) p.add(train, i);
+  for (int i = 0; i < 40; i++) add_example(p, train, i);
   gpt.forward(p.batch(), Pass::score);
   const auto logp = gpt.logp();
   return {logp.begin(), logp.end()};
