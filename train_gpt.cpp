@@ -88,7 +88,7 @@ struct LayerActivations {
   float* act;  // (N, F)
 };
 
-// Everything a pass over N tokens writes, in one arena; a layout is a walk that hands out pieces.
+// Everything a pass over N tokens writes, in one arena, of which lay_out hands out the pieces.
 struct Activations {
   std::vector<LayerActivations> layers;
   float* x;           // (N, C) the stream that leaves the last layer
@@ -102,7 +102,8 @@ struct Activations {
   float* dact;        // (N, F)
   float* partials;
 
-  // Floats it takes; with `base`, also sets the pointers. Without `train` the layers share buffers.
+  // Returns the number of floats; with `base`, also sets the pointers. Without `train` all layers
+  // use the same buffers.
   int64_t lay_out(const Config& c, int64_t N, bool train, float* base);
 };
 
@@ -263,8 +264,7 @@ class CpuGpt final : public Gpt {
       linear_backward(N_, b.up, a.norm2, a.up, a_.dnorm);
       norm_back(N_, b.norm2, a_.dnorm, a.mid, a.stats2);
       linear_backward(N_, b.o, a.att, a_.dx, a_.dnorm);
-      float *dq = a_.dqkv, *dk = dq + int64_t(config_.NH) * HS,
-            *dv = dk + int64_t(config_.NKV) * HS;
+      float *dq = a_.dqkv, *dk = dq + config_.NH * HS, *dv = dk + config_.NKV * HS;
       attention_backward(attention_of(a.qkv, a.rotated), a.att, a.lse, a_.dnorm, dq, dk, dv,
                          config_.qkv());
       rotate_backward(b, a);
@@ -279,7 +279,7 @@ class CpuGpt final : public Gpt {
   void begin(const Batch& batch);
   void reserve(int64_t N);
 
-  // Layers on the weights of one place in the table. NKV heads of keys and values, each HS wide.
+  // A layer each, on the weights that stand at one place of the table.
   void embed(int N, const int* tokens, const int* positions, float* x) const;
   void embed_backward();
   void norm(int N, const Norm& n, const float* x, float* y, NormStats stats) const;
@@ -316,7 +316,7 @@ class CpuGpt final : public Gpt {
 
   bool train_;
   bool adapters_;                     // LoRA's take part
-  mutable std::vector<float> inner_;  // (N, rank) of the adapter at hand
+  mutable std::vector<float> inner_;  // (N, rank) scratch of one adapter
   std::shared_ptr<Weights> weights_;
   Arena gradients_, moment1_, moment2_;  // in the table's order
   UpdateStats stats_;
@@ -435,8 +435,8 @@ inline constexpr int kPrefetchSteps = 12;
 // Weights
 
 // Weights, in one of two forms. Rows: the arena in the table's order, which training reads and
-// updates. Panels: each GEMM's matrix as pack_weights makes it, which decoding streams. Inference
-// holds matrices as panels alone; training makes panels when it decodes.
+// updates. Panels: each GEMM's matrix as pack_weights makes it, which decoding reads. Inference has
+// its matrices as panels only; training makes panels when it decodes.
 struct Weights {
   struct Group {
     int64_t weight;  // its offset in the arena
@@ -488,8 +488,8 @@ float* CpuGpt::gradient(int64_t offset) const {
   return offset < 0 || !table_.trainable(offset) ? nullptr : gradients_.data() + offset;
 }
 bool CpuGpt::weights_in_panels_only() const { return weights_->panels_only; }
-// Panels are made of rows again when decoding needs them. Where the table's first tensor is frozen,
-// all that panels hold is.
+// Decoding makes the panels again before it reads them. With adapters, everything that panels hold
+// is frozen.
 void CpuGpt::weights_changed() {
   if (table_.first_trainable() == 0) weights_->panels_current = false;
 }
@@ -795,7 +795,8 @@ static void norm_rope_row(int HS, const float* x, const float* weight, float eps
   });
 }
 
-// Norm and RoPE of q and k. llama turns them where they are; qwen3 keeps the raw ones for backward.
+// Norm and RoPE of q and k. llama turns them in place; qwen3's backward needs the raw ones, so that
+// `rotated` holds the result.
 void CpuGpt::rotate(int N, const int* positions, const Block& b, float* qkv, float* rotated) const {
   if (config_.family == Family::gpt2) return;
   const int HS = config_.HS, NH = config_.NH, heads = NH + config_.NKV;
@@ -2469,7 +2470,7 @@ static void small_product(int M, int N, int K, const float* a, int64_t a_row, in
   if (n < N) kSmallTiles1[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
 }
 
-// The upper triangle of a square matrix takes the lower one's values.
+// Copies the lower triangle of a square matrix (size, size) into the upper one.
 template <int... I>
 static void mirror(int size, float* c, std::integer_sequence<int, I...>) {
   const int whole = size / kLanes * kLanes;
