@@ -102,6 +102,9 @@ struct Activations {
   float* dact;        // (N, F)
   float* partials;
 
+  Arena arena;
+  int64_t capacity = 0;                                  // tokens
+  void reserve(const Config& c, int64_t N, bool train);  // contents are lost when it grows
   // Returns the number of floats; with `base`, also sets the pointers. Without `train` all layers
   // use the same buffers.
   int64_t lay_out(const Config& c, int64_t N, bool train, float* base);
@@ -277,7 +280,6 @@ class CpuGpt final : public Gpt {
 
   // The batch: checked, copied, its positions; room for what a pass over it writes.
   void begin(const Batch& batch);
-  void reserve(int64_t N);
 
   // A layer each, on the weights that stand at one place of the table.
   void embed(int N, const int* tokens, const int* positions, float* x) const;
@@ -323,14 +325,9 @@ class CpuGpt final : public Gpt {
   double loss_ = 0;  // of the batches since the last update
   // All gradients are zero, whatever their arena holds: the next backward sets them.
   bool gradients_are_zero_ = true;
-  Arena arena_;
   Activations a_{};
-  int64_t capacity_ = 0;
+  Activations decode_{};  // decoding's own: it does not disturb a live forward
   RopeTable rope_;
-
-  Arena decode_arena_;  // decoding's own: it does not disturb a live forward
-  Activations decode_{};
-  int64_t decode_capacity_ = 0;
 
   // The live batch
   int N_ = 0;
@@ -517,7 +514,7 @@ void CpuGpt::begin(const Batch& batch) {
   entropy_.assign(lm ? size_t(N) : 0, 0.f);
   value_.assign(lm ? 0 : size_t(N), 0.f);
   softmax_.resize(head_rows_.size());
-  reserve(N);
+  a_.reserve(config_, N, train_);
   forward_is_live_ = logits_kept_ = false;
 }
 
@@ -1592,11 +1589,7 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
   if (R == 0) return;
   const int N = int(tokens.size());
   starts.push_back(N);
-  if (N > decode_capacity_) {
-    decode_arena_.reset(decode_.lay_out(config_, N, false, nullptr));
-    decode_.lay_out(config_, N, false, decode_arena_.data());
-    decode_capacity_ = N;
-  }
+  decode_.reserve(config_, N, false);
   const float scale = 1 / std::sqrt(float(HS));
   const auto attend_cache = [&](int l, LayerActivations& a) {
     const Attention qkv = attention_of(a.qkv, a.rotated);
@@ -1635,7 +1628,7 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
   for (int64_t r = 0; r < R; r++)
     std::copy_n(decode_.x + int64_t(starts[size_t(r) + 1] - 1) * C, C, decode_.final_norm + r * C);
   norm(int(R), table_.final_norm, decode_.final_norm, decode_.head_in, decode_.final_stats);
-  const int64_t chunk = logit_rows(config_, decode_capacity_), ld = config_.padded_V();
+  const int64_t chunk = logit_rows(config_, decode_.capacity), ld = config_.padded_V();
   for (int64_t begin = 0; begin < R; begin += chunk) {
     const int64_t count = std::min(chunk, R - begin);
     Product p =
@@ -1682,6 +1675,12 @@ void Arena::release() {
   data_ = nullptr, bytes_ = 0, size_ = 0;
 }
 
+void Activations::reserve(const Config& c, int64_t N, bool train) {
+  if (N <= capacity) return;
+  arena.reset(lay_out(c, N, train, nullptr));
+  lay_out(c, N, train, arena.data());
+  capacity = N;
+}
 int64_t Activations::lay_out(const Config& c, int64_t N, bool train, float* base) {
   int64_t used = 0;
   const auto allocate = [&](int64_t floats) {
@@ -1755,15 +1754,7 @@ CpuGpt::CpuGpt(const Config& config, const GptOptions& options)
     moment1_.reset(table_.size);
     moment2_.reset(table_.size);
   }
-  if (options.batch_tokens > 0) reserve(options.batch_tokens);
-}
-
-void CpuGpt::reserve(int64_t N) {
-  if (N <= capacity_) return;
-  Activations layout;
-  arena_.reset(layout.lay_out(config_, N, train_, nullptr));
-  a_.lay_out(config_, N, train_, arena_.data());
-  capacity_ = N;
+  if (options.batch_tokens > 0) a_.reserve(config, options.batch_tokens, train_);
 }
 
 void CpuGpt::read(int tensor, Slot slot, std::span<float> out) const {
