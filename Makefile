@@ -21,14 +21,18 @@ FLAGS := -std=c++20 -O3 -march=$(MARCH) -ffp-contract=fast -fopenmp -I. \
 LIBRARIES := -Wl,--as-needed -lsimdjson -lzstd -lz -ledit
 HEADERS := CLI/CLI.hpp doctest/doctest.h histedit.h nlohmann/json.hpp omp.h simdjson.h xxhash.h zlib.h zstd.h
 
-STAGES := bpe train_gpt sft rlhf chat
+# The longest to compile first.
+MODEL_STAGES := rlhf reward chat sft
+STAGES := train_gpt $(MODEL_STAGES) bpe
+TOOLS := world report overoptimize
 SOURCES = $(wildcard *.cpp *.cu cake/*.h dev/*.cpp dev/*.h dev/*/*.cpp dev/*/*.h test/*.cpp test/*.h \
             test/*/*.cpp test/*/*.h test/*/*/*.h)
 
-# Two stages are libraries too: compiled a second time without their main. test/test_gpt.cpp and
-# dev/bench/bench.cpp include train_gpt.cpp itself: they look at what is inside.
+# Two stages are libraries too: their main is weak, and gives way to that of a program which links
+# them. test/test_gpt.cpp and dev/bench/bench.cpp include train_gpt.cpp itself: they look at what is
+# inside.
 OBJECTS := $(BUILD)/objects
-LIBRARY = $(OBJECTS)/bpe.lib.o $(OBJECTS)/train_gpt.lib.o $(ENGINE)
+ENGINE := $(OBJECTS)/train_gpt.o
 # The CUDA engine: by nvcc, or as C++ over test/cuda_on_cpu/, which runs its kernels on the CPU (the
 # tests, and `make emulate`).
 NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
@@ -41,15 +45,14 @@ NVCC_FLAGS = -std=c++20 -O3 -I. -lineinfo $(foreach a,$(CUDA_ARCHS),-gencode arc
   --diag-suppress=177
 ON_CPU := $(OBJECTS)/test/cuda_on_cpu/runtime.o
 ON_CPU_FLAGS := -DCAKE_CUDA_ON_CPU -Itest/cuda_on_cpu/include -fno-strict-aliasing -Wno-unknown-pragmas -pthread
-ifdef EMULATE
-ENGINE := $(OBJECTS)/train_gpt.emulated.o $(ON_CPU)
-ENGINE_FLAGS := -DCAKE_CUDA -DCAKE_CUDA_ON_CPU
-else ifeq ($(CUDA),1)
-ENGINE := $(OBJECTS)/train_gpt.cuda.o
+EMULATE := $(BUILD)/emulate
+EMULATED_ENGINE := $(OBJECTS)/emulate/train_gpt.o $(OBJECTS)/emulate/train_gpt.cuda.o $(ON_CPU)
+ifeq ($(CUDA),1)
+ENGINE += $(OBJECTS)/train_gpt.cuda.o
 ENGINE_FLAGS := -DCAKE_CUDA
 LIBRARIES += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart
 endif
-FAULT_OBJECTS := $(OBJECTS)/test/main.o $(ON_CPU) $(OBJECTS)/train_gpt.lib.o $(OBJECTS)/bpe.lib.o
+FAULT_OBJECTS := $(OBJECTS)/test/main.o $(ON_CPU) $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.o
 TESTS := $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/*.cpp))
 
 ifeq ($(MAKELEVEL),0)
@@ -59,7 +62,7 @@ ifneq ($(filter clean,$(MAKECMDGOALS)),)
 .NOTPARALLEL: # `make clean all`: one after the other
 endif
 
-all: $(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/report ## all binaries (the default)
+all: $(STAGES:%=$(BIN)/%) $(TOOLS:%=$(BUILD)/%) ## all binaries (the default)
 
 run: ## set up, build and bake the whole cake: RUN=dir TEXT=path MINUTES=n
 	@dev/setup.sh
@@ -86,9 +89,25 @@ else
 	@$(BUILD)/test
 endif
 
-emulate: ## the stages with --device cuda running on the CPU, in build/emulate
-	@$(MAKE) --no-print-directory EMULATE=1 BUILD=$(BUILD)/emulate BIN=$(BUILD)/emulate \
-	  $(STAGES:%=$(BUILD)/emulate/%)
+# In a folder of its own, which holds its binaries and, under build/, its objects: the tests run there.
+variant = $(MAKE) --no-print-directory BIN=build/$(1) BUILD=build/$(1)/build $(2) all build/$(1)/build/test && \
+  ln -sfn ../../test build/$(1)/test && cd build/$(1) && \
+  CAKE_DATA="$${CAKE_DATA:-$(CURDIR)/../shared/data}" build/test
+SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+
+test-all: ## sanitized, for x86-64-v3, and test-faults: takes an hour, and dev/setup.sh --all
+	@dev/setup.sh --all
+	@$(MAKE) --no-print-directory test-sanitized
+	@$(MAKE) --no-print-directory test-v3
+	@$(MAKE) --no-print-directory test-faults
+
+test-sanitized: ## every test under AddressSanitizer and UBSan, in build/sanitized
+	+@$(call variant,sanitized,CXXFLAGS="$(SANITIZE)")
+
+test-v3: ## every test compiled for MARCH=x86-64-v3, in build/v3
+	+@$(call variant,v3,MARCH=x86-64-v3)
+
+emulate: $(STAGES:%=$(EMULATE)/%) ## the stages with --device cuda running on the CPU, in build/emulate
 
 test-faults: $(FAULT_OBJECTS) ## deliberate faults in the CUDA engine, each of which must turn a test red
 	@CXX="$(CXX)" FLAGS="$(FLAGS) $(ON_CPU_FLAGS)" OBJECTS="$(FAULT_OBJECTS)" LIBRARIES="$(LIBRARIES)" dev/faults.sh
@@ -109,24 +128,25 @@ clean: ## remove everything that was built
 	rm -rf $(BUILD) $(STAGES:%=$(BIN)/%)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # -------------------------------------------------------------------------------------------------
 # Binaries
 
-$(BIN)/bpe: $(OBJECTS)/bpe.o
-$(BIN)/train_gpt: $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.lib.o $(ENGINE)
-$(BIN)/sft: $(OBJECTS)/sft.o $(LIBRARY)
-$(BIN)/rlhf: $(OBJECTS)/rlhf.o $(LIBRARY)
-$(BIN)/chat: $(OBJECTS)/chat.o $(LIBRARY)
-$(BUILD)/world: $(OBJECTS)/dev/world.o
-$(BUILD)/report: $(OBJECTS)/dev/report.o
-$(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.lib.o
+# A program's own object stands first: of two weak mains the linker takes the first.
+$(BIN)/bpe $(EMULATE)/bpe: $(OBJECTS)/bpe.o
+$(BIN)/train_gpt: $(ENGINE) $(OBJECTS)/bpe.o
+$(EMULATE)/train_gpt: $(EMULATED_ENGINE) $(OBJECTS)/bpe.o
+$(MODEL_STAGES:%=$(BIN)/%): $(BIN)/%: $(OBJECTS)/%.o $(ENGINE) $(OBJECTS)/bpe.o
+$(MODEL_STAGES:%=$(EMULATE)/%): $(EMULATE)/%: $(OBJECTS)/%.o $(EMULATED_ENGINE) $(OBJECTS)/bpe.o
+$(TOOLS:%=$(BUILD)/%): $(BUILD)/%: $(OBJECTS)/dev/%.o
+$(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.o
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
-                   $(OBJECTS)/train_gpt.lib.o $(OBJECTS)/bpe.lib.o
-$(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.lib.o $(OBJECTS)/dev/world.lib.o $(ON_CPU)
+                   $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.o
+$(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.o $(OBJECTS)/dev/world.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(BUILD)/world $(BUILD)/report $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
+$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
+	@mkdir -p $(@D)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
 
@@ -139,17 +159,20 @@ $(OBJECTS)/%.o: %.cpp $(BUILD)/command | $(BUILD)/packages
 	@echo "compile $<"
 	@$(CXX) $(FLAGS) -MMD -MP -c $< -o $@
 
-$(OBJECTS)/%.lib.o: %.cpp $(BUILD)/command | $(BUILD)/packages
+# What waits for an engine, a tokenizer or a file need not be the fastest code: it compiles in four
+# fifths of the time, the tests' in two thirds.
+$(MODEL_STAGES:%=$(OBJECTS)/%.o): private FLAGS += -O2
+$(TOOLS:%=$(OBJECTS)/dev/%.o): private FLAGS += -O1
+$(TESTS): private FLAGS += -O1
+$(OBJECTS)/test/test_gpt.o: private FLAGS += -O3  # the engine itself is in it
+$(OBJECTS)/test/test_cuda.o: private FLAGS += -O2
+
+$(OBJECTS)/emulate/train_gpt.o: train_gpt.cpp $(BUILD)/command | $(BUILD)/packages
 	@mkdir -p $(@D)
-	@echo "compile $< as a library"
-	@$(CXX) $(FLAGS) -DCAKE_NO_MAIN -MMD -MP -c $< -o $@
+	@echo "compile $< with a CUDA engine"
+	@$(CXX) $(FLAGS) -DCAKE_CUDA -DCAKE_CUDA_ON_CPU -MMD -MP -c $< -o $@
 
-# The tests' own code need not be fast: it compiles in two thirds of the time.
-$(TESTS): FLAGS += -O1
-$(OBJECTS)/test/test_gpt.o: FLAGS += -O3  # the engine itself is in it
-$(OBJECTS)/test/test_cuda.o: FLAGS += -O2
-
-$(OBJECTS)/train_gpt.emulated.o: train_gpt.cu $(BUILD)/command | $(BUILD)/packages
+$(OBJECTS)/emulate/train_gpt.cuda.o: train_gpt.cu $(BUILD)/command | $(BUILD)/packages
 	@mkdir -p $(@D)
 	@echo "compile $< for the CPU"
 	@$(CXX) $(FLAGS) -MMD -MP -x c++ -c $< -o $@
@@ -166,8 +189,8 @@ $(OBJECTS)/test/test_cuda.cuda.o: test/test_cuda.cpp $(BUILD)/command
 	@echo "compile $< for $(CUDA_ARCHS)"
 	@$(NVCC) $(NVCC_FLAGS) -x cu -MMD -MP -c $< -o $@
 
-$(OBJECTS)/train_gpt.o $(OBJECTS)/train_gpt.lib.o: FLAGS += $(ENGINE_FLAGS)
-$(ON_CPU) $(OBJECTS)/train_gpt.emulated.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_cuda*.cpp)): FLAGS += $(ON_CPU_FLAGS)
+$(OBJECTS)/train_gpt.o: private FLAGS += $(ENGINE_FLAGS)
+$(ON_CPU) $(OBJECTS)/emulate/train_gpt.cuda.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_cuda*.cpp)): private FLAGS += $(ON_CPU_FLAGS)
 
 -include $(shell find $(OBJECTS) -name '*.d' 2>/dev/null)
 
@@ -186,6 +209,6 @@ $(BUILD)/packages: $(BUILD)/command
 	done
 	@touch $@
 
-.PHONY: all run reviews overoptimize base-to-chat test emulate test-faults spills bench format format-check clean help FORCE
+.PHONY: all run reviews overoptimize base-to-chat test test-all test-sanitized test-v3 emulate test-faults spills bench format format-check clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:

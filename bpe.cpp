@@ -5,25 +5,36 @@
 //     train    pieces, counted --merge the most frequent pair, again and again--> tokenizer.json
 //     encode   documents --tokenizer--> <|endoftext|> ids ... <|endoftext|> ids ... --> shards
 //
+// The file in order: byte pair encoding by its definition, in a page; the split patterns; training;
+// encoding; reading a corpus; files of tokenizers; UTF-8 and Unicode's normal form; the command
+// line.
+//
 // A split pattern cuts text into pieces that tokens never cross: words with the space before them,
-// numbers, punctuation, white space. The published patterns are regular expressions; here each is a
-// few lines over one class per code point, since a regular expression engine would take most of the
-// time and some overflow their stack on long runs. Within a piece the tokens are at first its
-// bytes; then, as long as a pair of neighbours is in the table of merges, the pair that was learned
-// first is joined, the leftmost one first. That is the definition. The encoder finds the same
-// tokens in one pass.
+// numbers, punctuation, white space. The published patterns are regular expressions. Here each is a
+// few lines over one class per code point: a regular expression engine would take most of the time,
+// and some overflow their stack on long runs.
 //
 // In this file a token is named by its rank: bytes are 0 to 255, merge k makes token 256 + k. Ids
-// are what a file assigns to tokens; they equal ranks in the tokenizers trained here, and nowhere
-// else. Where a file lists several merges that make the same bytes, at most one of them can ever
+// are what a file assigns to tokens. They equal ranks in the tokenizers trained here, and nowhere
+// else. A file may list several merges that make the same bytes. At most one of them can ever
 // happen: between two places that no merge has crossed, bytes always develop in the same way.
 //
 // Sources: byte-level BPE, Radford et al. 2019; BPE for words, Sennrich et al. 2016; patterns and
 // the .tiktoken format, OpenAI's tiktoken; linear encoding by backtracking over compatible
 // neighbours, Antwerpen and Neubeck 2024 (GitHub's rust-gems); tokenizer.json, Hugging Face.
 #include <omp.h>
+
+// GCC 12 says of its own AVX-512 intrinsics that a variable is not initialised (its bug 105593).
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ == 12
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #define XXH_INLINE_ALL
 #include <xxhash.h>
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ == 12
+#pragma GCC diagnostic pop
+#endif
 
 #include <algorithm>
 #include <array>
@@ -32,6 +43,7 @@
 #include <exception>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <queue>
 #include <set>
@@ -42,6 +54,8 @@
 #include <utility>
 #include <vector>
 
+#include "cake/chat_template.h"
+#include "cake/flags.h"
 #include "cake/json.h"
 #include "cake/records.h"
 #include "cake/run.h"
@@ -49,54 +63,346 @@
 #include "cake/tokenizer.h"
 #include "cake/unicode.h"
 
-#ifndef CAKE_NO_MAIN
-#include <CLI/CLI.hpp>
-#endif
-
 namespace cake {
+
+// ---------------------------------------------------------------------------------------------
+// Byte pair encoding by its definition. The rest of this file gives the same tokens, but faster;
+// the tests compare the two.
+
+namespace plain {
+
+// Replaces each pair of neighbours (left, right) by `token`, from left to right.
+static void join_pairs(std::vector<int>& tokens, Merge pair, int token) {
+  size_t size = 0;
+  for (size_t i = 0; i < tokens.size(); i++) {
+    const bool joined = i + 1 < tokens.size() && Merge(tokens[i], tokens[i + 1]) == pair;
+    tokens[size++] = joined ? token : tokens[i];
+    i += joined;
+  }
+  tokens.resize(size);
+}
+
+// Training: count the pairs of neighbours in all pieces, join the most frequent pair everywhere,
+// count again. Of pairs with equal counts the smallest is joined.
+std::vector<Merge> learn_merges(std::vector<std::vector<int>> pieces, int count) {
+  std::vector<Merge> merges;
+  while (int(merges.size()) < count) {
+    std::map<Merge, int64_t> counts;
+    for (const std::vector<int>& piece : pieces) {
+      for (size_t i = 0; i + 1 < piece.size(); i++) counts[{piece[i], piece[i + 1]}]++;
+    }
+    if (counts.empty()) break;
+    const auto less = [](const auto& a, const auto& b) { return a.second < b.second; };
+    const Merge best = std::max_element(counts.begin(), counts.end(), less)->first;
+    for (std::vector<int>& piece : pieces) join_pairs(piece, best, 256 + int(merges.size()));
+    merges.push_back(best);
+  }
+  return merges;
+}
+
+// Encoding: the bytes of a piece, then every merge in the order in which it was learned.
+std::vector<int> encode(std::string_view piece, std::span<const Merge> merges) {
+  std::vector<int> tokens;
+  for (const unsigned char byte : piece) tokens.push_back(byte);
+  for (size_t k = 0; k < merges.size(); k++) join_pairs(tokens, merges[k], 256 + int(k));
+  return tokens;
+}
+
+}  // namespace plain
+
 namespace {
 
 // ---------------------------------------------------------------------------------------------
-// UTF-8. A byte that no well-formed sequence holds stands for itself: class kOther, one byte long.
+// Split patterns
 
+// A code point of UTF-8 and its length. A byte that no well-formed sequence holds stands for
+// itself: kInvalid plus the byte, one byte long, of class kOther.
 struct CodePoint {
   uint32_t code;
   int bytes;
 };
 
 constexpr uint32_t kInvalid = 0x110000;  // plus the byte
+CodePoint decode_utf8(const char* text, size_t left);
+void append_utf8(std::string& out, uint32_t c);
 
-CodePoint decode_utf8(const char* text, size_t left) {
-  const auto* p = reinterpret_cast<const unsigned char*>(text);
-  const auto tail = [&](size_t i) { return i < left && (p[i] & 0xC0) == 0x80; };
-  const uint32_t a = p[0];
-  if (a < 0x80) return {a, 1};
-  if (a >= 0xC2 && a < 0xE0 && tail(1)) return {(a & 31) << 6 | (p[1] & 63u), 2};
-  if (a >= 0xE0 && a < 0xF0 && tail(1) && tail(2)) {
-    const uint32_t c = (a & 15) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u);
-    if (c >= 0x800 && (c < 0xD800 || c > 0xDFFF)) return {c, 3};
+enum class Pattern { gpt2, gpt2_digits, cl100k, qwen2, o200k };
+
+struct PatternInfo {
+  Pattern pattern;
+  const char* name;
+  const char* regex;  // as tokenizer.json spells it
+};
+
+// gpt2_digits is SmolLM's: digits are single, and the text between them is split as by gpt2.
+constexpr PatternInfo kPatterns[] = {
+    {Pattern::gpt2, "gpt2",
+     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)"},
+    {Pattern::gpt2_digits, "gpt2_digits", ""},
+    {Pattern::cl100k, "cl100k",
+     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3})"
+     R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"},
+    {Pattern::qwen2, "qwen2",
+     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})"
+     R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"},
+    {Pattern::o200k, "o200k",
+     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+)"
+     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?)"
+     R"(|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*)"
+     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?)"
+     R"(|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)"}};
+
+const PatternInfo& pattern_info(Pattern pattern) { return kPatterns[size_t(pattern)]; }
+
+constexpr unsigned bit(int kind) { return 1u << kind; }
+
+Pattern parse_pattern(const std::string& name) {
+  for (const PatternInfo& p : kPatterns) {
+    if (name == p.name && p.regex[0]) return p.pattern;
   }
-  if (a >= 0xF0 && a < 0xF5 && tail(1) && tail(2) && tail(3)) {
-    const uint32_t c = (a & 7) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
-    if (c >= 0x10000 && c <= 0x10FFFF) return {c, 4};
-  }
-  return {kInvalid + a, 1};
+  fail("--pattern: found ", name, ", expected gpt2, cl100k, qwen2 or o200k");
 }
 
-void append_utf8(std::string& out, uint32_t c) {
-  const auto put = [&](uint32_t byte) { out += char(byte); };
-  if (c >= kInvalid) return put(c - kInvalid);
-  if (c < 0x80) return put(c);
-  if (c < 0x800) return put(0xC0 | c >> 6), put(0x80 | (c & 63));
-  if (c < 0x10000) {
-    return put(0xE0 | c >> 12), put(0x80 | (c >> 6 & 63)), put(0x80 | (c & 63));
+// Finds where pieces end. Each pattern is a member function, which tests the alternatives of the
+// regular expression in their order.
+class Scanner {
+ public:
+  Scanner(std::string_view text, Pattern pattern)
+      : text_(text), end_(pattern == Pattern::gpt2_digits ? 0 : text.size()), pattern_(pattern) {}
+
+  // The end of the piece that begins at byte `i` of the text. Each call continues where the last
+  // one ended.
+  size_t piece_end(size_t i) {
+    switch (pattern_) {
+      case Pattern::gpt2:
+        return gpt2(i);
+      case Pattern::gpt2_digits:
+        return gpt2_digits(i);
+      case Pattern::cl100k:
+        return cl100k(i, 3);
+      case Pattern::qwen2:
+        return cl100k(i, 1);
+      default:
+        return o200k(i);
+    }
   }
-  put(0xF0 | c >> 18), put(0x80 | (c >> 12 & 63)), put(0x80 | (c >> 6 & 63)), put(0x80 | (c & 63));
+
+ private:
+  static constexpr int kEnd = 8;  // the class of the position behind the last character
+  static constexpr unsigned kLetters = bit(kUpper) | bit(kLower) | bit(kLetter);
+  static constexpr unsigned kSpaces = bit(kSpace) | bit(kNewline);
+  static constexpr unsigned kSigns = bit(kOther) | bit(kMark);  // [^\s\p{L}\p{N}]
+  // The one character that may stand in front of a word: [^\r\n\p{L}\p{N}]
+  static constexpr unsigned kPrefixes = kSigns | bit(kSpace);
+  // o200k's words: upper-case characters, then lower-case ones. Marks and letters without case
+  // count as both.
+  static constexpr unsigned kUncased = bit(kLetter) | bit(kMark);
+  static constexpr unsigned kUppers = bit(kUpper) | kUncased, kLowers = bit(kLower) | kUncased;
+
+  struct Char {
+    int kind, bytes;
+    bool in(unsigned mask) const { return mask >> kind & 1; }
+  };
+
+  Char char_at(size_t i) const {
+    if (i >= end_) return {kEnd, 0};
+    const auto byte = static_cast<unsigned char>(text_[i]);
+    if (byte < 0x80) return {classes_[byte], 1};
+    const CodePoint c = decode_utf8(text_.data() + i, end_ - i);
+    return {c.code < kInvalid ? classes_[c.code] : int(kOther), c.bytes};
+  }
+  bool has(size_t i, char c) const { return i < end_ && text_[i] == c; }
+
+  // The end of the run of characters in `mask` that begins at `i`.
+  size_t skip(size_t i, unsigned mask) const {
+    for (Char c; (c = char_at(i)).in(mask);) i += size_t(c.bytes);
+    return i;
+  }
+
+  // '(?:[sdmt]|ll|ve|re): its end, or i. In any case (?i:), U+017F counts as an s.
+  size_t contraction(size_t i, bool any_case) const {
+    if (!has(i, '\'')) return i;
+    const auto lower = [&](size_t j) {
+      const char c = j < end_ ? text_[j] : '\0';
+      return any_case && c >= 'A' && c <= 'Z' ? char(c + 32) : c;
+    };
+    const char a = lower(i + 1), b = lower(i + 2);
+    if (a == 's' || a == 'd' || a == 'm' || a == 't') return i + 2;
+    if ((a == 'l' && b == 'l') || ((a == 'v' || a == 'r') && b == 'e')) return i + 3;
+    if (any_case && a == '\xC5' && b == '\xBF') return i + 3;
+    return i;
+  }
+
+  // \s+(?!\S)|\s+, and before them \s*[\r\n]+ where newlines come head.
+  size_t white_space(size_t i, bool newlines_first) const {
+    size_t e = i, last = i, after_newline = i;  // last: where the run's last character begins
+    for (Char c; (c = char_at(e)).in(kSpaces); e += size_t(c.bytes)) {
+      last = e;
+      if (c.kind == kNewline) after_newline = e + 1;
+    }
+    if (newlines_first && after_newline > i) return after_newline;
+    return e == end_ || last == i ? e : last;
+  }
+
+  size_t gpt2(size_t i) const {
+    const size_t end = contraction(i, false);
+    if (end > i) return end;
+    const size_t start = i + has(i, ' ');
+    const Char head = char_at(start);
+    if (head.in(kLetters)) return skip(start, kLetters);
+    if (head.in(bit(kNumber))) return skip(start, bit(kNumber));
+    if (head.in(kSigns)) return skip(start, kSigns);
+    return white_space(i, false);
+  }
+
+  size_t gpt2_digits(size_t i) {
+    if (i == end_) {  // the text between two digits ends here
+      end_ = text_.size();
+      const Char c = char_at(i);
+      if (c.kind == kNumber) return end_ = i + size_t(c.bytes);
+      end_ = skip(i, ~bit(kNumber) & ~bit(kEnd));
+    }
+    return gpt2(i);
+  }
+
+  size_t cl100k(size_t i, int digits) const {
+    const size_t end = contraction(i, true);
+    if (end > i) return end;
+    const Char head = char_at(i);
+    const size_t next = i + size_t(head.bytes);
+    if (head.in(kLetters)) return skip(i, kLetters);
+    if (head.in(kPrefixes) && char_at(next).in(kLetters)) return skip(next, kLetters);
+    if (head.kind == kNumber) return number(i, digits);
+    const size_t start = i + has(i, ' ');
+    if (char_at(start).in(kSigns)) return skip(skip(start, kSigns), bit(kNewline));
+    return white_space(i, true);
+  }
+
+  size_t o200k(size_t i) const {
+    const Char head = char_at(i);
+    const size_t next = i + size_t(head.bytes);
+    size_t e = i;
+    // The two kinds of words, each tried with the prefix and then without.
+    if (head.in(kPrefixes)) e = cased_word(next, i);
+    if (e == i) e = cased_word(i, i);
+    if (e == i && head.in(kPrefixes)) e = upper_word(next, i);
+    if (e == i) e = upper_word(i, i);
+    if (e > i) return contraction(e, true);
+    if (head.kind == kNumber) return number(i, 3);
+    const size_t start = i + has(i, ' ');
+    if (!char_at(start).in(kSigns)) return white_space(i, true);
+    for (e = skip(start, kSigns); has(e, '\r') || has(e, '\n') || has(e, '/');) e++;
+    return e;
+  }
+
+  // The end of [uppers]*[lowers]+ from i, or `none`. Where no lower follows the uppers, the regular
+  // expression backtracks to the last of them that is a lower too: one without case.
+  size_t cased_word(size_t i, size_t none) const {
+    size_t e = i, after_uncased = none;
+    for (Char c; (c = char_at(e)).in(kUppers);) {
+      e += size_t(c.bytes);
+      if (c.in(kUncased)) after_uncased = e;
+    }
+    return char_at(e).in(kLowers) ? skip(e, kLowers) : after_uncased;
+  }
+  // The end of [uppers]+[lowers]* from i, or `none`.
+  size_t upper_word(size_t i, size_t none) const {
+    const size_t e = skip(i, kUppers);
+    return e > i ? skip(e, kLowers) : none;
+  }
+
+  size_t number(size_t i, int digits) const {
+    for (Char c; digits-- > 0 && (c = char_at(i)).kind == kNumber;) i += size_t(c.bytes);
+    return i;
+  }
+
+  std::string_view text_;
+  size_t end_;  // of the text that the pattern sees
+  Pattern pattern_;
+  const uint8_t* classes_ = char_classes();
+};
+
+// Calls f(piece) for the pieces of text[0, end), which must end where a piece ends. The text behind
+// `end` is looked at, because a piece of white space depends on what follows it.
+template <class F>
+void for_each_piece(std::string_view text, size_t end, Pattern pattern, F&& f) {
+  Scanner scanner(text, pattern);
+  for (size_t i = 0; i < end;) {
+    const size_t next = scanner.piece_end(i);
+    f(text.substr(i, next - i));
+    i = next;
+  }
 }
 
 // ---------------------------------------------------------------------------------------------
-// A map from 64-bit keys to int: open addressing, linear probing, nothing is ever removed.
+// A corpus arrives in batches of text that fit memory, each cut into chunks that threads can work
+// on alone. The reader of a corpus is defined below, behind the encoder.
 
+struct Chunk {
+  size_t begin, end;  // in the batch's text
+  size_t text_end;    // the batch holds the document's text at least to here
+  bool begins_document, is_validation;
+  size_t size() const { return end - begin; }
+};
+struct TextBatch {
+  std::string text;
+  std::vector<Chunk> chunks;
+  // The chunk and what follows it in its document: whether a piece ends can depend on that.
+  std::string_view text_of(const Chunk& c) const {
+    return std::string_view(text).substr(c.begin, c.text_end - c.begin);
+  }
+};
+
+// The lines that a long command prints; none when it is quiet.
+class ConsoleLog {
+ public:
+  explicit ConsoleLog(bool quiet) : quiet_(quiet) {}
+  void progress(const std::string& line, bool last = false) {
+    if (!quiet_) line_.show(line, last);
+  }
+  void note(const std::string& line) {
+    if (!quiet_) line_.note(line);
+  }
+  std::string rate(int64_t bytes) const {  // since the start
+    const double seconds = now() - start_;
+    return format("%.1f s, %.1f MB/s", seconds, double(bytes) / 1e6 / std::max(seconds, 1e-9));
+  }
+
+ private:
+  bool quiet_;
+  ProgressLine line_;
+  double start_ = now();
+};
+
+// Throws Error if the corpus has no input or no thread.
+void check_corpus(const Corpus& corpus);
+
+// Calls process(batch) for each batch of the corpus, one after the other. `verb` is for the
+// progress line.
+void for_each_batch(const Corpus& corpus, const char* verb, ConsoleLog& log,
+                    const std::function<void(const TextBatch&)>& process);
+
+// Runs f(i, thread) for 0 <= i < n; an exception in a thread comes out here.
+template <class F>
+void parallel_for(size_t n, int threads, F&& f) {
+  std::exception_ptr failure;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (size_t i = 0; i < n; i++) {
+    try {
+      f(i, size_t(omp_get_thread_num()));
+    } catch (...) {
+#pragma omp critical
+      failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Training: WordTable counts the distinct pieces, Trainer chooses pair after pair, Merges holds
+// what was learned, TokenizerData is the result.
+
+// A map from 64-bit keys to int: open addressing, linear probing, nothing is ever removed.
 class FlatMap {
  public:
   FlatMap() { resize(16); }
@@ -136,338 +442,42 @@ class FlatMap {
 uint64_t piece_hash(std::string_view piece) { return XXH3_64bits(piece.data(), piece.size()); }
 uint64_t pair_key(int a, int b) { return uint64_t(uint32_t(a)) << 32 | uint32_t(b); }
 
-// ---------------------------------------------------------------------------------------------
-// Normalization Form C, which Qwen's tokenizers ask for (Unicode Standard Annex 15).
-
-class Nfc {
+// Distinct pieces and how often each occurs.
+class WordTable {
  public:
-  static const Nfc& instance() {
-    static const Nfc nfc;
-    return nfc;
-  }
-
-  // Text below U+0300 is in this form already: nothing there combines.
-  static bool is_plain(std::string_view text) {
-    return std::all_of(text.begin(), text.end(), [](unsigned char c) { return c < 0xCC; });
-  }
-
-  std::string normalize(std::string_view text) const {
-    std::vector<uint32_t> codes;
-    for (size_t i = 0; i < text.size();) {
-      const CodePoint c = decode_utf8(text.data() + i, text.size() - i);
-      decompose(c.code, codes);
-      i += size_t(c.bytes);
-    }
-    sort_marks(codes);
-    compose(codes);
-    std::string out;
-    out.reserve(text.size());
-    for (const uint32_t c : codes) append_utf8(out, c);
-    return out;
-  }
-
- private:
-  // Hangul syllables are arithmetic: leading consonant, vowel, trailing consonant.
-  static constexpr uint32_t kSBase = 0xAC00, kLBase = 0x1100, kVBase = 0x1161, kTBase = 0x11A7;
-  static constexpr uint32_t kLCount = 19, kVCount = 21, kTCount = 28;
-  static constexpr uint32_t kSCount = kLCount * kVCount * kTCount;
-
-  Nfc() : combining_(0x110100) {
-    std::set<uint32_t> excluded(std::begin(kCompositionExclusions),
-                                std::end(kCompositionExclusions));
-    for (size_t i = 0; i < std::size(kDecompositions); i += 3) {
-      const uint32_t c = kDecompositions[i], a = kDecompositions[i + 1], b = kDecompositions[i + 2];
-      parts_[c] = int(i);
-      if (b != 0 && !excluded.count(c)) composed_[pair_key(int(a), int(b))] = int(c);
-    }
-    for (size_t i = 0; i < std::size(kCombiningRuns); i += 3) {
-      for (uint32_t c = kCombiningRuns[i]; c <= kCombiningRuns[i + 1]; c++) {
-        combining_[c] = uint8_t(kCombiningRuns[i + 2]);
+  void add(std::string_view word, int64_t count) {
+    for (uint64_t key = piece_hash(word) >> 1;; key++) {  // the next key where hashes collide
+      int& w = index_[key];
+      if (w < 0) {
+        w = int(words_.size());
+        words_.push_back({text_.size(), word.size(), 0});
+        text_ += word;
       }
-    }
-  }
-
-  void decompose(uint32_t c, std::vector<uint32_t>& out) const {
-    if (c - kSBase < kSCount) {
-      const uint32_t s = c - kSBase;
-      out.push_back(kLBase + s / (kVCount * kTCount));
-      out.push_back(kVBase + s % (kVCount * kTCount) / kTCount);
-      if (s % kTCount) out.push_back(kTBase + s % kTCount);
+      if (this->word(size_t(w)) != word) continue;
+      words_[size_t(w)].count += count;
       return;
     }
-    const int i = c < 0xC0 ? -1 : parts_.find(c);
-    if (i < 0) return out.push_back(c);
-    decompose(kDecompositions[i + 1], out);
-    if (kDecompositions[i + 2]) decompose(kDecompositions[i + 2], out);
   }
-
-  void sort_marks(std::vector<uint32_t>& codes) const {  // each run of marks, by class, stably
-    const auto cc = [this](uint32_t c) { return combining_[c]; };
-    for (size_t i = 0; i < codes.size(); i++) {
-      if (cc(codes[i]) == 0) continue;
-      size_t end = i;
-      while (end < codes.size() && cc(codes[end]) != 0) end++;
-      std::stable_sort(codes.begin() + int64_t(i), codes.begin() + int64_t(end),
-                       [&](uint32_t a, uint32_t b) { return cc(a) < cc(b); });
-      i = end;
-    }
+  void merge(const WordTable& other) {
+    for (size_t i = 0; i < other.size(); i++) add(other.word(i), other.count(i));
   }
-
-  int compose_pair(uint32_t a, uint32_t b) const {  // -1: they do not compose
-    if (a - kLBase < kLCount && b - kVBase < kVCount) {
-      return int(kSBase + ((a - kLBase) * kVCount + (b - kVBase)) * kTCount);
-    }
-    if (a - kSBase < kSCount && (a - kSBase) % kTCount == 0 && b - kTBase - 1 < kTCount - 1) {
-      return int(a + (b - kTBase));
-    }
-    return composed_.find(pair_key(int(a), int(b)));
+  size_t size() const { return words_.size(); }
+  std::string_view word(size_t i) const {
+    return std::string_view(text_).substr(words_[i].offset, words_[i].size);
   }
-
-  // A code point joins the last starter unless one between them has its class or a higher one.
-  void compose(std::vector<uint32_t>& codes) const {
-    size_t out = 0, starter = SIZE_MAX;
-    int last = 0;  // class of the code point kept last, behind the starter
-    for (const uint32_t c : codes) {
-      const int cc = combining_[c];
-      const bool adjacent = starter != SIZE_MAX && starter + 1 == out;
-      if (starter != SIZE_MAX && (adjacent || last < cc)) {
-        const int joined = compose_pair(codes[starter], c);
-        if (joined >= 0) {
-          codes[starter] = uint32_t(joined);
-          continue;
-        }
-      }
-      if (cc == 0) starter = out;
-      last = cc;
-      codes[out++] = c;
-    }
-    codes.resize(out);
-  }
-
-  FlatMap parts_, composed_;
-  std::vector<uint8_t> combining_;  // 0 for the stand-ins of invalid bytes, too
-};
-
-// ---------------------------------------------------------------------------------------------
-// Split patterns
-
-enum class Pattern { gpt2, gpt2_digits, cl100k, qwen2, o200k };
-
-struct PatternInfo {
-  Pattern pattern;
-  const char* name;
-  const char* regex;  // as tokenizer.json spells it
-};
-
-// gpt2_digits is SmolLM's: digits are single, and the text between them is split as by gpt2.
-constexpr PatternInfo kPatterns[] = {
-    {Pattern::gpt2, "gpt2",
-     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)"},
-    {Pattern::gpt2_digits, "gpt2_digits", ""},
-    {Pattern::cl100k, "cl100k",
-     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3})"
-     R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"},
-    {Pattern::qwen2, "qwen2",
-     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})"
-     R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"},
-    {Pattern::o200k, "o200k",
-     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+)"
-     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?)"
-     R"(|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*)"
-     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)?)"
-     R"(|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)"}};
-
-const PatternInfo& pattern_info(Pattern pattern) { return kPatterns[size_t(pattern)]; }
-
-constexpr unsigned bit(int kind) { return 1u << kind; }
-
-Pattern parse_pattern(const std::string& name) {
-  for (const PatternInfo& p : kPatterns) {
-    if (name == p.name && p.regex[0]) return p.pattern;
-  }
-  fail("--pattern: found ", name, ", expected gpt2, cl100k, qwen2 or o200k");
-}
-
-// Finds where pieces end. Each member is one pattern, its tests in the order of its alternatives.
-class Scanner {
- public:
-  Scanner(std::string_view text, Pattern pattern)
-      : text_(text), end_(pattern == Pattern::gpt2_digits ? 0 : text.size()), pattern_(pattern) {}
-
-  // The end of the piece that begins at `i` < size. Calls follow each other through the text.
-  size_t piece_end(size_t i) {
-    switch (pattern_) {
-      case Pattern::gpt2:
-        return gpt2(i);
-      case Pattern::gpt2_digits:
-        return gpt2_digits(i);
-      case Pattern::cl100k:
-        return cl100k(i, 3);
-      case Pattern::qwen2:
-        return cl100k(i, 1);
-      default:
-        return o200k(i);
-    }
-  }
+  int64_t count(size_t i) const { return words_[i].count; }
 
  private:
-  static constexpr int kEnd = 8;  // the class behind the last character
-  static constexpr unsigned kLetters = bit(kUpper) | bit(kLower) | bit(kLetter);
-  static constexpr unsigned kSpaces = bit(kSpace) | bit(kNewline);
-  static constexpr unsigned kSigns = bit(kOther) | bit(kMark);  // [^\s\p{L}\p{N}]
-  // What may stand in front of a word: [^\r\n\p{L}\p{N}]
-  static constexpr unsigned kPrefixes = kSigns | bit(kSpace);
-  // o200k's two classes of a word; marks and letters without case are in both.
-  static constexpr unsigned kUncased = bit(kLetter) | bit(kMark);
-  static constexpr unsigned kUppers = bit(kUpper) | kUncased, kLowers = bit(kLower) | kUncased;
-
-  struct Char {
-    int kind, bytes;
-    bool in(unsigned mask) const { return mask >> kind & 1; }
+  struct Word {
+    size_t offset, size;  // in text_
+    int64_t count;
   };
-
-  Char at(size_t i) const {
-    if (i >= end_) return {kEnd, 0};
-    const auto byte = static_cast<unsigned char>(text_[i]);
-    if (byte < 0x80) return {classes_[byte], 1};
-    const CodePoint c = decode_utf8(text_.data() + i, end_ - i);
-    return {c.code < kInvalid ? classes_[c.code] : int(kOther), c.bytes};
-  }
-  bool is(size_t i, char c) const { return i < end_ && text_[i] == c; }
-
-  size_t run(size_t i, unsigned mask) const {
-    for (Char c; (c = at(i)).in(mask);) i += size_t(c.bytes);
-    return i;
-  }
-
-  // '(?:[sdmt]|ll|ve|re): its end, or i. Without regard to case, U+017F is an s.
-  size_t contraction(size_t i, bool any_case) const {
-    if (!is(i, '\'')) return i;
-    const auto lower = [&](size_t j) {
-      const char c = j < end_ ? text_[j] : '\0';
-      return any_case && c >= 'A' && c <= 'Z' ? char(c + 32) : c;
-    };
-    const char a = lower(i + 1), b = lower(i + 2);
-    if (a == 's' || a == 'd' || a == 'm' || a == 't') return i + 2;
-    if ((a == 'l' && b == 'l') || ((a == 'v' || a == 'r') && b == 'e')) return i + 3;
-    if (any_case && a == '\xC5' && b == '\xBF') return i + 3;
-    return i;
-  }
-
-  // \s+(?!\S)|\s+, and before them \s*[\r\n]+ where newlines come first.
-  size_t white_space(size_t i, bool newlines_first) const {
-    size_t e = i, last = i, after_newline = i;  // last: where the run's last character begins
-    for (Char c; (c = at(e)).in(kSpaces); e += size_t(c.bytes)) {
-      last = e;
-      if (c.kind == kNewline) after_newline = e + 1;
-    }
-    if (newlines_first && after_newline > i) return after_newline;
-    return e == end_ || last == i ? e : last;
-  }
-
-  size_t gpt2(size_t i) const {
-    const size_t c = contraction(i, false);
-    if (c > i) return c;
-    const size_t start = i + is(i, ' ');
-    const Char first = at(start);
-    if (first.in(kLetters)) return run(start, kLetters);
-    if (first.in(bit(kNumber))) return run(start, bit(kNumber));
-    if (first.in(kSigns)) return run(start, kSigns);
-    return white_space(i, false);
-  }
-
-  size_t gpt2_digits(size_t i) {
-    if (i == end_) {  // the stretch up to here is done
-      const Char c = (end_ = text_.size(), at(i));
-      if (c.kind == kNumber) return end_ = i + size_t(c.bytes);
-      end_ = run(i, ~bit(kNumber) & ~bit(kEnd));
-    }
-    return gpt2(i);
-  }
-
-  size_t cl100k(size_t i, int digits) const {
-    const size_t c = contraction(i, true);
-    if (c > i) return c;
-    const Char first = at(i);
-    const size_t second = i + size_t(first.bytes);
-    if (first.in(kLetters)) return run(i, kLetters);
-    if (first.in(kPrefixes) && at(second).in(kLetters)) return run(second, kLetters);
-    if (first.kind == kNumber) return number(i, digits);
-    const size_t start = i + is(i, ' ');
-    if (at(start).in(kSigns)) return run(run(start, kSigns), bit(kNewline));
-    return white_space(i, true);
-  }
-
-  size_t o200k(size_t i) const {
-    const Char first = at(i);
-    const size_t second = i + size_t(first.bytes);
-    size_t e = i;
-    // The two kinds of words, each tried with the prefix and then without.
-    if (first.in(kPrefixes)) e = cased_word(second, i);
-    if (e == i) e = cased_word(i, i);
-    if (e == i && first.in(kPrefixes)) e = upper_word(second, i);
-    if (e == i) e = upper_word(i, i);
-    if (e > i) return contraction(e, true);
-    if (first.kind == kNumber) return number(i, 3);
-    const size_t start = i + is(i, ' ');
-    if (!at(start).in(kSigns)) return white_space(i, true);
-    for (e = run(start, kSigns); is(e, '\r') || is(e, '\n') || is(e, '/');) e++;
-    return e;
-  }
-
-  // [uppers]*[lowers]+ from i, or `none`. Where no lower follows the uppers, they give back
-  // characters until one of them can be a lower: the last without case.
-  size_t cased_word(size_t i, size_t none) const {
-    size_t e = i, after_uncased = none;
-    for (Char c; (c = at(e)).in(kUppers);) {
-      e += size_t(c.bytes);
-      if (c.in(kUncased)) after_uncased = e;
-    }
-    return at(e).in(kLowers) ? run(e, kLowers) : after_uncased;
-  }
-  // [uppers]+[lowers]* from i, or `none`.
-  size_t upper_word(size_t i, size_t none) const {
-    const size_t e = run(i, kUppers);
-    return e > i ? run(e, kLowers) : none;
-  }
-
-  size_t number(size_t i, int digits) const {
-    for (Char c; digits-- > 0 && (c = at(i)).kind == kNumber;) i += size_t(c.bytes);
-    return i;
-  }
-
-  std::string_view text_;
-  size_t end_;  // of what the pattern sees
-  Pattern pattern_;
-  const uint8_t* classes_ = char_classes();
+  FlatMap index_;  // hash -> index into words_
+  std::vector<Word> words_;
+  std::string text_;  // of all words, end to end
 };
 
-// Calls f(piece) for the pieces of text[0, end), a stretch that ends where a piece does; what
-// follows it in `text` is seen, since whether text goes on behind white space matters.
-template <class F>
-void for_each_piece(std::string_view text, size_t end, Pattern pattern, F&& f) {
-  Scanner scanner(text, pattern);
-  for (size_t i = 0; i < end;) {
-    const size_t e = scanner.piece_end(i);
-    f(text.substr(i, e - i));
-    i = e;
-  }
-}
-
-// Whether a piece ends between text[i-1] and text[i] in every pattern, whatever surrounds them:
-// behind a newline before a visible ASCII character (o200k would keep a slash), and between a
-// letter and a space that a letter follows. NFC joins nothing across such a place either.
-bool is_safe_cut(std::string_view text, size_t i) {
-  const auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
-  if (i == 0 || i + 1 >= text.size()) return false;
-  const char before = text[i - 1], after = text[i];
-  if (before == '\n') return after > ' ' && after < '\x7f' && after != '/';
-  return after == ' ' && letter(before) && letter(text[i + 1]);
-}
-
-// ---------------------------------------------------------------------------------------------
-// The merges, and the encoder on them
-
+// The merges in the order in which they were learned, and what the encoder needs to look up.
 class Merges {
  public:
   Merges() {
@@ -487,7 +497,7 @@ class Merges {
   int length(int token) const { return int(offsets_[size_t(token) + 1] - offsets_[size_t(token)]); }
   std::pair<int, int> parts(int token) const { return parts_[size_t(token - 256)]; }
 
-  // The next merge; its token.
+  // Appends a merge. Returns its token.
   int add(int left, int right) {
     const int token = size();
     pairs_[pair_key(left, right)] = token;
@@ -508,69 +518,19 @@ class Merges {
     return token;
   }
 
-  // Whether `a` and `b` can stand side by side when all merges are done, each made of its own
-  // bytes. Undoes the merges of both, latest first, until a merge across the border shows that
-  // would have come before (no), or only bytes are left (yes). `limit`: the rank that a merge
-  // across must stay below to have come first; of two equal ranks the left one is first.
-  bool can_neighbour(int a, int b) const {
-    int limit = std::numeric_limits<int>::max();
-    for (;;) {
-      const int across = pairs_.find(pair_key(a, b));
-      if (across >= 0 && across < limit) return false;
-      if (a < 256 && b < 256) return true;
-      if (a > b) {
-        limit = a, a = parts(a).second;
-      } else {
-        limit = b + 1, b = parts(b).first;
-      }
-    }
-  }
+  bool can_neighbour(int a, int b) const;  // defined with the encoder
 
   struct Scratch {
-    std::vector<int> tokens;
-    std::vector<uint64_t> possible;  // a bit a position: may a token end here?
+    std::vector<int> tokens;         // the result
+    std::vector<uint64_t> possible;  // one bit for each position: may a token end here?
   };
-
-  // Appends the tokens of one piece, in time linear in its length. Greedy with repentance: takes
-  // the longest token that can follow the last; where none can, no encoding has a border at this
-  // position, and the last token is taken back for a shorter one.
-  void encode(std::string_view piece, Scratch& scratch) const {
-    std::vector<int>& tokens = scratch.tokens;
-    std::vector<uint64_t>& possible = scratch.possible;
-    tokens.clear();
-    possible.assign(piece.size() / 64 + 1, ~uint64_t(0));
-    int token = longest(piece);
-    for (size_t at = 0; at < piece.size();) {
-      const size_t end = at + size_t(length(token));
-      if ((possible[end / 64] >> (end % 64) & 1) &&
-          (tokens.empty() || can_neighbour(tokens.back(), token))) {
-        tokens.push_back(token);
-        at = end;
-        if (at < piece.size()) token = longest(piece.substr(at));
-      } else if (length(token) > 1) {
-        token = longest(piece.substr(at, size_t(length(token)) - 1));
-      } else {
-        possible[at / 64] &= ~(uint64_t(1) << (at % 64));
-        token = tokens.back();
-        tokens.pop_back();
-        at -= size_t(length(token));
-      }
-    }
-  }
+  void encode(std::string_view piece, Scratch& scratch) const;
 
  private:
   static uint64_t edge(int node, char byte) {
     return uint64_t(uint32_t(node)) << 8 | static_cast<unsigned char>(byte);
   }
-  int longest(std::string_view text) const {  // the longest token that `text` begins with
-    int node = static_cast<unsigned char>(text[0]), best = node;
-    for (size_t i = 1; i < text.size(); i++) {
-      node = edges_.find(edge(node, text[i]));
-      if (node < 0) break;
-      if (node_token_[size_t(node)] >= 0) best = node_token_[size_t(node)];
-    }
-    return best;
-  }
+  int longest(std::string_view text) const;
 
   std::string bytes_;            // of all tokens, end to end
   std::vector<size_t> offsets_;  // (tokens + 1)
@@ -580,8 +540,121 @@ class Merges {
   std::vector<int> node_token_;  // token that ends at the node, -1: none
 };
 
-// ---------------------------------------------------------------------------------------------
-// A tokenizer: merges, ids, special tokens
+// Joins the most frequent pair of neighbours again and again, as plain::learn_merges does. It
+// counts the pairs once: a merge visits only the words that have held its pair, and changes the
+// counts of the pairs that it makes and breaks there. Of pairs with equal counts the smallest
+// (left, right) is joined, so that the order of words does not matter.
+class Trainer {
+ public:
+  explicit Trainer(const WordTable& words) {
+    std::vector<int> fresh;
+    for (size_t w = 0; w < words.size(); w++) {
+      const std::string_view text = words.word(w);
+      words_.push_back({tokens_.size(), text.size(), words.count(w)});
+      for (const unsigned char b : text) tokens_.push_back(b);
+      for (size_t i = words_[w].begin; i + 1 < tokens_.size(); i++) {
+        add(tokens_[i], tokens_[i + 1], uint32_t(w), fresh);
+      }
+    }
+    for (const int p : fresh) enqueue(p);
+  }
+
+  // The pair to merge next; false when there is none. The count in an entry of the queue may be out
+  // of date. It can only have fallen since: the entry goes back with the present count.
+  bool best(int& left, int& right) {
+    while (!queue_.empty()) {
+      const auto [count, minus_left, minus_right, p] = queue_.top();
+      if (pairs_[size_t(p)].count == count) {
+        left = -minus_left, right = -minus_right;
+        return true;
+      }
+      queue_.pop();
+      if (pairs_[size_t(p)].count > 0) enqueue(p);
+    }
+    return false;
+  }
+
+  // Replaces the pair by `token` in every word.
+  void merge(int left, int right, int token) {
+    Pair& pair = pairs_[size_t(index_.find(pair_key(left, right)))];
+    const std::vector<uint32_t> words = std::move(pair.words);
+    pair.words = {};
+    std::vector<int> fresh;  // the pairs that hold the new token
+    for (const uint32_t w : words) merge_word(w, left, right, token, fresh);
+    pairs_[size_t(index_.find(pair_key(left, right)))].count =
+        0;  // `pair` may dangle: add() grows pairs_
+    for (const int p : fresh) enqueue(p);
+  }
+
+  int64_t tokens() const {  // in the text
+    int64_t n = 0;
+    for (const Word& w : words_) n += int64_t(w.size) * w.count;
+    return n;
+  }
+
+ private:
+  struct Word {
+    size_t begin, size;  // in tokens_
+    int64_t count;       // in the text
+  };
+  struct Pair {
+    int left, right;
+    int64_t count = 0;            // in the text; places that overlap count each
+    std::vector<uint32_t> words;  // every word that has held the pair, once
+  };
+  using Entry = std::tuple<int64_t, int, int, int>;  // count, -left, -right, index of the pair
+
+  void enqueue(int p) {
+    const Pair& pair = pairs_[size_t(p)];
+    queue_.push({pair.count, -pair.left, -pair.right, p});
+  }
+
+  void add(int left, int right, uint32_t w, std::vector<int>& fresh) {
+    int& p = index_[pair_key(left, right)];
+    if (p < 0) {
+      p = int(pairs_.size());
+      pairs_.push_back({left, right});
+      fresh.push_back(p);
+    }
+    Pair& pair = pairs_[size_t(p)];
+    pair.count += words_[w].count;
+    if (pair.words.empty() || pair.words.back() != w) pair.words.push_back(w);
+  }
+
+  // Joins (left, right) to `token` in one word, from left to right, in place. Every pair of
+  // neighbours that disappears is subtracted from its count once, every new one is added once.
+  void merge_word(uint32_t w, int left, int right, int token, std::vector<int>& fresh) {
+    Word& word = words_[w];
+    int* const t = tokens_.data() + word.begin;
+    const auto subtract = [&](int a, int b) {
+      pairs_[size_t(index_.find(pair_key(a, b)))].count -= word.count;
+    };
+    size_t out = 0;
+    bool joined = false;  // the last step joined a pair, and subtracted the pair on its right
+    for (size_t i = 0; i < word.size;) {
+      if (i + 1 < word.size && t[i] == left && t[i + 1] == right) {
+        // t[out - 1] is the token before: `token` itself if joined.
+        if (out > 0 && !joined) subtract(t[out - 1], left);
+        if (i + 2 < word.size) subtract(right, t[i + 2]);
+        if (out > 0) add(t[out - 1], token, w, fresh);
+        t[out++] = token;
+        joined = true;
+        i += 2;
+      } else {
+        if (joined) add(token, t[i], w, fresh);
+        t[out++] = t[i++];
+        joined = false;
+      }
+    }
+    word.size = out;
+  }
+
+  std::vector<int> tokens_;  // of all words, end to end; merges shorten a word in place
+  std::vector<Word> words_;
+  FlatMap index_;  // of pairs_
+  std::vector<Pair> pairs_;
+  std::priority_queue<Entry> queue_;
+};
 
 }  // namespace
 
@@ -591,12 +664,12 @@ struct TokenizerData {
   bool ignore_merges = false;  // a piece that is a token is that token, whatever the merges say
   Merges merges;
   std::vector<int> ids;                                // of each token of `merges`
-  std::vector<std::string> bytes;                      // of each id; empty where there is none
+  std::vector<std::string> bytes;                      // of each id; empty if no token has it
   std::vector<std::pair<std::string, int>> specials;   // by id
   std::vector<const std::string*> specials_by_length;  // longest first
   std::unordered_map<std::string, int> special_ids;    // by name
-  FlatMap whole_pieces;      // hash of a token's bytes -> id, of what a piece may be as a whole
-  std::string json, config;  // the files it was read from
+  FlatMap whole_pieces;      // hash of a piece -> the id that the whole piece becomes
+  std::string json, config;  // the contents of the files it was read from; empty: none
   uint64_t hash = 0;
 
   void add_token(int id, std::string_view text) {
@@ -605,50 +678,197 @@ struct TokenizerData {
   }
 
   // Fills what follows from the rest. `where` is a file, for errors.
-  void complete(const std::string& where) {
-    for (int t = 0; t < merges.size(); t++) add_token(ids[size_t(t)], merges.bytes(t));
-    std::sort(specials.begin(), specials.end(),
-              [](const auto& a, const auto& b) { return a.second < b.second; });
-    for (size_t id = 0; id < bytes.size(); id++) {
-      if (ignore_merges && !bytes[id].empty()) whole_pieces[piece_hash(bytes[id])] = int(id);
-    }
-    for (int t = 0; t < merges.size(); t++) {
-      whole_pieces[piece_hash(merges.bytes(t))] = ids[size_t(t)];
-    }
-    std::string all = concat(pattern_info(pattern).name, nfc ? " nfc" : "",
-                             ignore_merges ? " ignore_merges" : "");
-    const auto put = [&all](int x) { all.append(reinterpret_cast<const char*>(&x), sizeof x); };
-    for (int t = 256; t < merges.size(); t++) {
-      put(merges.parts(t).first), put(merges.parts(t).second);
-    }
-    for (const auto& [name, id] : specials) {
-      if (name.empty()) fail(where, ": found a special token without text");
-      add_token(id, name);
-      special_ids[name] = id;
-      specials_by_length.push_back(&name);
-      put(id);
-    }
-    for (const std::string& token : bytes) put(int(token.size())), all += token;
-    std::stable_sort(specials_by_length.begin(), specials_by_length.end(),
-                     [](const auto* a, const auto* b) { return a->size() > b->size(); });
-    hash = hash64(all);
-  }
+  void complete(const std::string& where);
+  uint64_t compute_hash() const;
 };
+
+void TokenizerData::complete(const std::string& where) {
+  for (int t = 0; t < merges.size(); t++) add_token(ids[size_t(t)], merges.bytes(t));
+  std::sort(specials.begin(), specials.end(),
+            [](const auto& a, const auto& b) { return a.second < b.second; });
+  for (size_t id = 0; id < bytes.size(); id++) {
+    if (ignore_merges && !bytes[id].empty()) whole_pieces[piece_hash(bytes[id])] = int(id);
+  }
+  for (int t = 0; t < merges.size(); t++) {
+    whole_pieces[piece_hash(merges.bytes(t))] = ids[size_t(t)];
+  }
+  for (const auto& [name, id] : specials) {
+    if (name.empty()) fail(where, ": found a special token without text");
+    add_token(id, name);
+    special_ids[name] = id;
+    specials_by_length.push_back(&name);
+  }
+  std::stable_sort(specials_by_length.begin(), specials_by_length.end(),
+                   [](const auto* a, const auto* b) { return a->size() > b->size(); });
+  hash = compute_hash();
+}
+
+uint64_t TokenizerData::compute_hash() const {
+  std::string all =
+      concat(pattern_info(pattern).name, nfc ? " nfc" : "", ignore_merges ? " ignore_merges" : "");
+  const auto put = [&all](int x) { all.append(reinterpret_cast<const char*>(&x), sizeof x); };
+  for (int t = 256; t < merges.size(); t++) {
+    put(merges.parts(t).first), put(merges.parts(t).second);
+  }
+  for (const auto& [name, id] : specials) put(id);
+  for (const std::string& token : bytes) put(int(token.size())), all += token;
+  return hash64(all);
+}
 
 namespace {
 
-// Encodes texts; one for each thread, since it remembers. Most pieces of a text are words seen
-// before: their ids stand in a direct-mapped cache, one cache line a piece.
+// The distinct pieces of the training documents.
+struct CountedPieces {
+  WordTable words;
+  int64_t documents = 0, bytes = 0;
+};
+
+CountedPieces count_pieces(const Corpus& corpus, Pattern pattern, ConsoleLog& log) {
+  check_corpus(corpus);
+  CountedPieces all;
+  std::vector<WordTable> tables(size_t(corpus.threads));
+  for_each_batch(corpus, "reading", log, [&](const TextBatch& batch) {
+    parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
+      const Chunk& c = batch.chunks[i];
+      if (c.is_validation) return;
+      for_each_piece(batch.text_of(c), c.size(), pattern,
+                     [&](std::string_view piece) { tables[thread].add(piece, 1); });
+    });
+    for (const Chunk& c : batch.chunks) {
+      if (c.is_validation) continue;
+      all.documents += c.begins_document;
+      all.bytes += int64_t(c.size());
+    }
+  });
+  if (all.bytes == 0) fail("training: found documents without text, expected text");
+  all.words = std::move(tables[0]);
+  for (size_t t = 1; t < tables.size(); t++) all.words.merge(std::exchange(tables[t], {}));
+  return all;
+}
+
+}  // namespace
+
+Tokenizer train_tokenizer(const Corpus& corpus, int vocab_size, const std::string& pattern) {
+  constexpr int kSmallest = 256 + kSpecials;
+  if (vocab_size < kSmallest || vocab_size > 1 << 24) {
+    fail("--vocab-size: found ", vocab_size, ", expected ", kSmallest, " (256 bytes and ",
+         kSpecials, " special tokens) to ", 1 << 24);
+  }
+  auto data = std::make_shared<TokenizerData>();
+  data->pattern = parse_pattern(pattern);
+  ConsoleLog log(corpus.quiet);
+  const CountedPieces pieces = count_pieces(corpus, data->pattern, log);
+  const std::string size_text = bytes_text(double(pieces.bytes));
+  log.note(format("%lld documents, %s, %zu distinct pieces", (long long)pieces.documents,
+                  size_text.c_str(), pieces.words.size()));
+
+  Trainer trainer(pieces.words);
+  const int merges = vocab_size - kSmallest;
+  for (int left, right; data->merges.size() < 256 + merges && trainer.best(left, right);) {
+    const int token = data->merges.add(left, right);
+    trainer.merge(left, right, token);
+    if (token % 64 == 0) log.progress(format("merging: %d of %d", token - 255, merges));
+  }
+  for (int t = 0; t < data->merges.size(); t++) data->ids.push_back(t);
+  for (int i = 0; i < kSpecials; i++) {
+    data->specials.push_back({kSpecialTokens[i], data->merges.size() + i});
+  }
+  data->complete("training");
+
+  const int size = data->merges.size() + kSpecials;
+  if (size < vocab_size) {
+    log.note(format("the text has pairs for only %d of the %d tokens asked for", size, vocab_size));
+  }
+  log.progress(
+      format("trained %d tokens on %lld documents, %s: %.3f bytes a token there, %s", size,
+             (long long)pieces.documents, size_text.c_str(),
+             double(pieces.bytes) / double(trainer.tokens()), log.rate(pieces.bytes).c_str()),
+      true);
+  return Tokenizer(data);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Encoding
+
+namespace {
+
+// Whether tokens `a` and `b` can be neighbours once all merges are done. Undoes the merges of both,
+// the latest first, and looks for a merge that joins the two parts at the border. If that merge
+// comes before the one undone last, it would have happened instead: the answer is no. If only bytes
+// are left, it is yes. `limit`: a merge across the border with a rank below it would have come
+// first. Of two merges with equal ranks the left one comes first.
+bool Merges::can_neighbour(int a, int b) const {
+  int limit = std::numeric_limits<int>::max();
+  for (;;) {
+    const int across = pairs_.find(pair_key(a, b));
+    if (across >= 0 && across < limit) return false;
+    if (a < 256 && b < 256) return true;
+    if (a > b) {
+      limit = a, a = parts(a).second;
+    } else {
+      limit = b + 1, b = parts(b).first;
+    }
+  }
+}
+
+// The longest token that `text` begins with.
+int Merges::longest(std::string_view text) const {
+  int node = static_cast<unsigned char>(text[0]), best = node;
+  for (size_t i = 1; i < text.size(); i++) {
+    node = edges_.find(edge(node, text[i]));
+    if (node < 0) break;
+    if (node_token_[size_t(node)] >= 0) best = node_token_[size_t(node)];
+  }
+  return best;
+}
+
+// The tokens of one piece, in time linear in its length, by backtracking: append the longest token
+// that can follow the last one. If none can, no encoding has a border at this position: mark it,
+// remove the last token and try a shorter one in its place.
+void Merges::encode(std::string_view piece, Scratch& scratch) const {
+  std::vector<int>& tokens = scratch.tokens;
+  std::vector<uint64_t>& possible = scratch.possible;
+  tokens.clear();
+  possible.assign(piece.size() / 64 + 1, ~uint64_t(0));
+  int token = longest(piece);
+  for (size_t begin = 0; begin < piece.size();) {
+    const size_t end = begin + size_t(length(token));
+    if ((possible[end / 64] >> (end % 64) & 1) &&
+        (tokens.empty() || can_neighbour(tokens.back(), token))) {
+      tokens.push_back(token);
+      begin = end;
+      if (begin < piece.size()) token = longest(piece.substr(begin));
+    } else if (length(token) > 1) {
+      token = longest(piece.substr(begin, size_t(length(token)) - 1));
+    } else {
+      possible[begin / 64] &= ~(uint64_t(1) << (begin % 64));
+      token = tokens.back();
+      tokens.pop_back();
+      begin -= size_t(length(token));
+    }
+  }
+}
+
+std::string to_nfc(std::string_view text);  // Normalization Form C, below
+
+// Text below U+0300 is in Normalization Form C already: nothing there combines.
+bool is_plain_nfc(std::string_view text) {
+  return std::all_of(text.begin(), text.end(), [](unsigned char c) { return c < 0xCC; });
+}
+
+// Encodes texts. Every thread has its own, because it has a cache: most pieces of a text are words
+// that occurred before. The cache is direct-mapped, with one cache line for a piece and its ids.
 class Encoder {
  public:
-  Encoder(const TokenizerData& data, bool remember) : data_(data), cache_(remember ? kLines : 0) {}
+  Encoder(const TokenizerData& data, bool with_cache)
+      : data_(data), cache_(with_cache ? kLines : 0) {}
 
-  // Appends the ids of text[0, end); see for_each_piece for what follows.
+  // Appends the ids of text[0, end); for_each_piece says why `text` goes on.
   void encode(std::string_view text, size_t end, std::vector<int>& ids) {
-    if (!data_.nfc || Nfc::is_plain(text)) return encode_normal(text, end, ids);
-    std::string normal = Nfc::instance().normalize(text.substr(0, end));
+    if (!data_.nfc || is_plain_nfc(text)) return encode_normal(text, end, ids);
+    std::string normal = to_nfc(text.substr(0, end));
     const size_t normal_end = normal.size();
-    normal += text.substr(end, 2);  // ASCII: is_safe_cut
+    normal += text.substr(end, 2);  // ASCII, as is_safe_cut has it
     encode_normal(normal, normal_end, ids);
   }
 
@@ -679,7 +899,7 @@ class Encoder {
     });
   }
 
-  // Every token that merges reach encodes to itself, so that most pieces need one look-up.
+  // A token that merges can make encodes to itself, so that most pieces need one look-up.
   void encode_piece(std::string_view piece, uint64_t hash, std::vector<int>& ids) {
     const int whole = data_.whole_pieces.find(hash);
     if (whole >= 0 && data_.bytes[size_t(whole)] == piece) return ids.push_back(whole);
@@ -692,16 +912,17 @@ class Encoder {
   Merges::Scratch scratch_;
 };
 
-// The first special token in `text` from `at`: its place and name, the longest one there; the end
-// and nothing when there is none.
+// The offset and name of the first special token in text[begin, ...), the longest one at its place;
+// the text's end and nullptr when there is none.
 std::pair<size_t, const std::string*> find_special(const TokenizerData& data, std::string_view text,
-                                                   size_t at) {
-  std::array<bool, 256> begins{};
-  for (const auto& [name, id] : data.specials) begins[static_cast<unsigned char>(name[0])] = true;
-  for (; at < text.size(); at++) {
-    if (!begins[static_cast<unsigned char>(text[at])]) continue;
+                                                   size_t begin) {
+  std::array<bool, 256> can_begin{};
+  for (const auto& [name, id] : data.specials)
+    can_begin[static_cast<unsigned char>(name[0])] = true;
+  for (; begin < text.size(); begin++) {
+    if (!can_begin[static_cast<unsigned char>(text[begin])]) continue;
     for (const std::string* name : data.specials_by_length) {
-      if (text.compare(at, name->size(), *name) == 0) return {at, name};
+      if (text.compare(begin, name->size(), *name) == 0) return {begin, name};
     }
   }
   return {text.size(), nullptr};
@@ -711,13 +932,13 @@ std::pair<size_t, const std::string*> find_special(const TokenizerData& data, st
 
 void Tokenizer::encode(std::string_view text, std::vector<int>& ids, bool allow_special) const {
   Encoder encoder(*data_, text.size() > 1 << 16);  // the cache pays for itself in long texts
-  for (size_t at = 0; at < text.size();) {
+  for (size_t begin = 0; begin < text.size();) {
     size_t end = text.size();
     const std::string* special = nullptr;
-    if (allow_special) std::tie(end, special) = find_special(*data_, text, at);
-    encoder.encode(text.substr(at, end - at), end - at, ids);
+    if (allow_special) std::tie(end, special) = find_special(*data_, text, begin);
+    encoder.encode(text.substr(begin, end - begin), end - begin, ids);
     if (special) ids.push_back(data_->special_ids.at(*special));
-    at = end + (special ? special->size() : 0);
+    begin = end + (special ? special->size() : 0);
   }
 }
 
@@ -745,12 +966,7 @@ std::string_view Tokenizer::token_bytes(int id) const {
                                       : std::string_view();
 }
 
-bool Tokenizer::is_special(int id) const {
-  const auto& all = data_->specials;
-  const auto it = std::lower_bound(all.begin(), all.end(), id,
-                                   [](const auto& s, int x) { return s.second < x; });
-  return it != all.end() && it->second == id;
-}
+bool Tokenizer::is_special(int id) const { return id >= 0 && special(token_bytes(id)) == id; }
 
 int Tokenizer::special(std::string_view name) const {
   const auto it = data_->special_ids.find(std::string(name));
@@ -771,254 +987,267 @@ std::vector<std::string_view> Tokenizer::pieces(std::string_view text) const {
   return all;
 }
 
+DataInfo encode_corpus(const Corpus& corpus, const Tokenizer& tokenizer,
+                       const std::filesystem::path& tokenizer_path,
+                       const std::filesystem::path& prefix) {
+  check_corpus(corpus);
+  namespace fs = std::filesystem;
+  DataInfo info;
+  info.hash = tokenizer.hash();
+  info.vocab_size = tokenizer.vocab_size();
+  info.tokenizer = fs::absolute(tokenizer_path)
+                       .lexically_normal()
+                       .lexically_proximate(fs::absolute(prefix).lexically_normal().parent_path())
+                       .string();
+  const int end_of_text = tokenizer.end_of_text();
+  ShardWriter train(prefix, "train", info.vocab_size, info.hash);
+  ShardWriter val(prefix, "val", info.vocab_size, info.hash);
+
+  ConsoleLog log(corpus.quiet);
+  std::vector<Encoder> encoders(size_t(corpus.threads), Encoder(tokenizer.data(), true));
+  std::vector<std::vector<int>> ids;  // of each chunk
+  for_each_batch(corpus, "encoding", log, [&](const TextBatch& batch) {
+    if (ids.size() < batch.chunks.size()) ids.resize(batch.chunks.size());
+    parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
+      const Chunk& c = batch.chunks[i];
+      ids[i].clear();
+      if (c.begins_document) ids[i].push_back(end_of_text);
+      encoders[thread].encode(batch.text_of(c), c.size(), ids[i]);
+    });
+    for (size_t i = 0; i < batch.chunks.size(); i++) {
+      const Chunk& c = batch.chunks[i];
+      DataInfo::Split& split = c.is_validation ? info.val : info.train;
+      (c.is_validation ? val : train).append(ids[i]);
+      split.documents += c.begins_document;
+      split.bytes += int64_t(c.size());
+      split.tokens += int64_t(ids[i].size());
+    }
+  });
+  if (info.train.tokens + info.val.tokens == 0) {
+    fail("encoding: found documents without text, expected text");
+  }
+  train.finish();
+  val.finish();
+  write_data_info(prefix, info);
+  for (const auto& [name, split] : {std::pair("train", info.train), std::pair("val", info.val)}) {
+    log.note(format("%s: %lld documents, %lld bytes, %lld tokens, %.3f bytes a token", name,
+                    (long long)split.documents, (long long)split.bytes, (long long)split.tokens,
+                    double(split.bytes) / double(std::max<int64_t>(1, split.tokens))));
+  }
+  log.progress(
+      "encoded into " + prefix.string() + "_*.bin, " + log.rate(info.train.bytes + info.val.bytes),
+      true);
+  return info;
+}
+
 // ---------------------------------------------------------------------------------------------
-// The chat template, once as Jinja for others and once as C++ for us: reading one, check the other.
-//
-// Between two special tokens text is split and encoded as a whole, so "assistant\n" and the content
-// after it would share a token if the content began with white space that a pattern joins to a line
-// end. The assistant's contents are stripped for that reason: what generation begins with, and what
-// is trained, is a token of its own. Qwen3's declaration of tools is a paragraph long; ours is
-// short, since a small model's context is.
+// Reading a corpus
 
 namespace {
 
-constexpr const char* kChatTemplate = R"({%- if tools %}
-    {{- '<|im_start|>system\n' }}
-    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
-    {{- '# Tools\n<tools>\n' }}
-    {%- for tool in tools %}
-        {{- (tool.function if tool.function is defined else tool) | tojson }}{{- '\n' }}
-    {%- endfor %}
-    {{- '</tools><|im_end|>\n' }}
-{%- elif messages[0].role == 'system' %}
-    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {{- '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}
-    {%- elif message.role == 'assistant' %}
-        {{- '<|im_start|>assistant\n' }}
-        {%- generation %}
-            {%- set content = (message.content or '') | trim %}
-            {{- content }}
-            {%- for call in message.tool_calls or [] %}
-                {%- if content or not loop.first %}{{- '\n' }}{%- endif %}
-                {%- set function = call.function if call.function is defined else call %}
-                {{- '<tool_call>\n{"name": "' + function.name + '", "arguments": ' }}
-                {%- if function.arguments is string %}
-                    {{- function.arguments }}
-                {%- else %}
-                    {{- function.arguments | tojson }}
-                {%- endif %}
-                {{- '}\n</tool_call>' }}
-            {%- endfor %}
-            {{- '<|im_end|>' }}
-        {%- endgeneration %}
-        {{- '\n' }}
-    {%- elif message.role == 'tool' %}
-        {%- if loop.first or loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
-        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
-        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
-    {%- elif message.role != 'system' or not loop.first %}
-        {{- raise_exception('found role ' + message.role + ', expected user, assistant or tool') }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
-)";
+// Whether a piece ends between text[i-1] and text[i] in every pattern, whatever surrounds them:
+// behind a newline before a visible ASCII character (o200k would keep a slash), and between a
+// letter and a space that a letter follows. NFC joins nothing across such a place either.
+bool is_safe_cut(std::string_view text, size_t i) {
+  const auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); };
+  if (i == 0 || i + 1 >= text.size()) return false;
+  const char before = text[i - 1], after = text[i];
+  if (before == '\n') return after > ' ' && after < '\x7f' && after != '/';
+  return after == ' ' && letter(before) && letter(text[i + 1]);
+}
 
-// Text and special tokens to ids: text is gathered until a special token, or the border between
-// what is trained and what is not.
-class TurnWriter {
+// Of the first 64 KiB of a document, which is to say of all of most documents.
+uint64_t document_hash(std::string_view document) {
+  return piece_hash(document.substr(0, 1 << 16));
+}
+
+// The part of the corpus that is kept for validation.
+//   one document:       its last `fraction`, from the next line on
+//   2 to 64 documents:  those with the smallest hashes; their number is the nearest to the
+//   fraction,
+//                       but at least one and not all
+//   more documents:     those whose hash is below the fraction of 2^64
+class ValidationSplit {
  public:
-  explicit TurnWriter(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
-  TurnWriter& text(std::string_view more) { return text_ += more, *this; }
-  TurnWriter& special(const char* name) {
-    const int id = tokenizer_.special(name);
-    if (id < 0) return text(name);  // as Hugging Face does
-    encode_text();
-    out_.ids.push_back(id);
-    return *this;
+  static constexpr size_t kFew = 64;
+
+  ValidationSplit(const std::vector<Input>& inputs, double fraction) {
+    if (!(fraction >= 0 && fraction < 1)) {
+      fail("--val-fraction: found ", fraction, ", expected 0 or more and less than 1");
+    }
+    if (fraction == 0) return;
+    std::set<uint64_t> hashes;
+    size_t documents = 0;
+    DocumentReader reader(inputs);
+    for (DocumentPart part; documents <= kFew && reader.next(part);) {
+      if (!part.begins || part.text.empty()) continue;
+      documents++;
+      hashes.insert(document_hash(part.text));
+      if (!part.ends) reader.skip_document();
+    }
+    if (documents == 1) {
+      find_tail(inputs, fraction);
+    } else if (documents > kFew) {
+      threshold_ = uint64_t(std::ldexp(fraction, 63)) << 1;
+    } else if (hashes.size() < 2) {
+      fail("--val-fraction: found ", documents,
+           " documents, expected at least two different ones, or a single one to cut");
+    } else {
+      const int64_t n = int64_t(hashes.size());
+      const int64_t chosen = std::clamp<int64_t>(std::llround(fraction * double(n)), 1, n - 1);
+      threshold_ = *std::next(hashes.begin(), chosen);
+    }
   }
-  TurnWriter& begin(std::string_view role) { return special("<|im_start|>").text(role).text("\n"); }
-  TurnWriter& end() { return special("<|im_end|>"); }
-  void train(bool on) {  // from here on
-    encode_text();
-    out_.trained.resize(out_.ids.size(), trained_);
-    trained_ = on;
-  }
-  Rendered finish() {
-    train(false);
-    return std::move(out_);
+
+  bool has_tail() const { return tail_ > 0; }
+  int64_t tail() const { return tail_; }  // byte of the only document at which validation begins
+  bool is_validation(std::string_view document) const {
+    return document_hash(document) < threshold_;
   }
 
  private:
-  void encode_text() {
-    tokenizer_.encode(text_, out_.ids);
-    text_.clear();
+  void find_tail(const std::vector<Input>& inputs, double fraction) {
+    int64_t bytes = 0;
+    DocumentReader counter(inputs);
+    for (DocumentPart part; counter.next(part);) bytes += int64_t(part.text.size());
+    const int64_t wanted = bytes - int64_t(double(bytes) * fraction);
+    std::string near;  // the bytes from `wanted` on
+    int64_t offset = 0;
+    DocumentReader reader(inputs);
+    for (DocumentPart part; near.size() < 4096 && reader.next(part);) {
+      const int64_t skip = std::clamp<int64_t>(wanted - offset, 0, int64_t(part.text.size()));
+      near += part.text.substr(size_t(skip), 4096 - near.size());
+      offset += int64_t(part.text.size());
+    }
+    const size_t newline = near.find('\n');
+    size_t cut = 0;
+    if (newline != std::string::npos && wanted + int64_t(newline) + 1 < bytes) {
+      cut = newline + 1;
+    } else {
+      while (cut < near.size() && (near[cut] & 0xC0) == 0x80) cut++;
+    }
+    tail_ = wanted + int64_t(cut);
+    if (tail_ <= 0 || tail_ >= bytes) {
+      fail("--val-fraction: found ", fraction, " of ", bytes,
+           " bytes, expected at least one byte on each side");
+    }
   }
 
-  const Tokenizer& tokenizer_;
-  Rendered out_;
-  std::string text_;
-  bool trained_ = false;
+  int64_t tail_ = 0;
+  uint64_t threshold_ = 0;
 };
 
+// Cuts documents into chunks, and a document that is longer than a batch into stretches.
+class CorpusReader {
+ public:
+  CorpusReader(const std::vector<Input>& inputs, const ValidationSplit& split)
+      : reader_(inputs), split_(split) {}
+
+  // The next batch: whole documents, and of a long one the text up to the last safe cut.
+  bool next(TextBatch& batch) {
+    batch.text.swap(rest_);
+    rest_.clear();
+    const size_t wanted = 2 * batch.text.size() + kBatchBytes;
+    batch.chunks.clear();
+    stretch_ = 0;
+    for (DocumentPart part; batch.text.size() < wanted && reader_.next(part);) add(part, batch);
+    if (open_) defer_rest(batch);
+    return !batch.chunks.empty() || open_;
+  }
+
+ private:
+  static constexpr size_t kBatchBytes = 16 << 20, kChunkBytes = 128 << 10;
+
+  void add(DocumentPart part, TextBatch& batch) {
+    if (part.begins) {
+      begin_document(batch, !split_.has_tail() && split_.is_validation(part.text));
+      offset_ = 0;
+    }
+    const int64_t size = int64_t(part.text.size());
+    if (split_.has_tail() && offset_ < split_.tail() && split_.tail() < offset_ + size) {
+      const size_t cut = size_t(split_.tail() - offset_);
+      batch.text += part.text.substr(0, cut);
+      end_document(batch);
+      begin_document(batch, true);
+      part.text.remove_prefix(cut);
+    } else if (split_.has_tail() && offset_ == split_.tail()) {
+      end_document(batch);
+      begin_document(batch, true);
+    }
+    offset_ += size;
+    batch.text += part.text;
+    if (part.ends) end_document(batch);
+  }
+
+  void begin_document(const TextBatch& batch, bool validation) {
+    open_ = begins_ = true;
+    validation_ = validation;
+    stretch_ = batch.text.size();
+  }
+  void end_document(TextBatch& batch) {
+    add_chunks(batch, batch.text.size());
+    open_ = false;
+  }
+
+  // Leaves the text of an unfinished document behind the last safe cut to the next batch.
+  void defer_rest(TextBatch& batch) {
+    size_t cut = batch.text.size();
+    while (cut > stretch_ && !is_safe_cut(batch.text, cut)) cut--;
+    if (cut > stretch_) add_chunks(batch, cut);
+    rest_ = batch.text.substr(cut);
+  }
+
+  // Appends chunks for [stretch_, end): about kChunkBytes each, cut where it is safe.
+  void add_chunks(TextBatch& batch, size_t end) {
+    const std::string_view text = batch.text;
+    for (size_t begin = stretch_; begin < end;) {
+      size_t cut = std::min(end, begin + kChunkBytes);
+      while (cut < end && !is_safe_cut(text, cut)) cut++;
+      batch.chunks.push_back({begin, cut, text.size(), std::exchange(begins_, false), validation_});
+      begin = cut;
+    }
+    stretch_ = end;
+  }
+
+  DocumentReader reader_;
+  const ValidationSplit& split_;
+  std::string rest_;    // text of the open document for the next batch
+  size_t stretch_ = 0;  // where the text of the open document that is in no chunk yet begins
+  int64_t offset_ = 0;  // bytes of the open document so far
+  bool open_ = false, begins_ = false, validation_ = false;
+};
+
+void check_corpus(const Corpus& corpus) {
+  if (corpus.inputs.empty()) fail("found no inputs, expected text or JSON lines");
+  if (corpus.threads < 1) fail("--threads: found ", corpus.threads, ", expected 1 or more");
+}
+
+void for_each_batch(const Corpus& corpus, const char* verb, ConsoleLog& log,
+                    const std::function<void(const TextBatch&)>& process) {
+  std::vector<Input> inputs(corpus.inputs.begin(), corpus.inputs.end());
+  std::vector<SpooledInput> copies;  // of standard input: a split reads the inputs first
+  if (corpus.val_fraction > 0) {
+    for (Input& input : inputs) copies.emplace_back(input);
+  }
+  const ValidationSplit split(inputs, corpus.val_fraction);
+  CorpusReader reader(inputs, split);
+  int64_t bytes = 0;
+  for (TextBatch batch; reader.next(batch);) {
+    process(batch);
+    for (const Chunk& c : batch.chunks) bytes += int64_t(c.size());
+    log.progress(concat(verb, ": ", bytes_text(double(bytes)), ", ", log.rate(bytes)));
+  }
+}
+
 }  // namespace
-
-std::string_view strip(std::string_view text) {
-  const auto is_space = [](uint32_t c) {
-    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xa0 || c == 0x1680 ||
-           (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
-           c == 0x205f || c == 0x3000;
-  };
-  while (!text.empty()) {
-    const CodePoint c = decode_utf8(text.data(), text.size());
-    if (!is_space(c.code)) break;
-    text.remove_prefix(size_t(c.bytes));
-  }
-  while (!text.empty()) {
-    size_t n = 1;  // bytes of the last character
-    while (n < text.size() && n < 4 && (text[text.size() - n] & 0xc0) == 0x80) n++;
-    const CodePoint c = decode_utf8(text.data() + text.size() - n, n);
-    if (!is_space(c.code) || size_t(c.bytes) != n) break;
-    text.remove_suffix(n);
-  }
-  return text;
-}
-
-namespace {
-
-void write_answer(TurnWriter& out, const Message& message) {
-  const std::string_view content = strip(message.content);
-  out.begin("assistant").train(true);
-  out.text(content);
-  for (size_t i = 0; i < message.tool_calls.size(); i++) {
-    const ToolCall& call = message.tool_calls[i];
-    if (i > 0 || !content.empty()) out.text("\n");
-    out.special("<tool_call>").text("\n{\"name\": \"").text(call.name);
-    out.text("\", \"arguments\": ").text(call.arguments).text("}\n").special("</tool_call>");
-  }
-  out.end().train(false);
-  out.text("\n");
-}
-
-}  // namespace
-
-Rendered render_chat(const Tokenizer& tokenizer, const Conversation& conversation,
-                     bool generation_prompt) {
-  end_of_turn(tokenizer);
-  const std::vector<Message>& messages = conversation.messages;
-  const bool has_system = !messages.empty() && messages[0].role == "system";
-  TurnWriter out(tokenizer);
-  if (has_system || !conversation.tools.empty()) {
-    out.begin("system");
-    if (has_system) out.text(messages[0].content);
-    if (!conversation.tools.empty()) {
-      out.text(has_system ? "\n\n" : "").text("# Tools\n<tools>\n");
-      for (const std::string& tool : conversation.tools) out.text(tool).text("\n");
-      out.text("</tools>");
-    }
-    out.end().text("\n");
-  }
-  for (size_t i = has_system; i < messages.size(); i++) {
-    const Message& message = messages[i];
-    if (message.role == "assistant") {
-      write_answer(out, message);
-    } else if (message.role == "tool") {  // the answers to several calls share a turn
-      if (i == 0 || messages[i - 1].role != "tool") out.special("<|im_start|>").text("user");
-      out.text("\n").special("<tool_response>").text("\n").text(message.content).text("\n");
-      out.special("</tool_response>");
-      if (i + 1 == messages.size() || messages[i + 1].role != "tool") out.end().text("\n");
-    } else {
-      out.begin(message.role).text(message.content).end().text("\n");
-    }
-  }
-  if (generation_prompt) out.begin("assistant");
-  return out.finish();
-}
-
-int end_of_turn(const Tokenizer& tokenizer) {
-  const int id = tokenizer.special("<|im_end|>");
-  if (id < 0 || tokenizer.special("<|im_start|>") < 0) {
-    fail("tokenizer: found no <|im_start|> and <|im_end|>, expected a tokenizer with chat tokens: ",
-         "./sft --add-chat-tokens adds them to a base model");
-  }
-  return id;
-}
-
-void check_conversation(const Conversation& conversation, const std::string& where, bool prompt) {
-  const std::vector<Message>& messages = conversation.messages;
-  if (messages.empty()) fail(where, ": messages: found none, expected a user's and an answer");
-  std::set<std::string> declared;
-  for (size_t i = 0; i < conversation.tools.size(); i++) {
-    const Json tool = Json::parse(conversation.tools[i], nullptr, false);
-    const std::string at = concat(where, ": tools[", i, "]");
-    if (tool.is_discarded()) fail(at, ": not JSON");
-    declared.insert(json_get<std::string>(tool, "name", at));
-  }
-  bool answered = false;
-  for (size_t i = 0; i < messages.size(); i++) {
-    const Message& m = messages[i];
-    const std::string at = concat(where, ": messages[", i, "]");
-    const std::string before = i > 0 ? messages[i - 1].role : "";
-    const bool called = i > 0 && !messages[i - 1].tool_calls.empty();
-    const bool may = m.role == "system" ? i == 0
-                     : m.role == "user"
-                         ? i == 0 || before == "system" || (before == "assistant" && !called)
-                     : m.role == "assistant" ? before == "user" || before == "tool"
-                                             : before == "tool" || called;
-    if (m.role != "system" && m.role != "user" && m.role != "assistant" && m.role != "tool") {
-      fail(at, ": role: found \"", m.role, "\", expected system, user, assistant or tool");
-    }
-    if (m.role == "system" && i > 0 && messages[0].role == "system") {
-      fail(at, ": role: found a second system message, expected one at most");
-    }
-    if (!may) {
-      const char* expected = i == 0             ? "system or user"
-                             : called           ? "tool, the answer to a call"
-                             : before == "tool" ? "assistant or tool"
-                             : before == "user" ? "assistant"
-                                                : "user";
-      fail(at, ": role: found ", m.role, i > 0 ? " after " + before : " first", ", expected ",
-           expected);
-    }
-    answered |= m.role == "assistant";
-    if (!m.tool_calls.empty() && m.role != "assistant") {
-      fail(at, ": tool_calls: found ", m.role, "'s, expected calls by an assistant alone");
-    }
-    // A tool may find nothing: its answer is the one that may be empty.
-    const bool blank = m.role == "assistant" ? strip(m.content).empty() : m.content.empty();
-    if (blank && m.tool_calls.empty() && m.role != "tool") {
-      fail(at, ": content: found nothing, expected text");
-    }
-    for (const ToolCall& call : m.tool_calls) {
-      const Json arguments = Json::parse(call.arguments, nullptr, false);
-      if (!arguments.is_object()) {
-        fail(at, ": tool_calls: ", call.name, ": arguments: found ", call.arguments,
-             ", expected a JSON object");
-      }
-      if (!declared.count(call.name)) {
-        fail(at, ": tool_calls: found a call of \"", call.name, "\", expected one of the ",
-             declared.size(), " declared tools");
-      }
-    }
-  }
-  const std::string& last = messages.back().role;
-  if (!answered && !prompt) fail(where, ": messages: found no assistant's, expected one to learn");
-  if (prompt && last != "user" && last != "tool") {
-    fail(where, ": messages: found ", last, " last, expected user or tool");
-  }
-}
 
 // ---------------------------------------------------------------------------------------------
 // Writing tokenizer.json
 
 namespace {
 
-// Hugging Face's and GPT-2's files spell a byte as a printable character: most of Latin-1 as
-// itself, the other 68 bytes, in order, as U+0100 and on.
+// The files of Hugging Face and GPT-2 spell each byte as a printable character: most of Latin-1 as
+// itself, the other 68 bytes, in order, as U+0100 and the characters behind it.
 std::array<uint32_t, 256> byte_characters() {
   std::array<uint32_t, 256> code{};
   uint32_t next = 0x100;
@@ -1057,74 +1286,106 @@ bool unspell(std::string_view text, std::string& bytes) {
 
 std::string quoted(const std::string& text) { return Json(text).dump(); }
 
-OrderedJson pre_tokenizer_json(Pattern pattern) {
-  const auto byte_level = [](bool use_regex) {
-    return OrderedJson{{"type", "ByteLevel"},
-                       {"add_prefix_space", false},
-                       {"trim_offsets", true},
-                       {"use_regex", use_regex}};
-  };
-  if (pattern == Pattern::gpt2) return byte_level(true);
-  const OrderedJson first =
-      pattern == Pattern::gpt2_digits
-          ? OrderedJson{{"type", "Digits"}, {"individual_digits", true}}
-          : OrderedJson{{"type", "Split"},
-                        {"pattern", OrderedJson{{"Regex", pattern_info(pattern).regex}}},
-                        {"behavior", "Isolated"},
-                        {"invert", false}};
-  return {
-      {"type", "Sequence"},
-      {"pretokenizers", OrderedJson::array({first, byte_level(pattern == Pattern::gpt2_digits)})}};
+OrderedJson byte_level_json(bool use_regex) {
+  return {{"type", "ByteLevel"},
+          {"add_prefix_space", false},
+          {"trim_offsets", true},
+          {"use_regex", use_regex}};
 }
 
-std::string tokenizer_json(const TokenizerData& data) {
-  OrderedJson added = OrderedJson::array();
+OrderedJson pre_tokenizer_json(Pattern pattern) {
+  if (pattern == Pattern::gpt2) return byte_level_json(true);
+  const bool digits = pattern == Pattern::gpt2_digits;
+  const OrderedJson split =
+      digits ? OrderedJson{{"type", "Digits"}, {"individual_digits", true}}
+             : OrderedJson{{"type", "Split"},
+                           {"pattern", OrderedJson{{"Regex", pattern_info(pattern).regex}}},
+                           {"behavior", "Isolated"},
+                           {"invert", false}};
+  return {{"type", "Sequence"},
+          {"pretokenizers", OrderedJson::array({split, byte_level_json(digits)})}};
+}
+
+// The items as lines of a JSON list or object.
+std::string json_lines(const std::vector<std::string>& items, const std::string& indent) {
+  std::string out;
+  for (const std::string& item : items) out += (out.empty() ? "\n" : ",\n") + indent + item;
+  return out;
+}
+
+std::vector<std::string> added_tokens(const TokenizerData& data) {
+  std::vector<std::string> items;
   for (const auto& [name, id] : data.specials) {
-    added.push_back({{"id", id},
-                     {"content", name},
-                     {"single_word", false},
-                     {"lstrip", false},
-                     {"rstrip", false},
-                     {"normalized", false},
-                     {"special", true}});
+    items.push_back(OrderedJson{
+        {"id", id},
+        {"content", name},
+        {"single_word", false},
+        {"lstrip", false},
+        {"rstrip", false},
+        {"normalized", false},
+        {"special",
+         true}}.dump());
   }
-  OrderedJson normalizer;
-  if (data.nfc) normalizer = {{"type", "NFC"}};
-  const OrderedJson decoder = {{"type", "ByteLevel"},
-                               {"add_prefix_space", false},
-                               {"trim_offsets", true},
-                               {"use_regex", true}};
-  std::string out = "{\n  \"version\": \"1.0\",\n  \"truncation\": null,\n  \"padding\": null,\n";
-  out += "  \"added_tokens\": [";
-  for (size_t i = 0; i < added.size(); i++) out += (i ? ",\n    " : "\n    ") + added[i].dump();
-  out += "\n  ],\n  \"normalizer\": " + normalizer.dump();
-  out += ",\n  \"pre_tokenizer\": " + pre_tokenizer_json(data.pattern).dump();
-  out += ",\n  \"post_processor\": null,\n  \"decoder\": " + decoder.dump();
-  out += ",\n  \"model\": {\n    \"type\": \"BPE\",\n    \"dropout\": null,\n";
-  out += "    \"unk_token\": null,\n    \"continuing_subword_prefix\": null,\n";
-  out += "    \"end_of_word_suffix\": null,\n    \"fuse_unk\": false,\n";
-  out += "    \"byte_fallback\": false,\n    \"ignore_merges\": ";
-  out += data.ignore_merges ? "true" : "false";
-  // Special tokens stand in the vocabulary, too: else Hugging Face numbers them by its size, which
-  // is wrong where ids have holes.
-  out += ",\n    \"vocab\": {";
-  const char* separator = "\n      ";
+  return items;
+}
+
+// Special tokens are in the vocabulary too. Otherwise Hugging Face numbers them from the size of
+// the vocabulary on, which is wrong where ids have holes.
+std::vector<std::string> vocabulary(const TokenizerData& data) {
+  std::vector<std::string> items;
   for (size_t id = 0; id < data.bytes.size(); id++) {
     const std::string& bytes = data.bytes[id];
     if (bytes.empty()) continue;
-    const bool special = data.special_ids.count(bytes) && data.special_ids.at(bytes) == int(id);
-    out += separator + quoted(special ? bytes : spell(bytes)) + ": " + std::to_string(id);
-    separator = ",\n      ";
+    const auto special = data.special_ids.find(bytes);
+    const bool is_special = special != data.special_ids.end() && special->second == int(id);
+    items.push_back(quoted(is_special ? bytes : spell(bytes)) + ": " + std::to_string(id));
   }
-  out += "\n    },\n    \"merges\": [";
-  separator = "\n      ";
-  for (int t = 256; t < data.merges.size(); t++) {
-    const auto [left, right] = data.merges.parts(t);
-    out += separator;
-    out += quoted(spell(data.merges.bytes(left)) + " " + spell(data.merges.bytes(right)));
-    separator = ",\n      ";
+  return items;
+}
+
+std::vector<std::string> merge_list(const Merges& merges) {
+  std::vector<std::string> items;
+  for (int t = 256; t < merges.size(); t++) {
+    const auto [left, right] = merges.parts(t);
+    items.push_back(quoted(spell(merges.bytes(left)) + " " + spell(merges.bytes(right))));
   }
-  return out + "\n    ]\n  }\n}\n";
+  return items;
+}
+
+std::string tokenizer_json(const TokenizerData& data) {
+  return R"({
+  "version": "1.0",
+  "truncation": null,
+  "padding": null,
+  "added_tokens": [)" +
+         json_lines(added_tokens(data), "    ") + R"(
+  ],
+  "normalizer": )" +
+         (data.nfc ? R"({"type":"NFC"})" : "null") + R"(,
+  "pre_tokenizer": )" +
+         pre_tokenizer_json(data.pattern).dump() + R"(,
+  "post_processor": null,
+  "decoder": )" +
+         byte_level_json(true).dump() + R"(,
+  "model": {
+    "type": "BPE",
+    "dropout": null,
+    "unk_token": null,
+    "continuing_subword_prefix": null,
+    "end_of_word_suffix": null,
+    "fuse_unk": false,
+    "byte_fallback": false,
+    "ignore_merges": )" +
+         (data.ignore_merges ? "true" : "false") + R"(,
+    "vocab": {)" +
+         json_lines(vocabulary(data), "      ") + R"(
+    },
+    "merges": [)" +
+         json_lines(merge_list(data.merges), "      ") + R"(
+    ]
+  }
+}
+)";
 }
 
 std::string tokenizer_config_json(const TokenizerData& data) {
@@ -1155,7 +1416,7 @@ Tokenizer with_chat_tokens(const Tokenizer& tokenizer, bool add) {
     if (!add || d.special_ids.count(name)) continue;
     d.specials.push_back({name, int(d.bytes.size())});
     d.add_token(int(d.bytes.size()), name);
-    d.json.clear();  // what was read no longer says all
+    d.json.clear();  // the file that was read lacks this token
   }
   for (const auto& [name, id] : d.specials) d.bytes[size_t(id)].clear();  // complete() adds them
   d.special_ids.clear();
@@ -1189,7 +1450,7 @@ struct JsonNode {
   std::string file, key;  // key.key[index]; empty for the whole file
 
   std::string where() const { return key.empty() ? file : file + ": " + key; }
-  [[noreturn]] void expected(const std::string& what) const {
+  [[noreturn]] void refuse(const std::string& what) const {
     std::string found = simdjson::minify(value);
     if (found.size() > 80) found = found.substr(0, 77) + "...";
     fail(where(), ": found ", found, ", expected ", what);
@@ -1198,7 +1459,7 @@ struct JsonNode {
     JsonElement e;
     return value.at_key(name).get(e) == simdjson::SUCCESS && !e.is_null();
   }
-  JsonNode at(const char* name) const {
+  JsonNode member(const char* name) const {
     JsonElement e;
     const std::string inner = key.empty() ? name : key + "." + name;
     if (value.at_key(name).get(e)) fail(file, ": ", inner, " is missing");
@@ -1210,7 +1471,7 @@ struct JsonNode {
   template <class T>
   T as(const char* what) const {
     T x;
-    if (value.get(x)) expected(what);
+    if (value.get(x)) refuse(what);
     return x;
   }
   std::string_view string() const { return as<std::string_view>("a string"); }
@@ -1218,15 +1479,16 @@ struct JsonNode {
   simdjson::dom::array array() const { return as<simdjson::dom::array>("an array"); }
   int id() const {
     const int64_t x = as<int64_t>("a token id");
-    if (x < 0 || x > 1 << 24) expected("0 to 16777216");
+    if (x < 0 || x > 1 << 24) refuse("0 to 16777216");
     return int(x);
   }
   bool flag(const char* name, bool fallback) const {
-    return has(name) ? at(name).as<bool>("true or false") : fallback;
+    return has(name) ? member(name).as<bool>("true or false") : fallback;
   }
 };
 
-// SentencePiece's models spell spaces with U+2581 and fall back to bytes: another algorithm.
+// SentencePiece's models spell spaces with U+2581 and fall back to bytes. That is another
+// algorithm.
 [[noreturn]] void refuse_kind(const JsonNode& node, std::string_view kind) {
   fail(
       node.where(), ": found ", kind,
@@ -1234,23 +1496,37 @@ struct JsonNode {
       "not supported");
 }
 
+void check_model(const JsonNode& model) {
+  const std::string_view type =
+      model.has("type") ? model.member("type").string() : std::string_view("BPE");  // older files
+  if (type != "BPE") refuse_kind(model.member("type"), type);
+  if (model.flag("byte_fallback", false)) refuse_kind(model, "\"byte_fallback\": true");
+  for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
+    if (model.has(key) && !model.member(key).string().empty()) model.member(key).refuse("null");
+  }
+  if (model.has("dropout") && model.member("dropout").as<double>("a number") != 0) {
+    model.member("dropout").refuse("null");
+  }
+}
+
 bool read_normalizer(const JsonNode& root) {  // true: NFC
   if (!root.has("normalizer")) return false;
-  JsonNode node = root.at("normalizer");
-  if (node.at("type").string() == "Sequence") {
-    const JsonNode list = node.at("normalizers");
+  JsonNode node = root.member("normalizer");
+  if (node.member("type").string() == "Sequence") {
+    const JsonNode list = node.member("normalizers");
     if (list.array().size() == 0) return false;
     if (list.array().size() == 1) node = list.item(0);
   }
-  const std::string_view type = node.at("type").string();
+  const std::string_view type = node.member("type").string();
   if (type == "Prepend" || type == "Replace" || type == "Precompiled" || type == "Sequence") {
     refuse_kind(node, type);
   }
-  if (type != "NFC") node.at("type").expected("NFC or no normalizer");
+  if (type != "NFC") node.member("type").refuse("NFC or no normalizer");
   return true;
 }
 
-// Possessive quantifiers change speed, not matches, in the patterns known here.
+// The pattern with a plain quantifier in place of every possessive one. In the patterns known here
+// both kinds match the same.
 std::string without_possessive(std::string_view regex) {
   std::string out;
   for (const char c : regex) {
@@ -1266,45 +1542,72 @@ Pattern read_pattern(const JsonNode& root) {
   if (!root.has("pre_tokenizer")) {
     fail(root.where(), ": pre_tokenizer: found null, expected ByteLevel, or Split and ByteLevel");
   }
-  const JsonNode node = root.at("pre_tokenizer");
+  const JsonNode node = root.member("pre_tokenizer");
   const auto check_byte_level = [](const JsonNode& n, bool use_regex) {
-    const std::string_view type = n.at("type").string();
+    const std::string_view type = n.member("type").string();
     if (type == "Metaspace") refuse_kind(n, type);
-    if (type != "ByteLevel") n.at("type").expected("ByteLevel");
-    if (n.flag("add_prefix_space", true)) n.expected("\"add_prefix_space\": false");
+    if (type != "ByteLevel") n.member("type").refuse("ByteLevel");
+    if (n.flag("add_prefix_space", true)) n.refuse("\"add_prefix_space\": false");
     if (n.flag("use_regex", true) != use_regex) {
-      n.expected(concat("\"use_regex\": ", use_regex ? "true" : "false"));
+      n.refuse(concat("\"use_regex\": ", use_regex ? "true" : "false"));
     }
   };
-  if (node.at("type").string() != "Sequence") return check_byte_level(node, true), Pattern::gpt2;
-  const JsonNode list = node.at("pretokenizers");
-  if (list.array().size() != 2) list.expected("Split or Digits, then ByteLevel");
-  const JsonNode first = list.item(0), second = list.item(1);
-  if (first.at("type").string() == "Digits") {
-    if (!first.flag("individual_digits", false)) first.expected("\"individual_digits\": true");
-    return check_byte_level(second, true), Pattern::gpt2_digits;
+  if (node.member("type").string() != "Sequence")
+    return check_byte_level(node, true), Pattern::gpt2;
+  const JsonNode list = node.member("pretokenizers");
+  if (list.array().size() != 2) list.refuse("Split or Digits, then ByteLevel");
+  const JsonNode split = list.item(0), byte_level = list.item(1);
+  if (split.member("type").string() == "Digits") {
+    if (!split.flag("individual_digits", false)) split.refuse("\"individual_digits\": true");
+    return check_byte_level(byte_level, true), Pattern::gpt2_digits;
   }
-  if (first.at("type").string() != "Split") first.at("type").expected("Split or Digits");
-  check_byte_level(second, false);
-  if (first.at("behavior").string() != "Isolated") first.at("behavior").expected("\"Isolated\"");
-  if (first.flag("invert", false)) first.expected("\"invert\": false");
-  const JsonNode regex = first.at("pattern").at("Regex");
+  if (split.member("type").string() != "Split") split.member("type").refuse("Split or Digits");
+  check_byte_level(byte_level, false);
+  if (split.member("behavior").string() != "Isolated")
+    split.member("behavior").refuse("\"Isolated\"");
+  if (split.flag("invert", false)) split.refuse("\"invert\": false");
+  const JsonNode regex = split.member("pattern").member("Regex");
   for (const PatternInfo& known : kPatterns) {
     if (known.regex[0] && without_possessive(regex.string()) == known.regex) return known.pattern;
   }
-  regex.expected("the pattern of gpt2, cl100k, qwen2 or o200k");
+  regex.refuse("the pattern of gpt2, cl100k, qwen2 or o200k");
 }
 
 void read_added_tokens(const JsonNode& root, TokenizerData& data) {
   if (!root.has("added_tokens")) return;
-  const JsonNode list = root.at("added_tokens");
+  const JsonNode list = root.member("added_tokens");
   for (size_t i = 0; i < list.array().size(); i++) {
     const JsonNode token = list.item(i);
     for (const char* key : {"single_word", "lstrip", "rstrip"}) {
-      if (token.flag(key, false)) token.expected(concat("\"", key, "\": false"));
+      if (token.flag(key, false)) token.refuse(concat("\"", key, "\": false"));
     }
-    data.specials.push_back({std::string(token.at("content").string()), token.at("id").id()});
+    data.specials.push_back(
+        {std::string(token.member("content").string()), token.member("id").id()});
   }
+}
+
+// The id of each spelling, without the added tokens. The views last as long as the parser.
+using Vocabulary = std::unordered_map<std::string_view, int>;
+
+Vocabulary read_vocabulary(const JsonNode& model, TokenizerData& data) {
+  std::set<std::string_view> added;
+  for (const auto& [name, id] : data.specials) added.insert(name);
+  Vocabulary id_of;
+  const JsonNode vocab = model.member("vocab");
+  std::string bytes;
+  for (const auto& [key, value] : vocab.object()) {
+    if (added.count(key)) continue;
+    const int id = JsonNode{value, vocab.file, "model.vocab"}.id();
+    if (!unspell(key, bytes) || bytes.empty()) {
+      fail(vocab.where(), ": found ", key, ", expected a spelling by ByteLevel's characters");
+    }
+    if (size_t(id) < data.bytes.size() && !data.bytes[size_t(id)].empty()) {
+      fail(vocab.where(), ": found id ", id, " twice, the second time for ", key);
+    }
+    data.add_token(id, bytes);
+    id_of[key] = id;
+  }
+  return id_of;
 }
 
 // "left right" or ["left", "right"].
@@ -1321,10 +1624,9 @@ bool split_merge(const JsonElement& merge, std::string_view& left, std::string_v
   return true;
 }
 
-// Ranks of the tokens that merges reach, in the order of the merges. Files made from tiktoken's
-// list every way to split a token; the first that can happen is the token's.
-void read_merges(const JsonNode& model, const std::unordered_map<std::string_view, int>& id_of,
-                 TokenizerData& data) {
+// Fills `merges` and `ids`. Files that were made from tiktoken's list every way to split a token.
+// Of these merges only the first one that can happen counts.
+void read_merges(const JsonNode& model, const Vocabulary& id_of, TokenizerData& data) {
   std::vector<int> token_of(data.bytes.size(), -1);  // by id
   for (int b = 0; b < 256; b++) {
     const auto it = id_of.find(spell(std::string(1, char(b))));
@@ -1337,17 +1639,18 @@ void read_merges(const JsonNode& model, const std::unordered_map<std::string_vie
   struct Merge {
     int number, left, right, joined;  // ids
   };
-  std::vector<Merge> early;  // a part is not there yet
+  std::vector<Merge> early;  // those that come before the merge of one of their parts
   int number = 0;
   std::string joined;
-  const JsonNode list = model.at("merges");
+  const JsonNode list = model.member("merges");
   for (const JsonElement e : list.array()) {
     std::string_view left, right;
     const bool good = split_merge(e, left, right);
     joined.assign(left).append(right);
     const auto l = id_of.find(left), r = id_of.find(right), j = id_of.find(joined);
     if (!good || l == id_of.end() || r == id_of.end() || j == id_of.end()) {
-      list.item(size_t(number)).expected("two tokens whose joint the vocabulary has");
+      list.item(size_t(number))
+          .refuse("two tokens such that the vocabulary holds both and their concatenation");
     }
     const int a = token_of[size_t(l->second)], b = token_of[size_t(r->second)];
     if (a < 0 || b < 0) {
@@ -1358,12 +1661,12 @@ void read_merges(const JsonNode& model, const std::unordered_map<std::string_vie
     }
     number++;
   }
-  for (const Merge& m : early) {  // harmless when its token came about before its parts
+  for (const Merge& m : early) {  // harmless when another merge made the token before its parts
     const int last = std::max(token_of[size_t(m.left)], token_of[size_t(m.right)]);
     const int joined = token_of[size_t(m.joined)];
     const bool both = token_of[size_t(m.left)] >= 0 && token_of[size_t(m.right)] >= 0;
     if (both && (joined < 0 || joined > last)) {
-      list.item(size_t(m.number)).expected("the merges that make its parts before it");
+      list.item(size_t(m.number)).refuse("a merge that comes after the merges of its two parts");
     }
   }
 }
@@ -1378,40 +1681,13 @@ std::shared_ptr<TokenizerData> read_tokenizer_json(const std::filesystem::path& 
   }
   const JsonNode root{element, path.string(), ""};
   root.object();
-  const JsonNode model = root.at("model");
-  const std::string_view type =
-      model.has("type") ? model.at("type").string() : std::string_view("BPE");  // older files
-  if (type != "BPE") refuse_kind(model.at("type"), type);
-  if (model.flag("byte_fallback", false)) refuse_kind(model, "\"byte_fallback\": true");
-  for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-    if (model.has(key) && !model.at(key).string().empty()) model.at(key).expected("null");
-  }
-  if (model.has("dropout") && model.at("dropout").as<double>("a number") != 0) {
-    model.at("dropout").expected("null");
-  }
+  const JsonNode model = root.member("model");
+  check_model(model);
   data->nfc = read_normalizer(root);
   data->pattern = read_pattern(root);
   data->ignore_merges = model.flag("ignore_merges", false);
   read_added_tokens(root, *data);
-  std::set<std::string_view> added;
-  for (const auto& [name, id] : data->specials) added.insert(name);
-
-  std::unordered_map<std::string_view, int> id_of;  // by spelling
-  const JsonNode vocab = model.at("vocab");
-  std::string bytes;
-  for (const auto& [key, value] : vocab.object()) {
-    if (added.count(key)) continue;
-    const int id = JsonNode{value, vocab.file, "model.vocab"}.id();
-    if (!unspell(key, bytes) || bytes.empty()) {
-      fail(vocab.where(), ": found ", key, ", expected a spelling by ByteLevel's characters");
-    }
-    if (size_t(id) < data->bytes.size() && !data->bytes[size_t(id)].empty()) {
-      fail(vocab.where(), ": found id ", id, " twice, the second time for ", key);
-    }
-    data->add_token(id, bytes);
-    id_of[key] = id;
-  }
-  read_merges(model, id_of, *data);
+  read_merges(model, read_vocabulary(model, *data), *data);
   data->complete(path.string());
   const std::filesystem::path config = path.parent_path() / "tokenizer_config.json";
   if (std::filesystem::exists(config)) data->config = read_file(config);
@@ -1442,13 +1718,14 @@ std::string decode_base64(std::string_view spelling, const std::string& where) {
   return out;
 }
 
-// What a .tiktoken file leaves out, by the number of its ranks.
+// A .tiktoken file does not name its split pattern and its special tokens. The number of its ranks
+// tells which vocabulary it is.
 struct KnownVocabulary {
   size_t ranks;
   Pattern pattern;
   std::vector<std::pair<std::string, int>> specials;
 };
-const std::vector<KnownVocabulary>& known_vocabularies() {
+const KnownVocabulary& find_vocabulary(size_t ranks, const std::string& file) {
   static const std::vector<KnownVocabulary> known = {
       {50256, Pattern::gpt2, {{"<|endoftext|>", 50256}}},
       {100256,
@@ -1459,15 +1736,18 @@ const std::vector<KnownVocabulary>& known_vocabularies() {
         {"<|fim_suffix|>", 100260},
         {"<|endofprompt|>", 100276}}},
       {199998, Pattern::o200k, {{"<|endoftext|>", 199999}, {"<|endofprompt|>", 200018}}}};
-  return known;
+  for (const KnownVocabulary& v : known) {
+    if (v.ranks == ranks) return v;
+  }
+  fail(file, ": found ", ranks,
+       " ranks, expected 50256 (r50k), 100256 (cl100k) or 199998 (o200k): the file does not say "
+       "which split pattern another vocabulary needs");
 }
 
-// The file holds tokens and the ranks at which they were made, not what they were made of: that is
-// what the earlier merges leave of their bytes, always two parts.
-std::shared_ptr<TokenizerData> read_tiktoken(const std::filesystem::path& path) {
-  auto data = std::make_shared<TokenizerData>();
+// A line holds a token in base64, a space, and its rank. The result is in the order of the ranks.
+std::vector<std::pair<int, std::string>> read_ranks(const std::string& path) {
   std::vector<std::pair<int, std::string>> ranks;
-  LineReader lines{Input(path.string())};
+  LineReader lines{Input(path)};
   for (std::string_view line; lines.next(line);) {
     if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
     if (line.empty()) continue;
@@ -1480,17 +1760,18 @@ std::shared_ptr<TokenizerData> read_tiktoken(const std::filesystem::path& path) 
     ranks.push_back(
         {std::stoi(std::string(digits)), decode_base64(line.substr(0, space), lines.where())});
   }
-  const auto& all = known_vocabularies();
-  const auto known =
-      std::find_if(all.begin(), all.end(), [&](const auto& v) { return v.ranks == ranks.size(); });
-  if (known == all.end()) {
-    fail(path.string(), ": found ", ranks.size(),
-         " ranks, expected 50256 (r50k), 100256 (cl100k) or 199998 (o200k): the file does not say "
-         "which split pattern another vocabulary needs");
-  }
-  data->pattern = known->pattern;
-  data->specials = known->specials;
   std::sort(ranks.begin(), ranks.end());
+  return ranks;
+}
+
+// The file holds tokens and their ranks, not the two parts of each token. Encoding a token's bytes
+// with the merges before it gives its parts.
+std::shared_ptr<TokenizerData> read_tiktoken(const std::filesystem::path& path) {
+  const std::vector<std::pair<int, std::string>> ranks = read_ranks(path.string());
+  const KnownVocabulary& known = find_vocabulary(ranks.size(), path.string());
+  auto data = std::make_shared<TokenizerData>();
+  data->pattern = known.pattern;
+  data->specials = known.specials;
   data->ids.assign(256, -1);
   for (size_t i = 0; i < ranks.size(); i++) {
     const auto& [rank, bytes] = ranks[i];
@@ -1506,8 +1787,8 @@ std::shared_ptr<TokenizerData> read_tiktoken(const std::filesystem::path& path) 
     if (bytes.empty()) fail(path.string(), ": rank ", rank, ": found an empty token");
     data->merges.encode(bytes, scratch);
     if (scratch.tokens.size() != 2) {
-      fail(path.string(), ": rank ", rank, ": found a token of ", scratch.tokens.size(),
-           " earlier ones, expected two");
+      fail(path.string(), ": rank ", rank, ": found a token made of ", scratch.tokens.size(),
+           " earlier tokens, expected 2");
     }
     data->merges.add(scratch.tokens[0], scratch.tokens[1]);
     data->ids.push_back(rank);
@@ -1516,8 +1797,8 @@ std::shared_ptr<TokenizerData> read_tiktoken(const std::filesystem::path& path) 
   return data;
 }
 
-// GPT-2's own file: a merge a line. Bytes have the ids 0 to 255 in the order of their spelling,
-// merges follow, then <|endoftext|>.
+// GPT-2's own file has one merge on each line. Its ids: bytes have 0 to 255 in the order of their
+// spelling, then come the merges, then <|endoftext|>.
 std::shared_ptr<TokenizerData> read_vocab_bpe(const std::filesystem::path& path) {
   auto data = std::make_shared<TokenizerData>();
   const std::array<uint32_t, 256> code = byte_characters();
@@ -1574,565 +1855,166 @@ Tokenizer Tokenizer::load(const std::filesystem::path& path) {
        ".tiktoken or vocab.bpe");
 }
 
-// ---------------------------------------------------------------------------------------------
-// The corpus: documents of many inputs, in batches that fit memory, each cut into chunks that
-// threads can work on alone
-
 namespace {
 
-// Runs f(i, thread) for 0 <= i < n; an exception in a thread comes out here.
-template <class F>
-void parallel_for(size_t n, int threads, F&& f) {
-  std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (size_t i = 0; i < n; i++) {
-    try {
-      f(i, size_t(omp_get_thread_num()));
-    } catch (...) {
-#pragma omp critical
-      failure = std::current_exception();
-    }
+// ---------------------------------------------------------------------------------------------
+// UTF-8
+
+CodePoint decode_utf8(const char* text, size_t left) {
+  const auto* p = reinterpret_cast<const unsigned char*>(text);
+  const auto tail = [&](size_t i) { return i < left && (p[i] & 0xC0) == 0x80; };
+  const uint32_t a = p[0];
+  if (a < 0x80) return {a, 1};
+  if (a >= 0xC2 && a < 0xE0 && tail(1)) return {(a & 31) << 6 | (p[1] & 63u), 2};
+  if (a >= 0xE0 && a < 0xF0 && tail(1) && tail(2)) {
+    const uint32_t c = (a & 15) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u);
+    if (c >= 0x800 && (c < 0xD800 || c > 0xDFFF)) return {c, 3};
   }
-  if (failure) std::rethrow_exception(failure);
+  if (a >= 0xF0 && a < 0xF5 && tail(1) && tail(2) && tail(3)) {
+    const uint32_t c = (a & 7) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
+    if (c >= 0x10000 && c <= 0x10FFFF) return {c, 4};
+  }
+  return {kInvalid + a, 1};
 }
 
-constexpr size_t kHeadBytes = 1 << 16;  // of a document: they tell it from others
-
-uint64_t document_hash(std::string_view head) { return piece_hash(head.substr(0, kHeadBytes)); }
-
-// Which documents, or which tail of the only one, are validation.
-//   one document:   its last `fraction`, from the next line on
-//   2 to 64:        those with the smallest hashes, the nearest number to the fraction, but one at
-//                   least and not all
-//   more:           those whose hash is below the fraction of 2^64
-class ValidationSplit {
- public:
-  static constexpr size_t kFew = 64;
-
-  ValidationSplit(const std::vector<Input>& inputs, double fraction) {
-    if (!(fraction >= 0 && fraction < 1)) {
-      fail("--val-fraction: found ", fraction, ", expected 0 or more and less than 1");
-    }
-    if (fraction == 0) return;
-    std::set<uint64_t> hashes;
-    size_t documents = 0;
-    DocumentReader reader(inputs);
-    for (DocumentPart part; documents <= kFew && reader.next(part);) {
-      if (!part.begins || part.text.empty()) continue;
-      documents++;
-      hashes.insert(document_hash(part.text));
-      if (!part.ends) reader.skip_document();
-    }
-    if (documents == 1) {
-      find_tail(inputs, fraction);
-    } else if (documents > kFew) {
-      threshold_ = uint64_t(std::ldexp(fraction, 63)) << 1;
-    } else if (hashes.size() < 2) {
-      fail("--val-fraction: found ", documents,
-           " documents, expected at least two different ones, or a single one to cut");
-    } else {
-      const int64_t n = int64_t(hashes.size());
-      const int64_t chosen = std::clamp<int64_t>(std::llround(fraction * double(n)), 1, n - 1);
-      threshold_ = *std::next(hashes.begin(), chosen);
-    }
+void append_utf8(std::string& out, uint32_t c) {
+  const auto put = [&](uint32_t byte) { out += char(byte); };
+  if (c >= kInvalid) return put(c - kInvalid);
+  if (c < 0x80) return put(c);
+  if (c < 0x800) return put(0xC0 | c >> 6), put(0x80 | (c & 63));
+  if (c < 0x10000) {
+    return put(0xE0 | c >> 12), put(0x80 | (c >> 6 & 63)), put(0x80 | (c & 63));
   }
+  put(0xF0 | c >> 18), put(0x80 | (c >> 12 & 63)), put(0x80 | (c >> 6 & 63)), put(0x80 | (c & 63));
+}
 
-  bool has_tail() const { return tail_ > 0; }
-  int64_t tail() const { return tail_; }  // byte of the only document at which validation begins
-  bool is_validation(std::string_view document) const {
-    return document_hash(document) < threshold_;
-  }
-
- private:
-  void find_tail(const std::vector<Input>& inputs, double fraction) {
-    int64_t bytes = 0;
-    DocumentReader counter(inputs);
-    for (DocumentPart part; counter.next(part);) bytes += int64_t(part.text.size());
-    const int64_t wanted = bytes - int64_t(double(bytes) * fraction);
-    std::string near;  // the bytes from `wanted` on
-    int64_t at = 0;
-    DocumentReader reader(inputs);
-    for (DocumentPart part; near.size() < 4096 && reader.next(part);) {
-      const int64_t skip = std::clamp<int64_t>(wanted - at, 0, int64_t(part.text.size()));
-      near += part.text.substr(size_t(skip), 4096 - near.size());
-      at += int64_t(part.text.size());
-    }
-    const size_t newline = near.find('\n');
-    size_t cut = 0;
-    if (newline != std::string::npos && wanted + int64_t(newline) + 1 < bytes) {
-      cut = newline + 1;
-    } else {
-      while (cut < near.size() && (near[cut] & 0xC0) == 0x80) cut++;
-    }
-    tail_ = wanted + int64_t(cut);
-    if (tail_ <= 0 || tail_ >= bytes) {
-      fail("--val-fraction: found ", fraction, " of ", bytes,
-           " bytes, expected at least one byte on each side");
-    }
-  }
-
-  int64_t tail_ = 0;
-  uint64_t threshold_ = 0;
-};
-
-struct Chunk {
-  size_t begin, end;     // in the batch's text
-  size_t seen;           // the document's text goes on to here at least
-  bool begins_document;  //
-  bool validation;
-};
-struct TextBatch {
-  std::string text;
-  std::vector<Chunk> chunks;
-};
-
-class CorpusReader {
- public:
-  CorpusReader(const std::vector<Input>& inputs, const ValidationSplit& split)
-      : reader_(inputs), split_(split) {}
-
-  // The next batch: whole documents, and of a long one as much as is there up to a safe cut.
-  bool next(TextBatch& batch) {
-    batch.text.swap(rest_);
-    rest_.clear();
-    const size_t wanted = 2 * batch.text.size() + kBatchBytes;
-    batch.chunks.clear();
-    stretch_ = 0;
-    for (DocumentPart part; batch.text.size() < wanted && reader_.next(part);) add(part, batch);
-    if (open_) keep_rest(batch);
-    return !batch.chunks.empty() || open_;
-  }
-
- private:
-  static constexpr size_t kBatchBytes = 16 << 20, kChunkBytes = 128 << 10;
-
-  void add(DocumentPart part, TextBatch& batch) {
-    if (part.begins) {
-      begin_document(batch, !split_.has_tail() && split_.is_validation(part.text));
-      offset_ = 0;
-    }
-    const int64_t size = int64_t(part.text.size());
-    if (split_.has_tail() && offset_ < split_.tail() && split_.tail() < offset_ + size) {
-      const size_t cut = size_t(split_.tail() - offset_);
-      batch.text += part.text.substr(0, cut);
-      end_document(batch);
-      begin_document(batch, true);
-      part.text.remove_prefix(cut);
-    } else if (split_.has_tail() && offset_ == split_.tail()) {
-      end_document(batch);
-      begin_document(batch, true);
-    }
-    offset_ += size;
-    batch.text += part.text;
-    if (part.ends) end_document(batch);
-  }
-
-  void begin_document(const TextBatch& batch, bool validation) {
-    open_ = begins_ = true;
-    validation_ = validation;
-    stretch_ = batch.text.size();
-  }
-  void end_document(TextBatch& batch) {
-    add_chunks(batch, batch.text.size());
-    open_ = false;
-  }
-
-  // The text of an unfinished document behind the last safe cut waits for the next batch.
-  void keep_rest(TextBatch& batch) {
-    size_t cut = batch.text.size();
-    while (cut > stretch_ && !is_safe_cut(batch.text, cut)) cut--;
-    if (cut > stretch_) add_chunks(batch, cut);
-    rest_ = batch.text.substr(cut);
-  }
-
-  // Chunks for [stretch_, end): about kChunkBytes each, cut where it is safe.
-  void add_chunks(TextBatch& batch, size_t end) {
-    const std::string_view seen = std::string_view(batch.text);
-    for (size_t at = stretch_; at < end;) {
-      size_t cut = std::min(end, at + kChunkBytes);
-      while (cut < end && !is_safe_cut(seen, cut)) cut++;
-      batch.chunks.push_back({at, cut, seen.size(), std::exchange(begins_, false), validation_});
-      at = cut;
-    }
-    stretch_ = end;
-  }
-
-  DocumentReader reader_;
-  const ValidationSplit& split_;
-  std::string rest_;
-  size_t stretch_ = 0;  // where the open document's text in the batch begins
-  int64_t offset_ = 0;  // bytes of the open document so far
-  bool open_ = false, begins_ = false, validation_ = false;
-};
 // ---------------------------------------------------------------------------------------------
-// Training
+// Normalization Form C, which Qwen's tokenizers ask for (Unicode Standard Annex 15).
 
-// Distinct pieces and how often each occurs.
-class WordTable {
+class Nfc {
  public:
-  void add(std::string_view word, int64_t count) {
-    if (2 * (words_.size() + 1) > slots_.size()) grow();
-    const uint64_t hash = piece_hash(word);
-    for (size_t i = hash & (slots_.size() - 1);; i = (i + 1) & (slots_.size() - 1)) {
-      if (slots_[i] < 0) {
-        slots_[i] = int64_t(words_.size());
-        words_.push_back({hash, text_.size(), word.size(), count});
-        text_ += word;
-        return;
-      }
-      Word& w = words_[size_t(slots_[i])];
-      if (w.hash == hash && text(w) == word) {
-        w.count += count;
-        return;
+  Nfc() : combining_(0x110100) {
+    std::set<uint32_t> excluded(std::begin(kCompositionExclusions),
+                                std::end(kCompositionExclusions));
+    for (size_t i = 0; i < std::size(kDecompositions); i += 3) {
+      const uint32_t c = kDecompositions[i], a = kDecompositions[i + 1], b = kDecompositions[i + 2];
+      parts_[c] = int(i);
+      if (b != 0 && !excluded.count(c)) composed_[pair_key(int(a), int(b))] = int(c);
+    }
+    for (size_t i = 0; i < std::size(kCombiningRuns); i += 3) {
+      for (uint32_t c = kCombiningRuns[i]; c <= kCombiningRuns[i + 1]; c++) {
+        combining_[c] = uint8_t(kCombiningRuns[i + 2]);
       }
     }
   }
-  size_t size() const { return words_.size(); }
-  std::string_view word(size_t i) const { return text(words_[i]); }
-  int64_t count(size_t i) const { return words_[i].count; }
-  void merge(const WordTable& other) {
-    for (size_t i = 0; i < other.size(); i++) add(other.word(i), other.count(i));
+
+  std::string normalize(std::string_view text) const {
+    std::vector<uint32_t> codes;
+    for (size_t i = 0; i < text.size();) {
+      const CodePoint c = decode_utf8(text.data() + i, text.size() - i);
+      decompose(c.code, codes);
+      i += size_t(c.bytes);
+    }
+    sort_marks(codes);
+    compose(codes);
+    std::string out;
+    out.reserve(text.size());
+    for (const uint32_t c : codes) append_utf8(out, c);
+    return out;
   }
 
  private:
-  struct Word {
-    uint64_t hash;
-    size_t offset, size;
-    int64_t count;
-  };
-  std::string_view text(const Word& w) const { return {text_.data() + w.offset, w.size}; }
-  void grow() {
-    slots_.assign(std::max<size_t>(1024, 2 * slots_.size()), -1);
-    for (size_t w = 0; w < words_.size(); w++) {
-      size_t i = words_[w].hash & (slots_.size() - 1);
-      while (slots_[i] >= 0) i = (i + 1) & (slots_.size() - 1);
-      slots_[i] = int64_t(w);
+  // Hangul syllables are arithmetic: leading consonant, vowel, trailing consonant.
+  static constexpr uint32_t kSBase = 0xAC00, kLBase = 0x1100, kVBase = 0x1161, kTBase = 0x11A7;
+  static constexpr uint32_t kLCount = 19, kVCount = 21, kTCount = 28;
+  static constexpr uint32_t kSCount = kLCount * kVCount * kTCount;
+
+  void decompose(uint32_t c, std::vector<uint32_t>& out) const {
+    if (c - kSBase < kSCount) {
+      const uint32_t s = c - kSBase;
+      out.push_back(kLBase + s / (kVCount * kTCount));
+      out.push_back(kVBase + s % (kVCount * kTCount) / kTCount);
+      if (s % kTCount) out.push_back(kTBase + s % kTCount);
+      return;
+    }
+    const int i = c < 0xC0 ? -1 : parts_.find(c);
+    if (i < 0) return out.push_back(c);
+    decompose(kDecompositions[i + 1], out);
+    if (kDecompositions[i + 2]) decompose(kDecompositions[i + 2], out);
+  }
+
+  void sort_marks(std::vector<uint32_t>& codes) const {  // each run of marks, by class, stably
+    const auto cc = [this](uint32_t c) { return combining_[c]; };
+    for (size_t i = 0; i < codes.size(); i++) {
+      if (cc(codes[i]) == 0) continue;
+      size_t end = i;
+      while (end < codes.size() && cc(codes[end]) != 0) end++;
+      std::stable_sort(codes.begin() + int64_t(i), codes.begin() + int64_t(end),
+                       [&](uint32_t a, uint32_t b) { return cc(a) < cc(b); });
+      i = end;
     }
   }
-  std::vector<int64_t> slots_;  // index into words_, -1: free; open addressing
-  std::vector<Word> words_;
-  std::string text_;  // of all words, end to end
-};
 
-// Joins the most frequent pair of neighbours again and again. Pair counts are kept up to date word
-// by word: a merge visits only the words that have held its pair. Ties: of equal counts the
-// smallest (left, right), so that the order of words does not matter.
-class Trainer {
- public:
-  explicit Trainer(const WordTable& words) {
-    std::vector<int> fresh;
-    for (size_t w = 0; w < words.size(); w++) {
-      const std::string_view text = words.word(w);
-      words_.push_back({tokens_.size(), text.size(), words.count(w)});
-      for (const unsigned char b : text) tokens_.push_back(b);
-      for (size_t i = words_[w].begin; i + 1 < tokens_.size(); i++) {
-        add(tokens_[i], tokens_[i + 1], uint32_t(w), fresh);
+  int compose_pair(uint32_t a, uint32_t b) const {  // -1: the two do not compose
+    if (a - kLBase < kLCount && b - kVBase < kVCount) {
+      return int(kSBase + ((a - kLBase) * kVCount + (b - kVBase)) * kTCount);
+    }
+    if (a - kSBase < kSCount && (a - kSBase) % kTCount == 0 && b - kTBase - 1 < kTCount - 1) {
+      return int(a + (b - kTBase));
+    }
+    return composed_.find(pair_key(int(a), int(b)));
+  }
+
+  // A code point joins the last starter unless one between them has its class or a higher one.
+  void compose(std::vector<uint32_t>& codes) const {
+    size_t out = 0, starter = SIZE_MAX;
+    int last = 0;  // class of the last code point of the result
+    for (const uint32_t c : codes) {
+      const int cc = combining_[c];
+      const bool adjacent = starter != SIZE_MAX && starter + 1 == out;
+      if (starter != SIZE_MAX && (adjacent || last < cc)) {
+        const int joined = compose_pair(codes[starter], c);
+        if (joined >= 0) {
+          codes[starter] = uint32_t(joined);
+          continue;
+        }
       }
+      if (cc == 0) starter = out;
+      last = cc;
+      codes[out++] = c;
     }
-    for (const int p : fresh) enqueue(p);
+    codes.resize(out);
   }
 
-  // The pair to merge next; false when there is none. An entry of the queue may be out of date: its
-  // pair's count can only have fallen since, so that it goes back with the count of now.
-  bool best(int& left, int& right) {
-    while (!queue_.empty()) {
-      const auto [count, minus_left, minus_right, p] = queue_.top();
-      if (pairs_[size_t(p)].count == count) {
-        left = -minus_left, right = -minus_right;
-        return true;
-      }
-      queue_.pop();
-      if (pairs_[size_t(p)].count > 0) enqueue(p);
-    }
-    return false;
-  }
-
-  // Replaces the pair by `token` in every word.
-  void merge(int left, int right, int token) {
-    Pair& pair = pairs_[size_t(index_.find(pair_key(left, right)))];
-    const std::vector<uint32_t> words = std::move(pair.words);
-    pair.words = {};
-    std::vector<int> fresh;  // pairs with the new token
-    for (const uint32_t w : words) merge_word(w, left, right, token, fresh);
-    pairs_[size_t(index_.find(pair_key(left, right)))].count = 0;  // `add` may have moved it
-    for (const int p : fresh) enqueue(p);
-  }
-
-  int64_t tokens() const {  // in the text
-    int64_t n = 0;
-    for (const Word& w : words_) n += int64_t(w.size) * w.count;
-    return n;
-  }
-
- private:
-  struct Word {
-    size_t begin, size;  // in tokens_
-    int64_t count;       // in the text
-  };
-  struct Pair {
-    int left, right;
-    int64_t count = 0;            // in the text; each place counts, also where places overlap
-    std::vector<uint32_t> words;  // that have held it, each once
-  };
-  using Entry = std::tuple<int64_t, int, int, int>;  // count, -left, -right, index of the pair
-
-  void enqueue(int p) {
-    const Pair& pair = pairs_[size_t(p)];
-    queue_.push({pair.count, -pair.left, -pair.right, p});
-  }
-
-  void add(int left, int right, uint32_t w, std::vector<int>& fresh) {
-    int& p = index_[pair_key(left, right)];
-    if (p < 0) {
-      p = int(pairs_.size());
-      pairs_.push_back({left, right});
-      fresh.push_back(p);
-    }
-    Pair& pair = pairs_[size_t(p)];
-    pair.count += words_[w].count;
-    if (pair.words.empty() || pair.words.back() != w) pair.words.push_back(w);
-  }
-
-  // left right -> token, from the left, in place. Each pair of neighbours that goes is taken from
-  // its count, each that comes is added, once.
-  void merge_word(uint32_t w, int left, int right, int token, std::vector<int>& fresh) {
-    Word& word = words_[w];
-    int* const t = tokens_.data() + word.begin;
-    const auto subtract = [&](int a, int b) {
-      pairs_[size_t(index_.find(pair_key(a, b)))].count -= word.count;
-    };
-    size_t out = 0;
-    bool joined = false;  // the last step made a token: its pair on the right is gone already
-    for (size_t i = 0; i < word.size;) {
-      if (i + 1 < word.size && t[i] == left && t[i + 1] == right) {
-        // t[out - 1] is what now stands before: `token` itself if joined, else what stood there.
-        if (out > 0 && !joined) subtract(t[out - 1], left);
-        if (i + 2 < word.size) subtract(right, t[i + 2]);
-        if (out > 0) add(t[out - 1], token, w, fresh);
-        t[out++] = token;
-        joined = true;
-        i += 2;
-      } else {
-        if (joined) add(token, t[i], w, fresh);
-        t[out++] = t[i++];
-        joined = false;
-      }
-    }
-    word.size = out;
-  }
-
-  std::vector<int> tokens_;  // of all words, end to end; merges shorten a word in place
-  std::vector<Word> words_;
-  FlatMap index_;  // of pairs_
-  std::vector<Pair> pairs_;
-  std::priority_queue<Entry> queue_;
+  FlatMap parts_;                   // code point -> index into kDecompositions
+  FlatMap composed_;                // pair of code points -> code point
+  std::vector<uint8_t> combining_;  // class of a code point; 0: none, and for invalid bytes
 };
 
-// Seconds since the start, for a summary line.
-class Stopwatch {
- public:
-  double seconds() const { return now() - start_; }
-  std::string rate(int64_t bytes) const {
-    return format("%.1f s, %.1f MB/s", seconds(), double(bytes) / 1e6 / std::max(seconds(), 1e-9));
-  }
-
- private:
-  double start_ = now();
-};
-
-// The inputs, "-" made readable twice where that is needed.
-struct OpenCorpus {
-  explicit OpenCorpus(const Corpus& corpus) : inputs(corpus.inputs.begin(), corpus.inputs.end()) {
-    if (inputs.empty()) fail("found no inputs, expected text or JSON lines");
-    if (corpus.threads < 1) fail("--threads: found ", corpus.threads, ", expected 1 or more");
-    if (corpus.val_fraction > 0) {
-      for (Input& input : inputs) spooled.emplace_back(input);
-    }
-    split.emplace(inputs, corpus.val_fraction);
-  }
-  std::vector<Input> inputs;
-  std::vector<SpooledInput> spooled;
-  std::optional<ValidationSplit> split;
-};
+std::string to_nfc(std::string_view text) {
+  static const Nfc nfc;
+  return nfc.normalize(text);
+}
 
 }  // namespace
-
-Tokenizer train_tokenizer(const Corpus& corpus, int vocab_size, const std::string& pattern) {
-  constexpr int kSmallest = 256 + kSpecials;
-  if (vocab_size < kSmallest || vocab_size > 1 << 24) {
-    fail("--vocab-size: found ", vocab_size, ", expected ", kSmallest, " (256 bytes and ",
-         kSpecials, " special tokens) to ", 1 << 24);
-  }
-  auto data = std::make_shared<TokenizerData>();
-  data->pattern = parse_pattern(pattern);
-
-  const Stopwatch watch;
-  ProgressLine progress;
-  const OpenCorpus open(corpus);
-  CorpusReader reader(open.inputs, *open.split);
-  std::vector<WordTable> tables(size_t(corpus.threads));
-  int64_t documents = 0, bytes = 0;
-  for (TextBatch batch; reader.next(batch);) {
-    parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
-      const Chunk& c = batch.chunks[i];
-      if (c.validation) return;
-      const std::string_view text = std::string_view(batch.text).substr(c.begin, c.seen - c.begin);
-      for_each_piece(text, c.end - c.begin, data->pattern,
-                     [&](std::string_view piece) { tables[thread].add(piece, 1); });
-    });
-    for (const Chunk& c : batch.chunks) {
-      if (c.validation) continue;
-      documents += c.begins_document;
-      bytes += int64_t(c.end - c.begin);
-    }
-    if (!corpus.quiet) {
-      progress.show("reading: " + bytes_text(double(bytes)) + ", " + watch.rate(bytes));
-    }
-  }
-  if (bytes == 0) fail("training: found documents without text, expected text");
-  WordTable words = std::move(tables[0]);
-  for (size_t t = 1; t < tables.size(); t++) words.merge(std::exchange(tables[t], {}));
-  if (!corpus.quiet) {
-    progress.note(format("%lld documents, %s, %zu distinct pieces", (long long)documents,
-                         bytes_text(double(bytes)).c_str(), words.size()));
-  }
-
-  Trainer trainer(words);
-  const int merges = vocab_size - kSmallest;
-  for (int left, right; data->merges.size() < 256 + merges && trainer.best(left, right);) {
-    const int token = data->merges.add(left, right);
-    trainer.merge(left, right, token);
-    if (!corpus.quiet && token % 64 == 0) {
-      progress.show(format("merging: %d of %d", token - 255, merges));
-    }
-  }
-  for (int t = 0; t < data->merges.size(); t++) data->ids.push_back(t);
-  for (int i = 0; i < kSpecials; i++) {
-    data->specials.push_back({kSpecialTokens[i], data->merges.size() + i});
-  }
-  data->complete("training");
-  if (!corpus.quiet) {
-    const int size = data->merges.size() + kSpecials;
-    if (size < vocab_size) {
-      progress.note(
-          format("the text has pairs for %d tokens only, of the %d asked for", size, vocab_size));
-    }
-    const int64_t tokens = trainer.tokens();
-    progress.show(format("trained %d tokens on %lld documents, %s: %.3f bytes a token there, %s",
-                         size, (long long)documents, bytes_text(double(bytes)).c_str(),
-                         double(bytes) / double(tokens), watch.rate(bytes).c_str()),
-                  true);
-  }
-  return Tokenizer(data);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Encoding a corpus
-
-DataInfo encode_corpus(const Corpus& corpus, const Tokenizer& tokenizer,
-                       const std::filesystem::path& tokenizer_path,
-                       const std::filesystem::path& prefix) {
-  const Stopwatch watch;
-  ProgressLine progress;
-  const OpenCorpus open(corpus);
-  CorpusReader reader(open.inputs, *open.split);
-  const int end_of_text = tokenizer.end_of_text();
-  ShardWriter train(prefix, "train", tokenizer.vocab_size(), tokenizer.hash());
-  ShardWriter val(prefix, "val", tokenizer.vocab_size(), tokenizer.hash());
-  DataInfo info;
-  info.hash = tokenizer.hash();
-  info.vocab_size = tokenizer.vocab_size();
-  namespace fs = std::filesystem;
-  info.tokenizer = fs::absolute(tokenizer_path)
-                       .lexically_normal()
-                       .lexically_proximate(fs::absolute(prefix).lexically_normal().parent_path())
-                       .string();
-
-  std::vector<Encoder> encoders(size_t(corpus.threads), Encoder(tokenizer.data(), true));
-  std::vector<std::vector<int>> ids;  // of each chunk
-  for (TextBatch batch; reader.next(batch);) {
-    if (ids.size() < batch.chunks.size()) ids.resize(batch.chunks.size());
-    parallel_for(batch.chunks.size(), corpus.threads, [&](size_t i, size_t thread) {
-      const Chunk& c = batch.chunks[i];
-      ids[i].clear();
-      if (c.begins_document) ids[i].push_back(end_of_text);
-      encoders[thread].encode(std::string_view(batch.text).substr(c.begin, c.seen - c.begin),
-                              c.end - c.begin, ids[i]);
-    });
-    for (size_t i = 0; i < batch.chunks.size(); i++) {
-      const Chunk& c = batch.chunks[i];
-      DataInfo::Split& split = c.validation ? info.val : info.train;
-      (c.validation ? val : train).append(ids[i]);
-      split.documents += c.begins_document;
-      split.bytes += int64_t(c.end - c.begin);
-      split.tokens += int64_t(ids[i].size());
-    }
-    const int64_t bytes = info.train.bytes + info.val.bytes;
-    if (!corpus.quiet) {
-      progress.show("encoding: " + bytes_text(double(bytes)) + ", " + watch.rate(bytes));
-    }
-  }
-  if (info.train.tokens + info.val.tokens == 0) {
-    fail("encoding: found documents without text, expected text");
-  }
-  train.finish();
-  val.finish();
-  write_data_info(prefix, info);
-  if (!corpus.quiet) {
-    const auto line = [&](const char* name, const DataInfo::Split& s) {
-      progress.note(format("%s: %lld documents, %lld bytes, %lld tokens, %.3f bytes a token", name,
-                           (long long)s.documents, (long long)s.bytes, (long long)s.tokens,
-                           double(s.bytes) / double(std::max<int64_t>(1, s.tokens))));
-    };
-    line("train", info.train);
-    line("val", info.val);
-    progress.show("encoded into " + prefix.string() + "_*.bin, " +
-                      watch.rate(info.train.bytes + info.val.bytes),
-                  true);
-  }
-  return info;
-}
-
 }  // namespace cake
 
-#ifndef CAKE_NO_MAIN
 // ---------------------------------------------------------------------------------------------
 // Command line
 
 namespace cake {
 namespace {
 
-// The ids of a shard, this project's or llm.c's.
-std::vector<int> read_shard(const std::filesystem::path& path) {
-  const std::string file = read_file(path);
-  int32_t header[kShardHeader] = {};
-  std::memcpy(header, file.data(), std::min(file.size(), sizeof header));
-  const bool narrow = header[0] == kMagic16;
-  if (file.size() < sizeof header || (!narrow && header[0] != kMagic32)) {
-    fail(path.string(), ": found magic ", header[0], ", expected ", kMagic16, " or ", kMagic32,
-         ": not a token shard");
-  }
-  const size_t width = narrow ? 2 : 4, n = (file.size() - sizeof header) / width;
-  if (header[2] < 0 || file.size() != sizeof header + size_t(header[2]) * width) {
-    fail(path.string(), ": found ", n, " tokens, expected the ", header[2], " of its header");
-  }
-  std::vector<int> ids(n);
-  for (size_t i = 0; i < n; i++) {
-    std::memcpy(&ids[i], file.data() + sizeof header + i * width, width);
-  }
-  return ids;
-}
-
 void print(std::string_view text) { std::fwrite(text.data(), 1, text.size(), stdout); }
 
-void decode_command(const Tokenizer& tokenizer, const std::vector<std::string>& what) {
+void decode_command(const Tokenizer& tokenizer, const std::vector<std::string>& words) {
   std::vector<int> ids;
-  for (const std::string& word : what) {
+  for (const std::string& word : words) {
     if (word.size() <= 9 && word.find_first_not_of("0123456789") == std::string::npos) {
       ids.push_back(std::stoi(word));
     } else {
-      const std::vector<int> shard = read_shard(word);
-      ids.insert(ids.end(), shard.begin(), shard.end());
+      const Shard shard(word);
+      for (int64_t i = 0; i < shard.size(); i++) ids.push_back(int(shard.id(i)));
     }
   }
   constexpr size_t kBlock = 1 << 20;
@@ -2142,19 +2024,20 @@ void decode_command(const Tokenizer& tokenizer, const std::vector<std::string>& 
   if (isatty(STDOUT_FILENO)) print("\n");
 }
 
-// A token as a reader can see it: line ends and other controls by their names, bytes that are only
-// part of a character in hexadecimal.
+// A token as a reader can see it: control characters are escaped, and bytes that are only a part of
+// a character are hexadecimal.
 std::string visible(std::string_view token) {
   std::string out;
   for (size_t i = 0; i < token.size();) {
     const CodePoint c = decode_utf8(token.data() + i, token.size() - i);
-    if (c.code == '\n') {
-      out += "\\n";
-    } else if (c.code == '\r') {
-      out += "\\r";
-    } else if (c.code == '\t') {
-      out += "\\t";
-    } else if (c.code < 32 || c.code == 127 || c.code >= kInvalid) {
+    const char* name = c.code == '\n'   ? "\\n"
+                       : c.code == '\r' ? "\\r"
+                       : c.code == '\t' ? "\\t"
+                                        : nullptr;
+    const bool is_hidden = c.code < 32 || c.code == 127 || c.code >= kInvalid;
+    if (name) {
+      out += name;
+    } else if (is_hidden) {
       out += format("\\x%02x", static_cast<unsigned char>(token[i]));
     } else {
       out += token.substr(i, size_t(c.bytes));
@@ -2164,7 +2047,8 @@ std::string visible(std::string_view token) {
   return out;
 }
 
-// The text with its tokens told apart, by colours on a terminal and by bars elsewhere; then ids.
+// Prints the text with its tokens in colours on a terminal and divided by bars elsewhere, then the
+// ids.
 void show_command(const Tokenizer& tokenizer, const std::string& text, bool special) {
   const std::vector<int> ids = tokenizer.encode(text, special);
   const bool colours = isatty(STDOUT_FILENO);
@@ -2199,6 +2083,7 @@ std::string read_all(const Input& input) {
 int run(int argc, char** argv) {
   CLI::App app{"Byte pair encoding: trains a tokenizer, turns documents into token shards."};
   app.require_subcommand(1);
+  app.option_defaults()->always_capture_default();
   Corpus corpus;
   corpus.quiet = false;
   corpus.threads = usable_cores();
@@ -2207,50 +2092,49 @@ int run(int argc, char** argv) {
   int vocab_size = 0;
   bool special = false;
 
-  const char* inputs_help =
-      "plain text (one document a file) or .jsonl with \"text\", each also .gz or .zst; - is "
-      "standard input";
-  const char* tokenizer_help = "directory, or tokenizer.json, .tiktoken or vocab.bpe file";
   const auto add_corpus = [&](CLI::App* command) {
-    command->add_option("INPUT", corpus.inputs, inputs_help)->required();
-    command->add_option("--val-fraction", corpus.val_fraction,
-                        "validation: the tail of one document, or whole ones of many; 0 for none");
-    command->add_option("--threads", corpus.threads, "changes speed alone")->capture_default_str();
+    const char* inputs =
+        "plain text (each file is one document) or .jsonl with \"text\", both also "
+        "as .gz or .zst; - is the standard input";
+    const char* share =
+        "share of the text that is kept for validation, 0 to 1: the end of a single "
+        "document, or whole documents; 0: none";
+    const char* threads = "number of threads; changes the speed, not the result";
+    command->add_option("INPUT", corpus.inputs, inputs)->required()->default_str("");
+    command->add_option("--val-fraction", corpus.val_fraction, share);
+    command->add_option("--threads", corpus.threads, threads);
+  };
+  const auto add_tokenizer = [&](CLI::App* command) {
+    const char* help = "a directory, or a tokenizer.json, .tiktoken or vocab.bpe file";
+    command->add_option("TOKENIZER", tokenizer, help)->required();
   };
   CLI::App* train = app.add_subcommand("train", "documents to a tokenizer");
   add_corpus(train);
-  train
-      ->add_option("--vocab-size", vocab_size,
-                   concat("tokens: 256 bytes, merges, ", kSpecials, " special tokens"))
-      ->required();
-  train->add_option("--pattern", pattern, "how text is split: gpt2, cl100k, qwen2 or o200k")
-      ->capture_default_str();
+  const std::string sizes = concat("number of tokens: 256 bytes, merges, ", kSpecials, " specials");
+  train->add_option("--vocab-size", vocab_size, sizes)->required()->default_str("");
+  train->add_option("--pattern", pattern, "split pattern: gpt2, cl100k, qwen2 or o200k");
   train->add_option("-o", output, "directory to write")->required();
 
   CLI::App* encode = app.add_subcommand("encode", "documents to token shards");
-  encode->add_option("TOKENIZER", tokenizer, tokenizer_help)->required();
+  add_tokenizer(encode);
   add_corpus(encode);
-  encode->add_option("-o", output, "prefix of the shards to write")->required();
+  encode->add_option("-o", output, "prefix of the shards' paths")->required();
 
   CLI::App* decode = app.add_subcommand("decode", "ids or shards to text");
-  decode->add_option("TOKENIZER", tokenizer, tokenizer_help)->required();
-  decode->add_option("IDS", words, "ids, or shard files")->required();
+  add_tokenizer(decode);
+  decode->add_option("IDS", words, "ids, or shard files")->required()->default_str("");
 
-  CLI::App* show = app.add_subcommand("show", "a text with its tokens visible");
-  show->add_option("TOKENIZER", tokenizer, tokenizer_help)->required();
-  show->add_option("TEXT", words, "the text; standard input without it");
-  show->add_option("-f", file, "a file to show in its place");
-  show->add_flag("--special", special, "read special tokens in the text as such");
+  CLI::App* show = app.add_subcommand("show", "a text with its tokens made visible");
+  add_tokenizer(show);
+  show->add_option("TEXT", words, "the text; without it, the standard input is read")
+      ->default_str("");
+  show->add_option("-f", file, "file to read the text from");
+  show->add_flag("--special", special, "read the names of special tokens as special tokens");
 
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    if (e.get_exit_code() == 0) return app.exit(e);  // --help
-    fail(e.what(), " (./bpe --help tells more)");
-  }
+  if (!parse_flags(app, argc, argv, {})) return 0;
   if (*train) {
     if (std::filesystem::exists(output) && !std::filesystem::is_directory(output)) {
-      fail(output, ": found a file, expected a directory to write");  // now, not after the training
+      fail(output, ": found a file, expected a directory to write");  // before the training
     }
     train_tokenizer(corpus, vocab_size, pattern).save(output);
   } else if (*encode) {
@@ -2269,8 +2153,8 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace cake
 
-int main(int argc, char** argv) {
+// Weak: programs that link this file as a library have a main of their own.
+__attribute__((weak)) int main(int argc, char** argv) {
   cake::spin_briefly(argv);
   return cake::guarded_main([&] { return cake::run(argc, argv); });
 }
-#endif

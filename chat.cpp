@@ -1,21 +1,24 @@
-// Stage 5: talk to a model, and measure it.
+// Stage 6: talk to a model, and measure it.
 //
 //     ./chat DIR                                       a conversation in the terminal
-//     ./chat DIR --base                                a base model goes on with what you type
+//     ./chat DIR --base                                a base model continues what you type
 //     ./chat generate DIR --prompt "Once upon a time"  texts, one or many
-//     ./chat eval DIR --tasks eval.jsonl               questions, marked: a table and JSON
+//     ./chat eval DIR --tasks eval.jsonl               questions, checked: a table and JSON
 //
-// A prompt becomes token ids: a document as those of the training data began, first <|endoftext|>,
-// then the text; a conversation by its template. The generator (cake/generate.h) feeds them to the
-// engine and samples one token after another; each token is bytes again, printed as soon as they
-// make whole characters:
+// A prompt becomes token ids. A text begins like a document of the training data, with
+// <|endoftext|>; a conversation follows its chat template. The generator (cake/generate.h) feeds
+// the ids to the engine and samples one token after another. The bytes of the tokens are printed as
+// soon as they make whole characters:
 //
 //     prompts -> Tokenizer::encode -> Generator -> Gpt::decode -> Tokenizer::token_bytes -> text
 //
-// Where an assistant's turn ends with calls of tools, they are run and their answers appended as
-// ids (cake/tools.h), and the generation goes on behind them. A conversation is ids from its first
-// to its last token: what the model wrote is never encoded a second time, and each turn feeds the
-// engine only what is new.
+// When an assistant's turn ends with tool calls, the tools run, their answers are appended as ids
+// (cake/tools.h), and generation continues behind them. A conversation is ids from its first to its
+// last token: what the model wrote is never encoded a second time, and each turn feeds the engine
+// only the ids that are new.
+//
+// The order of this file: a model and its tokenizer; generate; chat templates, the conversation and
+// its terminal; eval and its tasks; the command line.
 #include <histedit.h>
 #include <poll.h>
 #include <unistd.h>
@@ -30,22 +33,24 @@
 #include <string>
 #include <vector>
 
-#include "cake/answers.h"
 #include "cake/checkpoint.h"
+#include "cake/flags.h"
 #include "cake/generate.h"
 #include "cake/gpt.h"
 #include "cake/json.h"
+#include "cake/packed.h"
 #include "cake/records.h"
 #include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
 #include "cake/tools.h"
+#include "cake/verify.h"
 
 namespace cake {
 namespace {
 
 // ---------------------------------------------------------------------------------------------
-// Standard output. Who reads it may stop reading (`./chat generate ... | head`): that is no error.
+// Standard output. It is no error when its reader ends first, as in `./chat generate ... | head`.
 
 struct BrokenPipe {};
 
@@ -60,9 +65,9 @@ void print(std::string_view text) {
 // A model with its tokenizer
 
 struct ModelOptions {
-  std::string path;  // a model directory, or a run's
+  std::string path;  // a model directory, or the directory of a run
   std::string device = "auto";
-  int threads = 0;  // 0: the physical cores that the process may use
+  int threads = 0;  // 0: one for each physical core that the process may use
 };
 
 struct Model {
@@ -70,7 +75,7 @@ struct Model {
   Tokenizer tokenizer;
   std::unique_ptr<Gpt> gpt;
   int document_start = -1;    // the id that documents begin with, -1 for none
-  std::vector<int> stop_ids;  // that end a document
+  std::vector<int> stop_ids;  // ids that end a document
 };
 
 Model load_model(const ModelOptions& options, int batch_tokens) {
@@ -98,28 +103,74 @@ Model load_model(const ModelOptions& options, int batch_tokens) {
   return m;
 }
 
+void need(bool good, const char* flag, auto found, const char* expected) {
+  if (!good) fail(flag, ": found ", found, ", expected ", expected);
+}
+
 // ---------------------------------------------------------------------------------------------
-// generate
+// generate: prompts -> texts
 
 struct GenerateOptions {
   ModelOptions model;
   std::string prompt, prompts, output;  // prompts: a file; output: a file, empty for none
-  int tokens = 256, samples = 1, rows = 64, cache_mb = 2048;
+  int max_tokens = 256, samples = 1, rows = 64, cache_mb = 2048;
   Sampling sampling{.temperature = .8f};
   std::vector<std::string> stop;
   bool stats = false;
 };
 
-void check(const GenerateOptions& o) {
-  const auto need = [](bool good, const char* flag, auto found, const char* expected) {
-    if (!good) fail(flag, ": found ", found, ", expected ", expected);
-  };
-  const Sampling& s = o.sampling;
-  need(o.tokens >= 1, "--tokens", o.tokens, "at least 1");
-  need(o.samples >= 1, "--samples", o.samples, "at least 1");
-  need(o.rows >= 1 && o.rows <= 4096, "--rows", o.rows, "1 to 4096");
-  need(o.cache_mb >= 1, "--cache-mb", o.cache_mb, "at least 1");
-  need(o.model.threads >= 0 && o.model.threads <= 4096, "--threads", o.model.threads,
+struct Prompt {
+  std::string where;  // the flag, or file and line: for messages
+  std::string text;
+};
+
+void check(const GenerateOptions& o);
+std::vector<Prompt> read_prompts(const std::string& path);
+std::vector<int> encode_prompt(const Model& m, const Prompt& p);
+int stream(Generator& generator, Request request, const Prompt& prompt, int T);
+int batch(Generator& generator, const Request& settings, const std::vector<Prompt>& prompts,
+          std::vector<std::vector<int>> ids, const GenerateOptions& o);
+void print_stats(const GeneratorStats& s);
+
+int generate(const GenerateOptions& o) {
+  check(o);
+  std::vector<Prompt> prompts{{"--prompt", o.prompt}};
+  if (!o.prompts.empty()) prompts = read_prompts(o.prompts);
+
+  const int64_t total = int64_t(prompts.size()) * o.samples;
+  if (total > 1 << 30) fail("--samples: found ", total, " texts to write, expected fewer");
+  GeneratorOptions options{.rows = int(std::min<int64_t>(o.rows, total))};
+  const Model model = load_model(o.model, std::max(options.prefill_tokens, options.rows));
+  const Config& config = model.gpt->config();
+  std::vector<std::vector<int>> ids;
+  int64_t longest = 0;
+  for (const Prompt& p : prompts) {
+    ids.push_back(encode_prompt(model, p));
+    longest = std::max(longest, int64_t(ids.back().size()) + o.max_tokens);
+  }
+  options.cache_positions =
+      cache_positions(config, options.rows, longest, int64_t(o.cache_mb) << 20);
+  Generator generator(
+      *model.gpt, [&](int id) { return model.tokenizer.token_bytes(id); }, options);
+
+  Request request{.max_new = o.max_tokens,
+                  .sampling = o.sampling,
+                  .stop_ids = model.stop_ids,
+                  .stop_strings = o.stop};
+  request.sampling.vocab = model.tokenizer.vocab_size();
+  int status;
+  if (total == 1 && o.output.empty()) {
+    request.prompt = ids[0];
+    status = stream(generator, std::move(request), prompts[0], config.T);
+  } else {
+    status = batch(generator, request, prompts, std::move(ids), o);
+  }
+  if (o.stats) print_stats(generator.stats());
+  return status;
+}
+
+void check(const ModelOptions& model, const Sampling& s) {
+  need(model.threads >= 0 && model.threads <= 4096, "--threads", model.threads,
        "1 to 4096, or 0 for all cores");
   need(s.temperature >= 0 && s.temperature <= 100, "--temperature", s.temperature, "0 to 100");
   need(s.top_k >= 0, "--top-k", s.top_k, "0 (all) or more");
@@ -127,15 +178,18 @@ void check(const GenerateOptions& o) {
   need(s.min_p >= 0 && s.min_p <= 1, "--min-p", s.min_p, "0 to 1");
   need(s.repetition_penalty > 0 && s.repetition_penalty <= 100, "--repetition-penalty",
        s.repetition_penalty, "above 0, at most 100");
+}
+
+void check(const GenerateOptions& o) {
+  need(o.max_tokens >= 1, "--max-tokens", o.max_tokens, "at least 1");
+  need(o.samples >= 1, "--samples", o.samples, "at least 1");
+  need(o.rows >= 1 && o.rows <= 4096, "--rows", o.rows, "1 to 4096");
+  need(o.cache_mb >= 1, "--cache-mb", o.cache_mb, "at least 1");
+  check(o.model, o.sampling);
   for (const std::string& stop : o.stop) need(!stop.empty(), "--stop", "\"\"", "some text");
 }
 
-struct Prompt {
-  std::string where;  // the flag, or file and line: for messages
-  std::string text;
-};
-
-// A line of text each, or, in a .jsonl file, an object with "prompt" each.
+// One prompt a line: a text, or, in a .jsonl file, an object with "prompt".
 std::vector<Prompt> read_prompts(const std::string& path) {
   const Input input(path);
   std::vector<Prompt> prompts;
@@ -191,7 +245,7 @@ void print_stats(const GeneratorStats& s) {
                rate(s.new_tokens, s.decode_seconds));
 }
 
-// Runs until everything is done or a signal asks to stop; `after_step` prints what there is.
+// Runs until all requests are done or a signal asks to stop. `after_step` prints new results.
 // Returns the exit status.
 template <class AfterStep>
 int run(Generator& generator, AfterStep&& after_step) {
@@ -199,7 +253,7 @@ int run(Generator& generator, AfterStep&& after_step) {
   return stop_signal == 0 ? 0 : 128 + stop_signal;
 }
 
-// One prompt: the text as it comes.
+// One prompt: prints the text while it is generated.
 int stream(Generator& generator, Request request, const Prompt& prompt, int T) {
   const bool terminal = isatty(STDOUT_FILENO);
   print(terminal && !prompt.text.empty() ? "\033[1m" + prompt.text + "\033[0m" : prompt.text);
@@ -212,13 +266,14 @@ int stream(Generator& generator, Request request, const Prompt& prompt, int T) {
   const int number = generator.submit(std::move(request));
   const int status = run(generator, [] {});
   if (line_open) print("\n");
-  if (status == 0 && generator.take(number).finish == Finish::context) {
+  if (status == 0 && generator.pop(number).finish == Finish::context) {
     std::fprintf(stderr, "the model's context of %d tokens is full\n", T);
   }
   return status;
 }
 
-// Many: each when it and those before it are done, to the file or to standard output.
+// Many prompts: writes each text, in order, as soon as it is done, to the file or to standard
+// output.
 int batch(Generator& generator, const Request& settings, const std::vector<Prompt>& prompts,
           std::vector<std::vector<int>> ids, const GenerateOptions& o) {
   std::optional<AtomicFile> file;
@@ -234,7 +289,7 @@ int batch(Generator& generator, const Request& settings, const std::vector<Promp
   const int status = run(generator, [&] {
     for (; written < total && generator.done(written); written++) {
       const Prompt& prompt = prompts[size_t(written / o.samples)];
-      const Completion c = generator.take(written);
+      const Completion c = generator.pop(written);
       if (file) {
         file->write(result_line(prompt, c));
         const bool last = written + 1 == total;
@@ -252,61 +307,26 @@ int batch(Generator& generator, const Request& settings, const std::vector<Promp
   return status;
 }
 
-int generate(const GenerateOptions& o) {
-  check(o);
-  std::vector<Prompt> prompts{{"--prompt", o.prompt}};
-  if (!o.prompts.empty()) prompts = read_prompts(o.prompts);
-
-  const int64_t total = int64_t(prompts.size()) * o.samples;
-  if (total > 1 << 30) fail("--samples: found ", total, " texts to write, expected fewer");
-  GeneratorOptions options{.rows = int(std::min<int64_t>(o.rows, total))};
-  const Model model = load_model(o.model, std::max(options.prefill_tokens, options.rows));
-  const Config& config = model.gpt->config();
-  std::vector<std::vector<int>> ids;
-  int64_t longest = 0;
-  for (const Prompt& p : prompts) {
-    ids.push_back(encode_prompt(model, p));
-    longest = std::max(longest, int64_t(ids.back().size()) + o.tokens);
-  }
-  options.cache_positions =
-      cache_positions(config, options.rows, longest, int64_t(o.cache_mb) << 20);
-  Generator generator(
-      *model.gpt, [&](int id) { return model.tokenizer.token_bytes(id); }, options);
-
-  Request request{.max_new = o.tokens,
-                  .sampling = o.sampling,
-                  .stop_ids = model.stop_ids,
-                  .stop_strings = o.stop};
-  request.sampling.vocab = model.tokenizer.vocab_size();
-  int status;
-  if (total == 1 && o.output.empty()) {
-    request.prompt = ids[0];
-    status = stream(generator, std::move(request), prompts[0], config.T);
-  } else {
-    status = batch(generator, request, prompts, std::move(ids), o);
-  }
-  if (o.stats) print_stats(generator.stats());
-  return status;
-}
-
 // ---------------------------------------------------------------------------------------------
-// Templates: how a conversation becomes ids. Ours is ChatML (render_chat); two more are known.
+// Chat templates: how a conversation becomes ids. Ours is ChatML (render_chat). Two others are
+// known.
 
 enum class Template {
   chatml,    // <|im_start|>user\n...<|im_end|>\n
   llama3,    // <|start_header_id|>user<|end_header_id|>\n\n...<|eot_id|>
   plain,     // User: ...\nAssistant: ...\n\n
-  document,  // none: what is said is text, and a base model goes on with it
+  document,  // none: messages are plain text, and a base model continues it
 };
 
 struct TemplateRules {
   std::vector<int> stop_ids;
   std::vector<std::string> stop_strings;
-  std::vector<int> closing;  // between an answer's end and the next turn
-  int end_of_turn = -1;      // what an answer that was cut off lacks
+  std::vector<int> closing;  // ids between the end of an answer and the next turn
+  int end_of_turn = -1;      // the id that ends a turn, -1 for none
 };
 
-// What a model's files say: chat_template.jinja, or tokenizer_config.json's "chat_template".
+// The template in a model's files: chat_template.jinja, or "chat_template" of
+// tokenizer_config.json. Empty when there is none.
 std::string chat_template(const std::filesystem::path& dir) {
   if (std::filesystem::exists(dir / "chat_template.jinja")) {
     return read_file(dir / "chat_template.jinja");
@@ -325,7 +345,8 @@ Template find_template(const Model& m, const std::string& name) {
     fail("--template: found ", name, ", expected auto, chatml, llama3 or plain");
   }
   const std::string text = chat_template(m.dir);
-  // By the tokens that mark turns: templates differ in what they add for a missing system message.
+  // Known by the tokens that mark turns: templates of one kind differ in their default system
+  // message.
   if (text.find("<|im_start|>") != std::string::npos) return Template::chatml;
   if (text.find("<|start_header_id|>") != std::string::npos) return Template::llama3;
   fail(
@@ -360,8 +381,8 @@ TemplateRules template_rules(const Model& m, Template t) {
   return rules;
 }
 
-// The ids of whole turns; `begins`: they are a conversation's first; then, for `answer`, what an
-// answer follows.
+// The ids of whole turns. `begins`: they are the first ones of a conversation. `answer`: the header
+// of the assistant's next turn follows.
 std::vector<int> render(const Model& m, Template t, const Conversation& c, bool begins,
                         bool answer) {
   if (t == Template::chatml) return render_chat(m.tokenizer, c, answer).ids;
@@ -405,7 +426,318 @@ std::vector<int> render(const Model& m, Template t, const Conversation& c, bool 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Lines from a person, edited with libedit where there is a terminal, or from a pipe
+// A conversation: lines of the user -> answers, tool calls, commands
+
+struct TalkOptions {
+  ModelOptions model;
+  std::string system, documents, chat_template = "auto";
+  bool base = false, calculator = false;
+  int max_tokens = 0;  // of an answer; 0: as many as fit, and 100 of a document
+  Sampling sampling{.temperature = .8f};
+};
+
+class Talk {
+ public:
+  Talk(const Model& model, Template chat, const TalkOptions& o, const Search* search, bool terminal)
+      : model_(model),
+        chat_(chat),
+        rules_(template_rules(model, chat)),
+        options_(o),
+        search_(search),
+        terminal_(terminal),
+        T_(model.gpt->config().T),
+        generator_(*model.gpt, [this](int id) { return model_.tokenizer.token_bytes(id); },
+                   // A turn forks the one before it, and a page that both share in part is copied.
+                   {.rows = 1, .cache_positions = T_ + 2 * kPage}) {
+    options_.sampling.vocab = model.tokenizer.vocab_size();
+    if (o.calculator) tools_.push_back(kCalculatorTool);
+    if (search) tools_.push_back(kSearchTool);
+    restart(o.system);
+  }
+
+  // Handles a line: a command, or a message. False when the conversation is over.
+  bool handle(const std::string& line) {
+    if (!line.starts_with('/')) return add_message(line), true;
+    const size_t space = std::min(line.find(' '), line.size());
+    const std::string command = line.substr(0, space);
+    std::string rest = line.substr(std::min(space + 1, line.size()));
+    if (command == "/quit" || command == "/exit") return false;
+    if (command == "/help") {
+      help();
+    } else if (command == "/reset") {
+      restart(system_);
+      note("a new conversation");
+    } else if (command == "/system") {
+      set_system(rest);
+    } else if (command == "/retry") {
+      retry();
+    } else if (command == "/save") {
+      save(rest);
+    } else if (command == "/temperature") {
+      set_temperature(rest);
+    } else {
+      note(concat("there is no ", command, "; /help lists what there is"));
+    }
+    return true;
+  }
+
+ private:
+  struct Turn {                     // a message and its answer
+    std::vector<int> asked;         // ids of the message, and of the header of the answer
+    std::vector<int> answered;      // ids up to the next turn
+    std::vector<Message> messages;  // the same as messages: user, assistant, tool, assistant ...
+  };
+
+  void note(const std::string& text) const {
+    print((terminal_ ? "\033[2m" : "") + text + (terminal_ ? "\033[0m\n" : "\n"));
+  }
+
+  void restart(const std::string& system) {
+    Conversation c{.tools = tools_};
+    if (!system.empty()) c.messages.push_back({.role = "system", .content = system});
+    std::vector<int> opening = render(model_, chat_, c, true, false);
+    if (int(opening.size()) > T_ / 2) {
+      fail("system: found ", opening.size(), " tokens, expected at most ", T_ / 2,
+           ", half of the model's context");
+    }
+    opening_ = std::move(opening);
+    system_ = system;
+    turns_.clear();
+  }
+
+  void add_message(const std::string& text) {
+    if (std::exchange(ended_, false)) turns_.clear();
+    Turn turn;
+    turn.messages.push_back({.role = "user", .content = text});
+    if (chat_ != Template::document) {
+      if (text.find_first_not_of(" \t\n") == std::string::npos) return;
+      turn.asked = render(model_, chat_, {.messages = turn.messages}, false, true);
+    } else {
+      // A new line of the document, unless the document begins here. An empty line adds nothing.
+      const bool begun = !turns_.empty();
+      if (!text.empty()) turn.asked = model_.tokenizer.encode((begun ? "\n" : "") + text);
+      if (!begun && turn.asked.empty() && opening_.empty())
+        return note("type the beginning of the document");
+    }
+    answer(std::move(turn));
+  }
+
+  void append_turns(std::vector<int>& ids) const {
+    for (const Turn& t : turns_) {
+      ids.insert(ids.end(), t.asked.begin(), t.asked.end());
+      ids.insert(ids.end(), t.answered.begin(), t.answered.end());
+    }
+  }
+
+  // All ids so far: the opening, the turns, and the new message. When less than an eighth of the
+  // context is free for the answer, the oldest turns are dropped until a quarter is free.
+  std::vector<int> prompt_for(const Turn& last) {
+    const auto size = [&] {
+      size_t n = opening_.size() + last.asked.size();
+      for (const Turn& t : turns_) n += t.asked.size() + t.answered.size();
+      return int(n);
+    };
+    int dropped = 0;
+    if (size() > T_ - std::max(1, T_ / 8)) {
+      for (; !turns_.empty() && size() > T_ - std::max(1, T_ / 4); dropped++) {
+        turns_.erase(turns_.begin());
+      }
+    }
+    if (dropped > 0) {
+      note(concat("the context of ", T_, " tokens is full: the oldest ", dropped,
+                  dropped == 1 ? " turn is" : " turns are", " dropped"));
+    }
+    std::vector<int> ids = opening_;
+    append_turns(ids);
+    ids.insert(ids.end(), last.asked.begin(), last.asked.end());
+    return ids;
+  }
+
+  void answer(Turn turn) {
+    Request request{.prompt = prompt_for(turn)};
+    const int room = T_ - int(request.prompt.size());
+    if (room < 1) {
+      return note(concat("that is ", turn.asked.size(), " tokens, and the model's context is ", T_,
+                         ": the message was not added"));
+    }
+    const int wanted = options_.max_tokens > 0       ? options_.max_tokens
+                       : chat_ == Template::document ? 100
+                                                     : T_;
+    request.max_new = std::min(wanted, room);
+    request.max_inserted = room;
+    request.sampling = options_.sampling;
+    request.stop_ids = rules_.stop_ids;
+    request.stop_strings = rules_.stop_strings;
+
+    bool line_open = false, in_call = false;
+    const int call_begin = model_.tokenizer.special("<tool_call>");
+    const int call_end = model_.tokenizer.special("</tool_call>");
+    request.on_token = [&](const Token& t) {
+      if (t.id == call_begin && chat_ == Template::chatml) in_call = true;
+      if (!in_call && !t.text.empty() && (line_open || t.text != "\n")) {
+        print(t.text);
+        line_open = t.text.back() != '\n';
+      }
+      if (t.id == call_end || t.last) in_call = false;
+    };
+    if (chat_ == Template::chatml) {
+      request.on_turn = [&](int, std::span<const int> ids) {
+        turn.messages.push_back(read_turn(model_.tokenizer, ids));
+        if (std::exchange(line_open, false)) print("\n");
+        return run_calls(turn.messages);
+      };
+    }
+
+    const int number = generator_.submit(std::move(request));
+    while (generator_.step()) {
+      if (stop_signal != 0 && !generator_.done(number)) generator_.cancel(number);
+    }
+    if (stop_signal == SIGINT) stop_signal = 0;
+    if (line_open) print("\n");
+    end_turn(std::move(turn), generator_.pop(number));
+  }
+
+  std::vector<int> run_calls(std::vector<Message>& messages) {
+    const Message called = messages.back();
+    const size_t first_result = messages.size();
+    const std::vector<int> ids = answer_calls(model_.tokenizer, called, search_, &messages);
+    for (size_t i = 0; i < called.tool_calls.size(); i++) {
+      const ToolCall& call = called.tool_calls[i];
+      const std::string& result = messages[first_result + i].content;
+      note(concat("  ", call.name, " ", call.arguments));
+      note("  = " + (result.empty() ? "(nothing found)" : result));
+    }
+    return ids;
+  }
+
+  void end_turn(Turn turn, Completion c) {
+    turn.answered = std::move(c.ids);
+    const std::vector<int>& stops = rules_.stop_ids;
+    const bool whole = !turn.answered.empty() &&
+                       std::find(stops.begin(), stops.end(), turn.answered.back()) != stops.end();
+    if (chat_ == Template::document) {
+      if (whole) note("--- the document ends; the next begins");
+      ended_ = whole;
+    } else {
+      if (!whole && rules_.end_of_turn >= 0) turn.answered.push_back(rules_.end_of_turn);
+      turn.answered.insert(turn.answered.end(), rules_.closing.begin(), rules_.closing.end());
+      const bool is_added = chat_ == Template::chatml && whole;  // on_turn added it
+      if (!is_added) turn.messages.push_back({.role = "assistant", .content = c.text});
+    }
+    if (c.finish == Finish::cancelled) note("(stopped)");
+    if (c.finish == Finish::context) note(concat("(the context of ", T_, " tokens is full)"));
+    if (c.finish == Finish::length && chat_ != Template::document) {
+      note("(the answer is as long as --max-tokens allows)");
+    }
+    turns_.push_back(std::move(turn));
+  }
+
+  void set_system(const std::string& text) {
+    if (chat_ == Template::document) return note("a base model has no system message");
+    if (text.empty()) return note(system_.empty() ? "no system message" : "system: " + system_);
+    try {
+      restart(text);
+      note("a new conversation with this system message");
+    } catch (const Error& e) {
+      note(e.what());
+    }
+  }
+
+  void set_temperature(const std::string& text) {
+    float& temperature = options_.sampling.temperature;
+    if (!text.empty()) {
+      char* rest;
+      const float x = std::strtof(text.c_str(), &rest);
+      if (*rest || !(x >= 0 && x <= 100)) {
+        return note("temperature: found " + text + ", expected 0 to 100");
+      }
+      temperature = x;
+    }
+    note(concat("temperature ", temperature));
+  }
+
+  void help() const {
+    const bool base = chat_ == Template::document;
+    print(base ? "What you type is text, and the model continues it. An empty line adds nothing.\n"
+               : "Type and press Enter. A line that ends with a backslash continues on the next "
+                 "one.\n");
+    print(
+        "Ctrl+C         stops the answer\n"
+        "Ctrl+D, /quit  ends the program\n");
+    print(base ? "/reset         begins a new document\n"
+               : "/reset         begins a new conversation\n");
+    if (!base)
+      print("/system TEXT   begins one with this system message; without TEXT, shows it\n");
+    print(base ? "/retry         continues in another way\n" : "/retry         answers again\n");
+    print(concat("/save FILE     appends the ", base ? "document" : "conversation",
+                 " to a .jsonl file\n",
+                 "/temperature X sets the temperature; 0: always the most likely token\n"));
+  }
+
+  void retry() {
+    if (turns_.empty()) return note("there is no message yet");
+    Turn turn = std::move(turns_.back());
+    turns_.pop_back();
+    turn.answered.clear();
+    turn.messages.resize(1);
+    answer(std::move(turn));
+  }
+
+  void save(const std::string& path) const {
+    if (path.empty()) return note("/save: a file's name is missing");
+    if (turns_.empty()) return note("there is no message yet");
+    OrderedJson json;
+    if (chat_ == Template::document) {
+      std::vector<int> ids;
+      append_turns(ids);
+      json["text"] = model_.tokenizer.decode(ids);
+    } else {
+      json["messages"] = OrderedJson::array();
+      if (!system_.empty()) json["messages"].push_back({{"role", "system"}, {"content", system_}});
+      for (const Turn& t : turns_) {
+        for (const Message& m : t.messages) json["messages"].push_back(message_json(m));
+      }
+      for (const std::string& tool : tools_) {
+        json["tools"].push_back({{"type", "function"}, {"function", OrderedJson::parse(tool)}});
+      }
+    }
+    const std::string line =
+        json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
+    std::FILE* file = std::fopen(path.c_str(), "ab");
+    const bool good = file && std::fwrite(line.data(), 1, line.size(), file) == line.size();
+    const bool closed = file && std::fclose(file) == 0;
+    note(good && closed ? "saved in " + path : path + ": cannot write: " + errno_text());
+  }
+  static OrderedJson message_json(const Message& m) {
+    OrderedJson json{{"role", m.role}, {"content", m.content}};
+    for (const ToolCall& call : m.tool_calls) {
+      const OrderedJson arguments = OrderedJson::parse(call.arguments, nullptr, false);
+      json["tool_calls"].push_back(
+          {{"type", "function"},
+           {"function",
+            {{"name", call.name},
+             {"arguments", arguments.is_discarded() ? OrderedJson(call.arguments) : arguments}}}});
+    }
+    return json;
+  }
+
+  const Model& model_;
+  Template chat_;
+  TemplateRules rules_;
+  TalkOptions options_;
+  const Search* search_;
+  bool terminal_;
+  int T_;
+  Generator generator_;
+  std::vector<std::string> tools_;
+  std::string system_;
+  std::vector<int> opening_;  // ids before the first turn
+  std::vector<Turn> turns_;
+  bool ended_ = false;  // the document is over: the next text begins another one
+};
+
+// ---------------------------------------------------------------------------------------------
+// Lines of input: in a terminal, edited with libedit; otherwise as they come through a pipe
 
 class LineInput {
  public:
@@ -413,7 +745,7 @@ class LineInput {
 
   LineInput() : terminal_(isatty(STDIN_FILENO) && isatty(STDOUT_FILENO)) {
     if (!terminal_) return;
-    // Characters of several bytes are edited as one; text is UTF-8 whatever the locale says.
+    // UTF-8 whatever the locale is, so that a character of several bytes is edited as one.
     std::setlocale(LC_CTYPE, "");
     if (MB_CUR_MAX == 1) std::setlocale(LC_CTYPE, "C.UTF-8");
     edit_ = el_init("chat", stdin, stdout, stderr);
@@ -444,7 +776,7 @@ class LineInput {
 
   bool terminal() const { return terminal_; }
 
-  // The next line, without its newline. A backslash at a line's end means that it goes on.
+  // The next line, without its newline. A line that ends with a backslash continues.
   Status next(std::string& text) {
     text.clear();
     for (prompt_ = "> ";; prompt_ = "| ") {
@@ -459,7 +791,8 @@ class LineInput {
   }
 
  private:
-  // One byte of standard input: 1; 0 at its end; -1 when a signal came. Only poll() returns then.
+  // Reads one byte of standard input. Returns 1, or 0 at its end, or -1 after a signal, which
+  // interrupts poll().
   static int read_byte(char& byte) {
     pollfd wait{STDIN_FILENO, POLLIN, 0};
     while (stop_signal == 0) {
@@ -476,7 +809,7 @@ class LineInput {
       char byte;
       if (const int status = read_byte(byte); status != 1) return status;
       const size_t n = std::mbrtowc(out, &byte, 1, &state);
-      if (n == size_t(-2)) continue;  // the character goes on
+      if (n == size_t(-2)) continue;  // the character has more bytes
       if (n == size_t(-1)) *out = L'?';
       return 1;
     }
@@ -515,318 +848,7 @@ class LineInput {
 };
 
 // ---------------------------------------------------------------------------------------------
-// A conversation
-
-struct TalkOptions {
-  ModelOptions model;
-  std::string system, documents, chat_template = "auto";
-  bool base = false, calculator = false;
-  int tokens = 0;  // of an answer; 0: as many as fit, and 100 of a document
-  Sampling sampling{.temperature = .8f};
-};
-
-class Talk {
- public:
-  Talk(const Model& model, Template chat, const TalkOptions& o, const Search* search, bool terminal)
-      : model_(model),
-        chat_(chat),
-        rules_(template_rules(model, chat)),
-        options_(o),
-        search_(search),
-        terminal_(terminal),
-        T_(model.gpt->config().T),
-        generator_(
-            *model.gpt, [this](int id) { return model_.tokenizer.token_bytes(id); },
-            // A turn forks the one before it: the page that they share in part is there twice.
-            {.rows = 1, .cache_positions = T_ + 2 * kPage}) {
-    options_.sampling.vocab = model.tokenizer.vocab_size();
-    if (o.calculator) tools_.push_back(kCalculatorTool);
-    if (search) tools_.push_back(kSearchTool);
-    begin(o.system);
-  }
-
-  // A line: a command, or what is said. False when the conversation is to end.
-  bool hear(const std::string& line) {
-    if (!line.starts_with('/')) return say(line), true;
-    const size_t space = std::min(line.find(' '), line.size());
-    const std::string command = line.substr(0, space);
-    std::string rest = line.substr(std::min(space + 1, line.size()));
-    if (command == "/quit" || command == "/exit") return false;
-    if (command == "/help") {
-      help();
-    } else if (command == "/reset") {
-      begin(system_);
-      note("a new conversation");
-    } else if (command == "/system") {
-      set_system(rest);
-    } else if (command == "/retry") {
-      retry();
-    } else if (command == "/save") {
-      save(rest);
-    } else if (command == "/temperature") {
-      set_temperature(rest);
-    } else {
-      note(concat("there is no ", command, "; /help lists what there is"));
-    }
-    return true;
-  }
-
- private:
-  struct Turn {                     // what was said and what was answered
-    std::vector<int> asked;         // ids, the header of the answer included
-    std::vector<int> answered;      // ids up to the next turn
-    std::vector<Message> messages;  // the same for people: user, assistant, tool, assistant ...
-  };
-
-  void note(const std::string& text) const {
-    print((terminal_ ? "\033[2m" : "") + text + (terminal_ ? "\033[0m\n" : "\n"));
-  }
-
-  void begin(const std::string& system) {
-    Conversation c{.tools = tools_};
-    if (!system.empty()) c.messages.push_back({.role = "system", .content = system});
-    std::vector<int> opening = render(model_, chat_, c, true, false);
-    if (int(opening.size()) > T_ / 2) {
-      fail("system: found ", opening.size(), " tokens, expected at most ", T_ / 2,
-           ", half of the model's context");
-    }
-    opening_ = std::move(opening);
-    system_ = system;
-    turns_.clear();
-  }
-
-  void set_system(const std::string& text) {
-    if (chat_ == Template::document) return note("a base model has no system message");
-    if (text.empty()) return note(system_.empty() ? "no system message" : "system: " + system_);
-    try {
-      begin(text);
-      note("a new conversation with this system message");
-    } catch (const Error& e) {
-      note(e.what());
-    }
-  }
-
-  void set_temperature(const std::string& text) {
-    float& temperature = options_.sampling.temperature;
-    if (!text.empty()) {
-      char* rest;
-      const float x = std::strtof(text.c_str(), &rest);
-      if (*rest || !(x >= 0 && x <= 100)) {
-        return note("temperature: found " + text + ", expected 0 to 100");
-      }
-      temperature = x;
-    }
-    note(concat("temperature ", temperature));
-  }
-
-  void help() const {
-    const bool base = chat_ == Template::document;
-    print(base ? "What you type is text; the model goes on with it. An empty line: it goes on.\n"
-               : "Type and press Enter. A backslash at the end of a line: the line goes on.\n");
-    print(
-        "Ctrl+C         stops the answer\n"
-        "Ctrl+D, /quit  ends the program\n");
-    print(base ? "/reset         begins a new document\n"
-               : "/reset         begins a new conversation\n");
-    if (!base) print("/system TEXT   begins one with this system message; alone: shows it\n");
-    print(base ? "/retry         goes on in another way\n" : "/retry         answers again\n");
-    print(concat("/save FILE     appends the ", base ? "document" : "conversation",
-                 " to a .jsonl file\n", "/temperature X sets the temperature; 0: no chance\n"));
-  }
-
-  void retry() {
-    if (turns_.empty()) return note("nothing was said yet");
-    Turn turn = std::move(turns_.back());
-    turns_.pop_back();
-    turn.answered.clear();
-    turn.messages.resize(1);
-    answer(std::move(turn));
-  }
-
-  void save(const std::string& path) const {
-    if (path.empty()) return note("/save: a file's name is missing");
-    if (turns_.empty()) return note("nothing was said yet");
-    OrderedJson json;
-    if (chat_ == Template::document) {
-      json["text"] = document_text();
-    } else {
-      json["messages"] = OrderedJson::array();
-      if (!system_.empty()) json["messages"].push_back({{"role", "system"}, {"content", system_}});
-      for (const Turn& t : turns_) {
-        for (const Message& m : t.messages) json["messages"].push_back(message_json(m));
-      }
-      for (const std::string& tool : tools_) {
-        json["tools"].push_back({{"type", "function"}, {"function", OrderedJson::parse(tool)}});
-      }
-    }
-    const std::string line =
-        json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
-    std::FILE* file = std::fopen(path.c_str(), "ab");
-    const bool good = file && std::fwrite(line.data(), 1, line.size(), file) == line.size();
-    const bool closed = file && std::fclose(file) == 0;
-    note(good && closed ? "saved in " + path : path + ": cannot write: " + errno_text());
-  }
-  static OrderedJson message_json(const Message& m) {
-    OrderedJson json{{"role", m.role}, {"content", m.content}};
-    for (const ToolCall& call : m.tool_calls) {
-      const OrderedJson arguments = OrderedJson::parse(call.arguments, nullptr, false);
-      json["tool_calls"].push_back(
-          {{"type", "function"},
-           {"function",
-            {{"name", call.name},
-             {"arguments", arguments.is_discarded() ? OrderedJson(call.arguments) : arguments}}}});
-    }
-    return json;
-  }
-  std::string document_text() const {
-    std::vector<int> ids;
-    for (const Turn& t : turns_) {
-      ids.insert(ids.end(), t.asked.begin(), t.asked.end());
-      ids.insert(ids.end(), t.answered.begin(), t.answered.end());
-    }
-    return model_.tokenizer.decode(ids);
-  }
-
-  void say(const std::string& text) {
-    if (std::exchange(ended_, false)) turns_.clear();
-    Turn turn;
-    turn.messages.push_back({.role = "user", .content = text});
-    if (chat_ != Template::document) {
-      if (text.find_first_not_of(" \t\n") == std::string::npos) return;
-      turn.asked = render(model_, chat_, {.messages = turn.messages}, false, true);
-    } else {
-      // A new line of the document, unless it begins here. Nothing said: it goes on as it is.
-      const bool begun = !turns_.empty();
-      if (!text.empty()) turn.asked = model_.tokenizer.encode((begun ? "\n" : "") + text);
-      if (!begun && turn.asked.empty() && opening_.empty()) return note("type how it begins");
-    }
-    answer(std::move(turn));
-  }
-
-  // Everything so far: a beginning, turns, and what is asked now. When too little room is left for
-  // an answer, the oldest turns are left out until a quarter of the context is free.
-  std::vector<int> prompt_for(const Turn& last) {
-    const auto size = [&] {
-      size_t n = opening_.size() + last.asked.size();
-      for (const Turn& t : turns_) n += t.asked.size() + t.answered.size();
-      return int(n);
-    };
-    int dropped = 0;
-    if (size() > T_ - std::max(1, T_ / 8)) {
-      for (; !turns_.empty() && size() > T_ - std::max(1, T_ / 4); dropped++) {
-        turns_.erase(turns_.begin());
-      }
-    }
-    if (dropped > 0) {
-      note(concat("the context of ", T_, " tokens is full: the oldest ", dropped,
-                  dropped == 1 ? " turn is" : " turns are", " forgotten"));
-    }
-    std::vector<int> ids = opening_;
-    for (const Turn& t : turns_) {
-      ids.insert(ids.end(), t.asked.begin(), t.asked.end());
-      ids.insert(ids.end(), t.answered.begin(), t.answered.end());
-    }
-    ids.insert(ids.end(), last.asked.begin(), last.asked.end());
-    return ids;
-  }
-
-  void answer(Turn turn) {
-    Request request{.prompt = prompt_for(turn)};
-    const int room = T_ - int(request.prompt.size());
-    if (room < 1) {
-      return note(concat("that is ", turn.asked.size(), " tokens, and the model's context is ", T_,
-                         ": it was not said"));
-    }
-    const int wanted = options_.tokens > 0           ? options_.tokens
-                       : chat_ == Template::document ? 100
-                                                     : T_;
-    request.max_new = std::min(wanted, room);
-    request.max_inserted = room;
-    request.sampling = options_.sampling;
-    request.stop_ids = rules_.stop_ids;
-    request.stop_strings = rules_.stop_strings;
-
-    bool line_open = false, in_call = false;
-    const int call_begins = model_.tokenizer.special("<tool_call>");
-    const int call_ends = model_.tokenizer.special("</tool_call>");
-    request.on_token = [&](const Token& t) {
-      if (t.id == call_begins && chat_ == Template::chatml) in_call = true;
-      if (!in_call && !t.text.empty() && (line_open || t.text != "\n")) {
-        print(t.text);
-        line_open = t.text.back() != '\n';
-      }
-      if (t.id == call_ends || t.last) in_call = false;
-    };
-    if (chat_ == Template::chatml) {
-      request.on_turn = [&](int, std::span<const int> ids) {
-        turn.messages.push_back(read_turn(model_.tokenizer, ids));
-        if (std::exchange(line_open, false)) print("\n");
-        return run_calls(turn.messages);
-      };
-    }
-
-    const int number = generator_.submit(std::move(request));
-    while (generator_.step()) {
-      if (stop_signal != 0 && !generator_.done(number)) generator_.cancel(number);
-    }
-    if (stop_signal == SIGINT) stop_signal = 0;
-    if (line_open) print("\n");
-    finish(std::move(turn), generator_.take(number));
-  }
-
-  std::vector<int> run_calls(std::vector<Message>& messages) {
-    const Message called = messages.back();
-    const size_t first = messages.size();
-    const std::vector<int> ids = answer_calls(model_.tokenizer, called, search_, &messages);
-    for (size_t i = 0; i < called.tool_calls.size(); i++) {
-      const ToolCall& call = called.tool_calls[i];
-      const std::string& result = messages[first + i].content;
-      note(concat("  ", call.name, " ", call.arguments));
-      note("  = " + (result.empty() ? "(nothing found)" : result));
-    }
-    return ids;
-  }
-
-  void finish(Turn turn, Completion c) {
-    turn.answered = std::move(c.ids);
-    const std::vector<int>& stops = rules_.stop_ids;
-    const bool whole = !turn.answered.empty() &&
-                       std::find(stops.begin(), stops.end(), turn.answered.back()) != stops.end();
-    if (chat_ == Template::document) {
-      if (whole) note("--- the document ends; the next begins");
-      ended_ = whole;
-    } else {
-      if (!whole && rules_.end_of_turn >= 0) turn.answered.push_back(rules_.end_of_turn);
-      turn.answered.insert(turn.answered.end(), rules_.closing.begin(), rules_.closing.end());
-      const bool read = chat_ == Template::chatml && whole;  // by on_turn
-      if (!read) {
-        turn.messages.push_back({.role = "assistant", .content = c.text});
-      }
-    }
-    if (c.finish == Finish::cancelled) note("(stopped)");
-    if (c.finish == Finish::context) {
-      note(concat("(the context of ", T_, " tokens is full)"));
-    }
-    if (c.finish == Finish::length && chat_ != Template::document) {
-      note("(the answer is as long as --tokens allows)");
-    }
-    turns_.push_back(std::move(turn));
-  }
-
-  const Model& model_;
-  Template chat_;
-  TemplateRules rules_;
-  TalkOptions options_;
-  const Search* search_;
-  bool terminal_;
-  int T_;
-  Generator generator_;
-  std::vector<std::string> tools_;
-  std::string system_;
-  std::vector<int> opening_;  // ids before the first turn
-  std::vector<Turn> turns_;
-  bool ended_ = false;  // a document: what is said next begins another
-};
+// The conversation in the terminal
 
 std::optional<Search> load_documents(const std::string& path, const Tokenizer& tokenizer) {
   if (path.empty()) return std::nullopt;
@@ -835,10 +857,8 @@ std::optional<Search> load_documents(const std::string& path, const Tokenizer& t
 }
 
 int talk(const TalkOptions& o) {
-  GenerateOptions limits{.tokens = std::max(o.tokens, 1), .sampling = o.sampling};
-  limits.model = o.model;
-  check(limits);
-  if (o.tokens < 0) fail("--tokens: found ", o.tokens, ", expected at least 1, or 0");
+  check(o.model, o.sampling);
+  need(o.max_tokens >= 0, "--max-tokens", o.max_tokens, "at least 1, or 0");
   const Model model = load_model(o.model, GeneratorOptions{}.prefill_tokens);
   const Template chat = o.base ? Template::document : find_template(model, o.chat_template);
   if (o.base && (o.calculator || !o.documents.empty() || !o.system.empty())) {
@@ -846,7 +866,7 @@ int talk(const TalkOptions& o) {
   }
   const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
   LineInput input;
-  // Ctrl+C stops an answer, or empties the line that is typed; it never ends the program there.
+  // Ctrl+C stops an answer, or clears the line that is being typed. It does not end the program.
   std::signal(SIGINT, [](int signal) { stop_signal = signal; });
   Talk talk(model, chat, o, search ? &*search : nullptr, input.terminal());
   if (input.terminal()) {
@@ -865,14 +885,61 @@ int talk(const TalkOptions& o) {
       if (input.terminal()) print("\n");
       return 0;
     }
-    if (!talk.hear(line)) return 0;
+    if (!talk.handle(line)) return 0;
     if (stop_signal == SIGTERM) return 128 + SIGTERM;
     if (input.terminal()) print("\n");
   }
 }
 
 // ---------------------------------------------------------------------------------------------
-// eval: how it is measured
+// eval: tasks -> results, a table and JSON
+//
+// A task is a file of items in one of two kinds. Some are answered in words, which are generated:
+// the items of a file without a name, and gsm8k. In the others nothing is generated: the model's
+// log-probabilities choose among given texts (hellaswag, arc, mmlu) or measure documents
+// (bits_per_byte).
+
+constexpr int kScoreTokens = 4096;  // of a forward pass that scores texts
+
+struct EvalOptions {
+  ModelOptions model;
+  std::vector<std::string> tasks, shots_from;  // NAME=FILE, or FILE with items
+  std::vector<std::string> beside;             // NAME=FILE of earlier results
+  std::string documents, json, output, chat_template = "auto";
+  bool base = false, no_start = false;
+  int shots = 0, limit = 0, max_tokens = 0, rows = 64, cache_mb = 2048;
+};
+
+struct Task {
+  std::string name;   // of NAME=FILE; empty for a file of items
+  std::string path;   // the file
+  std::string shots;  // the file of solved examples; empty: none
+  bool is_in_words() const { return name.empty() || name == "gsm8k"; }
+};
+
+// What is answered in words: greedily once, or in several samples, each a Question of its own. The
+// answer is right or wrong by the check, or it has a true reward by the rubric.
+struct Question {
+  std::string task, where;
+  std::vector<int> prompt;
+  Check check;
+  int max_tokens = 256;  // of the answer
+  std::vector<std::string> stop;
+  bool tools = false;  // calls of tools are run
+  Rubric rubric;       // empty: the check decides
+  float temperature = 0;
+  int sample = 0, samples = 1;                              // the number of this sample, and of all
+  std::vector<std::pair<std::string, std::string>> shares;  // (task, text): the share of the
+                                                            // answers that contain the text
+};
+
+struct Answer {
+  std::string text;
+  std::set<std::string> tools;  // the names of those that were called
+  Finish finish = Finish::length;
+  bool too_long = false;  // the prompt fills the context: no answer
+  double score = 0;       // 1 right, 0 wrong; with a rubric: the true reward
+};
 
 struct Result {
   std::string task, metric;
@@ -881,428 +948,134 @@ struct Result {
   Interval ci95{};
 };
 
-// The mean of one number an item; its interval is the normal one.
-Result mean(const std::string& task, const std::string& metric, const std::vector<double>& values) {
-  const double n = double(values.size());
-  double sum = 0, squares = 0;
-  for (const double v : values) sum += v;
-  for (const double v : values) squares += (v - sum / n) * (v - sum / n);
-  const double half = 1.959963984540054 * std::sqrt(squares / std::max(1., n - 1) / n);
-  return {task, metric, sum / n, int64_t(values.size()), {sum / n - half, sum / n + half}};
-}
-
-Result share(const std::string& task, const std::string& metric, int64_t right, int64_t n) {
-  const double value = double(right) / double(n);
-  return {task, metric, value, n, wilson(value, n)};
-}
-
-// Ids whose log-probability is asked: of those from `from` on, given all before them.
-struct Scored {
-  std::vector<int> ids;  // at most T + 1
-  size_t from;           // at least 1
-  double logp = 0;       // nats, summed
-};
-
-// Sequences are packed into batches, with nothing padded; attention restarts at each.
-void score(Gpt& gpt, std::vector<Scored>& all, const std::string& task) {
-  constexpr size_t kBatch = 4096;
-  ProgressLine progress;
-  for (size_t begin = 0; begin < all.size();) {
-    std::vector<int> tokens, targets, starts{0};
-    size_t end = begin;
-    for (; end < all.size(); end++) {
-      const Scored& s = all[end];
-      if (end > begin && tokens.size() + s.ids.size() > kBatch) break;
-      tokens.insert(tokens.end(), s.ids.begin(), s.ids.end() - 1);
-      targets.resize(targets.size() + s.from - 1, -1);
-      targets.insert(targets.end(), s.ids.begin() + int64_t(s.from), s.ids.end());
-      starts.push_back(int(tokens.size()));
-    }
-    gpt.forward({tokens, targets, starts}, Pass::score);
-    const std::span<const float> logp = gpt.logp();
-    for (size_t i = begin; i < end; i++) {
-      const size_t d = i - begin;
-      for (int n = starts[d]; n < starts[d + 1]; n++) all[i].logp += logp[size_t(n)];
-      if (!std::isfinite(all[i].logp)) fail(task, ": found a log-probability that is not finite");
-    }
-    begin = end;
-    if (stop_signal != 0) return;
-    progress.show(format("%s: %zu of %zu scored", task.c_str(), end, all.size()),
-                  end == all.size());
-  }
-}
-
-// ---------------------------------------------------------------------------------------------
-// Multiple choice, as lm-evaluation-harness has it (Gao et al. 2024): the choice whose text is most
-// likely behind the context (acc), or most likely by the character (acc_norm).
-
-struct Choices {
-  std::string context;
-  std::vector<std::string> endings;  // each follows the context and a space
-  size_t right = 0;
-};
-
-// Context and ending are encoded as one text; the ending's ids are those behind as many as the
-// context alone has.
-Scored encode_choice(const Model& m, std::string context, const std::string& ending, bool start) {
-  std::string rest = " " + ending;
-  const size_t spaces = context.size() - (context.find_last_not_of(" \t\r\n") + 1);
-  rest = context.substr(context.size() - spaces) + rest;
-  context.resize(context.size() - spaces);
-  std::vector<int> ids;
-  if (start && m.document_start >= 0) ids.push_back(m.document_start);
-  size_t from = ids.size() + m.tokenizer.encode(context).size();
-  m.tokenizer.encode(context + rest, ids);
-  if (from == 0 || from >= ids.size()) {
-    fail("a choice: found ", json_text(context + rest), ", expected text before and in the ending");
-  }
-  const size_t most = size_t(m.gpt->config().T) + 1;
-  if (ids.size() > most) {  // the end of the context stays
-    const size_t cut = ids.size() - most;
-    ids.erase(ids.begin(), ids.begin() + int64_t(cut));
-    from = from > cut + 1 ? from - cut : 1;
-  }
-  return {std::move(ids), from};
-}
-
-size_t characters(std::string_view text) {  // code points
-  return size_t(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
-}
-
-std::vector<Result> choose(const Model& m, const std::string& task, const std::vector<Choices>& all,
-                           bool norm, bool start) {
-  std::vector<Scored> scored;
-  for (const Choices& c : all) {
-    for (const std::string& e : c.endings) scored.push_back(encode_choice(m, c.context, e, start));
-  }
-  score(*m.gpt, scored, task);
-  int64_t right = 0, right_norm = 0;
-  size_t at = 0;
-  for (const Choices& c : all) {
-    size_t best = 0, best_norm = 0;
-    const auto normed = [&](size_t i) {
-      return scored[at + i].logp / double(characters(c.endings[i]));
-    };
-    for (size_t i = 1; i < c.endings.size(); i++) {
-      if (scored[at + i].logp > scored[at + best].logp) best = i;
-      if (normed(i) > normed(best_norm)) best_norm = i;
-    }
-    right += best == c.right;
-    right_norm += best_norm == c.right;
-    at += c.endings.size();
-  }
-  std::vector<Result> results;
-  const int64_t n = int64_t(all.size());
-  if (norm) results.push_back(share(task, "acc_norm", right_norm, n));
-  results.push_back(share(norm ? task + "_acc" : task, "acc", right, n));
-  return results;
-}
-
-// ---- the files of HellaSwag, ARC and MMLU, a JSON object a line
-
-std::string trim(std::string_view s) {
-  const size_t begin = s.find_first_not_of(" \t\r\n\v\f");
-  if (begin == std::string_view::npos) return "";
-  return std::string(s.substr(begin, s.find_last_not_of(" \t\r\n\v\f") + 1 - begin));
-}
-
-void replace_all(std::string& text, std::string_view from, std::string_view to) {
-  for (size_t i = 0; (i = text.find(from, i)) != std::string::npos; i += to.size()) {
-    text.replace(i, from.size(), to);
-  }
-}
-
-// HellaSwag's texts come from WikiHow with marks in brackets.
-std::string clean_hellaswag(std::string_view raw) {
-  std::string text = trim(raw), out;
-  replace_all(text, " [title]", ". ");
-  for (size_t i = 0; i < text.size(); i++) {
-    const size_t close = text[i] == '[' ? text.find(']', i) : std::string::npos;
-    if (close != std::string::npos && text.find('\n', i) > close) {
-      i = close;
-    } else {
-      out += text[i];
-    }
-  }
-  replace_all(out, "  ", " ");
-  return out;
-}
-
-Choices read_hellaswag(const Json& json, const std::string& where) {
-  std::string b = lower_ascii(json_get<std::string>(json, "ctx_b", where));
-  if (!b.empty() && b[0] >= 'a' && b[0] <= 'z') b[0] = char(b[0] - ('a' - 'A'));
-  Choices c;
-  c.context = clean_hellaswag(json_get<std::string>(json, "activity_label", where) + ": " +
-                              json_get<std::string>(json, "ctx_a", where) + " " + b);
-  if (!json.contains("endings") || !json["endings"].is_array()) {
-    fail(where, ": endings: found none, expected an array");
-  }
-  for (const Json& e : json["endings"]) {
-    c.endings.push_back(clean_hellaswag(json_as<std::string>(e, "endings", where)));
-  }
-  if (!json.contains("label")) fail(where, ": label is missing");
-  const Json& label = json["label"];  // 3 or "3"
-  const std::string digits = label.is_string() ? label.get<std::string>() : label.dump();
-  c.right = digits.size() == 1 ? size_t(digits[0] - '0') : c.endings.size();
-  if (c.right >= c.endings.size()) {
-    fail(where, ": label: found ", json_text(label), ", expected 0 to ", c.endings.size() - 1);
-  }
-  return c;
-}
-
-// {"question", "choices": {"text": [...], "label": [...]}, "answerKey"}, or the first release's
-// {"question": {"stem", "choices": [{"text", "label"}...]}, "answerKey"}.
-Choices read_arc(const Json& json, const std::string& where) {
-  const auto question = json.find("question");
-  if (question == json.end()) fail(where, ": question is missing");
-  const Json& from = question->is_object() ? *question : json;
-  const auto choices = from.find("choices");
-  if (choices == from.end()) fail(where, ": choices is missing");
-  Choices c;
-  std::vector<std::string> labels;
-  if (choices->is_array()) {
-    for (const Json& item : *choices) {
-      c.endings.push_back(json_get<std::string>(item, "text", where));
-      labels.push_back(json_get<std::string>(item, "label", where));
-    }
-  } else {
-    for (const char* key : {"text", "label"}) {
-      const auto list = choices->find(key);
-      if (list == choices->end() || !list->is_array()) {
-        fail(where, ": choices: ", key, ": found none, expected an array");
-      }
-      for (const Json& item : *list) {
-        (key[0] == 't' ? c.endings : labels).push_back(json_as<std::string>(item, key, where));
-      }
-    }
-  }
-  const auto key = json_get<std::string>(json, "answerKey", where);
-  c.right = size_t(std::find(labels.begin(), labels.end(), key) - labels.begin());
-  if (c.right >= c.endings.size() || labels.size() != c.endings.size()) {
-    fail(where, ": answerKey: found ", key, ", expected a choice's label");
-  }
-  c.context = "Question: " +
-              json_get<std::string>(from, question->is_object() ? "stem" : "question", where) +
-              "\nAnswer:";
-  return c;
-}
-
-// {"question", "subject", "choices": [...], "answer": 2 or "C"}; the choices are letters.
-Choices read_mmlu(const Json& json, const std::string& where) {
-  if (!json.contains("choices") || !json["choices"].is_array() || json["choices"].size() > 26) {
-    fail(where, ": choices: found none, expected an array of at most 26");
-  }
-  Choices c{.context = trim(json_get<std::string>(json, "question", where))};
-  for (const Json& choice : json["choices"]) {
-    const char letter = char('A' + c.endings.size());
-    c.context += concat("\n", letter, ". ", json_as<std::string>(choice, "choices", where));
-    c.endings.emplace_back(1, letter);
-  }
-  c.context += "\nAnswer:";
-  if (!json.contains("answer")) fail(where, ": answer is missing");
-  const Json& answer = json["answer"];
-  const std::string letter = answer.is_string() ? answer.get<std::string>() : "";
-  c.right = answer.is_number_unsigned() ? answer.get<size_t>()
-            : letter.size() == 1        ? size_t(letter[0] - 'A')
-                                        : c.endings.size();
-  if (c.right >= c.endings.size()) {
-    fail(where, ": answer: found ", json_text(answer), ", expected a choice's number or letter");
-  }
-  return c;
-}
-
-// ---------------------------------------------------------------------------------------------
-// Bits per byte of documents. A document of more than T tokens is scored in windows of T, each
-// behind one token of the window before it; the last reaches further back, to be whole.
-
-std::vector<Result> measure_bits(const Model& m, const std::string& task, const std::string& path,
-                                 int limit, bool start) {
-  std::vector<Scored> windows;
-  std::vector<double> bytes;  // of each window
-  DocumentReader reader({Input(path)});
-  std::string text;
-  int documents = 0;
-  for (DocumentPart part; (limit == 0 || documents < limit) && reader.next(part);) {
-    if (part.begins) text.clear();
-    text += part.text;
-    if (!part.ends) continue;
-    documents++;
-    std::vector<int> ids;
-    if (start && m.document_start >= 0) ids.push_back(m.document_start);
-    m.tokenizer.encode(text, ids);
-    const size_t T = size_t(m.gpt->config().T);
-    for (size_t done = 1; done < ids.size();) {  // the first token, a start or not, is given
-      const size_t end = std::min(done + T, ids.size());
-      const size_t begin = end > T + 1 ? end - T - 1 : 0;
-      windows.push_back({{ids.begin() + int64_t(begin), ids.begin() + int64_t(end)}, done - begin});
-      double n = 0;
-      for (size_t i = done; i < end; i++) n += double(m.tokenizer.token_bytes(ids[i]).size());
-      bytes.push_back(n);
-      done = end;
-    }
-  }
-  if (windows.empty()) fail(path, ": found no text of two tokens or more");
-  score(*m.gpt, windows, task);
-  // A ratio of sums over windows, its variance by the ratio estimator (Cochran 1977, 2.9).
-  double bits = 0, all_bytes = 0, squares = 0;
-  for (size_t i = 0; i < windows.size(); i++) {
-    bits -= windows[i].logp / std::log(2.);
-    all_bytes += bytes[i];
-  }
-  const double ratio = bits / all_bytes, n = double(windows.size());
-  for (size_t i = 0; i < windows.size(); i++) {
-    const double d = -windows[i].logp / std::log(2.) - ratio * bytes[i];
-    squares += d * d;
-  }
-  const double half = n > 1 ? 1.96 * std::sqrt(n / (n - 1) * squares) / all_bytes : 0;
-  return {{task, "bits_per_byte", ratio, documents, {ratio - half, ratio + half}}};
-}
-
-// ---------------------------------------------------------------------------------------------
-// Questions that are answered in words: greedily once, or in several samples, each a Question of
-// its own. An answer is right or not, by the check, or has a true reward, by the rubric.
-
-struct Question {
-  std::string task, where;
-  std::vector<int> prompt;
-  Check check;
-  int tokens = 256;
-  std::vector<std::string> stop;
-  bool tools = false;  // calls are run
-  Rubric rubric;       // empty: the check decides
-  float temperature = 0;
-  int sample = 0, samples = 1;                              // this one's number of so many
-  std::vector<std::pair<std::string, std::string>> shares;  // task, text: of answers with the text
-};
-
-struct Answer {
-  std::string text;
-  std::set<std::string> tools;  // called
-  Finish finish = Finish::length;
-  bool too_long = false;
-  double score = 0;  // 1 or 0, right or not; of a rubric: the true reward
-};
-
-// Up to `rows` at a time. A prompt that fills the context is answered with nothing.
+std::vector<Task> parse_tasks(const EvalOptions& o);
+void check(const EvalOptions& o);
+void read_items(const Model& m, Template chat, const Task& task, const EvalOptions& o,
+                std::vector<Question>& out);
+void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q);
+void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptions& o,
+                std::vector<Question>& out);
 std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
-                               const TemplateRules& rules, const Search* search, int rows,
-                               int64_t cache_bytes) {
-  constexpr int kTools = 256;  // ids that tools may add
-  const Config& config = m.gpt->config();
-  int64_t longest = 1;
-  for (const Question& q : questions) {
-    longest = std::max(longest, int64_t(q.prompt.size()) + q.tokens + (q.tools ? kTools : 0));
-  }
-  GeneratorOptions options{.rows = int(std::min<size_t>(size_t(rows), questions.size()))};
-  options.cache_positions = cache_positions(config, options.rows, longest, cache_bytes);
-  Generator generator(
-      *m.gpt, [&](int id) { return m.tokenizer.token_bytes(id); }, options);
+                               const TemplateRules& rules, const Search* search,
+                               const EvalOptions& o);
+std::vector<Result> mark(const std::vector<Question>& questions, const std::vector<Answer>& answers,
+                         const EvalOptions& o);
+std::vector<Result> multiple_choice(const Model& m, const Task& task, const EvalOptions& o);
+std::vector<Result> bits_per_byte(const Model& m, const Task& task, const EvalOptions& o);
+void report(const std::vector<Result>& results, const EvalOptions& o);
+void write_answers(const std::string& path, const Tokenizer& tokenizer,
+                   const std::vector<Question>& questions, const std::vector<Answer>& answers);
 
-  std::vector<Answer> answers(questions.size());
-  std::vector<int> numbers(questions.size(), -1);
-  size_t asked = 0, done = 0;
-  for (size_t i = 0; i < questions.size(); i++) {
-    const Question& q = questions[i];
-    Answer& a = answers[i];
-    a.too_long = int(q.prompt.size()) > config.T - 1;
-    if (a.too_long) continue;
-    Request request{.prompt = q.prompt,
-                    .max_new = std::min(q.tokens, config.T - int(q.prompt.size())),
-                    .sampling = {.temperature = q.temperature, .vocab = m.tokenizer.vocab_size()},
-                    .stop_ids = rules.stop_ids,
-                    .stop_strings = q.stop};
-    if (q.tools) {
-      request.max_inserted = kTools;
-      request.on_turn = [&m, &a, search](int, std::span<const int> turn) {
-        const Message message = read_turn(m.tokenizer, turn);
-        for (const ToolCall& call : message.tool_calls) a.tools.insert(call.name);
-        return answer_calls(m.tokenizer, message, search);
-      };
+int evaluate(const EvalOptions& o) {
+  check(o);
+  const std::vector<Task> tasks = parse_tasks(o);
+  const Model model = load_model(o.model, kScoreTokens);
+  // Only answers in words need a template.
+  const bool in_words =
+      std::any_of(tasks.begin(), tasks.end(), [](const Task& t) { return t.is_in_words(); });
+  const Template chat =
+      o.base || !in_words ? Template::document : find_template(model, o.chat_template);
+  const TemplateRules rules = template_rules(model, chat);
+  const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
+
+  std::vector<Question> questions;
+  std::vector<Result> results;
+  for (const Task& task : tasks) {
+    std::vector<Result> more;
+    if (task.name.empty()) {
+      read_items(model, chat, task, o, questions);
+    } else if (task.name == "gsm8k") {
+      read_gsm8k(model, chat, task, o, questions);
+    } else if (task.name == "bits_per_byte") {
+      more = bits_per_byte(model, task, o);
+    } else {
+      more = multiple_choice(model, task, o);
     }
-    request.on_token = [&done](const Token& t) { done += t.last; };
-    numbers[i] = generator.submit(std::move(request));
-    asked++;
+    results.insert(results.end(), more.begin(), more.end());
+    if (stop_signal != 0) return 128 + stop_signal;
   }
-  ProgressLine progress;
-  while (stop_signal == 0 && generator.step()) {
-    progress.show(format("%zu of %zu answered", std::min(done, asked), asked));
+  if (in_words && questions.empty()) {
+    fail("--tasks: found no item for ", o.base ? "a base model" : "an assistant", ", expected \"",
+         o.base ? "prompt" : "messages", "\" in some");
   }
-  progress.show(format("%zu of %zu answered", std::min(done, asked), asked), true);
-  for (size_t i = 0; i < questions.size() && stop_signal == 0; i++) {
-    if (numbers[i] < 0) continue;
-    Completion c = generator.take(numbers[i]);
-    answers[i].text = std::move(c.text);
-    answers[i].finish = c.finish;
-    const Question& q = questions[i];
-    const bool ended = c.finish == Finish::stop_token || c.finish == Finish::stop_string;
-    answers[i].score = q.rubric.empty() ? passes(q.check, answers[i].text, answers[i].tools)
-                                        : true_reward(q.rubric, answers[i].text, ended);
+  if (!questions.empty()) {
+    for (Question& q : questions) {
+      q.stop.insert(q.stop.end(), rules.stop_strings.begin(), rules.stop_strings.end());
+    }
+    const std::vector<Answer> answers =
+        answer_all(model, questions, rules, search ? &*search : nullptr, o);
+    if (stop_signal != 0) return 128 + stop_signal;
+    const std::vector<Result> marked = mark(questions, answers, o);
+    results.insert(results.begin(), marked.begin(), marked.end());
+    if (!o.output.empty()) write_answers(o.output, model.tokenizer, questions, answers);
   }
-  return answers;
+  report(results, o);
+  return 0;
 }
 
-struct EvalOptions {
-  ModelOptions model;
-  std::vector<std::string> tasks, shots_from;  // NAME=FILE, or the world's FILE
-  std::vector<std::string> beside;             // NAME=FILE of earlier results
-  std::string documents, json, output, chat_template = "auto";
-  bool base = false, no_start = false;
-  int shots = 0, limit = 0, tokens = 0, rows = 64, cache_mb = 2048;
-};
+void check(const EvalOptions& o) {
+  need(o.shots >= 0, "--shots", o.shots, "0 or more");
+  need(o.limit >= 0, "--limit", o.limit, "0 (all) or more");
+  need(o.max_tokens >= 0, "--max-tokens", o.max_tokens, "0 (as the items say) or more");
+  need(o.rows >= 1 && o.rows <= 4096, "--rows", o.rows, "1 to 4096");
+  need(o.cache_mb >= 1, "--cache-mb", o.cache_mb, "at least 1");
+}
+
+// (name, path) of "name=path"; ("", path) of a path alone.
+std::pair<std::string, std::string> split_task(const std::string& spec) {
+  const size_t equals = spec.find('=');
+  if (equals == std::string::npos) return {"", spec};
+  return {spec.substr(0, equals), spec.substr(equals + 1)};
+}
+
+bool is_arc(const std::string& name) { return name == "arc" || name.starts_with("arc_"); }
+
+std::vector<Task> parse_tasks(const EvalOptions& o) {
+  std::map<std::string, std::string> shots;
+  for (const std::string& spec : o.shots_from) {
+    const auto [name, path] = split_task(spec);
+    if (name.empty()) fail("--shots-from: found ", spec, ", expected NAME=FILE");
+    shots[name] = path;
+  }
+  if (o.shots > 0 && shots.empty()) fail("--shots-from is missing: where the --shots come from");
+  if (o.shots == 0) shots.clear();
+  std::vector<Task> tasks;
+  std::set<std::string> seen;
+  for (const std::string& spec : o.tasks) {
+    const auto [name, path] = split_task(spec);
+    const bool choice = name == "hellaswag" || name == "mmlu" || is_arc(name);
+    if (!name.empty() && !choice && name != "gsm8k" && name != "bits_per_byte") {
+      fail("--tasks: found ", name,
+           ", expected hellaswag, arc..., mmlu, gsm8k or bits_per_byte before =");
+    }
+    if (!seen.insert(name.empty() ? path : name).second) {
+      fail("--tasks: found ", name.empty() ? path : name, " twice");
+    }
+    tasks.push_back({name, path, shots[name]});
+  }
+  return tasks;
+}
 
 template <class Read>
 void for_each_json(const std::string& path, int limit, Read&& read) {
-  LineReader lines{Input(path)};
+  JsonLines lines{Input(path)};
   int n = 0;
-  for (std::string_view line; (limit == 0 || n < limit) && lines.next(line);) {
-    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-    Json json;
-    try {
-      json = Json::parse(line);
-    } catch (const Json::exception& e) {
-      fail(lines.where(), ": not JSON: ", json_complaint(e));
-    }
-    if (!json.is_object()) fail(lines.where(), ": found ", json_text(json), ", expected an object");
-    read(json, lines.where());
-    n++;
+  simdjson::dom::object object;
+  for (; (limit == 0 || n < limit) && lines.next(object); n++) {
+    read(Json::parse(simdjson::minify(object)), lines.where());
   }
   if (n == 0) fail(path, ": found no item, expected one a line");
 }
 
-// How an item is asked and marked: "check" or "rubric", "tokens", "samples" at "temperature", and
-// "shares", {"name": "text"}: the share of the answers that have the text is a task of its own.
-void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q) {
-  if (json.contains("rubric")) {
-    q.rubric = parse_rubric(json["rubric"], where + ": rubric");
-  } else {
-    if (!json.contains("check")) fail(where, ": check is missing");
-    q.check = parse_check(json["check"], where + ": check");
-  }
-  q.tokens = o.tokens > 0 ? o.tokens : json_get_or<int>(json, "tokens", 128, where);
-  if (q.tokens < 1) fail(where, ": tokens: found ", q.tokens, ", expected at least 1");
-  q.samples = json_get_or<int>(json, "samples", 1, where);
-  if (q.samples < 1 || q.samples > 1024) {
-    fail(where, ": samples: found ", q.samples, ", expected 1 to 1024");
-  }
-  q.temperature = float(json_get_or<double>(json, "temperature", q.samples > 1 ? 1 : 0, where));
-  if (!(q.temperature >= 0 && q.temperature <= 100)) {
-    fail(where, ": temperature: found ", q.temperature, ", expected 0 to 100");
-  }
-  if (const auto shares = json.find("shares"); shares != json.end()) {
-    if (!shares->is_object()) {
-      fail(where, ": shares: found ", json_text(*shares), ", expected {\"task\": \"text\"}");
-    }
-    for (const auto& [name, text] : shares->items())
-      q.shares.emplace_back(name, json_as<std::string>(text, name, where + ": shares"));
-  }
-}
+// ---------------------------------------------------------------------------------------------
+// Questions that are answered in words
 
 // {"task", how it is marked; for an assistant "messages" and "tools"; for a base model "prompt" and
-// "stop"}. A base model writes on behind its answer, which ends at a stop string, by default an
-// empty line.
-void read_items(const Model& m, Template chat, const std::string& path, const EvalOptions& o,
+// "stop"}. A base model continues behind its answer, so its answer ends at a stop string; the
+// default is an empty line.
+void read_items(const Model& m, Template chat, const Task& task, const EvalOptions& o,
                 std::vector<Question>& out) {
-  JsonLines lines{Input(path)};
+  JsonLines lines{Input(task.path)};
   int n = 0;
   std::map<std::string, int> counts;
   for (simdjson::dom::object object; lines.next(object); n++) {
@@ -1333,20 +1106,50 @@ void read_items(const Model& m, Template chat, const std::string& path, const Ev
     }
     for (q.sample = 0; q.sample < q.samples; q.sample++) out.push_back(q);
   }
-  if (n == 0) fail(path, ": found no item, expected one a line");
+  if (n == 0) fail(task.path, ": found no item, expected one a line");
 }
 
-// {"question", "answer"}, the answer ending in "#### 42". A base model sees solved ones before.
-void read_gsm8k(const Model& m, Template chat, const std::string& task, const std::string& path,
-                const std::string& shots_path, const EvalOptions& o, std::vector<Question>& out) {
+// How an item is asked and marked: "check" or "rubric"; "tokens" of the answer; "samples" at a
+// "temperature"; and "shares", {"name": "text"}: "name" is another task, whose value is the share
+// of the answers that contain the text.
+void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q) {
+  if (json.contains("rubric")) {
+    q.rubric = parse_rubric(json["rubric"], where + ": rubric");
+  } else {
+    if (!json.contains("check")) fail(where, ": check is missing");
+    q.check = parse_check(json["check"], where + ": check");
+  }
+  q.max_tokens = o.max_tokens > 0 ? o.max_tokens : json_get_or<int>(json, "tokens", 128, where);
+  if (q.max_tokens < 1) fail(where, ": tokens: found ", q.max_tokens, ", expected at least 1");
+  q.samples = json_get_or<int>(json, "samples", 1, where);
+  if (q.samples < 1 || q.samples > 1024) {
+    fail(where, ": samples: found ", q.samples, ", expected 1 to 1024");
+  }
+  q.temperature = float(json_get_or<double>(json, "temperature", q.samples > 1 ? 1 : 0, where));
+  if (!(q.temperature >= 0 && q.temperature <= 100)) {
+    fail(where, ": temperature: found ", q.temperature, ", expected 0 to 100");
+  }
+  if (const auto shares = json.find("shares"); shares != json.end()) {
+    if (!shares->is_object()) {
+      fail(where, ": shares: found ", json_text(*shares), ", expected {\"task\": \"text\"}");
+    }
+    for (const auto& [name, text] : shares->items())
+      q.shares.emplace_back(name, json_as<std::string>(text, name, where + ": shares"));
+  }
+}
+
+// {"question", "answer"}, where the answer ends in "#### 42". A base model reads the solved
+// examples before the question.
+void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptions& o,
+                std::vector<Question>& out) {
   std::string before;
-  if (!shots_path.empty()) {
-    for_each_json(shots_path, o.shots, [&](const Json& json, const std::string& where) {
+  if (!task.shots.empty()) {
+    for_each_json(task.shots, o.shots, [&](const Json& json, const std::string& where) {
       before += "Question: " + json_get<std::string>(json, "question", where) +
                 "\nAnswer: " + json_get<std::string>(json, "answer", where) + "\n\n";
     });
   }
-  for_each_json(path, o.limit, [&](const Json& json, const std::string& where) {
+  for_each_json(task.path, o.limit, [&](const Json& json, const std::string& where) {
     const auto question = json_get<std::string>(json, "question", where);
     const std::string value = final_number(json_get<std::string>(json, "answer", where));
     if (value.empty()) fail(where, ": answer: found no number, expected one behind ####");
@@ -1354,78 +1157,106 @@ void read_gsm8k(const Model& m, Template chat, const std::string& task, const st
     const Message message{
         .role = "user",
         .content = document ? before + "Question: " + question + "\nAnswer:" : question};
-    Question q{.task = task,
+    Question q{.task = task.name,
                .where = where,
                .prompt = render(m, chat, {.messages = {message}}, !o.no_start, !document),
                .check = {.type = Check::Type::number, .text = value},
-               .tokens = o.tokens > 0 ? o.tokens : 256};
+               .max_tokens = o.max_tokens > 0 ? o.max_tokens : 256};
     if (document) q.stop = {"Question:"};
     out.push_back(std::move(q));
   });
 }
 
-// ---------------------------------------------------------------------------------------------
-// eval: the whole
-
-void check(const EvalOptions& o) {
-  const auto need = [](bool good, const char* flag, auto found, const char* expected) {
-    if (!good) fail(flag, ": found ", found, ", expected ", expected);
-  };
-  need(o.shots >= 0, "--shots", o.shots, "0 or more");
-  need(o.limit >= 0, "--limit", o.limit, "0 (all) or more");
-  need(o.tokens >= 0, "--tokens", o.tokens, "0 (as the items say) or more");
-  need(o.rows >= 1 && o.rows <= 4096, "--rows", o.rows, "1 to 4096");
-  need(o.cache_mb >= 1, "--cache-mb", o.cache_mb, "at least 1");
-}
-
-// "name=path", or a path alone.
-std::pair<std::string, std::string> split_task(const std::string& spec) {
-  const size_t equals = spec.find('=');
-  if (equals == std::string::npos) return {"", spec};
-  return {spec.substr(0, equals), spec.substr(equals + 1)};
-}
-
-bool is_arc(const std::string& name) { return name == "arc" || name.starts_with("arc_"); }
-
-std::vector<Result> multiple_choice(const Model& m, const std::string& task,
-                                    const std::string& path, const std::string& shots_path,
-                                    const EvalOptions& o) {
-  const auto read = task == "hellaswag" ? read_hellaswag : is_arc(task) ? read_arc : read_mmlu;
-  std::string before;
-  if (!shots_path.empty()) {
-    for_each_json(shots_path, o.shots, [&](const Json& json, const std::string& where) {
-      const Choices c = read(json, where);
-      before += c.context + " " + c.endings[c.right] + "\n\n";
-    });
+// Up to o.rows at a time. A prompt that fills the context gets an empty answer.
+std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
+                               const TemplateRules& rules, const Search* search,
+                               const EvalOptions& o) {
+  constexpr int kTools = 256;  // ids that tools may insert
+  const Config& config = m.gpt->config();
+  int64_t longest = 1;
+  for (const Question& q : questions) {
+    longest = std::max(longest, int64_t(q.prompt.size()) + q.max_tokens + (q.tools ? kTools : 0));
   }
-  std::vector<Choices> all;
-  for_each_json(path, o.limit, [&](const Json& json, const std::string& where) {
-    Choices c = read(json, where);
-    c.context = before + c.context;
-    if (task == "mmlu") {
-      std::string subject = json_get<std::string>(json, "subject", where);
-      replace_all(subject, "_", " ");
-      c.context = "The following are multiple choice questions (with answers) about " + subject +
-                  ".\n\n" + c.context;
+  GeneratorOptions options{.rows = int(std::min<size_t>(size_t(o.rows), questions.size()))};
+  options.cache_positions =
+      cache_positions(config, options.rows, longest, int64_t(o.cache_mb) << 20);
+  Generator generator(
+      *m.gpt, [&](int id) { return m.tokenizer.token_bytes(id); }, options);
+
+  std::vector<Answer> answers(questions.size());
+  std::vector<int> numbers(questions.size(), -1);
+  size_t asked = 0, done = 0;
+  for (size_t i = 0; i < questions.size(); i++) {
+    const Question& q = questions[i];
+    Answer& a = answers[i];
+    a.too_long = int(q.prompt.size()) > config.T - 1;
+    if (a.too_long) continue;
+    Request request{.prompt = q.prompt,
+                    .max_new = std::min(q.max_tokens, config.T - int(q.prompt.size())),
+                    .sampling = {.temperature = q.temperature, .vocab = m.tokenizer.vocab_size()},
+                    .stop_ids = rules.stop_ids,
+                    .stop_strings = q.stop};
+    if (q.tools) {
+      request.max_inserted = kTools;
+      request.on_turn = [&m, &a, search](int, std::span<const int> turn) {
+        const Message message = read_turn(m.tokenizer, turn);
+        for (const ToolCall& call : message.tool_calls) a.tools.insert(call.name);
+        return answer_calls(m.tokenizer, message, search);
+      };
     }
-    all.push_back(std::move(c));
-  });
-  return choose(m, task, all, task != "mmlu", !o.no_start);
+    request.on_token = [&done](const Token& t) { done += t.last; };
+    numbers[i] = generator.submit(std::move(request));
+    asked++;
+  }
+  ProgressLine progress;
+  while (stop_signal == 0 && generator.step()) {
+    progress.show(format("%zu of %zu answered", std::min(done, asked), asked));
+  }
+  progress.show(format("%zu of %zu answered", std::min(done, asked), asked), true);
+  for (size_t i = 0; i < questions.size() && stop_signal == 0; i++) {
+    if (numbers[i] < 0) continue;
+    Completion c = generator.pop(numbers[i]);
+    answers[i].text = std::move(c.text);
+    answers[i].finish = c.finish;
+    const Question& q = questions[i];
+    const bool ended = c.finish == Finish::stop_token || c.finish == Finish::stop_string;
+    answers[i].score = q.rubric.empty() ? passes(q.check, answers[i].text, answers[i].tools)
+                                        : true_reward(q.rubric, answers[i].text, ended);
+  }
+  return answers;
 }
 
-const std::string kReward = "reward";  // a number from 0 to 1, and no share
+// ---------------------------------------------------------------------------------------------
+// Marks: from answers to results
+
+// The mean over items, with the 95 % interval of the normal distribution.
+Result mean(const std::string& task, const std::string& metric, const std::vector<double>& values) {
+  const double n = double(values.size());
+  double sum = 0, squares = 0;
+  for (const double v : values) sum += v;
+  for (const double v : values) squares += (v - sum / n) * (v - sum / n);
+  const double half = 1.959963984540054 * std::sqrt(squares / std::max(1., n - 1) / n);
+  return {task, metric, sum / n, int64_t(values.size()), {sum / n - half, sum / n + half}};
+}
+
+Result share(const std::string& task, const std::string& metric, int64_t right, int64_t n) {
+  const double value = double(right) / double(n);
+  return {task, metric, value, n, wilson(value, n)};
+}
+
+const std::string kReward = "reward";  // the metric of a rubric: a mean from 0 to 1, not a share
 
 std::vector<Result> mark(const std::vector<Question>& questions, const std::vector<Answer>& answers,
                          const EvalOptions& o) {
-  struct Task {
+  struct Scores {
     std::string metric;
-    std::vector<double> scores;  // of each item: the mean of its samples
+    std::vector<double> scores;  // of each item: the mean over its samples
   };
   std::vector<std::string> order;
-  std::map<std::string, Task> tasks;
+  std::map<std::string, Scores> tasks;
   const auto add = [&](const std::string& task, const std::string& metric, double score,
                        const Question& q) {
-    auto [it, is_new] = tasks.try_emplace(task, Task{metric, {}});
+    auto [it, is_new] = tasks.try_emplace(task, Scores{metric, {}});
     if (is_new) order.push_back(task);
     if (q.sample == 0) it->second.scores.push_back(0);
     it->second.scores.back() += score / q.samples;
@@ -1459,7 +1290,7 @@ std::vector<Result> mark(const std::vector<Question>& questions, const std::vect
   return results;
 }
 
-// A table; other results, made by --json, stand to the left of these.
+// Prints a table. The columns on the left are earlier results, files that --json wrote.
 void report(const std::vector<Result>& results, const EvalOptions& o) {
   std::vector<std::pair<std::string, Json>> beside;
   for (const std::string& pair : o.beside) {
@@ -1516,187 +1347,404 @@ void write_answers(const std::string& path, const Tokenizer& tokenizer,
   file.commit();
 }
 
-int evaluate(const EvalOptions& o) {
-  check(o);
-  std::map<std::string, std::string> shots;
-  for (const std::string& spec : o.shots_from) {
-    const auto [name, path] = split_task(spec);
-    if (name.empty()) fail("--shots-from: found ", spec, ", expected NAME=FILE");
-    shots[name] = path;
-  }
-  if (o.shots > 0 && shots.empty()) fail("--shots-from is missing: where the --shots come from");
-  if (o.shots == 0) shots.clear();
+// ---------------------------------------------------------------------------------------------
+// Log-probabilities of texts, which are packed end to end
 
-  const Model model = load_model(o.model, 4096);
-  bool in_words = false;
-  std::set<std::string> seen;
-  for (const std::string& spec : o.tasks) {
-    const auto [name, path] = split_task(spec);
-    const bool choices = name == "hellaswag" || name == "mmlu" || is_arc(name);
-    if (!name.empty() && !choices && name != "gsm8k" && name != "bits_per_byte") {
-      fail("--tasks: found ", name,
-           ", expected hellaswag, arc..., mmlu, gsm8k or bits_per_byte before =");
-    }
-    if (!seen.insert(name.empty() ? path : name).second) {
-      fail("--tasks: found ", name.empty() ? path : name, " twice");
-    }
-    in_words |= name.empty() || name == "gsm8k";
-  }
-  // Only what is answered in words needs a template.
-  const Template chat =
-      o.base || !in_words ? Template::document : find_template(model, o.chat_template);
-  const TemplateRules rules = template_rules(model, chat);
-  const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
+struct ScoredText {
+  std::vector<int> ids;  // at most T + 1
+  size_t begin;          // index of the first id that is scored; at least 1
+  double logp = 0;       // of the ids from there on, given the ids before
+};
 
-  std::vector<Question> questions;
+void score(Gpt& gpt, std::vector<ScoredText>& all, const std::string& task) {
+  std::vector<Packed> batches;
+  for (size_t i = 0; i < all.size(); i++) {
+    const ScoredText& t = all[i];
+    batch_with_room(batches, int64_t(t.ids.size()), kScoreTokens)
+        .add(int(i), t.ids, t.ids.size() - 1, [&](size_t p) { return p >= t.begin; });
+  }
+  ProgressLine progress;
+  for (const Packed& b : batches) {
+    gpt.forward(b.batch(), Pass::score);
+    const std::span<const float> logp = gpt.logp();
+    for (size_t i = 0; i < b.members.size(); i++) {
+      ScoredText& t = all[size_t(b.members[i])];
+      for (size_t n = b.begin(i); n <= b.last(i); n++) t.logp += logp[n];
+      if (!std::isfinite(t.logp)) fail(task, ": found a log-probability that is not finite");
+    }
+    if (stop_signal != 0) return;
+    const size_t done = size_t(b.members.back()) + 1;
+    progress.show(format("%s: %zu of %zu scored", task.c_str(), done, all.size()),
+                  done == all.size());
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Multiple choice, as in lm-evaluation-harness (Gao et al. 2024). The model chooses the ending that
+// has the highest log-probability behind the context (acc), or the highest log-probability divided
+// by its number of characters (acc_norm).
+
+struct MultipleChoice {
+  std::string context;
+  std::vector<std::string> endings;  // each follows the context and a space
+  size_t right = 0;
+};
+
+// Encodes context and ending as one text. If the context alone has n ids, the ending's ids are
+// those from the n-th on. Spaces at the end of the context belong to the ending.
+ScoredText encode_choice(const Model& m, std::string context, const std::string& ending,
+                         bool start) {
+  std::string rest = " " + ending;
+  const size_t spaces = context.size() - (context.find_last_not_of(" \t\r\n") + 1);
+  rest = context.substr(context.size() - spaces) + rest;
+  context.resize(context.size() - spaces);
+  std::vector<int> ids;
+  if (start && m.document_start >= 0) ids.push_back(m.document_start);
+  size_t begin = ids.size() + m.tokenizer.encode(context).size();
+  m.tokenizer.encode(context + rest, ids);
+  if (begin == 0 || begin >= ids.size()) {
+    fail("a choice: found ", json_text(context + rest), ", expected text before and in the ending");
+  }
+  const size_t most = size_t(m.gpt->config().T) + 1;
+  if (ids.size() > most) {  // the beginning of the context is cut off
+    const size_t cut = ids.size() - most;
+    ids.erase(ids.begin(), ids.begin() + int64_t(cut));
+    begin = begin > cut + 1 ? begin - cut : 1;
+  }
+  return {std::move(ids), begin};
+}
+
+size_t characters(std::string_view text) {  // code points
+  return size_t(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+}
+
+std::vector<Result> choose(const Model& m, const std::string& task,
+                           const std::vector<MultipleChoice>& all, bool norm, bool start) {
+  std::vector<ScoredText> scored;
+  for (const MultipleChoice& c : all) {
+    for (const std::string& e : c.endings) scored.push_back(encode_choice(m, c.context, e, start));
+  }
+  score(*m.gpt, scored, task);
+  int64_t right = 0, right_norm = 0;
+  size_t offset = 0;  // of the choice's first ending in `scored`
+  for (const MultipleChoice& c : all) {
+    size_t best = 0, best_norm = 0;
+    const auto normed = [&](size_t i) {
+      return scored[offset + i].logp / double(characters(c.endings[i]));
+    };
+    for (size_t i = 1; i < c.endings.size(); i++) {
+      if (scored[offset + i].logp > scored[offset + best].logp) best = i;
+      if (normed(i) > normed(best_norm)) best_norm = i;
+    }
+    right += best == c.right;
+    right_norm += best_norm == c.right;
+    offset += c.endings.size();
+  }
   std::vector<Result> results;
-  for (const std::string& spec : o.tasks) {
-    const auto task = split_task(spec);
-    const std::string &name = task.first, &path = task.second;
-    std::vector<Result> more;
-    if (name.empty()) {
-      read_items(model, chat, path, o, questions);
-    } else if (name == "gsm8k") {
-      read_gsm8k(model, chat, name, path, shots[name], o, questions);
-    } else if (name == "bits_per_byte") {
-      more = measure_bits(model, name, path, o.limit, !o.no_start);
+  const int64_t n = int64_t(all.size());
+  if (norm) results.push_back(share(task, "acc_norm", right_norm, n));
+  results.push_back(share(norm ? task + "_acc" : task, "acc", right, n));
+  return results;
+}
+
+// ---- the files of HellaSwag, ARC and MMLU: one JSON object a line
+
+void replace_all(std::string& text, std::string_view old_part, std::string_view new_part) {
+  for (size_t i = 0; (i = text.find(old_part, i)) != std::string::npos; i += new_part.size()) {
+    text.replace(i, old_part.size(), new_part);
+  }
+}
+
+// HellaSwag's texts come from WikiHow, with markup in brackets.
+std::string clean_hellaswag(std::string_view raw) {
+  std::string text(strip(raw)), out;
+  replace_all(text, " [title]", ". ");
+  for (size_t i = 0; i < text.size(); i++) {
+    const size_t close = text[i] == '[' ? text.find(']', i) : std::string::npos;
+    if (close != std::string::npos && text.find('\n', i) > close) {
+      i = close;
     } else {
-      more = multiple_choice(model, name, path, shots[name], o);
+      out += text[i];
     }
-    results.insert(results.end(), more.begin(), more.end());
-    if (stop_signal != 0) return 128 + stop_signal;
   }
-  if (in_words && questions.empty()) {
-    fail("--tasks: found no item for ", o.base ? "a base model" : "an assistant", ", expected \"",
-         o.base ? "prompt" : "messages", "\" in some");
+  replace_all(out, "  ", " ");
+  return out;
+}
+
+MultipleChoice read_hellaswag(const Json& json, const std::string& where) {
+  std::string b = lower_ascii(json_get<std::string>(json, "ctx_b", where));
+  if (!b.empty() && b[0] >= 'a' && b[0] <= 'z') b[0] = char(b[0] - ('a' - 'A'));
+  MultipleChoice c;
+  c.context = clean_hellaswag(json_get<std::string>(json, "activity_label", where) + ": " +
+                              json_get<std::string>(json, "ctx_a", where) + " " + b);
+  if (!json.contains("endings") || !json["endings"].is_array()) {
+    fail(where, ": endings: found none, expected an array");
   }
-  if (!questions.empty()) {
-    for (Question& q : questions) {
-      q.stop.insert(q.stop.end(), rules.stop_strings.begin(), rules.stop_strings.end());
+  for (const Json& e : json["endings"]) {
+    c.endings.push_back(clean_hellaswag(json_as<std::string>(e, "endings", where)));
+  }
+  if (!json.contains("label")) fail(where, ": label is missing");
+  const Json& label = json["label"];  // 3 or "3"
+  const std::string digits = label.is_string() ? label.get<std::string>() : label.dump();
+  c.right = digits.size() == 1 ? size_t(digits[0] - '0') : c.endings.size();
+  if (c.right >= c.endings.size()) {
+    fail(where, ": label: found ", json_text(label), ", expected 0 to ", c.endings.size() - 1);
+  }
+  return c;
+}
+
+// {"question", "choices": {"text": [...], "label": [...]}, "answerKey"}, or the first release's
+// {"question": {"stem", "choices": [{"text", "label"}...]}, "answerKey"}.
+MultipleChoice read_arc(const Json& json, const std::string& where) {
+  const auto question = json.find("question");
+  if (question == json.end()) fail(where, ": question is missing");
+  const Json& source = question->is_object() ? *question : json;
+  const auto choices = source.find("choices");
+  if (choices == source.end()) fail(where, ": choices is missing");
+  MultipleChoice c;
+  std::vector<std::string> labels;
+  if (choices->is_array()) {
+    for (const Json& item : *choices) {
+      c.endings.push_back(json_get<std::string>(item, "text", where));
+      labels.push_back(json_get<std::string>(item, "label", where));
     }
-    const std::vector<Answer> answers = answer_all(
-        model, questions, rules, search ? &*search : nullptr, o.rows, int64_t(o.cache_mb) << 20);
-    if (stop_signal != 0) return 128 + stop_signal;
-    const std::vector<Result> marked = mark(questions, answers, o);
-    results.insert(results.begin(), marked.begin(), marked.end());
-    if (!o.output.empty()) write_answers(o.output, model.tokenizer, questions, answers);
+  } else {
+    for (const char* key : {"text", "label"}) {
+      const auto list = choices->find(key);
+      if (list == choices->end() || !list->is_array()) {
+        fail(where, ": choices: ", key, ": found none, expected an array");
+      }
+      for (const Json& item : *list) {
+        (key[0] == 't' ? c.endings : labels).push_back(json_as<std::string>(item, key, where));
+      }
+    }
   }
-  report(results, o);
-  return 0;
+  const auto key = json_get<std::string>(json, "answerKey", where);
+  c.right = size_t(std::find(labels.begin(), labels.end(), key) - labels.begin());
+  if (c.right >= c.endings.size() || labels.size() != c.endings.size()) {
+    fail(where, ": answerKey: found ", key, ", expected a choice's label");
+  }
+  c.context = "Question: " +
+              json_get<std::string>(source, question->is_object() ? "stem" : "question", where) +
+              "\nAnswer:";
+  return c;
+}
+
+// {"question", "subject", "choices": [...], "answer": 2 or "C"}. The endings are the letters.
+MultipleChoice read_mmlu(const Json& json, const std::string& where) {
+  if (!json.contains("choices") || !json["choices"].is_array() || json["choices"].size() > 26) {
+    fail(where, ": choices: found none, expected an array of at most 26");
+  }
+  MultipleChoice c{.context = std::string(strip(json_get<std::string>(json, "question", where)))};
+  for (const Json& choice : json["choices"]) {
+    const char letter = char('A' + c.endings.size());
+    c.context += concat("\n", letter, ". ", json_as<std::string>(choice, "choices", where));
+    c.endings.emplace_back(1, letter);
+  }
+  c.context += "\nAnswer:";
+  if (!json.contains("answer")) fail(where, ": answer is missing");
+  const Json& answer = json["answer"];
+  const std::string letter = answer.is_string() ? answer.get<std::string>() : "";
+  c.right = answer.is_number_unsigned() ? answer.get<size_t>()
+            : letter.size() == 1        ? size_t(letter[0] - 'A')
+                                        : c.endings.size();
+  if (c.right >= c.endings.size()) {
+    fail(where, ": answer: found ", json_text(answer), ", expected a choice's number or letter");
+  }
+  return c;
+}
+
+std::vector<Result> multiple_choice(const Model& m, const Task& task, const EvalOptions& o) {
+  const bool is_mmlu = task.name == "mmlu";
+  const auto read = task.name == "hellaswag" ? read_hellaswag : is_mmlu ? read_mmlu : read_arc;
+  std::string before;
+  if (!task.shots.empty()) {
+    for_each_json(task.shots, o.shots, [&](const Json& json, const std::string& where) {
+      const MultipleChoice c = read(json, where);
+      before += c.context + " " + c.endings[c.right] + "\n\n";
+    });
+  }
+  std::vector<MultipleChoice> all;
+  for_each_json(task.path, o.limit, [&](const Json& json, const std::string& where) {
+    MultipleChoice c = read(json, where);
+    c.context = before + c.context;
+    if (is_mmlu) {
+      std::string subject = json_get<std::string>(json, "subject", where);
+      replace_all(subject, "_", " ");
+      c.context = "The following are multiple choice questions (with answers) about " + subject +
+                  ".\n\n" + c.context;
+    }
+    all.push_back(std::move(c));
+  });
+  return choose(m, task.name, all, !is_mmlu, !o.no_start);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Bits per byte of documents. A document of more than T tokens is scored in windows of T tokens.
+// Each window also reads the token before it. The last window begins earlier, so that it has T
+// tokens too; every token is scored once.
+
+std::vector<Result> bits_per_byte(const Model& m, const Task& task, const EvalOptions& o) {
+  std::vector<ScoredText> windows;
+  std::vector<double> bytes;  // of each window
+  DocumentReader reader({Input(task.path)});
+  std::string text;
+  int documents = 0;
+  for (DocumentPart part; (o.limit == 0 || documents < o.limit) && reader.next(part);) {
+    if (part.begins) text.clear();
+    text += part.text;
+    if (!part.ends) continue;
+    documents++;
+    std::vector<int> ids;
+    if (!o.no_start && m.document_start >= 0) ids.push_back(m.document_start);
+    m.tokenizer.encode(text, ids);
+    const size_t T = size_t(m.gpt->config().T);
+    for (size_t done = 1; done < ids.size();) {  // the first token is not scored
+      const size_t end = std::min(done + T, ids.size());
+      const size_t begin = end > T + 1 ? end - T - 1 : 0;
+      windows.push_back({{ids.begin() + int64_t(begin), ids.begin() + int64_t(end)}, done - begin});
+      double n = 0;
+      for (size_t i = done; i < end; i++) n += double(m.tokenizer.token_bytes(ids[i]).size());
+      bytes.push_back(n);
+      done = end;
+    }
+  }
+  if (windows.empty()) fail(task.path, ": found no text of two tokens or more");
+  score(*m.gpt, windows, task.name);
+  // A ratio of two sums over windows; the variance of a ratio estimator (Cochran 1977, 2.9).
+  double bits = 0, all_bytes = 0, squares = 0;
+  for (size_t i = 0; i < windows.size(); i++) {
+    bits -= windows[i].logp / std::log(2.);
+    all_bytes += bytes[i];
+  }
+  const double ratio = bits / all_bytes, n = double(windows.size());
+  for (size_t i = 0; i < windows.size(); i++) {
+    const double d = -windows[i].logp / std::log(2.) - ratio * bytes[i];
+    squares += d * d;
+  }
+  const double half = n > 1 ? 1.96 * std::sqrt(n / (n - 1) * squares) / all_bytes : 0;
+  return {{task.name, "bits_per_byte", ratio, documents, {ratio - half, ratio + half}}};
 }
 
 // ---------------------------------------------------------------------------------------------
 // The command line
 
 void add_model_flags(CLI::App& app, ModelOptions& o) {
-  app.add_option("model", o.path, "A model directory, or the directory of a run")->required();
-  app.add_option("--device", o.device, "auto, cpu or cuda")->capture_default_str();
-  app.add_option("--threads", o.threads, "0: one for each physical core")->capture_default_str();
+  app.add_option("model", o.path, "model directory, or the directory of a run")->required();
+  app.add_option("--device", o.device, "auto, cpu or cuda");
+  app.add_option("--threads", o.threads, "CPU threads; 0: one for each physical core");
 }
 
 void add_sampling_flags(CLI::App& app, Sampling& s) {
-  app.add_option("--temperature", s.temperature, "0: always the most likely token")
-      ->capture_default_str();
-  app.add_option("--top-k", s.top_k, "Only the K most likely tokens; 0: all")
-      ->capture_default_str();
-  app.add_option("--top-p", s.top_p, "Only the most likely tokens that make up P")
-      ->capture_default_str();
-  app.add_option("--min-p", s.min_p, "Only tokens at least P times as likely as the likeliest")
-      ->capture_default_str();
+  app.add_option("--temperature", s.temperature, "of sampling; 0: always the most likely token");
+  app.add_option("--top-k", s.top_k, "sample among the K most likely tokens; 0: among all");
+  app.add_option("--top-p", s.top_p,
+                 "sample among the most likely tokens whose probabilities sum to P; 1: among all");
+  app.add_option("--min-p", s.min_p,
+                 "sample among tokens at least P times as likely as the most likely; 0: among all");
   app.add_option("--repetition-penalty", s.repetition_penalty,
-                 "Above 1: makes tokens that the text already has less likely")
-      ->capture_default_str();
-  app.add_option("--seed", s.seed, "The same seed gives the same texts")->capture_default_str();
+                 "above 1: tokens that the text contains already become less likely");
+  app.add_option("--seed", s.seed, "of the random numbers: the same seed gives the same texts");
+}
+
+void add_batch_flags(CLI::App& app, int& rows, int& cache_mb) {
+  app.add_option("--rows", rows, "texts that are generated together, at most");
+  app.add_option("--cache-mb", cache_mb,
+                 "memory for keys and values, in MiB; more if one text needs more");
 }
 
 void add_talk_flags(CLI::App& app, TalkOptions& t) {
   add_model_flags(app, t.model);
   app.get_option("model")->required(false);
-  app.add_flag("--base", t.base, "A base model: it goes on with the text that is typed");
-  app.add_option("--system", t.system, "The system message");
-  app.add_flag("--calculator", t.calculator, "The assistant may calculate");
+  app.add_flag("--base", t.base, "the model is a base model: it continues the text that you type");
+  app.add_option("--system", t.system, "the system message; empty: none");
+  app.add_flag("--calculator", t.calculator, "the assistant may use a calculator");
   app.add_option("--documents", t.documents,
-                 "The assistant may search these: .jsonl with \"text\", or plain text");
+                 "file of documents in which the assistant may search: .jsonl with \"text\", or "
+                 "plain text; empty: no search");
   app.add_option("--template", t.chat_template,
-                 "auto (what the model's files say), chatml, llama3 or plain")
-      ->capture_default_str();
-  app.add_option("--tokens", t.tokens, "Of an answer at most; 0: what the context holds")
-      ->capture_default_str();
+                 "chat template: chatml, llama3, plain, or auto: chosen by the model's files");
+  app.add_option("--max-tokens", t.max_tokens,
+                 "longest answer, in tokens; 0: as many as the context holds, 100 with --base");
   add_sampling_flags(app, t.sampling);
 }
 
 void add_generate_flags(CLI::App& app, GenerateOptions& g) {
   add_model_flags(app, g.model);
   CLI::Option* prompt =
-      app.add_option("--prompt", g.prompt, "The text to continue; none: a new document");
+      app.add_option("--prompt", g.prompt, "text to continue; empty: begin a new document");
   app.add_option(
          "--prompts", g.prompts,
-         "A file of prompts, one a line; .jsonl: objects with \"prompt\"; -: standard input")
+         "file of prompts, one a line, or .jsonl objects with \"prompt\"; -: standard input")
       ->excludes(prompt);
   app.add_option("-o,--output", g.output,
-                 "Write results as JSONL: prompt, completion, tokens, logp, finish");
-  app.add_option("--tokens", g.tokens, "New tokens at most")->capture_default_str();
-  app.add_option("--samples", g.samples, "Texts for each prompt")->capture_default_str();
-  app.add_option("--stop", g.stop, "Stop before this text; may be given several times")
+                 "file for the results, JSONL: prompt, completion, tokens, logp, finish; empty: "
+                 "print them");
+  app.add_option("--max-tokens", g.max_tokens, "longest text, in new tokens");
+  app.add_option("--samples", g.samples, "texts for each prompt");
+  app.add_option("--stop", g.stop, "end before this text; may be given several times")
       ->allow_extra_args(false);
   add_sampling_flags(app, g.sampling);
-  app.add_option("--rows", g.rows, "Texts made side by side at most")->capture_default_str();
-  app.add_option("--cache-mb", g.cache_mb, "MiB for keys and values, if one text needs no more")
-      ->capture_default_str();
-  app.add_flag("--stats", g.stats, "Tokens a second, on standard error");
+  add_batch_flags(app, g.rows, g.cache_mb);
+  app.add_flag("--stats", g.stats, "print the speed in tokens a second, on standard error");
 }
 
 void add_eval_flags(CLI::App& app, EvalOptions& e) {
   add_model_flags(app, e.model);
-  app.add_option(
-         "--tasks", e.tasks,
-         "Item files, and NAME=FILE with hellaswag, arc, arc_easy, arc_challenge, mmlu, gsm8k "
-         "(.jsonl) or bits_per_byte (text or .jsonl)")
+  app.add_option("--tasks", e.tasks,
+                 "files of items, and NAME=FILE where NAME is hellaswag, arc, arc_easy, "
+                 "arc_challenge, mmlu, gsm8k (.jsonl) or bits_per_byte (text or .jsonl)")
       ->required()
       ->delimiter(',');
-  app.add_flag("--base", e.base, "A base model: items' \"prompt\" in place of \"messages\"");
-  app.add_option("--shots", e.shots, "Solved examples before each question of NAME=FILE tasks")
-      ->capture_default_str();
-  app.add_option("--shots-from", e.shots_from, "NAME=FILE: where they come from, the first ones")
+  app.add_flag("--base", e.base,
+               "the model is a base model: ask the items' \"prompt\", not their \"messages\"");
+  app.add_option("--shots", e.shots, "solved examples before each question of NAME=FILE tasks");
+  app.add_option("--shots-from", e.shots_from,
+                 "NAME=FILE, the solved examples of a task: the first ones of the file")
       ->delimiter(',');
-  app.add_option("--documents", e.documents, "What the search tool finds passages in");
-  app.add_option("--template", e.chat_template, "auto, chatml, llama3 or plain")
-      ->capture_default_str();
-  app.add_option("--limit", e.limit, "Items of each task at most; 0: all")->capture_default_str();
-  app.add_option("--tokens", e.tokens, "Of an answer at most; 0: as the items say, 256 for gsm8k")
-      ->capture_default_str();
+  app.add_option("--documents", e.documents,
+                 "file of documents for the search tool; empty: no search");
+  app.add_option("--template", e.chat_template,
+                 "chat template: chatml, llama3, plain, or auto: chosen by the model's files");
+  app.add_option("--limit", e.limit, "items of each task, at most; 0: all");
+  app.add_option("--max-tokens", e.max_tokens,
+                 "longest answer, in tokens; 0: as the items say, 256 for gsm8k");
   app.add_flag("--no-start", e.no_start,
-               "No <|endoftext|> before documents: as lm-evaluation-harness with GPT-2");
-  app.add_option("--beside", e.beside, "NAME=FILE: earlier results (--json), a column each");
-  app.add_option("--json", e.json, "Write the results to this file");
-  app.add_option("-o,--output", e.output, "Write every answer to this .jsonl file");
-  app.add_option("--rows", e.rows, "Answers made side by side at most")->capture_default_str();
-  app.add_option("--cache-mb", e.cache_mb, "MiB for keys and values, if one text needs no more")
-      ->capture_default_str();
+               "no <|endoftext|> before documents, as in lm-evaluation-harness with GPT-2");
+  app.add_option("--beside", e.beside, "NAME=FILE: earlier results of --json, one column each");
+  app.add_option("--json", e.json, "file for the results, JSON; empty: none");
+  app.add_option("-o,--output", e.output, "file for every answer, JSONL; empty: none");
+  add_batch_flags(app, e.rows, e.cache_mb);
 }
 
 int chat(int argc, char** argv) {
-  CLI::App app("Talk to a model: ./chat DIR", "chat");
+  CLI::App app("Talks to a model in the terminal: ./chat DIR");
+  app.option_defaults()->always_capture_default();
   app.require_subcommand(0, 1);
   TalkOptions t;
   GenerateOptions g;
   EvalOptions e;
   add_talk_flags(app, t);
   CLI::App* generate_command =
-      app.add_subcommand("generate", "Continue a text, as a base model does");
+      app.add_subcommand("generate", "continue texts, as a base model does");
   add_generate_flags(*generate_command, g);
-  CLI::App* eval_command = app.add_subcommand("eval", "Ask questions and mark the answers");
+  CLI::App* eval_command = app.add_subcommand("eval", "ask questions and mark the answers");
   add_eval_flags(*eval_command, e);
-
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);  // --help
-    fail(error.what(), " (./chat --help lists what there is)");
-  }
+  const std::vector<HelpPage> pages = {
+      {&app,
+       {"model", "--base", "--system", "--calculator", "--documents", "--template", "--max-tokens",
+        "--temperature", "--top-p", "--seed"}},
+      {generate_command,
+       {"model", "--prompt", "--prompts", "--output", "--max-tokens", "--samples", "--stop",
+        "--temperature", "--top-p", "--seed"}},
+      {eval_command,
+       {"model", "--tasks", "--base", "--shots", "--shots-from", "--limit", "--max-tokens",
+        "--beside", "--json", "--output"}}};
+  constexpr RenamedFlag kRenamed[] = {{"--tokens", "--max-tokens"}};
+  if (!parse_flags(app, argc, argv, pages, kRenamed)) return 0;
   if (generate_command->parsed()) return generate(g);
   if (eval_command->parsed()) return evaluate(e);
-  if (t.model.path.empty()) fail("model is required (./chat --help lists what there is)");
+  if (t.model.path.empty()) fail("model is required (see --help)");
   return talk(t);
 }
 

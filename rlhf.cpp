@@ -20,11 +20,6 @@
 // Schulman et al. 2015; DPO, Rafailov et al. 2023; GRPO, Shao et al. 2024 (DeepSeekMath); gold
 // against proxy, Gao, Schulman, Hilton 2022 (Scaling Laws for Reward Model Overoptimization).
 // Others stand beside what they gave.
-#include <poll.h>
-#include <sys/prctl.h>
-#include <sys/resource.h>
-#include <sys/wait.h>
-
 #include <algorithm>
 #include <array>
 #include <charconv>
@@ -47,19 +42,18 @@
 
 #include <CLI/CLI.hpp>
 
-#include "cake/answers.h"
 #include "cake/checkpoint.h"
 #include "cake/generate.h"
 #include "cake/gpt.h"
 #include "cake/json.h"
 #include "cake/records.h"
-#include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/schedule.h"
 #include "cake/sha256.h"
 #include "cake/shards.h"
 #include "cake/tokenizer.h"
 #include "cake/tools.h"
+#include "cake/verify.h"
 
 namespace cake {
 namespace {
@@ -1944,29 +1938,16 @@ OrderedJson DpoRun::finish() {
 // ---------------------------------------------------------------------------------------------
 // Prompts and problems
 
-struct Prompt {
-  std::vector<int> ids;  // up to where the answer begins
-  bool raw = false;      // a text to go on with, not a chat
-  bool tools = false;    // calls are run
-  std::string question;  // as a person or a verifier reads it
-  std::string answer;    // of a problem
-  Json line;             // all that the file says: a countdown's numbers and target, an id
-  Rubric rubric;         // empty where there is none
-  std::string where;     // file:line
+struct Prompt : Problem {  // question: as a person or a verifier reads it
+  std::vector<int> ids;    // up to where the answer begins
+  bool raw = false;        // a text to go on with, not a chat
+  bool tools = false;      // calls are run
 };
 
 struct PromptOptions {
   std::string form;                // a text with {question} in place of the chat template
   std::vector<std::string> tools;  // declared to every question, as JSON
 };
-
-// A flag's text, or what the file of this name holds; \n is a line's end.
-std::string form_text(const std::string& form) {
-  std::error_code ignored;
-  std::string text = std::filesystem::is_regular_file(form, ignored) ? read_file(form) : form;
-  for (size_t i; (i = text.find("\\n")) != std::string::npos;) text.replace(i, 2, "\n");
-  return text;
-}
 
 // {"question", "answer"}, {"messages"}, or {"prompt"}: a string (a text to go on with) or messages.
 Prompt parse_prompt(simdjson::dom::object object, const std::string& where,
@@ -1978,7 +1959,8 @@ Prompt parse_prompt(simdjson::dom::object object, const std::string& where,
     if (!has(key) || e.get(text)) fail(where, ": ", key, ": expected a string");
     return std::string(text);
   };
-  Prompt p{.line = Json::parse(simdjson::minify(object)), .where = where};
+  Prompt p;
+  p.line = Json::parse(simdjson::minify(object)), p.where = where;
   if (has("answer")) p.answer = e.is_string() ? string_of("answer") : simdjson::minify(e);
   if (has("rubric")) p.rubric = parse_rubric(p.line.at("rubric"), where + ": rubric");
   Conversation chat;
@@ -2138,7 +2120,7 @@ std::vector<Rollout> roll_out(Gpt& gpt, const Tokenizer& tokenizer,
   std::vector<Rollout> rollouts;
   for (int n = 0; n < int(prompts.size()) * copies; n++) {
     rollouts.push_back(
-        make_rollout(*prompts[size_t(n / copies)], n / copies, generator.take(n), tokenizer, o));
+        make_rollout(*prompts[size_t(n / copies)], n / copies, generator.pop(n), tokenizer, o));
   }
   return rollouts;
 }
@@ -2210,228 +2192,6 @@ std::vector<RolloutBatch> pack_rollouts(std::span<Rollout* const> rollouts, int6
 }
 
 // ---------------------------------------------------------------------------------------------
-// Verifiers: is the answer right?
-
-std::string_view without_space(std::string_view s) {
-  const size_t begin = s.find_first_not_of(" \t\r\n");
-  return begin == s.npos ? "" : s.substr(begin, s.find_last_not_of(" \t\r\n") + 1 - begin);
-}
-
-// "18.", "$18", "18.00" and "1,000" are the numbers they look like; of several, the last counts.
-bool right_number(const Prompt& p, const std::string& text) {
-  const std::string expected = final_number(p.answer);
-  if (expected.empty())
-    fail(p.where, ": answer: found ", json_text(p.answer), ", expected a number");
-  return final_number(text) == expected;
-}
-
-// The letter of a choice, A to Z: the first one alone behind the last "answer", else the only
-// letter alone in the text, else none. A letter is alone between what is no letter or digit.
-char chosen_letter(std::string_view text) {
-  const std::string lower = lower_ascii(text);
-  const size_t said = lower.rfind("answer");
-  const auto alone = [&](size_t i) {
-    const auto word = [&](size_t at) {
-      return at < text.size() && (std::isalnum(static_cast<unsigned char>(text[at])) ||
-                                  (text[at] & 0x80) || text[at] == '\'');
-    };
-    return text[i] >= 'A' && text[i] <= 'Z' && !(i > 0 && word(i - 1)) && !word(i + 1);
-  };
-  char only = 0;
-  for (size_t i = said == lower.npos ? 0 : said + 6; i < text.size(); i++) {
-    if (!alone(i)) continue;
-    if (said != lower.npos) return text[i];
-    if (only) return 0;
-    only = text[i];
-  }
-  return only;
-}
-bool right_choice(const Prompt& p, const std::string& text) {
-  const char expected = chosen_letter(p.answer);
-  if (!expected) fail(p.where, ": answer: found ", json_text(p.answer), ", expected a letter");
-  return chosen_letter(text) == expected;
-}
-
-// {"numbers": [3, 5, 7], "target": 26}: the text's last arithmetic makes the target of the numbers,
-// each used once at most, and at least two of them. What stands behind an = is not part of it.
-std::string last_arithmetic(std::string_view text) {
-  const auto part = [](char c) {
-    return std::string_view("0123456789+-*/(). ").find(c) != std::string_view::npos;
-  };
-  std::string found;
-  for (size_t i = 0; i < text.size();) {
-    size_t end = i;
-    while (end < text.size() && part(text[end])) end++;
-    std::string_view run = without_space(text.substr(i, end - i));
-    while (!run.empty() && run.back() == '.') run = without_space(run.substr(0, run.size() - 1));
-    const bool digits = run.find_first_of("0123456789") != run.npos;
-    if (digits && run.find_first_of("+-*/", 1) != run.npos) found = run;
-    i = end + 1;
-  }
-  return found;
-}
-bool right_countdown(const Prompt& p, const std::string& text) {
-  std::multiset<std::string> left;
-  std::string target;
-  try {
-    for (const Json& n : p.line.at("numbers")) left.insert(canonical_number(n.dump()));
-    target = canonical_number(p.line.at("target").dump());
-  } catch (const Json::exception&) {
-    fail(p.where, ": found no countdown, expected {\"numbers\": [3, 5], \"target\": 8}");
-  }
-  const std::string sum = last_arithmetic(text);
-  std::string apart = sum;  // so that no sign belongs to a number
-  for (char& c : apart) c = std::string_view("+-*/()").find(c) == std::string_view::npos ? c : ' ';
-  const std::vector<std::string> used = numbers_in(apart);
-  for (const std::string& n : used) {
-    const auto it = left.find(n);
-    if (it == left.end()) return false;
-    left.erase(it);
-  }
-  try {
-    return used.size() >= 2 && canonical_number(calculate(sum)) == target;
-  } catch (const Error&) {
-    return false;
-  }
-}
-
-// A user's own verifier, one process for the whole run: it reads a line {"id", "prompt",
-// "completion", "answer"} and writes a line {"id", "reward"}, for one rollout after another.
-//
-// What it is held to are limits, not isolation: it runs with the rights of whoever started the
-// training. A process that is late, ends, or writes anything else is ended and begun anew for the
-// next rollout, and that rollout has no reward.
-class CommandVerifier {
- public:
-  struct Limits {
-    double seconds = 10;                // for each line
-    int64_t memory = int64_t(4) << 30;  // bytes of addresses
-    int processes = 64;                 // more than its user has at its start
-  };
-  CommandVerifier(std::string command, const Limits& limits)
-      : command_(std::move(command)), limits_(limits) {
-    std::signal(SIGPIPE, SIG_IGN);  // a verifier that ended is met as an error of write()
-  }
-  CommandVerifier(const CommandVerifier&) = delete;
-  CommandVerifier& operator=(const CommandVerifier&) = delete;
-  ~CommandVerifier() { stop(); }
-
-  // NaN on failure, and why in last_failure().
-  float reward(int64_t id, const Rollout& r) {
-    const Json line = {{"id", id},
-                       {"prompt", r.prompt->question},
-                       {"completion", r.text},
-                       {"answer", r.prompt->answer}};
-    std::string reply, why;
-    if (process_ < 0) start();
-    why = exchange(line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n", reply);
-    if (why.empty()) {
-      const Json json = Json::parse(reply, nullptr, false);
-      const bool good = json.is_object() && json.contains("reward") && json["reward"].is_number() &&
-                        json.contains("id") && json["id"] == id && unread_.empty();
-      if (good && std::isfinite(json["reward"].get<float>())) return json["reward"].get<float>();
-      why =
-          concat("wrote ", json_text(reply), ", expected {\"id\": ", id, ", \"reward\": a number}");
-    }
-    last_failure_ = why;
-    stop();
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  const std::string& last_failure() const { return last_failure_; }
-
- private:
-  // Threads that this process's user has: what RLIMIT_NPROC counts. (It does not bind root.)
-  static int64_t threads_of_user() {
-    namespace fs = std::filesystem;
-    int64_t n = 0;
-    std::error_code gone;
-    for (const auto& entry : fs::directory_iterator("/proc", gone)) {
-      struct stat status;
-      if (::stat((entry.path() / "task").c_str(), &status) != 0 || status.st_uid != getuid())
-        continue;
-      for (auto it = fs::directory_iterator(entry.path() / "task", gone);
-           !gone && it != fs::directory_iterator(); it.increment(gone)) {
-        n++;
-      }
-    }
-    return n;
-  }
-
-  void start() {
-    int in[2], out[2];  // its standard input and output
-    if (pipe2(in, O_CLOEXEC) != 0) fail("command: cannot make a pipe: ", errno_text());
-    if (pipe2(out, O_CLOEXEC) != 0) fail("command: cannot make a pipe: ", errno_text());
-    const rlimit memory{rlim_t(limits_.memory), rlim_t(limits_.memory)};
-    const auto most = rlim_t(threads_of_user() + limits_.processes);
-    const rlimit processes{most, most}, no_core{0, 0};
-    const pid_t parent = getpid();
-    process_ = fork();
-    if (process_ < 0) fail("command: cannot start a process: ", errno_text());
-    if (process_ == 0) {  // only calls that are safe between fork and exec
-      prctl(PR_SET_PDEATHSIG, SIGKILL);
-      if (getppid() != parent) _exit(127);
-      setpgid(0, 0);
-      setrlimit(RLIMIT_AS, &memory), setrlimit(RLIMIT_NPROC, &processes);
-      setrlimit(RLIMIT_CORE, &no_core);
-      dup2(in[0], STDIN_FILENO), dup2(out[1], STDOUT_FILENO);
-      std::signal(SIGPIPE, SIG_DFL);
-      execl("/bin/sh", "sh", "-c", command_.c_str(), nullptr);
-      _exit(127);
-    }
-    setpgid(process_, process_);
-    close(in[0]), close(out[1]);
-    to_ = in[1], from_ = out[0];
-    fcntl(to_, F_SETFL, O_NONBLOCK);
-  }
-  void stop() {  // it, and what it started
-    if (process_ < 0) return;
-    kill(-process_, SIGKILL);
-    waitpid(process_, nullptr, 0);
-    close(to_), close(from_);
-    process_ = -1;
-    unread_.clear();
-  }
-
-  // Writes a line and reads one. Returns what went wrong.
-  std::string exchange(std::string_view line, std::string& reply) {
-    constexpr size_t kLongest = 1 << 20;
-    const double deadline = now() + limits_.seconds;
-    for (;;) {
-      const double left = deadline - now();
-      if (left <= 0) return format("wrote no line within %g s", limits_.seconds);
-      pollfd fds[] = {{from_, POLLIN, 0}, {line.empty() ? -1 : to_, POLLOUT, 0}};
-      if (poll(fds, 2, int(std::ceil(std::min(left, 1e5) * 1000))) < 0) {
-        if (errno == EINTR) continue;
-        return "poll: " + errno_text();
-      }
-      if (fds[1].revents) {
-        const ssize_t n = write(to_, line.data(), line.size());
-        if (n < 0 && errno != EAGAIN && errno != EINTR) return "ended";
-        line.remove_prefix(size_t(std::max<ssize_t>(0, n)));
-      }
-      if (fds[0].revents) {
-        char piece[4096];
-        const ssize_t n = read(from_, piece, sizeof piece);
-        if (n == 0) return "ended";
-        unread_.append(piece, size_t(std::max<ssize_t>(0, n)));
-      }
-      if (const size_t end = unread_.find('\n'); end != std::string::npos) {
-        reply = unread_.substr(0, end);
-        unread_.erase(0, end + 1);
-        return "";
-      }
-      if (unread_.size() > kLongest) return "wrote more than a megabyte without a line's end";
-    }
-  }
-
-  std::string command_;
-  Limits limits_;
-  pid_t process_ = -1;
-  int to_ = -1, from_ = -1;
-  std::string unread_, last_failure_;
-};
-
-// ---------------------------------------------------------------------------------------------
 // Rewards: several functions, each with a weight
 
 // "NAME", "NAME:ARGUMENT", and "WEIGHT*" before either.
@@ -2459,23 +2219,6 @@ RewardSpec parse_reward(std::string text) {
   return spec;
 }
 
-// * stands for any text, ? for any byte; all else for itself.
-bool matches(std::string_view pattern, std::string_view text) {
-  size_t p = 0, t = 0, star = pattern.npos, from = 0;
-  while (t < text.size()) {
-    if (p < pattern.size() && pattern[p] == '*') {
-      star = p++, from = t;
-    } else if (p < pattern.size() && (pattern[p] == '?' || pattern[p] == text[t])) {
-      p++, t++;
-    } else if (star != pattern.npos) {
-      p = star + 1, t = ++from;
-    } else {
-      return false;
-    }
-  }
-  return pattern.find_first_not_of('*', p) == pattern.npos;
-}
-
 struct RewardFunction {
   RewardSpec spec;
   bool verifies = false;  // 1 is right, 0 wrong: what pass@k counts
@@ -2497,7 +2240,7 @@ struct RewardContext {
   std::filesystem::path policy_dir;
   int max_new;
   Device device;
-  CommandVerifier::Limits limits;
+  CommandLimits limits;
 };
 
 // What a reward model reads of a rollout, within its context.
@@ -2510,52 +2253,16 @@ std::vector<int> ids_to_judge(const Rollout& r, int end, int context) {
 // `models`: every reward model that is loaded, for the checkpoint to name.
 RewardFunction make_reward(const RewardSpec& spec, const RewardContext& context,
                            std::vector<std::shared_ptr<RewardModel>>& models) {
-  const auto verifier = [&](bool (*right)(const Prompt&, const std::string&)) {
-    return RewardFunction{spec, true, for_each_rollout([right](const Rollout& r) {
-                            return right(*r.prompt, r.text);
-                          })};
-  };
+  if (const auto v = make_verifier(spec.name, spec.argument, context.limits)) {
+    return {spec, v->is_pass_fail, [score = v->score](std::span<const Rollout> rollouts) {
+              std::vector<Attempt> attempts;
+              for (const Rollout& r : rollouts) attempts.push_back({r.prompt, r.text, r.ended});
+              return score(attempts);
+            }};
+  }
   const auto need_argument = [&](const char* what) {
     if (spec.argument.empty()) fail("--reward ", spec.name, ": expected ", spec.name, ":", what);
   };
-  if (spec.name == "number") return verifier(right_number);
-  if (spec.name == "choice") return verifier(right_choice);
-  if (spec.name == "countdown") return verifier(right_countdown);
-  if (spec.name == "exact") {
-    return verifier([](const Prompt& p, const std::string& text) {
-      if (p.answer.empty()) fail(p.where, ": answer is missing");
-      return without_space(text) == without_space(p.answer);
-    });
-  }
-  if (spec.name == "command") {
-    need_argument("a shell command");
-    const auto process = std::make_shared<CommandVerifier>(spec.argument, context.limits);
-    return {spec, true, [process](std::span<const Rollout> rollouts) {
-              std::vector<float> out;
-              for (size_t i = 0; i < rollouts.size(); i++) {
-                out.push_back(process->reward(int64_t(i), rollouts[i]));
-              }
-              const auto failed =
-                  std::count_if(out.begin(), out.end(), [](float x) { return !std::isfinite(x); });
-              if (failed * 5 > int64_t(out.size())) {
-                fail("--reward command: found ", failed, " failures in ", out.size(),
-                     " rollouts, expected a fifth at most; the last: it ", process->last_failure());
-              }
-              return out;
-            }};
-  }
-  if (spec.name == "rubric") {
-    return {spec, false, for_each_rollout([](const Rollout& r) {
-              if (r.prompt->rubric.empty()) fail(r.prompt->where, ": rubric is missing");
-              return true_reward(r.prompt->rubric, r.text, r.ended);
-            })};
-  }
-  if (spec.name == "format") {  // 1 for an answer of this form
-    need_argument("PATTERN, where * is any text");
-    return {spec, false, for_each_rollout([pattern = form_text(spec.argument)](const Rollout& r) {
-              return matches(pattern, r.text);
-            })};
-  }
   if (spec.name == "length") {  // 0 up to so many tokens, then down to -1 at the longest (DAPO)
     need_argument("TOKENS that are free");
     const double free = std::atof(spec.argument.c_str()), most = context.max_new;

@@ -38,6 +38,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "cake/chat_template.h"
 #include "cake/checkpoint.h"
 #include "cake/flags.h"
 #include "cake/generate.h"
@@ -45,7 +46,6 @@
 #include "cake/json.h"
 #include "cake/packed.h"
 #include "cake/records.h"
-#include "cake/reward_model.h"
 #include "cake/run.h"
 #include "cake/schedule.h"
 #include "cake/tokenizer.h"

@@ -3,21 +3,23 @@
 //     Request -> queue -> row of a batch -> Gpt::decode -> token -> StopStrings -> Utf8Stream ->
 //     text
 //
-// Up to `rows` requests are decoded together; a row that finishes is replaced from the queue
-// (continuous batching: Yu et al. 2022, Orca). The engine gives a row the same bits in any company,
-// and a draw is a function of (seed, request, position): what a request yields depends neither on
-// its neighbours nor on what follows, which only save time:
+// Up to `rows` requests are decoded together. When one finishes, the next of the queue takes its
+// row (continuous batching: Yu et al. 2022, Orca). The engine computes the same bits for a row
+// whatever the other rows are, and a sampled token is a function of (seed, request, position).
+// Therefore a request's text does not depend on the other requests, nor on the two ways in which
+// the generator saves time and memory:
 //
-// - A prompt is prefilled in pieces of bounded size, once. A request whose prompt begins like a
-//   sequence that is still in the cache forks it there and feeds only the rest. Sequences stay in
-//   the cache after they finished, until others need their pages (as in SGLang: Zheng et al. 2023).
-// - The cache is as large as the caller says. A request waits until its pages are free; where rows
-//   outgrow the cache together, the one admitted last gives up its pages and is fed again later,
-//   prompt and tokens so far (preemption by recomputation, as in vLLM: Kwon et al. 2023).
+// - A prompt is prefilled once, in pieces of bounded size. A request whose prompt has a prefix in
+//   common with a sequence in the cache forks that sequence and feeds only the rest. Finished
+//   sequences stay in the cache until others need their pages (as in SGLang: Zheng et al. 2023).
+// - The caller chooses the size of the cache. A request waits until the pages that it needs are
+//   free. When the rows together outgrow the cache, the row that was admitted last gives up its
+//   pages and is fed again later, its prompt and its tokens so far (preemption by recomputation, as
+//   in vLLM: Kwon et al. 2023).
 //
-// A sequence is token ids from beginning to end: text is made from them and never read back. Where
-// a turn ends, the caller may append ids, a tool's answer, and the request goes on behind them:
-// they are fed as a prompt is, and marked as inserted.
+// A sequence is token ids. Text is made from ids, and never turned back into ids. After a turn the
+// caller may append ids, such as a tool's answer, and the request continues behind them. They are
+// fed like a prompt, and marked as inserted.
 #pragma once
 
 #include <algorithm>
@@ -38,14 +40,14 @@
 namespace cake {
 
 // ---------------------------------------------------------------------------------------------
-// Bytes to text. A token is bytes, and a character or a stop string may lie across several.
+// Bytes to text. A token is bytes. A character or a stop string may span several tokens.
 
-// Bytes in, whole UTF-8 characters out. A byte is held back as long as it may be part of a valid
-// character; what can become none is replaced by U+FFFD, one for each maximal prefix of a character
-// (the practice of the Unicode Standard, 3.9, and of the WHATWG's decoder).
+// Bytes in, whole UTF-8 characters out. Bytes are held back while they may be the beginning of a
+// valid character. Invalid bytes become U+FFFD, one for each maximal prefix of a character (the
+// practice of the Unicode Standard, 3.9, and of the WHATWG's decoder).
 class Utf8Stream {
  public:
-  // Appends to `text` what `bytes` complete.
+  // Appends to `text` the characters that `bytes` complete.
   void feed(std::string_view bytes, std::string& text) {
     for (const char byte : bytes) {
       const auto b = static_cast<unsigned char>(byte);
@@ -67,7 +69,7 @@ class Utf8Stream {
       }
     }
   }
-  // The bytes end here: a character that was begun is replaced.
+  // There are no more bytes: an incomplete character is replaced.
   void finish(std::string& text) {
     if (missing_ > 0) text += kReplacement;
     held_.clear();
@@ -81,9 +83,10 @@ class Utf8Stream {
   unsigned char low_ = 0x80, high_ = 0xBF;  // bounds of the next one
 };
 
-// Finds the first of several strings to be complete, bytewise, over any division into pieces. Text
-// that may be the beginning of one is held back until that is decided. Each string keeps the length
-// of its longest prefix that ends the text so far (Knuth, Morris, Pratt 1977).
+// Finds the first of several strings that is complete, in bytes that come in pieces of any size.
+// Text that may be the beginning of a stop string is held back until that is decided. For each
+// string, `matched` is the length of its longest prefix that ends the text so far (Knuth, Morris,
+// Pratt 1977).
 class StopStrings {
  public:
   explicit StopStrings(const std::vector<std::string>& strings = {}) {
@@ -97,18 +100,19 @@ class StopStrings {
       patterns_.push_back(std::move(p));
     }
   }
-  // Appends to `text` what can be part of no stop string. True when one is complete: the text ends
-  // before it (before the longest, when several end at once), and what follows it is dropped.
+  // Appends to `text` the bytes that can be part of no stop string. True when a stop string is
+  // complete: the text ends before it (before the longest, when several end at once), and the rest
+  // of `bytes` is dropped.
   bool feed(std::string_view bytes, std::string& text) {
     for (const char byte : bytes) {
       held_ += byte;
-      size_t keep = 0, found = 0;
+      size_t undecided = 0, found = 0;
       for (Pattern& p : patterns_) {
         while (p.matched > 0 && p.string[size_t(p.matched)] != byte) {
           p.matched = p.border[size_t(p.matched) - 1];
         }
         if (p.string[size_t(p.matched)] == byte) p.matched++;
-        keep = std::max(keep, size_t(p.matched));
+        undecided = std::max(undecided, size_t(p.matched));
         if (size_t(p.matched) == p.string.size()) found = std::max(found, p.string.size());
       }
       if (found > 0) {
@@ -116,12 +120,12 @@ class StopStrings {
         held_.clear();
         return true;
       }
-      text.append(held_, 0, held_.size() - keep);
-      held_.erase(0, held_.size() - keep);
+      text.append(held_, 0, held_.size() - undecided);
+      held_.erase(0, held_.size() - undecided);
     }
     return false;
   }
-  // The bytes end here: nothing was a stop string.
+  // There are no more bytes: what was held back is text.
   void finish(std::string& text) { text += std::exchange(held_, {}); }
 
  private:
@@ -135,7 +139,7 @@ class StopStrings {
 };
 
 // ---------------------------------------------------------------------------------------------
-// What is asked and what comes back
+// Requests and completions
 
 enum class Finish {
   stop_token,   // one of stop_ids was sampled
@@ -149,48 +153,48 @@ inline const char* finish_name(Finish f) {
   return names[int(f)];
 }
 
-struct Token {            // one sampled token of one request
-  int request;            // the number that submit gave
-  int index;              // of the completion's ids: 0 for the first new one
-  int id;                 //
+struct Token {  // one sampled token of one request
+  int request;  // the number that submit gave
+  int index;    // of the completion's ids: 0 for the first new one
+  int id;
   float logp;             // of the id under softmax(logits / temperature)
-  std::string_view text;  // that became certain with it: whole characters, perhaps none
-  bool last;              // of its turn: the request is finished, or on_turn is asked next
+  std::string_view text;  // the characters that this token completes; may be empty
+  bool last;              // of its turn: the request is finished, or on_turn is called next
 };
 
-// Called when a stop token ends a turn, with the request's number and the ids of the turn, the stop
-// token included. Returns the ids to append (the model's next turn follows them), or none: then the
-// request is finished.
+// Called when a stop token ends a turn, with the request's number and the ids of the turn,
+// including the stop token. Returns ids to append, after which the model's next turn follows, or no
+// ids: then the request is finished.
 using OnTurn = std::function<std::vector<int>(int request, std::span<const int> turn)>;
 
 struct Request {
   std::vector<int> prompt;  // 1 to T - 1 ids
-  int max_new = 256;        // tokens to sample, at least 1
-  Sampling sampling;        // its stream is set by submit
+  int max_new = 256;        // tokens to sample at most; at least 1
+  Sampling sampling;        // submit sets its stream
   std::vector<int> stop_ids;
   std::vector<std::string> stop_strings;
-  std::function<void(const Token&)> on_token;  // called once a sampled token, in order
+  std::function<void(const Token&)> on_token;  // called for every sampled token, in order
   OnTurn on_turn;
-  int max_inserted = 0;  // ids that on_turn may append, over all turns; more end the request
+  int max_inserted = 0;  // ids that on_turn may append in all; the request ends before more
 };
 
 struct Completion {
-  std::vector<int> ids;       // behind the prompt: sampled, stop tokens included, and inserted
-  std::vector<float> logp;    // of each that was sampled; 0 for one that was inserted
-  std::vector<bool> sampled;  // each: by the model, not inserted
-  int last_turn = 0;          // where the ids of the last turn begin
+  std::vector<int> ids;       // behind the prompt: sampled (with stop tokens) and inserted ones
+  std::vector<float> logp;    // of each sampled id; 0 for an inserted id
+  std::vector<bool> sampled;  // of each id: true if the model sampled it, false if inserted
+  int last_turn = 0;          // index of the last turn's first id
   std::string text;           // of the last turn: valid UTF-8, without stop token or stop string
   Finish finish = Finish::length;
 };
 
 struct GeneratorOptions {
-  int rows = 64;                // sequences decoded together at most
-  int64_t cache_positions = 0;  // of all sequences in the cache; see cache_positions()
-  int prefill_tokens = 512;     // of prompts in one call at most: bounds the engine's activations
+  int rows = 64;                // sequences decoded together, at most
+  int64_t cache_positions = 0;  // size of the cache; see cache_positions()
+  int prefill_tokens = 512;     // prompt tokens in one call, at most: bounds the activations
 };
 
-// Positions that `rows` sequences of up to `longest` tokens need, bounded by `max_bytes` of fp32
-// keys and values; one sequence always has room.
+// How many positions `rows` sequences of up to `longest` tokens need, but no more than fit
+// `max_bytes` of fp32 keys and values. There is always room for one sequence.
 inline int64_t cache_positions(const Config& c, int rows, int64_t longest, int64_t max_bytes) {
   const int64_t sequence = (std::min<int64_t>(longest, c.T) + kPage - 1) / kPage * kPage;
   const int64_t bytes = int64_t(2) * c.L * c.NKV * c.HS * int64_t(sizeof(float));
@@ -198,9 +202,9 @@ inline int64_t cache_positions(const Config& c, int rows, int64_t longest, int64
 }
 
 struct GeneratorStats {
-  int64_t prompt_tokens = 0;  // fed, those of preempted rows again
-  int64_t reused_tokens = 0;  // that a fork found in the cache
-  int64_t new_tokens = 0;     // sampled in calls that feed no prompt: all but a row's first
+  int64_t prompt_tokens = 0;  // fed; those of preempted rows count again
+  int64_t reused_tokens = 0;  // found in the cache by a fork
+  int64_t new_tokens = 0;     // sampled in calls without a prompt: all but the first of each row
   int64_t preemptions = 0;
   double prompt_seconds = 0, decode_seconds = 0;
 };
@@ -212,7 +216,7 @@ class Generator {
  public:
   using TokenBytes = std::function<std::string_view(int id)>;
 
-  // The bytes of every id, empty where it has none.
+  // `token_bytes`: the bytes of an id, empty where it has none.
   Generator(Gpt& gpt, TokenBytes token_bytes, const GeneratorOptions& options)
       : gpt_(gpt),
         token_bytes_(std::move(token_bytes)),
@@ -225,7 +229,7 @@ class Generator {
     }
   }
 
-  // Queues a request and returns its number: 0, 1, 2, ... Its draws depend on its seed and number.
+  // Queues a request and returns its number: 0, 1, 2, ... Its samples depend on seed and number.
   int submit(Request request) {
     const int number = int(completions_.size()), T = gpt_.config().T;
     const int64_t n = int64_t(request.prompt.size());
@@ -260,7 +264,7 @@ class Generator {
     return number;
   }
 
-  // One call of the engine. False when nothing is left to do.
+  // One call of the engine. False when every request is finished.
   bool step() {
     admit();
     if (rows_.empty()) return false;
@@ -275,14 +279,15 @@ class Generator {
   }
 
   bool done(int request) const { return completions_.at(size_t(request)).has_value(); }
-  // Of a request that is done; once.
-  Completion take(int request) {
+  // Removes and returns the completion of a request that is done.
+  Completion pop(int request) {
     std::optional<Completion>& c = completions_.at(size_t(request));
-    if (!c) fail("request ", request, ": found it unfinished or taken, expected a completion");
+    if (!c) fail("request ", request, ": found it unfinished or popped, expected a completion");
     return *std::exchange(c, std::nullopt);
   }
 
-  // Ends a request that is not done, with what it has. Its sequence stays as a finished one's does.
+  // Ends a request that is not done. Its completion holds the tokens so far, and its sequence stays
+  // in the cache like a finished one.
   void cancel(int request) {
     for (size_t i = 0; i < rows_.size(); i++) {
       if (rows_[i].job->number != request) continue;
@@ -296,11 +301,11 @@ class Generator {
       queue_.erase(queue_.begin() + int64_t(i));
       return;
     }
-    fail("request ", request, ": found it finished or never submitted, expected it on its way");
+    fail("request ", request, ": found it finished or never submitted, expected it in work");
   }
 
-  // Drops the finished sequences that the cache still holds: needed when the weights change.
-  void forget() {
+  // Removes the finished sequences from the cache. Needed whenever the weights change.
+  void drop_finished() {
     while (evict()) {
     }
   }
@@ -308,16 +313,16 @@ class Generator {
   const KvCache& cache() const { return *cache_; }
 
  private:
-  struct Job {  // a request on its way
+  struct Job {  // a request in work
     int number = 0;
     Request request;
-    std::vector<int> tokens;  // prompt and what followed
+    std::vector<int> tokens;  // the prompt and all ids behind it
     Completion completion;
     int sampled = 0, inserted = 0;
     StopStrings stops;
     Utf8Stream utf8;
 
-    void finish(Finish why) {  // text that was held back comes out
+    void finish(Finish why) {  // appends the text that was held back
       std::string bytes;
       stops.finish(bytes);
       utf8.feed(bytes, completion.text);
@@ -327,9 +332,9 @@ class Generator {
   };
   struct Row {
     std::unique_ptr<Job> job;
-    int sequence;  // of the cache, which holds the first tokens of the job
+    int sequence;  // in the cache: the tokens of the job that were fed
   };
-  struct Kept {  // a finished sequence
+  struct Finished {  // a finished sequence that is still in the cache
     std::vector<int> tokens;
     int sequence;
   };
@@ -337,14 +342,14 @@ class Generator {
     size_t row;
     int n;
   };
-  struct Prefix {  // the beginning of a sequence in the cache
+  struct Prefix {  // the first `length` tokens of a sequence in the cache
     int sequence = -1, length = 0;
-    int kept = -1;  // its index, -1 for a row's
+    int finished = -1;  // index in finished_, -1 for the sequence of a row
   };
 
   static int64_t pages_for(int64_t n) { return (n + kPage - 1) / kPage; }
   int64_t free_pages() const { return cache_->free_positions() / kPage; }
-  // Positions that a request may need: the token sampled last is never fed.
+  // How many positions a request may need. The token that is sampled last is never fed.
   int64_t longest(const Request& r) const {
     const int64_t all = int64_t(r.prompt.size()) + r.max_new + r.max_inserted;
     return std::min<int64_t>(gpt_.config().T, all) - 1;
@@ -355,33 +360,34 @@ class Generator {
   int fed(const Row& r) const { return cache_->length(r.sequence); }
   int pending(const Row& r) const { return int(r.job->tokens.size()) - fed(r); }
 
-  static int common(const std::vector<int>& a, const std::vector<int>& b, int limit) {
+  static int common_prefix(const std::vector<int>& a, const std::vector<int>& b, int limit) {
     limit = std::min({limit, int(a.size()), int(b.size())});
     return int(std::mismatch(a.begin(), a.begin() + limit, b.begin()).first - a.begin());
   }
 
-  // The longest beginning of `tokens` in the cache. One token at least is left to feed: its logits
-  // are what the next one is drawn from.
+  // The longest prefix of `tokens` in the cache. At least one token is left to feed, because the
+  // next one is sampled from its logits.
   Prefix longest_prefix(const std::vector<int>& tokens) const {
     Prefix best;
     const int limit = int(tokens.size()) - 1;
     for (const Row& r : rows_) {
-      const int n = common(r.job->tokens, tokens, std::min(limit, fed(r)));
+      const int n = common_prefix(r.job->tokens, tokens, std::min(limit, fed(r)));
       if (n > best.length) best = {r.sequence, n, -1};
     }
-    for (size_t k = 0; k < kept_.size(); k++) {
-      const int n = common(kept_[k].tokens, tokens, limit);
-      if (n > best.length) best = {kept_[k].sequence, n, int(k)};
+    for (size_t k = 0; k < finished_.size(); k++) {
+      const int n = common_prefix(finished_[k].tokens, tokens, limit);
+      if (n > best.length) best = {finished_[k].sequence, n, int(k)};
     }
     return best;
   }
 
-  // True when a row is about to feed much of what `tokens` begin with: then it is worth waiting
-  // for. Much is 32 tokens, a small part of a call, or half of a short prompt.
-  bool worth_waiting(const std::vector<int>& tokens, int have) const {
-    const int size = int(tokens.size()), much = std::max(1, std::min(32, size / 2));
+  // True when a row is about to feed a long part of the prefix of `tokens`, beyond the `cached`
+  // tokens: then waiting for it saves time. Long is 32 tokens, or half of a short prompt.
+  bool worth_waiting(const std::vector<int>& tokens, int cached) const {
+    const int size = int(tokens.size()), enough = std::max(1, std::min(32, size / 2));
     for (const Row& r : rows_) {
-      if (pending(r) > 1 && common(r.job->tokens, tokens, size - 1) - have >= much) return true;
+      if (pending(r) > 1 && common_prefix(r.job->tokens, tokens, size - 1) - cached >= enough)
+        return true;
     }
     return false;
   }
@@ -393,15 +399,15 @@ class Generator {
       Prefix prefix = longest_prefix(tokens);
       if (worth_waiting(tokens, prefix.length)) return;
       for (;;) {
-        // Pages of the prefix are shared, but for one that is not full: it is copied. Rows keep
-        // what their prompts still need, and a page each to grow into if they may.
+        // Full pages of the prefix are shared; a page in part is copied. The pages that the rows'
+        // prompts still need are reserved, and one more for each row that may grow.
         int64_t need = pages_for(int64_t(tokens.size())) - prefix.length / kPage;
         for (const Row& r : rows_) {
           need += cache_->pages_needed(r.sequence, pending(r)) + may_grow(*r.job);
         }
         if (need <= free_pages()) break;
-        if (!evict(prefix.kept)) {
-          if (prefix.kept < 0) return;
+        if (!evict(prefix.finished)) {
+          if (prefix.finished < 0) return;
           evict();
         }
         prefix = longest_prefix(tokens);
@@ -409,15 +415,17 @@ class Generator {
       const int sequence = prefix.length > 0 ? cache_->fork(prefix.sequence) : cache_->create();
       cache_->truncate(sequence, prefix.length);
       stats_.reused_tokens += prefix.length;
-      if (prefix.kept >= 0) {  // used last, evicted last
-        std::rotate(kept_.begin() + prefix.kept, kept_.begin() + prefix.kept + 1, kept_.end());
+      if (prefix.finished >= 0) {  // now the one used last, so it is evicted last
+        std::rotate(finished_.begin() + prefix.finished, finished_.begin() + prefix.finished + 1,
+                    finished_.end());
       }
       rows_.push_back({std::move(queue_.front()), sequence});
       queue_.pop_front();
     }
   }
 
-  // Prompts before the next token of every row, so that the batch fills.
+  // The tokens to feed next: pieces of prompts, as long as there are any, so that all rows fill up;
+  // otherwise the next token of every row.
   std::vector<Part> next_call() const {
     std::vector<Part> call;
     int budget = options_.prefill_tokens;
@@ -431,8 +439,8 @@ class Generator {
     return call;
   }
 
-  // Frees pages for the call: of kept sequences, then of the rows admitted last, which go back to
-  // the front of the queue. The first row always has room: submit saw to that.
+  // Frees pages for the call: first those of finished sequences, then those of the rows admitted
+  // last, which go back to the front of the queue. The first row always has room: submit checks it.
   void make_room(std::vector<Part>& call) {
     for (;;) {
       int64_t need = 0;
@@ -448,12 +456,12 @@ class Generator {
     }
   }
 
-  // Frees the kept sequence that was used longest ago, other than number `except`.
+  // Frees the finished sequence that was used least recently, but not number `except`.
   bool evict(int except = -1) {
     const size_t k = except == 0 ? 1 : 0;
-    if (k >= kept_.size()) return false;
-    cache_->free(kept_[k].sequence);
-    kept_.erase(kept_.begin() + int(k));
+    if (k >= finished_.size()) return false;
+    cache_->free(finished_[k].sequence);
+    finished_.erase(finished_.begin() + int(k));
     return true;
   }
 
@@ -480,16 +488,16 @@ class Generator {
       stats_.new_tokens += int64_t(call.size());
       stats_.decode_seconds += seconds;
     }
-    std::vector<size_t> finished;
+    std::vector<size_t> finished_rows;
     for (size_t i = 0; i < call.size(); i++) {
       Row& r = rows_[call[i].row];
-      if (pending(r) > 0) continue;  // what follows a piece of a prompt is known
-      if (accept(*r.job, result_.ids[i], result_.logp[i])) finished.push_back(call[i].row);
+      if (pending(r) > 0) continue;  // a piece of a prompt: the next token is known
+      if (accept(*r.job, result_.ids[i], result_.logp[i])) finished_rows.push_back(call[i].row);
     }
-    for (size_t i = finished.size(); i-- > 0;) retire(finished[i]);
+    for (size_t i = finished_rows.size(); i-- > 0;) retire(finished_rows[i]);
   }
 
-  // Takes the token that was sampled for a job. True when it was the last.
+  // Appends the token that was sampled for a job. True when the job is finished.
   bool accept(Job& job, int id, float logp) {
     Completion& c = job.completion;
     const Request& q = job.request;
@@ -518,12 +526,12 @@ class Generator {
                   .text = std::string_view(c.text).substr(before),
                   .last = finish.has_value()});
     }
-    return finish && !(finish == Finish::stop_token && go_on(job));
+    return finish && !(finish == Finish::stop_token && continue_after_turn(job));
   }
 
-  // After a turn that a stop token ended: true when on_turn appends something and there is room
-  // for it and for a token more.
-  bool go_on(Job& job) {
+  // After a turn that a stop token ended: true when on_turn appends ids, and there is room for them
+  // and for one more token.
+  bool continue_after_turn(Job& job) {
     Completion& c = job.completion;
     const Request& q = job.request;
     if (!q.on_turn) return false;
@@ -555,13 +563,14 @@ class Generator {
     return true;
   }
 
-  // A finished row leaves the batch; its sequence stays, for prompts that begin like it.
+  // Removes a finished row from the batch. Its sequence stays in the cache, for prompts that have a
+  // prefix in common with it.
   void retire(size_t row) {
     Row r = std::move(rows_[row]);
     rows_.erase(rows_.begin() + int64_t(row));
     r.job->tokens.resize(size_t(fed(r)));
-    kept_.push_back({std::move(r.job->tokens), r.sequence});
-    if (int(kept_.size()) > options_.rows) evict();
+    finished_.push_back({std::move(r.job->tokens), r.sequence});
+    if (int(finished_.size()) > options_.rows) evict();
     completions_[size_t(r.job->number)] = std::move(r.job->completion);
   }
 
@@ -572,7 +581,7 @@ class Generator {
   int64_t pages_;                           // of the cache
   std::deque<std::unique_ptr<Job>> queue_;  // in order of submission
   std::vector<Row> rows_;                   // in order of admission
-  std::vector<Kept> kept_;                  // the one used longest ago first
+  std::vector<Finished> finished_;          // least recently used first
   std::vector<std::optional<Completion>> completions_;
   DecodeResult result_;
   GeneratorStats stats_;

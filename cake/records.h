@@ -1,13 +1,13 @@
-// Reading records: documents today, JSON lines of any kind.
+// Reading records: documents, conversations, preferences.
 //
 //     file or standard input --ByteSource--> bytes, decompressed --LineReader--> lines
 //         --JsonLines--> JSON objects, or plain text in parts      --DocumentReader--> documents
 //
-// Everything is streamed: memory is bounded by one part of a plain text, or the longest line. Kinds
-// come from the name (.jsonl, .ndjson; anything else is plain text, one document a file), and
-// compression from the first bytes, gzip (RFC 1952) or Zstandard (RFC 8878); a name that promises
-// compression must keep its word. Standard input is called "-"; it holds JSON lines when its first
-// byte is '{'. Errors name the file, and the line where there are lines.
+// Everything is streamed: memory is bounded by one part of a plain text, or by the longest line.
+// The name tells the kind of a file: .jsonl and .ndjson hold JSON lines, any other file is plain
+// text and one document. The first bytes tell the compression: gzip (RFC 1952), Zstandard (RFC
+// 8878) or none; a file named .gz or .zst must be compressed. "-" is standard input; it holds JSON
+// lines if its first byte is '{'. Errors name the file, and the line in JSON lines.
 #pragma once
 
 #include <simdjson.h>
@@ -28,8 +28,8 @@
 #include <utility>
 #include <vector>
 
+#include "cake/chat_template.h"
 #include "cake/run.h"
-#include "cake/tokenizer.h"
 
 namespace cake {
 
@@ -44,6 +44,12 @@ struct Input {
 
 // ---------------------------------------------------------------------------------------------
 // Bytes
+
+struct CloseFile {
+  void operator()(std::FILE* f) const {
+    if (f != stdin) std::fclose(f);
+  }
+};
 
 class ByteSource {
  public:
@@ -74,11 +80,6 @@ class ByteSource {
   const std::string& name() const { return name_; }
 
  private:
-  struct CloseFile {
-    void operator()(std::FILE* f) const {
-      if (f != stdin) std::fclose(f);
-    }
-  };
   struct EndInflate {
     void operator()(z_stream* z) const { inflateEnd(z), delete z; }
   };
@@ -88,7 +89,7 @@ class ByteSource {
 
   // Reads the next block; false at the end of the file.
   bool refill() {
-    at_ = 0;
+    offset_ = 0;
     size_ = std::fread(in_.data(), 1, in_.size(), file_.get());
     if (std::ferror(file_.get())) fail(name_, ": cannot read: ", errno_text());
     return size_ > 0;
@@ -110,45 +111,38 @@ class ByteSource {
       fail(name_, ": found ", head.empty() ? "an empty file" : "other bytes", ", expected ",
            extension == ".gz" ? "gzip" : "Zstandard", " data");
     }
-    const std::pair<std::string_view, const char*> others[] = {{"BZh", "bzip2 data"},
-                                                               {"\xfd"
-                                                                "7zXZ",
-                                                                "xz data"},
-                                                               {"PK\x03\x04", "a zip archive"},
-                                                               {"PAR1", "a Parquet file"},
-                                                               {"%PDF-", "a PDF file"},
-                                                               {"WARC/", "a WARC archive"},
-                                                               {"\x7f"
-                                                                "ELF",
-                                                                "a program"}};
+    const std::pair<std::string_view, const char*> others[] = {
+        {"BZh", "bzip2 data"},      {"\xfd\x37zXZ", "xz data"}, {"PK\x03\x04", "a zip archive"},
+        {"PAR1", "a Parquet file"}, {"%PDF-", "a PDF file"},    {"WARC/", "a WARC archive"},
+        {"\x7f\x45LF", "a program"}};
     for (const auto& [magic, what] : others) {
       if (begins(magic)) fail(name_, ": found ", what, ", expected text, JSON lines, .gz or .zst");
     }
   }
 
   size_t read_plain(char* out, size_t n) {
-    if (at_ == size_ && !refill()) return 0;
-    const size_t got = std::min(n, size_ - at_);
-    std::memcpy(out, in_.data() + at_, got);
-    at_ += got;
+    if (offset_ == size_ && !refill()) return 0;
+    const size_t got = std::min(n, size_ - offset_);
+    std::memcpy(out, in_.data() + offset_, got);
+    offset_ += got;
     return got;
   }
 
-  size_t read_gzip(char* out, size_t n) {  // several members may follow each other
+  size_t read_gzip(char* out, size_t n) {  // a file may hold several gzip members
     n = std::min(n, size_t(1) << 30);
     inflate_->next_out = reinterpret_cast<Bytef*>(out);
     inflate_->avail_out = uInt(n);
     while (inflate_->avail_out == n) {
-      if (at_ == size_ && !refill()) {
+      if (offset_ == size_ && !refill()) {
         if (in_frame_) fail(name_, ": the gzip data ends too early: the file is truncated");
         return 0;
       }
       if (!in_frame_) inflateReset(inflate_.get());
       in_frame_ = true;
-      inflate_->next_in = reinterpret_cast<Bytef*>(in_.data() + at_);
-      inflate_->avail_in = uInt(size_ - at_);
+      inflate_->next_in = reinterpret_cast<Bytef*>(in_.data() + offset_);
+      inflate_->avail_in = uInt(size_ - offset_);
       const int status = inflate(inflate_.get(), Z_NO_FLUSH);
-      at_ = size_ - inflate_->avail_in;
+      offset_ = size_ - inflate_->avail_in;
       if (status == Z_STREAM_END) {
         in_frame_ = false;
       } else if (status != Z_OK && status != Z_BUF_ERROR) {
@@ -161,14 +155,15 @@ class ByteSource {
   size_t read_zstd(char* out, size_t n) {
     ZSTD_outBuffer target{out, n, 0};
     while (target.pos == 0) {
-      // A full output may leave decompressed bytes inside: ask before reading on.
-      if (at_ == size_ && !zstd_full_ && !refill()) {
+      // After a full output the decoder may still hold decompressed bytes: call it before reading
+      // on.
+      if (offset_ == size_ && !zstd_full_ && !refill()) {
         if (in_frame_) fail(name_, ": the Zstandard data ends too early: the file is truncated");
         return 0;
       }
-      ZSTD_inBuffer source{in_.data(), size_, at_};
+      ZSTD_inBuffer source{in_.data(), size_, offset_};
       const size_t left = ZSTD_decompressStream(zstd_.get(), &target, &source);
-      at_ = source.pos;
+      offset_ = source.pos;
       if (ZSTD_isError(left)) fail(name_, ": damaged Zstandard data: ", ZSTD_getErrorName(left));
       in_frame_ = left != 0;
       zstd_full_ = target.pos == n && in_frame_;
@@ -179,7 +174,7 @@ class ByteSource {
   std::string name_;
   std::unique_ptr<std::FILE, CloseFile> file_;
   std::vector<char> in_ = std::vector<char>(1 << 18);
-  size_t at_ = 0, size_ = 0;  // unread bytes of in_
+  size_t offset_ = 0, size_ = 0;  // in_ holds size_ bytes, read up to offset_
   std::unique_ptr<z_stream, EndInflate> inflate_;
   std::unique_ptr<ZSTD_DStream, FreeZstd> zstd_;
   bool in_frame_ = false, zstd_full_ = false;
@@ -206,9 +201,6 @@ class SpooledInput {
   }
 
  private:
-  struct CloseFile {
-    void operator()(std::FILE* f) const { std::fclose(f); }
-  };
   std::unique_ptr<std::FILE, CloseFile> file_;
 };
 
@@ -223,8 +215,8 @@ class LineReader {
     std::copy(head.begin(), head.end(), buffer_.begin());
   }
 
-  // The next line, without its newline; SIMDJSON_PADDING bytes behind it are readable. It lives
-  // until the next call.
+  // The next line, without its newline. It is valid until the next call, and SIMDJSON_PADDING bytes
+  // behind it are readable.
   bool next(std::string_view& line) {
     for (size_t searched = begin_;;) {
       const char* newline =
@@ -271,7 +263,7 @@ class JsonLines {
   explicit JsonLines(const Input& input) : lines_(input) {}
   explicit JsonLines(LineReader lines) : lines_(std::move(lines)) {}
 
-  // The next object; blank lines are passed over. It lives until the next call.
+  // The next object, valid until the next call. Blank lines are skipped.
   bool next(simdjson::dom::object& object) {
     for (std::string_view line; lines_.next(line);) {
       if (lines_.number() == 1 && line.substr(0, 3) == "\xef\xbb\xbf") line.remove_prefix(3);
@@ -287,7 +279,7 @@ class JsonLines {
     return false;
   }
 
-  // A string that must be there.
+  // A member that must be there and a string.
   std::string_view get_string(simdjson::dom::object object, std::string_view key) const {
     simdjson::dom::element value;
     if (object.at_key(key).get(value)) fail(where(), ": \"", key, "\" is missing");
@@ -337,8 +329,8 @@ class DocumentReader {
   explicit DocumentReader(std::vector<Input> inputs, size_t part_bytes = 1 << 22)
       : inputs_(std::move(inputs)), buffer_(part_bytes) {}
 
-  // The next part of a document: the whole of it when it came as a JSON line. It lives until the
-  // next call.
+  // The next part of a document; a document from a JSON line has only one part. The part is valid
+  // until the next call.
   bool next(DocumentPart& part) {
     for (;;) {
       if (!text_ && !json_) {
@@ -350,13 +342,13 @@ class DocumentReader {
     }
   }
 
-  // Leaves out the rest of a plain text's document.
+  // Skips the rest of a plain text's document.
   void skip_document() { text_.reset(); }
 
   static bool is_jsonl(const Input& input, std::string_view head) {
     if (input.name == "standard input") {
-      const size_t first = head.find_first_not_of(" \t\r\n\xef\xbb\xbf");
-      return first != std::string_view::npos && head[first] == '{';
+      const size_t begin = head.find_first_not_of(" \t\r\n\xef\xbb\xbf");
+      return begin != std::string_view::npos && head[begin] == '{';
     }
     std::filesystem::path path = input.path;
     if (path.extension() == ".gz" || path.extension() == ".zst") path = path.stem();
@@ -375,12 +367,12 @@ class DocumentReader {
     } else {
       check_text(head, input.name);
       text_ = std::make_unique<ByteSource>(std::move(source));
-      first_ = true;
+      at_start_ = true;
     }
   }
 
   static void check_text(std::string_view head, const std::string& name) {
-    // Text has a stray NUL at most; programs, images and UTF-16 are full of them.
+    // Text has at most a stray NUL byte. Programs, images and UTF-16 have many.
     const std::string_view sample = head.substr(0, 1 << 16);
     const size_t nuls = size_t(std::count(sample.begin(), sample.end(), '\0'));
     if (nuls * 1000 > sample.size()) {
@@ -390,8 +382,8 @@ class DocumentReader {
   }
 
   void next_text(DocumentPart& part) {
-    const size_t got = first_ ? head_ : text_->read(buffer_.data(), buffer_.size());
-    part = {{buffer_.data(), got}, std::exchange(first_, false), got < buffer_.size()};
+    const size_t got = at_start_ ? head_ : text_->read(buffer_.data(), buffer_.size());
+    part = {{buffer_.data(), got}, std::exchange(at_start_, false), got < buffer_.size()};
     if (part.ends) text_.reset();
   }
 
@@ -413,34 +405,48 @@ class DocumentReader {
   std::unique_ptr<ByteSource> text_;
   std::unique_ptr<JsonLines> json_;
   size_t head_ = 0;  // bytes of buffer_ that open() has read
-  bool first_ = false;
+  bool at_start_ = false;
   int64_t records_ = 0;
 };
 
 // ---------------------------------------------------------------------------------------------
-// Conversations: {"messages": [{"role", "content", "tool_calls"}, ...], "tools": [...]}, calls and
-// tools with or without OpenAI's {"type": "function", "function": {...}} around them.
+// Conversations: {"messages": [{"role", "content", "tool_calls"}, ...], "tools": [...]}. Calls and
+// tools may be inside OpenAI's {"type": "function", "function": {...}}.
 
-// A value's text as Python's json.dumps(value, ensure_ascii=False) has it, which is what chat
-// templates print: a space behind every colon and comma, keys in the order they came in.
+inline void append_json_string(std::string& out, std::string_view text) {
+  out += '"';
+  for (const char c : text) {
+    const char* names = "\"\"\\\\\nn\rr\tt\ff\bb";  // characters and how they are escaped
+    while (*names && *names != c) names += 2;
+    if (*names) {
+      (out += '\\') += names[1];
+    } else if (static_cast<unsigned char>(c) < 32) {
+      out += format("\\u%04x", static_cast<unsigned char>(c));
+    } else {
+      out += c;
+    }
+  }
+  out += '"';
+}
+
+// The fewest digits that give the number back; whole numbers end in ".0".
+inline void append_json_number(std::string& out, double x) {
+  if (x == std::floor(x) && std::fabs(x) < 1e16) {
+    out += format("%.1f", x);
+    return;
+  }
+  std::array<char, 32> digits;
+  const bool scientific = std::fabs(x) >= 1e16 || std::fabs(x) < 1e-4;
+  const auto end =
+      std::to_chars(digits.begin(), digits.end(), x,
+                    scientific ? std::chars_format::scientific : std::chars_format::fixed);
+  out.append(digits.data(), end.ptr);
+}
+
+// Appends a value as Python's json.dumps(value, ensure_ascii=False) writes it, as chat templates
+// do: a space behind every colon and comma, keys in the order of the file.
 inline void append_json(std::string& out, simdjson::dom::element e) {
   using simdjson::dom::element_type;
-  const auto append_string = [&out](std::string_view text) {
-    out += '"';
-    for (const char c : text) {
-      const char* names = "\"\"\\\\\nn\rr\tt\ff\bb";
-      const char* name = names;
-      while (*name && *name != c) name += 2;
-      if (*name) {
-        (out += '\\') += name[1];
-      } else if (static_cast<unsigned char>(c) < 32) {
-        out += format("\\u%04x", static_cast<unsigned char>(c));
-      } else {
-        out += c;
-      }
-    }
-    out += '"';
-  };
   const char* comma = "";
   switch (e.type()) {
     case element_type::ARRAY:
@@ -455,30 +461,18 @@ inline void append_json(std::string& out, simdjson::dom::element e) {
       out += '{';
       for (const auto& [key, value] : e.get_object()) {
         out += std::exchange(comma, ", ");
-        append_string(key);
+        append_json_string(out, key);
         out += ": ";
         append_json(out, value);
       }
       out += '}';
       break;
     case element_type::STRING:
-      append_string(e.get_string());
+      append_json_string(out, e.get_string());
       break;
-    case element_type::DOUBLE: {
-      // The fewest digits that give the number back; whole numbers end in ".0".
-      const double x = e.get_double();
-      if (x == std::floor(x) && std::fabs(x) < 1e16) {
-        out += format("%.1f", x);
-        break;
-      }
-      std::array<char, 32> digits;
-      const auto scientific = std::fabs(x) >= 1e16 || std::fabs(x) < 1e-4;
-      const auto end =
-          std::to_chars(digits.begin(), digits.end(), x,
-                        scientific ? std::chars_format::scientific : std::chars_format::fixed);
-      out.append(digits.data(), end.ptr);
+    case element_type::DOUBLE:
+      append_json_number(out, e.get_double());
       break;
-    }
     default:
       out += simdjson::minify(e);
   }
@@ -490,71 +484,86 @@ inline std::string python_json(simdjson::dom::element e) {
   return out;
 }
 
-// Reads "messages" and "tools". `where` is the file and line, for errors. The order of roles is
-// check_conversation's, in cake/tokenizer.h.
-inline Conversation parse_conversation(simdjson::dom::object object, const std::string& where) {
-  using simdjson::dom::element;
-  const auto list = [](simdjson::dom::object from, const char* key, const std::string& at) {
-    element e;
-    simdjson::dom::array items;
-    std::vector<element> all;
-    if (from.at_key(key).get(e) || e.is_null()) return all;
-    if (e.get(items)) {
-      fail(at, ": ", key, ": found ", JsonLines::type_name(e), ", expected an array");
-    }
-    all.assign(items.begin(), items.end());
-    return all;
-  };
-  const auto as_object = [](element e, const std::string& at) {
-    simdjson::dom::object inner;
-    if (e.get(inner)) fail(at, ": found ", JsonLines::type_name(e), ", expected an object");
-    return inner;
-  };
-  const auto text = [](simdjson::dom::object from, const char* key, const std::string& at) {
-    element e;
-    std::string_view value;
-    if (from.at_key(key).get(e)) fail(at, ": ", key, " is missing");
-    if (e.get(value)) {
-      fail(at, ": ", key, ": found ", JsonLines::type_name(e), ", expected a string");
-    }
-    return std::string(value);
-  };
-  const auto function = [&](element e, const std::string& at) {  // what OpenAI's wrapping holds
-    const simdjson::dom::object outer = as_object(e, at);
-    element inner;
-    return outer.at_key("function").get(inner) ? e : (as_object(inner, at + ": function"), inner);
-  };
+inline std::vector<simdjson::dom::element> as_list(simdjson::dom::element e,
+                                                   const std::string& where) {
+  simdjson::dom::array items;
+  if (e.get(items)) fail(where, ": found ", JsonLines::type_name(e), ", expected an array");
+  return {items.begin(), items.end()};
+}
 
-  Conversation conversation;
-  element messages;
-  if (object.at_key("messages").get(messages)) fail(where, ": messages is missing");
-  size_t number = 0;
-  for (const element e : list(object, "messages", where)) {
-    const std::string at = concat(where, ": messages[", number++, "]");
-    const simdjson::dom::object from = as_object(e, at);
-    Message message;
-    message.role = text(from, "role", at);
-    size_t call_number = 0;
-    for (const element c : list(from, "tool_calls", at)) {
-      const std::string call_at = concat(at, ": tool_calls[", call_number++, "]");
-      const simdjson::dom::object call = as_object(function(c, call_at), call_at);
-      element arguments;
-      if (call.at_key("arguments").get(arguments)) fail(call_at, ": arguments is missing");
-      message.tool_calls.push_back(
-          {text(call, "name", call_at),
-           arguments.is_string() ? text(call, "arguments", call_at) : python_json(arguments)});
+inline simdjson::dom::object as_object(simdjson::dom::element e, const std::string& where) {
+  simdjson::dom::object object;
+  if (e.get(object)) fail(where, ": found ", JsonLines::type_name(e), ", expected an object");
+  return object;
+}
+
+inline std::string string_member(simdjson::dom::object object, const char* key,
+                                 const std::string& where) {
+  simdjson::dom::element e;
+  std::string_view value;
+  if (object.at_key(key).get(e)) fail(where, ": ", key, " is missing");
+  if (e.get(value)) {
+    fail(where, ": ", key, ": found ", JsonLines::type_name(e), ", expected a string");
+  }
+  return std::string(value);
+}
+
+// The object inside OpenAI's {"type": "function", "function": {...}}, or the object itself.
+inline simdjson::dom::element unwrap_function(simdjson::dom::element e, const std::string& where) {
+  simdjson::dom::element inner;
+  if (as_object(e, where).at_key("function").get(inner)) return e;
+  as_object(inner, where + ": function");
+  return inner;
+}
+
+inline ToolCall parse_call(simdjson::dom::element e, const std::string& where) {
+  const simdjson::dom::object call = as_object(unwrap_function(e, where), where);
+  simdjson::dom::element arguments;
+  if (call.at_key("arguments").get(arguments)) fail(where, ": arguments is missing");
+  return {string_member(call, "name", where),
+          arguments.is_string() ? string_member(call, "arguments", where) : python_json(arguments)};
+}
+
+// A list of messages. The order of roles is check_conversation's, in cake/chat_template.h.
+inline std::vector<Message> parse_messages(simdjson::dom::element list, const std::string& where) {
+  std::vector<Message> messages;
+  for (const simdjson::dom::element item : as_list(list, where)) {
+    const std::string place = concat(where, "[", messages.size(), "]");
+    const simdjson::dom::object object = as_object(item, place);
+    Message message{.role = string_member(object, "role", place)};
+    simdjson::dom::element e;
+    if (!object.at_key("tool_calls").get(e) && !e.is_null()) {
+      for (const simdjson::dom::element call : as_list(e, place + ": tool_calls")) {
+        message.tool_calls.push_back(
+            parse_call(call, concat(place, ": tool_calls[", message.tool_calls.size(), "]")));
+      }
     }
-    element content;
-    const bool absent = from.at_key("content").get(content) || content.is_null();
-    if (!absent || message.tool_calls.empty()) message.content = text(from, "content", at);
-    conversation.messages.push_back(std::move(message));
+    const bool no_content = object.at_key("content").get(e) || e.is_null();
+    if (!no_content || message.tool_calls.empty()) {
+      message.content = string_member(object, "content", place);
+    }
+    messages.push_back(std::move(message));
   }
-  number = 0;
-  for (const element e : list(object, "tools", where)) {
-    const std::string at = concat(where, ": tools[", number++, "]");
-    conversation.tools.push_back(python_json(function(e, at)));
+  return messages;
+}
+
+// A conversation's "tools", if it has any.
+inline std::vector<std::string> parse_tools(simdjson::dom::object object,
+                                            const std::string& where) {
+  std::vector<std::string> tools;
+  simdjson::dom::element list;
+  if (object.at_key("tools").get(list) || list.is_null()) return tools;
+  for (const simdjson::dom::element e : as_list(list, where + ": tools")) {
+    tools.push_back(python_json(unwrap_function(e, concat(where, ": tools[", tools.size(), "]"))));
   }
-  return conversation;
+  return tools;
+}
+
+// `where` is the file and line, for errors.
+inline Conversation parse_conversation(simdjson::dom::object object, const std::string& where) {
+  simdjson::dom::element messages;
+  if (object.at_key("messages").get(messages)) fail(where, ": messages is missing");
+  return {parse_messages(messages, where + ": messages"), parse_tools(object, where)};
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -567,8 +576,9 @@ inline Conversation parse_conversation(simdjson::dom::object object, const std::
 //                                             prompt
 //     {"text", "label"}                       label: true, 1, "pos", "good"; false, 0, "neg", "bad"
 //
-// Prompts and answers are strings or lists of messages. A string in answer to messages is the
-// assistant's; strings on both sides are a text and what continues it.
+// Prompts and answers are strings or lists of messages. A string that answers messages is the
+// assistant's message. If prompt and answers are strings, the prompt is a text and the answers
+// continue it.
 
 struct Preference {
   bool is_chat = false;
@@ -576,34 +586,21 @@ struct Preference {
   Conversation prompt;                        // of a chat
   std::vector<std::string> continuations;     // of a text
   std::vector<std::vector<Message>> answers;  // of a chat
-  std::vector<int> ranking;                   // of each answer, 1 best
+  std::vector<int> ranking;                   // of each answer; 1 is the best
   std::optional<bool> label;                  // of the text
-  double chance = 0;  // that labellers choose so, where it is known (synthetic data)
+  double chance = 0;  // that labellers choose the first answer, if known (synthetic data); else 0
 };
 
 namespace preferences {
 using simdjson::dom::element;
 using simdjson::dom::object;
 
-// A list of messages, without the order of roles that a conversation has.
-inline std::vector<Message> messages_of(element list, const std::string& at) {
-  simdjson::dom::array items;
-  if (list.get(items)) fail(at, ": found ", JsonLines::type_name(list), ", expected messages");
-  if (items.size() == 0) fail(at, ": found an empty list, expected messages");
-  const std::string wrapped = "{\"messages\":" + std::string(simdjson::minify(list)) + "}";
-  simdjson::dom::parser parser;
-  object whole;
-  if (parser.parse(wrapped).get(whole)) fail(at, ": not JSON");
-  return parse_conversation(whole, at).messages;
-}
-
-inline std::vector<std::string> tools_of(element list, const std::string& where) {
-  const std::string wrapped =
-      "{\"messages\":[],\"tools\":" + std::string(simdjson::minify(list)) + "}";
-  simdjson::dom::parser parser;
-  object whole;
-  if (parser.parse(wrapped).get(whole)) fail(where, ": tools: not JSON");
-  return parse_conversation(whole, where).tools;
+// A prompt or an answer as messages.
+inline std::vector<Message> messages_of(element list, const std::string& where) {
+  if (!list.is_array()) fail(where, ": found ", JsonLines::type_name(list), ", expected messages");
+  std::vector<Message> messages = parse_messages(list, where + ": messages");
+  if (messages.empty()) fail(where, ": found an empty list, expected messages");
+  return messages;
 }
 
 inline element member(object from, const char* key, const std::string& where) {
@@ -612,12 +609,12 @@ inline element member(object from, const char* key, const std::string& where) {
   return e;
 }
 
-// An answer: to a chat, one or more messages; to a text, a string.
-inline void add_answer(Preference& p, element e, const std::string& at) {
+// The answer to a chat is one or more messages, or a string; to a text it is a string.
+inline void add_answer(Preference& p, element e, const std::string& where) {
   std::string_view text;
   if (!e.get(text)) {
     if (text.find_first_not_of(" \t\r\n") == std::string_view::npos) {
-      fail(at, ": found nothing, expected an answer");
+      fail(where, ": found nothing, expected an answer");
     }
     if (p.is_chat) {
       p.answers.push_back({{"assistant", std::string(text), {}}});
@@ -627,31 +624,32 @@ inline void add_answer(Preference& p, element e, const std::string& at) {
     return;
   }
   if (!p.is_chat) {
-    fail(at, ": found ", JsonLines::type_name(e), ", expected a string, as the prompt is");
+    fail(where, ": found ", JsonLines::type_name(e), ", expected a string, as the prompt is");
   }
-  p.answers.push_back(messages_of(e, at));
+  p.answers.push_back(messages_of(e, where));
 }
 
-inline std::vector<int> parse_ranking(element e, size_t answers, const std::string& at) {
+inline std::vector<int> parse_ranking(element e, size_t answers, const std::string& where) {
   simdjson::dom::array ranks;
   if (e.get(ranks)) {
-    fail(at, ": found ", JsonLines::type_name(e), ", expected a rank for each response");
+    fail(where, ": found ", JsonLines::type_name(e), ", expected a rank for each response");
   }
   std::vector<int> ranking;
   for (const element rank : ranks) {
     int64_t r = 0;
     if (rank.get(r) || r < 1 || r > 1 << 20) {
-      fail(at, ": found ", std::string(simdjson::minify(rank)), ", expected ranks from 1 on");
+      fail(where, ": found ", std::string(simdjson::minify(rank)), ", expected ranks from 1 on");
     }
     ranking.push_back(int(r));
   }
   if (ranking.size() != answers) {
-    fail(at, ": found ", ranking.size(), " ranks, expected ", answers, ", one for each response");
+    fail(where, ": found ", ranking.size(), " ranks, expected ", answers,
+         ", one for each response");
   }
   return ranking;
 }
 
-inline bool parse_label(element e, const std::string& at) {
+inline bool parse_label(element e, const std::string& where) {
   bool truth = false;
   int64_t number = 0;
   std::string_view name;
@@ -663,33 +661,15 @@ inline bool parse_label(element e, const std::string& at) {
     for (const char* bad : {"neg", "negative", "bad", "0"})
       if (name == bad) return false;
   }
-  fail(at, ": found ", std::string(simdjson::minify(e)), ", expected true or false");
+  fail(where, ": found ", std::string(simdjson::minify(e)), ", expected true or false");
 }
 
-inline bool same(const Message& a, const Message& b) {
-  if (a.role != b.role || a.content != b.content || a.tool_calls.size() != b.tool_calls.size()) {
-    return false;
-  }
-  for (size_t i = 0; i < a.tool_calls.size(); i++) {
-    if (a.tool_calls[i].name != b.tool_calls[i].name ||
-        a.tool_calls[i].arguments != b.tool_calls[i].arguments) {
-      return false;
-    }
-  }
-  return true;
-}
-inline bool same(const std::vector<Message>& a, const std::vector<Message>& b) {
-  return a.size() == b.size() &&
-         std::equal(a.begin(), a.end(), b.begin(),
-                    [](const auto& x, const auto& y) { return same(x, y); });
-}
-
-// Two whole conversations: what both begin with is the prompt.
+// Splits two whole conversations: the messages that both begin with become the prompt.
 inline void split_common_prompt(Preference& p, const std::string& where) {
   std::vector<Message>&a = p.answers[0], &b = p.answers[1];
   size_t n = 0;
-  while (n < a.size() && n < b.size() && same(a[n], b[n])) n++;
-  if (n == a.size() && n == b.size()) return;  // equal sides: check_preference says so
+  while (n < a.size() && n < b.size() && a[n] == b[n]) n++;
+  if (n == a.size() && n == b.size()) return;  // equal answers: check_preference refuses them
   while (n > 0 && (n == a.size() || n == b.size() || a[n - 1].role == "assistant")) n--;
   if (n == 0) fail(where, ": found no message that both sides begin with, expected a prompt");
   p.prompt.messages.assign(a.begin(), a.begin() + long(n));
@@ -697,18 +677,18 @@ inline void split_common_prompt(Preference& p, const std::string& where) {
   b.erase(b.begin(), b.begin() + long(n));
 }
 
-// Every answer follows the prompt as check_conversation asks, ends with the assistant, and no two
-// sides of a pair are equal.
+// Every answer must make a conversation with its prompt (check_conversation). Equal answers must
+// have equal ranks.
 inline void check_preference(const Preference& p, const std::string& where) {
   const size_t answers = p.ranking.size();
   if (answers < 2) fail(where, ": found ", answers, " answers, expected at least 2");
   for (size_t i = 0; i < answers; i++) {
     for (size_t j = 0; j < i; j++) {
       const bool equal =
-          p.is_chat ? same(p.answers[i], p.answers[j]) : p.continuations[i] == p.continuations[j];
+          p.is_chat ? p.answers[i] == p.answers[j] : p.continuations[i] == p.continuations[j];
       if (equal && p.ranking[i] != p.ranking[j]) {
         fail(where, ": found the same answer twice, as number ", j + 1, " and ", i + 1,
-             " with other ranks, expected answers that differ");
+             " with different ranks, expected different answers");
       }
     }
     if (!p.is_chat) continue;
@@ -716,6 +696,33 @@ inline void check_preference(const Preference& p, const std::string& where) {
     whole.messages.insert(whole.messages.end(), p.answers[i].begin(), p.answers[i].end());
     check_conversation(whole, concat(where, ": answer ", i + 1));
   }
+}
+
+// "prompt": a text, or a chat as a string or as messages.
+inline void read_prompt(Preference& p, object from, bool pair, const std::string& where) {
+  const element prompt = member(from, "prompt", where);
+  std::string_view text;
+  if (prompt.get(text)) {
+    p.is_chat = true;
+    p.prompt.messages = messages_of(prompt, where + ": prompt");
+    return;
+  }
+  p.is_chat = pair && member(from, "chosen", where).is_array();
+  if (p.is_chat) {  // a string that is answered by messages is the user's message
+    p.prompt.messages = {{"user", std::string(text), {}}};
+  } else {
+    p.text = text;
+  }
+}
+
+// "responses" and "ranking".
+inline void read_responses(Preference& p, object from, const std::string& where) {
+  const std::vector<element> responses =
+      as_list(member(from, "responses", where), where + ": responses");
+  for (size_t i = 0; i < responses.size(); i++) {
+    add_answer(p, responses[i], concat(where, ": responses[", i, "]"));
+  }
+  p.ranking = parse_ranking(member(from, "ranking", where), responses.size(), where + ": ranking");
 }
 }  // namespace preferences
 
@@ -740,20 +747,8 @@ inline Preference parse_preference(simdjson::dom::object object, const std::stri
          "\"ranking\", nor \"text\" and \"label\"");
   }
   const bool whole = pair && !has("prompt");
-  if (whole) {
-    p.is_chat = true;
-  } else if (member(object, "prompt", where).get(text) == simdjson::SUCCESS) {
-    // Messages in answer to a string make it the user's.
-    p.is_chat = pair && member(object, "chosen", where).is_array();
-    if (p.is_chat) {
-      p.prompt.messages = {{"user", std::string(text), {}}};
-    } else {
-      p.text = text;
-    }
-  } else {
-    p.is_chat = true;
-    p.prompt.messages = messages_of(member(object, "prompt", where), where + ": prompt");
-  }
+  p.is_chat = whole;
+  if (!whole) read_prompt(p, object, pair, where);
   if (pair) {
     add_answer(p, member(object, "chosen", where), where + ": chosen");
     add_answer(p, member(object, "rejected", where), where + ": rejected");
@@ -762,17 +757,10 @@ inline Preference parse_preference(simdjson::dom::object object, const std::stri
       fail(where, ": chance: expected a number from 0 to 1");
     }
   } else {
-    element responses = member(object, "responses", where);
-    simdjson::dom::array list;
-    if (responses.get(list)) {
-      fail(where, ": responses: found ", JsonLines::type_name(responses), ", expected an array");
-    }
-    size_t i = 0;
-    for (const element r : list) add_answer(p, r, concat(where, ": responses[", i++, "]"));
-    p.ranking = parse_ranking(member(object, "ranking", where), i, where + ": ranking");
+    read_responses(p, object, where);
   }
   if (whole) split_common_prompt(p, where);
-  if (p.is_chat && has("tools")) p.prompt.tools = tools_of(e, where);
+  if (p.is_chat) p.prompt.tools = parse_tools(object, where);
   check_preference(p, where);
   return p;
 }

@@ -20,16 +20,6 @@
 
 namespace cake {
 
-// A prompt as ids: a chat up to the header of the assistant's turn, or <|endoftext|> and a text.
-inline std::vector<int> prompt_ids(const Tokenizer& tokenizer, const Conversation& prompt) {
-  return render_chat(tokenizer, prompt, true).ids;
-}
-inline std::vector<int> prompt_ids(const Tokenizer& tokenizer, const std::string& text) {
-  std::vector<int> ids = {tokenizer.end_of_text()};
-  tokenizer.encode(text, ids);
-  return ids;
-}
-
 // What a reward model reads: the ids with <|im_end|> behind them, which a text that was cut off
 // lacks.
 inline std::vector<int> with_end_of_turn(std::vector<int> ids, int end_of_turn) {

@@ -1,22 +1,28 @@
-// The true reward of an answer to an open request: what a reward model is made to guess from noisy
-// comparisons, and what over-optimisation of the guess is measured by.
+// The true reward of an answer to an open request, by a program. A reward model learns to guess it
+// from noisy comparisons, so that what the guess is worth can be measured.
 //
-// A rubric stands with a prompt, as data: a list of criteria, each of which gives an answer a mark
-// from 0 to 1. The true reward is the weighted mean of the marks, so it is from 0 to 1 too.
+// A rubric is data, part of a prompt's JSON line: a list of criteria. Each criterion gives an
+// answer a mark from 0 to 1, and the true reward is the weighted mean of the marks.
 //
-//     [{"kind": "mentions", "words": ["Ada", "dog"], "weight": 3}   the share of the words it has
-//      {"kind": "begins", "words": ["Here is", ...], "weight": 1}   1 if it begins with one of them
-//      {"kind": "ends", "words": ["went home", ...], "weight": 2}   1 if its last sentence is whole
-//                                      and has one of them, and the turn was ended, not cut off
-//      {"kind": "varied", "weight": 2}   1 where no four words in a row come twice, 0 where a fifth
-//                                      of all fours in a row, or more, have come before
-//      {"kind": "length", "low": 30, "high": 60, "weight": 2}]   1 for so many words; below, in
-//                                      proportion; above, falling to 0 at twice `high`
+//     [{"kind": "mentions", "words": ["Ada", "dog"], "weight": 3},
+//      {"kind": "begins", "words": ["Here is", ...], "weight": 1},
+//      {"kind": "ends", "words": ["went home", ...], "weight": 2},
+//      {"kind": "varied", "weight": 2},
+//      {"kind": "length", "low": 30, "high": 60, "weight": 2}]
 //
-// Words are found whole, case ignored. An answer without four words varies nothing: mark 0.
+// - mentions: the share of these words that the answer contains.
+// - begins: 1 if the answer begins with one of them, else 0.
+// - ends: 1 if the last sentence is complete and contains one of them, and no length limit cut the
+//   answer off, else 0.
+// - varied: 1 if no four words in a row come twice, 0 if a fifth of all sequences of four words (or
+//   more) are repetitions, linear between. 0 for an answer of less than four words.
+// - length: 1 for 30 to 60 words; below, words / low; above, it falls to 0 at 2 high.
+//
+// Words are matched whole, and case is ignored.
 #pragma once
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdint>
 #include <set>
@@ -24,7 +30,6 @@
 #include <string_view>
 #include <vector>
 
-#include "cake/answers.h"
 #include "cake/json.h"
 
 namespace cake {
@@ -32,17 +37,56 @@ namespace cake {
 struct Criterion {
   enum class Kind { mentions, begins, ends, varied, length } kind = Kind::varied;
   double weight = 1;               // above 0
-  std::vector<std::string> words;  // mentions, begins, ends: one at least
-  int low = 0, high = 0;           // length, in words: 1 <= low <= high
+  std::vector<std::string> words;  // of mentions, begins and ends: at least one
+  int low = 0, high = 0;           // of length, in words: 1 <= low <= high
 };
 inline constexpr const char* kCriterionNames[] = {"mentions", "begins", "ends", "varied", "length"};
 
 using Rubric = std::vector<Criterion>;
 
+inline double criterion_mark(const Criterion& c, std::string_view text, bool ended);
+
+// From 0 to 1. `ended`: the model ended the answer; no length limit cut it off.
+inline double true_reward(const Rubric& rubric, std::string_view text, bool ended) {
+  double sum = 0, weights = 0;
+  for (const Criterion& c : rubric) {
+    sum += c.weight * criterion_mark(c, text, ended);
+    weights += c.weight;
+  }
+  return sum / weights;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Words in text
+
+// The letters A to Z in lower case, and the typographic apostrophe as '.
+inline std::string lower_ascii(std::string_view text) {
+  std::string out(text);
+  for (char& c : out) c = c >= 'A' && c <= 'Z' ? char(c + ('a' - 'A')) : c;
+  for (size_t i; (i = out.find("\xe2\x80\x99")) != std::string::npos;) out.replace(i, 3, "'");
+  return out;
+}
+
+// True where `words` stand in the text with no letter or digit on either side; case is ignored.
+inline bool contains_words(std::string_view text, std::string_view words) {
+  const std::string t = lower_ascii(text), w = lower_ascii(words);
+  const auto letter = [&](size_t i) {
+    return i < t.size() && (std::isalnum(static_cast<unsigned char>(t[i])) || (t[i] & 0x80));
+  };
+  if (w.empty()) return false;
+  for (size_t begin = t.find(w); begin != std::string::npos; begin = t.find(w, begin + 1)) {
+    const size_t end = begin + w.size();
+    const bool begins_word = begin == 0 || !letter(begin - 1) || !letter(begin);
+    const bool ends_word = !letter(end) || !letter(end - 1);
+    if (begins_word && ends_word) return true;
+  }
+  return false;
+}
+
 // ---------------------------------------------------------------------------------------------
 // Marks
 
-// Words in lower case: letters and digits; all else stands between them, but for an apostrophe.
+// The words of a text in lower case. A word is a run of letters, digits and apostrophes.
 inline std::vector<std::string> words_in(std::string_view text) {
   std::vector<std::string> words;
   bool inside = false;
@@ -55,7 +99,7 @@ inline std::vector<std::string> words_in(std::string_view text) {
   return words;
 }
 
-// The share of all fours of words in a row that have come before; 1 for fewer than four words.
+// The share of all sequences of four words that have come before; 1 for fewer than four words.
 inline double repeated_share(const std::vector<std::string>& words) {
   if (words.size() < 4) return 1;
   std::set<std::string> seen;
@@ -65,7 +109,7 @@ inline double repeated_share(const std::vector<std::string>& words) {
   return 1 - double(seen.size()) / double(all);
 }
 
-// Whole, where it ends with a mark of punctuation; otherwise empty.
+// The last sentence, if the text ends with a punctuation mark; otherwise empty.
 inline std::string_view last_sentence(std::string_view text) {
   const size_t end = text.find_last_not_of(" \t\r\n");
   if (end == std::string_view::npos || std::string_view(".!?").find(text[end]) == std::string::npos)
@@ -75,7 +119,7 @@ inline std::string_view last_sentence(std::string_view text) {
   return before == std::string_view::npos || end == 0 ? text : text.substr(before + 1);
 }
 
-inline double criterion_mark(const Criterion& c, std::string_view text, bool finished) {
+inline double criterion_mark(const Criterion& c, std::string_view text, bool ended) {
   const auto has_any = [&](std::string_view in) {
     return std::any_of(c.words.begin(), c.words.end(),
                        [&](const std::string& w) { return contains_words(in, w); });
@@ -92,7 +136,7 @@ inline double criterion_mark(const Criterion& c, std::string_view text, bool fin
       });
     }
     case Criterion::Kind::ends:
-      return finished && has_any(last_sentence(text));
+      return ended && has_any(last_sentence(text));
     case Criterion::Kind::varied:
       return std::max(0., 1 - 5 * repeated_share(words_in(text)));
     case Criterion::Kind::length: {
@@ -103,49 +147,40 @@ inline double criterion_mark(const Criterion& c, std::string_view text, bool fin
   fail("rubric: kind: found ", int(c.kind), ", expected one of Criterion's kinds");
 }
 
-// From 0 to 1. `finished`: the answer ended its turn, where a length limit did not cut it off.
-inline double true_reward(const Rubric& rubric, std::string_view text, bool finished) {
-  double sum = 0, weights = 0;
-  for (const Criterion& c : rubric) {
-    sum += c.weight * criterion_mark(c, text, finished);
-    weights += c.weight;
-  }
-  return sum / weights;
-}
-
 // ---------------------------------------------------------------------------------------------
-// As JSON
+// Rubrics in JSON
 
 inline Rubric parse_rubric(const Json& json, const std::string& where) {
   if (!json.is_array() || json.empty()) {
     fail(where, ": found ", json_text(json), ", expected an array of criteria");
   }
   Rubric rubric;
-  for (const Json& from : json) {
-    const std::string at = concat(where, "[", rubric.size(), "]");
-    const auto kind = json_get<std::string>(from, "kind", at);
+  for (const Json& json_criterion : json) {
+    const std::string key = concat(where, "[", rubric.size(), "]");
+    const auto kind = json_get<std::string>(json_criterion, "kind", key);
     const auto* name = std::find(std::begin(kCriterionNames), std::end(kCriterionNames), kind);
     if (name == std::end(kCriterionNames)) {
-      fail(at, ": kind: found ", json_text(kind),
+      fail(key, ": kind: found ", json_text(kind),
            ", expected mentions, begins, ends, varied or length");
     }
     Criterion c{.kind = Criterion::Kind(name - std::begin(kCriterionNames)),
-                .weight = json_get<double>(from, "weight", at)};
+                .weight = json_get<double>(json_criterion, "weight", key)};
     if (!(c.weight > 0 && std::isfinite(c.weight))) {
-      fail(at, ": weight: found ", c.weight, ", expected more than 0");
+      fail(key, ": weight: found ", c.weight, ", expected more than 0");
     }
     if (c.kind == Criterion::Kind::length) {
-      c.low = json_get<int>(from, "low", at), c.high = json_get<int>(from, "high", at);
+      c.low = json_get<int>(json_criterion, "low", key),
+      c.high = json_get<int>(json_criterion, "high", key);
       if (c.low < 1 || c.high < c.low) {
-        fail(at, ": found low ", c.low, " and high ", c.high, ", expected 1 <= low <= high");
+        fail(key, ": found low ", c.low, " and high ", c.high, ", expected 1 <= low <= high");
       }
     } else if (c.kind != Criterion::Kind::varied) {
-      const auto words = from.find("words");
-      if (words == from.end()) fail(at, ": words is missing");
+      const auto words = json_criterion.find("words");
+      if (words == json_criterion.end()) fail(key, ": words is missing");
       if (!words->is_array() || words->empty()) {
-        fail(at, ": words: found ", json_text(*words), ", expected an array of strings");
+        fail(key, ": words: found ", json_text(*words), ", expected an array of strings");
       }
-      for (const Json& w : *words) c.words.push_back(json_as<std::string>(w, "words", at));
+      for (const Json& w : *words) c.words.push_back(json_as<std::string>(w, "words", key));
     }
     rubric.push_back(std::move(c));
   }

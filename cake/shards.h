@@ -8,7 +8,7 @@
 // uint32 (magic 20240801, version 7) where the vocabulary needs it. Header: [0] magic, [1] version,
 // [2] number of ids; here also [3] vocabulary size and [4], [5] the tokenizer's hash, low and high
 // half, all zero in llm.c's own files. Little-endian. PREFIX.json names the tokenizer and counts
-// each split; it is written last, and what it says must agree with the shards.
+// each split. It is written last, and must agree with the shards.
 #pragma once
 
 #include <algorithm>
@@ -101,7 +101,7 @@ inline std::filesystem::path shard_path(const std::filesystem::path& prefix,
   return prefix.string() + "_" + split + format("_%06d.bin", number);
 }
 
-// The numbers of the shards that are there, ascending.
+// The numbers of the shards that exist, ascending.
 inline std::vector<int> shard_numbers(const std::filesystem::path& prefix,
                                       const std::string& split) {
   const std::string stem = prefix.filename().string() + "_" + split + "_";
@@ -143,8 +143,8 @@ class ShardWriter {
     }
   }
 
-  // Completes the files, puts them under their names, removes shards of an older and longer
-  // encoding under the same names. Returns the number of ids.
+  // Completes the files and renames them to their final names. Removes the further shards of an
+  // older, longer encoding with the same prefix. Returns the number of ids.
   int64_t finish() {
     if (!files_.empty()) close_last();
     for (auto& file : files_) file->commit();
@@ -165,7 +165,7 @@ class ShardWriter {
     in_file_ = 0;
     write_header();
   }
-  void close_last() {  // with the count, known now, in the header
+  void close_last() {  // the number of ids is known now: writes it into the header
     files_.back()->seek(0);
     write_header();
     files_.back()->close();
@@ -200,26 +200,70 @@ class ShardWriter {
   std::vector<uint16_t> narrow_;
 };
 
-// All shards of one split as one sequence of ids, mapped, never loaded.
+// One shard, mapped into memory. Checks its header and its length.
+class Shard {
+ public:
+  explicit Shard(const std::filesystem::path& path) : file_(path) {
+    const std::string where = path.string();
+    constexpr int64_t header_bytes = kShardHeader * sizeof(int32_t);
+    if (file_.size() < header_bytes) {
+      fail(where, ": found ", file_.size(), " bytes, expected a header of ", header_bytes);
+    }
+    const int magic = header(0), version = header(1), tokens = header(2);
+    if (magic != kMagic16 && magic != kMagic32) {
+      fail(where, ": found magic ", magic, ", expected ", kMagic16, " or ", kMagic32,
+           ": not a token shard");
+    }
+    width_ = magic == kMagic16 ? 2 : 4;
+    const int expected = width_ == 2 ? kVersion16 : kVersion32;
+    if (version != expected) fail(where, ": found version ", version, ", expected ", expected);
+    size_ = (file_.size() - header_bytes) / int64_t(width_);
+    if (tokens < 0 || file_.size() != header_bytes + int64_t(tokens) * int64_t(width_)) {
+      fail(where, ": found ", size_, " tokens, expected the ", tokens, " of its header");
+    }
+  }
+
+  int64_t size() const { return size_; }  // number of ids
+  uint32_t id(int64_t position) const {
+    uint32_t id = 0;
+    std::memcpy(&id, file_.data() + kShardHeader * sizeof(int32_t) + size_t(position) * width_,
+                width_);
+    return id;
+  }
+  int32_t header(int index) const {
+    int32_t value;
+    std::memcpy(&value, file_.data() + size_t(index) * sizeof value, sizeof value);
+    return value;
+  }
+  int vocab_size() const { return header(3); }  // 0 in llm.c's own files, as is the hash
+  uint64_t hash() const { return uint32_t(header(4)) | uint64_t(uint32_t(header(5))) << 32; }
+  std::string path() const { return file_.path().string(); }
+
+ private:
+  MappedFile file_;
+  int64_t size_ = 0;
+  size_t width_ = 0;  // bytes of an id
+};
+
+// All shards of one split as one sequence of ids, mapped into memory.
 class TokenStream {
  public:
-  // Checks each shard's header, length and, where PREFIX.json exists, its agreement with it.
+  // Checks the header and length of each shard, and that it agrees with PREFIX.json, if that
+  // exists.
   TokenStream(const std::filesystem::path& prefix, const std::string& split) {
     std::optional<DataInfo> info;
     if (std::filesystem::exists(data_info_path(prefix))) info = read_data_info(prefix);
     const std::vector<int> numbers = shard_numbers(prefix, split);
     if (numbers.empty()) {
       fail(shard_path(prefix, split, 0).string(),
-           ": not found: make token shards with `./bpe "
-           "encode ... -o ",
-           prefix.string(), "`");
+           ": not found: make token shards with `./bpe encode ... -o ", prefix.string(), "`");
     }
     for (size_t i = 0; i < numbers.size(); i++) {
       if (numbers[i] != numbers[0] + int(i)) {  // llm.c numbers some splits from 1
         fail(shard_path(prefix, split, numbers[0] + int(i)).string(),
-             ": not found, though a later shard of its split is there");
+             ": not found, although a later shard of its split exists");
       }
-      open_shard(shard_path(prefix, split, numbers[i]), info);
+      add(Shard(shard_path(prefix, split, numbers[i])), info);
     }
     if (!info) return;
     vocab_size_ = info->vocab_size;
@@ -233,87 +277,63 @@ class TokenStream {
   int64_t size() const { return size_; }
   int vocab_size() const { return vocab_size_; }  // 0: llm.c's shards without PREFIX.json
 
-  // Ids [begin, begin + out.size()). Throws Error naming shard and position when an id lies beyond
-  // the vocabulary.
+  // Ids [begin, begin + out.size()). Throws Error with shard and position if an id is not in the
+  // vocabulary.
   void copy(int64_t begin, std::span<int> out) const {
     if (begin < 0 || begin + int64_t(out.size()) > size_) {
       fail("token stream: found positions ", begin, " to ", begin + int64_t(out.size()),
            ", expected 0 to ", size_);
     }
-    auto shard = std::upper_bound(shards_.begin(), shards_.end(), begin,
-                                  [](int64_t at, const Shard& s) { return at < s.begin + s.size; });
+    auto part = std::upper_bound(
+        parts_.begin(), parts_.end(), begin,
+        [](int64_t offset, const Part& p) { return offset < p.begin + p.shard.size(); });
     while (!out.empty()) {
-      const int64_t at = begin - shard->begin;
-      const size_t n = size_t(std::min(int64_t(out.size()), shard->size - at));
-      const unsigned char* ids = shard->file.data() + kShardHeader * sizeof(int32_t);
+      const int64_t offset = begin - part->begin;
+      const size_t n = size_t(std::min(int64_t(out.size()), part->shard.size() - offset));
       for (size_t i = 0; i < n; i++) {
-        uint32_t id = 0;
-        std::memcpy(&id, ids + (size_t(at) + i) * shard->width, shard->width);
+        const uint32_t id = part->shard.id(offset + int64_t(i));
         if (id > largest_id()) {
-          fail(shard->file.path().string(), ": position ", at + int64_t(i), ": found token ", id,
+          fail(part->shard.path(), ": position ", offset + int64_t(i), ": found token ", id,
                ", expected 0 to ", largest_id());
         }
         out[i] = int(id);
       }
       begin += int64_t(n);
       out = out.subspan(n);
-      shard++;
+      part++;
     }
   }
 
  private:
-  struct Shard {
-    MappedFile file;
-    int64_t begin, size;  // position of its first id in the stream, number of ids
-    size_t width;         // bytes an id
+  struct Part {
+    Shard shard;
+    int64_t begin;  // position of its first id in the stream
   };
 
   uint32_t largest_id() const { return vocab_size_ > 0 ? uint32_t(vocab_size_ - 1) : INT32_MAX; }
 
-  void open_shard(const std::filesystem::path& path, const std::optional<DataInfo>& info) {
-    MappedFile file(path);
-    const std::string where = path.string();
-    constexpr int64_t header_bytes = kShardHeader * sizeof(int32_t);
-    if (file.size() < header_bytes) {
-      fail(where, ": found ", file.size(), " bytes, expected a header of ", header_bytes);
+  // The spare ints of the header against PREFIX.json, or without it against the first shard.
+  void add(Shard shard, const std::optional<DataInfo>& info) {
+    const std::string where = shard.path();
+    const int vocab_size = shard.vocab_size();
+    if (vocab_size != 0 || shard.hash() != 0) {  // llm.c's own files have neither
+      if (vocab_size < 1)
+        fail(where, ": found a vocabulary of ", vocab_size, ", expected at least 1");
+      if (!info && vocab_size_ == 0) vocab_size_ = vocab_size, hash_ = shard.hash();
+      const int expected = info ? info->vocab_size : vocab_size_;
+      if (vocab_size != expected) {
+        fail(where, ": found a vocabulary of ", vocab_size, ", expected ", expected);
+      }
+      if (shard.hash() != (info ? info->hash : hash_)) {
+        fail(where, ": found tokens of another tokenizer than the data's: encode the data again");
+      }
     }
-    int32_t header[kShardHeader];
-    std::memcpy(header, file.data(), sizeof header);
-    if (header[0] != kMagic16 && header[0] != kMagic32) {
-      fail(where, ": found magic ", header[0], ", expected ", kMagic16, " or ", kMagic32,
-           ": not a token shard");
-    }
-    const size_t width = header[0] == kMagic16 ? 2 : 4;
-    const int version = width == 2 ? kVersion16 : kVersion32;
-    if (header[1] != version) {
-      fail(where, ": found version ", header[1], ", expected ", version);
-    }
-    const int64_t tokens = (file.size() - header_bytes) / int64_t(width);
-    if (header[2] < 0 || file.size() != header_bytes + int64_t(header[2]) * int64_t(width)) {
-      fail(where, ": found ", tokens, " tokens, expected the ", header[2], " of its header");
-    }
-    check_vocabulary(where, header, info);
-    shards_.push_back({std::move(file), size_, tokens, width});
-    size_ += tokens;
+    const int64_t size = shard.size();
+    parts_.push_back({std::move(shard), size_});
+    size_ += size;
   }
 
-  // The spare ints against PREFIX.json, or without it against the first shard.
-  void check_vocabulary(const std::string& where, const int32_t* header,
-                        const std::optional<DataInfo>& info) {
-    const uint64_t hash = uint32_t(header[4]) | uint64_t(uint32_t(header[5])) << 32;
-    if (header[3] == 0 && hash == 0) return;  // llm.c's own file
-    if (header[3] < 1) fail(where, ": found a vocabulary of ", header[3], ", expected at least 1");
-    if (!info && vocab_size_ == 0) vocab_size_ = header[3], hash_ = hash;
-    const int expected = info ? info->vocab_size : vocab_size_;
-    if (header[3] != expected) {
-      fail(where, ": found a vocabulary of ", header[3], ", expected ", expected);
-    }
-    if (hash != (info ? info->hash : hash_)) {
-      fail(where, ": found tokens of another tokenizer than the data's: encode the data again");
-    }
-  }
-
-  std::vector<Shard> shards_;
+  std::vector<Part> parts_;
   int64_t size_ = 0;
   int vocab_size_ = 0;
   uint64_t hash_ = 0;
@@ -322,18 +342,19 @@ class TokenStream {
 // ---------------------------------------------------------------------------------------------
 // Windows
 
-// Appends the window [begin, begin + length) of the stream: its ids, each one's successor as
-// target, and a document start at its first position and wherever an end_of_text opens a document.
+// Appends the window [begin, begin + length) of the stream: its ids, the next id of each as its
+// target, and a document start at the first position and at every end_of_text, which begins a
+// document.
 inline void append_window(const TokenStream& stream, int64_t begin, int64_t length, int end_of_text,
                           std::vector<int>& tokens, std::vector<int>& targets,
                           std::vector<int>& doc_starts) {
-  const size_t n = size_t(length), at = tokens.size();
-  tokens.resize(at + n + 1);
-  stream.copy(begin, std::span(tokens).subspan(at));
-  targets.insert(targets.end(), tokens.begin() + int64_t(at) + 1, tokens.end());
+  const size_t n = size_t(length), offset = tokens.size();
+  tokens.resize(offset + n + 1);
+  stream.copy(begin, std::span(tokens).subspan(offset));
+  targets.insert(targets.end(), tokens.begin() + int64_t(offset) + 1, tokens.end());
   tokens.pop_back();
-  for (size_t i = at; i < at + n; i++) {
-    if (i == at || tokens[i] == end_of_text) doc_starts.push_back(int(i));
+  for (size_t i = offset; i < offset + n; i++) {
+    if (i == offset || tokens[i] == end_of_text) doc_starts.push_back(int(i));
   }
 }
 
@@ -374,8 +395,8 @@ struct LoaderState {
 };
 
 // Training: windows of T ids in a shuffled order. An epoch cuts the stream into windows that do not
-// overlap, from an offset of its own, and visits each once. What comes next is a function of
-// (stream, T, seed, state) alone.
+// overlap, beginning at an offset of its own, and visits each once. The next windows depend on
+// nothing but (stream, T, seed, state).
 class Loader {
  public:
   Loader(const TokenStream& stream, int T, uint64_t seed, int end_of_text)

@@ -15,23 +15,23 @@ namespace cake {
 
 struct TokenizerData;
 
-// A value: copies share what they read. All of it may be used by many threads at once.
+// Copies share their data. All member functions may be called by many threads at once.
 class Tokenizer {
  public:
   // A model, run or tokenizer directory, or a tokenizer.json, .tiktoken or vocab.bpe file.
   static Tokenizer load(const std::filesystem::path& path);
-  // Writes tokenizer.json and tokenizer_config.json into a directory. What was loaded from such
-  // files is written back byte for byte.
+  // Writes tokenizer.json and tokenizer_config.json into a directory: the files that were loaded,
+  // byte for byte, if there were any.
   void save(const std::filesystem::path& directory) const;
 
   // Appends the ids of `text`. Text that looks like a special token is ordinary text unless
   // `allow_special`.
   void encode(std::string_view text, std::vector<int>& ids, bool allow_special = false) const;
   std::vector<int> encode(std::string_view text, bool allow_special = false) const;
-  std::string decode(std::span<const int> ids) const;  // bytes: UTF-8 only if the ids make it so
+  std::string decode(std::span<const int> ids) const;  // bytes, not always well-formed UTF-8
 
   int vocab_size() const;                      // the largest id + 1
-  std::string_view token_bytes(int id) const;  // empty for an id that no token has
+  std::string_view token_bytes(int id) const;  // empty if no token has this id
   bool is_special(int id) const;               // an added token: never made from ordinary text
   int special(std::string_view name) const;    // id of a special token, -1 when absent
   int end_of_text() const;                     // <|endoftext|>; throws Error when absent
@@ -55,69 +55,24 @@ inline constexpr const char* kSpecialTokens[] = {
     "<|spare_6|>",     "<|spare_7|>"};
 inline constexpr int kSpecials = int(std::size(kSpecialTokens));
 
-// ---------------------------------------------------------------------------------------------
-// Conversations: ChatML, `<|im_start|>{role}\n{content}<|im_end|>\n`, and tools as in Qwen3. The
-// template itself is in bpe.cpp, as C++ and as the Jinja of tokenizer_config.json, which give the
-// same ids but where a content's text looks like a special token: here it stays text.
-
-struct ToolCall {
-  std::string name;
-  std::string arguments;  // a JSON object as text
-};
-
-struct Message {
-  std::string role;  // system, user, assistant or tool
-  std::string content;
-  std::vector<ToolCall> tool_calls;  // an assistant's
-};
-
-struct Conversation {
-  std::vector<Message> messages;
-  std::vector<std::string> tools;  // each a JSON object as text: name, description, parameters
-};
-
-struct Rendered {
-  std::vector<int> ids;
-  std::vector<bool> trained;  // of each id: the assistant is to write it (content, end of turn)
-};
-
-// The ids of whole turns; then, for `generation_prompt`, the header of the assistant's next turn.
-// Any part of a conversation can be rendered: no order of roles is asked for. An assistant's
-// content is stripped of white space at both ends, so that generation begins on a token. Throws
-// Error when the tokenizer has no chat tokens.
-Rendered render_chat(const Tokenizer&, const Conversation&, bool generation_prompt = false);
-int end_of_turn(const Tokenizer&);  // <|im_end|>; throws Error when absent
-// Without white space at both ends: what Python's str.strip takes away.
-std::string_view strip(std::string_view text);
-
-// Throws Error naming `where` (file:line) and the message, unless: the roles are known; a system
-// message is the first or there is none; then user and assistant alternate, from user on; tool
-// messages follow an assistant's calls, and an assistant's message follows them; contents are not
-// empty, but for a tool's and an assistant's that has calls; calls are of declared tools, and their
-// arguments JSON objects; an assistant has a message, or, for a `prompt`, a user or a tool has the
-// last one.
-void check_conversation(const Conversation&, const std::string& where, bool prompt = false);
-
-// The same tokenizer with the chat template in its tokenizer_config.json, in place of another; with
-// `add`, every token of kSpecialTokens that it lacks comes behind its last id.
+// The same tokenizer with the template of cake/chat_template.h in its tokenizer_config.json. With
+// `add`, the tokens of kSpecialTokens that it lacks get ids behind its last one.
 Tokenizer with_chat_tokens(const Tokenizer&, bool add = true);
 
-// ---------------------------------------------------------------------------------------------
-
 // Documents: plain text or JSON lines, each also .gz or .zst, or "-"; see cake/records.h. The
-// validation part is a function of the documents and the fraction alone: the tail of a single
-// document, whole documents chosen by a hash of their text when there are more.
+// validation part depends only on the documents and the fraction: it is the end of a single
+// document, or whole documents, chosen by a hash of their text.
 struct Corpus {
   std::vector<std::string> inputs;
-  double val_fraction = 0;  // 0 <= it < 1
+  double val_fraction = 0;  // of the text, from 0 to less than 1
   int threads = 1;
   bool quiet = true;  // no progress, no summary
 };
 
 // Trains on the part of the corpus that is not validation. `vocab_size` counts 256 bytes, merges
-// and kSpecials; `pattern` is gpt2, cl100k, qwen2 or o200k. The result is a function of the
-// documents alone: not of their order, nor of the number of threads. Its vocabulary is smaller than
-// asked for when the text runs out of pairs.
+// and kSpecials; `pattern` is gpt2, cl100k, qwen2 or o200k. The result does not depend on the order
+// of the documents or the number of threads. The vocabulary is smaller than `vocab_size` if the
+// text has too few pairs.
 Tokenizer train_tokenizer(const Corpus&, int vocab_size, const std::string& pattern);
 
 // Writes the shards PREFIX_train_*.bin and PREFIX_val_*.bin, then PREFIX.json, which names
@@ -126,4 +81,13 @@ struct DataInfo;
 DataInfo encode_corpus(const Corpus&, const Tokenizer&, const std::filesystem::path& tokenizer_path,
                        const std::filesystem::path& prefix);
 
+// Byte pair encoding by its definition, slowly: the first page of bpe.cpp. Bytes are tokens 0 to
+// 255, merge k makes token 256 + k.
+namespace plain {
+
+using Merge = std::pair<int, int>;  // left, right
+std::vector<Merge> learn_merges(std::vector<std::vector<int>> pieces, int count);
+std::vector<int> encode(std::string_view piece, std::span<const Merge> merges);
+
+}  // namespace plain
 }  // namespace cake

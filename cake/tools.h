@@ -3,8 +3,8 @@
 //     ToolCall{"calculator", {"expression": "3*(2+0.1)"}} -> "6.3"
 //     ToolCall{"search", {"query": "baker of Olm"}}       -> the passage that answers best
 //
-// Both are in process and touch nothing outside: the calculator knows arithmetic alone, the search
-// the documents it was given. What goes wrong in a call is the tool's answer, for the model to
+// Both run in this process. The calculator knows arithmetic only, the search only the documents
+// that it was given. If a call goes wrong, the tool's answer is the error message, for the model to
 // read.
 #pragma once
 
@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "cake/chat_template.h"
 #include "cake/json.h"
 #include "cake/records.h"
 #include "cake/run.h"
@@ -38,7 +39,7 @@ class Calculator {
 
   std::string result() {
     const Fraction x = sum();
-    if (at_ < text_.size()) unexpected("an operator");
+    if (offset_ < text_.size()) unexpected("an operator");
     return decimal(x);
   }
 
@@ -48,8 +49,8 @@ class Calculator {
     Integer above = 0, below = 1;
   };
   static constexpr int kDigits = 36;       // of numerators and denominators: ten times fits Integer
-  static constexpr int kSignificant = 12;  // of a result that has no end
-  static constexpr int kDeepest = 100;
+  static constexpr int kSignificant = 12;  // digits of a result with infinitely many
+  static constexpr int kMaxDepth = 100;
 
   static Integer largest() {
     Integer x = 1;
@@ -85,9 +86,9 @@ class Calculator {
   Fraction sum() {
     Fraction x = term();
     for (;;) {
-      if (take('+')) {
+      if (skip_char('+')) {
         x = plus(x, term());
-      } else if (take('-')) {
+      } else if (skip_char('-')) {
         Fraction y = term();
         y.above = -y.above;
         x = plus(x, y);
@@ -99,9 +100,9 @@ class Calculator {
   Fraction term() {
     Fraction x = signed_number();
     for (;;) {
-      if (take('*')) {
+      if (skip_char('*')) {
         x = times(x, signed_number());
-      } else if (take('/')) {
+      } else if (skip_char('/')) {
         const Fraction y = signed_number();
         if (y.above == 0) fail("calculator: division by zero");
         x = times(x, y.above < 0 ? Fraction{-y.below, -y.above} : Fraction{y.below, y.above});
@@ -113,17 +114,17 @@ class Calculator {
   Fraction signed_number() {
     bool negative = false;
     for (;;) {
-      if (take('-')) {
+      if (skip_char('-')) {
         negative = !negative;
-      } else if (!take('+')) {
+      } else if (!skip_char('+')) {
         break;
       }
     }
     Fraction x;
-    if (take('(')) {
-      if (++depth_ > kDeepest) fail("calculator: parentheses are nested deeper than ", kDeepest);
+    if (skip_char('(')) {
+      if (++depth_ > kMaxDepth) fail("calculator: parentheses are nested deeper than ", kMaxDepth);
       x = sum();
-      if (!take(')')) unexpected(")");
+      if (!skip_char(')')) unexpected(")");
       depth_--;
     } else {
       x = number();
@@ -134,14 +135,14 @@ class Calculator {
   Fraction number() {
     Integer above = 0, below = 1;
     int digits = 0;
-    bool point = false;
-    for (; at_ < text_.size(); at_++) {
-      const char c = text_[at_];
-      if (c == '.' && !point) {
-        point = true;
+    bool in_decimals = false;
+    for (; offset_ < text_.size(); offset_++) {
+      const char c = text_[offset_];
+      if (c == '.' && !in_decimals) {
+        in_decimals = true;
       } else if (c >= '0' && c <= '9') {
         above = product(above, 10) + (c - '0');
-        if (point) below = product(below, 10);
+        if (in_decimals) below = product(below, 10);
         digits++;
       } else {
         break;
@@ -151,23 +152,24 @@ class Calculator {
     return reduced(above, below);
   }
 
-  bool take(char c) {
-    while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\t')) at_++;
-    if (at_ >= text_.size() || text_[at_] != c) return false;
-    at_++;
-    while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\t')) at_++;
+  bool skip_char(char c) {
+    while (offset_ < text_.size() && (text_[offset_] == ' ' || text_[offset_] == '\t')) offset_++;
+    if (offset_ >= text_.size() || text_[offset_] != c) return false;
+    offset_++;
+    while (offset_ < text_.size() && (text_[offset_] == ' ' || text_[offset_] == '\t')) offset_++;
     return true;
   }
   [[noreturn]] void unexpected(const char* expected) const {
-    if (at_ >= text_.size()) fail("calculator: found the end, expected ", expected);
-    fail("calculator: found ", json_text(std::string(text_.substr(at_, 20))), ", expected ",
+    if (offset_ >= text_.size()) fail("calculator: found the end, expected ", expected);
+    fail("calculator: found ", json_text(std::string(text_.substr(offset_, 20))), ", expected ",
          expected);
   }
   [[noreturn]] static void too_large() {
     fail("calculator: found a number of more than ", kDigits, " digits");
   }
 
-  // All digits of a decimal that ends (only twos and fives below); otherwise rounded.
+  // All digits if the decimal ends (its denominator has no prime factor but 2 and 5); otherwise
+  // rounded.
   static std::string decimal(const Fraction& x) {
     Integer rest = x.below;
     while (rest % 2 == 0) rest /= 2;
@@ -200,25 +202,25 @@ class Calculator {
   }
 
   std::string_view text_;
-  size_t at_ = 0;
+  size_t offset_ = 0;
   int depth_ = 0;
 };
 
-// The value in decimal: exact, or with 12 significant digits when it has no end. Throws Error on
-// anything but arithmetic, on division by zero, on numbers of more than 36 digits, and on
+// The value in decimal: exact, or with 12 significant digits if its decimals never end. Throws
+// Error on anything but arithmetic, on division by zero, on numbers of more than 36 digits, and on
 // parentheses nested deeper than 100.
 inline std::string calculate(std::string_view expression) {
-  const size_t begin = expression.find_first_not_of(" \t\r\n");
-  if (begin == std::string_view::npos) fail("calculator: found nothing, expected an expression");
-  const size_t end = expression.find_last_not_of(" \t\r\n");
-  return Calculator(expression.substr(begin, end + 1 - begin)).result();
+  expression = strip_ascii(expression);
+  if (expression.empty()) fail("calculator: found nothing, expected an expression");
+  return Calculator(expression).result();
 }
 
 // ---------------------------------------------------------------------------------------------
 // The search: BM25 (Robertson and Zaragoza 2009) over passages of documents, with k1 = 1.2, b = .75
 // and idf = ln(1 + (n - df + .5) / (df + .5)).
 
-// Letters of ASCII in lower case; letters beyond and digits as they are; anything else divides.
+// Words of letters and digits. ASCII letters become lower case, all bytes beyond ASCII count as
+// letters.
 inline std::vector<std::string> search_words(std::string_view text) {
   std::vector<std::string> words(1);
   for (const char c : text) {
@@ -238,26 +240,25 @@ class Search {
  public:
   using CountTokens = std::function<int(std::string_view)>;
 
-  // `count_tokens` measures passages; without it, a word and a sign are a token each.
+  // `count_tokens` measures passages. By default, every word and every sign counts as a token.
   explicit Search(const std::vector<std::string>& documents, CountTokens count_tokens = {},
-                  int most_tokens = 64) {
+                  int max_tokens = 64) {
     if (!count_tokens) count_tokens = words_and_signs;
-    for (const std::string& d : documents) cut(d, count_tokens, most_tokens);
+    for (const std::string& d : documents) cut(d, count_tokens, max_tokens);
     build_index();
   }
-  // From documents as bpe reads them: "text" of each object of a .jsonl file, or a plain text.
-  static Search load(const std::string& path, CountTokens count_tokens = {}, int most_tokens = 64) {
+  // From a file of documents as cake/records.h reads them.
+  static Search load(const std::string& path, CountTokens count_tokens = {}, int max_tokens = 64) {
     std::vector<std::string> documents;
     DocumentReader reader({Input(path)});
     for (DocumentPart part; reader.next(part);) {
       if (part.begins) documents.emplace_back();
       documents.back() += part.text;
     }
-    return Search(documents, std::move(count_tokens), most_tokens);
+    return Search(documents, std::move(count_tokens), max_tokens);
   }
 
-  // The passage with the highest score, the first among equals; "" when no word of the query
-  // occurs.
+  // The passage with the highest score, the first one of equals; "" if no word of the query occurs.
   std::string best(std::string_view query) const {
     std::map<std::string, int> words;
     for (std::string& w : search_words(query)) words[std::move(w)]++;
@@ -305,11 +306,11 @@ class Search {
     }
     return text.size();
   }
-  // As many whole sentences as fit; of a sentence that fits no passage, as many words.
-  void cut(std::string_view text, const CountTokens& count_tokens, int most_tokens) {
+  // A passage is as many whole sentences as fit. A longer sentence is cut between words.
+  void cut(std::string_view text, const CountTokens& count_tokens, int max_tokens) {
     size_t begin = 0, end = 0;
     const auto fits = [&](size_t stop) {
-      return count_tokens(trimmed(text.substr(begin, stop - begin))) <= most_tokens;
+      return count_tokens(strip_ascii(text.substr(begin, stop - begin))) <= max_tokens;
     };
     while (begin < text.size()) {
       while (end < text.size()) {
@@ -325,17 +326,11 @@ class Search {
           if (!fits(end)) break;
         }
       }
-      const std::string_view passage = trimmed(text.substr(begin, end - begin));
+      const std::string_view passage = strip_ascii(text.substr(begin, end - begin));
       if (!passage.empty()) passages_.emplace_back(passage);
       begin = end;
     }
   }
-  static std::string_view trimmed(std::string_view s) {
-    const size_t begin = s.find_first_not_of(" \t\r\n");
-    if (begin == std::string_view::npos) return {};
-    return s.substr(begin, s.find_last_not_of(" \t\r\n") + 1 - begin);
-  }
-
   void build_index() {
     int64_t total = 0;
     for (size_t p = 0; p < passages_.size(); p++) {
@@ -358,7 +353,7 @@ class Search {
 // ---------------------------------------------------------------------------------------------
 // Calls
 
-// As a conversation declares them.
+// The tools as a conversation declares them.
 inline constexpr const char* kCalculatorTool =
     R"({"name": "calculator", "description": "Works out arithmetic.", "parameters": )"
     R"({"type": "object", "properties": {"expression": {"type": "string"}}, )"
@@ -368,7 +363,7 @@ inline constexpr const char* kSearchTool =
     R"({"type": "object", "properties": {"query": {"type": "string"}}, )"
     R"("required": ["query"]}})";
 
-// The tool's answer; what went wrong is text too: "error: ...".
+// The tool's answer; "error: ..." if the call went wrong.
 inline std::string run_tool(const ToolCall& call, const Search* search) {
   try {
     if (call.name.empty()) {
@@ -393,8 +388,8 @@ inline std::string run_tool(const ToolCall& call, const Search* search) {
   }
 }
 
-// An assistant's message from the ids of its turn, the end of turn with or without. What stands
-// between <tool_call> and </tool_call> and is no call becomes one without a name.
+// An assistant's message from the ids of its turn, with or without the end of turn. Text between
+// <tool_call> and </tool_call> that is no call becomes a call without a name.
 inline Message read_turn(const Tokenizer& tokenizer, std::span<const int> turn) {
   const int begin = tokenizer.special("<tool_call>"), end = tokenizer.special("</tool_call>");
   const auto last = [&](int id) {
@@ -423,9 +418,9 @@ inline Message read_turn(const Tokenizer& tokenizer, std::span<const int> turn) 
   return message;
 }
 
-// Runs a turn's calls. Returns what follows the turn's <|im_end|> in the ids of the conversation:
-// the tools' answers and the header of the assistant's next turn; nothing when nothing was called.
-// The answers are appended to `answers` when given.
+// Runs the calls of a turn. Returns the ids that follow the turn's <|im_end|> in the conversation:
+// the tools' answers and the header of the assistant's next turn; nothing if the turn calls
+// nothing. Appends the answers to `answers`, if given.
 inline std::vector<int> answer_calls(const Tokenizer& tokenizer, const Message& turn,
                                      const Search* search,
                                      std::vector<Message>* answers = nullptr) {

@@ -147,15 +147,20 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(OptimizerFlags, name, lr, embedd
 
 inline void add_optimizer_flags(CLI::App& app, OptimizerFlags& o, const char* lr_help) {
   auto* group = app.add_option_group("Optimizer", "");
+  const auto choosable = [](double value, std::string help) {
+    return help + (value < 0 ? "; -1: chosen" : "");
+  };
   group->add_option("--lr", o.lr, lr_help);
   group->add_option("--head-lr", o.head_lr, "learning rate of the head; 0: chosen");
   group->add_option("--lr-scale", o.lr_scale, "a factor on all learning rates");
   group->add_option("--schedule", o.schedule, "linear, cosine or constant");
-  group->add_option("--warmup", o.warmup, "steps in which the rate rises; -1: chosen by the steps");
+  group->add_option("--warmup", o.warmup,
+                    choosable(double(o.warmup), "steps in which the rate rises"));
   group->add_option("--warmdown", o.warmdown,
-                    "share of the steps in which a linear schedule falls; -1: chosen");
-  group->add_option("--final-lr", o.final_lr, "share of the peak at the end; -1: chosen");
-  group->add_option("--weight-decay", o.weight_decay, "of matrices; -1: chosen by the optimizer");
+                    choosable(o.warmdown, "share of the steps in which a linear schedule falls"));
+  group->add_option("--final-lr", o.final_lr,
+                    choosable(o.final_lr, "share of the peak at the end"));
+  group->add_option("--weight-decay", o.weight_decay, choosable(o.weight_decay, "of matrices"));
   group->add_option("--clip-norm", o.clip_norm, "largest norm of a step's gradient; 0: any");
   group->add_option("--beta1", o.beta1, "AdamW's decay of the mean gradient");
   group->add_option("--beta2", o.beta2, "AdamW's decay of the mean squared gradient");
@@ -455,7 +460,7 @@ inline Completion sample_one(Gpt& gpt, const Tokenizer& tokenizer, std::vector<i
   request.stop_ids = std::move(stop_ids);
   const int number = generator.submit(request);
   generator.run();
-  return generator.take(number);
+  return generator.pop(number);
 }
 
 }  // namespace cake

@@ -92,10 +92,10 @@ finished base "$BIN/train_gpt"
 
 if [[ -z $TEXT ]]; then
   world=$RUN/world tasks=$RUN/world/eval.jsonl
-  stage story "$BIN/chat" generate "$RUN/base" --prompt 'One day' --tokens 120
-  stage sum "$BIN/chat" generate "$RUN/base" --prompt $'27 + 45 = ?\nSteps:' --tokens 60 --temperature 0
+  stage story "$BIN/chat" generate "$RUN/base" --prompt 'One day' --max-tokens 120
+  stage sum "$BIN/chat" generate "$RUN/base" --prompt $'27 + 45 = ?\nSteps:' --max-tokens 60 --temperature 0
   stage knows "$BIN/chat" generate "$RUN/base" --prompts "$world/questions.jsonl" --samples 8 \
-    --tokens 16 --stop '?' --stop $'\n' --temperature 1 -o "$RUN/base/knows.jsonl"
+    --max-tokens 16 --stop '?' --stop $'\n' --temperature 1 -o "$RUN/base/knows.jsonl"
   stage conversations "$BUILD/world" conversations "$world" --answers "$RUN/base/knows.jsonl"
   stage sft "$BIN/sft" --model "$RUN/base" --data "$world/conversations.jsonl" \
     --val "$world/conversations_heldout.jsonl" --minutes "$(compute "print $MINUTES / 2")" -o "$RUN/sft"
@@ -104,9 +104,9 @@ if [[ -z $TEXT ]]; then
   # Learning from rewards, twice from the same assistant. Steps in the time that three minutes of
   # pretraining leave: a minute, 80 seconds and 90.
   steps() { compute "n = $1 * $MINUTES / 3; printf \"%d\", n < 2 ? 2 : n"; }
-  stage reward "$BIN/rlhf" reward --model "$RUN/sft" --data "$world/preferences.jsonl" \
+  stage reward "$BIN/reward" train --model "$RUN/sft" --data "$world/preferences.jsonl" \
     --val "$world/preferences_heldout.jsonl" --steps "$(steps 84)" -o "$RUN/reward"
-  finished reward "$BIN/rlhf reward"
+  finished reward "$BIN/reward train"
   stage ppo "$BIN/rlhf" ppo --model "$RUN/sft" --reward "model:$RUN/reward" --gold rubric \
     --prompts "$world/prompts.jsonl" --val "$world/prompts_heldout.jsonl" --max-tokens 160 \
     --kl-budget 25 --steps "$(steps 30)" -o "$RUN/ppo"
@@ -132,7 +132,7 @@ if [[ -z $TEXT ]]; then
   reward=$(<"$RUN/reward/summary.json")
   summaries+=", \"reward\": ${reward%\}}, $best}"
 else
-  stage generate "$BIN/chat" generate "$RUN/base" --tokens 400
+  stage generate "$BIN/chat" generate "$RUN/base" --max-tokens 400
   evaluation={}
   summaries="\"base\": $(<"$RUN/base/summary.json")"
 fi

@@ -9,7 +9,6 @@
 // a summary.json; what a stage lacks is left out. Stages of the same kind, two runs of grpo for
 // instance, share their pictures, a line each. The page needs nothing but itself: pictures are SVG
 // within it, and every text is escaped.
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -22,6 +21,7 @@
 #include <string_view>
 #include <vector>
 
+#include "cake/flags.h"
 #include "cake/json.h"
 #include "cake/run.h"
 
@@ -704,12 +704,7 @@ int report_main(int argc, char** argv) {
   app.add_option("RUN", run, "folder of a run: its stages are the folders with a summary.json")
       ->required();
   app.add_option("--title", title, "of the page (default: the folder's name)");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    if (e.get_exit_code() == 0) return app.exit(e);
-    fail(e.what(), " (--help lists the options)");
-  }
+  if (!parse_flags(app, argc, argv, {{&app, {"RUN", "--title"}}})) return 0;
   const std::filesystem::path dir = run;
   if (title.empty()) title = std::filesystem::absolute(dir / ".").parent_path().filename().string();
   const Report report = read_run(dir, title);

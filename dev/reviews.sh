@@ -67,10 +67,10 @@ run "$BIN/bpe" train "$RUN/data/train_text.jsonl" --vocab-size 2048 --pattern qw
 run "$BIN/bpe" encode "$RUN/tokenizer" "$RUN/data/train_text.jsonl" --val-fraction .02 -o "$RUN/tokens/reviews"
 # Pieces of 112 words are up to 250 tokens or so.
 run "$BIN/train_gpt" --data "$RUN/tokens/reviews" -o "$RUN/base" --depth 4 --context 512 --minutes "$MINUTES"
-run "$BIN/rlhf" reward --model "$RUN/base" --data "$RUN/data/train.jsonl" --val "$RUN/data/heldout.jsonl" \
+run "$BIN/reward" train --model "$RUN/base" --data "$RUN/data/train.jsonl" --val "$RUN/data/heldout.jsonl" \
   --epochs 1 -o "$RUN/reward"
-run "$BIN/rlhf" reward --model "$RUN/base" --data "$RUN/data/judge.jsonl" --val "$RUN/data/heldout.jsonl" \
-  --epochs 2 --normalise-on none -o "$RUN/judge"
+run "$BIN/reward" train --model "$RUN/base" --data "$RUN/data/judge.jsonl" --val "$RUN/data/heldout.jsonl" \
+  --epochs 2 --normalize-on none -o "$RUN/judge"
 
 # 100 words are about 160 tokens here. The judge alone decides nothing: the last weights are kept.
 run "$BIN/rlhf" ppo --model "$RUN/base" --reward "model:$RUN/reward" --gold "probability:$RUN/judge" \

@@ -1,11 +1,21 @@
 #!/bin/sh
 # Installs what cake needs to build and is not there yet. Does nothing when nothing is missing.
+#
+#   dev/setup.sh         what `make all` and `make test` need
+#   dev/setup.sh --all   and what `make test-all` and .ci/run need: clang with its OpenMP, clang-format
 set -eu
 
 # package:what it brings (a header, or a command)
 needs="g++:g++ make:make doctest-dev:doctest/doctest.h libcli11-dev:CLI/CLI.hpp
 nlohmann-json3-dev:nlohmann/json.hpp libsimdjson-dev:simdjson.h libxxhash-dev:xxhash.h
 zlib1g-dev:zlib.h libzstd-dev:zstd.h libedit-dev:histedit.h"
+
+if [ "${1:-}" = --all ]; then
+  needs="$needs clang:clang++ libomp-dev:omp.h clang-format-14:clang-format-14"
+elif [ $# -gt 0 ]; then
+  echo "error: found $1, expected --all or nothing" >&2
+  exit 1
+fi
 
 present() { # PACKAGE WHAT
   if command -v dpkg-query >/dev/null; then

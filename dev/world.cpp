@@ -26,9 +26,7 @@
 #include <set>
 #include <utility>
 
-#ifndef CAKE_NO_MAIN
 #include <CLI/CLI.hpp>
-#endif
 
 #include "cake/json.h"
 #include "cake/tools.h"
@@ -1263,7 +1261,6 @@ bool answers(const Probe& probe, std::string_view completion) {
 #include "dev/conversations.h"
 #include "dev/preferences.h"
 
-#ifndef CAKE_NO_MAIN
 namespace cake::world {
 namespace {
 
@@ -1780,7 +1777,6 @@ int world_main(int argc, char** argv) {
 }  // namespace
 }  // namespace cake::world
 
-int main(int argc, char** argv) {
+__attribute__((weak)) int main(int argc, char** argv) {
   return cake::guarded_main([&] { return cake::world::world_main(argc, argv); });
 }
-#endif

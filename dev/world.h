@@ -9,10 +9,11 @@
 #include <string_view>
 #include <vector>
 
-#include "cake/answers.h"
+#include "cake/chat_template.h"
 #include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
+#include "cake/verify.h"
 
 namespace cake::world {
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cake/chat_template.h"
 #include "cake/checkpoint.h"
 #include "cake/tokenizer.h"
 #include "test/support.h"

@@ -64,66 +64,26 @@ Tokenizer train_on(const std::string& text, int vocab_size, const std::string& p
   return train_tokenizer(corpus, vocab_size, pattern);
 }
 
-// The definition: while a pair of neighbours makes a token, join the pair whose token has the
-// lowest id, the leftmost first. For tokenizers trained here: their ids are ranks.
-Ids plain_encode(const Tokenizer& tokenizer, std::string_view text) {
-  static std::map<uint64_t, std::map<std::string, int>> tables;
-  std::map<std::string, int>& id_of = tables[tokenizer.hash()];
-  if (id_of.empty()) {
-    for (int id = 0; id < tokenizer.vocab_size(); id++) {
-      if (!tokenizer.is_special(id)) id_of[std::string(tokenizer.token_bytes(id))] = id;
-    }
+// The merges of a tokenizer that was trained here: its ids are ranks, so that the merges before a
+// token leave its two parts of its bytes.
+const std::vector<plain::Merge>& merges_of(const Tokenizer& tokenizer) {
+  static std::map<uint64_t, std::vector<plain::Merge>> known;
+  std::vector<plain::Merge>& merges = known[tokenizer.hash()];
+  for (int id = 256 + int(merges.size()); !tokenizer.is_special(id); id++) {
+    const Ids parts = plain::encode(tokenizer.token_bytes(id), merges);
+    REQUIRE(parts.size() == 2);
+    merges.push_back({parts[0], parts[1]});
   }
-  Ids ids;
-  for (const std::string_view piece : tokenizer.pieces(text)) {
-    std::vector<std::string> parts;
-    for (const char c : piece) parts.push_back(std::string(1, c));
-    for (;;) {
-      int best = -1;
-      size_t at = 0;
-      for (size_t i = 0; i + 1 < parts.size(); i++) {
-        const auto it = id_of.find(parts[i] + parts[i + 1]);
-        if (it != id_of.end() && (best < 0 || it->second < best)) best = it->second, at = i;
-      }
-      if (best < 0) break;
-      parts[at] += parts[at + 1];
-      parts.erase(parts.begin() + int64_t(at) + 1);
-    }
-    for (const std::string& part : parts) ids.push_back(id_of.at(part));
-  }
-  return ids;
+  return merges;
 }
 
-// The definition of training: count all pairs anew for every merge.
-std::vector<std::string> plain_train(const Tokenizer& scanner, std::string_view text, int merges) {
-  std::vector<Ids> words;
-  for (const std::string_view piece : scanner.pieces(text)) {
-    words.emplace_back();
-    for (const unsigned char c : piece) words.back().push_back(c);
+Ids plain_encode(const Tokenizer& tokenizer, std::string_view text) {
+  Ids ids;
+  for (const std::string_view piece : tokenizer.pieces(text)) {
+    const Ids tokens = plain::encode(piece, merges_of(tokenizer));
+    ids.insert(ids.end(), tokens.begin(), tokens.end());
   }
-  std::vector<std::string> tokens;
-  for (int b = 0; b < 256; b++) tokens.push_back(std::string(1, char(b)));
-  for (int m = 0; m < merges; m++) {
-    std::map<std::pair<int, int>, int64_t> counts;  // in order: the first of equals is the smallest
-    for (const Ids& w : words) {
-      for (size_t i = 0; i + 1 < w.size(); i++) counts[{w[i], w[i + 1]}]++;
-    }
-    std::pair<int, int> best;
-    int64_t most = 0;
-    for (const auto& [pair, count] : counts) {
-      if (count > most) most = count, best = pair;
-    }
-    if (most == 0) break;
-    for (Ids& w : words) {
-      for (size_t i = 0; i + 1 < w.size(); i++) {
-        if (w[i] != best.first || w[i + 1] != best.second) continue;
-        w[i] = int(tokens.size());
-        w.erase(w.begin() + int64_t(i) + 1);
-      }
-    }
-    tokens.push_back(tokens[size_t(best.first)] + tokens[size_t(best.second)]);
-  }
-  return tokens;
+  return ids;
 }
 
 std::string gzip(const std::string& text) {
@@ -422,9 +382,10 @@ TEST_CASE("training equals counting all pairs anew for every merge") {
     CAPTURE(pattern);
     std::string text = random_text(11, 1500) + std::string(37, 'a') + " aaaa aaa abab ababa";
     const Tokenizer t = train_on(text, 256 + 150 + kSpecials, pattern);
-    const std::vector<std::string> plain = plain_train(t, text, 150);
-    REQUIRE(plain.size() == 406);
-    for (int id = 0; id < 406; id++) CHECK(t.token_bytes(id) == plain[size_t(id)]);
+    std::vector<Ids> pieces;
+    for (const std::string_view piece : t.pieces(text)) pieces.push_back(plain::encode(piece, {}));
+    CHECK(merges_of(t).size() == 150);
+    CHECK(merges_of(t) == plain::learn_merges(pieces, 150));
   }
 }
 

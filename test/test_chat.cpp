@@ -217,7 +217,7 @@ TEST_CASE("chat answers turn by turn, and every command does what help says") {
       .assistant("A kind one.");
   const std::string dir = m.save(), saved = m.dir() / "saved.jsonl";
   const Output out =
-      say(dir, "--tokens 40",
+      say(dir, "--max-tokens 40",
           "hello\nmore\n/retry\n/save " + saved +
               "\n/system\n/system Be a very kind and patient assistant, in every answer.\n"
               "who?\n/system\n/save " +
@@ -231,7 +231,7 @@ TEST_CASE("chat answers turn by turn, and every command does what help says") {
                              "A kind one.\nsystem: Be a very kind and patient assistant, in every "
                              "answer.\nsaved in " +
                              saved +
-                             "\na new conversation\nnothing was said yet\n"
+                             "\na new conversation\nthere is no message yet\n"
                              "/save: a file's name is missing\ntemperature 0.5\n"
                              "temperature: found -1, expected 0 to 100\n"
                              "temperature: found x, expected 0 to 100\n"
@@ -254,7 +254,7 @@ TEST_CASE("chat answers turn by turn, and every command does what help says") {
   CHECK(Json::parse(second)["messages"][0]["role"] == "system");
 }
 
-TEST_CASE("chat runs the tools that are called, shows them, and goes on with their answers") {
+TEST_CASE("chat runs the tools that are called, shows them, and continues with their answers") {
   ScriptedModel m(2048);
   write_file(m.dir() / "documents.jsonl", "{\"text\": \"Anna is a baker in Olm.\"}\n");
   Plan(m, {.tools = {kCalculatorTool, kSearchTool}})
@@ -282,28 +282,28 @@ TEST_CASE("chat runs the tools that are called, shows them, and goes on with the
   CHECK(json["messages"][7]["content"] == "A baker.");
 }
 
-TEST_CASE("chat forgets the oldest turns when the context is full, and says so") {
+TEST_CASE("chat drops the oldest turns when the context is full, and says so") {
   ScriptedModel m(128);
   const std::string dir = m.save();
   std::string lines;
   for (int i = 0; i < 8; i++) lines += "tell me of it\n";
-  const Output out = say(dir, "--tokens 10", lines + std::string(300, 'z') + "\nhi\n");
+  const Output out = say(dir, "--max-tokens 10", lines + std::string(300, 'z') + "\nhi\n");
   CHECK(out.status == 0);
   CHECK(contains(out.text, "the context of 128 tokens is full: the oldest "));
-  CHECK(contains(out.text, " are forgotten\n"));
-  CHECK(contains(out.text, "xxxxxxxxxx\n(the answer is as long as --tokens allows)\n"));
-  CHECK(contains(out.text, "tokens, and the model's context is 128: it was not said"));
+  CHECK(contains(out.text, " are dropped\n"));
+  CHECK(contains(out.text, "xxxxxxxxxx\n(the answer is as long as --max-tokens allows)\n"));
+  CHECK(contains(out.text, "tokens, and the model's context is 128: the message was not added"));
   CHECK(out.text.ends_with("allows)\n"));
 }
 
-TEST_CASE("a base model goes on with what is typed until the document ends") {
+TEST_CASE("a base model continues what is typed until the document ends") {
   ScriptedModel m;
   const int n = 1 + int(m.tokenizer().encode("Once").size());
   const int then = m.write(n, " upon a time") + int(m.tokenizer().encode("\nand then").size());
   m.write(then, " the end.<|endoftext|>");
   const std::string dir = m.save(), saved = m.dir() / "saved.jsonl";
   const Output out =
-      say(dir, "--base --tokens " + std::to_string(m.tokenizer().encode(" upon a time").size()),
+      say(dir, "--base --max-tokens " + std::to_string(m.tokenizer().encode(" upon a time").size()),
           "Once\nand then\n/save " + saved + "\n/system x\nOnce\n");
   CHECK(out.status == 0);
   CHECK(out.text.starts_with(" upon a time\n the end.\n--- the document ends; the next begins\n"));
@@ -333,7 +333,7 @@ TEST_CASE("chat knows a model's template, or says which it knows and stops") {
   json.erase("chat_template");
   write_file(config, json.dump());
   CHECK(contains(say(dir, "", "hi\n").text, "found no chat template"));
-  CHECK(say(dir, "--template chatml --tokens 3", "hi\n").text.starts_with("xxx\n"));
+  CHECK(say(dir, "--template chatml --max-tokens 3", "hi\n").text.starts_with("xxx\n"));
 
   ScriptedModel p;
   const int n = 1 + int(p.tokenizer().encode("User: hi\nAssistant:").size());
@@ -388,7 +388,7 @@ TEST_CASE("chat writes Llama 3's template as transformers does") {
       answer.push_back(result.ids[0]);
     }
     const std::string expected = tokenizer.decode(answer);
-    std::string flags = "--tokens " + std::to_string(tokens), said;
+    std::string flags = "--max-tokens " + std::to_string(tokens), said;
     for (const Json& message : c.at("messages")) {
       const std::string content = message.at("content");
       if (message.at("role") == "system") {
@@ -409,7 +409,7 @@ TEST_CASE("chat answers bad flags with one line and status 1") {
   const std::string dir = m.save();
   const std::pair<const char*, const char*> cases[] = {
       {"--temperature -1", "--temperature: found -1"},
-      {"--tokens -1", "--tokens: found -1"},
+      {"--max-tokens -1", "--max-tokens: found -1"},
       {"--template what", "--template: found what, expected auto, chatml, llama3 or plain"},
       {"--documents none.jsonl", "none.jsonl: cannot open"},
       {"--base --system x", "--base: found --system"},

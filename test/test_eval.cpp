@@ -1,115 +1,12 @@
-// Answers and how they are marked; ./chat eval against lm-evaluation-harness, and on a model whose
-// answers are known.
+// ./chat eval against lm-evaluation-harness, and on a model whose answers are known.
 #include <doctest/doctest.h>
 
-#include <cstring>
 #include <sstream>
 
-#include "cake/answers.h"
+#include "cake/verify.h"
 #include "test/scripted_model.h"
 
 using namespace cake;
-
-// ---------------------------------------------------------------------------------------------
-// Answers
-
-TEST_CASE("the final number of an answer is read however it is written") {
-  const std::pair<const char*, const char*> cases[] = {{"#### 18", "18"},
-                                                       {"The answer is 18.", "18"},
-                                                       {"She makes $18 every day.", "18"},
-                                                       {"so 18.00", "18"},
-                                                       {"18.50 dollars", "18.5"},
-                                                       {"1,000", "1000"},
-                                                       {"$1,234,567.80.", "1234567.8"},
-                                                       {"5, 6 and 7", "7"},
-                                                       {"1,2", "2"},  // no thousands
-                                                       {"12,3456", "3456"},
-                                                       {"-5", "-5"},
-                                                       {"-$5.0", "-5"},
-                                                       {"x = -3", "-3"},
-                                                       {"5-3", "3"},
-                                                       {"(4)-3", "3"},
-                                                       {"range 3-4", "4"},
-                                                       {"It is 007.", "7"},
-                                                       {"-0", "0"},
-                                                       {".5", "0.5"},
-                                                       {"3.5.2", "2"},
-                                                       {"#### 18 apples, 20 pears", "18"},
-                                                       {"18\n#### nothing", "18"},
-                                                       {"48/2 = <<48/2=24>>24 clips", "24"},
-                                                       {"24 clips <<48/2=25>>", "24"},
-                                                       {"<<1+1=2>>", ""},
-                                                       {"a << b 7", "7"},
-                                                       {"none", ""},
-                                                       {"", ""}};
-  for (const auto& c : cases) {
-    CAPTURE(c.first);
-    CHECK(final_number(c.first) == c.second);
-  }
-}
-
-TEST_CASE("words are found whole, and case does not matter") {
-  CHECK(contains_words("She is a Baker.", "baker"));
-  CHECK(!contains_words("She is a bakery owner", "baker"));
-  CHECK(!contains_words("grandbaker", "baker"));
-  CHECK(contains_words("bakery, baker", "baker"));
-  CHECK(contains_words("in New Olm.", "new olm"));
-  CHECK(!contains_words("caf\u00e9s", "caf\u00e9"));
-  CHECK(!contains_words("caf\u00e9", "caf"));
-  CHECK(contains_words("9.9", "9.9"));
-  CHECK(!contains_words("anything", ""));
-  CHECK(refuses("Sorry, I don\u2019t know that."));
-  CHECK(refuses("I DO NOT KNOW."));
-  CHECK(refuses("I can't help with that."));
-  CHECK(!refuses("I know: a baker."));
-}
-
-TEST_CASE("a check passes what it describes and nothing else") {
-  const auto check = [](const char* json, const char* answer,
-                        const std::set<std::string>& tools = {}) {
-    return passes(parse_check(Json::parse(json), "here"), answer, tools);
-  };
-  const char* contains_one =
-      R"({"type": "contains", "any": ["baker", "cook"], "none": ["sailor"]})";
-  CHECK(check(contains_one, "A cook."));
-  CHECK(!check(contains_one, "A cook or a sailor."));
-  CHECK(!check(contains_one, "A judge."));
-  CHECK(check(R"({"type": "number", "value": "1,000"})", "It is $1000.00."));
-  CHECK(!check(R"({"type": "number", "value": "1000"})", "It is 1001"));
-  CHECK(!check(R"({"type": "number", "value": "1000"})", "It is unknown"));
-  CHECK(check(R"({"type": "refuses"})", "I don't know."));
-  CHECK(!check(R"({"type": "answers"})", "I don't know."));
-  CHECK(check(R"({"type": "answers"})", "Olm."));
-  CHECK(check(R"({"type": "exact", "text": "Olm."})", " Olm.\n"));
-  CHECK(!check(R"({"type": "exact", "text": "Olm."})", "olm."));
-  const char* tool =
-      R"({"type": "tool", "name": "search", "then": {"type": "number", "value": "3"}})";
-  CHECK(check(tool, "3", {"search"}));
-  CHECK(!check(tool, "3", {"calculator"}));
-  CHECK(!check(tool, "4", {"search"}));
-
-  const std::pair<const char*, const char*> bad[] = {
-      {"{}", "here: type is missing"},
-      {R"({"type": "vibes"})", "here: type: found \"vibes\", expected contains"},
-      {R"({"type": "contains"})", "here: any: found no words"},
-      {R"({"type": "contains", "any": "x"})", "here: any: found \"x\", expected an array"},
-      {R"({"type": "number", "value": "x"})", "here: value: found \"x\", expected a number"},
-      {R"({"type": "tool", "name": "search"})", "here: then is missing"},
-      {R"({"type": "tool", "name": "x", "then": {}})", "here: then: type is missing"}};
-  for (const auto& c : bad) {
-    CHECK(contains(error_of([&] { parse_check(Json::parse(c.first), "here"); }), c.second));
-  }
-}
-
-TEST_CASE("Wilson's interval has its known values") {
-  // 8 of 10: (.4901625, .9433178); 0 of 10: (0, .2775328): R, binom::binom.wilson.
-  const Interval a = wilson(.8, 10), none = wilson(0, 10), all = wilson(1, 10);
-  CHECK(a.low == doctest::Approx(.4901625).epsilon(1e-6));
-  CHECK(a.high == doctest::Approx(.9433178).epsilon(1e-6));
-  CHECK(none.low == 0);
-  CHECK(none.high == doctest::Approx(.2775328).epsilon(1e-6));
-  CHECK(all.high == doctest::Approx(1));
-}
 
 // ---------------------------------------------------------------------------------------------
 // ./chat eval
@@ -293,7 +190,7 @@ TEST_CASE("GSM8K is asked in conversations and after solved examples, and marked
   CHECK(eval(dir + " --tasks gsm8k=" + file)["gsm8k"]["value"] == .5);
   CHECK(eval(dir + " --base --shots 1 --shots-from gsm8k=" + one +
              " --tasks gsm8k=" + file)["gsm8k"]["value"] == .5);
-  CHECK(eval(dir + " --base --tokens 3 --tasks gsm8k=" + file)["gsm8k"]["value"] == 0);
+  CHECK(eval(dir + " --base --max-tokens 3 --tasks gsm8k=" + file)["gsm8k"]["value"] == 0);
 }
 
 TEST_CASE("the reference solutions of GSM8K pass its own check") {

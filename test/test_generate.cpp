@@ -416,11 +416,11 @@ TEST_CASE("a request yields the same tokens in any batch, cache and prefill size
     for (size_t i = 0; i < requests.size(); i++) {
       CAPTURE(i);
       REQUIRE(g.done(int(i)));
-      check_equal(g.take(int(i)), want[i]);
+      check_equal(g.pop(int(i)), want[i]);
     }
     CHECK(gpt.most_rows <= c.rows);
     CHECK(gpt.largest_call <= std::max(c.prefill, c.rows));
-    g.forget();
+    g.drop_finished();
     CHECK(g.cache().free_positions() == total);
   }
 }
@@ -442,7 +442,7 @@ TEST_CASE("rows that outgrow the cache wait, in order, and go on with the same t
   g.run();
   CHECK(g.stats().preemptions > 0);
   CHECK(order == in_order);
-  for (int i = 0; i < 8; i++) check_equal(g.take(i), expected(gpt, requests[size_t(i)], i));
+  for (int i = 0; i < 8; i++) check_equal(g.pop(i), expected(gpt, requests[size_t(i)], i));
 }
 
 TEST_CASE("as many rows run together as the cache has room for") {
@@ -474,7 +474,7 @@ TEST_CASE("a prompt is prefilled once, and what it shares with another only once
     for (const Request& r : requests) g.submit(r);
     g.run();
     for (size_t i = 0; i < requests.size(); i++) {
-      check_equal(g.take(int(i)), expected(gpt, requests[i], int(i)));
+      check_equal(g.pop(int(i)), expected(gpt, requests[i], int(i)));
     }
     return gpt.fed;
   };
@@ -495,7 +495,7 @@ TEST_CASE("a sequence that goes on feeds only what is new") {
   Request r{.prompt = {1, 2, 3, 4, 5}, .max_new = 50};
   const int first = g.submit(r);
   g.run();
-  const Completion c = g.take(first);
+  const Completion c = g.pop(first);
   Request turn = r;
   turn.prompt.insert(turn.prompt.end(), c.ids.begin(), c.ids.end());
   turn.prompt.push_back(9);
@@ -504,8 +504,8 @@ TEST_CASE("a sequence that goes on feeds only what is new") {
   g.run();
   CHECK(g.stats().reused_tokens == 54);
   CHECK(gpt.fed == 2 + 49);  // the last sampled token, the new one, then those that follow
-  check_equal(g.take(1), expected(gpt, turn, 1));
-  g.forget();
+  check_equal(g.pop(1), expected(gpt, turn, 1));
+  g.drop_finished();
   gpt.fed = 0;
   g.submit(turn);
   g.run();
@@ -558,7 +558,7 @@ TEST_CASE("samples of one prompt differ, and repeat with the seed") {
     g.submit(r);
     g.submit(r);
     g.run();
-    return std::pair{g.take(0).ids, g.take(1).ids};
+    return std::pair{g.pop(0).ids, g.pop(1).ids};
   };
   CHECK(ids(1) == ids(1));
   CHECK(ids(1).first != ids(1).second);
@@ -574,7 +574,7 @@ TEST_CASE("a request ends by its stop token, its length or the context") {
     r.prompt = {1, 2, 3};
     g.submit(r);
     g.run();
-    return g.take(0);
+    return g.pop(0);
   };
   Completion c = run({.max_new = 100, .stop_ids = {50, 9}});
   CHECK(finish_name(c.finish) == std::string("stop_token"));
@@ -604,7 +604,7 @@ TEST_CASE("a stop string ends a request across tokens, and its text comes out wh
   Generator g(gpt, bytes_of(table), {1, 128, 512});
   g.submit(r);
   g.run();
-  const Completion c = g.take(0);
+  const Completion c = g.pop(0);
   CHECK(finish_name(c.finish) == std::string("stop_string"));
   CHECK(c.text == "The end\U0001F600");
   CHECK(c.ids == std::vector<int>{0, 1, 2, 3, 4, 5});
@@ -616,13 +616,13 @@ TEST_CASE("a stop string ends a request across tokens, and its text comes out wh
   r.max_new = 5;
   g.submit(r);
   g.run();
-  CHECK(g.take(1).text == "The end\U0001F600!\nQ");
+  CHECK(g.pop(1).text == "The end\U0001F600!\nQ");
   CHECK(texts.back() == "!\nQ");
   // A character that is cut short by the limit is replaced, not broken.
   r.max_new = 3;
   g.submit(r);
   g.run();
-  CHECK(g.take(2).text == "The end\uFFFD");
+  CHECK(g.pop(2).text == "The end\uFFFD");
 }
 
 TEST_CASE("tokens are reported in order, and their texts make the completion's") {
@@ -647,7 +647,7 @@ TEST_CASE("tokens are reported in order, and their texts make the completion's")
   g.run();
   CHECK(finished.size() == requests.size());
   for (int i = 0; i < int(requests.size()); i++) {
-    const Completion c = g.take(i);
+    const Completion c = g.pop(i);
     CHECK(seen[i].ids == c.ids);
     CHECK(seen[i].logp == c.logp);
     CHECK(seen[i].text == c.text);
@@ -735,13 +735,13 @@ TEST_CASE("turns go on behind what is appended to them, in any batch, cache and 
     g.run();
     for (size_t i = 0; i < requests.size(); i++) {
       CAPTURE(i);
-      const Completion c = g.take(int(i));
+      const Completion c = g.pop(int(i));
       check_equal(c, want[i]);
       CHECK(c.sampled == want[i].sampled);
       CHECK(c.last_turn == want[i].last_turn);
     }
     CHECK(turns == want_turns);
-    g.forget();
+    g.drop_finished();
     CHECK(g.cache().free_positions() == total);
   }
 }
@@ -762,7 +762,7 @@ TEST_CASE("a turn's text begins anew behind what was appended") {
   gpt.script = {1, 2, 50, 0, 0, 0, 5, 4, 50};  // the three in the middle are never asked for
   g.submit(r);
   g.run();
-  const Completion c = g.take(0);
+  const Completion c = g.pop(0);
   CHECK(c.ids == std::vector<int>{1, 2, 50, 9, 9, 9, 5, 4, 50});
   CHECK(c.sampled == std::vector<bool>{true, true, true, false, false, false, true, true, true});
   CHECK(c.logp[3] == 0);
@@ -781,7 +781,7 @@ TEST_CASE("what is appended must fit, and be ids that exist") {
     Generator g(gpt, bytes_of(), {1, 64, 512});
     g.submit(r);
     g.run();
-    const Completion c = g.take(0);
+    const Completion c = g.pop(0);
     CHECK(c.ids.size() == c.sampled.size());
     CHECK(c.ids.size() == c.logp.size());
     return std::pair{std::string(finish_name(c.finish)), int(c.ids.size())};
@@ -815,13 +815,13 @@ TEST_CASE("a cancelled request ends with what it has, and no other is disturbed"
   CHECK(g.done(0));
   CHECK(g.done(3));
   g.run();
-  const Completion c = g.take(0), all = expected(gpt, requests[0], 0);
+  const Completion c = g.pop(0), all = expected(gpt, requests[0], 0);
   CHECK(std::string(finish_name(c.finish)) == "cancelled");
   CHECK(c.ids.size() > 5);
   CHECK(c.ids.size() < 50);
   CHECK(std::equal(c.ids.begin(), c.ids.end(), all.ids.begin()));
-  CHECK(g.take(3).ids.empty());
-  for (const int i : {1, 2}) check_equal(g.take(i), expected(gpt, requests[size_t(i)], i));
+  CHECK(g.pop(3).ids.empty());
+  for (const int i : {1, 2}) check_equal(g.pop(i), expected(gpt, requests[size_t(i)], i));
   CHECK_THROWS_AS(g.cancel(1), Error);
 }
 
@@ -835,7 +835,7 @@ TEST_CASE("requests may be added while others run") {
   };
   g.submit(r);
   g.run();
-  check_equal(g.take(1), expected(gpt, follow, 1));
+  check_equal(g.pop(1), expected(gpt, follow, 1));
 }
 
 TEST_CASE("an impossible request is an error that says what was expected") {
@@ -854,7 +854,7 @@ TEST_CASE("an impossible request is an error that says what was expected") {
       g.submit({.prompt = {1}, .max_new = 90}),
       "request 0: found up to 90 positions, expected at most 64, the size of the KV cache", Error);
   CHECK_THROWS_AS(Generator(gpt, bytes_of(), {0, 64, 512}), Error);
-  CHECK_THROWS_AS(g.take(0), std::exception);
+  CHECK_THROWS_AS(g.pop(0), std::exception);
   CHECK(!g.step());
 }
 
@@ -1057,7 +1057,7 @@ TEST_CASE("the logp of sampled tokens is forward's, to the bit") {
       std::vector<int> tokens, targets, starts = {0};
       std::vector<float> decoded;
       for (size_t i = 0; i < requests.size(); i++) {
-        const Completion c = g.take(int(i));
+        const Completion c = g.pop(int(i));
         std::vector<int> text = requests[i].prompt;
         text.insert(text.end(), c.ids.begin(), c.ids.end());
         tokens.insert(tokens.end(), text.begin(), text.end() - 1);
@@ -1090,7 +1090,7 @@ TEST_CASE("the engine's requests yield the same tokens in any batch and cache") 
     for (const Request& r : requests) g.submit(r);
     g.run();
     for (size_t i = 0; i < requests.size(); i++) {
-      const Completion got = g.take(int(i));
+      const Completion got = g.pop(int(i));
       if (options.rows == 1) first.push_back(got);
       check_equal(got, first[i]);
     }
@@ -1322,16 +1322,17 @@ Output generate(const std::string& arguments, int T = 128) {
 }  // namespace
 
 TEST_CASE("chat generate continues a prompt, the same way for the same seed") {
-  const Output a = generate("--prompt 'the caf\u00e9s' --tokens 40");
+  const Output a = generate("--prompt 'the caf\u00e9s' --max-tokens 40");
   REQUIRE_MESSAGE(a.status == 0, a.text);
   CHECK(a.text.starts_with("the caf\u00e9s"));
   CHECK(a.text.size() > 40);
   CHECK(a.text.ends_with("\n"));
   CHECK(is_utf8(a.text));
-  CHECK(generate("--prompt 'the caf\u00e9s' --tokens 40").text == a.text);
-  CHECK(generate("--prompt 'the caf\u00e9s' --tokens 40 --seed 1").text != a.text);
-  CHECK(contains(generate("--tokens 500").text, "the model's context of 128 tokens is full"));
-  const Output stats = generate("--prompt the --tokens 5 --stats");
+  CHECK(generate("--prompt 'the caf\u00e9s' --max-tokens 40").text == a.text);
+  CHECK(generate("--prompt 'the caf\u00e9s' --tokens 40").text == a.text);  // its old name
+  CHECK(generate("--prompt 'the caf\u00e9s' --max-tokens 40 --seed 1").text != a.text);
+  CHECK(contains(generate("--max-tokens 500").text, "the model's context of 128 tokens is full"));
+  const Output stats = generate("--prompt the --max-tokens 5 --stats");
   CHECK(contains(stats.text, "decode  4 tokens, "));
 }
 
@@ -1346,7 +1347,7 @@ TEST_CASE("chat generate writes the results of many prompts in their order") {
        {"--rows 1 --prompts " + prompts, "--rows 8 --prompts " + prompts,
         "--rows 3 --cache-mb 1 --prompts " + lines, "--prompts - < " + lines}) {
     const std::string path = dir / "results.jsonl";
-    const Output out = generate(arguments + " --samples 3 --tokens 30 -o " + path);
+    const Output out = generate(arguments + " --samples 3 --max-tokens 30 -o " + path);
     REQUIRE_MESSAGE(out.status == 0, out.text);
     results.push_back(read_file(path));
     CHECK(results.back() == results[0]);
@@ -1378,8 +1379,8 @@ TEST_CASE("chat generate answers bad input with one line and status 1") {
            {"--top-k -3", "--top-k: found -3"},
            {"--min-p 2", "--min-p: found 2"},
            {"--repetition-penalty 0", "--repetition-penalty: found 0"},
-           {"--tokens 0", "--tokens: found 0, expected at least 1"},
-           {"--tokens many", "--tokens"},
+           {"--max-tokens 0", "--max-tokens: found 0, expected at least 1"},
+           {"--max-tokens many", "--max-tokens"},
            {"--stop ''", "--stop: found \"\", expected some text"},
            {"--what", "--what"},
            {"--device tpu", "--device: found tpu, expected auto, cpu or cuda"},
@@ -1402,7 +1403,7 @@ TEST_CASE("chat generate answers bad input with one line and status 1") {
   const Output missing = shell("./chat generate " + d + "none");
   CHECK(missing.status == 1);
   CHECK(contains(missing.text, "none: not found"));
-  const Output full = generate("--tokens 5 > /dev/full");
+  const Output full = generate("--max-tokens 5 > /dev/full");
   CHECK(full.status == 1);
   CHECK(contains(full.text, "standard output: cannot write: No space left on device"));
   CHECK(shell("./chat generate --help").status == 0);
@@ -1416,7 +1417,7 @@ TEST_CASE("chat generate ends quietly when its reader does, and with 130 at Ctrl
   CHECK(out.text.size() == 1);
   CHECK(read_file(status) == "0\n");
 
-  const std::string long_text = model_of(100000) + " --threads 1 --tokens 99000 --prompt 'a'";
+  const std::string long_text = model_of(100000) + " --threads 1 --max-tokens 99000 --prompt 'a'";
   // In the foreground, timeout sends one signal; else a second follows, which ends a run at once.
   const std::string interrupted =
       "timeout --foreground --preserve-status -s INT 2 ./chat generate ";

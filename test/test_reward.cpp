@@ -1,5 +1,5 @@
-// Learning from preferences, as the user of ./rlhf meets it: reading them, reward models, DPO, best
-// of n, over-optimisation. The objectives themselves are tested in test_rlhf.cpp.
+// Learning from preferences, as the user of ./reward meets it: reading them, reward models, DPO,
+// scores. The objectives themselves are tested in test_reward_objectives.cpp.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -8,95 +8,14 @@
 #include "cake/checkpoint.h"
 #include "cake/json.h"
 #include "cake/records.h"
-#include "cake/schedule.h"
 #include "cake/tokenizer.h"
+#include "test/preference_world.h"
 #include "test/support.h"
 
 using namespace cake;
+using namespace cake::preference_world;
 
 namespace {
-
-// ---------------------------------------------------------------------------------------------
-// A small world: 40 prompts, answers that are good ("yes ...") or bad ("no ..."), some longer
-
-const std::filesystem::path& world() {
-  static const TempDir dir;
-  static const std::filesystem::path path = [] {
-    std::string text;
-    for (int i = 0; i < 200; i++) text += "the user asks, the assistant says yes or no, 1 2 3 4.\n";
-    write_file(dir / "text.txt", text);
-    const Tokenizer t = train_tokenizer({.inputs = {(dir / "text.txt").string()}}, 300, "qwen2");
-    std::filesystem::create_directories(dir / "tokenizer");
-    t.save(dir / "tokenizer");
-    Config c = new_config(Family::qwen3, 2, 32, t.vocab_size(), 96);
-    c.HS = 16, c.NH = 2, c.NKV = 1;
-    const auto gpt = make_gpt(c, {.device = Device::cpu});
-    for (size_t i = 0; i < gpt->table().tensors.size(); i++) {
-      Tensor tensor = gpt->table().tensors[i];
-      if (tensor.init_std < .05 && !tensor.init_one) tensor.init_std = .05;
-      gpt->write(int(i), Slot::weight, initial_values(tensor, 5));
-    }
-    save_checkpoint(dir / "model", *gpt, {.tokenizer_from = dir / "tokenizer"});
-
-    std::string pairs, shuffled, rankings, labels, prompts;
-    for (int i = 0; i < 160; i++) {
-      const std::string asked = concat("ask ", i / 4);  // four pairs a problem
-      const std::string good = concat("yes ", i % 5, i % 4 == 0 ? " and more, and more" : "");
-      const std::string bad = concat("no ", i % 3, i % 4 == 1 ? " and more" : " ok");
-      const auto pair = [&](const std::string& chosen, const std::string& rejected) {
-        return Json{{"prompt", asked}, {"chosen", chosen}, {"rejected", rejected}}.dump() + "\n";
-      };
-      pairs += pair(good, bad);
-      shuffled += mix64(uint64_t(i)) % 2 ? pair(good, bad) : pair(bad, good);
-      const Json messages = Json::array({{{"role", "user"}, {"content", asked}}});
-      rankings += Json{{"prompt", messages},
-                       {"responses", {bad, good, "no no", concat("yes, ", i % 7)}},
-                       {"ranking", {2, 1, 2, 1}}}
-                      .dump() +
-                  "\n";
-      labels += Json{{"text", i % 2 ? good : bad}, {"label", i % 2 ? "pos" : "neg"}}.dump() + "\n";
-      if (i < 24) {
-        prompts += Json{{"messages", messages},
-                        {"rubric",
-                         {{{"kind", "mentions"}, {"words", {"yes"}}, {"weight", 1}},
-                          {{"kind", "varied"}, {"weight", 1}}}}}
-                       .dump() +
-                   "\n";
-      }
-    }
-    write_file(dir / "pairs.jsonl", pairs);
-    write_file(dir / "shuffled.jsonl", shuffled);
-    write_file(dir / "rankings.jsonl", rankings);
-    write_file(dir / "labels.jsonl", labels);
-    write_file(dir / "prompts.jsonl", prompts);
-    return dir.path();
-  }();
-  return path;
-}
-
-std::string file(const std::string& name) { return (world() / name).string(); }
-
-std::string rlhf(const std::string& command, const std::filesystem::path& out,
-                 const std::string& flags) {
-  return concat("./rlhf ", command, " --model ", file("model"), " -o ", out.string(), " ", flags);
-}
-
-Output good(const std::string& command) {
-  const Output o = shell(command);
-  REQUIRE_MESSAGE(o.status == 0, o.text);
-  return o;
-}
-
-// The lines of metrics.jsonl that have `key`.
-std::vector<Json> metrics(const std::filesystem::path& run, const std::string& key) {
-  std::vector<Json> found;
-  std::istringstream lines(read_file(run / "metrics.jsonl"));
-  for (std::string line; std::getline(lines, line);) {
-    const Json json = Json::parse(line);
-    if (json.contains(key)) found.push_back(json);
-  }
-  return found;
-}
 
 std::string model_bytes(const std::filesystem::path& run) {
   const bool adapters = has_adapters(run / "model");
@@ -228,10 +147,10 @@ TEST_CASE("real pairs of solutions are read, two answers each") {
 
 TEST_CASE("the first loss of a reward model is that of its pairs one by one") {
   const TempDir dir;
-  good(rlhf("reward", dir / "run",
-            "--data " + file("pairs.jsonl") +
-                " --as-chat --val-fraction 0 --steps 1 --batch 160 "
-                "--micro-batch-tokens 200 --normalise-on none --seed 3"));
+  good(stage("reward train", dir / "run",
+             "--data " + file("pairs.jsonl") +
+                 " --as-chat --val-fraction 0 --steps 1 --batch 160 "
+                 "--micro-batch-tokens 200 --normalize-on none --seed 3"));
   Config c = load_config(world() / "model");
   c.head = Head::scalar;
   const auto gpt = load(world() / "model", c, 3);
@@ -251,9 +170,9 @@ TEST_CASE("the first loss of a reward model is that of its pairs one by one") {
 
 TEST_CASE("a reward model learns what was preferred, and scores have mean 0 and spread 1") {
   const TempDir dir;
-  const Output o = good(rlhf("reward", dir / "run",
-                             "--data " + file("pairs.jsonl") +
-                                 " --as-chat --val-fraction .25 --epochs 6 --batch 8 --lr .003"));
+  const Output o = good(stage("reward train", dir / "run",
+                              "--data " + file("pairs.jsonl") +
+                                  " --as-chat --val-fraction .25 --epochs 6 --batch 8 --lr .003"));
   const Json summary = read_json(dir / "run/summary.json");
   CHECK(summary.at("accuracy").get<double>() > .95);
   CHECK(summary.at("pairs").get<int>() > 20);
@@ -285,8 +204,8 @@ TEST_CASE("a reward model learns what was preferred, and scores have mean 0 and 
 
 TEST_CASE("a reward model of shuffled preferences knows nothing of held-out ones") {
   const TempDir dir;
-  good(rlhf(
-      "reward", dir / "run",
+  good(stage(
+      "reward train", dir / "run",
       "--data " + file("shuffled.jsonl") + " --as-chat --val-fraction .4 --epochs 2 --batch 8"));
   const double accuracy = read_json(dir / "run/summary.json").at("accuracy");
   CHECK(std::abs(accuracy - .5) < .25);  // about 64 pairs: four standard deviations
@@ -294,15 +213,16 @@ TEST_CASE("a reward model of shuffled preferences knows nothing of held-out ones
 
 TEST_CASE("rankings with ties and labelled texts are learned") {
   const TempDir dir;
-  good(rlhf("reward", dir / "ranked",
-            "--data " + file("rankings.jsonl") +
-                " --epochs 3 --batch 8 --lr .003 --margin .1 "
-                "--centring .01"));
+  good(stage("reward train", dir / "ranked",
+             "--data " + file("rankings.jsonl") +
+                 " --epochs 3 --batch 8 --lr .003 --margin .1 "
+                 "--center .01"));
   const Json ranked = read_json(dir / "ranked/summary.json");
   CHECK(ranked.at("accuracy").get<double>() > .95);
   CHECK(ranked.at("pairs").get<int>() == 4 * ranked.at("held_out").get<int>());  // two of six tie
-  const Output o = good(rlhf("reward", dir / "labels",
-                             "--data " + file("labels.jsonl") + " --epochs 4 --batch 8 --lr .003"));
+  const Output o =
+      good(stage("reward train", dir / "labels",
+                 "--data " + file("labels.jsonl") + " --epochs 4 --batch 8 --lr .003"));
   const Json labels = read_json(dir / "labels/summary.json");
   CHECK(labels.at("accuracy").get<double>() > .95);
   CHECK(!labels.contains("longer_wins"));
@@ -310,8 +230,8 @@ TEST_CASE("rankings with ties and labelled texts are learned") {
 
 TEST_CASE("folds judge every pair once") {
   const TempDir dir;
-  good(rlhf("reward", dir / "run",
-            "--data " + file("pairs.jsonl") + " --as-chat --folds 3 --steps 4 --batch 8"));
+  good(stage("reward train", dir / "run",
+             "--data " + file("pairs.jsonl") + " --as-chat --folds 3 --steps 4 --batch 8"));
   int pairs = 0;
   double right = 0;
   for (int fold = 1; fold <= 3; fold++) {
@@ -335,9 +255,9 @@ TEST_CASE("DPO's first loss is ln 2, IPO's 1 / (2 beta)^2, KTO's one half") {
   int number = 0;
   const auto first = [&](const std::string& flags) {
     const auto out = dir / concat("run_", ++number);
-    good(rlhf("dpo", out,
-              "--data " + file("pairs.jsonl") +
-                  " --as-chat --steps 1 --batch 16 --micro-batch-tokens 100 " + flags));
+    good(stage("reward dpo", out,
+               "--data " + file("pairs.jsonl") +
+                   " --as-chat --steps 1 --batch 16 --micro-batch-tokens 100 " + flags));
     return metrics(out, "loss").at(0);
   };
   // The reference has the policy's bits: nothing but the rounding of a logarithm is left.
@@ -364,8 +284,8 @@ TEST_CASE("DPO counts the assistant's tokens of an answer of several messages, a
                      {"chosen", messages("yes", "and", "more yes")},
                      {"rejected", messages("no", "and", "more no")}};
   write_file(dir / "data.jsonl", line.dump() + "\n");
-  good(rlhf(
-      "dpo", dir / "run",
+  good(stage(
+      "reward dpo", dir / "run",
       concat("--data ", (dir / "data.jsonl").string(), " --val-fraction 0 --steps 1 --batch 1")));
   const auto gpt = load(world() / "model", load_config(world() / "model"));
   const Tokenizer t = Tokenizer::load(world() / "model");
@@ -392,8 +312,9 @@ TEST_CASE("every loss of DPO's family prefers the chosen answers in the end") {
         "--loss orpo --lr .002", "--label-smoothing .1 --lr .002"}) {
     CAPTURE(flags);
     const auto out = dir / concat("run", hash64(flags));
-    const Output o = good(rlhf(
-        "dpo", out, concat("--data ", file("rankings.jsonl"), " --epochs 2 --batch 8 ", flags)));
+    const Output o =
+        good(stage("reward dpo", out,
+                   concat("--data ", file("rankings.jsonl"), " --epochs 2 --batch 8 ", flags)));
     const Json summary = read_json(out / "summary.json");
     CHECK(summary.at("val_accuracy").get<double>() > .9);
     CHECK(summary.at("val_margin").get<double>() > 0);
@@ -408,70 +329,146 @@ TEST_CASE("a run of DPO whose reference has changed says so") {
   int status = 0;
   const std::string out = dir / "run";
   REQUIRE(interrupt(
-      rlhf("dpo", out,
-           "--data " + file("pairs.jsonl") + " --as-chat --steps 200 --batch 8 --reference " +
-               (dir / "reference").string()),
+      stage("reward dpo", out,
+            "--data " + file("pairs.jsonl") + " --as-chat --steps 200 --batch 8 --reference " +
+                (dir / "reference").string()),
       out, 5, SIGTERM, &status));
   const auto gpt = load(dir / "reference", load_config(dir / "reference"));
   std::vector<float> w(size_t(gpt->table().tensors[0].size()), .1f);
   gpt->write(0, Slot::weight, w);
   save_checkpoint(dir / "reference", *gpt, {.tokenizer_from = world() / "tokenizer"});
-  const Output o = shell("./rlhf dpo --resume -o " + out);
+  const Output o = shell("./reward dpo --resume -o " + out);
   CHECK(o.status == 1);
   CHECK(contains(o.text, "it has changed"));
 }
 
 // ---------------------------------------------------------------------------------------------
-// Best of n
+// Scores
 
-TEST_CASE("the best of n: means over all subsets, the exact bound, answers for fine-tuning") {
+std::vector<Json> json_lines(const std::filesystem::path& path) {
+  std::vector<Json> all;
+  std::istringstream lines(read_file(path));
+  for (std::string line; std::getline(lines, line);) all.push_back(Json::parse(line));
+  return all;
+}
+
+// The share of pairs whose first score is higher.
+double accuracy_of(const std::vector<Json>& scored) {
+  double right = 0;
+  for (const Json& line : scored) {
+    const double chosen = line.at("scores").at(0), rejected = line.at("scores").at(1);
+    right += chosen > rejected ? 1 : chosen == rejected ? .5 : 0;
+  }
+  return right / double(scored.size());
+}
+
+TEST_CASE("a reward model's scores are its values, and agree with preferences as its run says") {
   const TempDir dir;
-  const std::string written = dir / "answers.jsonl";
-  good(rlhf("best-of-n", dir / "run",
-            "--prompts " + file("prompts.jsonl") +
-                " --reward ended --reward length:4 --gold rubric --n 6 "
-                "--max-tokens 12 --write " +
-                written));
-  const std::vector<Json> prompts = metrics(dir / "run", "rewards");
-  CHECK(prompts.size() == 24);
-  const Json summary = read_json(dir / "run/summary.json");
-  for (const Json& point : summary.at("curve")) {
-    const int n = point.at("n");
-    CHECK(std::abs(point.at("kl").get<double>() - (std::log(n) - (n - 1.) / n)) < 1e-12);
-    double reward = 0;
-    for (const Json& p : prompts) {  // every subset of n of the six answers
-      double sum = 0, subsets = 0;
-      for (unsigned set = 0; set < 64; set++) {
-        if (__builtin_popcount(set) != n) continue;
-        double best = -1e9;
-        for (size_t i = 0; i < 6; i++) {
-          if (set >> i & 1) best = std::max(best, p.at("reward").at(i).get<double>());
-        }
-        sum += best, subsets++;
-      }
-      reward += sum / subsets / 24;
-    }
-    CHECK(std::abs(point.at("reward").get<double>() - reward) < 1e-9);
+  good(stage("reward train", dir / "run",
+             "--data " + file("pairs.jsonl") + " --val " + file("shuffled.jsonl") +
+                 " --as-chat --steps 12 --batch 8 --lr .003"));
+  const std::string score = "./reward score " + (dir / "run").string() + " -o ";
+  const Output o =
+      good(score + (dir / "out.jsonl").string() + " --as-chat --data " + file("shuffled.jsonl"));
+  const std::vector<Json> scored = json_lines(dir / "out.jsonl");
+  const std::vector<Line> lines = lines_of("shuffled.jsonl");
+  REQUIRE(scored.size() == lines.size());
+  CHECK(std::abs(accuracy_of(scored) -
+                 read_json(dir / "run/summary.json").at("accuracy").get<double>()) < .02);
+  CHECK(contains(o.text, "160 pairs, accuracy "));
+  const Config c = load_config(dir / "run/model");
+  const auto gpt = load(dir / "run/model", c);
+  const Tokenizer t = Tokenizer::load(dir / "run/model");
+  const auto expected = [&](const std::vector<int>& ids) {
+    return doctest::Approx(value_at_end(*gpt, ids) + c.reward_shift).epsilon(1e-5);
+  };
+  for (const size_t i : {0, 1, 159}) {
+    CHECK(scored[i].at("chosen") == lines[i].chosen);  // the line itself is still there
+    CHECK(scored[i].at("scores").at(0).get<double>() ==
+          expected(turn(t, lines[i].prompt, lines[i].chosen)));
+    CHECK(scored[i].at("scores").at(1).get<double>() ==
+          expected(turn(t, lines[i].prompt, lines[i].rejected)));
   }
-  int fit = 0;
-  for (const Json& p : prompts) {
-    const int chosen = p.at("chosen");
-    if (chosen < 0) continue;
-    fit++;
-    CHECK(p.at("ended").at(size_t(chosen)) == true);
-    for (size_t i = 0; i < 6; i++) {  // no other that ended is better
-      CHECK((!p.at("ended").at(i).get<bool>() ||
-             p.at("reward").at(i) <= p.at("reward").at(size_t(chosen))));
-    }
-  }
-  JsonLines lines{Input(written)};
-  simdjson::dom::object object;
-  int conversations = 0;
-  while (lines.next(object)) {
-    conversations++;
-    CHECK(parse_conversation(object, lines.where()).messages.back().role == "assistant");
-  }
-  CHECK(conversations == fit);
+
+  // Answers that are compared with none, and one that is too long.
+  std::string text = "yes";
+  for (int i = 0; i < 200; i++) text += " no";
+  write_file(
+      dir / "answers.jsonl",
+      R"({"messages":[{"role":"user","content":"ask"},{"role":"assistant","content":"yes"}]})"
+      "\n"
+      R"({"prompt":"yes","completion":" or no"})"
+      "\n"
+      R"({"text":"yes"})"
+      "\n"
+      R"({"text":")" +
+          text + "\"}\n");
+  const Output answers =
+      good(score + (dir / "a.jsonl").string() + " --data " + (dir / "answers.jsonl").string());
+  const std::vector<Json> a = json_lines(dir / "a.jsonl");
+  REQUIRE(a.size() == 4);
+  CHECK(a[0].at("score").get<double>() == expected(turn(t, "ask", "yes")));
+  std::vector<int> ids = {t.end_of_text()};
+  t.encode("yes", ids);
+  std::vector<int> whole = ids;
+  ids.push_back(end_of_turn(t));
+  t.encode(" or no", whole);
+  whole.push_back(end_of_turn(t));
+  CHECK(a[1].at("score").get<double>() == expected(whole));
+  CHECK(a[2].at("score").get<double>() == expected(ids));
+  CHECK(a[3].at("score").is_null());
+  CHECK(contains(answers.text, "1 lines have an answer longer than the context of 96"));
+  CHECK(!contains(answers.text, "accuracy"));
+}
+
+TEST_CASE("a policy's score is beta times its log-probability against its reference") {
+  const TempDir dir;
+  const std::string pairs = "--as-chat --data " + file("shuffled.jsonl"), run = dir / "run";
+  good(stage("reward dpo", run,
+             "--data " + file("pairs.jsonl") + " --val " + file("shuffled.jsonl") +
+                 " --as-chat --steps 8 --batch 8 --lr .002 --beta .3"));
+  const std::string score = "./reward score ", out = " -o " + (dir / "out.jsonl").string() + " ";
+  good(score + run + out + pairs);
+  const std::vector<Json> scored = json_lines(dir / "out.jsonl");
+  CHECK(std::abs(accuracy_of(scored) -
+                 read_json(dir / "run/summary.json").at("val_accuracy").get<double>()) < .02);
+  const auto policy = load(dir / "run/model", load_config(dir / "run/model"));
+  const auto reference = load(world() / "model", load_config(world() / "model"));
+  const Tokenizer t = Tokenizer::load(world() / "model");
+  const Line line = lines_of("shuffled.jsonl")[0];
+  const std::vector<int> ids = turn(t, line.prompt, line.chosen);
+  const size_t prompt = render_chat(t, {{{"user", line.prompt, {}}}, {}}, true).ids.size();
+  std::vector<int> targets(ids.size(), -1);
+  for (size_t p = prompt - 1; p + 1 < ids.size(); p++) targets[p] = ids[p + 1];
+  const auto logp = [&](Gpt& gpt) {
+    const std::vector<int> starts = {0, int(ids.size())};
+    gpt.forward({ids, targets, starts}, Pass::score);
+    double sum = 0;
+    for (const float l : gpt.logp()) sum += l;
+    return sum;
+  };
+  const double expected = .3 * (logp(*policy) - logp(*reference));
+  CHECK(expected != 0);
+  CHECK(std::abs(scored[0].at("scores").at(0).get<double>() - expected) < 1e-5);
+
+  // A model directory alone knows neither beta nor reference.
+  std::filesystem::copy(dir / "run/model", dir / "bare");
+  std::filesystem::remove(dir / "bare/trainer_state.json");
+  const std::string bare = score + (dir / "bare").string() + out + pairs;
+  const Output refused = shell(bare);
+  CHECK(refused.status == 1);
+  CHECK_MESSAGE(contains(refused.text, "--reference: missing"), refused.text);
+  const std::string before = read_file(dir / "out.jsonl");
+  good(bare + " --beta .3 --reference " + file("model"));
+  CHECK(read_file(dir / "out.jsonl") == before);
+
+  // A run's reference that has changed is found.
+  Json state = read_json(dir / "run/model/trainer_state.json");
+  state["reference"]["hash"] = "other";
+  write_file(dir / "run/model/trainer_state.json", state.dump());
+  const Output changed = shell(score + run + out + pairs);
+  CHECK(changed.status == 1);
+  CHECK_MESSAGE(contains(changed.text, "it has changed"), changed.text);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -480,73 +477,30 @@ TEST_CASE("the best of n: means over all subsets, the exact bound, answers for f
 TEST_CASE("a run over preferences killed at any moment and resumed equals one that never stopped") {
   const TempDir dir;
   const std::string pairs = "--data " + file("pairs.jsonl") + " --as-chat --steps 60 --batch 8 ";
-  const std::pair<std::string, std::string> runs[] = {{"reward", pairs},
-                                                      {"dpo", pairs},
-                                                      {"dpo", pairs + "--loss kto"},
-                                                      {"dpo", pairs + "--lora 2"}};
+  const std::pair<std::string, std::string> runs[] = {
+      {"train", pairs}, {"dpo", pairs}, {"dpo", pairs + "--loss kto"}, {"dpo", pairs + "--lora 2"}};
   int number = 0;
   for (const auto& run : runs) {
-    const std::string &stage = run.first, &flags = run.second;
+    const std::string command = "reward " + run.first, &flags = run.second;
     CAPTURE(flags);
     const std::string out = dir / concat("killed_", ++number), one = dir / concat("one_", number);
-    good(rlhf(stage, one, flags));
+    good(stage(command, one, flags));
     int status = 0;
-    REQUIRE(interrupt(rlhf(stage, out, flags + " --save-every 7"), out, 20, SIGKILL, &status));
-    REQUIRE(interrupt(concat("./rlhf ", stage, " --resume -o ", out), out, 40, SIGTERM, &status));
+    REQUIRE(interrupt(stage(command, out, flags + " --save-every 7"), out, 20, SIGKILL, &status));
+    REQUIRE(interrupt(concat("./", command, " --resume -o ", out), out, 40, SIGTERM, &status));
     CHECK(WEXITSTATUS(status) == 128 + SIGTERM);
-    const Output rest = good(concat("./rlhf ", stage, " --resume -o ", out));
+    const Output rest = good(concat("./", command, " --resume -o ", out));
     CHECK(contains(rest.text, "resumes after step "));
     CHECK(model_bytes(out) == model_bytes(one));
     CHECK(read_file(out + "/metrics.jsonl") == read_file(one + "/metrics.jsonl"));
-    CHECK(contains(shell(concat("./rlhf ", stage, " --resume -o ", out)).text, "is finished"));
+    CHECK(contains(shell(concat("./", command, " --resume -o ", out)).text, "is finished"));
   }
-}
-
-TEST_CASE("best of n killed and resumed writes what one that never stopped writes") {
-  const TempDir dir;
-  const std::string flags =
-      "--prompts " + file("prompts.jsonl") + " --reward ended --n 8 --max-tokens 40";
-  good(rlhf("best-of-n", dir / "one", flags));
-  int status = 0;
-  const std::string out = dir / "killed";
-  REQUIRE(interrupt(rlhf("best-of-n", out, flags), out, 1, SIGKILL, &status));
-  good("./rlhf best-of-n --resume -o " + out);
-  CHECK(read_file(dir / "killed/metrics.jsonl") == read_file(dir / "one/metrics.jsonl"));
-  CHECK(read_file(dir / "killed/summary.json") == read_file(dir / "one/summary.json"));
-}
-
-// ---------------------------------------------------------------------------------------------
-// Over-optimisation
-
-TEST_CASE("over-optimisation records proxy and gold under both pressures, and draws them") {
-  const TempDir dir;
-  const std::string out = dir / "run";
-  const Output o = good(rlhf("overoptimize", out,
-                             concat("--data ", file("rankings.jsonl"), " --prompts ",
-                                    file("prompts.jsonl"), " --val ", file("prompts.jsonl"),
-                                    " --sizes 8 32 --steps 4 --points 4 --rollouts 8 --n 4 "
-                                    "--max-tokens 12 --val-prompts 6 --reward-epochs 1")));
-  const Json summary = read_json(dir / "run/summary.json");
-  REQUIRE(summary.at("curves").size() == 4);
-  for (const Json& curve : summary.at("curves")) {
-    const bool ppo = curve.at("pressure") == "ppo";
-    CHECK(curve.at("points").size() == (ppo ? 5 : 3));  // n = 1, 2, 4
-    CHECK(curve.at("points").at(0).at("sqrt_kl") == 0);
-  }
-  // The best of more answers has a higher proxy, always.
-  const Json& points = summary.at("curves").at(0).at("points");
-  CHECK(points.at(2).at("proxy").get<double>() > points.at(0).at("proxy").get<double>());
-  CHECK(summary.at("answers").size() == 6);
-  const std::string svg = read_file(dir / "run/overoptimization.svg");
-  CHECK(svg.substr(0, 4) == "<svg");
-  CHECK(contains(svg, "</svg>"));
-  CHECK(contains(o.text, "gold = d ("));
 }
 
 // ---------------------------------------------------------------------------------------------
 // Bad input
 
-TEST_CASE("./rlhf says in one line what is wrong with preferences and flags") {
+TEST_CASE("./reward says in one line what is wrong with preferences and flags") {
   const TempDir dir;
   const std::string out = dir / "run", data = "--data " + file("pairs.jsonl") + " ";
   const auto error = [&](const std::string& command) {
@@ -559,51 +513,31 @@ TEST_CASE("./rlhf says in one line what is wrong with preferences and flags") {
   write_file(dir / "equal.jsonl", R"({"prompt":"a","chosen":"b","rejected":"b"})");
   write_file(dir / "tied.jsonl", R"({"prompt":"a","responses":["b","c"],"ranking":[1,1]})");
   write_file(dir / "empty.jsonl", "");
-  CHECK(contains(error(rlhf("reward", out, "")), "--data: missing"));
-  CHECK(contains(error("./rlhf reward --data x -o " + out), "--model: missing"));
-  CHECK(contains(error("./rlhf reward --model x"), "-o: missing"));
-  CHECK(contains(error(rlhf("reward", out, "--data " + (dir / "equal.jsonl").string())),
+  CHECK(contains(error(stage("reward train", out, "")), "--data: missing"));
+  CHECK(contains(error("./reward train --data x -o " + out), "--model: missing"));
+  CHECK(contains(error("./reward train --model x"), "-o: missing"));
+  CHECK(contains(error(stage("reward train", out, "--data " + (dir / "equal.jsonl").string())),
                  "equal.jsonl:1: found the same answer twice"));
-  CHECK(contains(error(rlhf("reward", out, "--data " + (dir / "tied.jsonl").string())),
+  CHECK(contains(error(stage("reward train", out, "--data " + (dir / "tied.jsonl").string())),
                  "1 with all answers tied"));
-  CHECK(contains(error(rlhf("reward", out, "--data " + (dir / "empty.jsonl").string())),
+  CHECK(contains(error(stage("reward train", out, "--data " + (dir / "empty.jsonl").string())),
                  "found no preferences"));
-  CHECK(contains(error(rlhf("reward", out, data + "--context 500")), "to the model's 96"));
-  CHECK(contains(error(rlhf("reward", out, data + "--context 3")), "longer than the context of 3"));
-  CHECK(contains(error(rlhf("reward", out, data + "--folds 1")), "expected 2 to 100"));
-  CHECK(contains(error(rlhf("reward", out, data + "--val-fraction 1")), "less than 1"));
-  CHECK(contains(error(rlhf("reward", out, data + "--schedule wild")), "linear, cosine"));
-  CHECK(contains(error(rlhf("reward", out, data + "--resume --overwrite")), "expected one"));
-  CHECK(contains(error(rlhf("reward", world() / "model", data)), "--resume goes on with it"));
-  CHECK(contains(error(rlhf("dpo", out, data + "--loss what")), "dpo, ipo, kto or orpo"));
-  CHECK(contains(error(rlhf("dpo", out, data + "--beta 0")), "expected above 0"));
-  CHECK(contains(error(rlhf("dpo", out, data + "--label-smoothing .5")), "less than .5"));
-  CHECK(contains(error(rlhf("dpo", out, "--data " + file("labels.jsonl"))), "a labelled text"));
-  CHECK(contains(error(rlhf("best-of-n", out, "--prompts " + file("prompts.jsonl"))),
-                 "--reward: missing"));
-  CHECK(contains(error(rlhf("best-of-n", out, "--reward ended")), "--prompts: missing"));
-  CHECK(contains(error(rlhf("overoptimize", out, data)), "--prompts: missing"));
+  CHECK(contains(error(stage("reward train", out, data + "--context 500")), "to the model's 96"));
+  CHECK(contains(error(stage("reward train", out, data + "--context 3")),
+                 "longer than the context of 3"));
+  CHECK(contains(error(stage("reward train", out, data + "--folds 1")), "expected 2 to 100"));
+  CHECK(contains(error(stage("reward train", out, data + "--val-fraction 1")), "less than 1"));
+  CHECK(contains(error(stage("reward train", out, data + "--schedule wild")), "linear, cosine"));
+  CHECK(contains(error(stage("reward train", out, data + "--resume --overwrite")), "expected one"));
+  CHECK(
+      contains(error(stage("reward train", world() / "model", data)), "--resume goes on with it"));
+  CHECK(contains(error(stage("reward dpo", out, data + "--loss what")), "dpo, ipo, kto or orpo"));
+  CHECK(contains(error(stage("reward dpo", out, data + "--beta 0")), "expected above 0"));
+  CHECK(contains(error(stage("reward dpo", out, data + "--label-smoothing .5")), "less than .5"));
+  CHECK(contains(error(stage("reward dpo", out, "--data " + file("labels.jsonl"))),
+                 "a labelled text"));
+  CHECK(contains(error("./reward score"), "MODEL: missing"));
+  CHECK(contains(error("./reward score " + file("model")), "--data: missing"));
+  CHECK(contains(error("./reward score " + file("model") + " " + data), "-o: missing"));
   CHECK(!std::filesystem::exists(dir / "run"));
-}
-
-TEST_CASE("a reward model with another vocabulary is refused") {
-  const TempDir dir;
-  std::string text;
-  for (int i = 0; i < 100; i++) text += "other words altogether, of another kind.\n";
-  write_file(dir / "text.txt", text);
-  const Tokenizer t = train_tokenizer({.inputs = {(dir / "text.txt").string()}}, 290, "qwen2");
-  std::filesystem::create_directories(dir / "tokenizer");
-  t.save(dir / "tokenizer");
-  Config c = load_config(world() / "model");
-  c.head = Head::scalar, c.V = t.vocab_size();
-  const auto gpt = make_gpt(c, {.device = Device::cpu, .mode = Mode::inference});
-  for (size_t i = 0; i < gpt->table().tensors.size(); i++) {
-    gpt->write(int(i), Slot::weight, initial_values(gpt->table().tensors[i], 1));
-  }
-  save_checkpoint(dir / "reward", *gpt, {.tokenizer_from = dir / "tokenizer"});
-  const Output o = shell(rlhf("best-of-n", dir / "run",
-                              "--prompts " + file("prompts.jsonl") +
-                                  " --max-tokens 12 --reward model:" + (dir / "reward").string()));
-  CHECK(o.status == 1);
-  CHECK_MESSAGE(contains(o.text, "found another vocabulary"), o.text);
 }

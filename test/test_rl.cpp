@@ -1,5 +1,5 @@
-// Learning from rollouts: verifiers and what they are held to, rollouts and their masks, PPO and
-// GRPO on problems small enough to know what must come of them, and ./rlhf as its user meets it.
+// Learning from rollouts: rollouts and their masks, PPO and GRPO on problems small enough to know
+// what must come of them, and ./rlhf as its user meets it.
 #include <fstream>
 #include <sstream>
 
@@ -20,62 +20,6 @@ TEST_CASE("SHA-256 gives the sums that FIPS 180-4 names") {
         "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
 }
 
-// ---------------------------------------------------------------------------------------------
-// Verifiers
-
-namespace {
-
-Prompt problem(const std::string& answer, const std::string& line = "{}") {
-  return {.question = "q", .answer = answer, .line = Json::parse(line), .where = "p.jsonl:1"};
-}
-
-}  // namespace
-
-TEST_CASE("a number is right however it is written") {
-  for (const char* text : {"18", "18.", "$18", "It is 18.00", "1 and 17 make 18", "18 ",
-                           "<<9+9=18>>18", "No: 17\n#### 18\nthen 3"}) {
-    CAPTURE(text);
-    CHECK(right_number(problem("18"), text));
-    CHECK(right_number(problem("long way\n#### 18"), text));
-  }
-  CHECK(right_number(problem("1000"), "1,000"));
-  CHECK(right_number(problem("-5"), "minus: -5."));
-  for (const char* text : {"", "none", "18 or 19", "180", "1.8", "-18"}) {
-    CAPTURE(text);
-    CHECK(!right_number(problem("18"), text));
-  }
-  CHECK(contains(error_of([] { right_number(problem("many"), "3"); }),
-                 "p.jsonl:1: answer: found \"many\", expected a number"));
-}
-
-TEST_CASE("a choice is the letter behind the last answer, or the only one there is") {
-  CHECK(chosen_letter("The answer is (B).") == 'B');
-  CHECK(chosen_letter("Answer: A. No. Answer: C") == 'C');
-  CHECK(chosen_letter("D") == 'D');
-  CHECK(chosen_letter("D) because it is so") == 'D');
-  CHECK(chosen_letter("B or C") == 0);
-  CHECK(chosen_letter("Both, I'd say") == 0);
-  CHECK(chosen_letter("") == 0);
-  CHECK(right_choice(problem("C"), "So the answer is C."));
-  CHECK(!right_choice(problem("C"), "So the answer is D, not C."));
-  CHECK(contains(error_of([] { right_choice(problem("cc"), "C"); }), "expected a letter"));
-}
-
-TEST_CASE("a countdown is the target made of numbers, each used once at most") {
-  const Prompt p = problem("", R"({"numbers": [3, 5, 7, 25], "target": 26})");
-  for (const char* text :
-       {"3 * 7 + 5", "(3*7)+5 = 26", "First 25 - 3 = 22.\nSo: 5 + 3 * 7 = 26.", "7*3-(0-5)"}) {
-    CAPTURE(text);
-    CHECK(right_countdown(p, text) == !contains(text, "0-5"));
-  }
-  for (const char* text : {"", "26", "25 + 1", "3*3*3-1", "5 + 7 * 3 - 0", "25 + 3/3", "5+7",
-                           "(3*7+5", "1/0", "3 * 7 + 5 + 25"}) {
-    CAPTURE(text);
-    CHECK(!right_countdown(p, text));
-  }
-  CHECK(contains(error_of([] { right_countdown(problem("8"), "3+5"); }), "found no countdown"));
-}
-
 TEST_CASE("rewards are named with weights and arguments") {
   const RewardSpec plain = parse_reward("number"), weighted = parse_reward("-.5*length:40"),
                    command = parse_reward("command:awk '{print 2*3}'");
@@ -87,111 +31,6 @@ TEST_CASE("rewards are named with weights and arguments") {
   CHECK(command.argument == "awk '{print 2*3}'");
   CHECK(command.weight == 1);
   CHECK(contains(error_of([] { parse_reward("x*number"); }), "expected a number"));
-  CHECK(matches("Steps: *Answer: *.", "Steps: 1\nAnswer: 2."));
-  CHECK(matches("*", ""));
-  CHECK(matches("a?c*", "abc"));
-  CHECK(!matches("Steps: *Answer: *.", "Steps: 1\nAnswer: 2"));
-  CHECK(!matches("a*b", "ab "));
-}
-
-// ---------------------------------------------------------------------------------------------
-// A verifier of the user's own
-
-namespace {
-
-// Reads the id of a line in sh.
-const std::string kId = R"(i=${l##*\"id\":}; i=${i%%[,\}]*}; )";
-
-Rollout answered(const Prompt& p, const std::string& text) { return {.prompt = &p, .text = text}; }
-
-struct Verified {
-  std::vector<float> rewards;
-  std::string why;
-};
-
-// Three rollouts, one after another; "hang", "die" and the like are for the command to look for.
-Verified verify(const std::string& command, const std::vector<std::string>& texts,
-                CommandVerifier::Limits limits = {.seconds = 5}) {
-  const Prompt p = problem("b");
-  CommandVerifier verifier(command, limits);
-  Verified out;
-  for (size_t i = 0; i < texts.size(); i++) {
-    out.rewards.push_back(verifier.reward(int64_t(i) + 40, answered(p, texts[i])));
-  }
-  out.why = verifier.last_failure();
-  return out;
-}
-
-bool failed(float reward) { return std::isnan(reward); }
-
-}  // namespace
-
-TEST_CASE("a command rewards line after line in one process") {
-  const Verified v = verify("n=0; while read -r l; do n=$((n+1)); " + kId +
-                                "echo \"{\\\"id\\\":$i,\\\"reward\\\":$n.5}\"; done",
-                            {"a", "b\nc", "\xff\""});
-  CHECK(v.rewards == std::vector<float>{1.5, 2.5, 3.5});  // its count lives
-  CHECK(v.why.empty());
-  // It reads the prompt, the completion and the answer.
-  const Verified seen =
-      verify("while read -r l; do " + kId +
-                 "case $l in *'\"answer\":\"b\"'*'\"completion\":\"b\"'*'\"prompt\":\"q\"'*) r=1;; "
-                 "*) r=0;; "
-                 "esac; echo \"{\\\"reward\\\":$r,\\\"id\\\":$i}\"; done",
-             {"a", "b"});
-  CHECK(seen.rewards == std::vector<float>{0, 1});
-}
-
-TEST_CASE("a command that hangs, ends or writes nonsense loses that rollout and no other") {
-  const std::string good = "echo \"{\\\"id\\\":$i,\\\"reward\\\":1}\"";
-  const auto loop = [&](const std::string& bad) {
-    return "while read -r l; do " + kId + "case $l in *bad*) " + bad + ";; *) " + good +
-           ";; esac; done";
-  };
-  const struct {
-    const char *what, *bad, *why;
-  } cases[] = {{"hangs", "sleep 60", "wrote no line within 0.3 s"},
-               {"ends", "exit 3", "ended"},
-               {"crashes", "kill -SEGV $$", "ended"},
-               {"nonsense", "echo ok", "wrote \"ok\", expected {\"id\": 41"},
-               {"another id", "echo '{\"id\":7,\"reward\":1}'", "expected {\"id\": 41"},
-               {"no number", "echo \"{\\\"id\\\":$i,\\\"reward\\\":\\\"1\\\"}\"", "expected"},
-               {"not finite", "echo \"{\\\"id\\\":$i,\\\"reward\\\":1e999}\"", "expected"},
-               {"two lines", "echo \"{\\\"id\\\":$i,\\\"reward\\\":1}\nmore\"", "expected"}};
-  for (const auto& c : cases) {
-    CAPTURE(c.what);
-    const Verified v = verify(loop(c.bad), {"a", "bad", "b"}, {.seconds = .3});
-    CHECK(v.rewards[0] == 1);
-    CHECK(failed(v.rewards[1]));
-    CHECK(v.rewards[2] == 1);
-    CHECK_MESSAGE(contains(v.why, c.why), v.why);
-  }
-  CHECK(contains(verify("exit 0", {"a"}).why, "ended"));
-  CHECK(contains(verify("/nonexistent/verifier 2>/dev/null", {"a"}).why, "ended"));
-}
-
-TEST_CASE("a command has limits of memory and processes") {
-  // 16 MB of text in a variable, within 4 GB and within 24 MB of addresses
-  const std::string grows = "read -r l; " + kId +
-                            "x=$(head -c 16000000 /dev/zero | tr '\\0' x) || exit 1; "
-                            "echo \"{\\\"id\\\":$i,\\\"reward\\\":${#x}}\"";
-  CHECK(verify(grows, {"a"}).rewards[0] == 16000000);
-  CHECK(failed(
-      verify("exec 2>/dev/null; " + grows, {"a"}, {.seconds = 5, .memory = 24 << 20}).rewards[0]));
-  if (getuid() != 0) {  // the system does not bind root by the other limit
-    const std::string forks =
-        "read -r l; " + kId +
-        "sleep 9 & sleep 9 & sleep 9 & echo \"{\\\"id\\\":$i,\\\"reward\\\":1}\"";
-    CHECK(failed(verify(forks + " 2>/dev/null", {"a"}, {.seconds = 5, .processes = 1}).rewards[0]));
-  }
-}
-
-TEST_CASE("what a command started ends with it") {
-  const TempDir dir;
-  const std::string mark = dir / "alive";
-  verify("(sleep 1; touch " + mark + ") & sleep 60", {"a"}, {.seconds = .1});
-  std::this_thread::sleep_for(std::chrono::milliseconds(1500));
-  CHECK(!std::filesystem::exists(mark));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -546,9 +385,9 @@ TEST_CASE("failures of a verifier leave their groups, and more than a fifth of t
   RlSettings s = bandit().settings(false);
   s.val.clear(), s.steps = 2;
   const auto command = [](const std::string& on_a) {
-    return "command:while read -r l; do " + kId +
-           "n=$((n+1)); case $l in *'\"completion\":\"b\"'*) " + "r=1;; *) r=0;; esac; " + on_a +
-           "echo \"{\\\"id\\\":$i,\\\"reward\\\":$r}\"; done";
+    return R"(command:while read -r l; do i=${l##*\"id\":}; i=${i%%[,\}]*}; )" +
+           std::string("n=$((n+1)); case $l in *'\"completion\":\"b\"'*) ") +
+           "r=1;; *) r=0;; esac; " + on_a + "echo \"{\\\"id\\\":$i,\\\"reward\\\":$r}\"; done";
   };
   // Every twentieth process fails at once: three of 64
   s.rewards = {command("case $i in 7|27|47) exit 1;; esac; ")};

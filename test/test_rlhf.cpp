@@ -1,6 +1,6 @@
 // The objectives of rlhf.cpp: known answers worked out by hand, every derivative against finite
-// differences through a softmax in double, and whole steps of PPO, GRPO, DPO and a reward model
-// against PyTorch's autograd (dev/golden/rlhf.py): losses and every gradient.
+// differences through a softmax in double, and whole steps of PPO and GRPO against PyTorch's
+// autograd (dev/golden/rlhf.py): losses and every gradient.
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -8,177 +8,13 @@
 #define CAKE_NO_MAIN  // all of rlhf.cpp but its command line, of which this file looks at
                       // objectives
 #pragma GCC diagnostic ignored "-Wunused-function"
-#include "cake/layers.h"
 #include "rlhf.cpp"
-#include "test/golden.h"
+#include "test/objectives.h"
 #include "test/support.h"
 
 using namespace cake;
 
 namespace {
-
-using goldens::check_close;
-using goldens::Golden;
-using goldens::load_golden;
-using goldens::make_formula_gpt;
-
-// Known answers are given to six digits. In double, central differences with h = 1e-5 have
-// truncation h^2 = 1e-10 and cancellation 1e-16 / h = 1e-11: 1e-7 in norm is safe. What is exact
-// but for the order of sums agrees to 1e-12.
-constexpr double kDigits = 6e-7, kDifference = 1e-7, kExact = 1e-12;
-const double kNan = std::numeric_limits<double>::quiet_NaN();
-
-using Doubles = std::vector<double>;
-
-void check_known(double found, double known) {
-  CHECK_MESSAGE(std::abs(found - known) < kDigits, "found ", found, ", known ", known);
-}
-template <class T>
-void check_known(const std::vector<T>& found, const Doubles& known) {
-  REQUIRE(found.size() == known.size());
-  for (size_t i = 0; i < known.size(); i++) check_known(double(found[i]), known[i]);
-}
-
-Doubles noise(const std::string& name, size_t n, double scale = 1) {
-  Rng rng{hash64(name)};
-  Doubles x(n);
-  for (double& v : x) v = scale * rng.normal();
-  return x;
-}
-
-Doubles plus(Doubles x, const Doubles& y) {
-  for (size_t i = 0; i < x.size(); i++) x[i] += y[i];
-  return x;
-}
-
-// df/dx by central differences
-Doubles differences(Doubles x, const std::function<double(const Doubles&)>& f) {
-  constexpr double h = 1e-5;
-  Doubles gradient;
-  for (double& xi : x) {
-    const double keep = xi;
-    xi = keep + h;
-    const double up = f(x);
-    xi = keep - h;
-    const double down = f(x);
-    xi = keep;
-    gradient.push_back((up - down) / (2 * h));
-  }
-  return gradient;
-}
-
-// What an objective says of a batch's log-probabilities and entropies.
-struct Answer {
-  double loss = 0;
-  Doubles dlogp, dentropy = {};
-};
-
-// Tokens drawn from softmaxes of their own, as an engine makes them of logits (N, V).
-struct Softmaxes {
-  int N, V = 5;
-  double temperature = .7;
-  Doubles logits = noise("logits", size_t(N* V), 1.2);
-
-  int target(int n) const { return n * 3 % V; }
-  Doubles logp(const Doubles& z) const { return both(z).first; }
-  std::pair<Doubles, Doubles> both(const Doubles& z) const {  // logp, entropy
-    Doubles logp(static_cast<size_t>(N)), entropy(static_cast<size_t>(N));
-    for (int n = 0; n < N; n++) {
-      plain::classifier_forward(V, z.data() + n * V, target(n), temperature, logp[size_t(n)],
-                                entropy[size_t(n)]);
-    }
-    return {logp, entropy};
-  }
-  // The objective's weights, carried to the logits, against its loss's differences there.
-  void check(const std::string& name,
-             const std::function<Answer(const Doubles&, const Doubles&)>& objective) const {
-    const auto [l, H] = both(logits);
-    const Answer a = objective(l, H);
-    REQUIRE(a.dlogp.size() == size_t(N));
-    Doubles dlogits(size_t(N * V));
-    for (int n = 0; n < N; n++) {
-      plain::classifier_backward(
-          V, logits.data() + n * V, target(n), temperature, a.dlogp[size_t(n)],
-          a.dentropy.empty() ? 0. : a.dentropy[size_t(n)], dlogits.data() + n * V);
-    }
-    const double error = rel_error(dlogits, differences(logits, [&](const Doubles& z) {
-                                     const auto [logp, entropy] = both(z);
-                                     return objective(logp, entropy).loss;
-                                   }));
-    CHECK_MESSAGE(error < kDifference, name, ": ", error);
-  }
-};
-
-// ---------------------------------------------------------------------------------------------
-// Reward models
-
-TEST_CASE("the ranking loss of three answers is the known one") {
-  const Doubles r{1, .5, -.25};
-  const auto known = rank_loss<double>(r, std::vector{1, 2, 3}, 0, 0, 1);
-  check_known(known.loss, .370959);
-  check_known(known.dreward, Doubles{-.200080, .018906, .181174});
-  CHECK(known.pairs == 3);
-  CHECK(known.right == 3);
-  check_known(known.margin, .5 + 1.25 + .75);
-  // a pair: -log s(r_w - r_l - m), and what centring adds
-  const auto pair = rank_loss<double>(Doubles{2, .5}, std::vector{2, 1}, .25, .01, .5);
-  check_known(pair.loss, .5 * (std::log(1 + std::exp(1.75)) + .01 * 2.5 * 2.5));
-  CHECK(pair.right == 0);
-  // in float, the same
-  const auto single = rank_loss(std::vector<float>{1, .5f, -.25f}, std::vector{1, 2, 3}, 0, 0, 1);
-  check_known(single.dreward, Doubles{-.200080, .018906, .181174});
-}
-
-TEST_CASE("answers of equal rank make no pair, answers of equal reward are half right") {
-  const auto tied = rank_loss<double>(Doubles{1, 2, 3}, std::vector{1, 1, 1}, 0, .01, 1);
-  CHECK(tied.pairs == 0);
-  CHECK(tied.loss == 0);
-  CHECK(tied.dreward == Doubles{0, 0, 0});
-  const auto some = rank_loss<double>(Doubles{1, 2, 3}, std::vector{1, 1, 2}, 0, 0, 1);
-  CHECK(some.pairs == 2);
-  const auto equal = rank_loss<double>(Doubles{1, 1}, std::vector{1, 2}, 0, 0, 1);
-  CHECK(equal.right == .5);
-  check_known(equal.loss, std::log(2));
-}
-
-TEST_CASE("the ranking loss's gradient matches finite differences, with margin and centring") {
-  const Doubles r = noise("rewards", 6, 1.5);
-  const std::vector<int> ranking{3, 1, 2, 3, 6, 5};
-  const auto loss = [&](const Doubles& x) {
-    return rank_loss<double>(x, ranking, .3, .02, .25).loss;
-  };
-  const auto a = rank_loss<double>(r, ranking, .3, .02, .25);
-  CHECK(a.pairs == 14);
-  CHECK(rel_error(a.dreward, differences(r, loss)) < kDifference);
-}
-
-TEST_CASE("a labelled text's loss is -log s of the reward, and its derivative a difference") {
-  check_known(label_loss(2, true).loss, std::log(1 + std::exp(-2)));
-  check_known(label_loss(2, false).loss, std::log(1 + std::exp(2)));
-  for (const bool good : {true, false}) {
-    const auto loss = [&](const Doubles& r) { return label_loss(r[0], good).loss; };
-    CHECK(rel_error(Doubles{label_loss(.8, good).dreward}, differences({.8}, loss)) < kDifference);
-  }
-  CHECK(label_loss(-800, true).loss == doctest::Approx(800));  // no overflow
-  CHECK(label_loss(800, true).loss == 0);
-}
-
-TEST_CASE("calibration puts pairs into bins of certainty and measures how far they are off") {
-  Calibration c;
-  for (const double right : {1, 1, 1, -1}) c.add(right * std::log(3));  // 3 of 4 at s = .75
-  CHECK(c.error() == doctest::Approx(0));
-  CHECK(c.pairs[5] + c.pairs[4] == 4);
-  c.add(0);  // sure of nothing, right by half
-  CHECK(c.pairs[0] == 1);
-  CHECK(c.error() == doctest::Approx(0));
-  c.add(-40), c.add(-40);  // sure, and wrong
-  CHECK(c.pairs[9] == 2);
-  CHECK(c.error() == doctest::Approx(2. / 7));
-  Calibration other;
-  other.add(c), other.add(c);
-  CHECK(other.pairs[9] == 4);
-  CHECK(other.error() == doctest::Approx(c.error()));
-}
 
 // ---------------------------------------------------------------------------------------------
 // Advantages
@@ -473,79 +309,6 @@ TEST_CASE("on policy, k2's gradient is the KL's, k3's that of the other KL, k1's
 }
 
 // ---------------------------------------------------------------------------------------------
-// Direct preferences
-
-TEST_CASE("DPO's first loss is ln 2, and the known pair's are the known ones") {
-  const PairLoss first = dpo_loss(-12.5, -9, -12.5, -9, .1);
-  check_known(first.loss, std::log(2));
-  check_known(first.dchosen, -.05);
-  CHECK(first.margin == 0);
-  check_known(dpo_loss(-12.5, -9, -12.5, -9, .1, .2).loss, std::log(2));
-  const PairLoss known = dpo_loss(-10, -14, -11, -13, .1);  // D = 2
-  check_known(known.loss, .598139);
-  check_known(known.dchosen, -.045017);
-  check_known(known.drejected, .045017);
-  check_known(known.margin, .2);
-  const PairLoss smoothed = dpo_loss(-10, -14, -11, -13, .1, .1);
-  check_known(smoothed.loss, .618139);
-  check_known(smoothed.dchosen, -.035017);
-  const PairLoss ipo = ipo_loss(-10, -14, -11, -13, .1);
-  check_known(ipo.loss, 9);
-  check_known(ipo.dchosen, -6);
-  check_known(ipo.drejected, 6);
-  CHECK(dpo_loss(-2000, -1, -1, -1, 1).loss == doctest::Approx(1999));  // no overflow
-}
-
-TEST_CASE("KTO and ORPO are what their formulas say at a point") {
-  // at the baseline both kinds lose a half
-  check_known(kto_loss(-3, -4, true, 1, .1).loss, .5);
-  check_known(kto_loss(-3, -4, false, 1, .1, 1.5).loss, .75);
-  check_known(kto_loss(-3, -4, true, 1, .1).dlogp, -.1 / 4);
-  CHECK(kto_loss(-1, -4, true, 1, .1).loss < .5);
-  CHECK(kto_loss(-1, -4, false, 1, .1).loss > .5);
-  check_known(kto_baseline(Doubles{1, 3, -1}), 1);
-  CHECK(kto_baseline(Doubles{-1, -3, 1}) == 0);
-  CHECK(std::isnan(kto_baseline(Doubles{1, kNan})));
-  // odds 1 and 1/3: -log(1/2) - lambda log s(log 3)
-  const PairLoss orpo = orpo_loss(std::log(.5), std::log(.25), .2);
-  check_known(orpo.loss, std::log(2) + .2 * std::log(4. / 3));
-  check_known(orpo.margin, std::log(3));
-  CHECK(std::isfinite(orpo_loss(0, 0, .2).loss));  // certain of both
-  CHECK(std::isfinite(orpo_loss(0, -1, .2).dchosen));
-}
-
-TEST_CASE("direct objectives' gradients match finite differences through a softmax") {
-  const Softmaxes s{7};
-  const size_t chosen = 4;  // tokens of the chosen answer, the rest are the rejected one's
-  const double refs[] = {-5, -4};
-  // of sums, or of means per token
-  const auto check = [&](const std::string& name, bool means, const auto& objective) {
-    s.check(name, [&](const Doubles& l, const Doubles&) {
-      const double n = means ? double(chosen) : 1, m = means ? double(l.size() - chosen) : 1;
-      double a = 0, b = 0;
-      for (size_t t = 0; t < l.size(); t++) (t < chosen ? a : b) += l[t];
-      const PairLoss pair = objective(a / n, b / m);
-      Answer answer{pair.loss, Doubles(l.size())};
-      for (size_t t = 0; t < l.size(); t++)
-        answer.dlogp[t] = t < chosen ? pair.dchosen / n : pair.drejected / m;
-      return answer;
-    });
-  };
-  for (const double smoothing : {0., .1}) {
-    check("DPO", false,
-          [&](double a, double b) { return dpo_loss(a, b, refs[0], refs[1], .3, smoothing); });
-  }
-  check("IPO", true,
-        [&](double a, double b) { return ipo_loss(a, b, refs[0] / 4, refs[1] / 3, .3); });
-  check("ORPO", true, [&](double a, double b) { return orpo_loss(a, b, .4); });
-  check("KTO", false, [&](double a, double b) {
-    const KtoLoss good = kto_loss(a, refs[0], true, .2, .3, 1.25),
-                  bad = kto_loss(b, refs[1], false, .2, .3, .75);
-    return PairLoss{good.loss + bad.loss, good.dlogp, bad.dlogp};
-  });
-}
-
-// ---------------------------------------------------------------------------------------------
 // NaN
 
 TEST_CASE("NaN in is NaN out, but where it is masked") {
@@ -585,19 +348,8 @@ TEST_CASE("NaN in is NaN out, but where it is masked") {
   nan.add(kNan, false), more.add(.5, false);
   ratios.add(nan), ratios.add(more);
   CHECK(std::isnan(ratios.largest));
-  CHECK(std::isnan(rank_loss<double>(bad, std::vector{1, 2}, 0, 0, 1).loss));
-  CHECK(std::isnan(rank_loss<double>(bad, std::vector{1, 2}, 0, 0, 1).dreward[0]));
-  CHECK(std::isnan(label_loss(kNan, true).loss));
   CHECK(std::isnan(gae<double>(bad, fine, 1, .95).advantages[0]));
   CHECK(std::isnan(gae<double>(fine, bad, 1, .95).advantages[0]));
-  for (int i = 0; i < 4; i++) {
-    double x[] = {-1, -2, -3, -4};
-    x[i] = kNan;
-    CHECK(std::isnan(dpo_loss(x[0], x[1], x[2], x[3], .1).dchosen));
-    CHECK(std::isnan(ipo_loss(x[0], x[1], x[2], x[3], .1).loss));
-    if (i < 2) CHECK(std::isnan(orpo_loss(x[0], x[1], .1).loss));
-    if (i < 2) CHECK(std::isnan(kto_loss(x[0], x[1], true, 0, .1).dlogp));
-  }
   Doubles nans{1, kNan};
   whiten<double>(nans);
   CHECK(std::isnan(nans[0]));
@@ -671,60 +423,6 @@ TEST_CASE("fits of overoptimisation find the curve, its optimum and its height")
 
 // ---------------------------------------------------------------------------------------------
 // Whole steps against PyTorch
-
-// Relative, ||a - b|| / ||b||, about ten times what PyTorch's float32 is off (rlhf.py prints it).
-constexpr double kGradient = 3e-5;  // 2.9e-6
-constexpr double kWeights = 4e-6;   // dlogp, advantages, returns, scores: 3.5e-7
-// Losses are sums of both signs: absolute, of terms about 1, each off by 1e-7.
-constexpr double kLoss = 2e-6;
-
-// A golden's rollouts: document i's answer is [begin, end) of the packed positions.
-struct Steps {
-  Golden golden;
-  std::vector<int> tokens, targets, starts;
-  std::vector<std::pair<size_t, size_t>> answers;
-  std::vector<float> live;  // 1 where there is a target
-  int trained = 0;
-
-  explicit Steps(const std::string& name)
-      : golden(load_golden(name)),
-        tokens(golden.ints("tokens")),
-        targets(golden.ints("targets")),
-        starts(golden.ints("doc_starts")) {
-    for (size_t i = 0; i + 1 < starts.size(); i++) {
-      size_t begin = size_t(starts[i]);
-      while (targets[begin] < 0) begin++;
-      answers.push_back({begin, size_t(starts[i + 1])});
-    }
-    for (const int t : targets) live.push_back(t >= 0), trained += t >= 0;
-  }
-  Batch batch() const { return {tokens, targets, starts, golden.temperature}; }
-  double setting(const char* name) const { return golden.settings.at(name); }
-  int length(size_t i) const {  // trained tokens of an answer
-    return int(std::count(live.begin() + std::ptrdiff_t(answers[i].first),
-                          live.begin() + std::ptrdiff_t(answers[i].second), 1.f));
-  }
-  double sum(std::span<const float> x, size_t i) const {  // over an answer's trained tokens
-    double s = 0;
-    for (size_t t = answers[i].first; t < answers[i].second; t++) s += double(live[t]) * x[t];
-    return s;
-  }
-};
-
-void check_loss(double found, const std::vector<float>& golden, const std::string& what) {
-  const double error = std::abs(found - double(golden.at(0)));
-  CHECK_MESSAGE(error < kLoss, what, ": found ", found, ", golden ", golden[0]);
-}
-
-// Every tensor's gradient, cleared afterwards.
-void check_gradients(Gpt& gpt, const Golden& golden, const std::string& prefix) {
-  const auto& tensors = gpt.table().tensors;
-  for (size_t i = 0; i < tensors.size(); i++) {
-    const std::string name = prefix + "gradient." + tensors[i].name;
-    check_close(goldens::read(gpt, int(i), Slot::gradient), golden.at(name), kGradient, name);
-  }
-  gpt.zero_gradients();
-}
 
 TEST_CASE("a step of PPO has PyTorch's losses and gradients, of policy and critic") {
   const Steps s("rlhf_ppo");
@@ -836,88 +534,6 @@ TEST_CASE(
     check_gradients(*policy, g, key + ".");
     policy->forward(s.batch(), Pass::train);
   }
-}
-
-TEST_CASE("a step of DPO has PyTorch's loss and every gradient, IPO, ORPO and KTO its weights") {
-  const Steps s("rlhf_dpo");
-  const Golden& g = s.golden;
-  const std::vector<float>& ref_logp = g.at("ref_logp");
-  const auto policy = make_formula_gpt(g.config);
-  policy->forward(s.batch(), Pass::train);
-  const std::span<const float> logp = policy->logp();
-  const double beta = s.setting("beta"), pairs = double(s.answers.size()) / 2;
-  for (const std::string name : {"dpo", "ipo", "orpo", "kto"}) {
-    double loss = 0;
-    std::vector<float> dlogp(logp.size());
-    for (size_t w = 0; w < s.answers.size(); w += 2) {  // chosen w, rejected w + 1
-      const bool means = name == "ipo" || name == "orpo";
-      const double n = means ? s.length(w) : 1, m = means ? s.length(w + 1) : 1;
-      const double chosen = s.sum(logp, w) / n, rejected = s.sum(logp, w + 1) / m,
-                   ref_chosen = s.sum(ref_logp, w) / n, ref_rejected = s.sum(ref_logp, w + 1) / m;
-      PairLoss pair;
-      if (name == "dpo") {
-        pair = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, s.setting("smoothing"));
-      } else if (name == "ipo") {
-        pair = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta);
-      } else if (name == "orpo") {
-        pair = orpo_loss(chosen, rejected, s.setting("lam"));
-      } else {
-        const double baseline = s.setting("baseline");
-        const KtoLoss good = kto_loss(chosen, ref_chosen, true, baseline, beta),
-                      bad = kto_loss(rejected, ref_rejected, false, baseline, beta);
-        pair = {(good.loss + bad.loss) / 2, good.dlogp / 2, bad.dlogp / 2};  // mean over answers
-      }
-      loss += pair.loss / pairs;
-      for (size_t t = s.answers[w].first; t < s.answers[w].second; t++)
-        dlogp[t] = float(pair.dchosen / n / pairs) * s.live[t];
-      for (size_t t = s.answers[w + 1].first; t < s.answers[w + 1].second; t++)
-        dlogp[t] = float(pair.drejected / m / pairs) * s.live[t];
-    }
-    // IPO's loss is about 24: its error is of that size
-    check_loss(name == "ipo" ? loss / 24 : loss,
-               name == "ipo" ? std::vector{g.at("loss.ipo")[0] / 24} : g.at("loss." + name), name);
-    check_close(dlogp, g.at("dlogp." + name), kWeights, "dlogp." + name);
-    if (name != "dpo") continue;
-    policy->backward(dlogp);
-    check_gradients(*policy, g, "");
-    policy->forward(s.batch(), Pass::train);
-  }
-}
-
-TEST_CASE("a step of a reward model on rankings and labels has PyTorch's loss and every gradient") {
-  const Golden g = load_golden("rlhf_reward");
-  const std::vector<int> tokens = g.ints("tokens"), starts = g.ints("doc_starts");
-  const auto model = make_formula_gpt(g.config);
-  model->forward({tokens, {}, starts}, Pass::train);
-  const std::span<const float> value = model->value();
-  std::vector<float> score, dvalue(tokens.size());
-  for (size_t i = 1; i < starts.size(); i++) score.push_back(value[size_t(starts[i]) - 1]);
-  check_close(score, g.at("score"), kWeights, "score");
-  const auto rankings = g.settings.at("rankings").get<std::vector<std::vector<int>>>();
-  double loss = 0;
-  size_t at = 0;  // answer
-  const auto dscore = [&](size_t answer) -> float& {
-    return dvalue[size_t(starts[answer + 1]) - 1];
-  };
-  for (const std::vector<int>& ranking : rankings) {
-    const auto rank =
-        rank_loss(std::span(score).subspan(at, ranking.size()), ranking, g.settings.at("margin"),
-                  g.settings.at("centring"), 1. / double(rankings.size()));
-    loss += rank.loss;
-    for (size_t k = 0; k < ranking.size(); k++) dscore(at + k) = rank.dreward[k];
-    at += ranking.size();
-  }
-  check_loss(loss, g.at("loss"), "rankings");
-  const auto labels = g.settings.at("labels").get<std::vector<int>>();
-  loss = 0;
-  for (const int good : labels) {
-    const LabelLoss label = label_loss(score[at], good != 0);
-    loss += label.loss / double(labels.size());
-    dscore(at++) = float(label.dreward / double(labels.size()));
-  }
-  check_loss(loss, g.at("loss.labels"), "labels");
-  model->backward({}, dvalue);
-  check_gradients(*model, g, "");
 }
 
 }  // namespace

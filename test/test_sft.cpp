@@ -212,9 +212,9 @@ TEST_CASE("bad conversations are refused with file, line and message") {
   };
   CHECK(turns({{"user", "a"}, {"robot", "b"}}) ==
         "messages[1]: role: found \"robot\", expected system, user, assistant or tool");
-  CHECK(turns({{"user", "a"}}) == "messages: found no assistant's, expected one to learn");
+  CHECK(turns({{"user", "a"}}) == "messages: found none by the assistant, expected at least one to train on");
   CHECK(turns({{"system", "s"}, {"system", "t"}, {"user", "a"}, {"assistant", "b"}}) ==
-        "messages[1]: role: found a second system message, expected one at most");
+        "messages[1]: role: found a second system message, expected at most one");
   CHECK(turns({{"user", "a"}, {"assistant", " \\n"}}) ==
         "messages[1]: content: found nothing, expected text");
   CHECK(turns({{"user", ""}, {"assistant", "b"}}) ==
@@ -227,7 +227,7 @@ TEST_CASE("bad conversations are refused with file, line and message") {
         "messages[2]: role: found tool after assistant, expected user");
   CHECK(turns({{"user", "a"}, {"system", "s"}, {"assistant", "b"}}) ==
         "messages[1]: role: found system after user, expected assistant");
-  CHECK(turns({}) == "messages: found none, expected a user's and an answer");
+  CHECK(turns({}) == "messages: found none, expected a user's message and an assistant's");
   CHECK(contains(refused("{\"messages\":[{]}"), "not JSON"));
   CHECK(refused("[1]") == "found an array, expected an object");
   CHECK(refused("{\"text\":\"x\"}") ==

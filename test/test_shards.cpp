@@ -175,7 +175,7 @@ TEST_CASE("a damaged shard is an error that names it") {
                  "x_train_000001.bin: position 30: found token 100, expected 0 to 99"));
   fresh();
   std::filesystem::remove(shard);
-  CHECK(contains(stream_error(dir / "x"), "x_train_000001.bin: not found, though a later"));
+  CHECK(contains(stream_error(dir / "x"), "x_train_000001.bin: not found, although a later"));
 }
 
 TEST_CASE("shards must agree with PREFIX.json and with each other") {

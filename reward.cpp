@@ -1,0 +1,1512 @@
+// Stage 4, learning from preferences: which of several answers to a prompt people liked better.
+//
+//     preferences -> a model that gives an answer one number, its reward     (./reward train)
+//     preferences -> the policy itself, against the model it began as        (./reward dpo)
+//     answers -> their rewards by either                                     (./reward score)
+//
+// Both kinds of training say the same thing of a pair. The better answer w wins against the other,
+// l, with probability s(r_w - r_l), s the logistic function (Bradley, Terry 1952). A reward model
+// reads r off a scalar head, and RL then maximises r (InstructGPT, Ouyang et al. 2022). DPO needs
+// no second model: its r is how much more likely the policy makes the answer than its reference
+// does, beta (log p - log p_ref) (Rafailov et al. 2023). So a policy of DPO is a reward model too.
+//
+// Here, too, a stage is a few lines that turn what a forward pass gives into one number per token:
+//
+//     train:  value at <|im_end|> of each answer -> rank_loss -> dL/dvalue -> backward
+//     dpo:    log p of each answer's tokens      -> dpo_loss  -> dL/dlogp  -> backward
+//
+// The file follows the data: comparisons as ids; what both runs share; the reward model (objective,
+// step, measures, normalization, folds); DPO and its kin (objectives, step, references); scores.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cake/chat_template.h"
+#include "cake/checkpoint.h"
+#include "cake/flags.h"
+#include "cake/gpt.h"
+#include "cake/json.h"
+#include "cake/packed.h"
+#include "cake/records.h"
+#include "cake/reward_model.h"
+#include "cake/run.h"
+#include "cake/schedule.h"
+#include "cake/tokenizer.h"
+#include "cake/training.h"
+
+namespace cake {
+namespace {
+
+// =============================================================================================
+// Comparisons: what there is to learn from, as ids
+
+// Answers to one prompt, each as the ids of the whole: prompt, answer, <|im_end|>. A labelled text
+// is a comparison of its own, of one answer and no prompt.
+struct Comparison {
+  std::vector<std::vector<int>> sequences;  // (K) of each answer
+  std::vector<std::vector<bool>> written;   // (K) of a chat's ids: by the assistant, not by a tool
+  int prompt_length = 0;                    // ids that all sequences begin with
+  std::vector<int> ranking;                 // (K) 1 is best; equal ranks are a tie
+  std::optional<bool> label;                // of a text: is it good?
+  double chance = 0;     // that labellers choose as they did, where it is known; else 0
+  uint64_t problem = 0;  // a hash of the prompt: comparisons of one problem stay together
+
+  int64_t tokens() const {
+    int64_t n = 0;
+    for (const auto& s : sequences) n += int64_t(s.size());
+    return n;
+  }
+  int longest() const {
+    size_t n = 0;
+    for (const auto& s : sequences) n = std::max(n, s.size());
+    return int(n);
+  }
+};
+
+// Strings are a text and what continues it, or with `as_chat` a user's message and the assistant's
+// answer. A preference without answers is a text alone.
+Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_chat) {
+  const int end = end_of_turn(tokenizer);
+  if (as_chat && !p.is_chat && !p.continuations.empty()) {
+    p.is_chat = true;
+    p.prompt.messages = {{"user", p.text, {}}};
+    for (const std::string& c : p.continuations) p.answers.push_back({{"assistant", c, {}}});
+    p.continuations.clear();
+  }
+  Comparison c;
+  c.ranking = p.ranking;
+  c.label = p.label;
+  c.chance = p.chance;
+  const std::vector<int> prompt =
+      p.is_chat ? prompt_ids(tokenizer, p.prompt) : prompt_ids(tokenizer, p.text);
+  if (!p.is_chat && p.continuations.empty()) {
+    c.sequences.push_back(with_end_of_turn(prompt, end));
+  } else {
+    c.prompt_length = int(prompt.size());
+  }
+  for (const std::vector<Message>& answer : p.answers) {
+    Conversation whole = p.prompt;
+    whole.messages.insert(whole.messages.end(), answer.begin(), answer.end());
+    Rendered r = render_chat(tokenizer, whole);
+    while (r.ids.back() != end) r.ids.pop_back();  // the newline behind the turn
+    r.trained.resize(r.ids.size());
+    c.sequences.push_back(std::move(r.ids));
+    c.written.push_back(std::move(r.trained));
+  }
+  for (const std::string& text : p.continuations) {
+    std::vector<int> ids = prompt;
+    tokenizer.encode(text, ids);
+    c.sequences.push_back(with_end_of_turn(std::move(ids), end));
+  }
+  for (const int id : prompt) c.problem = mix64(c.problem ^ uint64_t(id));
+  return c;
+}
+
+// What read_comparisons met.
+struct ReadCounts {
+  int64_t lines = 0, too_long = 0, all_tied = 0;
+  int longest = 0;  // ids
+};
+
+// Reads every line; leaves out comparisons with an answer longer than the context or without a
+// pair.
+std::vector<Comparison> read_comparisons(const std::vector<std::string>& paths,
+                                         const Tokenizer& tokenizer, int context, bool as_chat,
+                                         ReadCounts& counts) {
+  std::vector<Comparison> all;
+  for (const std::string& path : paths) {
+    JsonLines lines{Input(path)};
+    simdjson::dom::object object;
+    int64_t read = 0;
+    while (lines.next(object)) {
+      read++;
+      Comparison c = make_comparison(tokenizer, parse_preference(object, lines.where()), as_chat);
+      const int longest = c.longest();
+      counts.longest = std::max(counts.longest, longest);
+      const bool tied = !c.label && std::set<int>(c.ranking.begin(), c.ranking.end()).size() < 2;
+      counts.too_long += longest > context;
+      counts.all_tied += tied;
+      if (longest <= context && !tied) all.push_back(std::move(c));
+    }
+    if (read == 0) fail(path, ": found no preferences, expected JSON lines");
+    counts.lines += read;
+  }
+  if (all.empty()) {
+    fail(paths[0], ": found nothing to learn from among ", counts.lines,
+         " lines: ", counts.too_long, " longer than the context of ", context, ", ",
+         counts.all_tied, " with all answers tied");
+  }
+  return all;
+}
+
+// A line with answers to be scored, which need not be compared: what parse_preference reads, a
+// conversation (its last turn is the answer), a prompt with one completion, or a text.
+Preference parse_answers(simdjson::dom::object object, const JsonLines& lines) {
+  simdjson::dom::element e;
+  const auto has = [&](const char* key) { return !object.at_key(key).get(e); };
+  Preference p;
+  if (has("messages")) {
+    p.is_chat = true;
+    p.prompt = parse_conversation(object, lines.where());
+    std::vector<Message>& messages = p.prompt.messages;
+    auto answer = messages.end();
+    while (answer != messages.begin() && std::prev(answer)->role != "user") --answer;
+    p.answers = {{answer, messages.end()}};
+    messages.erase(answer, messages.end());
+  } else if (has("completion")) {
+    p.text = lines.get_string(object, "prompt");
+    p.continuations = {std::string(lines.get_string(object, "completion"))};
+  } else if (has("text") && !has("label")) {
+    p.text = lines.get_string(object, "text");
+  } else {
+    return parse_preference(object, lines.where());
+  }
+  p.ranking = {1};
+  return p;
+}
+
+uint64_t hash_of(std::span<const Comparison> comparisons) {  // of everything that decides a run
+  uint64_t h = mix64(comparisons.size());
+  for (const Comparison& c : comparisons) {
+    h = mix64(h ^ uint64_t(c.prompt_length));
+    for (const auto& s : c.sequences)
+      for (const int id : s) h = mix64(h ^ uint64_t(id));
+    for (const int r : c.ranking) h = mix64(h ^ uint64_t(r));
+    if (c.label) h = mix64(h ^ (*c.label ? 3u : 5u));
+  }
+  return h;
+}
+
+// A micro-batch of whole comparisons: the answers to a prompt are compared in one. `members` count
+// the sequences of the batch in order.
+struct ComparisonBatch {
+  Packed packed;
+  std::vector<int> chosen;  // numbers of the comparisons
+
+  int64_t positions() const { return packed.positions(); }
+};
+
+// The chosen ones of `all` in micro-batches of at most `tokens`, a longer comparison in one of its
+// own. What is predicted: an answer's ids, where `written` says so.
+std::vector<ComparisonBatch> comparison_batches(std::span<const Comparison> all,
+                                                std::span<const int> chosen, int64_t tokens) {
+  std::vector<ComparisonBatch> batches;
+  for (const int number : chosen) {
+    const Comparison& c = all[size_t(number)];
+    ComparisonBatch& b = batch_with_room(batches, c.tokens(), tokens);
+    b.chosen.push_back(number);
+    for (size_t k = 0; k < c.sequences.size(); k++) {
+      const auto is_target = [&](size_t i) {
+        return int(i) >= c.prompt_length && (c.written.empty() || c.written[k][i]);
+      };
+      const std::vector<int>& ids = c.sequences[k];
+      b.packed.add(int(b.packed.members.size()), ids, ids.size(), is_target);
+    }
+  }
+  return batches;
+}
+
+std::vector<int> all_of(std::span<const Comparison> comparisons) {  // 0, 1, ...
+  std::vector<int> numbers(comparisons.size());
+  std::iota(numbers.begin(), numbers.end(), 0);
+  return numbers;
+}
+
+// =============================================================================================
+// What both kinds of training share: settings, data, plan
+
+struct PreferenceSettings {
+  std::string model;
+  std::vector<std::string> data, val;
+  bool as_chat = false;
+  int64_t limit = 0;         // comparisons to train on; 0: all
+  int context = 0;           // ids; 0: the model's
+  int folds = 0, fold = 0;   // fold: 1 to folds, the part that is held out
+  double val_fraction = -1;  // -1: chosen
+  Budget budget;
+  int64_t batch = 0, micro_batch_tokens = 0, eval_every = 0;  // 0: chosen
+  int64_t comparisons = 0;  // of the whole run, repetitions included; 0: not planned yet
+  OptimizerFlags optimizer{.schedule = "cosine", .final_lr = .1};
+  uint64_t seed = 1;
+
+  int64_t steps() const { return (comparisons + batch - 1) / batch; }
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(PreferenceSettings, model, data, val, as_chat,
+                                                limit, context, folds, fold, val_fraction, budget,
+                                                batch, micro_batch_tokens, eval_every, comparisons,
+                                                optimizer, seed)
+
+// Settings of a saved run. Older versions had other names for some.
+template <class Settings>
+Settings settings_of(const RunOptions& options, const std::string& stage) {
+  Json s = read_trainer_state(options.out, stage).at("settings");
+  const auto rename = [](Json& json, const char* old_key, const char* key) {
+    if (json.contains(old_key)) json[key] = json[old_key];
+  };
+  rename(s, "groups", "common"), rename(s, "centring", "center");
+  rename(s, "normalise", "normalize_on");
+  Json& common = s["common"] = with_parts(s.at("common"));
+  rename(common, "most", "limit"), rename(common, "groups", "comparisons");
+  return s.get<Settings>();
+}
+
+struct PreferenceData {
+  std::filesystem::path source;  // the model that training begins with, or continues from
+  Config config;
+  Tokenizer tokenizer{nullptr};
+  std::vector<Comparison> train, val;
+  ReadCounts counts;
+};
+
+// Comparisons of one problem are held out together, else the held-out ones would be known.
+bool is_held_out(const Comparison& c, const PreferenceSettings& s) {
+  const double u = uniform01(mix64(c.problem, hash64("held out")));
+  return s.folds > 0 ? int(u * s.folds) + 1 == s.fold : u < s.val_fraction;
+}
+
+PreferenceData read_data(PreferenceSettings& s, const RunOptions& options) {
+  PreferenceData d;
+  d.source = model_dir(options.resume ? options.out : std::filesystem::path(s.model));
+  if (!options.resume) expect_elsewhere(d.source, options.out);
+  d.config = load_config(d.source);
+  d.tokenizer = Tokenizer::load(d.source);
+  d.config.eos = end_of_turn(d.tokenizer);
+  if (d.config.pad < 0 || d.config.pad == d.config.eos) d.config.pad = d.tokenizer.end_of_text();
+  if (s.context == 0) s.context = d.config.T;
+  if (s.context < 2 || s.context > d.config.T) {
+    fail("--context: found ", s.context, ", expected 2 to the model's ", d.config.T);
+  }
+  if (s.val_fraction < 0) s.val_fraction = s.val.empty() ? .1 : 0;
+  if (!(s.val_fraction < 1)) {
+    fail("--val-fraction: found ", s.val_fraction, ", expected 0 or more and less than 1");
+  }
+  for (Comparison& c : read_comparisons(s.data, d.tokenizer, s.context, s.as_chat, d.counts)) {
+    (is_held_out(c, s) ? d.val : d.train).push_back(std::move(c));
+  }
+  if (!s.val.empty()) {
+    ReadCounts of_val;
+    for (Comparison& c : read_comparisons(s.val, d.tokenizer, s.context, s.as_chat, of_val)) {
+      d.val.push_back(std::move(c));
+    }
+  }
+  if (s.limit > 0 && int64_t(d.train.size()) > s.limit) d.train.resize(size_t(s.limit));
+  if (d.train.empty()) fail(s.data[0], ": found all of it held out, expected some to train on");
+  return d;
+}
+
+// Fixes what was left open. `lr`: the peak that a model of 128 channels gets.
+void plan(PreferenceSettings& s, const PreferenceData& d, double lr) {
+  check_optimizer(s.optimizer);
+  if (s.comparisons > 0) return;  // of a resumed run: all is fixed
+  check_budget(s.budget);
+  expect_not_negative("--batch", double(s.batch));
+  expect_not_negative("--micro-batch-tokens", double(s.micro_batch_tokens));
+  const auto all = double(d.train.size());
+  const double epochs = s.budget.epochs > 0 ? s.budget.epochs : 1;
+  if (s.batch == 0) s.batch = std::clamp<int64_t>(int64_t(all * epochs / 40), 8, 64);
+  s.comparisons = s.budget.steps > 0 ? s.budget.steps * s.batch
+                                     : std::max<int64_t>(1, std::llround(epochs * all));
+  if (s.micro_batch_tokens == 0) s.micro_batch_tokens = 4096;
+  if (s.eval_every == 0) s.eval_every = std::max<int64_t>(1, s.steps() / 5);
+  if (s.optimizer.warmup < 0) s.optimizer.warmup = std::clamp<int64_t>(s.steps() / 20, 1, 40);
+  // A model of a million parameters wants hundreds of times what InstructGPT gave billions.
+  if (s.optimizer.lr == 0) s.optimizer.lr = lr * std::min(1., std::pow(128. / d.config.C, 2));
+}
+
+void print_plan(const PreferenceSettings& s, const PreferenceData& d) {
+  std::printf("model   %s: %d layers, %d channels, context %d, %s parameters\n", d.source.c_str(),
+              d.config.L, d.config.C, d.config.T,
+              count_text(double(make_table(d.config).parameters())).c_str());
+  std::printf("data    %s prompts or texts, held out %s; the longest has %d tokens",
+              count_text(double(d.train.size())).c_str(), count_text(double(d.val.size())).c_str(),
+              d.counts.longest);
+  if (d.counts.too_long > 0) {
+    std::printf("; %s dropped, longer than %d", count_text(double(d.counts.too_long)).c_str(),
+                s.context);
+  }
+  if (d.counts.all_tied > 0) {
+    std::printf("; %s dropped, all tied", count_text(double(d.counts.all_tied)).c_str());
+  }
+  std::printf("\nbudget  %s steps of %s prompts, %.2f epochs; learning rate %g, %s\n",
+              count_text(double(s.steps())).c_str(), count_text(double(s.batch)).c_str(),
+              double(s.comparisons) / double(d.train.size()), s.optimizer.lr,
+              s.optimizer.schedule.c_str());
+  std::fflush(stdout);
+}
+
+// The comparisons of step n: a function of its number and the seed alone. Each epoch goes over all
+// of them in an order of its own.
+std::vector<int> chosen_in_step(const PreferenceSettings& s, const PreferenceData& d, int64_t n) {
+  const int64_t size = int64_t(d.train.size());
+  std::vector<int> chosen, order;
+  int64_t epoch = -1;
+  for (int64_t i = (n - 1) * s.batch; i < std::min(n * s.batch, s.comparisons); i++) {
+    if (i / size != epoch) {
+      epoch = i / size;
+      order = all_of(d.train);
+      Rng rng{mix64(s.seed, hash64("order"), uint64_t(epoch))};
+      shuffle(order, rng);
+    }
+    chosen.push_back(order[size_t(i % size)]);
+  }
+  return chosen;
+}
+
+// Updates after the gradients of step n, and adds what the update did to the step's result.
+void update(Gpt& gpt, const PreferenceSettings& s, int64_t n, StepResult& result) {
+  const double factor = make_schedule(s.optimizer, s.steps()).at(n);
+  gpt.update(optimizer_step(s.optimizer, n, factor));
+  const UpdateStats stats = gpt.stats();
+  result.metrics.update({{"grad_norm", stats.grad_norm}, {"lr_factor", factor}});
+  result.line += format("  grad %.2f", stats.grad_norm);
+  result.skipped = stats.skipped;
+}
+
+OrderedJson data_hashes(const PreferenceData& d) {
+  return {{"data_hash", hash_of(d.train)}, {"val_hash", hash_of(d.val)}};
+}
+void check_data(const PreferenceSettings& s, const PreferenceData& d, const Json& saved) {
+  const Json found = data_hashes(d);
+  if (saved.at("data_hash") != found.at("data_hash") ||
+      saved.at("val_hash") != found.at("val_hash")) {
+    fail(s.data[0], ": found other preferences than the run began with, expected the same files");
+  }
+}
+
+// A run of steps over the free functions of a training (RewardTraining, DpoTraining): begin, step,
+// evaluate, finish, state and save_options.
+template <class Training>
+int run_training(const char* stage, Training& t, const RunOptions& options) {
+  Run run;
+  run.stage = stage, run.options = options;
+  run.hooks = {
+      .begin =
+          [&](const Json* saved) {
+            begin(t, options, saved);
+            run.lr_scale = t.settings.common.optimizer.lr_scale;
+            return t.settings.common.steps();
+          },
+      .step = [&](int64_t n) { return step(t, n, run); },
+      .evaluate =
+          [&](int64_t n) {
+            const PreferenceSettings& s = t.settings.common;
+            if (n % s.eval_every == 0 && n < s.steps() && !t.data.val.empty()) evaluate(t, n, run);
+          },
+      .finish = [&] { return finish(t, run); },
+      .model = [&]() -> Gpt& { return *t.gpt; },
+      .state = [&] { return state(t); },
+      .save_options = [&](bool) { return save_options(t); },
+  };
+  return run_steps(run);
+}
+
+// =============================================================================================
+// The reward model
+//
+// A language model whose head was exchanged for one row: the score of a conversation is the value
+// at its last <|im_end|>. The objective only sees differences of scores. Where zero lies and how
+// large one is, is set after training: mean 0 and standard deviation 1 on a set of answers.
+
+template <class T>
+using In = std::span<const std::type_identity_t<T>>;  // a vector of T converts, T is not deduced
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+double log_sigmoid(double x) {  // without overflow on either side
+  return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x));
+}
+
+template <class T>
+struct RankLoss {
+  double loss = 0;
+  std::vector<T> dreward;  // (K)
+};
+
+// K answers to one prompt, ranked (1 is best, equal ranks make no pair). Bradley, Terry 1952; all
+// pairs of a prompt in one batch, Ouyang et al. 2022; centering, Eisenstein et al. 2023:
+//   L = scale / pairs * sum over pairs of -log s(r_w - r_l - margin) + center (r_w + r_l)^2
+// `scale`: 1 / prompts of the step. Without pairs the loss is 0.
+template <class T = float>
+RankLoss<T> rank_loss(In<T> reward,                  // (K)
+                      std::span<const int> ranking,  // (K)
+                      double margin, double center, double scale) {
+  const size_t K = reward.size();
+  RankLoss<T> out;
+  std::vector<double> d(K);
+  int pairs = 0;
+  for (size_t w = 0; w < K; w++) {
+    for (size_t l = 0; l < K; l++) {
+      if (ranking[w] >= ranking[l]) continue;
+      const double difference = double(reward[w]) - reward[l], sum = double(reward[w]) + reward[l];
+      out.loss += -log_sigmoid(difference - margin) + center * sum * sum;
+      const double dpair = -sigmoid(margin - difference), dcenter = 2 * center * sum;
+      d[w] += dpair + dcenter;
+      d[l] += -dpair + dcenter;
+      pairs++;
+    }
+  }
+  const double mean = pairs > 0 ? scale / pairs : 0;
+  out.loss *= mean;
+  for (const double x : d) out.dreward.push_back(T(mean * x));
+  return out;
+}
+
+struct LabelLoss {
+  double loss = 0, dreward = 0;
+};
+// A text that is good, or not: L = -log s(r), or -log s(-r).
+LabelLoss label_loss(double reward, bool good) {
+  const double sign = good ? 1 : -1;
+  return {-log_sigmoid(sign * reward), -sign * sigmoid(-sign * reward)};
+}
+
+// Of a comparison or a labelled text.
+RankLoss<float> comparison_loss(const Comparison& c,
+                                std::span<const float> reward,  // (K)
+                                double margin, double center, double scale) {
+  if (!c.label) return rank_loss(reward, c.ranking, margin, center, scale);
+  const LabelLoss l = label_loss(reward[0], *c.label);
+  return {scale * l.loss, {float(scale * l.dreward)}};
+}
+
+struct RewardSettings {
+  PreferenceSettings common;
+  double margin = 0, center = 0;  // see rank_loss
+  // Mean 0 and standard deviation 1 on: "training" answers, a file of answers, or "none".
+  std::string normalize_on = "training";
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(RewardSettings, common, margin, center,
+                                                normalize_on)
+
+struct RewardTraining {
+  RewardSettings settings;
+  PreferenceData data;
+  std::unique_ptr<Gpt> gpt;
+  std::vector<std::vector<int>> reference_answers;  // that scores are normalized on
+  double shift = 0;                                 // to be added to a value
+};
+
+// ---------------------------------------------------------------------------------------------
+// How well scores agree with preferences
+
+// How often "a is better" is right, by how sure the model is: bins of s(|difference|) over .5 to 1.
+struct Calibration {
+  static constexpr int kBins = 10;
+  std::array<int64_t, kBins> pairs{};
+  std::array<double, kBins> predicted{}, right{};  // sums of s(|difference|), of right answers
+
+  void add(double difference) {  // r_better - r_worse
+    if (std::isnan(difference)) return;
+    const double sure = sigmoid(std::abs(difference));
+    const size_t bin = size_t(std::clamp(int((sure - .5) * 2 * kBins), 0, kBins - 1));
+    pairs[bin]++;
+    predicted[bin] += sure;
+    right[bin] += difference > 0 ? 1 : difference == 0 ? .5 : 0;
+  }
+  void add(const Calibration& other) {
+    for (size_t b = 0; b < kBins; b++) {
+      pairs[b] += other.pairs[b];
+      predicted[b] += other.predicted[b];
+      right[b] += other.right[b];
+    }
+  }
+  // Expected calibration error: the mean distance between what was predicted and what was right.
+  double error() const {
+    double sum = 0, n = 0;
+    for (size_t b = 0; b < kBins; b++) {
+      sum += std::abs(predicted[b] - right[b]);
+      n += double(pairs[b]);
+    }
+    return n > 0 ? sum / n : 0;
+  }
+};
+
+// How well scores agree with preferences. Sums, to be added over comparisons and folds.
+struct Agreement {
+  int64_t comparisons = 0, pairs = 0;  // a labelled text is a pair of its own
+  double loss = 0;                     // of comparisons
+  double right = 0, margin = 0;        // of pairs: in the right order, equal ones half; r_w - r_l
+  double longer = 0;                   // pairs that "the longer answer wins" gets right
+  double best_possible = 0;  // pairs that who knows their chance P gets right: max(P, 1 - P)
+  int64_t known = 0;         // pairs whose chance is known
+  bool texts = false;        // labels: there are no answers whose lengths could be compared
+  Calibration calibration;
+  std::vector<float> rewards, lengths;  // of every answer
+
+  double accuracy() const { return right / double(std::max<int64_t>(1, pairs)); }
+  double longer_wins() const { return longer / double(std::max<int64_t>(1, pairs)); }
+  double mean_loss() const { return loss / double(std::max<int64_t>(1, comparisons)); }
+  double mean_margin() const { return margin / double(std::max<int64_t>(1, pairs)); }
+
+  void add_pair(double difference) {  // r_w - r_l
+    pairs++;
+    right += difference > 0 ? 1 : difference == 0 ? .5 : 0;
+    margin += difference;
+    calibration.add(difference);
+  }
+  void add(const Agreement& a) {
+    comparisons += a.comparisons, pairs += a.pairs, loss += a.loss;
+    right += a.right, margin += a.margin, longer += a.longer, texts |= a.texts;
+    best_possible += a.best_possible, known += a.known;
+    calibration.add(a.calibration);
+    rewards.insert(rewards.end(), a.rewards.begin(), a.rewards.end());
+    lengths.insert(lengths.end(), a.lengths.begin(), a.lengths.end());
+  }
+};
+
+// Of one comparison. `loss`: its own.
+Agreement agreement_on(const Comparison& c,
+                       std::span<const float> reward,  // (K)
+                       double loss) {
+  Agreement a{.comparisons = 1, .loss = loss, .texts = c.label.has_value()};
+  if (c.label) a.add_pair(*c.label ? reward[0] : -reward[0]);
+  for (size_t w = 0; w < c.ranking.size(); w++) {
+    for (size_t l = 0; l < c.ranking.size(); l++) {
+      if (c.ranking[w] >= c.ranking[l]) continue;
+      a.add_pair(double(reward[w]) - reward[l]);
+      const size_t length_w = c.sequences[w].size(), length_l = c.sequences[l].size();
+      a.longer += length_w > length_l ? 1 : length_w == length_l ? .5 : 0;
+    }
+  }
+  if (c.chance > 0) a.known = 1, a.best_possible = std::max(c.chance, 1 - c.chance);
+  for (size_t k = 0; k < c.sequences.size(); k++) {
+    a.rewards.push_back(reward[k]);
+    a.lengths.push_back(float(int(c.sequences[k].size()) - c.prompt_length));
+  }
+  return a;
+}
+
+struct Spread {
+  double mean = 0, std = 0;
+};
+Spread spread_of(std::span<const float> values) {
+  Spread s;
+  for (const float v : values) s.mean += v / double(values.size());
+  for (const float v : values) s.std += (v - s.mean) * (v - s.mean) / double(values.size());
+  return {s.mean, std::sqrt(s.std)};
+}
+
+// ---------------------------------------------------------------------------------------------
+// A step, and an evaluation
+
+// The score of each sequence of a batch: the value at its last id.
+std::vector<float> values_at_end(std::span<const float> value,  // (N)
+                                 const Packed& b) {
+  std::vector<float> scores;
+  for (size_t i = 0; i < b.members.size(); i++) scores.push_back(value[b.last(i)]);
+  return scores;
+}
+
+// Goes over the chosen comparisons; `train` adds their gradients.
+Agreement pass_over(Gpt& gpt, const RewardSettings& s, std::span<const Comparison> all,
+                    std::span<const int> chosen, bool train) {
+  const double scale = train ? 1 / double(chosen.size()) : 1;
+  Agreement seen;
+  for (const ComparisonBatch& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
+    gpt.forward(b.packed.batch(), train ? Pass::train : Pass::score);
+    const std::vector<float> rewards = values_at_end(gpt.value(), b.packed);
+    std::vector<float> dvalue(b.packed.tokens.size());
+    size_t k = 0;  // answers of the batch so far
+    for (const int i : b.chosen) {
+      const Comparison& c = all[size_t(i)];
+      const auto reward = std::span(rewards).subspan(k, c.sequences.size());
+      const RankLoss<float> r = train ? comparison_loss(c, reward, s.margin, s.center, scale)
+                                      : comparison_loss(c, reward, 0, 0, scale);
+      seen.add(agreement_on(c, reward, r.loss / scale));
+      for (const float d : r.dreward) dvalue[b.packed.last(k++)] = d;
+    }
+    if (train) gpt.backward({}, dvalue);
+  }
+  return seen;
+}
+
+StepResult step(RewardTraining& t, int64_t n, const Run& run) {
+  const std::vector<int> chosen = chosen_in_step(t.settings.common, t.data, n);
+  const Agreement seen = pass_over(*t.gpt, t.settings, t.data.train, chosen, true);
+  if (!std::isfinite(seen.loss)) {
+    fail_diverged(run, format("the loss is %f", seen.mean_loss()));
+  }
+  int64_t tokens = 0;
+  for (const int i : chosen) tokens += t.data.train[size_t(i)].tokens();
+  const Spread spread = spread_of(seen.rewards);
+  StepResult result;
+  result.metrics = {{"loss", seen.mean_loss()},
+                    {"accuracy", seen.accuracy()},
+                    {"margin", seen.mean_margin()},
+                    {"reward_mean", spread.mean},
+                    {"reward_std", spread.std}};
+  result.line = format("loss %.4f  accuracy %3.0f%%  margin %+.3f", seen.mean_loss(),
+                       100 * seen.accuracy(), seen.mean_margin());
+  update(*t.gpt, t.settings.common, n, result);
+  result.metrics["tokens"] = tokens;
+  return result;
+}
+
+void evaluate(RewardTraining& t, int64_t n, Run& run) {
+  const Agreement a = pass_over(*t.gpt, t.settings, t.data.val, all_of(t.data.val), false);
+  run.write_metrics(n, {{"val_loss", a.mean_loss()},
+                        {"val_accuracy", a.accuracy()},
+                        {"val_margin", a.mean_margin()},
+                        {"val_pairs", a.pairs}});
+  run.line.note(format("step %lld  held-out accuracy %.1f%%, loss %.4f", (long long)n,
+                       100 * a.accuracy(), a.mean_loss()));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Measures, for files and for people
+
+// Pearson's; 0 where one of them does not vary. A reward that grows with length warns of a model
+// that scores length.
+double correlation(std::span<const float> a, std::span<const float> b) {
+  const Spread sa = spread_of(a), sb = spread_of(b);
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); i++) sum += (a[i] - sa.mean) * (b[i] - sb.mean);
+  const double scale = sa.std * sb.std * double(a.size());
+  return scale > 0 ? sum / scale : 0;
+}
+
+OrderedJson agreement_json(const Agreement& a) {
+  OrderedJson bins = OrderedJson::array();
+  for (size_t b = 0; b < Calibration::kBins; b++) {
+    const double n = double(std::max<int64_t>(1, a.calibration.pairs[b]));
+    bins.push_back({{"pairs", a.calibration.pairs[b]},
+                    {"predicted", a.calibration.predicted[b] / n},
+                    {"right", a.calibration.right[b] / n}});
+  }
+  OrderedJson json = {{"held_out", a.comparisons}, {"pairs", a.pairs},
+                      {"accuracy", a.accuracy()},  {"loss", a.mean_loss()},
+                      {"margin", a.mean_margin()}, {"calibration_error", a.calibration.error()},
+                      {"calibration", bins}};
+  if (!a.rewards.empty()) {
+    json["reward_length_correlation"] = correlation(a.rewards, a.lengths);
+  }
+  if (!a.texts) json["longer_wins"] = a.longer_wins();
+  if (a.known > 0) json["best_possible"] = a.best_possible / double(a.known);
+  return json;
+}
+
+// The inverse, without the rewards of single answers.
+Agreement agreement_of(const Json& json) {
+  Agreement a;
+  a.comparisons = json.at("held_out").get<int64_t>();
+  a.pairs = json.at("pairs").get<int64_t>();
+  const auto pairs = double(a.pairs);
+  a.right = pairs * json.at("accuracy").get<double>();
+  a.loss = double(a.comparisons) * json.at("loss").get<double>();
+  a.margin = pairs * json.at("margin").get<double>();
+  a.texts = !json.contains("longer_wins");
+  if (!a.texts) a.longer = pairs * json.at("longer_wins").get<double>();
+  for (size_t b = 0; b < Calibration::kBins; b++) {
+    const Json& bin = json.at("calibration").at(b);
+    const auto n = double(a.calibration.pairs[b] = bin.at("pairs").get<int64_t>());
+    a.calibration.predicted[b] = n * bin.at("predicted").get<double>();
+    a.calibration.right[b] = n * bin.at("right").get<double>();
+  }
+  return a;
+}
+
+// The same for people.
+std::string agreement_text(const Agreement& a) {
+  std::string text = format("%s %s, accuracy %.1f%%", count_text(double(a.pairs)).c_str(),
+                            a.texts ? "texts" : "pairs", 100 * a.accuracy());
+  if (!a.texts) text += format(" (the longer wins: %.1f%%)", 100 * a.longer_wins());
+  if (a.known > 0) text += format(" of %.1f%% possible", 100 * a.best_possible / double(a.known));
+  text += format(", loss %.4f, margin %.3f\n  sure  right  pairs", a.mean_loss(), a.mean_margin());
+  for (size_t b = 0; b < Calibration::kBins; b++) {
+    if (a.calibration.pairs[b] == 0) continue;
+    const double n = double(a.calibration.pairs[b]);
+    text += format("\n  %3.0f%%  %4.0f%%  %5.0f", 100 * a.calibration.predicted[b] / n,
+                   100 * a.calibration.right[b] / n, n);
+  }
+  return text;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Before the first step and after the last: normalization
+
+constexpr size_t kReferenceAnswers = 1024;  // the mean is then known to 3 % of the spread
+
+// The answers whose scores will have mean 0 and standard deviation 1.
+std::vector<std::vector<int>> read_reference_answers(const RewardSettings& s,
+                                                     const PreferenceData& d) {
+  std::vector<std::vector<int>> answers;
+  if (s.normalize_on == "training") {
+    for (const Comparison& c : d.train)
+      answers.insert(answers.end(), c.sequences.begin(), c.sequences.end());
+  } else if (s.normalize_on != "none") {
+    JsonLines lines{Input(s.normalize_on)};
+    simdjson::dom::object object;
+    while (lines.next(object)) {
+      const Comparison c = make_comparison(d.tokenizer, parse_answers(object, lines), false);
+      for (const auto& ids : c.sequences)
+        if (int(ids.size()) <= s.common.context) answers.push_back(ids);
+    }
+    if (answers.empty()) {
+      fail(s.normalize_on, ": found no answer within the context of ", s.common.context, " tokens");
+    }
+  }
+  answers.resize(std::min(answers.size(), kReferenceAnswers));
+  return answers;
+}
+
+// r = value / std - mean / std. The scale goes into the head's row of weights, the shift beside the
+// model. Returns what mean and standard deviation were.
+Spread normalize(RewardTraining& t) {
+  if (t.reference_answers.empty()) return {0, 1};
+  std::vector<Packed> batches;
+  for (const auto& ids : t.reference_answers) {
+    batch_with_room(batches, int64_t(ids.size()), t.settings.common.micro_batch_tokens)
+        .add(0, ids, ids.size(), [](size_t) { return true; });
+  }
+  std::vector<float> scores;
+  for (const Packed& b : batches) {
+    t.gpt->forward(b.batch(), Pass::score);
+    const std::vector<float> of_batch = values_at_end(t.gpt->value(), b);
+    scores.insert(scores.end(), of_batch.begin(), of_batch.end());
+  }
+  const Spread spread = spread_of(scores);
+  if (!(spread.std > 1e-6)) {
+    fail("the reward model gives all ", scores.size(), " reference answers the score ", spread.mean,
+         ", expected some spread: --normalize-on none leaves it as it is");
+  }
+  const int score = t.gpt->table().find("score");
+  std::vector<float> row(size_t(t.data.config.C));
+  t.gpt->read(score, Slot::weight, row);
+  for (float& w : row) w = float(w / spread.std);
+  t.gpt->write(score, Slot::weight, row);
+  t.shift = -spread.mean / spread.std;
+  return spread;
+}
+
+void begin(RewardTraining& t, const RunOptions& options, const Json* saved) {
+  PreferenceSettings& s = t.settings.common;
+  t.data = read_data(s, options);
+  // Measured on the demo's assistant and 1,500 prompts once over: 82 % right, at 5e-4 78 %.
+  plan(s, t.data, 2e-3);
+  if (!(t.settings.center >= 0)) {
+    fail("--center: found ", t.settings.center, ", expected 0 or more");
+  }
+  t.data.config.head = Head::scalar;
+  print_plan(s, t.data);
+  if (saved) check_data(s, t.data, *saved);
+  t.reference_answers = read_reference_answers(t.settings, t.data);  // an error in them shows now
+  t.gpt = make_gpt(t.data.config, {.device = parse_device(options.device),
+                                   .batch_tokens = int(s.micro_batch_tokens)});
+  load_weights(t.data.source, *t.gpt, {.new_score = true, .seed = s.seed});
+  if (saved) load_trainer_state(t.data.source, *t.gpt);
+}
+
+OrderedJson finish(RewardTraining& t, Run& run) {
+  OrderedJson summary = {
+      {"prompts", int64_t(t.data.train.size())},
+      {"epochs", double(t.settings.common.comparisons) / double(t.data.train.size())}};
+  if (!t.data.val.empty()) {
+    const Agreement a = pass_over(*t.gpt, t.settings, t.data.val, all_of(t.data.val), false);
+    run.write_metrics(
+        run.state.step,
+        {{"final", true}, {"val_loss", a.mean_loss()}, {"val_accuracy", a.accuracy()}});
+    summary.update(agreement_json(a));
+    run.line.note("held out: " + agreement_text(a));
+  }
+  const Spread before = normalize(t);
+  summary["normalised_from"] = {{"mean", before.mean}, {"std", before.std}};
+  return summary;
+}
+
+OrderedJson state(const RewardTraining& t) {
+  OrderedJson json = {{"settings", Json(t.settings)}};
+  json.update(data_hashes(t.data));
+  return json;
+}
+
+SaveOptions save_options(const RewardTraining& t) {
+  SaveOptions o;
+  o.tokenizer_from = t.data.source;
+  Config config = t.data.config;
+  config.reward_shift = t.shift;
+  o.also = [config](const std::filesystem::path& dir) {
+    write_json(dir / "config.json", config_json(config));
+  };
+  return o;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Cross-validation: a run for each fold, whose problems it has not seen; their agreement together
+// is that on all of the data. DIR/fold-1 and on hold the runs, DIR/summary.json the whole.
+
+int run_folds(const RewardSettings& settings, const RunOptions& options) {
+  const std::filesystem::path out = options.out;
+  expect_elsewhere(model_dir(settings.common.model), out);
+  if (!options.resume && !options.overwrite) expect_new_run(out);
+  if (options.overwrite) std::filesystem::remove_all(out);
+  std::filesystem::create_directories(out);
+  Agreement all;
+  OrderedJson folds = OrderedJson::array();
+  for (int fold = 1; fold <= settings.common.folds; fold++) {
+    RunOptions o = options;
+    o.out = out / concat("fold-", fold);
+    o.overwrite = false;
+    o.resume = std::filesystem::exists(o.out / "model/trainer_state.json");
+    RewardTraining t{.settings = settings};
+    t.settings.common.fold = fold;
+    if (o.resume) t.settings = settings_of<RewardSettings>(o, "reward");
+    if (!o.resume) std::filesystem::remove_all(o.out);
+    std::printf("fold %d of %d\n", fold, settings.common.folds);
+    if (const int status = run_training("reward", t, o)) return status;
+    const Json summary = read_json(o.out / "summary.json");
+    if (!summary.contains("accuracy")) fail(o.out.string(), ": found nothing held out");
+    folds.push_back(summary.at("accuracy").get<double>());
+    all.add(agreement_of(summary));
+  }
+  OrderedJson summary = {{"stage", "reward"}, {"folds", folds}};
+  summary.update(agreement_json(all));
+  write_json(out / "summary.json", summary);
+  std::printf("all folds\nheld out: %s\n", agreement_text(all).c_str());
+  return 0;
+}
+
+// =============================================================================================
+// DPO: the policy learns from comparisons directly
+//
+// How much more likely the policy makes an answer than its reference does is a reward (Rafailov et
+// al. 2023), r = beta (l - l_ref), l the sum of log p over the answer's tokens: the reward model's
+// loss on this r needs no reward model. The reference is the model that training begins with. It
+// never changes, so l_ref is computed once, before the first step.
+
+// Of one pair; the mean over pairs is the caller's. Derivatives are by the two log-probabilities
+// that went in: of a sum each token has all of it, of a mean 1/n.
+struct PairLoss {
+  double loss = 0, dchosen = 0, drejected = 0;
+  double margin = 0;  // what the loss pushes up; right when above 0
+};
+
+// DPO (Rafailov et al. 2023) from sums over completions, D = (l_w - l_l) - (ref_w - ref_l), labels
+// wrong with probability `smoothing` (Mitchell 2023):
+//   L = -(1 - smoothing) log s(beta D) - smoothing log s(-beta D)
+PairLoss dpo_loss(double chosen, double rejected, double ref_chosen, double ref_rejected,
+                  double beta, double smoothing = 0) {
+  const double x = beta * ((chosen - rejected) - (ref_chosen - ref_rejected));
+  const double d = -beta * ((1 - smoothing) * sigmoid(-x) - smoothing * sigmoid(x));
+  return {-(1 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x), d, -d, x};
+}
+
+// IPO (Azar et al. 2023) from means per token: L = (D - 1/(2 beta))^2
+PairLoss ipo_loss(double chosen, double rejected, double ref_chosen, double ref_rejected,
+                  double beta) {
+  const double D = (chosen - rejected) - (ref_chosen - ref_rejected), off = D - 1 / (2 * beta);
+  return {off * off, 2 * off, -2 * off, beta * D};
+}
+
+// ORPO (Hong et al. 2024) from means per token, without a reference: to learn the chosen answer and
+// its odds against the rejected one, o = p / (1 - p) with p = exp(l):
+//   L = -l_w - lambda log s(log o_w - log o_l),  d log o/dl = 1 / (1 - p)
+PairLoss orpo_loss(double chosen, double rejected, double lambda) {
+  const auto log_odds = [](double l) { return l - std::log(-std::expm1(l)); };
+  const double w = std::min(chosen, -1e-6), l = std::min(rejected, -1e-6);  // odds stay finite
+  const double x = log_odds(w) - log_odds(l), d = lambda * sigmoid(-x);
+  return {-chosen - lambda * log_sigmoid(x), -1 - d / -std::expm1(w), d / -std::expm1(l), x};
+}
+
+struct KtoLoss {
+  double loss = 0, dlogp = 0;
+};
+// KTO (Ethayarajh et al. 2024), of one answer that is good or not, from sums; weight 1 where both
+// kinds are equally many. `baseline`: kto_baseline, through which no gradient flows.
+//   L = weight (1 - s(x)), x = beta (l - ref - baseline) of a good answer, -x of the other
+KtoLoss kto_loss(double logp, double reference, bool good, double baseline, double beta,
+                 double weight = 1) {
+  const double sign = good ? 1 : -1, s = sigmoid(sign * beta * (logp - reference - baseline));
+  return {weight * (1 - s), -sign * beta * weight * s * (1 - s)};
+}
+// The KL as KTO estimates it, from l - ref of answers to other prompts: their mean, not below 0.
+double kto_baseline(std::span<const double> differences) {
+  double sum = 0;
+  for (const double d : differences) sum += d;
+  return sum < 0 ? 0 : sum / std::max(1., double(differences.size()));
+}
+
+struct DpoSettings {
+  PreferenceSettings common;
+  std::string loss = "dpo", reference;  // a model; empty: the one that training begins with
+  double beta = .1, smoothing = 0;
+  int lora = 0;  // the adapters' rank; 0: all weights are trained
+  double lora_alpha = 32;
+
+  bool of_means() const { return loss == "ipo" || loss == "orpo"; }  // log p per token, not sums
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DpoSettings, common, loss, reference, beta,
+                                                smoothing, lora, lora_alpha)
+
+// An answer under a model: the sum of its tokens' log-probabilities, and how many they are.
+struct AnswerLogp {
+  double sum = 0;
+  int tokens = 0;
+  double mean() const { return tokens > 0 ? sum / tokens : 0; }
+};
+
+// Of every answer of a batch.
+std::vector<AnswerLogp> answer_logps(std::span<const float> logp,  // (N)
+                                     const Packed& b) {
+  std::vector<AnswerLogp> answers(b.members.size());
+  for (size_t i = 0; i < answers.size(); i++) {
+    for (size_t p = b.begin(i); p <= b.last(i); p++) {
+      if (b.targets[p] < 0) continue;
+      answers[i].sum += logp[p];
+      answers[i].tokens++;
+    }
+  }
+  return answers;
+}
+
+// What preferences make of a policy. Sums over pairs, of which each comparison's have weight 1
+// together.
+struct DpoStats {
+  double comparisons = 0, loss = 0, right = 0, margin = 0;
+  double chosen = 0, rejected = 0;                // log-probabilities of answers
+  double chosen_reward = 0, rejected_reward = 0;  // beta (l - l_ref)
+
+  OrderedJson json(const std::string& prefix = "") const {
+    const double n = std::max(1., comparisons);
+    return {{prefix + "loss", loss / n},
+            {prefix + "accuracy", right / n},
+            {prefix + "margin", margin / n},
+            {prefix + "logp_chosen", chosen / n},
+            {prefix + "logp_rejected", rejected / n},
+            {prefix + "reward_chosen", chosen_reward / n},
+            {prefix + "reward_rejected", rejected_reward / n}};
+  }
+  std::string text() const {
+    const double n = std::max(1., comparisons);
+    return format("loss %.4f  accuracy %3.0f%%  log p chosen %.1f (%+.2f)  rejected %.1f (%+.2f)",
+                  loss / n, 100 * right / n, chosen / n, chosen_reward / n, rejected / n,
+                  rejected_reward / n);
+  }
+};
+
+// The loss of one pair under `s`, w the better answer.
+PairLoss pair_loss(const DpoSettings& s, const AnswerLogp& w, const AnswerLogp& l,
+                   const AnswerLogp& ref_w, const AnswerLogp& ref_l, double kl) {
+  if (s.loss == "ipo") return ipo_loss(w.mean(), l.mean(), ref_w.mean(), ref_l.mean(), s.beta);
+  if (s.loss == "orpo") return orpo_loss(w.mean(), l.mean(), s.beta);
+  if (s.loss == "dpo") return dpo_loss(w.sum, l.sum, ref_w.sum, ref_l.sum, s.beta, s.smoothing);
+  const KtoLoss good = kto_loss(w.sum, ref_w.sum, true, kl, s.beta);
+  const KtoLoss bad = kto_loss(l.sum, ref_l.sum, false, kl, s.beta);
+  return {(good.loss + bad.loss) / 2, good.dlogp / 2, bad.dlogp / 2,
+          s.beta * ((w.sum - ref_w.sum) - (l.sum - ref_l.sum))};
+}
+
+// A comparison's loss is the mean over its pairs, times `scale`. Adds it to `seen`, and returns
+// dL/dlogp of each answer's tokens: (K)
+std::vector<double> comparison_loss(const DpoSettings& s, const Comparison& c,
+                                    std::span<const AnswerLogp> logp,  // (K)
+                                    std::span<const AnswerLogp> ref,   // (K), or empty
+                                    double kl, double scale, DpoStats& seen) {
+  const size_t K = c.sequences.size();
+  const std::vector<AnswerLogp> none(ref.empty() ? K : 0);
+  if (ref.empty()) ref = none;
+  double pairs = 0;
+  for (size_t w = 0; w < K; w++)
+    for (size_t l = 0; l < K; l++) pairs += c.ranking[w] < c.ranking[l];
+  std::vector<double> d(K);
+  for (size_t w = 0; w < K; w++) {
+    for (size_t l = 0; l < K; l++) {
+      if (c.ranking[w] >= c.ranking[l]) continue;
+      const PairLoss p = pair_loss(s, logp[w], logp[l], ref[w], ref[l], kl);
+      d[w] += scale / pairs * p.dchosen / (s.of_means() ? logp[w].tokens : 1);
+      d[l] += scale / pairs * p.drejected / (s.of_means() ? logp[l].tokens : 1);
+      seen.loss += p.loss / pairs;
+      seen.margin += p.margin / pairs;
+      seen.right += (p.margin > 0 ? 1 : p.margin == 0 ? .5 : 0) / pairs;
+      seen.chosen += logp[w].sum / pairs, seen.rejected += logp[l].sum / pairs;
+      if (s.loss == "orpo") continue;
+      seen.chosen_reward += s.beta * (logp[w].sum - ref[w].sum) / pairs;
+      seen.rejected_reward += s.beta * (logp[l].sum - ref[l].sum) / pairs;
+    }
+  }
+  seen.comparisons++;
+  return d;
+}
+
+// l_ref of everything that is compared.
+struct References {
+  std::vector<std::vector<AnswerLogp>> answers;  // of each comparison: (K); empty: not needed
+  std::vector<AnswerLogp> mismatched;            // KTO's, of each comparison
+};
+
+struct DpoTraining {
+  DpoSettings settings;
+  PreferenceData data;
+  std::unique_ptr<Gpt> gpt;
+  std::filesystem::path reference;
+  std::string reference_hash;
+  AdapterBase base;  // of adapters
+  References train_refs, val_refs;
+};
+
+// For KTO's estimate of KL(policy, reference): log p of the next prompt's first answer, in answer
+// to prompt i.
+AnswerLogp mismatched_logp(Gpt& gpt, std::span<const Comparison> all, size_t i, int context) {
+  const Comparison &own = all[i], &other = all[(i + 1) % all.size()];
+  const auto &a = own.sequences[0], &b = other.sequences[0];
+  std::vector<int> ids(a.begin(), a.begin() + own.prompt_length);
+  ids.insert(ids.end(), b.begin() + other.prompt_length, b.end());
+  ids.resize(std::min(ids.size(), size_t(context)));
+  Packed one;
+  one.add(0, ids, ids.size(), [&](size_t p) { return int(p) >= own.prompt_length; });
+  gpt.forward(one.batch(), Pass::score);
+  return answer_logps(gpt.logp(), one)[0];
+}
+
+// Goes over the chosen comparisons; `train` adds their gradients.
+DpoStats pass_over(Gpt& gpt, const DpoSettings& s, std::span<const Comparison> all,
+                   const References& refs, std::span<const int> chosen, bool train) {
+  std::vector<double> differences;
+  for (const int i : chosen) {
+    if (s.loss != "kto") break;
+    const AnswerLogp logp = mismatched_logp(gpt, all, size_t(i), s.common.context);
+    differences.push_back(logp.sum - refs.mismatched[size_t(i)].sum);
+  }
+  const double kl = kto_baseline(differences), scale = 1. / double(chosen.size());
+  DpoStats seen;
+  for (const ComparisonBatch& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
+    gpt.forward(b.packed.batch(), train ? Pass::train : Pass::score);
+    const std::vector<AnswerLogp> logps = answer_logps(gpt.logp(), b.packed);
+    std::vector<float> dlogp(b.packed.tokens.size());
+    size_t k = 0;  // answers of the batch so far
+    for (const int i : b.chosen) {
+      const Comparison& c = all[size_t(i)];
+      const auto logp = std::span(logps).subspan(k, c.sequences.size());
+      std::span<const AnswerLogp> ref;
+      if (!refs.answers.empty()) ref = refs.answers[size_t(i)];
+      for (const double d : comparison_loss(s, c, logp, ref, kl, scale, seen)) {
+        for (size_t p = b.packed.begin(k); p <= b.packed.last(k); p++) {
+          if (b.packed.targets[p] >= 0) dlogp[p] = float(d);
+        }
+        k++;
+      }
+    }
+    if (train) gpt.backward(dlogp);
+  }
+  return seen;
+}
+
+StepResult step(DpoTraining& t, int64_t n, const Run& run) {
+  const std::vector<int> chosen = chosen_in_step(t.settings.common, t.data, n);
+  const DpoStats seen = pass_over(*t.gpt, t.settings, t.data.train, t.train_refs, chosen, true);
+  if (!std::isfinite(seen.loss)) fail_diverged(run, format("the loss is %f", seen.loss));
+  StepResult result;
+  result.metrics = seen.json();
+  result.line = seen.text();
+  update(*t.gpt, t.settings.common, n, result);
+  return result;
+}
+
+DpoStats evaluate(DpoTraining& t, int64_t n, Run& run) {
+  const DpoStats seen =
+      pass_over(*t.gpt, t.settings, t.data.val, t.val_refs, all_of(t.data.val), false);
+  run.write_metrics(n, seen.json("val_"));
+  run.line.note(format("step %lld  held out: %s", (long long)n, seen.text().c_str()));
+  return seen;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Before the first step: the reference
+
+// l of every answer of every comparison.
+std::vector<std::vector<AnswerLogp>> logps_of(Gpt& gpt, std::span<const Comparison> all,
+                                              int64_t micro_batch_tokens) {
+  std::vector<std::vector<AnswerLogp>> logps(all.size());
+  for (const ComparisonBatch& b : comparison_batches(all, all_of(all), micro_batch_tokens)) {
+    gpt.forward(b.packed.batch(), Pass::score);
+    const std::vector<AnswerLogp> of_batch = answer_logps(gpt.logp(), b.packed);
+    auto next = of_batch.begin();
+    for (const int i : b.chosen) {
+      const auto begin = std::exchange(next, next + long(all[size_t(i)].sequences.size()));
+      logps[size_t(i)].assign(begin, next);
+    }
+  }
+  return logps;
+}
+
+References score_references(Gpt& gpt, const DpoSettings& s, std::span<const Comparison> all) {
+  References refs{logps_of(gpt, all, s.common.micro_batch_tokens), {}};
+  for (size_t i = 0; i < all.size() && s.loss == "kto"; i++) {
+    refs.mismatched.push_back(mismatched_logp(gpt, all, i, s.common.context));
+  }
+  return refs;
+}
+
+// A language model to score with.
+std::unique_ptr<Gpt> load_scorer(const std::filesystem::path& dir, Device device) {
+  auto gpt =
+      make_gpt(load_config_with_head(dir, Head::lm), {.device = device, .mode = Mode::inference});
+  load_weights(dir, *gpt);
+  return gpt;
+}
+
+// With adapters, the reference is the policy without them; else a model of its own, which goes when
+// its log-probabilities are known.
+void load_references(DpoTraining& t, Device device) {
+  if (t.settings.loss == "orpo") return;  // asks for none
+  const bool adapters = t.settings.lora > 0;
+  std::unique_ptr<Gpt> own;
+  if (adapters) {
+    t.gpt->use_adapters(false);
+  } else {
+    own = load_scorer(t.reference, device);
+  }
+  Gpt& reference = own ? *own : *t.gpt;
+  t.train_refs = score_references(reference, t.settings, t.data.train);
+  t.val_refs = score_references(reference, t.settings, t.data.val);
+  if (adapters) t.gpt->use_adapters(true);
+}
+
+// The reference is the one that the saved run began with.
+void check_reference(const std::filesystem::path& reference, const std::string& found,
+                     const Json& saved) {
+  const auto expected = saved.at("reference").at("hash").get<std::string>();
+  if (found != expected) {
+    fail(reference.string(), ": found a model of hash ", found, ", expected ", expected,
+         ", that of the run's beginning: it has changed");
+  }
+}
+
+void check_settings(const DpoSettings& s) {
+  if (s.loss != "dpo" && s.loss != "ipo" && s.loss != "kto" && s.loss != "orpo") {
+    fail("--loss: found ", s.loss, ", expected dpo, ipo, kto or orpo");
+  }
+  if (!(s.beta > 0)) fail("--beta: found ", s.beta, ", expected above 0");
+  if (!(s.smoothing >= 0 && s.smoothing < .5)) {
+    fail("--label-smoothing: found ", s.smoothing, ", expected 0 or more and less than .5");
+  }
+  if (s.smoothing > 0 && s.loss != "dpo") {
+    fail("--label-smoothing: found with --loss ", s.loss, ", expected dpo");
+  }
+  if (s.lora < 0) fail("--lora: found ", s.lora, ", expected a rank");
+  if (s.lora > 0 && !s.reference.empty()) {
+    fail("--reference: found with --lora, whose reference is the model without its adapters");
+  }
+}
+
+void begin(DpoTraining& t, const RunOptions& options, const Json* saved) {
+  PreferenceSettings& s = t.settings.common;
+  const int lora = t.settings.lora;
+  check_settings(t.settings);
+  t.data = read_data(s, options);
+  plan(s, t.data, lora > 0 ? 1e-3 : 1e-4);
+  if (t.data.config.head != Head::lm) {
+    fail(t.data.source.string(), ": has a scalar head, expected a language model");
+  }
+  for (const auto* comparisons : {&t.data.train, &t.data.val}) {
+    for (const Comparison& c : *comparisons) {
+      if (c.label) fail(s.data[0], ": found a labelled text, expected answers that are compared");
+    }
+  }
+  t.reference = model_dir(t.settings.reference.empty() ? s.model : t.settings.reference);
+  t.reference_hash = model_hash(t.reference);
+  print_plan(s, t.data);
+  if (saved) {
+    check_data(s, t.data, *saved);
+    check_reference(t.reference, t.reference_hash, *saved);
+  }
+  const Device device = parse_device(options.device);
+  GptOptions o{.device = device, .batch_tokens = int(s.micro_batch_tokens)};
+  if (lora > 0) o.lora = {lora, float(t.settings.lora_alpha)};
+  t.gpt = make_gpt(t.data.config, o);
+  load_weights(t.data.source, *t.gpt, {.seed = s.seed});
+  if (lora > 0) t.base = adapter_base(t.data.source);
+  if (saved) load_trainer_state(t.data.source, *t.gpt);
+  load_references(t, device);
+}
+
+OrderedJson finish(DpoTraining& t, Run& run) {
+  OrderedJson summary = {
+      {"loss_is", t.settings.loss},
+      {"prompts", int64_t(t.data.train.size())},
+      {"held_out", int64_t(t.data.val.size())},
+      {"epochs", double(t.settings.common.comparisons) / double(t.data.train.size())}};
+  if (!t.data.val.empty()) summary.update(evaluate(t, run.state.step, run).json("val_"));
+  return summary;
+}
+
+OrderedJson state(const DpoTraining& t) {
+  OrderedJson json = {{"settings", Json(t.settings)}};
+  json.update(data_hashes(t.data));
+  json["reference"] = {{"path", t.reference.string()}, {"hash", t.reference_hash}};
+  return json;
+}
+
+SaveOptions save_options(const DpoTraining& t) {
+  SaveOptions o;
+  o.tokenizer_from = t.data.source;
+  o.base = t.base;
+  return o;
+}
+
+// =============================================================================================
+// Scores: the rewards that a reward model, or a policy of DPO, gives to answers
+//
+//     lines with answers -> ids -> rewards -> the same lines with "score" or "scores"
+//                                          -> how often these agree with the preferences
+
+struct ScoreOptions {
+  std::string model, data, out, reference, device = "auto";
+  double beta = 0;  // 0: the run's, or DPO's default
+  bool as_chat = false;
+  int threads = 0;
+};
+
+// What a policy's implicit reward is made of: the loss, beta and reference of its run, if it has
+// one.
+DpoSettings implicit_reward_of(const std::filesystem::path& dir, const ScoreOptions& o) {
+  DpoSettings s{.reference = o.reference};
+  const auto path = dir / "trainer_state.json";
+  const Json state = std::filesystem::exists(path) ? read_json(path) : Json::object();
+  if (state.value("stage", "") == "dpo") {
+    s.loss = state.at("settings").at("loss"), s.beta = state.at("settings").at("beta");
+    if (s.reference.empty() && s.loss != "orpo") {
+      s.reference = state.at("reference").at("path");
+      check_reference(s.reference, model_hash(model_dir(s.reference)), state);
+    }
+  } else if (s.reference.empty()) {
+    fail("--reference: missing, expected the model that the training of ", dir.string(),
+         " began with: it is not a run of ./reward dpo, which remembers it");
+  }
+  if (o.beta > 0) s.beta = o.beta;
+  if (!s.reference.empty()) s.reference = model_dir(s.reference);
+  return s;
+}
+
+// beta (l - l_ref) of answer after answer. l is what the loss is made of: the sum of log p over an
+// answer's tokens, or for IPO and ORPO their mean. ORPO has no reference: its l_ref is 0.
+std::vector<float> implicit_rewards(const DpoSettings& s, const std::filesystem::path& policy,
+                                    Device device, std::span<const Comparison> all) {
+  constexpr int64_t kMicroBatchTokens = 4096;
+  const auto logps = logps_of(*load_scorer(policy, device), all, kMicroBatchTokens);
+  auto refs = logps;
+  for (auto& answers : refs) answers.assign(answers.size(), AnswerLogp{});
+  if (!s.reference.empty()) {
+    refs = logps_of(*load_scorer(s.reference, device), all, kMicroBatchTokens);
+  }
+  std::vector<float> rewards;
+  for (size_t i = 0; i < all.size(); i++) {
+    for (size_t k = 0; k < logps[i].size(); k++) {
+      const AnswerLogp &l = logps[i][k], &ref = refs[i][k];
+      rewards.push_back(float(s.beta * (s.of_means() ? l.mean() - ref.mean() : l.sum - ref.sum)));
+    }
+  }
+  return rewards;
+}
+
+int run_score(const ScoreOptions& o) {
+  if (o.model.empty()) fail("MODEL: missing, expected a reward model or a policy of ./reward dpo");
+  if (o.data.empty()) fail("--data: missing, expected JSON lines with answers");
+  if (o.out.empty()) fail("-o: missing, expected a file to write");
+  const Device device = parse_device(o.device);
+  check_device(device);
+  set_threads(o.threads);
+  const std::filesystem::path dir = model_dir(o.model);
+  const Tokenizer tokenizer = Tokenizer::load(dir);
+  const Config config = load_config(dir);
+  int context = config.T;
+  DpoSettings dpo;
+  if (config.head == Head::lm) dpo = implicit_reward_of(dir, o);
+  if (!dpo.reference.empty()) {
+    context = std::min(context, load_config(dpo.reference).T);
+    if (Tokenizer::load(dpo.reference).hash() != tokenizer.hash()) {
+      fail(dpo.reference, ": found another vocabulary than that of ", dir.string(),
+           ", expected the same");
+    }
+  }
+
+  std::vector<OrderedJson> records;
+  std::vector<Comparison> answers;  // of each record; none where one is longer than the context
+  std::vector<std::vector<int>> sequences;
+  JsonLines lines{Input(o.data)};
+  simdjson::dom::object object;
+  while (lines.next(object)) {
+    Comparison c = make_comparison(tokenizer, parse_answers(object, lines), o.as_chat);
+    if (c.longest() > context) c.sequences.clear();
+    sequences.insert(sequences.end(), c.sequences.begin(), c.sequences.end());
+    answers.push_back(std::move(c));
+    records.push_back(OrderedJson::parse(std::string(simdjson::minify(object))));
+  }
+  if (records.empty()) fail(o.data, ": found no answers, expected JSON lines");
+  const std::vector<float> rewards = config.head == Head::scalar
+                                         ? RewardModel(dir, device).score(sequences)
+                                         : implicit_rewards(dpo, dir, device, answers);
+
+  AtomicFile out(o.out);
+  Agreement seen;
+  int64_t too_long = 0;
+  size_t n = 0;  // answers so far
+  for (size_t i = 0; i < records.size(); i++) {
+    const Comparison& c = answers[i];
+    const auto reward = std::span(rewards).subspan(n, c.sequences.size());
+    n += reward.size();
+    too_long += reward.empty();
+    for (const float r : reward) {
+      if (!std::isfinite(r)) fail(dir.string(), ": gave a score that is not finite");
+    }
+    if (!reward.empty()) {
+      seen.add(agreement_on(c, reward, comparison_loss(c, reward, 0, 0, 1).loss));
+    }
+    const bool several = c.ranking.size() > 1;
+    OrderedJson& score = records[i][several ? "scores" : "score"] = nullptr;
+    if (reward.size() == 1) score = reward[0];
+    if (reward.size() > 1) score = std::vector<float>(reward.begin(), reward.end());
+    out.write(records[i].dump(-1, ' ', false, Json::error_handler_t::replace) + "\n");
+  }
+  out.commit();
+  const Spread spread = spread_of(seen.rewards);
+  std::printf("%s: scores of %s answers in %s lines, mean %.3f, standard deviation %.3f\n",
+              o.out.c_str(), count_text(double(n)).c_str(),
+              count_text(double(records.size())).c_str(), spread.mean, spread.std);
+  if (too_long > 0) {
+    std::printf("%s lines have an answer longer than the context of %d: their score is null\n",
+                count_text(double(too_long)).c_str(), context);
+  }
+  if (seen.pairs > 0) std::printf("%s\n", agreement_text(seen).c_str());
+  return 0;
+}
+
+// =============================================================================================
+// Command line
+
+void add_preference_flags(CLI::App& app, PreferenceSettings& s) {
+  app.add_option("--model", s.model, "a run or Hugging Face directory to begin with");
+  app.add_option("--data", s.data,
+                 "JSON lines with \"prompt\", \"chosen\" and \"rejected\", or \"prompt\", "
+                 "\"responses\" and \"ranking\"");
+  app.add_option("--val", s.val, "held-out preferences in files of their own");
+  app.add_option("--val-fraction", s.val_fraction,
+                 "share of the prompts to hold out; -1: .1, or 0 with --val");
+  app.add_flag("--as-chat", s.as_chat,
+               "strings are a user's message and the assistant's answer, not a text that goes on");
+  app.add_option("--limit", s.limit, "train on so many prompts; 0: all");
+  app.add_option("--context", s.context, "tokens; longer answers are dropped; 0: the model's");
+  auto* budget = app.add_option_group("Budget", "one of the two; neither: 1 epoch");
+  budget->add_option("--epochs", s.budget.epochs, "times over the prompts");
+  budget->add_option("--steps", s.budget.steps, "optimizer steps");
+  app.add_option("--batch", s.batch, "prompts a step; 0: 64, or fewer of little data");
+  app.add_option("--micro-batch-tokens", s.micro_batch_tokens, "tokens in memory at once; 0: 4096");
+  app.add_option("--seed", s.seed, "of the order of the data and of new weights");
+  app.add_option("--eval-every", s.eval_every, "steps between evaluations; 0: a fifth of the run");
+  add_optimizer_flags(app, s.optimizer, "peak learning rate of AdamW; 0: by the model's width");
+}
+
+// What every training needs, unless its settings come from its checkpoint.
+void check_inputs(const PreferenceSettings& s) {
+  if (s.model.empty()) fail("--model: missing, expected the model to begin with");
+  if (s.data.empty()) fail("--data: missing, expected JSON lines of preferences");
+}
+
+int run_reward(RewardSettings s, const RunOptions& o) {
+  begin_process(o);
+  const int folds = s.common.folds;
+  if (folds != 0) {
+    if (folds < 2 || folds > 100) fail("--folds: found ", folds, ", expected 2 to 100");
+    check_inputs(s.common);
+    return run_folds(s, o);
+  }
+  if (o.resume) s = settings_of<RewardSettings>(o, "reward");
+  check_inputs(s.common);
+  RewardTraining t{.settings = s};
+  return run_training("reward", t, o);
+}
+
+int run_dpo(DpoSettings s, const RunOptions& o) {
+  begin_process(o);
+  if (o.resume) s = settings_of<DpoSettings>(o, "dpo");
+  check_inputs(s.common);
+  DpoTraining t{.settings = s};
+  return run_training("dpo", t, o);
+}
+
+}  // namespace
+
+int main_reward(int argc, char** argv) {
+  CLI::App app("Learns from preferences: trains a reward model, or the policy itself (DPO).");
+  app.option_defaults()->always_capture_default();
+  app.require_subcommand(1);
+  RewardSettings reward;
+  DpoSettings dpo;
+  RunOptions options;
+  ScoreOptions score;
+
+  CLI::App* train =
+      app.add_subcommand("train", "preferences, or labelled texts, to a reward model");
+  add_preference_flags(*train, reward.common);
+  train->add_option("--folds", reward.common.folds,
+                    "cross-validation: train so many models, each without the prompts of one part, "
+                    "on which it is evaluated; 0: one model");
+  train->add_option("--margin", reward.margin, "how much higher the better answer has to score");
+  train->add_option("--center", reward.center, "weight of (r_w + r_l)^2, for instance .01");
+  train->add_option("--normalize-on", reward.normalize_on,
+                    "scores get mean 0 and standard deviation 1 on: training (answers), none, or a "
+                    "file of answers, such as ./rlhf best-of-n --samples 1 --reward ended --write "
+                    "makes of a policy");
+  add_run_flags(*train, options);
+
+  CLI::App* direct = app.add_subcommand("dpo", "preferences to a policy, without a reward model");
+  add_preference_flags(*direct, dpo.common);
+  direct->add_option("--loss", dpo.loss, "dpo, ipo, kto or orpo");
+  direct->add_option("--beta", dpo.beta,
+                     "higher: nearer to the reference; orpo: weight of the odds");
+  direct->add_option("--label-smoothing", dpo.smoothing, "share of comparisons that are wrong");
+  direct->add_option("--reference", dpo.reference, "a model; empty: --model");
+  direct->add_option("--lora", dpo.lora, "train adapters of this rank; 0: all weights");
+  direct->add_option("--lora-alpha", dpo.lora_alpha, "adapters are added alpha / rank times");
+  add_run_flags(*direct, options);
+
+  CLI::App* scores = app.add_subcommand("score", "answers to their rewards");
+  scores->add_option("MODEL", score.model, "a reward model, or a policy of ./reward dpo");
+  scores->add_option("--data", score.data,
+                     "JSON lines: preferences, conversations (\"messages\"), \"prompt\" and "
+                     "\"completion\", or \"text\"");
+  scores->add_option("-o,--out", score.out, "the same lines with \"score\" or \"scores\"");
+  scores->add_option("--reference", score.reference,
+                     "of a policy: the model that its training began with; empty: the run's");
+  scores->add_option("--beta", score.beta, "of a policy; 0: the run's, or .1");
+  scores->add_flag("--as-chat", score.as_chat,
+                   "strings are a user's message and the assistant's answer");
+  scores->add_option("--device", score.device, "auto, cpu or cuda");
+  scores->add_option("--threads", score.threads, "0: the physical cores that the process may use");
+
+  const auto shown = [](const std::vector<std::string>& own) {
+    std::vector<std::string> flags = {"--model",  "--data",  "--val", "--as-chat",
+                                      "--epochs", "--steps", "--lr"};
+    flags.insert(flags.end(), own.begin(), own.end());
+    return flags;
+  };
+  const RenamedFlag renamed[] = {{"--most", "--limit"},
+                                 {"--clip", "--clip-norm"},
+                                 {"--centring", "--center"},
+                                 {"--normalise-on", "--normalize-on"}};
+  if (!parse_flags(app, argc, argv,
+                   {{train, shown({"--folds", "--normalize-on", "-o", "--resume"})},
+                    {direct, shown({"--loss", "--beta", "--lora", "-o", "--resume"})},
+                    {scores, {"MODEL", "--data", "-o", "--as-chat", "--reference"}}},
+                   renamed)) {
+    return 0;
+  }
+  if (*train) return run_reward(reward, options);
+  if (*direct) return run_dpo(dpo, options);
+  return run_score(score);
+}
+
+}  // namespace cake
+
+int main(int argc, char** argv) {
+  cake::spin_briefly(argv);
+  return cake::guarded_main([&] { return cake::main_reward(argc, argv); });
+}

@@ -1,0 +1,341 @@
+// The objectives of reward.cpp: known answers worked out by hand, every derivative against finite
+// differences through a softmax in double, and whole steps of a reward model and of DPO against
+// PyTorch's autograd (dev/golden/rlhf.py): losses and every gradient.
+#include <cmath>
+
+#define main cake_reward_main  // of which this file looks at objectives
+#pragma GCC diagnostic ignored "-Wunused-function"
+#include "reward.cpp"
+#undef main
+#include "test/objectives.h"
+#include "test/support.h"
+
+using namespace cake;
+
+namespace {
+
+// A comparison of answers of one id each.
+Comparison answers(const std::vector<int>& ranking) {
+  return {.sequences = {ranking.size(), std::vector<int>(1)}, .ranking = ranking};
+}
+
+// ---------------------------------------------------------------------------------------------
+// Reward models
+
+TEST_CASE("the ranking loss of three answers is the known one") {
+  const Doubles r{1, .5, -.25};
+  const auto known = rank_loss<double>(r, std::vector{1, 2, 3}, 0, 0, 1);
+  check_known(known.loss, .370959);
+  check_known(known.dreward, Doubles{-.200080, .018906, .181174});
+  const Agreement a = agreement_on(answers({1, 2, 3}), std::vector<float>{1, .5f, -.25f}, .25);
+  CHECK(a.pairs == 3);
+  CHECK(a.right == 3);
+  CHECK(a.loss == .25);
+  check_known(a.margin, .5 + 1.25 + .75);
+  // a pair: -log s(r_w - r_l - m), and what centering adds
+  const auto pair = rank_loss<double>(Doubles{2, .5}, std::vector{2, 1}, .25, .01, .5);
+  check_known(pair.loss, .5 * (std::log(1 + std::exp(1.75)) + .01 * 2.5 * 2.5));
+  CHECK(agreement_on(answers({2, 1}), std::vector<float>{2, .5f}, 0).right == 0);
+  // in float, the same
+  const auto single = rank_loss(std::vector<float>{1, .5f, -.25f}, std::vector{1, 2, 3}, 0, 0, 1);
+  check_known(single.dreward, Doubles{-.200080, .018906, .181174});
+}
+
+TEST_CASE("answers of equal rank make no pair, answers of equal reward are half right") {
+  const auto tied = rank_loss<double>(Doubles{1, 2, 3}, std::vector{1, 1, 1}, 0, .01, 1);
+  CHECK(agreement_on(answers({1, 1, 1}), std::vector<float>{1, 2, 3}, 0).pairs == 0);
+  CHECK(tied.loss == 0);
+  CHECK(tied.dreward == Doubles{0, 0, 0});
+  CHECK(agreement_on(answers({1, 1, 2}), std::vector<float>{1, 2, 3}, 0).pairs == 2);
+  CHECK(agreement_on(answers({1, 2}), std::vector<float>{1, 1}, 0).right == .5);
+  const auto equal = rank_loss<double>(Doubles{1, 1}, std::vector{1, 2}, 0, 0, 1);
+  check_known(equal.loss, std::log(2));
+}
+
+TEST_CASE("the ranking loss's gradient matches finite differences, with margin and center") {
+  const Doubles r = noise("rewards", 6, 1.5);
+  const std::vector<int> ranking{3, 1, 2, 3, 6, 5};
+  const auto loss = [&](const Doubles& x) {
+    return rank_loss<double>(x, ranking, .3, .02, .25).loss;
+  };
+  const auto a = rank_loss<double>(r, ranking, .3, .02, .25);
+  CHECK(agreement_on(answers(ranking), std::vector<float>(6), 0).pairs == 14);
+  CHECK(rel_error(a.dreward, differences(r, loss)) < kDifference);
+}
+
+TEST_CASE("a labelled text's loss is -log s of the reward, and its derivative a difference") {
+  check_known(label_loss(2, true).loss, std::log(1 + std::exp(-2)));
+  check_known(label_loss(2, false).loss, std::log(1 + std::exp(2)));
+  for (const bool good : {true, false}) {
+    const auto loss = [&](const Doubles& r) { return label_loss(r[0], good).loss; };
+    CHECK(rel_error(Doubles{label_loss(.8, good).dreward}, differences({.8}, loss)) < kDifference);
+  }
+  CHECK(label_loss(-800, true).loss == doctest::Approx(800));  // no overflow
+  CHECK(label_loss(800, true).loss == 0);
+}
+
+TEST_CASE("agreement counts which answer is longer, what is possible, and labelled texts") {
+  Comparison c = answers({1, 2});
+  c.sequences[0] = {1, 2, 3}, c.sequences[1] = {1, 2}, c.prompt_length = 1, c.chance = .3;
+  Agreement a = agreement_on(c, std::vector<float>{-1, 1}, 0);
+  CHECK(a.accuracy() == 0);
+  CHECK(a.longer_wins() == 1);
+  CHECK(a.lengths == std::vector<float>{2, 1});
+  CHECK(a.best_possible == .7);
+  a.add(agreement_on(answers({1, 2}), std::vector<float>{3, 1}, 2));
+  CHECK(a.comparisons == 2);
+  CHECK(a.accuracy() == .5);
+  CHECK(a.longer_wins() == .75);  // equal lengths count a half
+  CHECK(a.mean_loss() == 1);
+  CHECK(a.mean_margin() == 0);
+  CHECK(a.known == 1);
+  Comparison text = {.sequences = {{1}}, .label = false};
+  CHECK(agreement_on(text, std::vector<float>{-2}, 0).right == 1);
+  CHECK(agreement_on(text, std::vector<float>{-2}, 0).texts);
+  const RankLoss<float> l = comparison_loss(text, std::vector<float>{-2}, 0, 0, .5);
+  check_known(l.loss, .5 * label_loss(-2, false).loss);
+  check_known(l.dreward, Doubles{.5 * label_loss(-2, false).dreward});
+  const Agreement back = agreement_of(Json::parse(agreement_json(a).dump()));
+  CHECK(back.pairs == a.pairs);
+  CHECK(back.right == a.right);
+  CHECK(back.longer == a.longer);
+  CHECK(back.calibration.error() == doctest::Approx(a.calibration.error()));
+}
+
+TEST_CASE("calibration puts pairs into bins of certainty and measures how far they are off") {
+  Calibration c;
+  for (const double right : {1, 1, 1, -1}) c.add(right * std::log(3));  // 3 of 4 at s = .75
+  CHECK(c.error() == doctest::Approx(0));
+  CHECK(c.pairs[5] + c.pairs[4] == 4);
+  c.add(0);  // sure of nothing, right by half
+  CHECK(c.pairs[0] == 1);
+  CHECK(c.error() == doctest::Approx(0));
+  c.add(-40), c.add(-40);  // sure, and wrong
+  CHECK(c.pairs[9] == 2);
+  CHECK(c.error() == doctest::Approx(2. / 7));
+  Calibration other;
+  other.add(c), other.add(c);
+  CHECK(other.pairs[9] == 4);
+  CHECK(other.error() == doctest::Approx(c.error()));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Direct preferences
+
+TEST_CASE("DPO's first loss is ln 2, and the known pair's are the known ones") {
+  const PairLoss first = dpo_loss(-12.5, -9, -12.5, -9, .1);
+  check_known(first.loss, std::log(2));
+  check_known(first.dchosen, -.05);
+  CHECK(first.margin == 0);
+  check_known(dpo_loss(-12.5, -9, -12.5, -9, .1, .2).loss, std::log(2));
+  const PairLoss known = dpo_loss(-10, -14, -11, -13, .1);  // D = 2
+  check_known(known.loss, .598139);
+  check_known(known.dchosen, -.045017);
+  check_known(known.drejected, .045017);
+  check_known(known.margin, .2);
+  const PairLoss smoothed = dpo_loss(-10, -14, -11, -13, .1, .1);
+  check_known(smoothed.loss, .618139);
+  check_known(smoothed.dchosen, -.035017);
+  const PairLoss ipo = ipo_loss(-10, -14, -11, -13, .1);
+  check_known(ipo.loss, 9);
+  check_known(ipo.dchosen, -6);
+  check_known(ipo.drejected, 6);
+  CHECK(dpo_loss(-2000, -1, -1, -1, 1).loss == doctest::Approx(1999));  // no overflow
+}
+
+TEST_CASE("KTO and ORPO are what their formulas say at a point") {
+  // at the baseline both kinds lose a half
+  check_known(kto_loss(-3, -4, true, 1, .1).loss, .5);
+  check_known(kto_loss(-3, -4, false, 1, .1, 1.5).loss, .75);
+  check_known(kto_loss(-3, -4, true, 1, .1).dlogp, -.1 / 4);
+  CHECK(kto_loss(-1, -4, true, 1, .1).loss < .5);
+  CHECK(kto_loss(-1, -4, false, 1, .1).loss > .5);
+  check_known(kto_baseline(Doubles{1, 3, -1}), 1);
+  CHECK(kto_baseline(Doubles{-1, -3, 1}) == 0);
+  CHECK(std::isnan(kto_baseline(Doubles{1, kNan})));
+  // odds 1 and 1/3: -log(1/2) - lambda log s(log 3)
+  const PairLoss orpo = orpo_loss(std::log(.5), std::log(.25), .2);
+  check_known(orpo.loss, std::log(2) + .2 * std::log(4. / 3));
+  check_known(orpo.margin, std::log(3));
+  CHECK(std::isfinite(orpo_loss(0, 0, .2).loss));  // certain of both
+  CHECK(std::isfinite(orpo_loss(0, -1, .2).dchosen));
+}
+
+TEST_CASE("direct objectives' gradients match finite differences through a softmax") {
+  const Softmaxes s{7};
+  const size_t chosen = 4;  // tokens of the chosen answer, the rest are the rejected one's
+  const double refs[] = {-5, -4};
+  // of sums, or of means per token
+  const auto check = [&](const std::string& name, bool means, const auto& objective) {
+    s.check(name, [&](const Doubles& l, const Doubles&) {
+      const double n = means ? double(chosen) : 1, m = means ? double(l.size() - chosen) : 1;
+      double a = 0, b = 0;
+      for (size_t t = 0; t < l.size(); t++) (t < chosen ? a : b) += l[t];
+      const PairLoss pair = objective(a / n, b / m);
+      Answer answer{pair.loss, Doubles(l.size())};
+      for (size_t t = 0; t < l.size(); t++)
+        answer.dlogp[t] = t < chosen ? pair.dchosen / n : pair.drejected / m;
+      return answer;
+    });
+  };
+  for (const double smoothing : {0., .1}) {
+    check("DPO", false,
+          [&](double a, double b) { return dpo_loss(a, b, refs[0], refs[1], .3, smoothing); });
+  }
+  check("IPO", true,
+        [&](double a, double b) { return ipo_loss(a, b, refs[0] / 4, refs[1] / 3, .3); });
+  check("ORPO", true, [&](double a, double b) { return orpo_loss(a, b, .4); });
+  check("KTO", false, [&](double a, double b) {
+    const KtoLoss good = kto_loss(a, refs[0], true, .2, .3, 1.25),
+                  bad = kto_loss(b, refs[1], false, .2, .3, .75);
+    return PairLoss{good.loss + bad.loss, good.dlogp, bad.dlogp};
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// NaN
+
+TEST_CASE("objectives of preferences: NaN in is NaN out") {
+  const Doubles bad{-1, kNan};
+  CHECK(std::isnan(rank_loss<double>(bad, std::vector{1, 2}, 0, 0, 1).loss));
+  CHECK(std::isnan(rank_loss<double>(bad, std::vector{1, 2}, 0, 0, 1).dreward[0]));
+  CHECK(std::isnan(label_loss(kNan, true).loss));
+  for (int i = 0; i < 4; i++) {
+    double x[] = {-1, -2, -3, -4};
+    x[i] = kNan;
+    CHECK(std::isnan(dpo_loss(x[0], x[1], x[2], x[3], .1).dchosen));
+    CHECK(std::isnan(ipo_loss(x[0], x[1], x[2], x[3], .1).loss));
+    if (i < 2) CHECK(std::isnan(orpo_loss(x[0], x[1], .1).loss));
+    if (i < 2) CHECK(std::isnan(kto_loss(x[0], x[1], true, 0, .1).dlogp));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Whole steps against PyTorch
+
+TEST_CASE("a step of DPO has PyTorch's loss and every gradient, IPO, ORPO and KTO its weights") {
+  const Steps s("rlhf_dpo");
+  const Golden& g = s.golden;
+  const std::vector<float>& ref_logp = g.at("ref_logp");
+  const auto policy = make_formula_gpt(g.config);
+  policy->forward(s.batch(), Pass::train);
+  const std::span<const float> logp = policy->logp();
+  const double beta = s.setting("beta"), pairs = double(s.answers.size()) / 2;
+  for (const std::string name : {"dpo", "ipo", "orpo", "kto"}) {
+    double loss = 0;
+    std::vector<float> dlogp(logp.size());
+    for (size_t w = 0; w < s.answers.size(); w += 2) {  // chosen w, rejected w + 1
+      const bool means = name == "ipo" || name == "orpo";
+      const double n = means ? s.length(w) : 1, m = means ? s.length(w + 1) : 1;
+      const double chosen = s.sum(logp, w) / n, rejected = s.sum(logp, w + 1) / m,
+                   ref_chosen = s.sum(ref_logp, w) / n, ref_rejected = s.sum(ref_logp, w + 1) / m;
+      PairLoss pair;
+      if (name == "dpo") {
+        pair = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, s.setting("smoothing"));
+      } else if (name == "ipo") {
+        pair = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta);
+      } else if (name == "orpo") {
+        pair = orpo_loss(chosen, rejected, s.setting("lam"));
+      } else {
+        const double baseline = s.setting("baseline");
+        const KtoLoss good = kto_loss(chosen, ref_chosen, true, baseline, beta),
+                      bad = kto_loss(rejected, ref_rejected, false, baseline, beta);
+        pair = {(good.loss + bad.loss) / 2, good.dlogp / 2, bad.dlogp / 2};  // mean over answers
+      }
+      loss += pair.loss / pairs;
+      for (size_t t = s.answers[w].first; t < s.answers[w].second; t++)
+        dlogp[t] = float(pair.dchosen / n / pairs) * s.live[t];
+      for (size_t t = s.answers[w + 1].first; t < s.answers[w + 1].second; t++)
+        dlogp[t] = float(pair.drejected / m / pairs) * s.live[t];
+    }
+    // IPO's loss is about 24: its error is of that size
+    check_loss(name == "ipo" ? loss / 24 : loss,
+               name == "ipo" ? std::vector{g.at("loss.ipo")[0] / 24} : g.at("loss." + name), name);
+    check_close(dlogp, g.at("dlogp." + name), kWeights, "dlogp." + name);
+    if (name != "dpo") continue;
+    policy->backward(dlogp);
+    check_gradients(*policy, g, "");
+    policy->forward(s.batch(), Pass::train);
+  }
+}
+
+TEST_CASE("a step of a reward model on rankings and labels has PyTorch's loss and every gradient") {
+  const Golden g = load_golden("rlhf_reward");
+  const std::vector<int> tokens = g.ints("tokens"), starts = g.ints("doc_starts");
+  const auto model = make_formula_gpt(g.config);
+  model->forward({tokens, {}, starts}, Pass::train);
+  const std::span<const float> value = model->value();
+  std::vector<float> score, dvalue(tokens.size());
+  for (size_t i = 1; i < starts.size(); i++) score.push_back(value[size_t(starts[i]) - 1]);
+  check_close(score, g.at("score"), kWeights, "score");
+  const auto rankings = g.settings.at("rankings").get<std::vector<std::vector<int>>>();
+  double loss = 0;
+  size_t at = 0;  // answer
+  const auto dscore = [&](size_t answer) -> float& {
+    return dvalue[size_t(starts[answer + 1]) - 1];
+  };
+  for (const std::vector<int>& ranking : rankings) {
+    const auto rank =
+        rank_loss(std::span(score).subspan(at, ranking.size()), ranking, g.settings.at("margin"),
+                  g.settings.at("centring"), 1. / double(rankings.size()));
+    loss += rank.loss;
+    for (size_t k = 0; k < ranking.size(); k++) dscore(at + k) = rank.dreward[k];
+    at += ranking.size();
+  }
+  check_loss(loss, g.at("loss"), "rankings");
+  const auto labels = g.settings.at("labels").get<std::vector<int>>();
+  loss = 0;
+  for (const int good : labels) {
+    const LabelLoss label = label_loss(score[at], good != 0);
+    loss += label.loss / double(labels.size());
+    dscore(at++) = float(label.dreward / double(labels.size()));
+  }
+  check_loss(loss, g.at("loss.labels"), "labels");
+  model->backward({}, dvalue);
+  check_gradients(*model, g, "");
+}
+
+// ---------------------------------------------------------------------------------------------
+// Runs of older versions
+
+TEST_CASE("the settings of a run that an older version began are read under their new names") {
+  const TempDir dir;
+  std::filesystem::create_directories(dir / "run/model");
+  write_file(dir / "run/model/config.json", "{}");
+  const auto saved = [&](const char* stage, const Json& settings) {
+    const Json state = {{"stage", stage}, {"settings", settings}};
+    write_file(dir / "run/model/trainer_state.json", state.dump());
+  };
+  const Json groups = {
+      {"model", "m"},         {"data", {"d"}},  {"most", 7},   {"folds", 3},        {"batch", 8},
+      {"groups", 30},         {"steps", 4},     {"lr", .002},  {"head_lr", .01},    {"clip", .3},
+      {"schedule", "cosine"}, {"final_lr", .2}, {"warmup", 2}, {"weight_decay", .1}};
+  saved("reward", {{"groups", groups}, {"margin", .1}, {"centring", .02}, {"normalise", "none"}});
+  const auto r = settings_of<RewardSettings>({.out = dir / "run"}, "reward");
+  CHECK(r.margin == .1);
+  CHECK(r.center == .02);
+  CHECK(r.normalize_on == "none");
+  CHECK(r.common.limit == 7);
+  CHECK(r.common.folds == 3);
+  CHECK(r.common.comparisons == 30);
+  CHECK(r.common.steps() == 4);
+  CHECK(r.common.optimizer.lr == .002);
+  CHECK(r.common.optimizer.head_lr == .01);
+  CHECK(r.common.optimizer.clip_norm == .3);
+  CHECK(r.common.optimizer.schedule == "cosine");
+  CHECK(r.common.optimizer.final_lr == .2);
+  CHECK(r.common.optimizer.warmup == 2);
+  CHECK(r.common.optimizer.weight_decay == .1);
+  // What this version writes, it reads.
+  saved("reward", r);
+  CHECK(Json(settings_of<RewardSettings>({.out = dir / "run"}, "reward")) == Json(r));
+  saved("dpo", {{"groups", groups}, {"loss", "kto"}, {"beta", .3}, {"lora", 4}});
+  const auto d = settings_of<DpoSettings>({.out = dir / "run"}, "dpo");
+  CHECK(d.loss == "kto");
+  CHECK(d.lora == 4);
+  CHECK(d.common.limit == 7);
+  CHECK(error_of([&] { settings_of<RewardSettings>({.out = dir / "run"}, "reward"); }) !=
+        "no error");
+}
+
+}  // namespace
