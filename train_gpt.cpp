@@ -110,6 +110,15 @@ struct Activations {
   int64_t lay_out(const Config& c, int64_t N, bool train, float* base);
 };
 
+struct RowSoftmax {  // of softmax(x / temperature) over one row
+  float highest;     // of x
+  float log_sum;     // log sum_j exp((x_j - highest) / temperature)
+  float entropy;     // nats
+  float logp(float x, float inverse_temperature) const {
+    return (x - highest) * inverse_temperature - log_sum;
+  }
+};
+
 struct Attention {  // one layer's attention over packed documents
   int NH, NKV, HS;
   std::span<const int> doc_starts;  // (D+1)
@@ -146,8 +155,7 @@ static void muon(int out, int in, float* w, const float* g, float* m, float scal
 template <class Visit>
 static void parallel_items(int64_t n, Visit&& visit);  // visit(i) for i in [0, n), on all threads
 
-struct Operand;     // of a product
-struct RowSoftmax;  // of a row of logits
+struct Operand;  // of a product
 struct Weights;
 
 class CpuGpt final : public Gpt {
@@ -1174,15 +1182,6 @@ void CpuGpt::activate_backward(float* up, const float* dact) const {
 
 // ---------------------------------------------------------------------------------------------
 // LM head: a row of logits -> log p(target), entropy, and in place their gradient
-
-struct RowSoftmax {  // of softmax(x / temperature) over one row
-  float highest;     // of x
-  float log_sum;     // log sum_j exp((x_j - highest) / temperature)
-  float entropy;     // nats
-  float logp(float x, float inverse_temperature) const {
-    return (x - highest) * inverse_temperature - log_sum;
-  }
-};
 
 // log p(target) and the entropy of softmax(x / temperature) (plain::classifier_forward).
 static RowSoftmax row_softmax(int V, const float* x, float inverse_temperature) {
