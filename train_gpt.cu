@@ -2733,7 +2733,7 @@ static void cache_attention(A* out, const A* q, int64_t q_ld, const A* k_pages, 
 // once and kept. On a GPU the candidates of its heuristic are timed at the first use of a shape;
 // what was found is kept in $XDG_CACHE_HOME/cake/products.json (~/.cache), by GPU, version of the
 // library and shape. A file that cannot be read or written costs the measurement again, no more.
-// What a run went by is kept in its state too (Gpt::choices): another algorithm would round its
+// What a run went by is kept in its state too (Gpt::tuned_plans): another algorithm would round its
 // sums otherwise, and a run that goes on would not be the run that never stopped.
 
 template <class T>
@@ -3644,12 +3644,12 @@ class CudaGpt final : public Gpt {
   UpdateStats stats() override;
   void zero_gradients() override;
   void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
-  std::map<std::string, std::string> choices() const override {
+  std::map<std::string, std::string> tuned_plans() const override {
     const Measured* measured = machine_->products->measured();
     return measured ? measured->used() : Measured::Choices{};
   }
-  void keep_choices(const std::map<std::string, std::string>& choices) override {
-    if (Measured* measured = machine_->products->measured()) measured->keep(choices);
+  void set_tuned_plans(const std::map<std::string, std::string>& plans) override {
+    if (Measured* measured = machine_->products->measured()) measured->keep(plans);
   }
 
   std::span<const float> logp() override { return fetch(logp_, batch_.logp, Head::lm); }

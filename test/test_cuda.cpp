@@ -1005,9 +1005,10 @@ Expected expect(const Shape& s, const Input<A>& in) {
       for (int t = 0; t < T; t++)
         for (int d = 0; d < HS; d++)
           dout[t * HS + d] = as_double(in.dout[size_t(first + t) * C + h * HS + d]);
-      plain::attention_forward(T, HS, x[0].data(), x[1].data(), x[2].data(), out.data(), p.data());
-      plain::attention_backward(T, HS, x[0].data(), x[1].data(), x[2].data(), p.data(), dout.data(),
-                                dx[0].data(), dx[1].data(), dx[2].data());
+      plain::attention_forward(T, HS, x[0].data(), x[1].data(), x[2].data(), HS, out.data(), HS,
+                               p.data());
+      plain::attention_backward(T, HS, x[0].data(), x[1].data(), x[2].data(), HS, p.data(),
+                                dout.data(), HS, dx[0].data(), dx[1].data(), dx[2].data());
       for (int t = 0; t < T; t++) {
         const size_t row = size_t(first + t);
         double self = 0, mean = 0, delta_bound = 0;
@@ -1858,7 +1859,7 @@ TEST_CASE(
   const auto run = [&](const Choices& kept, std::initializer_list<int> documents,
                        std::vector<float>* gradients = nullptr) {
     const auto gpt = gpu::make_gpt(c, kTrainBf16);
-    if (!kept.empty()) gpt->keep_choices(kept);
+    if (!kept.empty()) gpt->set_tuned_plans(kept);
     randomize(*gpt, 3);
     const Packed b = packed(c, documents, false);
     for (int times = 0; times < 3; times++) {
@@ -1866,7 +1867,7 @@ TEST_CASE(
       gpt->forward_backward(b.batch(), b.dlogp);
     }
     if (gradients) *gradients = all_of(*gpt, Slot::gradient);
-    return gpt->choices();
+    return gpt->tuned_plans();
   };
   std::vector<float> gradients;
   const Choices first = run({}, {20, 14}, &gradients);
