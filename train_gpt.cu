@@ -227,7 +227,10 @@ __device__ inline float block_max(float x, float* scratch) {
 // warp needs no barrier. Gradients of vectors are sums over all rows: blocks sum theirs into
 // partial rows, and column_sums adds those, both in an order that depends on the shape alone.
 
-inline constexpr int kRowThreads = 256;                 // of kernels whose rows go to warps
+inline constexpr int kRowThreads = 256;  // of kernels whose rows go to warps
+// Of kernels in which one large block does the work. Their __launch_bounds__ make the compiler stay
+// within 64 registers: a block has 65,536, and a launch that needs more fails on every GPU.
+inline constexpr int kBlockThreads = 1024;
 inline constexpr int kPartialRows = 512;                // blocks that sum for column_sums, at most
 inline constexpr size_t kRowShared = size_t(64) << 10;  // bytes such a block takes, where it can
 inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = .6931471805599453f;
@@ -276,8 +279,8 @@ static dim3 warp_rows(int N) { return blocks_for(N, kRowThreads / 32); }
 
 // out[s, c] += sum_r in[r, s, c] for s = 0 and 1: in (count, sets, columns), a block has 32 columns
 // of a set. Warp w sums rows w, w + 32, ...; the warps' sums are added in order.
-__global__ void column_sums_kernel(float* out0, float* out1, const float* in, int count,
-                                   int columns) {
+__global__ void __launch_bounds__(kBlockThreads)
+    column_sums_kernel(float* out0, float* out1, const float* in, int count, int columns) {
   float* sums = shared_memory<float>();  // (32 warps, 32 columns)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
   const int64_t ld = int64_t(gridDim.y) * columns;
@@ -293,8 +296,8 @@ __global__ void column_sums_kernel(float* out0, float* out1, const float* in, in
 }
 static void column_sums(float* out0, float* out1, const float* in, int count, int columns,
                         cudaStream_t stream) {
-  launch("column_sums", column_sums_kernel, dim3(blocks_for(columns, 32), out1 ? 2 : 1), 1024,
-         1024 * sizeof(float), stream, out0, out1, in, count, columns);
+  launch("column_sums", column_sums_kernel, dim3(blocks_for(columns, 32), out1 ? 2 : 1),
+         kBlockThreads, kBlockThreads * sizeof(float), stream, out0, out1, in, count, columns);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -495,7 +498,7 @@ __global__ void sort_count_kernel(int* counts, const int* keys, int shift, int N
   counts[threadIdx.x * gridDim.x + blockIdx.x] = histogram[threadIdx.x];
 }
 // x[i] = sum of x[0 .. i - 1], in place, by one block
-__global__ void exclusive_scan_kernel(int* x, int n) {
+__global__ void __launch_bounds__(kBlockThreads) exclusive_scan_kernel(int* x, int n) {
   int* sums = shared_memory<int>();  // (32) of the warps
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   int before = 0;
@@ -588,8 +591,9 @@ __global__ void embed_backward_short_kernel(float* dtable, const A* dx, const in
 // takes it. Warp w sums rows w, w + 32, ... of the run; the warps' sums are added in order. y:
 // columns.
 template <class A, int W>
-__global__ void embed_backward_long_kernel(float* dtable, const A* dx, const int* ids,
-                                           const int* order, int N, int C) {
+__global__ void __launch_bounds__(kLongThreads)
+    embed_backward_long_kernel(float* dtable, const A* dx, const int* ids, const int* order, int N,
+                               int C) {
   float* sums = shared_memory<float>();  // (warps, W, 32)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int k = blockIdx.x * kShortRun, id = ids[k];
@@ -641,8 +645,8 @@ static void embed_backward(float* dtable, const A* dx, const int* ids, int N, in
   for (int shift = 0; shift == 0 || (rows - 1) >> shift > 0; shift += kDigitBits, side ^= 1) {
     launch("sort_count", sort_count_kernel, tiles, kDigits, kDigits * sizeof(int), stream, counts,
            sorted, shift, N);
-    launch("exclusive_scan", exclusive_scan_kernel, 1, 1024, 32 * sizeof(int), stream, counts,
-           kDigits * tiles);
+    launch("exclusive_scan", exclusive_scan_kernel, 1, kBlockThreads, 32 * sizeof(int), stream,
+           counts, kDigits * tiles);
     launch("sort_scatter", sort_scatter_kernel, tiles, kDigits,
            kDigits / 32 * kDigits * sizeof(int), stream, keys[side], values[side], sorted, order,
            counts, shift, N);
@@ -905,10 +909,11 @@ static void qk_forward(A* q, int64_t q_ld, A* k, int64_t k_ld, const A* q_in, co
 
 // y = 0: q, 1: k. Lanes keep their columns' sums for the norm's gradient in registers.
 template <class A, int W>
-__global__ void qk_backward_kernel(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in,
-                                   int64_t in_ld, const float* q_norm, const float* k_norm,
-                                   float* partials, const float2* rope, const int* positions,
-                                   float eps, int N, int NH, int NKV, int HS, int lanes) {
+__global__ void __launch_bounds__(kRowThreads)
+    qk_backward_kernel(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in, int64_t in_ld,
+                       const float* q_norm, const float* k_norm, float* partials,
+                       const float2* rope, const int* positions, float eps, int N, int NH, int NKV,
+                       int HS, int lanes) {
   const int half = HS / 2, lane = threadIdx.x % lanes, groups = blockDim.x / lanes;
   const int heads = blockIdx.y ? NKV : NH;
   const A* in = blockIdx.y ? k_in : q_in;
@@ -1121,10 +1126,11 @@ inline constexpr size_t kClassifierShared = size_t(80) << 10;
 // Gimelshein 2018) in powers of 2; the second finds the first `kept` elements in shared memory and
 // the rest, if any, in the L2 cache.
 template <class A, int W>
-__global__ void classifier_kernel(A* logits, int64_t ld, const int* row_of, const int* targets,
-                                  const float* dlogp, const float* dentropy, float* logp_out,
-                                  float* entropy_out, float inverse_temperature, int V, int kept,
-                                  bool backward) {
+__global__ void __launch_bounds__(kBlockThreads)
+    classifier_kernel(A* logits, int64_t ld, const int* row_of, const int* targets,
+                      const float* dlogp, const float* dentropy, float* logp_out,
+                      float* entropy_out, float inverse_temperature, int V, int kept,
+                      bool backward) {
   float* scratch = shared_memory<float>();       // (32)
   A* copy = reinterpret_cast<A*>(scratch + 32);  // (kept)
   A* row = logits + blockIdx.x * ld;
@@ -1209,7 +1215,7 @@ static void classifier(A* logits, int64_t ld, const int* row_of, const int* targ
   constexpr int kW = Pack<A>::kSize;
   const bool packs = by_packs<A>(ld, logits);
   const int w = packs ? kW : 1;
-  const int threads = int(std::min<unsigned>(1024, blocks_for(V, 32 * w) * 32));
+  const int threads = int(std::min<unsigned>(kBlockThreads, blocks_for(V, 32 * w) * 32));
   const int kept =
       backward ? int(std::min<int64_t>(blocks_for(V, w) * w, kClassifierShared / sizeof(A))) : 0;
   launch("classifier", packs ? classifier_kernel<A, kW> : classifier_kernel<A, 1>, rows, threads,
@@ -1231,7 +1237,8 @@ __device__ inline double block_sum_double(double x, double* scratch) {
   return x;
 }
 
-__global__ void weighted_sum_kernel(double* out, const float* a, const float* b, int n) {
+__global__ void __launch_bounds__(kBlockThreads)
+    weighted_sum_kernel(double* out, const float* a, const float* b, int n) {
   double sum = 0;
   for (int i = threadIdx.x; i < n; i += blockDim.x) sum += double(a[i]) * (b ? b[i] : 1);
   sum = block_sum_double(sum, shared_memory<double>());
@@ -1239,7 +1246,8 @@ __global__ void weighted_sum_kernel(double* out, const float* a, const float* b,
 }
 // *out += sum_i a[i] b[i] (b null: 1), by one block. a, b (n)
 static void weighted_sum(double* out, const float* a, const float* b, int n, cudaStream_t stream) {
-  launch("weighted_sum", weighted_sum_kernel, 1, 1024, 32 * sizeof(double), stream, out, a, b, n);
+  launch("weighted_sum", weighted_sum_kernel, 1, kBlockThreads, 32 * sizeof(double), stream, out, a,
+         b, n);
 }
 
 // What an update needs to know about the whole gradient.
@@ -1274,8 +1282,8 @@ static void sum_of_squares(double* partials, const float* g, int64_t n, cudaStre
          stream, partials, g, n);
 }
 
-__global__ void finish_norm_kernel(DeviceStep* step, const double* partials, int count,
-                                   float max_norm) {
+__global__ void __launch_bounds__(kBlockThreads)
+    finish_norm_kernel(DeviceStep* step, const double* partials, int count, float max_norm) {
   double sum = 0;
   for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partials[i];
   sum = block_sum_double(sum, shared_memory<double>());
@@ -1290,8 +1298,8 @@ __global__ void finish_norm_kernel(DeviceStep* step, const double* partials, int
 // step from partials (count); max_norm 0: any norm
 static void finish_norm(DeviceStep* step, const double* partials, int count, float max_norm,
                         cudaStream_t stream) {
-  launch("finish_norm", finish_norm_kernel, 1, 1024, 32 * sizeof(double), stream, step, partials,
-         count, max_norm);
+  launch("finish_norm", finish_norm_kernel, 1, kBlockThreads, 32 * sizeof(double), stream, step,
+         partials, count, max_norm);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1615,8 +1623,9 @@ __device__ inline int draw(const float* p, int V, Word floor, double u, int best
 }
 
 template <class A>
-__global__ void sample_kernel(int* ids, float* logp, const A* logits, int64_t ld, int all,
-                              const SampleRow* rows, const int* history, float* scratch) {
+__global__ void __launch_bounds__(kBlockThreads)
+    sample_kernel(int* ids, float* logp, const A* logits, int64_t ld, int all,
+                  const SampleRow* rows, const int* history, float* scratch) {
   Word* words = shared_memory<Word>();  // (34) reductions, then (kBins + 2)
   Word* bins = words + 34;
   float* floats = reinterpret_cast<float*>(bins);  // (32) of block_max and block_sum
@@ -1690,8 +1699,8 @@ static void sample(int* ids, float* logp, const A* logits, int64_t ld, int V, co
                    const int* history, int count, float* scratch, cudaStream_t stream) {
   if (V > 1 << kIdBits)
     fail("cuda: sampling: found ", V, " tokens, expected at most ", 1 << kIdBits);
-  launch("sample", sample_kernel<A>, count, V > 1024 ? 1024 : 256, (34 + kBins + 2) * sizeof(Word),
-         stream, ids, logp, logits, ld, V, rows, history, scratch);
+  launch("sample", sample_kernel<A>, count, V > 1024 ? kBlockThreads : 256,
+         (34 + kBins + 2) * sizeof(Word), stream, ids, logp, logits, ld, V, rows, history, scratch);
 }
 
 // =============================================================================================
