@@ -2014,7 +2014,7 @@ TEST_CASE("cuda: graphs change no bit, and are replayed where shapes repeat") {
     options.muon = muon;
     const Config c = engine_config(Family::qwen3);
     const auto graphs = [](Gpt& gpt) -> gpu::Graphs& {
-      return dynamic_cast<CudaGpt<gpu::bf16>&>(gpt).graphs;
+      return dynamic_cast<CudaGpt<gpu::bf16>&>(gpt).graphs();
     };
     const Everything launched =
         run_steps(c, options, [&](Gpt& gpt) { graphs(gpt).enabled = false; });
@@ -2055,7 +2055,7 @@ TEST_CASE("cuda: a graph is not replayed for weights of other kinds than it was 
   const auto check = [](Head head, std::initializer_list<std::array<bool, 3>> given) {
     const Config c = engine_config(Family::llama, head);
     const auto with = gpu::make_gpt(c, kTrainFp32), without = gpu::make_gpt(c, kTrainFp32);
-    dynamic_cast<CudaGpt<float>&>(*without).graphs.enabled = false;
+    dynamic_cast<CudaGpt<float>&>(*without).graphs().enabled = false;
     randomize(*with, 3), randomize(*without, 3);
     const Packed b = packed(c, {20, 14}, false);
     for (const std::array<bool, 3>& which : given) {
@@ -2079,7 +2079,7 @@ TEST_CASE("cuda: a graph is not replayed for weights of other kinds than it was 
               0);
       }
     }
-    CHECK(dynamic_cast<CudaGpt<float>&>(*with).graphs.replays > 0);
+    CHECK(dynamic_cast<CudaGpt<float>&>(*with).graphs().replays > 0);
   };
   check(Head::lm, {{true, false, true},
                    {false, false, true},
