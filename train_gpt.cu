@@ -79,6 +79,8 @@ using GraphKey = std::vector<int64_t>;
 struct Machine;
 struct Product;
 struct AttentionShape;
+template <class A>
+struct AttentionInput;  // where attention finds q, k and v
 
 // A batch as the device reads it, and what it writes back.
 struct DeviceBatch {
@@ -217,7 +219,9 @@ class CudaGpt final : public Gpt {
 
   void trunk_forward() {
     layers_forward(N_, a_, batch_.tokens, batch_.positions,
-                   [&](const Heads& h, const LayerActivations<A>& a, int) { attend_batch(h, a); });
+                   [&](const AttentionInput<A>& in, const LayerActivations<A>& a, int) {
+                     attend_batch(in, a);
+                   });
   }
 
   // From a_.dx, the gradient of the stream that leaves the last layer, down to the embeddings.
@@ -229,9 +233,10 @@ class CudaGpt final : public Gpt {
       const LayerActivations<A>& a = a_.layers[size_t(l)];
       if (recompute_ && l + 1 < config_.L) {  // the last layer's are still there
         norm(N_, b.norm1, a.x, a.norm1, a.mean1, a.rstd1);
-        layer_forward(
-            N_, l, a_, batch_.positions,
-            [&](const Heads& h, const LayerActivations<A>& to, int) { attend_batch(h, to); });
+        layer_forward(N_, l, a_, batch_.positions,
+                      [&](const AttentionInput<A>& in, const LayerActivations<A>& to, int) {
+                        attend_batch(in, to);
+                      });
       }
       if (config_.has_gate()) {
         linear_backward(b.down, a.act, a_.dx, a_.dact);
@@ -275,35 +280,30 @@ class CudaGpt final : public Gpt {
   void linear_backward(const Linear& l, const A* x, const A* dy, A* dx) const;
   void weight_backward(const Linear& l, const A* x, const A* dy) const;
   Product linear_of(int64_t N, const Linear& l, const A* x, A* y) const;
-  Product input_of(const Linear& l, const A* dy, A* dx) const;
+  Product input_of(int64_t N, const Linear& l, const A* dy, A* dx) const;
+  Product weight_of(int64_t N, const Linear& l, const A* x, const A* dy) const;
   void matmul(const Product& p) const;
   bool has_adapters(const Linear& l) const { return adapters_ && !l.adapters.empty(); }
   void adapters_forward(int64_t N, const Linear& l, const A* x, A* y,
                         const Activations<A>& in) const;
   void adapters_backward(const Linear& l, const A* x, const A* dy, A* dx) const;
   void adapter_inner(int64_t N, const Linear& l, const Adapter& a, const A* x, A* inner) const;
-  Product adapter_product(int64_t M, int64_t N, int64_t K, const A* a, int64_t b, A* d) const;
   void adapter_gradient(int64_t M, int64_t N, const A* a, int64_t lda, const A* b,
                         int64_t offset) const;
 
-  struct Heads {  // where attention finds q, k and v
-    const A *q, *k, *v;
-    int64_t q_ld, k_ld, v_ld;
-  };
-  Heads heads_of(const A* qkv, const A* rotated) const;
+  AttentionInput<A> heads_of(const A* qkv, const A* rotated) const;
   void reach(int positions);
   void rotate(int64_t N, const int* positions, const Block& b, A* qkv, A* rotated) const;
   void rotate_backward(const Block& b, const LayerActivations<A>& a);
   AttentionShape attention_shape() const;
-  void attend_batch(const Heads& h, const LayerActivations<A>& a) const;
-  void attend_batch_backward(const Heads& h, const LayerActivations<A>& a) const;
+  void attend_batch(const AttentionInput<A>& in, const LayerActivations<A>& a) const;
+  void attend_batch_backward(const AttentionInput<A>& in, const LayerActivations<A>& a) const;
 
   void linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* act,
                    const Activations<A>& in) const;
   void linear_gelu_backward(const Linear& l, const A* x, const A* up, const A* dy, A* dup) const;
 
   const A* head_rows(int64_t first, int64_t rows) const;
-  void logits_product(int64_t rows, const A* x, A* logits) const;
   void classify(int64_t first, int64_t rows, bool backward) const;
   void head_forward();
   void head_backward(bool logits_ready);
@@ -957,23 +957,31 @@ static void add(A* y, const A* x, int64_t n, cudaStream_t stream) {
          blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, y, x, n);
 }
 
-// y (N, out) = x W^T + b as a product
+// D (M, N) = A B, A B^T with B stored (N, K), and A^T B with A stored (K, M); rows side by side
+template <class A, class T>
+static Product product(int64_t M, int64_t N, int64_t K, const A* a, const A* b, T* d) {
+  return {M, N, K, a, b, d, kDataType<A>, kDataType<T>, K, N, N};
+}
+template <class A, class T>
+static Product product_abt(int64_t M, int64_t N, int64_t K, const A* a, const A* b, T* d) {
+  Product p = product(M, N, K, a, b, d);
+  p.b_transposed = true, p.ldb = K;
+  return p;
+}
+template <class A, class T>
+static Product product_atb(int64_t M, int64_t N, int64_t K, const A* a, const A* b, T* d) {
+  Product p = product(M, N, K, a, b, d);
+  p.a_transposed = true, p.lda = M;
+  return p;
+}
+
+// y (N, out) = x W^T + b
 template <class A>
 Product CudaGpt<A>::linear_of(int64_t N, const Linear& l, const A* x, A* y) const {
-  return Product{.M = N,
-                 .N = l.out,
-                 .K = l.in,
-                 .a = x,
-                 .b = weights_->matrix(l.weight),
-                 .d = y,
-                 .in = kDataType<A>,
-                 .out = kDataType<A>,
-                 .lda = l.in,
-                 .ldb = l.in,
-                 .ldd = l.out,
-                 .b_transposed = true,
-                 .epilogue = l.bias >= 0 ? Epilogue::bias : Epilogue::none,
-                 .bias = weights_->matrix(l.bias)};
+  Product p = product_abt(N, l.out, l.in, x, weights_->matrix(l.weight), y);
+  p.epilogue = l.bias >= 0 ? Epilogue::bias : Epilogue::none;
+  p.bias = weights_->matrix(l.bias);
+  return p;
 }
 template <class A>
 void CudaGpt<A>::linear(int64_t N, const Linear& l, const A* x, A* y,
@@ -982,37 +990,23 @@ void CudaGpt<A>::linear(int64_t N, const Linear& l, const A* x, A* y,
   adapters_forward(N, l, x, y, in);
 }
 
+// dx (N, in) = dy W
 template <class A>
-Product CudaGpt<A>::input_of(const Linear& l, const A* dy, A* dx) const {
-  return Product{.M = N_,
-                 .N = l.in,
-                 .K = l.out,
-                 .a = dy,
-                 .b = weights_->matrix(l.weight),
-                 .d = dx,
-                 .in = kDataType<A>,
-                 .out = kDataType<A>,
-                 .lda = l.out,
-                 .ldb = l.in,
-                 .ldd = l.in};
+Product CudaGpt<A>::input_of(int64_t N, const Linear& l, const A* dy, A* dx) const {
+  return product(N, l.in, l.out, dy, weights_->matrix(l.weight), dx);
+}
+// dW (out, in) += dy^T x
+template <class A>
+Product CudaGpt<A>::weight_of(int64_t N, const Linear& l, const A* x, const A* dy) const {
+  Product p = product_atb(l.out, l.in, N, dy, x, gradient(l.weight));
+  p.beta = 1;
+  return p;
 }
 // dW += dy^T x, db += column sums of dy
 template <class A>
 void CudaGpt<A>::weight_backward(const Linear& l, const A* x, const A* dy) const {
   if (!gradient(l.weight)) return;  // frozen
-  Product p{.M = l.out,
-            .N = l.in,
-            .K = N_,
-            .a = dy,
-            .b = x,
-            .d = gradient(l.weight),
-            .in = kDataType<A>,
-            .out = CUDA_R_32F,
-            .lda = l.out,
-            .ldb = l.in,
-            .ldd = l.in,
-            .a_transposed = true,
-            .beta = 1};
+  Product p = weight_of(N_, l, x, dy);
   if (l.bias < 0) return matmul(p);
   const auto body = [&](bool fused, float* dweight, float* dbias) {
     p.d = dweight;
@@ -1030,72 +1024,45 @@ void CudaGpt<A>::weight_backward(const Linear& l, const A* x, const A* dy) const
     body(false, gradient(l.weight), gradient(l.bias));
   }
 }
-// dx = dy W, after weight_backward
 template <class A>
 void CudaGpt<A>::linear_backward(const Linear& l, const A* x, const A* dy, A* dx) const {
   weight_backward(l, x, dy);
-  matmul(input_of(l, dy, dx));
+  matmul(input_of(N_, l, dy, dx));
   adapters_backward(l, x, dy, dx);
 }
 
 // ---------------------------------------------------------------------------------------------
-// LoRA, where it takes part: y += u B^T with u = scale x A^T (N, rank)
+// LoRA, where it takes part: y += u B^T with u = scale x A^T (N, rank). Backward:
+// dB += dy^T u;  du = scale dy B;  dA += du^T x;  dx += du A
 
-// LoRA, where it takes part: y += u B^T with u = scale x A^T (N, rank), in `in`'s memory
+// u is made in the memory of `in`.
 template <class A>
 void CudaGpt<A>::adapters_forward(int64_t N, const Linear& l, const A* x, A* y,
                                   const Activations<A>& in) const {
   if (!adapters_) return;
   for (const Adapter& a : l.adapters) {
     adapter_inner(N, l, a, x, in.inner);
-    Product p = adapter_product(N, a.out, table_.lora.rank, in.inner, a.b, y + a.begin);
-    p.ldd = l.out, p.b_transposed = true, p.ldb = table_.lora.rank, p.beta = 1;
+    Product p =
+        product_abt(N, a.out, table_.lora.rank, in.inner, weights_->matrix(a.b), y + a.begin);
+    p.ldd = l.out, p.beta = 1;
     matmul(p);
   }
 }
 template <class A>
 void CudaGpt<A>::adapter_inner(int64_t N, const Linear& l, const Adapter& a, const A* x,
                                A* inner) const {
-  Product p = adapter_product(N, table_.lora.rank, l.in, x, a.a, inner);
-  p.b_transposed = true, p.ldb = l.in, p.alpha = table_.lora.scale();
+  Product p = product_abt(N, table_.lora.rank, l.in, x, weights_->matrix(a.a), inner);
+  p.alpha = table_.lora.scale();
   matmul(p);
-}
-// d (M, N) = a (M, K) and the weight at `b` (K, N), rows side by side: callers change what
-// differs
-template <class A>
-Product CudaGpt<A>::adapter_product(int64_t M, int64_t N, int64_t K, const A* a, int64_t b,
-                                    A* d) const {
-  return Product{.M = M,
-                 .N = N,
-                 .K = K,
-                 .a = a,
-                 .b = weights_->matrix(b),
-                 .d = d,
-                 .in = kDataType<A>,
-                 .out = kDataType<A>,
-                 .lda = K,
-                 .ldb = N,
-                 .ldd = N};
 }
 // gradient (M, N) += a^T b, a (N_, M) with rows lda apart, b (N_, N)
 template <class A>
 void CudaGpt<A>::adapter_gradient(int64_t M, int64_t N, const A* a, int64_t lda, const A* b,
                                   int64_t offset) const {
-  matmul(Product{.M = M,
-                 .N = N,
-                 .K = N_,
-                 .a = a,
-                 .b = b,
-                 .d = gradient(offset),
-                 .in = kDataType<A>,
-                 .out = CUDA_R_32F,
-                 .lda = lda,
-                 .ldb = N,
-                 .ldd = N,
-                 .a_transposed = true,
-                 .beta = 1});
+  Product p = product_atb(M, N, N_, a, b, gradient(offset));
+  p.lda = lda, p.beta = 1;
+  matmul(p);
 }
-// dB += dy^T u;  du = scale dy B;  dA += du^T x;  dx += du A
 template <class A>
 void CudaGpt<A>::adapters_backward(const Linear& l, const A* x, const A* dy, A* dx) const {
   if (!adapters_) return;
@@ -1104,11 +1071,11 @@ void CudaGpt<A>::adapters_backward(const Linear& l, const A* x, const A* dy, A* 
   for (const Adapter& a : l.adapters) {
     adapter_inner(N_, l, a, x, inner);
     adapter_gradient(a.out, r, dy + a.begin, l.out, inner, a.b);
-    Product du = adapter_product(N_, r, a.out, dy + a.begin, a.b, inner);
+    Product du = product(N_, r, a.out, dy + a.begin, weights_->matrix(a.b), inner);
     du.lda = l.out, du.alpha = table_.lora.scale();
     matmul(du);
     adapter_gradient(r, l.in, inner, r, x, a.a);
-    Product back = adapter_product(N_, l.in, r, inner, a.a, dx);
+    Product back = product(N_, l.in, r, inner, weights_->matrix(a.a), dx);
     back.beta = 1;
     matmul(back);
   }
@@ -1368,7 +1335,8 @@ void CudaGpt<A>::rotate_backward(const Block& b, const LayerActivations<A>& a) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Attention//
+// Attention
+//
 // A row of `out` is softmax(q k^T / sqrt(HS)) v over the keys of its own document up to itself. The
 // (N, N) scores are never stored: flash attention (Dao et al. 2022, 2023) walks over tiles of keys
 // with a running maximum and a running sum, and keeps of a row only lse, the log of the sum of exp
@@ -1390,7 +1358,8 @@ struct AttentionShape {
   __device__ int key_head(int h) const { return h / (NH / NKV); }  // that query head h attends to
 };
 
-// (N, heads HS) each, in rows of their own stride; several may lie inside one buffer.
+// q (N, NH HS), k and v (N, NKV HS), in rows of their own stride; several may lie inside one
+// buffer.
 template <class A>
 struct AttentionInput {
   const A *q, *k, *v;
@@ -1398,11 +1367,12 @@ struct AttentionInput {
 };
 
 // ---------------------------------------------------------------------------------------------
-// The same without tensor cores, for float, and for bf16 rows that are not whole chunks of 16
-// bytes; head sizes to 128. A block owns 32 rows and meets 32 of the other side at a time, all in
-// fp32 in shared memory. Thread (x, y) of 16 x 16 computes the scores of rows y, y + 16 with
-// columns x, x + 16 and then, of the sums of its two rows, the elements x, x + 16, x + 32, ... So
-// the scores of a row are written and read by 16 lanes of one warp.
+// Plain attention, in fp32: for float, and for bf16 rows that are not whole chunks of 16 bytes;
+// head sizes to 128. It is what flash attention below does, without tensor cores. A block owns 32
+// rows and meets 32 of the other side at a time, all in fp32 in shared memory. Thread (x, y) of 16
+// x 16 computes the scores of rows y, y + 16 with columns x, x + 16 and then, of the sums of its
+// two rows, the elements x, x + 16, x + 32, ... So the scores of a row are written and read by 16
+// lanes of one warp.
 
 inline constexpr int kPlainTile = 32, kPlainThreads = 256, kPlainEach = 128 / 16;
 inline constexpr int kPlainScores = kPlainTile * (kPlainTile + 1);  // floats in a tile of scores
@@ -1621,9 +1591,9 @@ __global__ void __launch_bounds__(kPlainThreads)
 //                               rows 8 .. 15       a[1]              a[3]
 //     each quarter (8, 8) in lanes as the upper half of D
 //
-//   B (registers b0, b1)        b0 has rows 0 .. 7, b1 rows 8 .. 15; each (8, 8) as the upper half
-//   of
-//     D, transposed: lane 4 c + q has rows 2 q and 2 q + 1 of column c
+//   B (registers b0, b1)        b0 has rows 0 .. 7, b1 rows 8 .. 15
+//     each (8, 8) in lanes as the upper half of D, transposed: lane 4 c + q has rows 2 q and 2 q +
+//     1 of column c
 //
 // So the four lanes of a quad share a row of scores: its maximum and sum take two shuffles. And two
 // D side by side, rounded to pairs of bf16, are an A, register for register: the probabilities that
@@ -2249,17 +2219,6 @@ __global__ void __launch_bounds__(256)
   if (threadIdx.x % 8 == 0 && row < int64_t(N) * NH) delta[row % NH * N + row / NH] = sum;
 }
 
-// Whether all rows of these matrices, heads of HS side by side, are whole 16-byte chunks.
-template <class A>
-static bool whole_chunks(int HS, std::initializer_list<int64_t> strides,
-                         std::initializer_list<const void*> matrices) {
-  constexpr int kSize = Pack<A>::kSize;
-  bool whole = HS % kSize == 0;
-  for (const int64_t stride : strides) whole = whole && stride % kSize == 0;
-  for (const void* p : matrices) whole = whole && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  return whole;
-}
-
 static void check_attention(int NH, int NKV, int HS) {
   if (HS < 1 || HS > 128) {
     fail("cuda: attention: head size ", HS, ", expected 1 to 128; --device cpu takes any");
@@ -2270,17 +2229,14 @@ static void check_attention(int NH, int NKV, int HS) {
   }
 }
 
-// out (N, NH HS), lse (NH, N); q (N, NH HS), k, v (N, NKV HS) in rows of their strides.
-// plain::attention_forward, per document and head.
+// out (N, NH HS), lse (NH, N). plain::attention_forward, per document and head.
 template <class A>
-static void attention_forward(A* out, float* lse, const A* q, int64_t q_ld, const A* k,
-                              int64_t k_ld, const A* v, int64_t v_ld, const AttentionShape& shape,
-                              cudaStream_t stream) {
+static void attention_forward(A* out, float* lse, const AttentionInput<A>& in,
+                              const AttentionShape& shape, cudaStream_t stream) {
   const auto [N, NH, NKV, HS, start, end] = shape;
   check_attention(NH, NKV, HS);
-  const AttentionInput<A> in{q, k, v, q_ld, k_ld, v_ld};
   if constexpr (std::is_same_v<A, bf16>) {
-    if (whole_chunks<A>(HS, {q_ld, k_ld, v_ld}, {out, q, k, v})) {
+    if (by_packs<A>(HS | in.q_ld | in.k_ld | in.v_ld, out, in.q, in.k, in.v)) {
       return HS <= 64 ? flash_forward<64>(out, lse, in, shape, stream)
                       : flash_forward<128>(out, lse, in, shape, stream);
     }
@@ -2294,19 +2250,19 @@ static void attention_forward(A* out, float* lse, const A* q, int64_t q_ld, cons
 // of their strides; delta (NH, N) is scratch. plain::attention_backward.
 template <class A>
 static void attention_backward(A* dq, int64_t dq_ld, A* dk, A* dv, int64_t dkv_ld, const A* dout,
-                               const A* out, const float* lse, float* delta, const A* q,
-                               int64_t q_ld, const A* k, int64_t k_ld, const A* v, int64_t v_ld,
-                               const AttentionShape& shape, cudaStream_t stream) {
+                               const A* out, const float* lse, float* delta,
+                               const AttentionInput<A>& in, const AttentionShape& shape,
+                               cudaStream_t stream) {
   const auto [N, NH, NKV, HS, start, end] = shape;
   check_attention(NH, NKV, HS);
-  const AttentionInput<A> in{q, k, v, q_ld, k_ld, v_ld};
   constexpr int kSize = Pack<A>::kSize;
-  launch("attention_delta",
-         whole_chunks<A>(HS, {}, {dout, out}) ? attention_delta_kernel<A, kSize>
-                                              : attention_delta_kernel<A, 1>,
-         blocks_for(int64_t(N) * NH, 256 / 8), 256, 0, stream, delta, dout, out, N, NH, HS);
+  launch(
+      "attention_delta",
+      by_packs<A>(HS, dout, out) ? attention_delta_kernel<A, kSize> : attention_delta_kernel<A, 1>,
+      blocks_for(int64_t(N) * NH, 256 / 8), 256, 0, stream, delta, dout, out, N, NH, HS);
   if constexpr (std::is_same_v<A, bf16>) {
-    if (whole_chunks<A>(HS, {dq_ld, dkv_ld, q_ld, k_ld, v_ld}, {dq, dk, dv, dout, q, k, v})) {
+    if (by_packs<A>(HS | dq_ld | dkv_ld | in.q_ld | in.k_ld | in.v_ld, dq, dk, dv, dout, in.q, in.k,
+                    in.v)) {
       return HS <= 64 ? flash_backward<64>(dq, dq_ld, dk, dv, dkv_ld, dout, lse, delta, in, shape,
                                            stream)
                       : flash_backward<128>(dq, dq_ld, dk, dv, dkv_ld, dout, lse, delta, in, shape,
@@ -2323,7 +2279,7 @@ static void attention_backward(A* dq, int64_t dq_ld, A* dk, A* dv, int64_t dkv_l
 }
 
 template <class A>
-typename CudaGpt<A>::Heads CudaGpt<A>::heads_of(const A* qkv, const A* rotated) const {
+AttentionInput<A> CudaGpt<A>::heads_of(const A* qkv, const A* rotated) const {
   const int64_t q = int64_t(config_.NH) * config_.HS, qk = q + int64_t(config_.NKV) * config_.HS;
   const int64_t ld = config_.qkv();
   if (rotated) return {rotated, rotated + q, qkv + qk, qk, qk, ld};
@@ -2334,16 +2290,15 @@ AttentionShape CudaGpt<A>::attention_shape() const {
   return {N_, config_.NH, config_.NKV, config_.HS, batch_.doc_start, batch_.doc_end};
 }
 template <class A>
-void CudaGpt<A>::attend_batch(const Heads& h, const LayerActivations<A>& a) const {
-  attention_forward(a.att, a.lse, h.q, h.q_ld, h.k, h.k_ld, h.v, h.v_ld, attention_shape(),
-                    stream_);
+void CudaGpt<A>::attend_batch(const AttentionInput<A>& in, const LayerActivations<A>& a) const {
+  attention_forward(a.att, a.lse, in, attention_shape(), stream_);
 }
 template <class A>
-void CudaGpt<A>::attend_batch_backward(const Heads& h, const LayerActivations<A>& a) const {
+void CudaGpt<A>::attend_batch_backward(const AttentionInput<A>& in,
+                                       const LayerActivations<A>& a) const {
   const int64_t q = int64_t(config_.NH) * config_.HS, kv = int64_t(config_.NKV) * config_.HS;
   attention_backward(a_.dqkv, config_.qkv(), a_.dqkv + q, a_.dqkv + q + kv, config_.qkv(), a_.dnorm,
-                     a.att, a.lse, a_.att_dot, h.q, h.q_ld, h.k, h.k_ld, h.v, h.v_ld,
-                     attention_shape(), stream_);
+                     a.att, a.lse, a_.att_dot, in, attention_shape(), stream_);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -2637,10 +2592,6 @@ const A* CudaGpt<A>::head_rows(int64_t first, int64_t rows) const {
   return a_.head_in;
 }
 template <class A>
-void CudaGpt<A>::logits_product(int64_t rows, const A* x, A* logits) const {
-  matmul(linear_of(rows, table_.head, x, logits));
-}
-template <class A>
 void CudaGpt<A>::classify(int64_t first, int64_t rows, bool backward) const {
   classifier(a_.logits, int64_t(config_.padded_V()), batch_.row_of + first, batch_.targets,
              has_dlogp_ ? batch_.dlogp : nullptr, has_dentropy_ ? batch_.dentropy : nullptr,
@@ -2658,7 +2609,7 @@ void CudaGpt<A>::head_forward() {
   clear(batch_.entropy, size_t(N_) * sizeof(float));
   for (int64_t first = 0; first < rows_; first += a_.logit_rows) {
     const int64_t rows = std::min(a_.logit_rows, rows_ - first);
-    logits_product(rows, head_rows(first, rows), a_.logits);
+    matmul(linear_of(rows, table_.head, head_rows(first, rows), a_.logits));
     classify(first, rows, false);
   }
 }
@@ -2691,7 +2642,7 @@ static void weighted_sum(double* out, const float* a, const float* b, int n, cud
 // the head and the final norm. Logits are made here unless forward left them.
 template <class A>
 void CudaGpt<A>::head_backward(bool logits_ready) {
-  const int C = config_.C, ld = config_.padded_V();
+  const int C = config_.C;
   const Linear& head = table_.head;
   if (config_.head == Head::scalar) {
     if (has_dvalue_) {
@@ -2709,35 +2660,11 @@ void CudaGpt<A>::head_backward(bool logits_ready) {
     for (int64_t first = 0; first < rows_; first += a_.logit_rows) {
       const int64_t rows = std::min(a_.logit_rows, rows_ - first);
       const A* x = logits_ready && gathered_ ? a_.head_in : head_rows(first, rows);
-      if (!logits_ready) logits_product(rows, x, a_.logits);
+      if (!logits_ready) matmul(linear_of(rows, head, x, a_.logits));
       classify(first, rows, true);
       A* dx = gathered_ ? a_.dhead_in : a_.dnorm + first * C;
-      matmul(Product{.M = rows,
-                     .N = C,
-                     .K = ld,
-                     .a = a_.logits,
-                     .b = weights_->matrix(head.weight),
-                     .d = dx,
-                     .in = kDataType<A>,
-                     .out = kDataType<A>,
-                     .lda = ld,
-                     .ldb = C,
-                     .ldd = C});
-      if (float* dweight = gradient(head.weight)) {
-        matmul(Product{.M = ld,
-                       .N = C,
-                       .K = rows,
-                       .a = a_.logits,
-                       .b = x,
-                       .d = dweight,
-                       .in = kDataType<A>,
-                       .out = CUDA_R_32F,
-                       .lda = ld,
-                       .ldb = C,
-                       .ldd = C,
-                       .a_transposed = true,
-                       .beta = 1});
-      }
+      matmul(input_of(rows, head, a_.logits, dx));
+      if (gradient(head.weight)) matmul(weight_of(rows, head, x, a_.logits));
       if (gathered_) {
         scatter_rows(a_.dnorm, dx, batch_.row_of + first, int(rows), C, stream_);
       }
@@ -3027,32 +2954,18 @@ void CudaGpt<A>::muon_directions(float momentum) const {
       A *x = o.other.data(), *next = o.x.data() + g.x + first * g.size();
       muon_begin(x, squares, o.gradients.data(), o.moment1.data(), batch, momentum, o.step.data(),
                  stream_);
-      const auto product = [&](const A* a, const A* b, bool b_transposed, A* d, int64_t N,
-                               int64_t K) {
-        return Product{.M = rows,
-                       .N = N,
-                       .K = K,
-                       .a = a,
-                       .b = b,
-                       .d = d,
-                       .in = kDataType<A>,
-                       .out = kDataType<A>,
-                       .lda = K,
-                       .ldb = b_transposed ? K : N,
-                       .ldd = N,
-                       .b_transposed = b_transposed,
-                       .batch = batch.count,
-                       .a_stride = rows * K,
-                       .b_stride = K * N,
-                       .d_stride = rows * N};
+      const auto batched = [&](Product p) {
+        p.batch = batch.count;
+        p.a_stride = p.M * p.K, p.b_stride = p.K * p.N, p.d_stride = p.M * p.N;
+        return p;
       };
       for (int iteration = 0; iteration < 5; iteration++) {
-        matmul(product(x, x, true, o.gram.data(), rows, columns));
-        Product square =
-            product(o.gram.data(), o.gram.data(), false, o.combined.data(), rows, rows);
-        square.alpha = 2.0315f, square.beta = -4.7750f, square.c = o.gram.data();
+        A *gram = o.gram.data(), *combined = o.combined.data();
+        matmul(batched(product_abt(rows, rows, columns, x, x, gram)));
+        Product square = batched(product(rows, rows, rows, gram, gram, combined));
+        square.alpha = 2.0315f, square.beta = -4.7750f, square.c = gram;
         matmul(square);
-        Product step = product(o.combined.data(), x, false, next, columns, rows);
+        Product step = batched(product(rows, columns, rows, combined, x, next));
         step.beta = 3.4445f, step.c = x;
         matmul(step);
         std::swap(x, next);
@@ -3153,7 +3066,7 @@ template <class A>
 static void cache_append(A* k_pages, A* v_pages, const A* k, const A* v, int64_t ld,
                          const int* slot, int N, int NKV, int HS, cudaStream_t stream) {
   constexpr int kSize = Pack<A>::kSize;
-  const bool whole = whole_chunks<A>(HS, {ld}, {k_pages, v_pages, k, v});
+  const bool whole = by_packs<A>(HS | ld, k_pages, v_pages, k, v);
   const int64_t count = int64_t(N) * NKV * HS / (whole ? kSize : 1);
   launch("cache_append", whole ? cache_append_kernel<A, kSize> : cache_append_kernel<A, 1>,
          blocks_for(count, 256), 256, 0, stream, k_pages, v_pages, k, v, ld, slot, count, NKV, HS);
@@ -3271,8 +3184,8 @@ static void cache_attention(A* out, const A* q, int64_t q_ld, const A* k_pages, 
   check_attention(NH, NKV, HS);
   constexpr int kSize = Pack<A>::kSize;
   launch("cache_attention",
-         whole_chunks<A>(HS, {q_ld}, {q, k_pages, v_pages}) ? cache_attention_kernel<A, kSize>
-                                                            : cache_attention_kernel<A, 1>,
+         by_packs<A>(HS | q_ld, q, k_pages, v_pages) ? cache_attention_kernel<A, kSize>
+                                                     : cache_attention_kernel<A, 1>,
          unsigned(N) * unsigned(NH), kCacheThreads,
          sizeof(float) * size_t(kCacheThreads / 32 * (HS + 2)), stream, out, q, q_ld, k_pages,
          v_pages, row_of, position, page_table, max_pages, NH, NKV, HS, kLog2E / sqrtf(float(HS)));
@@ -3597,18 +3510,19 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
 
   const int64_t ld = config_.padded_V();
   const auto layers = [&] {
-    layers_forward(
-        N, d.a, d.tokens, d.positions, [&](const Heads& h, const LayerActivations<A>& a, int l) {
-          cache_append(pages.keys_of(l), pages.values_of(l), h.k, h.v, h.k_ld, d.slot, int(N), NKV,
-                       HS, stream_);
-          if (prefill) {
-            attention_forward(a.att, a.lse, h.q, h.q_ld, h.k, h.k_ld, h.v, h.v_ld,
-                              {int(N), NH, NKV, HS, d.doc_start, d.doc_end}, stream_);
-          } else {
-            cache_attention(a.att, h.q, h.q_ld, pages.keys_of(l), pages.values_of(l), d.row,
-                            d.positions, d.page_table, max_pages, int(N), NH, NKV, HS, stream_);
-          }
-        });
+    layers_forward(N, d.a, d.tokens, d.positions,
+                   [&](const AttentionInput<A>& in, const LayerActivations<A>& a, int l) {
+                     cache_append(pages.keys_of(l), pages.values_of(l), in.k, in.v, in.k_ld, d.slot,
+                                  int(N), NKV, HS, stream_);
+                     if (prefill) {
+                       attention_forward(a.att, a.lse, in,
+                                         {int(N), NH, NKV, HS, d.doc_start, d.doc_end}, stream_);
+                     } else {
+                       cache_attention(a.att, in.q, in.q_ld, pages.keys_of(l), pages.values_of(l),
+                                       d.row, d.positions, d.page_table, max_pages, int(N), NH, NKV,
+                                       HS, stream_);
+                     }
+                   });
   };
   if (N == R && !prefill) {  // one token a row: a shape that repeats
     run_graph({kDecode, R, max_pages, pages.id, adapters_}, layers);
@@ -3619,7 +3533,7 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   for (int64_t first = 0; first < R; first += d.a.logit_rows) {
     const int64_t count = std::min(d.a.logit_rows, R - first);
     gather_rows(d.a.head_in, d.a.final_norm, d.last + first, int(count), C, stream_);
-    logits_product(count, d.a.head_in, d.a.logits);
+    matmul(linear_of(count, table_.head, d.a.head_in, d.a.logits));
     sample(d.ids + first, d.logp + first, d.a.logits, ld, V, d.rows + first, d.history, int(count),
            d.probabilities, stream_);
     if (!want_logits) continue;
@@ -4752,7 +4666,7 @@ void CudaGpt<A>::linear_gelu_backward(const Linear& l, const A* x, const A* up, 
   }
   weight_backward(l, x, dy);
   const auto body = [&](bool fused) {
-    Product p = input_of(l, dy, fused ? dup : a_.dact);
+    Product p = input_of(N_, l, dy, fused ? dup : a_.dact);
     if (fused) {
       p.epilogue = Epilogue::dgelu, p.aux = const_cast<A*>(up);  // read only
       return try_matmul(p);
@@ -5127,18 +5041,7 @@ static double product_peak() {
         check(cudaMemcpyAsync(x->data() + i, values.data(), values.size() * sizeof(A),
                               cudaMemcpyHostToDevice, machine->stream),
               "a product's matrix");
-    const Product p{.M = n,
-                    .N = n,
-                    .K = n,
-                    .a = a.data(),
-                    .b = b.data(),
-                    .d = d.data(),
-                    .in = kDataType<A>,
-                    .out = kDataType<A>,
-                    .lda = n,
-                    .ldb = n,
-                    .ldd = n,
-                    .b_transposed = true};
+    const Product p = product_abt(n, n, n, a.data(), b.data(), d.data());
     machine->matmul(p);
     peak = 2. * double(n) * double(n) * double(n) /
            machine->products->time([&] { machine->matmul(p); });

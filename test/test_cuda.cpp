@@ -1061,9 +1061,10 @@ Result<A> compute(const Shape& s, const Input<A>& in) {
   const OnDevice<float> delta(size_t(s.NH) * N);
   const OnDevice<int> start(in.start), end(in.end);
   const AttentionShape shape{N, s.NH, s.NKV, s.HS, start, end};
-  attention_forward<A>(out, lse, qkv, ld, qkv + k, ld, qkv + v, ld, shape, nullptr);
-  attention_backward<A>(dqkv, ld, dqkv + k, dqkv + v, ld, dout, out, lse, delta, qkv, ld, qkv + k,
-                        ld, qkv + v, ld, shape, nullptr);
+  const AttentionInput<A> in{qkv, qkv + k, qkv + v, ld, ld, ld};
+  attention_forward<A>(out, lse, in, shape, nullptr);
+  attention_backward<A>(dqkv, ld, dqkv + k, dqkv + v, ld, dout, out, lse, delta, in, shape,
+                        nullptr);
   return {out.raw(), dqkv.raw(), lse.raw()};
 }
 
@@ -1236,8 +1237,8 @@ TEST_CASE("cuda: a head size or a grouping that attention cannot take is an erro
   using namespace cake::gpu::attention_test;
   const auto error = [](int NH, int NKV, int HS) {
     return cake::error_of([&] {
-      cake::gpu::attention_forward<float>(nullptr, nullptr, nullptr, 1, nullptr, 1, nullptr, 1,
-                                          {1, NH, NKV, HS, nullptr, nullptr}, nullptr);
+      cake::gpu::attention_forward<float>(nullptr, nullptr, {}, {1, NH, NKV, HS, nullptr, nullptr},
+                                          nullptr);
     });
   };
   CHECK(cake::contains(error(1, 1, 129), "head size 129, expected 1 to 128"));
