@@ -271,7 +271,9 @@ class CudaGpt final : public Gpt {
   void clear_fresh();
 
   float eps() const { return float(config_.norm_eps); }
-  void norm(int64_t N, const Norm& n, const A* x, A* y, float* mean, float* rstd) const;
+  void norm(int64_t N, const Norm& n, const A* x, A* y, float* mean, float* rstd) const {
+    residual_norm(N, n, nullptr, y, mean, rstd, x, nullptr);
+  }
   void residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* mean, float* rstd, const A* x,
                      const A* delta) const;
   void norm_back(const Norm& n, const A* dy, const A* x, const float* mean, const float* rstd);
@@ -397,8 +399,12 @@ class CudaGpt final : public Gpt {
 // 2. Vocabulary: what kernels and their launchers are written with
 
 // Throw Error when a call fails; `what` names it.
-static void check(cudaError_t status, const char* what);
-static void check(cublasStatus_t status, const char* what);
+static void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) fail("cuda: ", what, ": ", cudaGetErrorString(status));
+}
+static void check(cublasStatus_t status, const char* what) {
+  if (status != CUBLAS_STATUS_SUCCESS) fail("cuda: ", what, ": cuBLASLt's status ", int(status));
+}
 
 // `count` elements on the device under a name; when there is no room, the error says what lowers
 // it.
@@ -444,6 +450,18 @@ struct alignas(16) Pack {
 
 using cuda_on_cpu::exp2_approx;    // see below
 using cuda_on_cpu::shared_memory;  // template <class T>
+template <class T>
+inline Pack<T> load_pack(const T* p) {
+  cuda_on_cpu::check_aligned(p, 16);
+  Pack<T> r;
+  std::memcpy(&r, p, 16);
+  return r;
+}
+template <class T>
+inline void store_pack(T* p, const Pack<T>& r) {
+  cuda_on_cpu::check_aligned(p, 16);
+  std::memcpy(p, &r, 16);
+}
 
 #else
 
@@ -452,6 +470,16 @@ template <class T>
 __device__ inline T* shared_memory() {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   return reinterpret_cast<T*>(shared_bytes);
+}
+template <class T>
+__device__ inline Pack<T> load_pack(const T* p) {
+  Pack<T> r;
+  *reinterpret_cast<float4*>(&r) = *reinterpret_cast<const float4*>(p);
+  return r;
+}
+template <class T>
+__device__ inline void store_pack(T* p, const Pack<T>& r) {
+  *reinterpret_cast<float4*>(p) = *reinterpret_cast<const float4*>(&r);
 }
 // 2^x, good to 2 bits of the last place
 __device__ inline float exp2_approx(float x) {
@@ -478,18 +506,20 @@ __device__ inline bf16 from_float<bf16>(float x) {
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Over the 32 lanes of a warp; every lane gets the result. A butterfly: one order.
-__device__ inline float warp_sum(float x);
-__device__ inline float warp_max(float x);
+__device__ inline float warp_sum(float x) {
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
+  return x;
+}
 // Over the block's threads (a multiple of 32, at most 1,024); every thread gets the result.
 // `scratch` is 32 floats of shared memory that no one else uses; all threads call.
 __device__ inline float block_sum(float x, float* scratch);
 __device__ inline float block_max(float x, float* scratch);
 
-// 16 bytes at once, and n elements as floats, by whole packs when n is a multiple of theirs.
-template <class T>
-__device__ inline Pack<T> load_pack(const T* p);
-template <class T>
-__device__ inline void store_pack(T* p, const Pack<T>& r);
+// n elements as floats, by whole packs when n is a multiple of theirs.
 template <class T, int n>
 __device__ inline void load_floats(float (&x)[n], const T* p);
 template <class T, int n>
@@ -522,7 +552,11 @@ static dim3 warp_rows(int N) { return blocks_for(N, kRowThreads / 32); }
 // Whether all these pointers, and what lies a multiple of `strides` elements of A further on, can
 // be read by packs. strides: row lengths, or'ed.
 template <class A, class... Pointers>
-static bool by_packs(int64_t strides, const Pointers*... pointers);
+static bool by_packs(int64_t strides, const Pointers*... pointers) {
+  return strides % Pack<A>::kSize == 0 &&
+         (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
+}
+
 // out0[c] += sum_r in[r, 0, c], and out1[c] += sum_r in[r, 1, c] unless out1 is null. out0, out1
 // (columns); in (count, 1 or 2, columns)
 static void column_sums(float* out0, float* out1, const float* in, int count, int columns,
@@ -724,9 +758,9 @@ __global__ void norm_forward_kernel(A* sum, A* y, float* mean_out, float* rstd_o
   if (lane == 0 && rstd_out) rstd_out[n] = rstd;
 }
 template <class A>
-static void residual_norm_forward(A* sum, A* y, float* mean, float* rstd, const A* x,
-                                  const A* delta, const float* weight, const float* bias, float eps,
-                                  int N, int C, cudaStream_t stream) {
+static void norm_forward(A* sum, A* y, float* mean, float* rstd, const A* x, const A* delta,
+                         const float* weight, const float* bias, float eps, int N, int C,
+                         cudaStream_t stream) {
   const size_t row = size_t(C) * sizeof(A);
   const int warps = int(std::clamp<size_t>(kRowShared / row, 1, kRowThreads / 32));
   launch("norm_forward",
@@ -735,15 +769,6 @@ static void residual_norm_forward(A* sum, A* y, float* mean, float* rstd, const 
          blocks_for(N, warps), 32 * warps, warps * row, stream, sum, y, mean, rstd, x, delta,
          weight, bias, eps, N, C);
 }
-template <class A>
-static void norm_forward(A* y, float* mean, float* rstd, const A* x, const float* weight,
-                         const float* bias, float eps, int N, int C, cudaStream_t stream) {
-  residual_norm_forward<A>(nullptr, y, mean, rstd, x, nullptr, weight, bias, eps, N, C, stream);
-}
-
-// plain::norm_backward: with h = (x - mean) rstd and g = dy w, dx += rstd (g - [mean of g] - h mean
-// of g h), dweight += dy h, dbias += dy; RMSNorm (mean and dbias null) without the bracket. dweight
-// and dbias null: frozen. dx, dy, x (N, C); mean, rstd (N) from forward; dweight, dbias, weight (C)
 // Where in shared memory a lane keeps a float for each of its columns: the W floats of lane l as
 // packs of 4, lanes side by side, so that 16-byte accesses meet all banks.
 template <int W>
@@ -842,16 +867,10 @@ static void norm_backward(A* dx, float* dweight, float* dbias, const A* dy, cons
 }
 
 template <class A>
-void CudaGpt<A>::norm(int64_t N, const Norm& n, const A* x, A* y, float* mean, float* rstd) const {
-  norm_forward(y, mean, rstd, x, weights_->vector(n.weight), weights_->vector(n.bias), eps(),
-               int(N), config_.C, stream_);
-}
-// sum = x + a_.delta, y = norm(sum)
-template <class A>
 void CudaGpt<A>::residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* mean, float* rstd,
                                const A* x, const A* delta) const {
-  residual_norm_forward(sum, y, mean, rstd, x, delta, weights_->vector(n.weight),
-                        weights_->vector(n.bias), eps(), int(N), config_.C, stream_);
+  norm_forward<A>(sum, y, mean, rstd, x, delta, weights_->vector(n.weight),
+                  weights_->vector(n.bias), eps(), int(N), config_.C, stream_);
 }
 template <class A>
 void CudaGpt<A>::norm_back(const Norm& n, const A* dy, const A* x, const float* mean,
@@ -892,9 +911,10 @@ struct Product {
 template <class T>
 static constexpr cudaDataType_t kDataType = std::is_same_v<T, float> ? CUDA_R_32F : CUDA_R_16BF;
 
-// db[o] += sum_n dy[n, o]. db (out), dy (N, out)
-// partials[b, o] = sum over rows n of block b of weight[n] dy[n, o] (weight null: 1). Grid: x over
-// columns, 32 W a block; y over blocks of rows. Reads dy once.
+// db[o] += sum_n weight[n] dy[n, o]. db (out), dy (N, out), weight (N) or null: 1
+//
+// The kernel reads dy once: partials[b, o] is that sum over the rows of block b. Grid: x over
+// columns, 32 W a block; y over blocks of rows.
 template <class A, int W>
 __global__ void column_partials_kernel(float* partials, const A* dy, const float* weight, int N,
                                        int out) {
@@ -921,8 +941,8 @@ static size_t bias_backward_scratch(int N, int out) {  // bytes
   return size_t(bias_partial_rows(N)) * size_t(out) * sizeof(float);
 }
 template <class A>
-static void weighted_bias_backward(float* db, const A* dy, const float* weight, int N, int out,
-                                   void* scratch, cudaStream_t stream) {
+static void bias_backward(float* db, const A* dy, const float* weight, int N, int out,
+                          void* scratch, cudaStream_t stream) {
   constexpr int kW = Pack<A>::kSize;
   float* partials = static_cast<float*>(scratch);
   const bool packs = by_packs<A>(out, dy, partials);
@@ -932,12 +952,6 @@ static void weighted_bias_backward(float* db, const A* dy, const float* weight, 
          partials, dy, weight, N, out);
   column_sums(db, nullptr, partials, rows, out, stream);
 }
-template <class A>
-static void bias_backward(float* db, const A* dy, int N, int out, void* scratch,
-                          cudaStream_t stream) {
-  weighted_bias_backward(db, dy, nullptr, N, out, scratch, stream);
-}
-
 // y += x. (n)
 template <class A, int W>
 __global__ void add_kernel(A* y, const A* x, int64_t n) {
@@ -1016,7 +1030,7 @@ void CudaGpt<A>::weight_backward(const Linear& l, const A* x, const A* dy) const
     if (fused) {
       add(dbias, a_.bias_sums, l.out, stream_);
     } else {
-      bias_backward(dbias, dy, N_, l.out, a_.scratch, stream_);
+      bias_backward<A>(dbias, dy, nullptr, N_, l.out, a_.scratch, stream_);
     }
     return true;
   };
@@ -2581,7 +2595,7 @@ static void value_backward(A* dx, float* dw, const float* dvalue, const A* x, co
          by_packs<A>(C, dx, w) ? value_backward_kernel<A, Pack<A>::kSize>
                                : value_backward_kernel<A, 1>,
          warp_rows(N), kRowThreads, 0, stream, dx, dvalue, w, N, C);
-  if (dw) weighted_bias_backward(dw, x, dvalue, N, C, scratch, stream);
+  if (dw) bias_backward(dw, x, dvalue, N, C, scratch, stream);
 }
 
 // Inputs of the head for rows [first, first + rows) of the logits.
@@ -2822,7 +2836,6 @@ void CudaGpt<A>::adamw_step(const OptimizerStep& step) const {
 struct MuonBatch {
   const int64_t* offsets;  // (count) of the matrices in w, g and m; on the device
   int count, out, in;
-  bool tall() const { return out > in; }
   int rows() const { return std::min(out, in); }  // of X
   int columns() const { return std::max(out, in); }
 };
@@ -3561,13 +3574,6 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
 // ---------------------------------------------------------------------------------------------
 // The vocabulary of section 2
 
-static void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) fail("cuda: ", what, ": ", cudaGetErrorString(status));
-}
-static void check(cublasStatus_t status, const char* what) {
-  if (status != CUBLAS_STATUS_SUCCESS) fail("cuda: ", what, ": cuBLASLt's status ", int(status));
-}
-
 template <class... Parameters, class... Arguments>
 static void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    size_t shared, cudaStream_t stream, Arguments... arguments) {
@@ -3591,44 +3597,6 @@ static void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, d
   }
 }
 
-#ifdef CAKE_CUDA_ON_CPU
-
-template <class T>
-inline Pack<T> load_pack(const T* p) {
-  cuda_on_cpu::check_aligned(p, 16);
-  Pack<T> r;
-  std::memcpy(&r, p, 16);
-  return r;
-}
-template <class T>
-inline void store_pack(T* p, const Pack<T>& r) {
-  cuda_on_cpu::check_aligned(p, 16);
-  std::memcpy(p, &r, 16);
-}
-
-#else
-
-template <class T>
-__device__ inline Pack<T> load_pack(const T* p) {
-  Pack<T> r;
-  *reinterpret_cast<float4*>(&r) = *reinterpret_cast<const float4*>(p);
-  return r;
-}
-template <class T>
-__device__ inline void store_pack(T* p, const Pack<T>& r) {
-  *reinterpret_cast<float4*>(p) = *reinterpret_cast<const float4*>(&r);
-}
-
-#endif
-
-__device__ inline float warp_sum(float x) {
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
-  return x;
-}
-__device__ inline float warp_max(float x) {
-  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
-  return x;
-}
 __device__ inline float block_sum(float x, float* scratch) {
   x = warp_sum(x);
   __syncthreads();
@@ -3668,12 +3636,6 @@ __device__ inline void store_floats(T* p, const float (&x)[n]) {
   } else {
     for (int i = 0; i < n; i++) p[i] = from_float<T>(x[i]);
   }
-}
-
-template <class A, class... Pointers>
-static bool by_packs(int64_t strides, const Pointers*... pointers) {
-  return strides % Pack<A>::kSize == 0 &&
-         (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
 }
 
 // out[s, c] += sum_r in[r, s, c] for s = 0 and 1: in (count, sets, columns), a block has 32 columns

@@ -331,16 +331,16 @@ KERNEL_TEST("cuda: norms with and without a residual match the definition") {
         const OnDevice<A> x_(x), delta_(delta), sum_(int64_t(x.size())), y_(int64_t(x.size()));
         const OnDevice<float> w_(w), b_(b), mean_(N), rstd_(N);
         float *to_mean = mean_.only_if(layer), *bias_ = b_.only_if(layer);
-        norm_forward<A>(y_, to_mean, rstd_, x_, w_, bias_, float(eps), N, C, nullptr);
+        norm_forward<A>(nullptr, y_, to_mean, rstd_, x_, nullptr, w_, bias_, float(eps), N, C,
+                        nullptr);
         CHECK_CLOSE(y_.read(), y, tolerance<A>());
-        residual_norm_forward<A>(sum_, y_, to_mean, rstd_, x_, delta_, w_, bias_, float(eps), N, C,
-                                 nullptr);
+        norm_forward<A>(sum_, y_, to_mean, rstd_, x_, delta_, w_, bias_, float(eps), N, C, nullptr);
         CHECK(sum_.read() == sum);
         CHECK_CLOSE(y_.read(), y_sum, tolerance<A>());
         CHECK_CLOSE(rstd_.read(), rstd, kFloat);
         if (layer) CHECK_CLOSE(mean_.read(), mean, kFloat);
-        residual_norm_forward<A>(x_, y_, nullptr, nullptr, x_, delta_, w_, bias_, float(eps), N, C,
-                                 nullptr);  // in place, without statistics
+        norm_forward<A>(x_, y_, nullptr, nullptr, x_, delta_, w_, bias_, float(eps), N, C,
+                        nullptr);  // in place, without statistics
         CHECK(x_.read() == sum);
         CHECK_CLOSE(y_.read(), y_sum, tolerance<A>());
       });
@@ -502,7 +502,7 @@ KERNEL_TEST("cuda: a bias's gradient adds the sum over rows") {
       const OnDevice<float> db_(before);
       const OnDevice<char> scratch(int64_t(bias_backward_scratch(N, out)));
       for (int twice = 0; twice < 2; twice++) {
-        bias_backward<A>(db_, dy_, N, out, scratch, nullptr);
+        bias_backward<A>(db_, dy_, nullptr, N, out, scratch, nullptr);
       }
       CHECK_CLOSE(db_.read(), db, kFloat);
     });
@@ -1061,9 +1061,9 @@ Result<A> compute(const Shape& s, const Input<A>& in) {
   const OnDevice<float> delta(size_t(s.NH) * N);
   const OnDevice<int> start(in.start), end(in.end);
   const AttentionShape shape{N, s.NH, s.NKV, s.HS, start, end};
-  const AttentionInput<A> in{qkv, qkv + k, qkv + v, ld, ld, ld};
-  attention_forward<A>(out, lse, in, shape, nullptr);
-  attention_backward<A>(dqkv, ld, dqkv + k, dqkv + v, ld, dout, out, lse, delta, in, shape,
+  const AttentionInput<A> heads{qkv, qkv + k, qkv + v, ld, ld, ld};
+  attention_forward<A>(out, lse, heads, shape, nullptr);
+  attention_backward<A>(dqkv, ld, dqkv + k, dqkv + v, ld, dout, out, lse, delta, heads, shape,
                         nullptr);
   return {out.raw(), dqkv.raw(), lse.raw()};
 }
