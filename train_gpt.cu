@@ -121,22 +121,22 @@ class CudaGpt final : public Gpt {
       trunk_forward();
       head_forward();
     });
-    live_ = pass == Pass::train;
+    forward_is_live_ = pass == Pass::train;
     logits_kept_ = rows_ <= a_.logit_rows;
   }
 
   // dL/dlogp, dL/dvalue and dL/dentropy of each position go back through the last forward pass.
   void backward(std::span<const float> dlogp, std::span<const float> dvalue,
                 std::span<const float> dentropy) override {
-    if (!live_) fail("backward: no forward with Pass::train came before");
+    if (!forward_is_live_) fail("backward: no forward with Pass::train came before");
     check_weights(config_, N_, dlogp, dvalue, dentropy);
-    send_weights(dlogp, dvalue, dentropy);
-    clear_fresh();
+    upload_token_weights(dlogp, dvalue, dentropy);
+    clear_zeroed_gradients();
     run_graph(key(logits_kept_ ? kBackwardOfLogits : kBackward), [&] {
       head_backward(logits_kept_);
       trunk_backward();
     });
-    live_ = false;
+    forward_is_live_ = false;
   }
 
   // The same two for weights that are known beforehand: the logits are made once.
@@ -145,22 +145,22 @@ class CudaGpt final : public Gpt {
     if (!train_) fail("forward_backward: an inference model has no gradients");
     begin(batch);
     check_weights(config_, N_, dlogp, dvalue, dentropy);
-    send_weights(dlogp, dvalue, dentropy);
-    clear_fresh();
+    upload_token_weights(dlogp, dvalue, dentropy);
+    clear_zeroed_gradients();
     run_graph(key(kForwardBackward), [&] {
       trunk_forward();
       if (config_.head == Head::scalar) head_forward();
       head_backward(false);
       trunk_backward();
     });
-    live_ = false;
+    forward_is_live_ = false;
   }
 
   // Clips the gradient and steps every trainable tensor by its optimizer. Learning rates change
   // from step to step, so what reads them is not recorded.
   void update(const OptimizerStep& step) override {
     if (!train_) fail("update: an inference model has no gradients");
-    clear_fresh();
+    clear_zeroed_gradients();
     run_graph({kUpdate, std::bit_cast<int32_t>(step.max_norm),
                std::bit_cast<int32_t>(step.muon_momentum)},
               [&] {
@@ -169,7 +169,7 @@ class CudaGpt final : public Gpt {
               });
     muon_step(step);
     adamw_step(step);
-    fresh_ = true, live_ = false;
+    gradients_zeroed_ = true, forward_is_live_ = false;
     optimizer_->stepped = true;
   }
 
@@ -177,43 +177,43 @@ class CudaGpt final : public Gpt {
   // From tokens to final_norm. A layer's second sum and the next one's first norm are one kernel.
   // `attend` makes a.att from q, k and v: over documents, or over a KV cache.
   template <class Attend>
-  void layers_forward(int64_t N, const Activations<A>& to, const int* tokens, const int* positions,
-                      Attend&& attend) const {
-    const LayerActivations<A>& first = to.layers[0];
-    embed_forward(first.x, weights_->matrix(table_.wte), weights_->matrix(table_.wpe), tokens,
+  void layers_forward(int64_t N, const Activations<A>& acts, const int* tokens,
+                      const int* positions, Attend&& attend) const {
+    const LayerActivations<A>& layer0 = acts.layers[0];
+    embed_forward(layer0.x, weights_->matrix(table_.wte), weights_->matrix(table_.wpe), tokens,
                   positions, int(N), config_.C, stream_);
-    norm(N, table_.blocks[0].norm1, first.x, first.norm1, first.mean1, first.rstd1);
+    norm(N, table_.blocks[0].norm1, layer0.x, layer0.norm1, layer0.mean1, layer0.rstd1);
     for (int l = 0; l < config_.L; l++) {
-      layer_forward(N, l, to, positions, attend);
-      const LayerActivations<A>& a = to.layers[size_t(l)];
-      linear(N, table_.blocks[size_t(l)].down, a.act, to.delta, to);
+      layer_forward(N, l, acts, positions, attend);
+      const LayerActivations<A>& a = acts.layers[size_t(l)];
+      linear(N, table_.blocks[size_t(l)].down, a.act, acts.delta, acts);
       if (l + 1 < config_.L) {
-        const LayerActivations<A>& next = to.layers[size_t(l) + 1];
+        const LayerActivations<A>& next = acts.layers[size_t(l) + 1];
         residual_norm(N, table_.blocks[size_t(l) + 1].norm1, next.x, next.norm1, next.mean1,
-                      next.rstd1, a.mid, to.delta);
+                      next.rstd1, a.mid, acts.delta);
       } else {
-        residual_norm(N, table_.final_norm, to.x, to.final_norm, to.final_mean, to.final_rstd,
-                      a.mid, to.delta);
+        residual_norm(N, table_.final_norm, acts.x, acts.final_norm, acts.final_mean,
+                      acts.final_rstd, a.mid, acts.delta);
       }
     }
   }
 
   // One layer from a.norm1 to a.act; what it adds to the stream, its down product, is the caller's.
   template <class Attend>
-  void layer_forward(int64_t N, int l, const Activations<A>& from, const int* positions,
+  void layer_forward(int64_t N, int l, const Activations<A>& acts, const int* positions,
                      Attend&& attend) const {
     const Block& b = table_.blocks[size_t(l)];
-    const LayerActivations<A>& a = from.layers[size_t(l)];
-    linear(N, b.qkv, a.norm1, a.qkv, from);
+    const LayerActivations<A>& a = acts.layers[size_t(l)];
+    linear(N, b.qkv, a.norm1, a.qkv, acts);
     rotate(N, positions, b, a.qkv, a.rotated);
     attend(heads_of(a.qkv, a.rotated), a, l);
-    linear(N, b.o, a.att, from.delta, from);
-    residual_norm(N, b.norm2, a.mid, a.norm2, a.mean2, a.rstd2, a.x, from.delta);
+    linear(N, b.o, a.att, acts.delta, acts);
+    residual_norm(N, b.norm2, a.mid, a.norm2, a.mean2, a.rstd2, a.x, acts.delta);
     if (config_.has_gate()) {
-      linear(N, b.up, a.norm2, a.up, from);
+      linear(N, b.up, a.norm2, a.up, acts);
       swiglu_forward(a.act, a.up, int(N), config_.F, stream_);
     } else {
-      linear_gelu(N, b.up, a.norm2, a.up, a.act, from);
+      linear_gelu(N, b.up, a.norm2, a.up, a.act, acts);
     }
   }
 
@@ -234,8 +234,8 @@ class CudaGpt final : public Gpt {
       if (recompute_ && l + 1 < config_.L) {  // the last layer's are still there
         norm(N_, b.norm1, a.x, a.norm1, a.mean1, a.rstd1);
         layer_forward(N_, l, a_, batch_.positions,
-                      [&](const AttentionInput<A>& in, const LayerActivations<A>& to, int) {
-                        attend_batch(in, to);
+                      [&](const AttentionInput<A>& in, const LayerActivations<A>& acts, int) {
+                        attend_batch(in, acts);
                       });
       }
       if (config_.has_gate()) {
@@ -245,12 +245,12 @@ class CudaGpt final : public Gpt {
         linear_gelu_backward(b.down, a.act, a.up, a_.dx, a_.dup);
       }
       linear_backward(b.up, a.norm2, a_.dup, a_.dnorm);
-      norm_back(b.norm2, a_.dnorm, a.mid, a.mean2, a.rstd2);
+      stream_norm_backward(b.norm2, a_.dnorm, a.mid, a.mean2, a.rstd2);
       linear_backward(b.o, a.att, a_.dx, a_.dnorm);
       attend_batch_backward(heads_of(a.qkv, a.rotated), a);
       rotate_backward(b, a);
       linear_backward(b.qkv, a.norm1, a_.dqkv, a_.dnorm);
-      norm_back(b.norm1, a_.dnorm, a.x, a.mean1, a.rstd1);
+      stream_norm_backward(b.norm1, a_.dnorm, a.x, a.mean1, a.rstd1);
     }
     if (!gradient(table_.wte)) return;  // frozen, and the positions with it
     embed_backward(gradient(table_.wte), a_.dx, batch_.tokens, N_, config_.C, config_.V, a_.scratch,
@@ -261,40 +261,45 @@ class CudaGpt final : public Gpt {
     }
   }
 
-  // The pieces, in the order of the file
+  // The pieces, in the order of the file.
 
+  // The batch, its results, the gradients
   void begin(const Batch& batch);
-  void send_weights(std::span<const float> dlogp, std::span<const float> dvalue,
-                    std::span<const float> dentropy);
+  void upload_token_weights(std::span<const float> dlogp, std::span<const float> dvalue,
+                            std::span<const float> dentropy);
   std::span<const float> fetch(std::vector<float>& host, const float* device, Head head);
   float* gradient(int64_t offset) const;  // null: nothing is there, or it is frozen
-  void clear_fresh();
+  void clear_zeroed_gradients();
 
+  // x, y, sum, delta, dy (N, C); mean, rstd (N)
   float eps() const { return float(config_.norm_eps); }
   void norm(int64_t N, const Norm& n, const A* x, A* y, float* mean, float* rstd) const {
     residual_norm(N, n, nullptr, y, mean, rstd, x, nullptr);
   }
   void residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* mean, float* rstd, const A* x,
                      const A* delta) const;
-  void norm_back(const Norm& n, const A* dy, const A* x, const float* mean, const float* rstd);
+  void stream_norm_backward(const Norm& n, const A* dy, const A* x, const float* mean,
+                            const float* rstd);
 
-  void linear(int64_t N, const Linear& l, const A* x, A* y, const Activations<A>& in) const;
+  // x, dx (N, in); y, dy (N, out)
+  void linear(int64_t N, const Linear& l, const A* x, A* y, const Activations<A>& acts) const;
   void linear_backward(const Linear& l, const A* x, const A* dy, A* dx) const;
   void weight_backward(const Linear& l, const A* x, const A* dy) const;
-  Product linear_of(int64_t N, const Linear& l, const A* x, A* y) const;
-  Product input_of(int64_t N, const Linear& l, const A* dy, A* dx) const;
-  Product weight_of(int64_t N, const Linear& l, const A* x, const A* dy) const;
+  Product linear_product(int64_t N, const Linear& l, const A* x, A* y) const;
+  Product input_gradient_product(int64_t N, const Linear& l, const A* dy, A* dx) const;
+  Product weight_gradient_product(int64_t N, const Linear& l, const A* x, const A* dy) const;
   void matmul(const Product& p) const;
   bool has_adapters(const Linear& l) const { return adapters_ && !l.adapters.empty(); }
   void adapters_forward(int64_t N, const Linear& l, const A* x, A* y,
-                        const Activations<A>& in) const;
+                        const Activations<A>& acts) const;
   void adapters_backward(const Linear& l, const A* x, const A* dy, A* dx) const;
   void adapter_inner(int64_t N, const Linear& l, const Adapter& a, const A* x, A* inner) const;
   void adapter_gradient(int64_t M, int64_t N, const A* a, int64_t lda, const A* b,
                         int64_t offset) const;
 
+  // qkv (N, (NH + 2 NKV) HS); rotated (N, (NH + NKV) HS) or null
   AttentionInput<A> heads_of(const A* qkv, const A* rotated) const;
-  void reach(int positions);
+  void extend_rope(int positions);
   void rotate(int64_t N, const int* positions, const Block& b, A* qkv, A* rotated) const;
   void rotate_backward(const Block& b, const LayerActivations<A>& a);
   AttentionShape attention_shape() const;
@@ -302,11 +307,12 @@ class CudaGpt final : public Gpt {
   void attend_batch_backward(const AttentionInput<A>& in, const LayerActivations<A>& a) const;
 
   void linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* act,
-                   const Activations<A>& in) const;
+                   const Activations<A>& acts) const;
   void linear_gelu_backward(const Linear& l, const A* x, const A* up, const A* dy, A* dup) const;
 
-  const A* head_rows(int64_t first, int64_t rows) const;
-  void classify(int64_t first, int64_t rows, bool backward) const;
+  // Rows begin .. begin + rows - 1 of the logits
+  const A* head_input(int64_t begin, int64_t rows) const;
+  void classify(int64_t begin, int64_t rows, bool backward) const;
   void head_forward();
   void head_backward(bool logits_ready);
 
@@ -328,17 +334,17 @@ class CudaGpt final : public Gpt {
             has_dlogp_, has_dvalue_, has_dentropy_, std::bit_cast<int32_t>(inverse_temperature_),
             adapters_};
   }
-  template <class Body>
-  void run_graph(const GraphKey& key, Body&& body);
-  template <class Body>
-  bool fused_is_faster(const char* what, int64_t N, const Linear& l, Body&& body) const;
-  template <class Body>
-  bool bias_gradient_is_fused(const Linear& l, Body&& body) const;
+  template <class Work>
+  void run_graph(const GraphKey& key, Work&& work);
+  template <class Compute>
+  bool fused_is_faster(const char* what, int64_t N, const Linear& l, Compute&& compute) const;
+  template <class Compute>
+  bool bias_gradient_is_fused(const Linear& l, Compute&& compute) const;
   bool try_matmul(const Product& p) const;
   void reserve(int64_t N);
   void clear(void* p, size_t bytes) const;
   void wait() const;
-  struct Slice {  // a tensor on the device; null what it has not
+  struct Slice {  // a tensor on the device; null where it has none
     float* data;
     A* copy;  // a weight's in bf16
   };
@@ -348,8 +354,8 @@ class CudaGpt final : public Gpt {
   UpdateStats stats() override;
   void zero_gradients() override;
   void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
-  std::map<std::string, std::string> choices() const override;
-  void keep_choices(const std::map<std::string, std::string>& choices) override;
+  std::map<std::string, std::string> tuned_plans() const override;
+  void set_tuned_plans(const std::map<std::string, std::string>& plans) override;
 
   std::span<const float> logp() override { return fetch(logp_, batch_.logp, Head::lm); }
   std::span<const float> entropy() override { return fetch(entropy_, batch_.entropy, Head::lm); }
@@ -371,8 +377,8 @@ class CudaGpt final : public Gpt {
   bool adapters_;   // LoRA's take part
   int64_t frozen_;  // where the table's trainable rows begin
   std::shared_ptr<Weights<A>> weights_;
-  // Gradients are zero, whatever the arena holds: the next backward clears them.
-  bool fresh_ = true;
+  // The gradients count as zero: the next backward pass clears the arena before it adds.
+  bool gradients_zeroed_ = true;
 
   Activations<A> a_{};
   DeviceBatch batch_{};
@@ -385,7 +391,7 @@ class CudaGpt final : public Gpt {
   bool has_dlogp_ = false, has_dvalue_ = false, has_dentropy_ = false;
   float inverse_temperature_ = 1;
   std::vector<float> logp_, entropy_, value_;  // empty until they are asked for
-  bool live_ = false, logits_kept_ = false;
+  bool forward_is_live_ = false, logits_kept_ = false;
 
   struct Optimizer;  // gradients, moments and scratch: training only
   std::unique_ptr<Optimizer> optimizer_;
@@ -437,7 +443,9 @@ static void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, d
                    size_t shared, cudaStream_t stream, Arguments... arguments);
 
 static unsigned blocks_for(int64_t n, int64_t each) { return unsigned((n + each - 1) / each); }
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // 16 bytes at once: 4 floats or 8 bf16. `p` is 16-byte aligned.
 template <class T>
@@ -505,7 +513,7 @@ __device__ inline bf16 from_float<bf16>(float x) {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Over the 32 lanes of a warp; every lane gets the result. A butterfly: one order.
+// Over the 32 lanes of a warp; every lane gets the result, summed in one fixed order (a butterfly).
 __device__ inline float warp_sum(float x) {
   for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
   return x;
@@ -527,8 +535,8 @@ __device__ inline void store_floats(T* p, const float (&x)[n]);
 
 // Launchers queue and return: they neither allocate nor wait, and scratch is handed in.
 //
-// Nearly all kernels are bound by memory. What counts is that a byte moves once, 16 at a time, and
-// that enough of them are on their way: so most kernels are templates on W, the neighbours a thread
+// Nearly all kernels are bound by memory. They are fast when each byte moves once, 16 at a time,
+// and when enough loads are under way: so most kernels are templates on W, the neighbours a thread
 // takes at once, which is a Pack's worth where rows and pointers are multiples of 16 bytes and
 // else 1. Rows go to warps: lane l has elements l W .. l W + W - 1, then those 32 W further on; a
 // warp needs no barrier. Gradients of vectors are sums over all rows: blocks sum theirs into
@@ -541,9 +549,8 @@ inline constexpr int kBlockThreads = 1024;
 inline constexpr int kPartialRows = 512;                // blocks that sum for column_sums, at most
 inline constexpr size_t kRowShared = size_t(64) << 10;  // bytes such a block takes, where it can
 inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = .6931471805599453f;
-// Where running maxima begin: below any score, yet finite, so that p log p of a logit like it is 0,
-// and so that a row that has met only masked keys (-inf) multiplies its sums by exp(0) and adds
-// exp(-inf), and no NaN arises.
+// Running maxima begin here: below any score, but finite. From -inf, a row that has met only masked
+// keys would compute exp(-inf + inf), which is NaN. And p log p of a logit of kLowest is 0.
 inline constexpr float kLowest = -1e30f;
 
 // Grids of one warp a row, with kRowThreads threads a block.
@@ -570,10 +577,10 @@ static void column_sums(float* out0, float* out1, const float* in, int count, in
 // ---------------------------------------------------------------------------------------------
 // A batch, and where gradients go
 
-enum class Keep {
-  all,     // every layer's activations, for backward
-  inputs,  // each layer's x: recomputation
-  none,    // inference
+enum class Saved {
+  all,           // every layer's activations, for backward
+  layer_inputs,  // each layer's x: recomputation
+  none,          // inference
 };
 
 // Everything a pass over N tokens writes.
@@ -598,7 +605,7 @@ struct Activations {
   int64_t logit_rows = 0;  // made at a time
 
   // `rows`: of logits that a pass over N tokens may ask for; `rank`: of adapters
-  void lay_out(const Config& c, int rank, int64_t N, int64_t rows, Keep keep, Memory& memory);
+  void lay_out(const Config& c, int rank, int64_t N, int64_t rows, Saved saved, Memory& memory);
 };
 
 // Checks a batch and sends it to the device.
@@ -624,35 +631,35 @@ void CudaGpt<A>::begin(const Batch& batch) {
   gathered_ = int64_t(rows.size()) < N;
   if (gathered_) rows.resize(size_t(round_up(int64_t(rows.size()), 128)), -1);
   rows_ = int64_t(rows.size());
-  live_ = logits_kept_ = false;
+  forward_is_live_ = logits_kept_ = false;
   reserve(N);
-  reach(longest);
+  extend_rope(longest);
   N_ = int(N);
   inverse_temperature_ = 1 / batch.temperature;
   has_dlogp_ = has_dvalue_ = has_dentropy_ = false;
   logp_.clear(), entropy_.clear(), value_.clear();
 
   resources_->staging.begin(size_t(6 * round_up(N, 128)) * sizeof(int));
-  const auto send = [&](int* to, std::span<const int> from) {
-    resources_->staging.send(to, from.data(), from.size(), stream_);
+  const auto upload = [&](int* dst, std::span<const int> src) {
+    resources_->staging.upload(dst, src.data(), src.size(), stream_);
   };
-  send(batch_.tokens, batch.tokens);
-  if (lm) send(batch_.targets, batch.targets);
-  send(batch_.positions, positions);
-  send(batch_.doc_start, doc_start);
-  send(batch_.doc_end, doc_end);
-  if (lm) send(batch_.row_of, rows);
+  upload(batch_.tokens, batch.tokens);
+  if (lm) upload(batch_.targets, batch.targets);
+  upload(batch_.positions, positions);
+  upload(batch_.doc_start, doc_start);
+  upload(batch_.doc_end, doc_end);
+  if (lm) upload(batch_.row_of, rows);
   resources_->staging.end(stream_);
 }
 
 template <class A>
-void CudaGpt<A>::send_weights(std::span<const float> dlogp, std::span<const float> dvalue,
-                              std::span<const float> dentropy) {
+void CudaGpt<A>::upload_token_weights(std::span<const float> dlogp, std::span<const float> dvalue,
+                                      std::span<const float> dentropy) {
   has_dlogp_ = !dlogp.empty(), has_dvalue_ = !dvalue.empty(), has_dentropy_ = !dentropy.empty();
   resources_->staging.begin(size_t(3 * round_up(N_, 4)) * sizeof(float));
-  resources_->staging.send(batch_.dlogp, dlogp.data(), dlogp.size(), stream_);
-  resources_->staging.send(batch_.dvalue, dvalue.data(), dvalue.size(), stream_);
-  resources_->staging.send(batch_.dentropy, dentropy.data(), dentropy.size(), stream_);
+  resources_->staging.upload(batch_.dlogp, dlogp.data(), dlogp.size(), stream_);
+  resources_->staging.upload(batch_.dvalue, dvalue.data(), dvalue.size(), stream_);
+  resources_->staging.upload(batch_.dentropy, dentropy.data(), dentropy.size(), stream_);
   resources_->staging.end(stream_);
 }
 
@@ -677,9 +684,9 @@ float* CudaGpt<A>::gradient(int64_t offset) const {
 
 // Backward adds to the gradients.
 template <class A>
-void CudaGpt<A>::clear_fresh() {
-  if (fresh_) clear(optimizer_->gradients.data(), optimizer_->gradients.bytes());
-  fresh_ = false;
+void CudaGpt<A>::clear_zeroed_gradients() {
+  if (gradients_zeroed_) clear(optimizer_->gradients.data(), optimizer_->gradients.bytes());
+  gradients_zeroed_ = false;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -713,8 +720,8 @@ static void embed_forward(A* x, const A* wte, const A* wpe, const int* tokens, c
 }
 
 // ---------------------------------------------------------------------------------------------
-// Norms: x, delta and sum, y move once. A lane keeps its part of the row in shared memory, so that
-// mean, variance and y are three looks at one reading, whatever C is.
+// Norms. x and delta are read once, sum and y written once: a lane keeps its part of the row in
+// shared memory, where mean, variance and y find it, whatever C is.
 
 // plain::norm_forward of sum = x + delta, rounded to A: y = (sum - mean) rstd w + b; RMSNorm (bias
 // null): mean 0, no b. sum (which may be x), y, x, delta (N, C); mean, rstd (N) or null; weight
@@ -783,10 +790,10 @@ __device__ inline void add_to_slots(float* slots, int c, const float (&d)[W]) {
     slots[c] += d[0];
   } else {
     for (int j = 0; j < W; j += 4) {
-      float* at = slots + column_slot<W>(c + j);
-      Pack<float> sum = load_pack(at);
+      float* slot = slots + column_slot<W>(c + j);
+      Pack<float> sum = load_pack(slot);
       for (int i = 0; i < 4; i++) sum.v[i] += d[j + i];
-      store_pack(at, sum);
+      store_pack(slot, sum);
     }
   }
 }
@@ -824,16 +831,16 @@ __global__ void norm_backward_kernel(A* dx, float* partials, const A* dy, const 
     }
     const float g_mean = bias ? warp_sum(g_sum) / C : 0, gh_mean = warp_sum(gh_sum) / C;
     for (int c = lane * W; c < C; c += 32 * W) {
-      float to[W];
+      float dx_sum[W];
       load_floats(v, x + n * C + c);
       load_floats(d, dy + n * C + c);
       load_floats(w, weight + c);
-      load_floats(to, dx + n * C + c);
+      load_floats(dx_sum, dx + n * C + c);
       for (int j = 0; j < W; j++) {
         const float h = (v[j] - mean) * rstd;
-        to[j] += rstd * (d[j] * w[j] - g_mean - h * gh_mean);
+        dx_sum[j] += rstd * (d[j] * w[j] - g_mean - h * gh_mean);
       }
-      store_floats(dx + n * C + c, to);
+      store_floats(dx + n * C + c, dx_sum);
     }
   }
   if (!partials) return;
@@ -873,8 +880,8 @@ void CudaGpt<A>::residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* me
                   weights_->vector(n.bias), eps(), int(N), config_.C, stream_);
 }
 template <class A>
-void CudaGpt<A>::norm_back(const Norm& n, const A* dy, const A* x, const float* mean,
-                           const float* rstd) {
+void CudaGpt<A>::stream_norm_backward(const Norm& n, const A* dy, const A* x, const float* mean,
+                                      const float* rstd) {
   norm_backward(a_.dx, gradient(n.weight), gradient(n.bias), dy, x, mean, rstd,
                 weights_->vector(n.weight), N_, config_.C, a_.scratch, stream_);
 }
@@ -991,7 +998,7 @@ static Product product_atb(int64_t M, int64_t N, int64_t K, const A* a, const A*
 
 // y (N, out) = x W^T + b
 template <class A>
-Product CudaGpt<A>::linear_of(int64_t N, const Linear& l, const A* x, A* y) const {
+Product CudaGpt<A>::linear_product(int64_t N, const Linear& l, const A* x, A* y) const {
   Product p = product_abt(N, l.out, l.in, x, weights_->matrix(l.weight), y);
   p.epilogue = l.bias >= 0 ? Epilogue::bias : Epilogue::none;
   p.bias = weights_->matrix(l.bias);
@@ -999,19 +1006,20 @@ Product CudaGpt<A>::linear_of(int64_t N, const Linear& l, const A* x, A* y) cons
 }
 template <class A>
 void CudaGpt<A>::linear(int64_t N, const Linear& l, const A* x, A* y,
-                        const Activations<A>& in) const {
-  matmul(linear_of(N, l, x, y));
-  adapters_forward(N, l, x, y, in);
+                        const Activations<A>& acts) const {
+  matmul(linear_product(N, l, x, y));
+  adapters_forward(N, l, x, y, acts);
 }
 
 // dx (N, in) = dy W
 template <class A>
-Product CudaGpt<A>::input_of(int64_t N, const Linear& l, const A* dy, A* dx) const {
+Product CudaGpt<A>::input_gradient_product(int64_t N, const Linear& l, const A* dy, A* dx) const {
   return product(N, l.in, l.out, dy, weights_->matrix(l.weight), dx);
 }
 // dW (out, in) += dy^T x
 template <class A>
-Product CudaGpt<A>::weight_of(int64_t N, const Linear& l, const A* x, const A* dy) const {
+Product CudaGpt<A>::weight_gradient_product(int64_t N, const Linear& l, const A* x,
+                                            const A* dy) const {
   Product p = product_atb(l.out, l.in, N, dy, x, gradient(l.weight));
   p.beta = 1;
   return p;
@@ -1020,9 +1028,9 @@ Product CudaGpt<A>::weight_of(int64_t N, const Linear& l, const A* x, const A* d
 template <class A>
 void CudaGpt<A>::weight_backward(const Linear& l, const A* x, const A* dy) const {
   if (!gradient(l.weight)) return;  // frozen
-  Product p = weight_of(N_, l, x, dy);
+  Product p = weight_gradient_product(N_, l, x, dy);
   if (l.bias < 0) return matmul(p);
-  const auto body = [&](bool fused, float* dweight, float* dbias) {
+  const auto compute = [&](bool fused, float* dweight, float* dbias) {
     p.d = dweight;
     p.epilogue = fused ? Epilogue::bias_gradient : Epilogue::none;
     p.bias = fused ? a_.bias_sums : nullptr;
@@ -1034,14 +1042,15 @@ void CudaGpt<A>::weight_backward(const Linear& l, const A* x, const A* dy) const
     }
     return true;
   };
-  if (!(bias_gradient_is_fused(l, body) && body(true, gradient(l.weight), gradient(l.bias)))) {
-    body(false, gradient(l.weight), gradient(l.bias));
+  if (!(bias_gradient_is_fused(l, compute) &&
+        compute(true, gradient(l.weight), gradient(l.bias)))) {
+    compute(false, gradient(l.weight), gradient(l.bias));
   }
 }
 template <class A>
 void CudaGpt<A>::linear_backward(const Linear& l, const A* x, const A* dy, A* dx) const {
   weight_backward(l, x, dy);
-  matmul(input_of(N_, l, dy, dx));
+  matmul(input_gradient_product(N_, l, dy, dx));
   adapters_backward(l, x, dy, dx);
 }
 
@@ -1052,12 +1061,12 @@ void CudaGpt<A>::linear_backward(const Linear& l, const A* x, const A* dy, A* dx
 // u is made in the memory of `in`.
 template <class A>
 void CudaGpt<A>::adapters_forward(int64_t N, const Linear& l, const A* x, A* y,
-                                  const Activations<A>& in) const {
+                                  const Activations<A>& acts) const {
   if (!adapters_) return;
   for (const Adapter& a : l.adapters) {
-    adapter_inner(N, l, a, x, in.inner);
+    adapter_inner(N, l, a, x, acts.inner);
     Product p =
-        product_abt(N, a.out, table_.lora.rank, in.inner, weights_->matrix(a.b), y + a.begin);
+        product_abt(N, a.out, table_.lora.rank, acts.inner, weights_->matrix(a.b), y + a.begin);
     p.ldd = l.out, p.beta = 1;
     matmul(p);
   }
@@ -1096,22 +1105,22 @@ void CudaGpt<A>::adapters_backward(const Linear& l, const A* x, const A* dy, A* 
 }
 
 // ---------------------------------------------------------------------------------------------
-// QK-norm and RoPE: q and k move once. A head goes to a group of 1 to 32 lanes, each of which has W
-// pairs (x[i], x[i + HS/2]) at once; HS up to 256.
+// QK-norm and RoPE: q and k are read and written once. A head goes to a group of 1 to 32 lanes,
+// each of which has W pairs (x[i], x[i + HS/2]) at once; HS up to 256.
 
 // cos and sin of every position so far, (positions, HS/2), made on the host in double.
 class RopeTable {
  public:
   explicit RopeTable(const Config& c) : half_(c.HS / 2), T_(c.T), frequency_(rope_frequencies(c)) {}
   // True when the table moved. Grows to the next power of two, at most to T.
-  bool reach(int positions, cudaStream_t stream) {
-    if (positions <= reached_) return false;
-    int grown = 256;
-    while (grown < positions) grown *= 2;
-    reached_ = std::max(positions, std::min(grown, T_));
+  bool extend(int positions, cudaStream_t stream) {
+    if (positions <= positions_) return false;
+    int capacity = 256;
+    while (capacity < positions) capacity *= 2;
+    positions_ = std::max(positions, std::min(capacity, T_));
     std::vector<float2> values;
-    values.reserve(size_t(reached_) * size_t(half_));
-    for (int t = 0; t < reached_; t++)
+    values.reserve(size_t(positions_) * size_t(half_));
+    for (int t = 0; t < positions_; t++)
       for (const double f : frequency_)
         values.push_back({float(std::cos(t * f)), float(std::sin(t * f))});
     table_ = Buffer<float2>("RoPE's table", int64_t(values.size()), "--context");
@@ -1124,7 +1133,7 @@ class RopeTable {
   const float2* data() const { return table_.data(); }
 
  private:
-  int half_, T_, reached_ = 0;
+  int half_, T_, positions_ = 0;
   std::vector<double> frequency_;
   Buffer<float2> table_;
 };
@@ -1154,27 +1163,28 @@ __global__ void qk_forward_kernel(A* q, int64_t q_ld, A* k, int64_t k_ld, const 
                                   float eps, int N, int NH, int NKV, int HS, int lanes) {
   const int half = HS / 2, lane = threadIdx.x % lanes;
   const int64_t item = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-  const bool live = item < int64_t(N) * (NH + NKV);  // if not, it only takes part in the shuffles
-  const int64_t n = live ? item / (NH + NKV) : 0;
-  const int head = live ? int(item % (NH + NKV)) : 0;
+  const bool in_range =
+      item < int64_t(N) * (NH + NKV);  // if not, it only takes part in the shuffles
+  const int64_t n = in_range ? item / (NH + NKV) : 0;
+  const int head = in_range ? int(item % (NH + NKV)) : 0;
   const bool is_q = head < NH;
-  const A* from = (is_q ? q_in : k_in) + n * in_ld + (is_q ? head : head - NH) * HS;
-  A* to = is_q ? q + n * q_ld + head * HS : k + n * k_ld + (head - NH) * HS;
+  const A* src = (is_q ? q_in : k_in) + n * in_ld + (is_q ? head : head - NH) * HS;
+  A* dst = is_q ? q + n * q_ld + head * HS : k + n * k_ld + (head - NH) * HS;
   const float* turns = reinterpret_cast<const float*>(rope + int64_t(positions[n]) * half);
 
   float a[kPairPasses<W>][W], b[kPairPasses<W>][W], square = 0;
   for (int p = 0; p < kPairPasses<W>; p++) {
     const int i = (p * lanes + lane) * W;
     if (i >= half) continue;
-    load_floats(a[p], from + i);
-    load_floats(b[p], from + half + i);
+    load_floats(a[p], src + i);
+    load_floats(b[p], src + half + i);
     for (int j = 0; j < W; j++) square += a[p][j] * a[p][j] + b[p][j] * b[p][j];
   }
   const float* weight = is_q ? q_norm : k_norm;
   const float rstd = q_norm ? 1 / sqrtf(group_sum(square, lanes) / HS + eps) : 1;
   for (int p = 0; p < kPairPasses<W>; p++) {
     const int i = (p * lanes + lane) * W;
-    if (i >= half || !live) continue;
+    if (i >= half || !in_range) continue;
     if (weight) {
       float wa[W], wb[W];
       load_floats(wa, weight + i);
@@ -1188,8 +1198,8 @@ __global__ void qk_forward_kernel(A* q, int64_t q_ld, A* k, int64_t k_ld, const 
       a[p][j] = x * c - y * s;
       b[p][j] = y * c + x * s;
     }
-    store_floats(to + i, a[p]);
-    store_floats(to + half + i, b[p]);
+    store_floats(dst + i, a[p]);
+    store_floats(dst + half + i, b[p]);
   }
 }
 template <class A>
@@ -1224,11 +1234,11 @@ __global__ void __launch_bounds__(kRowThreads)
   const float* weight = blockIdx.y ? k_norm : q_norm;
   const int64_t items = int64_t(N) * heads;
   float da[kPairPasses<W>][W] = {}, db[kPairPasses<W>][W] = {};  // of the weights
-  for (int64_t first = int64_t(blockIdx.x) * groups; first < items;
-       first += int64_t(gridDim.x) * groups) {
-    const int64_t item = first + threadIdx.x / lanes;
-    const bool live = item < items;
-    const int64_t n = live ? item / heads : 0, head = live ? item % heads : 0;
+  for (int64_t begin = int64_t(blockIdx.x) * groups; begin < items;
+       begin += int64_t(gridDim.x) * groups) {
+    const int64_t item = begin + threadIdx.x / lanes;
+    const bool in_range = item < items;
+    const int64_t n = in_range ? item / heads : 0, head = in_range ? item % heads : 0;
     A* d = gradient + n * ld + head * HS;
     const A* x = in + n * in_ld + head * HS;
     const float* turns = reinterpret_cast<const float*>(rope + int64_t(positions[n]) * half);
@@ -1238,7 +1248,7 @@ __global__ void __launch_bounds__(kRowThreads)
     float square = 0, gx_sum = 0;
     for (int p = 0; p < kPairPasses<W>; p++) {
       const int i = (p * lanes + lane) * W;
-      if (i >= half || !live) continue;
+      if (i >= half || !in_range) continue;
       float turn[2 * W];
       load_floats(a[p], d + i);
       load_floats(b[p], d + half + i);
@@ -1266,7 +1276,7 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     for (int p = 0; p < kPairPasses<W>; p++) {
       const int i = (p * lanes + lane) * W;
-      if (i >= half || !live) continue;
+      if (i >= half || !in_range) continue;
       if (weight) {
         float wa[W], wb[W];
         load_floats(wa, weight + i);
@@ -1322,11 +1332,11 @@ static void qk_backward(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in, 
 }
 
 template <class A>
-void CudaGpt<A>::reach(int positions) {
-  if (config_.family != Family::gpt2 && resources_->rope.reach(positions, stream_))
+void CudaGpt<A>::extend_rope(int positions) {
+  if (config_.family != Family::gpt2 && resources_->rope.extend(positions, stream_))
     resources_->graphs.clear();
 }
-// Norm and RoPE of q and k, where they are unless the raw ones are kept for backward.
+// Norm and RoPE of q and k: in place, unless backward needs q and k as they were.
 template <class A>
 void CudaGpt<A>::rotate(int64_t N, const int* positions, const Block& b, A* qkv, A* rotated) const {
   if (config_.family == Family::gpt2) return;
@@ -1337,7 +1347,8 @@ void CudaGpt<A>::rotate(int64_t N, const int* positions, const Block& b, A* qkv,
              weights_->vector(b.k_norm), resources_->rope.data(), positions, eps(), int(N),
              config_.NH, config_.NKV, config_.HS, stream_);
 }
-// dqkv holds gradients of the rotated q and k: turned back, and through qwen3's norm.
+// dqkv holds the gradients of the rotated q and k: they are rotated back, and go through qwen3's
+// norm.
 template <class A>
 void CudaGpt<A>::rotate_backward(const Block& b, const LayerActivations<A>& a) {
   if (config_.family == Family::gpt2) return;
@@ -1397,13 +1408,14 @@ static size_t plain_shared(int HS, int tiles, int scores) {
   return sizeof(float) * size_t(tiles * kPlainTile * plain_stride(HS) + scores * kPlainScores);
 }
 
-// Rows first .. first + 31 of a matrix; zeros from row N on.
+// Rows first_row .. first_row + 31 of a matrix; zeros from row N on.
 template <class A>
-__device__ inline void load_plain(float* tile, const A* rows, int64_t ld, int first, int N,
+__device__ inline void load_plain(float* tile, const A* rows, int64_t ld, int first_row, int N,
                                   int HS) {
   for (int i = int(threadIdx.x); i < kPlainTile * HS; i += kPlainThreads) {
     const int r = i / HS, d = i % HS;
-    tile[r * plain_stride(HS) + d] = first + r < N ? to_float(rows[(first + r) * ld + d]) : 0.f;
+    tile[r * plain_stride(HS) + d] =
+        first_row + r < N ? to_float(rows[(first_row + r) * ld + d]) : 0.f;
   }
 }
 
@@ -1436,15 +1448,15 @@ __device__ inline void add_plain(float (&c)[2][kPlainEach], const float* scores,
       }
 }
 
-// Rows first + y and first + y + 16 of a matrix, times scale[i]
+// Rows first_row + y and first_row + y + 16 of a matrix, times scale[i]
 template <class A>
-__device__ inline void store_plain(A* rows, int64_t ld, int first, int N, int HS,
+__device__ inline void store_plain(A* rows, int64_t ld, int first_row, int N, int HS,
                                    const float (&c)[2][kPlainEach], const float (&scale)[2]) {
   const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
   for (int i = 0; i < 2; i++)
 #pragma unroll
     for (int e = 0; e < kPlainEach; e++) {
-      const int n = first + y + 16 * i, d = x + 16 * e;
+      const int n = first_row + y + 16 * i, d = x + 16 * e;
       if (n < N && d < HS) rows[n * ld + d] = from_float<A>(c[i][e] * scale[i]);
     }
 }
@@ -1455,7 +1467,7 @@ __global__ void __launch_bounds__(kPlainThreads)
     plain_forward_kernel(A* out, float* lse, AttentionInput<A> in, AttentionShape shape,
                          float scale) {
   const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
-  const int first = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
+  const int first_row = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
   const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
   float *q_tile = shared_memory<float>(), *k_tile = q_tile + size, *v_tile = k_tile + size;
   float* scores = v_tile + size;
@@ -1465,8 +1477,9 @@ __global__ void __launch_bounds__(kPlainThreads)
   };
 
   float acc[2][kPlainEach] = {}, highest[2] = {kLowest, kLowest}, total[2] = {};
-  load_plain(q_tile, in.q + h * HS, in.q_ld, first, N, HS);
-  for (int key = shape.doc_start[first]; key < min(first + kPlainTile, N); key += kPlainTile) {
+  load_plain(q_tile, in.q + h * HS, in.q_ld, first_row, N, HS);
+  for (int key = shape.doc_start[first_row]; key < min(first_row + kPlainTile, N);
+       key += kPlainTile) {
     __syncthreads();  // the last keys and values have been read
     load_plain(k_tile, in.k + kv * HS, in.k_ld, key, N, HS);
     load_plain(v_tile, in.v + kv * HS, in.v_ld, key, N, HS);
@@ -1474,7 +1487,7 @@ __global__ void __launch_bounds__(kPlainThreads)
     float s[2][2];
     multiply_plain(s, q_tile, k_tile, HS);
     for (int i = 0; i < 2; i++) {
-      const int n = first + y + 16 * i, begin = n < N ? shape.doc_start[n] : N;
+      const int n = first_row + y + 16 * i, begin = n < N ? shape.doc_start[n] : N;
       float higher = highest[i];
       for (int j = 0; j < 2; j++) {
         const int m = key + x + 16 * j;
@@ -1495,12 +1508,12 @@ __global__ void __launch_bounds__(kPlainThreads)
   }
   float inverse[2];
   for (int i = 0; i < 2; i++) {
-    const int n = first + y + 16 * i;
+    const int n = first_row + y + 16 * i;
     const float sum = over_row(total[i], [](float a, float b) { return a + b; });
     inverse[i] = 1 / sum;
     if (x == 0 && n < N) lse[int64_t(h) * N + n] = highest[i] + logf(sum);
   }
-  store_plain(out + h * HS, int64_t(shape.NH) * HS, first, N, HS, acc, inverse);
+  store_plain(out + h * HS, int64_t(shape.NH) * HS, first_row, N, HS, acc, inverse);
 }
 
 // One block a key/value head (x) and 32 keys (y): rows are keys, columns queries.
@@ -1509,18 +1522,18 @@ __global__ void __launch_bounds__(kPlainThreads)
     plain_keys_kernel(A* dk, A* dv, int64_t d_ld, const A* dout, const float* lse,
                       const float* delta, AttentionInput<A> in, AttentionShape shape, float scale) {
   const int N = shape.N, HS = shape.HS, kv = int(blockIdx.x), group = shape.NH / shape.NKV;
-  const int first = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
+  const int first_row = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
   const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
   float *k_tile = shared_memory<float>(), *v_tile = k_tile + size;
   float *q_tile = v_tile + size, *dout_tile = q_tile + size;
   float *p_scores = dout_tile + size, *ds_scores = p_scores + kPlainScores;
 
   float dk_acc[2][kPlainEach] = {}, dv_acc[2][kPlainEach] = {};
-  load_plain(k_tile, in.k + kv * HS, in.k_ld, first, N, HS);
-  load_plain(v_tile, in.v + kv * HS, in.v_ld, first, N, HS);
-  const int end = shape.doc_end[min(first + kPlainTile, N) - 1];
+  load_plain(k_tile, in.k + kv * HS, in.k_ld, first_row, N, HS);
+  load_plain(v_tile, in.v + kv * HS, in.v_ld, first_row, N, HS);
+  const int end = shape.doc_end[min(first_row + kPlainTile, N) - 1];
   for (int h = kv * group; h < (kv + 1) * group; h++) {
-    for (int query = first; query < end; query += kPlainTile) {
+    for (int query = first_row; query < end; query += kPlainTile) {
       __syncthreads();  // the last tiles have been read
       load_plain(q_tile, in.q + h * HS, in.q_ld, query, N, HS);
       load_plain(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, query, N, HS);
@@ -1530,20 +1543,20 @@ __global__ void __launch_bounds__(kPlainThreads)
       multiply_plain(ds, v_tile, dout_tile, HS);
       for (int i = 0; i < 2; i++)
         for (int j = 0; j < 2; j++) {
-          const int m = first + y + 16 * i, n = query + x + 16 * j;
-          const int64_t at = int64_t(h) * N + n;
+          const int m = first_row + y + 16 * i, n = query + x + 16 * j;
+          const int64_t index = int64_t(h) * N + n;
           const bool seen = n < N && m <= n && m >= shape.doc_start[n];
-          const float pe = seen ? expf(p[i][j] * scale - lse[at]) : 0.f;
+          const float pe = seen ? expf(p[i][j] * scale - lse[index]) : 0.f;
           plain_score(p_scores, i, j) = pe;
-          plain_score(ds_scores, i, j) = seen ? pe * (ds[i][j] - delta[at]) : 0.f;
+          plain_score(ds_scores, i, j) = seen ? pe * (ds[i][j] - delta[index]) : 0.f;
         }
       __syncwarp();
       add_plain(dv_acc, p_scores, dout_tile, HS);
       add_plain(dk_acc, ds_scores, q_tile, HS);
     }
   }
-  store_plain(dk + kv * HS, d_ld, first, N, HS, dk_acc, {scale, scale});
-  store_plain(dv + kv * HS, d_ld, first, N, HS, dv_acc, {1, 1});
+  store_plain(dk + kv * HS, d_ld, first_row, N, HS, dk_acc, {scale, scale});
+  store_plain(dv + kv * HS, d_ld, first_row, N, HS, dv_acc, {1, 1});
 }
 
 // One block a query head (x) and 32 queries (y): rows are queries, columns keys.
@@ -1552,15 +1565,16 @@ __global__ void __launch_bounds__(kPlainThreads)
     plain_queries_kernel(A* dq, int64_t dq_ld, const A* dout, const float* lse, const float* delta,
                          AttentionInput<A> in, AttentionShape shape, float scale) {
   const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
-  const int first = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
+  const int first_row = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
   const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
   float *q_tile = shared_memory<float>(), *dout_tile = q_tile + size;
   float *k_tile = dout_tile + size, *v_tile = k_tile + size, *scores = v_tile + size;
 
   float acc[2][kPlainEach] = {};
-  load_plain(q_tile, in.q + h * HS, in.q_ld, first, N, HS);
-  load_plain(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, first, N, HS);
-  for (int key = shape.doc_start[first]; key < min(first + kPlainTile, N); key += kPlainTile) {
+  load_plain(q_tile, in.q + h * HS, in.q_ld, first_row, N, HS);
+  load_plain(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, first_row, N, HS);
+  for (int key = shape.doc_start[first_row]; key < min(first_row + kPlainTile, N);
+       key += kPlainTile) {
     __syncthreads();  // the last tiles have been read
     load_plain(k_tile, in.k + kv * HS, in.k_ld, key, N, HS);
     load_plain(v_tile, in.v + kv * HS, in.v_ld, key, N, HS);
@@ -1570,16 +1584,16 @@ __global__ void __launch_bounds__(kPlainThreads)
     multiply_plain(ds, dout_tile, v_tile, HS);
     for (int i = 0; i < 2; i++)
       for (int j = 0; j < 2; j++) {
-        const int n = first + y + 16 * i, m = key + x + 16 * j;
-        const int64_t at = int64_t(h) * N + n;
+        const int n = first_row + y + 16 * i, m = key + x + 16 * j;
+        const int64_t index = int64_t(h) * N + n;
         const bool seen = n < N && m <= n && m >= shape.doc_start[n];
         plain_score(scores, i, j) =
-            seen ? expf(p[i][j] * scale - lse[at]) * (ds[i][j] - delta[at]) : 0.f;
+            seen ? expf(p[i][j] * scale - lse[index]) * (ds[i][j] - delta[index]) : 0.f;
       }
     __syncwarp();
     add_plain(acc, scores, k_tile, HS);
   }
-  store_plain(dq + h * HS, dq_ld, first, N, HS, acc, {scale, scale});
+  store_plain(dq + h * HS, dq_ld, first_row, N, HS, acc, {scale, scale});
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1675,20 +1689,20 @@ __device__ inline bf16* chunk_at(bf16* tile, int row, int chunk) {
   return tile + row * D + chunk / 8 * 64 + (chunk % 8 ^ row % 8) * 8;
 }
 
-// Begins to copy rows first .. first + ROWS - 1 of a matrix into a tile; rows from N on and columns
-// from HS on become zeros. A thread copies the same chunk of every kStep-th row (a multiple of 8,
-// so its place in the row is the same too); neighbours copy neighbours.
+// Begins to copy rows first_row .. first_row + ROWS - 1 of a matrix into a tile; rows from N on and
+// columns from HS on become zeros. A thread copies the same chunk of every kStep-th row (a multiple
+// of 8, so its place in the row is the same too); neighbours copy neighbours.
 template <int ROWS, int D>
-__device__ inline void load_tile(bf16* tile, const bf16* rows, int64_t ld, int first, int N,
+__device__ inline void load_tile(bf16* tile, const bf16* rows, int64_t ld, int first_row, int N,
                                  int HS) {
   constexpr int kChunks = D / 8, kStep = kFlashThreads / kChunks;
   const int row = int(threadIdx.x) / kChunks, chunk = int(threadIdx.x) % kChunks;
-  const bf16* from = rows + (first + row) * ld + chunk * 8;
-  bf16* to = chunk_at<D>(tile, row, chunk);
+  const bf16* src = rows + (first_row + row) * ld + chunk * 8;
+  bf16* dst = chunk_at<D>(tile, row, chunk);
 #pragma unroll
   for (int i = 0; i < ROWS / kStep; i++) {
-    cp_async16(to + i * kStep * D, from, first + row + i * kStep < N && chunk * 8 < HS);
-    from += kStep * ld;
+    cp_async16(dst + i * kStep * D, src, first_row + row + i * kStep < N && chunk * 8 < HS);
+    src += kStep * ld;
   }
 }
 
@@ -1801,11 +1815,11 @@ __device__ inline void multiply_tile(float (&c)[MT][D / 8][4], const uint32_t (&
     }
 }
 
-// Writes a warp's accumulators, rows first + row .. first + row + MT 16 - 1 of a matrix, times
-// scale[i][half] for row i 16 + half 8 + lane_row(). They pass through rows row .. of `tile`, which
-// no other warp reads or writes, so that whole chunks reach global memory.
+// Writes a warp's accumulators, rows first_row + row .. first_row + row + MT 16 - 1 of a matrix,
+// times scale[i][half] for row i 16 + half 8 + lane_row(). They pass through rows row .. of `tile`,
+// which no other warp reads or writes, so that whole chunks reach global memory.
 template <int MT, int D>
-__device__ inline void store_rows(bf16* rows, int64_t ld, int first, int N, int HS, bf16* tile,
+__device__ inline void store_rows(bf16* rows, int64_t ld, int first_row, int N, int HS, bf16* tile,
                                   int row, const float (&c)[MT][D / 8][4],
                                   const float (&scale)[MT][2]) {
   __syncwarp();  // the lanes have read each other's rows by ldmatrix
@@ -1823,9 +1837,10 @@ __device__ inline void store_rows(bf16* rows, int64_t ld, int first, int N, int 
   __syncwarp();  // the rows are whole
 #pragma unroll
   for (int i = 0; i < MT * 16 * D / 8 / 32; i++) {
-    const int at = i * 32 + int(threadIdx.x) % 32, r = row + at / (D / 8), chunk = at % (D / 8);
-    if (first + r < N && chunk * 8 < HS) {
-      store_pack(rows + (first + r) * ld + chunk * 8, load_pack(chunk_at<D>(tile, r, chunk)));
+    const int index = i * 32 + int(threadIdx.x) % 32, r = row + index / (D / 8),
+              chunk = index % (D / 8);
+    if (first_row + r < N && chunk * 8 < HS) {
+      store_pack(rows + (first_row + r) * ld + chunk * 8, load_pack(chunk_at<D>(tile, r, chunk)));
     }
   }
 }
@@ -1834,18 +1849,22 @@ __device__ inline void store_rows(bf16* rows, int64_t ld, int first, int N, int 
 template <int MT>
 struct WarpQueries {
   const AttentionShape& shape;
-  int first, last;  // its rows; the last may lie beyond N
-  int begin;        // where the document of the first begins
+  int first_row, last_row;  // its rows; the last may lie beyond N
+  int begin;                // where the document of the first begins
 
   __device__ WarpQueries(const AttentionShape& s, int row)
-      : shape(s), first(row), last(row + MT * 16 - 1), begin(begin_of(first)) {}
+      : shape(s), first_row(row), last_row(row + MT * 16 - 1), begin(begin_of(first_row)) {}
   // Rows from N on are never stored: they may see what the last row sees.
   __device__ int begin_of(int n) const { return shape.doc_start[min(n, shape.N - 1)]; }
-  __device__ int row_of(int i, int half) const { return first + i * 16 + half * 8 + lane_row(); }
+  __device__ int row_of(int i, int half) const {
+    return first_row + i * 16 + half * 8 + lane_row();
+  }
   // Of the `count` keys from `key` on: does any row see any; do all rows see all?
-  __device__ bool sees_any(int key, int count) const { return key <= last && key + count > begin; }
+  __device__ bool sees_any(int key, int count) const {
+    return key <= last_row && key + count > begin;
+  }
   __device__ bool sees_all(int key, int count) const {
-    return key + count - 1 <= first && key >= begin_of(last);
+    return key + count - 1 <= first_row && key >= begin_of(last_row);
   }
   // Scores -inf, of these of TILES 8 keys from `key` on, where a row does not see the key.
   template <int TILES>
@@ -1874,35 +1893,35 @@ __global__ void __launch_bounds__(kFlashThreads)
                          float scale) {
   constexpr int kQueries = MT * 64;
   const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
-  const int first = int(gridDim.y - 1 - blockIdx.y) * kQueries;
+  const int first_row = int(gridDim.y - 1 - blockIdx.y) * kQueries;
   const int warp_row = int(threadIdx.x) / 32 * MT * 16;
   bf16* q_tile = shared_memory<bf16>();    // (kQueries, D)
   bf16* k_tiles = q_tile + kQueries * D;   // 2 x (KEYS, D)
   bf16* v_tiles = k_tiles + 2 * KEYS * D;  // 2 x (KEYS, D)
-  const WarpQueries<MT> rows(shape, first + warp_row);
+  const WarpQueries<MT> rows(shape, first_row + warp_row);
   // Tiles of keys, the first where the first row's document begins; they take two buffers in turn.
-  const int begin = shape.doc_start[first], end = min(first + kQueries, N);
+  const int begin = shape.doc_start[first_row], end = min(first_row + kQueries, N);
 
-  const auto load_keys = [&](int key, int at) {
-    load_tile<KEYS, D>(k_tiles + at, in.k + kv * HS, in.k_ld, key, N, HS);
-    load_tile<KEYS, D>(v_tiles + at, in.v + kv * HS, in.v_ld, key, N, HS);
+  const auto load_keys = [&](int key, int buffer) {
+    load_tile<KEYS, D>(k_tiles + buffer, in.k + kv * HS, in.k_ld, key, N, HS);
+    load_tile<KEYS, D>(v_tiles + buffer, in.v + kv * HS, in.v_ld, key, N, HS);
     cp_async_commit();
   };
-  load_tile<kQueries, D>(q_tile, in.q + h * HS, in.q_ld, first, N, HS);
+  load_tile<kQueries, D>(q_tile, in.q + h * HS, in.q_ld, first_row, N, HS);
   load_keys(begin, 0);
 
   float acc[MT][D / 8][4] = {};             // sum of p v
   float highest[MT][2], total[MT][2] = {};  // of the row's scores; of p, this lane's columns
 #pragma unroll
   for (int i = 0; i < MT; i++) highest[i][0] = highest[i][1] = kLowest;
-  for (int key = begin, at = 0; key < end; key += KEYS, at ^= KEYS * D) {
+  for (int key = begin, buffer = 0; key < end; key += KEYS, buffer ^= KEYS * D) {
     cp_async_wait<0>();  // this thread's part of the tile is there,
     __syncthreads();     // everyone's is, and everyone is done with the other buffer
-    if (key + KEYS < end) load_keys(key + KEYS, at ^ KEYS * D);
+    if (key + KEYS < end) load_keys(key + KEYS, buffer ^ KEYS * D);
     if (!rows.sees_any(key, KEYS)) continue;
 
     float s[MT][KEYS / 8][4];
-    multiply_rows<MT, KEYS, D>(s, q_tile, warp_row, k_tiles + at);
+    multiply_rows<MT, KEYS, D>(s, q_tile, warp_row, k_tiles + buffer);
     if (!rows.sees_all(key, KEYS)) rows.mask(s, key);
 #pragma unroll
     for (int i = 0; i < MT; i++)
@@ -1929,7 +1948,7 @@ __global__ void __launch_bounds__(kFlashThreads)
       }
     uint32_t p[MT][KEYS / 8][2];
     pack_fragments(p, s);
-    multiply_tile<MT, KEYS, D>(acc, p, v_tiles + at);
+    multiply_tile<MT, KEYS, D>(acc, p, v_tiles + buffer);
   }
 
   float inverse[MT][2];
@@ -1944,7 +1963,7 @@ __global__ void __launch_bounds__(kFlashThreads)
         lse[int64_t(h) * N + n] = highest[i][half] * (scale / kLog2E) + logf(sum);
       }
     }
-  store_rows<MT, D>(out + h * HS, int64_t(shape.NH) * HS, first, N, HS, q_tile, warp_row, acc,
+  store_rows<MT, D>(out + h * HS, int64_t(shape.NH) * HS, first_row, N, HS, q_tile, warp_row, acc,
                     inverse);
 }
 
@@ -1952,19 +1971,25 @@ __global__ void __launch_bounds__(kFlashThreads)
 template <int MT>
 struct WarpKeys {
   const AttentionShape& shape;
-  int first, last;    // its rows; the last may lie beyond N
-  int end, last_end;  // where the documents of these two end
+  int first_row, last_row;  // its rows; the last may lie beyond N
+  int end, last_end;        // where the documents of these two end
 
   __device__ WarpKeys(const AttentionShape& s, int row)
-      : shape(s), first(row), last(row + MT * 16 - 1), end(end_of(first)), last_end(end_of(last)) {}
+      : shape(s),
+        first_row(row),
+        last_row(row + MT * 16 - 1),
+        end(end_of(first_row)),
+        last_end(end_of(last_row)) {}
   __device__ int end_of(int m) const { return shape.doc_end[min(m, shape.N - 1)]; }
-  __device__ int row_of(int i, int half) const { return first + i * 16 + half * 8 + lane_row(); }
+  __device__ int row_of(int i, int half) const {
+    return first_row + i * 16 + half * 8 + lane_row();
+  }
   // By the `count` queries from `query` on: is any row seen by any; are all seen by all?
   __device__ bool seen_by_any(int query, int count) const {
-    return query + count > first && query < last_end;
+    return query + count > first_row && query < last_end;
   }
   __device__ bool seen_by_all(int query, int count) const {
-    return query >= last && query + count <= end;
+    return query >= last_row && query + count <= end;
   }
   // Scores -inf, of these of TILES 8 queries from `query` on, where the query does not see the row.
   template <int TILES>
@@ -1996,13 +2021,13 @@ __global__ void __launch_bounds__(kFlashThreads)
                       float scale) {
   constexpr int kKeys = MT * 64;
   const int N = shape.N, HS = shape.HS, kv = int(blockIdx.x), group = shape.NH / shape.NKV;
-  const int first = int(blockIdx.y) * kKeys, warp_row = int(threadIdx.x) / 32 * MT * 16;
+  const int first_row = int(blockIdx.y) * kKeys, warp_row = int(threadIdx.x) / 32 * MT * 16;
   bf16* k_tile = shared_memory<bf16>();                                         // (kKeys, D)
   bf16* v_tile = k_tile + kKeys * D;                                            // (kKeys, D)
   bf16* q_tiles = v_tile + kKeys * D;                                           // 2 x (QUERIES, D)
   bf16* dout_tiles = q_tiles + 2 * QUERIES * D;                                 // 2 x (QUERIES, D)
   float2* row_tiles = reinterpret_cast<float2*>(dout_tiles + 2 * QUERIES * D);  // 2 x (QUERIES)
-  const WarpKeys<MT> rows(shape, first + warp_row);
+  const WarpKeys<MT> rows(shape, first_row + warp_row);
 
   // Step by step: the tiles of queries of the group's first head, of the next, ... A step's buffers
   // are those of its parity.
@@ -2010,31 +2035,32 @@ __global__ void __launch_bounds__(kFlashThreads)
     int h, query;
     int parity = 0;
   };
-  const int end = shape.doc_end[min(first + kKeys, N) - 1], last_head = kv * group + group - 1;
+  const int end = shape.doc_end[min(first_row + kKeys, N) - 1], last_head = kv * group + group - 1;
   const auto after = [&](Step s) {
     const bool same = s.query + QUERIES < end;
-    return Step{s.h + !same, same ? s.query + QUERIES : first, s.parity ^ 1};
+    return Step{s.h + !same, same ? s.query + QUERIES : first_row, s.parity ^ 1};
   };
   const auto load_queries = [&](Step s) {
-    const int at = s.parity * QUERIES * D;
-    load_tile<QUERIES, D>(q_tiles + at, in.q + s.h * HS, in.q_ld, s.query, N, HS);
-    load_tile<QUERIES, D>(dout_tiles + at, dout + s.h * HS, int64_t(shape.NH) * HS, s.query, N, HS);
+    const int buffer = s.parity * QUERIES * D;
+    load_tile<QUERIES, D>(q_tiles + buffer, in.q + s.h * HS, in.q_ld, s.query, N, HS);
+    load_tile<QUERIES, D>(dout_tiles + buffer, dout + s.h * HS, int64_t(shape.NH) * HS, s.query, N,
+                          HS);
     cp_async_commit();
   };
   // Thread t brings (log2(e) lse, delta) of the tile's query t: into a register before a step's
-  // products, on into shared memory after them, so that no one waits for it.
+  // products, on into shared memory after them, so that no thread waits for the load.
   const auto load_row = [&](Step s) {
     const int n = s.query + int(threadIdx.x);
     if (threadIdx.x >= QUERIES || n >= N) return float2{0, 0};
-    const int64_t at = int64_t(s.h) * N + n;
-    return float2{lse[at] * kLog2E, delta[at]};
+    const int64_t index = int64_t(s.h) * N + n;
+    return float2{lse[index] * kLog2E, delta[index]};
   };
   const auto store_row = [&](Step s, float2 row) {
     if (threadIdx.x < QUERIES) row_tiles[s.parity * QUERIES + int(threadIdx.x)] = row;
   };
-  Step step{kv * group, first};
-  load_tile<kKeys, D>(k_tile, in.k + kv * HS, in.k_ld, first, N, HS);
-  load_tile<kKeys, D>(v_tile, in.v + kv * HS, in.v_ld, first, N, HS);
+  Step step{kv * group, first_row};
+  load_tile<kKeys, D>(k_tile, in.k + kv * HS, in.k_ld, first_row, N, HS);
+  load_tile<kKeys, D>(v_tile, in.v + kv * HS, in.v_ld, first_row, N, HS);
   load_queries(step);
   store_row(step, load_row(step));
 
@@ -2089,8 +2115,8 @@ __global__ void __launch_bounds__(kFlashThreads)
     dk_scale[i][0] = dk_scale[i][1] = scale / kLog2E;
     one[i][0] = one[i][1] = 1;
   }
-  store_rows<MT, D>(dk + kv * HS, d_ld, first, N, HS, k_tile, warp_row, dk_acc, dk_scale);
-  store_rows<MT, D>(dv + kv * HS, d_ld, first, N, HS, v_tile, warp_row, dv_acc, one);
+  store_rows<MT, D>(dk + kv * HS, d_ld, first_row, N, HS, k_tile, warp_row, dk_acc, dk_scale);
+  store_rows<MT, D>(dv + kv * HS, d_ld, first_row, N, HS, v_tile, warp_row, dv_acc, one);
 }
 
 // dq: blocks and tiles as in forward.
@@ -2101,23 +2127,23 @@ __global__ void __launch_bounds__(kFlashThreads)
                          float scale) {
   constexpr int kQueries = MT * 64;
   const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
-  const int first = int(gridDim.y - 1 - blockIdx.y) * kQueries;
+  const int first_row = int(gridDim.y - 1 - blockIdx.y) * kQueries;
   const int warp_row = int(threadIdx.x) / 32 * MT * 16;
   bf16* q_tile = shared_memory<bf16>();      // (kQueries, D)
   bf16* dout_tile = q_tile + kQueries * D;   // (kQueries, D)
   bf16* k_tiles = dout_tile + kQueries * D;  // 2 x (KEYS, D)
   bf16* v_tiles = k_tiles + 2 * KEYS * D;    // 2 x (KEYS, D)
-  const WarpQueries<MT> rows(shape, first + warp_row);
+  const WarpQueries<MT> rows(shape, first_row + warp_row);
   // Tiles of keys, the first where the first row's document begins; they take two buffers in turn.
-  const int begin = shape.doc_start[first], end = min(first + kQueries, N);
+  const int begin = shape.doc_start[first_row], end = min(first_row + kQueries, N);
 
-  const auto load_keys = [&](int key, int at) {
-    load_tile<KEYS, D>(k_tiles + at, in.k + kv * HS, in.k_ld, key, N, HS);
-    load_tile<KEYS, D>(v_tiles + at, in.v + kv * HS, in.v_ld, key, N, HS);
+  const auto load_keys = [&](int key, int buffer) {
+    load_tile<KEYS, D>(k_tiles + buffer, in.k + kv * HS, in.k_ld, key, N, HS);
+    load_tile<KEYS, D>(v_tiles + buffer, in.v + kv * HS, in.v_ld, key, N, HS);
     cp_async_commit();
   };
-  load_tile<kQueries, D>(q_tile, in.q + h * HS, in.q_ld, first, N, HS);
-  load_tile<kQueries, D>(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, first, N, HS);
+  load_tile<kQueries, D>(q_tile, in.q + h * HS, in.q_ld, first_row, N, HS);
+  load_tile<kQueries, D>(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, first_row, N, HS);
   load_keys(begin, 0);
 
   float offset[MT][2], mean[MT][2];  // of this lane's rows: log2(e) lse, and delta
@@ -2125,23 +2151,23 @@ __global__ void __launch_bounds__(kFlashThreads)
   for (int i = 0; i < MT; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int64_t at = int64_t(h) * N + min(rows.row_of(i, half), N - 1);
-      offset[i][half] = lse[at] * kLog2E;
-      mean[i][half] = delta[at];
+      const int64_t index = int64_t(h) * N + min(rows.row_of(i, half), N - 1);
+      offset[i][half] = lse[index] * kLog2E;
+      mean[i][half] = delta[index];
     }
 
   float acc[MT][D / 8][4] = {};
-  for (int key = begin, at = 0; key < end; key += KEYS, at ^= KEYS * D) {
+  for (int key = begin, buffer = 0; key < end; key += KEYS, buffer ^= KEYS * D) {
     cp_async_wait<0>();  // this thread's part,
     __syncthreads();     // and everyone's: as in forward
-    if (key + KEYS < end) load_keys(key + KEYS, at ^ KEYS * D);
+    if (key + KEYS < end) load_keys(key + KEYS, buffer ^ KEYS * D);
     if (!rows.sees_any(key, KEYS)) continue;
 
-    bf16* k_tile = k_tiles + at;
+    bf16* k_tile = k_tiles + buffer;
     float p[MT][KEYS / 8][4], ds[MT][KEYS / 8][4];
     multiply_rows<MT, KEYS, D>(p, q_tile, warp_row, k_tile);
     if (!rows.sees_all(key, KEYS)) rows.mask(p, key);
-    multiply_rows<MT, KEYS, D>(ds, dout_tile, warp_row, v_tiles + at);
+    multiply_rows<MT, KEYS, D>(ds, dout_tile, warp_row, v_tiles + buffer);
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -2159,7 +2185,7 @@ __global__ void __launch_bounds__(kFlashThreads)
   float dq_scale[MT][2];
 #pragma unroll
   for (int i = 0; i < MT; i++) dq_scale[i][0] = dq_scale[i][1] = scale / kLog2E;
-  store_rows<MT, D>(dq + h * HS, dq_ld, first, N, HS, q_tile, warp_row, acc, dq_scale);
+  store_rows<MT, D>(dq + h * HS, dq_ld, first_row, N, HS, q_tile, warp_row, acc, dq_scale);
 }
 
 // What each kernel owns and meets at a time, chosen so that accumulators fit 255 registers.
@@ -2419,15 +2445,15 @@ static void swiglu_backward(A* dgate_up, const A* dy, const A* gate_up, int N, i
 
 // y[r] = x[row_of[r]], zeros where that is -1. y (rows, C), x (N, C)
 template <class A, int W, bool scatter>
-__global__ void move_rows_kernel(A* to, const A* from, const int* row_of, int rows, int C) {
+__global__ void move_rows_kernel(A* dst, const A* src, const int* row_of, int rows, int C) {
   const int64_t r = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (r >= rows) return;
   const int64_t n = row_of[r];
   if (scatter && n < 0) return;
   for (int c = threadIdx.x % 32 * W; c < C; c += 32 * W) {
     float v[W] = {};
-    if (n >= 0) load_floats(v, from + (scatter ? r : n) * C + c);
-    store_floats(to + (scatter ? n : r) * C + c, v);
+    if (n >= 0) load_floats(v, src + (scatter ? r : n) * C + c);
+    store_floats(dst + (scatter ? n : r) * C + c, v);
   }
 }
 template <class A>
@@ -2457,37 +2483,37 @@ inline constexpr size_t kClassifierShared = size_t(80) << 10;
 // row_of -1. logits (rows, ld); targets, logp, entropy (or null) (N)
 //
 // A block a row: reads it once, writes it once. The first pass is an online softmax (Milakov,
-// Gimelshein 2018) in powers of 2; the second finds the first `kept` elements in shared memory and
-// the rest, if any, in the L2 cache.
+// Gimelshein 2018) in powers of 2; the second finds the first `cached` elements in shared memory
+// and the rest, if any, in the L2 cache.
 template <class A, int W>
 __global__ void __launch_bounds__(kBlockThreads)
     classifier_kernel(A* logits, int64_t ld, const int* row_of, const int* targets,
                       const float* dlogp, const float* dentropy, float* logp_out,
-                      float* entropy_out, float inverse_temperature, int V, int kept,
+                      float* entropy_out, float inverse_temperature, int V, int cached,
                       bool backward) {
   float* scratch = shared_memory<float>();       // (32)
-  A* copy = reinterpret_cast<A*>(scratch + 32);  // (kept)
+  A* copy = reinterpret_cast<A*>(scratch + 32);  // (cached)
   A* row = logits + blockIdx.x * ld;
   const int n = row_of[blockIdx.x], target = n < 0 ? -1 : targets[n];
-  const int first = threadIdx.x * W, stride = blockDim.x * W;
+  const int begin = threadIdx.x * W, stride = blockDim.x * W;
   if (target < 0) {
     const float zero[W] = {};
-    for (int j = first; backward && j < ld; j += stride) store_floats(row + j, zero);
+    for (int j = begin; backward && j < ld; j += stride) store_floats(row + j, zero);
     return;
   }
   const float k = inverse_temperature * kLog2E;
-  const float at_target = to_float(row[target]);
+  const float target_logit = to_float(row[target]);
 
   // sum of 2^z and of z 2^z, z = (x - highest) k
   float v[W], highest = kLowest, sum = 0, weighted = 0;
-  for (int j = first; j < V; j += stride) {
+  for (int j = begin; j < V; j += stride) {
     float top = highest;
     if (j + W <= V) {
       load_floats(v, row + j);
     } else {
       for (int i = 0; i < W; i++) v[i] = j + i < V ? to_float(row[j + i]) : kLowest;
     }
-    if (j < kept) store_floats(copy + j, v);
+    if (j < cached) store_floats(copy + j, v);
     for (int i = 0; i < W; i++) top = fmaxf(top, v[i]);
     if (top > highest) {
       const float d = (highest - top) * k, shrink = exp2_approx(d);
@@ -2502,14 +2528,14 @@ __global__ void __launch_bounds__(kBlockThreads)
       weighted += e * z;
     }
   }
-  const float most = block_max(highest, scratch), d = (highest - most) * k;
+  const float row_highest = block_max(highest, scratch), d = (highest - row_highest) * k;
   const float shrink = exp2_approx(d);
   weighted = block_sum(shrink > 0 ? shrink * (weighted + d * sum) : 0, scratch);
   sum = block_sum(shrink * sum, scratch);
-  const float offset = most * k, log_sum = log2f(sum);
+  const float offset = row_highest * k, log_sum = log2f(sum);
   const float entropy = (log_sum - weighted / sum) * kLn2;
   if (threadIdx.x == 0) {
-    logp_out[n] = (at_target * k - offset - log_sum) * kLn2;
+    logp_out[n] = (target_logit * k - offset - log_sum) * kLn2;
     if (entropy_out) entropy_out[n] = entropy;
   }
   if (!backward) return;
@@ -2518,8 +2544,8 @@ __global__ void __launch_bounds__(kBlockThreads)
   const float a = dlogp ? -dlogp[n] * inverse_temperature : 0;
   const float b = dentropy ? -dentropy[n] * inverse_temperature : 0;
   const float c0 = a + b * entropy, c1 = b * kLn2, shift = offset + log_sum;
-  for (int j = first; j < ld; j += stride) {
-    if (j < kept)
+  for (int j = begin; j < ld; j += stride) {
+    if (j < cached)
       load_floats(v, copy + j);
     else
       load_floats(v, row + j);
@@ -2545,11 +2571,11 @@ static void classifier(A* logits, int64_t ld, const int* row_of, const int* targ
   const bool packs = by_packs<A>(ld, logits);
   const int w = packs ? kW : 1;
   const int threads = int(std::min<unsigned>(kBlockThreads, blocks_for(V, 32 * w) * 32));
-  const int kept =
+  const int cached =
       backward ? int(std::min<int64_t>(blocks_for(V, w) * w, kClassifierShared / sizeof(A))) : 0;
   launch("classifier", packs ? classifier_kernel<A, kW> : classifier_kernel<A, 1>, rows, threads,
-         32 * sizeof(float) + size_t(kept) * sizeof(A), stream, logits, ld, row_of, targets, dlogp,
-         dentropy, logp, entropy, inverse_temperature, V, kept, backward);
+         32 * sizeof(float) + size_t(cached) * sizeof(A), stream, logits, ld, row_of, targets,
+         dlogp, dentropy, logp, entropy, inverse_temperature, V, cached, backward);
 }
 
 // value[n] = x[n] . w. value (N), x (N, C), w (C)
@@ -2600,14 +2626,14 @@ static void value_backward(A* dx, float* dw, const float* dvalue, const A* x, co
 
 // Inputs of the head for rows [first, first + rows) of the logits.
 template <class A>
-const A* CudaGpt<A>::head_rows(int64_t first, int64_t rows) const {
-  if (!gathered_) return a_.final_norm + first * config_.C;
-  gather_rows(a_.head_in, a_.final_norm, batch_.row_of + first, int(rows), config_.C, stream_);
+const A* CudaGpt<A>::head_input(int64_t begin, int64_t rows) const {
+  if (!gathered_) return a_.final_norm + begin * config_.C;
+  gather_rows(a_.head_in, a_.final_norm, batch_.row_of + begin, int(rows), config_.C, stream_);
   return a_.head_in;
 }
 template <class A>
-void CudaGpt<A>::classify(int64_t first, int64_t rows, bool backward) const {
-  classifier(a_.logits, int64_t(config_.padded_V()), batch_.row_of + first, batch_.targets,
+void CudaGpt<A>::classify(int64_t begin, int64_t rows, bool backward) const {
+  classifier(a_.logits, int64_t(config_.padded_V()), batch_.row_of + begin, batch_.targets,
              has_dlogp_ ? batch_.dlogp : nullptr, has_dentropy_ ? batch_.dentropy : nullptr,
              batch_.logp, batch_.entropy, inverse_temperature_, config_.V, int(rows), backward,
              stream_);
@@ -2621,10 +2647,10 @@ void CudaGpt<A>::head_forward() {
   }
   clear(batch_.logp, size_t(N_) * sizeof(float));  // of positions without a target
   clear(batch_.entropy, size_t(N_) * sizeof(float));
-  for (int64_t first = 0; first < rows_; first += a_.logit_rows) {
-    const int64_t rows = std::min(a_.logit_rows, rows_ - first);
-    matmul(linear_of(rows, table_.head, head_rows(first, rows), a_.logits));
-    classify(first, rows, false);
+  for (int64_t begin = 0; begin < rows_; begin += a_.logit_rows) {
+    const int64_t rows = std::min(a_.logit_rows, rows_ - begin);
+    matmul(linear_product(rows, table_.head, head_input(begin, rows), a_.logits));
+    classify(begin, rows, false);
   }
 }
 
@@ -2671,16 +2697,16 @@ void CudaGpt<A>::head_backward(bool logits_ready) {
       clear(batch_.entropy, size_t(N_) * sizeof(float));
     }
     if (gathered_) clear(a_.dnorm, size_t(N_) * size_t(C) * sizeof(A));
-    for (int64_t first = 0; first < rows_; first += a_.logit_rows) {
-      const int64_t rows = std::min(a_.logit_rows, rows_ - first);
-      const A* x = logits_ready && gathered_ ? a_.head_in : head_rows(first, rows);
-      if (!logits_ready) matmul(linear_of(rows, head, x, a_.logits));
-      classify(first, rows, true);
-      A* dx = gathered_ ? a_.dhead_in : a_.dnorm + first * C;
-      matmul(input_of(rows, head, a_.logits, dx));
-      if (gradient(head.weight)) matmul(weight_of(rows, head, x, a_.logits));
+    for (int64_t begin = 0; begin < rows_; begin += a_.logit_rows) {
+      const int64_t rows = std::min(a_.logit_rows, rows_ - begin);
+      const A* x = logits_ready && gathered_ ? a_.head_in : head_input(begin, rows);
+      if (!logits_ready) matmul(linear_product(rows, head, x, a_.logits));
+      classify(begin, rows, true);
+      A* dx = gathered_ ? a_.dhead_in : a_.dnorm + begin * C;
+      matmul(input_gradient_product(rows, head, a_.logits, dx));
+      if (gradient(head.weight)) matmul(weight_gradient_product(rows, head, x, a_.logits));
       if (gathered_) {
-        scatter_rows(a_.dnorm, dx, batch_.row_of + first, int(rows), C, stream_);
+        scatter_rows(a_.dnorm, dx, batch_.row_of + begin, int(rows), C, stream_);
       }
     }
   }
@@ -2688,7 +2714,7 @@ void CudaGpt<A>::head_backward(bool logits_ready) {
     weighted_sum(&optimizer_->step.data()->loss_so_far, batch_.dlogp, batch_.logp, N_, stream_);
   }
   clear(a_.dx, size_t(N_) * size_t(C) * sizeof(A));
-  norm_back(table_.final_norm, a_.dnorm, a_.x, a_.final_mean, a_.final_rstd);
+  stream_norm_backward(table_.final_norm, a_.dnorm, a_.x, a_.final_mean, a_.final_rstd);
 }
 
 // =============================================================================================
@@ -2771,12 +2797,12 @@ template <int W>
 __global__ void adamw_kernel(float* w, bf16* copy, const float* g, float* m, float* v, int64_t n,
                              AdamW o, const DeviceStep* step) {
   if (step->skip) return;
-  const float scale = step->scale, keep = 1 - o.lr * o.decay;
+  const float scale = step->scale, decay_factor = 1 - o.lr * o.decay;
   const auto update = [&](float& wi, float gi, float& mi, float& vi) {
     gi *= scale;
     mi = o.beta1 * mi + (1 - o.beta1) * gi;
     vi = o.beta2 * vi + (1 - o.beta2) * gi * gi;
-    wi = keep * wi - o.lr * o.c1 * mi / (sqrtf(vi * o.c2) + o.eps);
+    wi = decay_factor * wi - o.lr * o.c1 * mi / (sqrtf(vi * o.c2) + o.eps);
   };
   const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
   if (i + W <= n) {
@@ -2817,16 +2843,16 @@ template <class A>
 void CudaGpt<A>::adamw_step(const OptimizerStep& step) const {
   const Optimizer& o = *optimizer_;
   for (const auto& r : o.layout.runs) {
-    const int64_t at = r.offset - frozen_;
+    const int64_t offset = r.offset - frozen_;
     adamw(weights_->master.data() + r.offset, weights_->bf16_copy(r.offset),
-          o.gradients.data() + at, o.moment1.data() + at, o.moment2.data() + r.moment2, r.size,
-          step.lr[size_t(r.kind)], r.decay ? step.decay : 0, step, o.step.data(), stream_);
+          o.gradients.data() + offset, o.moment1.data() + offset, o.moment2.data() + r.moment2,
+          r.size, step.lr[size_t(r.kind)], r.decay ? step.decay : 0, step, o.step.data(), stream_);
   }
 }
 
 // ---------------------------------------------------------------------------------------------
-// Muon, as muon() of train_gpt.cpp, for a batch of equal matrices. The products between these steps
-// are the engine's, and they are where the time goes.
+// Muon, as muon() of train_gpt.cpp, for a batch of equal matrices. The products between the steps
+// take most of the time.
 //
 //   muon_momentum  m = mu m + (1-mu) g, and the squares of u = mu m + (1-mu) g
 //   muon_begin     X = u / (||u|| + 1e-7), transposed when tall: (rows, columns) is wide
@@ -2879,28 +2905,28 @@ __global__ void muon_begin_kernel(A* x, const float* squares, const float* g, co
                                   const DeviceStep* step) {
   if (step->skip) return;
   float* tile = shared_memory<float>();  // (32, 33)
-  const int column = threadIdx.x % 32, first = threadIdx.x / 32, stride = blockDim.x / 32;
+  const int column = threadIdx.x % 32, begin = threadIdx.x / 32, stride = blockDim.x / 32;
   const int64_t offset = offsets[blockIdx.z];
   const float* parts = squares + blockIdx.z * kMuonBlocks;
   const float inverse = 1 / (sqrtf(warp_sum(parts[column] + parts[column + 32])) + 1e-7f);
   const float scale = step->scale;
   const int o0 = blockIdx.y * 32, i0 = blockIdx.x * 32;
-  A* to = x + int64_t(blockIdx.z) * out * in;
-  for (int r = first; r < 32; r += stride) {
+  A* dst = x + int64_t(blockIdx.z) * out * in;
+  for (int r = begin; r < 32; r += stride) {
     const int o = o0 + r, i = i0 + column;
     if (o >= out || i >= in) continue;
-    const int64_t at = int64_t(o) * in + i;
-    const float u = mu * m[offset + at] + (1 - mu) * (g[offset + at] * scale);
+    const int64_t element = int64_t(o) * in + i;
+    const float u = mu * m[offset + element] + (1 - mu) * (g[offset + element] * scale);
     if (out > in)
       tile[r * 33 + column] = u * inverse;
     else
-      to[at] = from_float<A>(u * inverse);
+      dst[element] = from_float<A>(u * inverse);
   }
   if (out <= in) return;
   __syncthreads();
-  for (int r = first; r < 32; r += stride) {
+  for (int r = begin; r < 32; r += stride) {
     const int i = i0 + r, o = o0 + column;
-    if (o < out && i < in) to[int64_t(i) * out + o] = from_float<A>(tile[column * 33 + r]);
+    if (o < out && i < in) dst[int64_t(i) * out + o] = from_float<A>(tile[column * 33 + r]);
   }
 }
 template <class A>
@@ -2917,28 +2943,29 @@ static void muon_begin(A* x, const float* squares, const float* g, const float* 
 // w = (1 - lr decay) w - lr sqrt(max(1, out/in)) X; w and copy (w in bf16, or null) are arenas
 template <class A>
 __global__ void muon_update_kernel(float* w, bf16* copy, const A* x, const int64_t* offsets,
-                                   int out, int in, float lr, float keep, const DeviceStep* step) {
+                                   int out, int in, float lr, float decay_factor,
+                                   const DeviceStep* step) {
   if (step->skip) return;
   float* tile = shared_memory<float>();  // (32, 33)
-  const int column = threadIdx.x % 32, first = threadIdx.x / 32, stride = blockDim.x / 32;
+  const int column = threadIdx.x % 32, begin = threadIdx.x / 32, stride = blockDim.x / 32;
   const int64_t offset = offsets[blockIdx.z];
   const int o0 = blockIdx.y * 32, i0 = blockIdx.x * 32;
-  const A* from = x + int64_t(blockIdx.z) * out * in;
+  const A* src = x + int64_t(blockIdx.z) * out * in;
   if (out > in) {
-    for (int r = first; r < 32; r += stride) {
+    for (int r = begin; r < 32; r += stride) {
       const int i = i0 + r, o = o0 + column;
-      if (o < out && i < in) tile[column * 33 + r] = to_float(from[int64_t(i) * out + o]);
+      if (o < out && i < in) tile[column * 33 + r] = to_float(src[int64_t(i) * out + o]);
     }
     __syncthreads();
   }
-  for (int r = first; r < 32; r += stride) {
+  for (int r = begin; r < 32; r += stride) {
     const int o = o0 + r, i = i0 + column;
     if (o >= out || i >= in) continue;
-    const int64_t at = int64_t(o) * in + i;
-    const float step_x = out > in ? tile[r * 33 + column] : to_float(from[at]);
-    const float wi = keep * w[offset + at] - lr * step_x;
-    w[offset + at] = wi;
-    if (copy) copy[offset + at] = from_float<bf16>(wi);
+    const int64_t element = int64_t(o) * in + i;
+    const float step_x = out > in ? tile[r * 33 + column] : to_float(src[element]);
+    const float wi = decay_factor * w[offset + element] - lr * step_x;
+    w[offset + element] = wi;
+    if (copy) copy[offset + element] = from_float<bf16>(wi);
   }
 }
 template <class A>
@@ -2957,14 +2984,14 @@ template <class A>
 void CudaGpt<A>::muon_directions(float momentum) const {
   const Optimizer& o = *optimizer_;
   for (const auto& g : o.layout.groups) {
-    for (int first = 0; first < g.count; first += g.at_once) {
-      const MuonBatch batch{o.offsets.data() + g.first + first,
-                            std::min(g.at_once, g.count - first), g.out, g.in};
+    for (int begin = 0; begin < g.count; begin += g.batch_size) {
+      const MuonBatch batch{o.offsets.data() + g.first_matrix + begin,
+                            std::min(g.batch_size, g.count - begin), g.out, g.in};
       const int64_t rows = batch.rows(), columns = batch.columns();
       auto* squares = reinterpret_cast<float*>(o.squares.data());
       muon_momentum(o.moment1.data(), squares, o.gradients.data(), batch, momentum, o.step.data(),
                     stream_);
-      A *x = o.other.data(), *next = o.x.data() + g.x + first * g.size();
+      A *x = o.other.data(), *next = o.x.data() + g.x + begin * g.size();
       muon_begin(x, squares, o.gradients.data(), o.moment1.data(), batch, momentum, o.step.data(),
                  stream_);
       const auto batched = [&](Product p) {
@@ -2992,14 +3019,14 @@ void CudaGpt<A>::muon_step(const OptimizerStep& step) const {
   const Optimizer& o = *optimizer_;
   for (const auto& g : o.layout.groups) {
     muon_update(weights_->master.data(), weights_->bf16_copy(0), o.x.data() + g.x,
-                {o.offsets.data() + g.first, g.count, g.out, g.in}, step.muon_lr, step.muon_decay,
-                o.step.data(), stream_);
+                {o.offsets.data() + g.first_matrix, g.count, g.out, g.in}, step.muon_lr,
+                step.muon_decay, o.step.data(), stream_);
   }
 }
 
 template <class A>
 void CudaGpt<A>::zero_gradients() {
-  fresh_ = true;
+  gradients_zeroed_ = true;
   if (train_) clear(&optimizer_->step.data()->loss_so_far, sizeof(double));
 }
 
@@ -3049,11 +3076,11 @@ __global__ void copy_pages_kernel(A* keys, A* values, const int2* pairs, int64_t
                                   int64_t page_size) {
   A* layer = (blockIdx.z ? values : keys) + blockIdx.y * pages * page_size;
   const int2 pair = pairs[blockIdx.x];
-  const A* from = layer + pair.x * page_size;
-  A* to = layer + pair.y * page_size;
+  const A* src = layer + pair.x * page_size;
+  A* dst = layer + pair.y * page_size;
   constexpr int kSize = Pack<A>::kSize;  // page_size is a multiple of 64 HS
   for (int64_t i = int64_t(threadIdx.x) * kSize; i < page_size; i += int64_t(blockDim.x) * kSize) {
-    store_pack(to + i, load_pack(from + i));
+    store_pack(dst + i, load_pack(src + i));
   }
 }
 
@@ -3064,15 +3091,15 @@ __global__ void __launch_bounds__(256)
                         int64_t count, int NKV, int HS) {
   const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;  // a run of W elements
   if (i >= count) return;
-  const int each = NKV * HS / W, n = int(i / each), at = int(i % each) * W;
-  const int kv = at / HS, d = at % HS, page = slot[n] / kPage;
-  const int64_t to = ((int64_t(page) * NKV + kv) * kPage + slot[n] % kPage) * HS + d;
+  const int each = NKV * HS / W, n = int(i / each), element = int(i % each) * W;
+  const int kv = element / HS, d = element % HS, page = slot[n] / kPage;
+  const int64_t dst = ((int64_t(page) * NKV + kv) * kPage + slot[n] % kPage) * HS + d;
   if constexpr (W > 1) {
-    store_pack(k_pages + to, load_pack(k + n * ld + at));
-    store_pack(v_pages + to, load_pack(v + n * ld + at));
+    store_pack(k_pages + dst, load_pack(k + n * ld + element));
+    store_pack(v_pages + dst, load_pack(v + n * ld + element));
   } else {
-    k_pages[to] = k[n * ld + at];
-    v_pages[to] = v[n * ld + at];
+    k_pages[dst] = k[n * ld + element];
+    v_pages[dst] = v[n * ld + element];
   }
 }
 template <class A>
@@ -3205,10 +3232,10 @@ static void cache_attention(A* out, const A* q, int64_t q_ld, const A* k_pages, 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Sampling, as sample_row() of train_gpt.cpp, a block a row. What sample_row finds by sorting and
-// by sums in order, this finds by counting: probabilities, relative to the likeliest, are integers
-// of 2^-44, and sums of integers have no order. A token's key is its probability's bits, then its
-// id's complement: keys differ, and larger ones are likelier, or of the smaller id among equals.
+// Sampling, as sample_row() of train_gpt.cpp, a block a row. Where sample_row sorts, and adds in
+// order, this kernel counts: probabilities, relative to the likeliest, are integers of 2^-44, and
+// sums of integers have no order. A token's key is its probability's bits, then its id's
+// complement: keys differ, and larger ones are likelier, or of the smaller id among equals.
 
 struct SampleRow {  // Sampling and its place, see cake/gpt.h
   float temperature, top_p, min_p, penalty;
@@ -3301,12 +3328,12 @@ __device__ inline Word key_at(const float* p, int V, Word floor, Word goal, Word
 __device__ inline int draw(const float* p, int V, Word floor, double u, int best, Word* words) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int each = (V + 32 * warps - 1) / (32 * warps) * 32;  // ids that a warp has
-  const int first = warp * each, end = min(V, first + each);
+  const int begin = warp * each, end = min(V, begin + each);
   const auto weight = [&](int j) {
     return j < end && key_of(p[j], j) >= floor ? fixed_point(p[j]) : Word(0);
   };
   Word sum = 0;
-  for (int j = first + lane; j < end; j += 32) sum += weight(j);
+  for (int j = begin + lane; j < end; j += 32) sum += weight(j);
   for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
   __syncthreads();
   if (lane == 0) words[warp] = sum;
@@ -3321,7 +3348,7 @@ __device__ inline int draw(const float* p, int V, Word floor, double u, int best
   if (total > 0 && left >= total) left = total - 1;
   if (before <= left && left < before + sum) {  // this warp has it
     left -= before;
-    for (int j = first + lane;; j += 32) {
+    for (int j = begin + lane;; j += 32) {
       const Word own = weight(j);
       Word up_to = own;
       for (int d = 1; d < 32; d *= 2) {
@@ -3461,8 +3488,8 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   }
   std::vector<int2> copies;
   for (const DecodeRow& row : rows) {
-    cache.append(row.sequence, int(row.tokens.size()), [&](int from, int to) {
-      copies.push_back({from, to});
+    cache.append(row.sequence, int(row.tokens.size()), [&](int src, int dst) {
+      copies.push_back({src, dst});
     });
   }
   result.ids.assign(size_t(R), 0);
@@ -3503,17 +3530,17 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
              past = std::max<int64_t>(1, int64_t(history.size()));
   if (!d.fits(N, R, table_size, past)) resources_->graphs.clear();
   d.reserve(config_, table_.lora.rank, N, R, table_size, past);
-  reach(1 + *std::max_element(positions.begin(), positions.end()));
+  extend_rope(1 + *std::max_element(positions.begin(), positions.end()));
   d.staging.begin((7 * size_t(N) + page_table.size() + history.size()) * sizeof(int) +
                   size_t(R) * sizeof(SampleRow) + copies.size() * sizeof(int2) + 11 * 16);
-  const auto send = [&](auto* to, const auto& from) {
-    d.staging.send(to, from.data(), from.size(), stream_);
+  const auto upload = [&](auto* dst, const auto& src) {
+    d.staging.upload(dst, src.data(), src.size(), stream_);
   };
-  send(d.tokens, tokens), send(d.positions, positions);
-  send(d.doc_start, doc_start), send(d.doc_end, doc_end);
-  send(d.row, row_of), send(d.slot, slot), send(d.last, last);
-  send(d.rows, how), send(d.copies, copies);
-  send(d.page_table, page_table), send(d.history, history);
+  upload(d.tokens, tokens), upload(d.positions, positions);
+  upload(d.doc_start, doc_start), upload(d.doc_end, doc_end);
+  upload(d.row, row_of), upload(d.slot, slot), upload(d.last, last);
+  upload(d.rows, how), upload(d.copies, copies);
+  upload(d.page_table, page_table), upload(d.history, history);
   d.staging.end(stream_);
   if (!copies.empty()) {
     launch("copy_pages", copy_pages_kernel<A>,
@@ -3543,11 +3570,11 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     layers();
   }
   std::vector<A> logits;
-  for (int64_t first = 0; first < R; first += d.a.logit_rows) {
-    const int64_t count = std::min(d.a.logit_rows, R - first);
-    gather_rows(d.a.head_in, d.a.final_norm, d.last + first, int(count), C, stream_);
-    matmul(linear_of(count, table_.head, d.a.head_in, d.a.logits));
-    sample(d.ids + first, d.logp + first, d.a.logits, ld, V, d.rows + first, d.history, int(count),
+  for (int64_t begin = 0; begin < R; begin += d.a.logit_rows) {
+    const int64_t count = std::min(d.a.logit_rows, R - begin);
+    gather_rows(d.a.head_in, d.a.final_norm, d.last + begin, int(count), C, stream_);
+    matmul(linear_product(count, table_.head, d.a.head_in, d.a.logits));
+    sample(d.ids + begin, d.logp + begin, d.a.logits, ld, V, d.rows + begin, d.history, int(count),
            d.probabilities, stream_);
     if (!want_logits) continue;
     logits.resize(size_t(count * V));
@@ -3557,7 +3584,7 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
         "logits");
     wait();
     for (size_t i = 0; i < logits.size(); i++)
-      result.logits[size_t(first * V) + i] = float(logits[i]);
+      result.logits[size_t(begin * V) + i] = float(logits[i]);
   }
   check(cudaMemcpyAsync(result.ids.data(), d.ids, size_t(R) * sizeof(int), cudaMemcpyDeviceToHost,
                         stream_),
@@ -3675,8 +3702,8 @@ __global__ void sort_count_kernel(int* counts, const int* keys, int shift, int N
   int* histogram = shared_memory<int>();  // (kDigits)
   histogram[threadIdx.x] = 0;
   __syncthreads();
-  const int first = blockIdx.x * kSortTile, end = min(N, first + kSortTile);
-  for (int i = first + threadIdx.x; i < end; i += blockDim.x) {
+  const int begin = blockIdx.x * kSortTile, end = min(N, begin + kSortTile);
+  for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
     atomicAdd(histogram + (keys[i] >> shift) % kDigits, 1);
   }
   __syncthreads();
@@ -3687,8 +3714,8 @@ __global__ void __launch_bounds__(kBlockThreads) exclusive_scan_kernel(int* x, i
   int* sums = shared_memory<int>();  // (32) of the warps
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   int before = 0;
-  for (int first = 0; first < n; first += blockDim.x) {
-    const int i = first + threadIdx.x, value = i < n ? x[i] : 0;
+  for (int begin = 0; begin < n; begin += blockDim.x) {
+    const int i = begin + threadIdx.x, value = i < n ? x[i] : 0;
     int sum = value;  // of the warp's lanes up to this one
     for (int d = 1; d < 32; d *= 2) {
       const int other = __shfl_up_sync(kAllLanes, sum, d);
@@ -3711,10 +3738,10 @@ __global__ void sort_scatter_kernel(int* keys_out, int* values_out, const int* k
                                     const int* values, const int* counts, int shift, int N) {
   int* next = shared_memory<int>();  // (warps, kDigits) place of the warp's next key
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int each = kSortTile / warps, first = blockIdx.x * kSortTile + warp * each;
+  const int each = kSortTile / warps, begin = blockIdx.x * kSortTile + warp * each;
   for (int i = threadIdx.x; i < warps * kDigits; i += blockDim.x) next[i] = 0;
   __syncthreads();
-  for (int i = first + lane; i < min(N, first + each); i += 32) {
+  for (int i = begin + lane; i < min(N, begin + each); i += 32) {
     atomicAdd(next + warp * kDigits + (keys[i] >> shift) % kDigits, 1);
   }
   __syncthreads();
@@ -3725,17 +3752,17 @@ __global__ void sort_scatter_kernel(int* keys_out, int* values_out, const int* k
     place += count;
   }
   __syncthreads();
-  for (int i = first + lane; i - lane < min(N, first + each); i += 32) {
+  for (int i = begin + lane; i - lane < min(N, begin + each); i += 32) {
     const int key = i < N ? keys[i] : 0;
     const int digit = i < N ? (key >> shift) % kDigits : kDigits;
     const unsigned equal = __match_any_sync(kAllLanes, digit), earlier = equal & ((1u << lane) - 1);
-    int* at = next + warp * kDigits + digit;
-    const int to = i < N ? *at + __popc(earlier) : 0;
+    int* slot = next + warp * kDigits + digit;
+    const int dst = i < N ? *slot + __popc(earlier) : 0;
     __syncwarp();
     if (i < N) {
-      if (earlier == 0) *at += __popc(equal);
-      keys_out[to] = key;
-      values_out[to] = values ? values[i] : i;
+      if (earlier == 0) *slot += __popc(equal);
+      keys_out[dst] = key;
+      values_out[dst] = values ? values[i] : i;
     }
     __syncwarp();
   }
@@ -3755,8 +3782,8 @@ __global__ void embed_backward_short_kernel(float* dtable, const A* dx, const in
   if (i + kShortRun < N && ids[i + kShortRun] == id) return;
   const bool mine = i + lane < N && ids[i + lane] == id;
   const int n = mine ? order[i + lane] : 0, count = __popc(__ballot_sync(kAllLanes, mine));
-  for (int first = 0; first < C; first += 32 * W) {
-    const int c = first + lane * W;
+  for (int begin = 0; begin < C; begin += 32 * W) {
+    const int c = begin + lane * W;
     float sum[W] = {}, d[W];
     for (int r = 0; r < count; r++) {
       const int64_t row = __shfl_sync(kAllLanes, n, r);
@@ -3766,10 +3793,10 @@ __global__ void embed_backward_short_kernel(float* dtable, const A* dx, const in
       }
     }
     if (c >= C) continue;
-    float* to = dtable + int64_t(id) * C + c;
-    load_floats(d, to);
+    float* dst = dtable + int64_t(id) * C + c;
+    load_floats(d, dst);
     for (int j = 0; j < W; j++) sum[j] += d[j];
-    store_floats(to, sum);
+    store_floats(dst, sum);
   }
 }
 // A long run holds an entry 32 k, the first of which is at most 31 after its beginning: block k
@@ -3807,10 +3834,10 @@ __global__ void __launch_bounds__(kLongThreads)
   if (warp > 0 || c >= C) return;
   for (int w = 1; w < warps; w++)
     for (int j = 0; j < W; j++) sum[j] += sums[(w * W + j) * 32 + lane];
-  float* to = dtable + int64_t(id) * C + c;
-  load_floats(d, to);
+  float* dst = dtable + int64_t(id) * C + c;
+  load_floats(d, dst);
   for (int j = 0; j < W; j++) sum[j] += d[j];
-  store_floats(to, sum);
+  store_floats(dst, sum);
 }
 
 // Bytes of scratch for N positions over a table of `rows` rows.
@@ -3821,9 +3848,9 @@ static size_t embed_backward_scratch(int N, int) {
 template <class A>
 static void embed_backward(float* dtable, const A* dx, const int* ids, int N, int C, int rows,
                            void* scratch, cudaStream_t stream) {
-  int* at = static_cast<int*>(scratch);
-  int *keys[2] = {at, at + N}, *values[2] = {at + 2 * int64_t(N), at + 3 * int64_t(N)};
-  int* counts = at + 4 * int64_t(N);  // (kDigits, tiles)
+  int* base = static_cast<int*>(scratch);
+  int *keys[2] = {base, base + N}, *values[2] = {base + 2 * int64_t(N), base + 3 * int64_t(N)};
+  int* counts = base + 4 * int64_t(N);  // (kDigits, tiles)
   const int tiles = int(blocks_for(N, kSortTile));
   const int *sorted = ids, *order = nullptr;
   int side = 0;
@@ -3861,7 +3888,7 @@ Buffer<T>::Buffer(const char* name, int64_t count, const char* lower) : size_(co
   if (count == 0) return;
   const cudaError_t status = cudaMalloc(reinterpret_cast<void**>(&data_), bytes());
   if (status == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // it is reported here: the next call starts afresh
+    cudaGetLastError();  // clears the error, which is reported here
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total), "free memory");
     fail("out of memory on the GPU: ", name, " takes ", bytes_text(double(bytes())), ", found ",
@@ -3870,12 +3897,13 @@ Buffer<T>::Buffer(const char* name, int64_t count, const char* lower) : size_(co
   check(status, name);
 }
 
-// Device memory that a walk over names takes; `measure`: only the sum, for the plan.
+// Device memory for a list of named arrays. With `measure` it only adds up their sizes, for the
+// memory plan.
 class Memory {
  public:
   Memory(const char* lower, bool measure) : lower_(lower), measure_(measure) {}
   template <class T>
-  T* take(const char* name, int64_t count) {
+  T* allocate(const char* name, int64_t count) {
     bytes_ += count * int64_t(sizeof(T));
     if (measure_ || count == 0) return nullptr;
     pieces_.emplace_back(name, count * int64_t(sizeof(T)), lower_);
@@ -3919,10 +3947,10 @@ class Staging {
     side.bytes = bytes;
   }
   template <class T>
-  void send(T* device, const T* host, size_t count, cudaStream_t stream) {
+  void upload(T* device, const T* host, size_t count, cudaStream_t stream) {
     if (count == 0) return;
     Side& side = sides_[turn_];
-    if (used_ + count * sizeof(T) > side.bytes) fail("cuda: more is sent than was announced");
+    if (used_ + count * sizeof(T) > side.bytes) fail("cuda: an upload is larger than announced");
     std::memcpy(side.data + used_, host, count * sizeof(T));
     check(cudaMemcpyAsync(device, side.data + used_, count * sizeof(T), cudaMemcpyHostToDevice,
                           stream),
@@ -3943,12 +3971,12 @@ class Staging {
 };
 
 // Weights: fp32 masters in the table's order, and in bf16 mode a bf16 copy that products and
-// embeddings read. Inference in bf16 keeps masters of vectors alone, which norms read.
+// embeddings read. In inference in bf16 only vectors, which norms read, have masters.
 template <class A>
 struct Weights {
   Buffer<float> master;
-  Buffer<A> copy;                        // bf16
-  std::map<int64_t, int64_t> vector_at;  // offset in the table -> in master: inference in bf16
+  Buffer<A> copy;                            // bf16
+  std::map<int64_t, int64_t> vector_offset;  // offset in the table -> in master: inference in bf16
   static constexpr bool kCopy = !std::is_same_v<A, float>;
 
   Weights(const ParamTable& table, bool train, cudaStream_t stream) {
@@ -3956,7 +3984,7 @@ struct Weights {
     if (kCopy && !train) {
       for (const Tensor& t : table.tensors) {
         if (t.kind != Kind::vector) continue;
-        vector_at[t.offset] = vectors;
+        vector_offset[t.offset] = vectors;
         vectors += round_up(t.size(), 16);
       }
     }
@@ -3989,49 +4017,49 @@ struct Weights {
       return nullptr;
     }
   }
-  float* vector(int64_t offset) const {  // fp32, of any tensor; null: there is the bf16 copy alone
+  float* vector(int64_t offset) const {  // fp32; null where only the bf16 copy exists
     if (offset < 0) return nullptr;
-    if (vector_at.empty()) return master.data() + offset;
-    const auto at = vector_at.find(offset);
-    return at == vector_at.end() ? nullptr : master.data() + at->second;
+    if (vector_offset.empty()) return master.data() + offset;
+    const auto found = vector_offset.find(offset);
+    return found == vector_offset.end() ? nullptr : master.data() + found->second;
   }
 };
 
 template <class A>
-void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows, Keep keep,
+void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows, Saved saved,
                              Memory& memory) {
   logit_rows = std::min(most_logit_rows, rows);
   const int64_t up = c.has_gate() ? 2 * c.F : c.F, heads = int64_t(c.NH) * c.HS;
   const auto a = [&](const char* name, int64_t count) {
-    return memory.template take<A>(name, count);
+    return memory.template allocate<A>(name, count);
   };
   const auto f = [&](const char* name, int64_t count) {
-    return memory.template take<float>(name, count);
+    return memory.template allocate<float>(name, count);
   };
   const auto mean = [&](const char* name) { return c.has_biases() ? f(name, N) : nullptr; };
   layers.resize(size_t(c.L));
   for (int l = 0; l < c.L; l++) {
-    LayerActivations<A>& to = layers[size_t(l)];
-    if (l > 0 && keep != Keep::all) {  // one layer's memory serves all
-      to = layers[0];
-      if (keep == Keep::inputs) to.x = a("x", N * c.C);
-      if (keep == Keep::none) to.x = l == 1 ? a("x", N * c.C) : layers[size_t(l) - 2].x;
+    LayerActivations<A>& layer = layers[size_t(l)];
+    if (l > 0 && saved != Saved::all) {  // one layer's memory serves all
+      layer = layers[0];
+      if (saved == Saved::layer_inputs) layer.x = a("x", N * c.C);
+      if (saved == Saved::none) layer.x = l == 1 ? a("x", N * c.C) : layers[size_t(l) - 2].x;
       continue;
     }
-    to.x = a("x", N * c.C);
-    to.norm1 = a("norm1", N * c.C);
-    to.mean1 = mean("mean1"), to.rstd1 = f("rstd1", N);
-    to.qkv = a("qkv", N * c.qkv());
-    to.rotated = c.family == Family::qwen3 && keep != Keep::none
-                     ? a("rotated", N * (c.NH + c.NKV) * c.HS)
-                     : nullptr;
-    to.att = a("att", N * heads);
-    to.lse = f("lse", N * c.NH);
-    to.mid = a("mid", N * c.C);
-    to.norm2 = a("norm2", N * c.C);
-    to.mean2 = mean("mean2"), to.rstd2 = f("rstd2", N);
-    to.up = a("up", N * up);
-    to.act = a("act", N * c.F);
+    layer.x = a("x", N * c.C);
+    layer.norm1 = a("norm1", N * c.C);
+    layer.mean1 = mean("mean1"), layer.rstd1 = f("rstd1", N);
+    layer.qkv = a("qkv", N * c.qkv());
+    layer.rotated = c.family == Family::qwen3 && saved != Saved::none
+                        ? a("rotated", N * (c.NH + c.NKV) * c.HS)
+                        : nullptr;
+    layer.att = a("att", N * heads);
+    layer.lse = f("lse", N * c.NH);
+    layer.mid = a("mid", N * c.C);
+    layer.norm2 = a("norm2", N * c.C);
+    layer.mean2 = mean("mean2"), layer.rstd2 = f("rstd2", N);
+    layer.up = a("up", N * up);
+    layer.act = a("act", N * c.F);
   }
   x = a("x", N * c.C);
   final_norm = a("final_norm", N * c.C);
@@ -4042,7 +4070,7 @@ void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows,
     head_in = a("head_in", logit_rows * c.C);
     logits = a("logits", logit_rows * c.padded_V());
   }
-  if (keep == Keep::none) return;
+  if (saved == Saved::none) return;
   if (c.head == Head::lm) dhead_in = a("dhead_in", logit_rows * c.C);
   dx = a("dx", N * c.C);
   dnorm = a("dnorm", N * std::max<int64_t>(c.C, heads));
@@ -4056,17 +4084,17 @@ void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows,
       {embed_backward_scratch(tokens, c.V), embed_backward_scratch(tokens, c.T),
        norm_backward_scratch(tokens, c.C), qk_backward_scratch(tokens, c.HS),
        bias_backward_scratch(tokens, std::max(widest, c.C)), value_backward_scratch(tokens, c.C)});
-  scratch = memory.template take<unsigned char>("scratch", int64_t(bytes));
+  scratch = memory.template allocate<unsigned char>("scratch", int64_t(bytes));
 }
 
 void DeviceBatch::lay_out(int64_t N, bool train, Memory& memory) {
   for (int** p : {&tokens, &targets, &positions, &doc_start, &doc_end}) {
-    *p = memory.take<int>("batch", N);
+    *p = memory.allocate<int>("batch", N);
   }
-  row_of = memory.take<int>("rows of the batch", round_up(N, 128));
+  row_of = memory.allocate<int>("rows of the batch", round_up(N, 128));
   for (float** p : {&dlogp, &dentropy, &dvalue})
-    *p = train ? memory.take<float>("weights of the batch", N) : nullptr;
-  for (float** p : {&logp, &entropy, &value}) *p = memory.take<float>("results", N);
+    *p = train ? memory.allocate<float>("weights of the batch", N) : nullptr;
+  for (float** p : {&logp, &entropy, &value}) *p = memory.allocate<float>("results", N);
 }
 
 template <class A>
@@ -4077,15 +4105,16 @@ void CudaGpt<A>::reserve(int64_t N) {
   a_ = {}, batch_ = {}, capacity_ = 0;
   resources_->memory = std::make_unique<Memory>(kBatchFlags, false);
   a_.lay_out(config_, table_.lora.rank, N, round_up(N, 128),
-             train_ ? recompute_ ? Keep::inputs : Keep::all : Keep::none, *resources_->memory);
+             train_ ? recompute_ ? Saved::layer_inputs : Saved::all : Saved::none,
+             *resources_->memory);
   batch_.lay_out(N, train_, *resources_->memory);
   capacity_ = N;
 }
 
 // ---------------------------------------------------------------------------------------------
-// CUDA graphs: what a key names is launched kernel by kernel the first time (products are timed
-// then), recorded the second, and replayed from then on. A body queues work and does nothing else;
-// all that it passes by value is part of the key.
+// CUDA graphs: the work under a key is launched kernel by kernel the first time (products are timed
+// then), recorded the second time, and replayed from then on. The function may only queue kernels
+// and products; every value that it passes to them must be part of the key.
 
 class Graphs {
  public:
@@ -4094,17 +4123,17 @@ class Graphs {
   Graphs& operator=(const Graphs&) = delete;
   ~Graphs() { clear(); }
 
-  template <class Body>
-  void run(const GraphKey& key, cudaStream_t stream, Body&& body) {
-    if (!enabled) return body();
+  template <class Work>
+  void run(const GraphKey& key, cudaStream_t stream, Work&& work) {
+    if (!enabled) return work();
     if (entries_.size() >= kMost && !entries_.contains(key)) clear();
     Entry& entry = entries_[key];
     if (!entry.graph) {
-      if (entry.seen++ == 0) return body();
+      if (entry.seen++ == 0) return work();
       check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a graph");
       cudaGraph_t recorded = nullptr;
       try {
-        body();
+        work();
       } catch (...) {
         cudaStreamEndCapture(stream, &recorded);
         if (recorded) cudaGraphDestroy(recorded);
@@ -4150,30 +4179,31 @@ Graphs& CudaGpt<A>::graphs() {
   return resources_->graphs;
 }
 template <class A>
-template <class Body>
-void CudaGpt<A>::run_graph(const GraphKey& key, Body&& body) {
-  resources_->graphs.run(key, stream_, body);
+template <class Work>
+void CudaGpt<A>::run_graph(const GraphKey& key, Work&& work) {
+  resources_->graphs.run(key, stream_, work);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Products: cuBLASLt behind one function
 //
-// cuBLASLt thinks in columns: a row-major matrix is its transpose, so D = A B becomes
-// D^T = B^T A^T, and what it calls A is our B. Descriptors and the algorithm of a shape are made
-// once and kept. On a GPU the candidates of its heuristic are timed at the first use of a shape;
-// what was found is kept in $XDG_CACHE_HOME/cake/products.json (~/.cache), by GPU, version of the
-// library and shape. A file that cannot be read or written costs the measurement again, no more.
-// What a run went by is kept in its state too (Gpt::choices): another algorithm would round its
-// sums otherwise, and a run that goes on would not be the run that never stopped.
+// cuBLASLt counts in columns: to it, a row-major matrix is the transpose, so D = A B becomes D^T =
+// B^T A^T, and what it calls A is our B. The descriptors and the algorithm of a shape are made once
+// and kept. On a GPU, the candidates of its heuristic are timed at the first use of a shape, and
+// the fastest is stored in $XDG_CACHE_HOME/cake/products.json (~/.cache) by GPU, version of the
+// library and shape. Where this file cannot be read or written, the next run measures again. The
+// chosen algorithm of each shape is also saved in trainer_state.json (Gpt::tuned_plans), so that a
+// resumed run rounds the same way.
 
 static constexpr int64_t kWorkspace = int64_t(32) << 20;  // bytes, cuBLASLt's
 
-// What was measured on this machine's GPU, on disk, and what this process goes by: values by name.
-class Measured {
+// The cuBLASLt algorithm of each product, and whether each fused epilogue is faster than a kernel,
+// as text by name: what this process uses, and what is stored on disk for this GPU.
+class TunedPlans {
  public:
-  using Choices = std::map<std::string, std::string>;
+  using Plans = std::map<std::string, std::string>;
 
-  explicit Measured(std::string gpu) : gpu_(std::move(gpu)) {
+  explicit TunedPlans(std::string gpu) : gpu_(std::move(gpu)) {
     const char *cache = std::getenv("XDG_CACHE_HOME"), *home = std::getenv("HOME");
     if (cache && *cache) {
       path_ = std::filesystem::path(cache) / "cake" / "products.json";
@@ -4183,16 +4213,16 @@ class Measured {
     values_ = stored();
   }
   std::string find(const std::string& key) {  // empty when unknown
-    const auto used = used_.find(key);
-    if (used != used_.end()) return used->second;
+    const auto in_use = in_use_.find(key);
+    if (in_use != in_use_.end()) return in_use->second;
     if (!values_.contains(gpu_) || !values_[gpu_].is_object()) return "";
     const auto& own = values_[gpu_];
     if (!own.contains(key) || !own[key].is_string()) return "";
-    return used_[key] = own[key].template get<std::string>();
+    return in_use_[key] = own[key].template get<std::string>();
   }
-  void use(const std::string& key, const std::string& value) { used_[key] = value; }
-  void put(const std::string& key, const std::string& value) {  // for other processes too
-    use(key, value);
+  void set(const std::string& key, const std::string& value) { in_use_[key] = value; }
+  void save(const std::string& key, const std::string& value) {  // for other processes too
+    set(key, value);
     if (path_.empty()) return;
     values_.update(stored(), true);  // another process may have written meanwhile
     values_[gpu_][key] = value;
@@ -4202,16 +4232,17 @@ class Measured {
     } catch (const std::exception&) {  // no cache then: the next run measures again
     }
   }
-  Choices used() const {
-    Choices all = used_;
+  Plans in_use() const {
+    Plans all = in_use_;
     all[kGpu] = gpu_;
     return all;
   }
-  void keep(const Choices& choices) {  // before those of the disk, when they are this GPU's
-    const auto gpu = choices.find(kGpu);
-    if (gpu == choices.end() || gpu->second != gpu_) return;
-    for (const auto& [key, value] : choices)
-      if (key != kGpu) use(key, value);
+  void adopt(const Plans& plans) {  // they take precedence over those on disk; plans of another GPU
+                                    // are ignored
+    const auto gpu = plans.find(kGpu);
+    if (gpu == plans.end() || gpu->second != gpu_) return;
+    for (const auto& [key, value] : plans)
+      if (key != kGpu) set(key, value);
   }
 
  private:
@@ -4227,14 +4258,16 @@ class Measured {
   std::string gpu_;
   std::filesystem::path path_;
   OrderedJson values_;  // by GPU, by name
-  Choices used_;
+  Plans in_use_;
 };
 
-// Whether a product's epilogue does what a kernel after it could: by time, or as a test wants it.
+// Whether a product's epilogue does what a kernel after it could do: the faster way, or as a test
+// wants.
 enum class Fusion { measured, always, never };
 inline Fusion fusion = Fusion::measured;
 
-// Whether candidates are timed. The emulator's are all alike: there a test alone asks for it.
+// Whether candidates are timed. The emulator has no speed to measure: there only a test asks for
+// it.
 #ifdef CAKE_CUDA_ON_CPU
 inline bool timing = false;
 #else
@@ -4251,8 +4284,8 @@ class Products {
       cudaDeviceProp properties{};
       check(cudaGetDevice(&device), "the device");
       check(cudaGetDeviceProperties(&properties, device), "its properties");
-      measured_ =
-          std::make_unique<Measured>(concat(properties.name, ", cuBLASLt ", cublasLtGetVersion()));
+      tuned_plans_ = std::make_unique<TunedPlans>(
+          concat(properties.name, ", cuBLASLt ", cublasLtGetVersion()));
       for (cudaEvent_t& e : events_) check(cudaEventCreate(&e), "an event");
     }
   }
@@ -4277,38 +4310,38 @@ class Products {
     return true;
   }
 
-  // Whether body(true), with an epilogue (false: there is none), beats body(false), with a kernel
-  // in its place. Both are run to find out: they must overwrite what they write.
-  template <class Body>
-  bool fused_is_faster(const char* what, int64_t N, int64_t in, int64_t out, Body&& body) {
-    if (fusion != Fusion::measured || !measured_) return fusion != Fusion::never;
+  // Whether work(true), with an epilogue (false: there is none), is faster than work(false), with
+  // a kernel in its place. Both are run to find out: they must overwrite what they write.
+  template <class Work>
+  bool fused_is_faster(const char* what, int64_t N, int64_t in, int64_t out, Work&& work) {
+    if (fusion != Fusion::measured || !tuned_plans_) return fusion != Fusion::never;
     const std::string key = concat(what, " ", bucket(N), " ", in, " ", out);
     const auto known = fused_.find(key);
     if (known != fused_.end()) return known->second;
     if (capturing()) return true;
-    std::string choice = measured_->find(key);
-    if (choice != "fused" && choice != "separate") {
+    std::string faster = tuned_plans_->find(key);
+    if (faster != "fused" && faster != "separate") {
       try {
-        const bool fused = body(true) && time([&] { body(true); }) < time([&] { body(false); });
-        measured_->put(key, choice = fused ? "fused" : "separate");
-      } catch (const Error&) {  // no room to measure in: what fails in earnest fails again
-        measured_->use(key, choice = "separate");
+        const bool fused = work(true) && time([&] { work(true); }) < time([&] { work(false); });
+        tuned_plans_->save(key, faster = fused ? "fused" : "separate");
+      } catch (const Error&) {  // there is no memory to measure in
+        tuned_plans_->set(key, faster = "separate");
       }
     }
-    return fused_[key] = choice == "fused";
+    return fused_[key] = faster == "fused";
   }
 
-  Measured* measured() const { return measured_.get(); }  // null: nothing is timed
+  TunedPlans* tuned_plans() const { return tuned_plans_.get(); }  // null: nothing is timed
 
-  // Seconds that body takes on the device: the best of a few.
-  template <class Body>
-  double time(Body&& body) {
+  // Seconds that `work` takes on the device: the best of a few runs.
+  template <class Work>
+  double time(Work&& work) {
     constexpr int kRuns = 4;
     float best = std::numeric_limits<float>::infinity();
-    body();
+    work();
     for (int repetition = 0; repetition < 3; repetition++) {
       check(cudaEventRecord(events_[0], stream_), "an event");
-      for (int i = 0; i < kRuns; i++) body();
+      for (int i = 0; i < kRuns; i++) work();
       check(cudaEventRecord(events_[1], stream_), "an event");
       check(cudaEventSynchronize(events_[1]), "timing");
       float milliseconds = 0;
@@ -4332,8 +4365,8 @@ class Products {
     check(cudaStreamIsCapturing(stream_, &status), "the stream");
     return status != cudaStreamCaptureStatusNone;
   }
-  // What was measured for a size serves those near it, four to an octave: packed batches rarely
-  // have the same number of tokens twice.
+  // Sizes are rounded up to one of four steps between powers of two, and a measurement serves all
+  // sizes of its step: packed batches rarely have the same number of tokens twice.
   static int64_t bucket(int64_t n) {
     return round_up(n, std::max<int64_t>(16, int64_t(std::bit_floor(uint64_t(n))) / 4));
   }
@@ -4363,7 +4396,7 @@ class Products {
             std::min(alignment(p.d), alignment(p.c))};
   }
 
-  void point(const Product& p, const Plan& plan) {
+  void set_pointers(const Product& p, const Plan& plan) {
     const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const void* value) {
       check(cublasLtMatmulDescSetAttribute(plan.description, attribute, &value, sizeof value),
             "a product's pointers");
@@ -4372,7 +4405,7 @@ class Products {
     if (p.aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, p.aux);
   }
   void multiply(const Product& p, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm) {
-    point(p, plan);
+    set_pointers(p, plan);
     check(cublasLtMatmul(handle_, plan.description, &p.alpha, p.b, plan.b, p.a, plan.a, &p.beta,
                          p.c ? p.c : p.d, plan.c, p.d, plan.c, &algorithm, workspace_.data(),
                          workspace_.bytes(), stream_),
@@ -4385,17 +4418,17 @@ class Products {
     if (known != plans_.end()) return known->second;
     Plan& plan = plans_[key];
     describe(p, plan);
-    if (!measured_) {
-      choose(p, plan, "");
+    if (!tuned_plans_) {
+      tune(p, plan, "");
       return plan;
     }
     Key bucketed = key;
     for (const int dimension : {0, 1, 2})
       bucketed[size_t(dimension)] = bucket(key[size_t(dimension)]);
     const std::string near = name_of(bucketed), exact = name_of(key);
-    if (!restore(measured_->find(exact), plan) && !restore(measured_->find(near), plan)) {
-      // What serves its neighbours and not this shape stays theirs.
-      choose(p, plan, measured_->find(near).empty() ? near : exact);
+    if (!restore(tuned_plans_->find(exact), plan) && !restore(tuned_plans_->find(near), plan)) {
+      // A plan that serves neighbouring shapes but not this one is kept for them.
+      tune(p, plan, tuned_plans_->find(near).empty() ? near : exact);
     }
     return plan;
   }
@@ -4424,17 +4457,17 @@ class Products {
     set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(epilogue));
     if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, int32_t(p.out));
     if (p.aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.ldd);
-    point(p, plan);  // the heuristic looks at their alignment
-    const auto layout = [&](cublasLtMatrixLayout_t& to, cudaDataType_t type, int64_t rows,
+    set_pointers(p, plan);  // the heuristic looks at their alignment
+    const auto layout = [&](cublasLtMatrixLayout_t& handle, cudaDataType_t type, int64_t rows,
                             int64_t columns, int64_t ld, int64_t stride) {
-      check(cublasLtMatrixLayoutCreate(&to, type, uint64_t(columns), uint64_t(rows), ld),
+      check(cublasLtMatrixLayoutCreate(&handle, type, uint64_t(columns), uint64_t(rows), ld),
             "a matrix's layout");
       if (p.batch == 1) return;
       const int32_t count = p.batch;
-      check(cublasLtMatrixLayoutSetAttribute(to, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+      check(cublasLtMatrixLayoutSetAttribute(handle, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
                                              sizeof count),
             "a matrix's layout");
-      check(cublasLtMatrixLayoutSetAttribute(to, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+      check(cublasLtMatrixLayoutSetAttribute(handle, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
                                              &stride, sizeof stride),
             "a matrix's layout");
     };
@@ -4444,7 +4477,7 @@ class Products {
   }
 
   // The heuristic's candidates, the fastest of which stays, under `name`.
-  void choose(const Product& p, Plan& plan, const std::string& name) {
+  void tune(const Product& p, Plan& plan, const std::string& name) {
     cublasLtMatmulPreference_t preference = nullptr;
     check(cublasLtMatmulPreferenceCreate(&preference), "a product's preference");
     const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
@@ -4470,26 +4503,26 @@ class Products {
            "), status ", int(status));
     }
     plan.algorithm = found[0].algo;
-    if (!measured_) return;
+    if (!tuned_plans_) return;
     const auto hex = [&] {
       std::string all;
       for (const uint64_t word : plan.algorithm.data)
         all += format("%016llx", (unsigned long long)word);
       return all;
     };
-    if (count == 1 || capturing()) return measured_->use(name, hex());
-    // A product that adds to D would add again each time it is timed: then elsewhere.
+    if (count == 1 || capturing()) return tuned_plans_->set(name, hex());
+    // A product that adds to D would add again each time it is timed: it is timed on scratch
+    // memory.
     Product timed = p;
-    Buffer<char> elsewhere;
+    Buffer<char> scratch;
     if (p.beta != 0 && (!p.c || p.c == p.d)) {
       const int64_t elements = (p.batch - 1) * p.d_stride + (p.M - 1) * p.ldd + p.N;
       try {
-        elsewhere =
-            Buffer<char>("a product's result", elements * (p.out == CUDA_R_32F ? 4 : 2), "");
-      } catch (const Error&) {  // no room to measure in: the first candidate stays
-        return measured_->use(name, hex());
+        scratch = Buffer<char>("a product's result", elements * (p.out == CUDA_R_32F ? 4 : 2), "");
+      } catch (const Error&) {  // no memory to measure in: the first candidate stays
+        return tuned_plans_->set(name, hex());
       }
-      timed.d = elsewhere.data(), timed.c = nullptr;
+      timed.d = scratch.data(), timed.c = nullptr;
     }
     double best = std::numeric_limits<double>::infinity();
     for (int i = 0; i < count; i++) {
@@ -4497,7 +4530,7 @@ class Products {
       const double seconds = time([&] { multiply(timed, plan, found[size_t(i)].algo); });
       if (seconds < best) best = seconds, plan.algorithm = found[size_t(i)].algo;
     }
-    measured_->put(name, hex());
+    tuned_plans_->save(name, hex());
   }
 
   // From the cache on disk; false when there is nothing usable.
@@ -4520,12 +4553,12 @@ class Products {
   Buffer<char> workspace_;
   std::map<Key, Plan> plans_;
   std::map<std::string, bool> fused_;
-  std::unique_ptr<Measured> measured_;
+  std::unique_ptr<TunedPlans> tuned_plans_;
   cudaEvent_t events_[2] = {};
 };
 
 // What all engines of a process share: one stream, so that a model that reads another's weights
-// finds them as the last call left them. Engines are for one thread.
+// finds them as the last call left them. All engines of a process must be used by one thread.
 struct Machine {
   cudaStream_t stream;
   std::unique_ptr<Products> products;
@@ -4565,13 +4598,13 @@ void CudaGpt<A>::wait() const {
   machine_->wait();
 }
 template <class A>
-std::map<std::string, std::string> CudaGpt<A>::choices() const {
-  const Measured* measured = machine_->products->measured();
-  return measured ? measured->used() : Measured::Choices{};
+std::map<std::string, std::string> CudaGpt<A>::tuned_plans() const {
+  const TunedPlans* tuned = machine_->products->tuned_plans();
+  return tuned ? tuned->in_use() : TunedPlans::Plans{};
 }
 template <class A>
-void CudaGpt<A>::keep_choices(const std::map<std::string, std::string>& choices) {
-  if (Measured* measured = machine_->products->measured()) measured->keep(choices);
+void CudaGpt<A>::set_tuned_plans(const std::map<std::string, std::string>& plans) {
+  if (TunedPlans* tuned = machine_->products->tuned_plans()) tuned->adopt(plans);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -4579,34 +4612,36 @@ void CudaGpt<A>::keep_choices(const std::map<std::string, std::string>& choices)
 
 // Under what a fused and a separate form are compared.
 template <class A>
-template <class Body>
-bool CudaGpt<A>::fused_is_faster(const char* what, int64_t N, const Linear& l, Body&& body) const {
+template <class Compute>
+bool CudaGpt<A>::fused_is_faster(const char* what, int64_t N, const Linear& l,
+                                 Compute&& compute) const {
   return machine_->products->fused_is_faster(
-      std::is_same_v<A, float> ? concat(what, " in fp32").c_str() : what, N, l.in, l.out, body);
+      std::is_same_v<A, float> ? concat(what, " in fp32").c_str() : what, N, l.in, l.out, compute);
 }
-// For weight_backward(l), whose body(fused, dweight, dbias) adds to dbias: compared elsewhere.
+// For weight_backward(l): compute(fused, dweight, dbias) adds to dbias, so both ways are timed on
+// scratch memory.
 template <class A>
-template <class Body>
-bool CudaGpt<A>::bias_gradient_is_fused(const Linear& l, Body&& body) const {
-  Buffer<float> elsewhere;
+template <class Compute>
+bool CudaGpt<A>::bias_gradient_is_fused(const Linear& l, Compute&& compute) const {
+  Buffer<float> scratch;
   return fused_is_faster("bias gradient", N_, l, [&](bool with_epilogue) {
-    if (elsewhere.size() == 0) {
-      elsewhere = Buffer<float>("a product's result", int64_t(l.out) * (l.in + 1), "");
+    if (scratch.size() == 0) {
+      scratch = Buffer<float>("a product's result", int64_t(l.out) * (l.in + 1), "");
     }
-    return body(with_epilogue, elsewhere.data(), elsewhere.data() + int64_t(l.out) * l.in);
+    return compute(with_epilogue, scratch.data(), scratch.data() + int64_t(l.out) * l.in);
   });
 }
 
 // up = x W^T + b, act = GELU(up)
 template <class A>
 void CudaGpt<A>::linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* act,
-                             const Activations<A>& in) const {
+                             const Activations<A>& acts) const {
   if (has_adapters(l)) {  // they come between
-    linear(N, l, x, up, in);
+    linear(N, l, x, up, acts);
     return gelu_forward(act, up, N * l.out, stream_);
   }
-  const auto body = [&](bool fused) {
-    Product p = linear_of(N, l, x, fused ? act : up);
+  const auto compute = [&](bool fused) {
+    Product p = linear_product(N, l, x, fused ? act : up);
     if (fused) {
       p.epilogue = Epilogue::gelu, p.aux = up;
       return try_matmul(p);
@@ -4615,8 +4650,8 @@ void CudaGpt<A>::linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* a
     gelu_forward(act, up, N * l.out, stream_);
     return true;
   };
-  const bool fused = fused_is_faster("GELU", N, l, body);
-  if (!(fused && body(true))) body(false);
+  const bool fused = fused_is_faster("GELU", N, l, compute);
+  if (!(fused && compute(true))) compute(false);
 }
 // The same through the GELU that made x: dup = dy W GELU'(up)
 template <class A>
@@ -4627,8 +4662,8 @@ void CudaGpt<A>::linear_gelu_backward(const Linear& l, const A* x, const A* up, 
     return gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
   }
   weight_backward(l, x, dy);
-  const auto body = [&](bool fused) {
-    Product p = input_of(N_, l, dy, fused ? dup : a_.dact);
+  const auto compute = [&](bool fused) {
+    Product p = input_gradient_product(N_, l, dy, fused ? dup : a_.dact);
     if (fused) {
       p.epilogue = Epilogue::dgelu, p.aux = const_cast<A*>(up);  // read only
       return try_matmul(p);
@@ -4637,8 +4672,8 @@ void CudaGpt<A>::linear_gelu_backward(const Linear& l, const A* x, const A* up, 
     gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
     return true;
   };
-  const bool fused = fused_is_faster("GELU'", N_, l, body);
-  if (!(fused && body(true))) body(false);
+  const bool fused = fused_is_faster("GELU'", N_, l, compute);
+  if (!(fused && compute(true))) compute(false);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -4655,9 +4690,9 @@ struct OptimizerLayout {
   };
   struct Group {
     int out, in, count;
-    int64_t first;  // its first matrix in `offsets`
-    int64_t x;      // of its first matrix among all of Muon's
-    int at_once;    // matrices that the scratch has room for
+    int64_t first_matrix;  // its first matrix in `offsets`
+    int64_t x;             // of its first matrix among all of Muon's
+    int batch_size;        // matrices that the scratch has room for
 
     int64_t size() const { return int64_t(out) * in; }
     int64_t gram() const { return int64_t(std::min(out, in)) * std::min(out, in); }
@@ -4665,14 +4700,14 @@ struct OptimizerLayout {
   static constexpr int64_t kScratch = 1 << 25;  // elements, at least one matrix
   std::vector<Run> runs;
   std::vector<Group> groups;
-  std::vector<int64_t> offsets;     // of Muon's matrices, group by group
-  std::vector<int64_t> moment2_at;  // of each tensor; -1: Muon's, or frozen
+  std::vector<int64_t> offsets;         // of Muon's matrices, group by group
+  std::vector<int64_t> moment2_offset;  // of each tensor; -1: Muon's, or frozen
   int64_t moment2_size = 0, x_size = 0, other_size = 0, gram_size = 0, squares_size = 0;
 
   explicit OptimizerLayout(const ParamTable& table) {
     std::map<std::pair<int, int>, std::vector<int64_t>> shapes;  // none where rows are frozen
     for (const Tensor& t : table.tensors) {
-      moment2_at.push_back(-1);
+      moment2_offset.push_back(-1);
       if (!t.trainable) continue;
       if (t.muon) {
         shapes[{t.out, t.in}].push_back(t.offset);
@@ -4683,22 +4718,22 @@ struct OptimizerLayout {
       if (run && run->kind == t.kind && run->decay == t.decay &&
           t.offset - run->offset - run->size < 16) {
         run->size = t.offset + t.size() - run->offset;
-        moment2_at.back() = run->moment2 + t.offset - run->offset;
+        moment2_offset.back() = run->moment2 + t.offset - run->offset;
         moment2_size = round_up(run->moment2 + run->size, 16);
         continue;
       }
-      moment2_at.back() = moment2_size;
+      moment2_offset.back() = moment2_size;
       runs.push_back({t.offset, t.size(), moment2_size, t.kind, t.decay});
       moment2_size = round_up(moment2_size + t.size(), 16);
     }
-    for (const auto& [shape, at] : shapes) {
-      Group g{shape.first, shape.second, int(at.size()), int64_t(offsets.size()), x_size, 1};
-      offsets.insert(offsets.end(), at.begin(), at.end());
-      g.at_once = int(std::clamp<int64_t>(kScratch / (g.size() + 2 * g.gram()), 1, g.count));
+    for (const auto& [shape, matrices] : shapes) {
+      Group g{shape.first, shape.second, int(matrices.size()), int64_t(offsets.size()), x_size, 1};
+      offsets.insert(offsets.end(), matrices.begin(), matrices.end());
+      g.batch_size = int(std::clamp<int64_t>(kScratch / (g.size() + 2 * g.gram()), 1, g.count));
       x_size += g.count * g.size();
-      other_size = std::max(other_size, g.at_once * g.size());
-      gram_size = std::max(gram_size, g.at_once * g.gram());
-      squares_size = std::max(squares_size, int64_t(muon_squares_scratch(g.at_once)));
+      other_size = std::max(other_size, g.batch_size * g.size());
+      gram_size = std::max(gram_size, g.batch_size * g.gram());
+      squares_size = std::max(squares_size, int64_t(muon_squares_scratch(g.batch_size)));
       groups.push_back(g);
     }
   }
@@ -4716,9 +4751,9 @@ struct CudaGpt<A>::Optimizer {
   Buffer<double> partials{"the gradient's norm", kSquarePartials, kModelFlags};
   Buffer<DeviceStep> step{"the gradient's norm", 1, kModelFlags};
   Buffer<int64_t> offsets;
-  Buffer<A> x;               // (all of Muon's matrices) the direction, transposed when tall
-  Buffer<A> other;           // (at_once matrices) X before each of the products that make the next
-  Buffer<A> gram, combined;  // (at_once, rows, rows) A = X X^T, b A + c A A
+  Buffer<A> x;      // (all of Muon's matrices) the direction, transposed when tall
+  Buffer<A> other;  // (batch_size matrices) X before each of the products that make the next
+  Buffer<A> gram, combined;  // (batch_size, rows, rows) A = X X^T, b A + c A A
   Buffer<unsigned char> squares;
   bool stepped = false;
 
@@ -4776,14 +4811,14 @@ struct CudaGpt<A>::Decoding {
     capacity = row_capacity = 0, memory = nullptr;
     memory = std::make_unique<Memory>("the number of sequences decoded at once", false);
     a = {};
-    a.lay_out(c, rank, N, R, Keep::none, *memory);
+    a.lay_out(c, rank, N, R, Saved::none, *memory);
     for (int** p : {&tokens, &positions, &doc_start, &doc_end, &row, &slot})
-      *p = memory->template take<int>("tokens to decode", N);
-    for (int** p : {&last, &ids}) *p = memory->template take<int>("rows to decode", R);
-    rows = memory->template take<SampleRow>("how to sample", R);
-    logp = memory->template take<float>("logp", R);
-    probabilities = memory->template take<float>("probabilities", a.logit_rows * c.V);
-    copies = memory->template take<int2>("pages to copy", R);
+      *p = memory->template allocate<int>("tokens to decode", N);
+    for (int** p : {&last, &ids}) *p = memory->template allocate<int>("rows to decode", R);
+    rows = memory->template allocate<SampleRow>("how to sample", R);
+    logp = memory->template allocate<float>("logp", R);
+    probabilities = memory->template allocate<float>("probabilities", a.logit_rows * c.V);
+    copies = memory->template allocate<int2>("pages to copy", R);
     capacity = N, row_capacity = R;
   }
 
@@ -4793,7 +4828,7 @@ struct CudaGpt<A>::Decoding {
     if (size <= capacity) return;
     capacity = 0;
     memory = std::make_unique<Memory>("the number of sequences decoded at once", false);
-    p = memory->template take<int>(name, round_up(2 * size, 64));
+    p = memory->template allocate<int>(name, round_up(2 * size, 64));
     capacity = round_up(2 * size, 64);
   }
 };
@@ -4843,8 +4878,8 @@ typename CudaGpt<A>::Slice CudaGpt<A>::slice(int tensor, Slot slot) const {
   if (!t.trainable) return {nullptr, nullptr};
   if (slot == Slot::gradient) return {gradient(t.offset), nullptr};
   if (slot == Slot::moment1) return {optimizer_->moment1.data() + t.offset - frozen_, nullptr};
-  const int64_t at = optimizer_->layout.moment2_at[size_t(tensor)];
-  return {at < 0 ? nullptr : optimizer_->moment2.data() + at, nullptr};
+  const int64_t offset = optimizer_->layout.moment2_offset[size_t(tensor)];
+  return {offset < 0 ? nullptr : optimizer_->moment2.data() + offset, nullptr};
 }
 
 template <class A>
@@ -4853,16 +4888,16 @@ void CudaGpt<A>::read(int tensor, Slot slot, std::span<float> out) const {
   if (int64_t(out.size()) != t.size()) {
     fail(t.name, ": found room for ", out.size(), " floats, expected ", t.size());
   }
-  const Slice from = slice(tensor, slot);
-  if ((slot == Slot::gradient && fresh_) || (!from.data && !from.copy)) {
+  const Slice src = slice(tensor, slot);
+  if ((slot == Slot::gradient && gradients_zeroed_) || (!src.data && !src.copy)) {
     std::fill(out.begin(), out.end(), 0.f);  // Muon's tensors have one moment, frozen ones nothing
-  } else if (from.data) {
-    check(cudaMemcpyAsync(out.data(), from.data, out.size_bytes(), cudaMemcpyDeviceToHost, stream_),
+  } else if (src.data) {
+    check(cudaMemcpyAsync(out.data(), src.data, out.size_bytes(), cudaMemcpyDeviceToHost, stream_),
           t.name.c_str());
     wait();
   } else {
     std::vector<A> values(out.size());
-    check(cudaMemcpyAsync(values.data(), from.copy, values.size() * sizeof(A),
+    check(cudaMemcpyAsync(values.data(), src.copy, values.size() * sizeof(A),
                           cudaMemcpyDeviceToHost, stream_),
           t.name.c_str());
     wait();
@@ -4876,21 +4911,21 @@ void CudaGpt<A>::write(int tensor, Slot slot, std::span<const float> in) {
   if (int64_t(in.size()) != t.size()) {
     fail(t.name, ": found ", in.size(), " floats, expected ", t.size());
   }
-  const Slice to = slice(tensor, slot);
-  if (!to.data && !to.copy) {
+  const Slice dst = slice(tensor, slot);
+  if (!dst.data && !dst.copy) {
     fail(t.name,
          t.trainable ? ": Muon keeps no second moment" : ": it is frozen: it has weights alone");
   }
-  if (slot == Slot::gradient) clear_fresh();
-  if (to.data) {
-    check(cudaMemcpyAsync(to.data, in.data(), in.size_bytes(), cudaMemcpyHostToDevice, stream_),
+  if (slot == Slot::gradient) clear_zeroed_gradients();
+  if (dst.data) {
+    check(cudaMemcpyAsync(dst.data, in.data(), in.size_bytes(), cudaMemcpyHostToDevice, stream_),
           t.name.c_str());
   }
   std::vector<A> values;
-  if (to.copy) {
+  if (dst.copy) {
     for (const float x : in) values.push_back(A(x));
-    check(cudaMemcpyAsync(to.copy, values.data(), values.size() * sizeof(A), cudaMemcpyHostToDevice,
-                          stream_),
+    check(cudaMemcpyAsync(dst.copy, values.data(), values.size() * sizeof(A),
+                          cudaMemcpyHostToDevice, stream_),
           t.name.c_str());
   }
   wait();
@@ -4948,7 +4983,8 @@ static MemoryPlan plan_of(const Config& c, const GptOptions& options) {
     DeviceBatch batch;
     Memory memory("", true);
     layout.lay_out(c, options.lora.rank, options.batch_tokens, round_up(options.batch_tokens, 128),
-                   train ? options.recompute ? Keep::inputs : Keep::all : Keep::none, memory);
+                   train ? options.recompute ? Saved::layer_inputs : Saved::all : Saved::none,
+                   memory);
     batch.lay_out(options.batch_tokens, train, memory);
     plan.items.push_back(
         {"activations", memory.bytes(),

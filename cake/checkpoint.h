@@ -1107,7 +1107,7 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
     if (!options.tokenizer_from.empty()) copy_tokenizer(options.tokenizer_from, fresh);
     if (!options.trainer_state.is_null()) {
       Json state = options.trainer_state;
-      if (const auto choices = gpt.choices(); !choices.empty()) state["choices"] = choices;
+      if (const auto choices = gpt.tuned_plans(); !choices.empty()) state["choices"] = choices;
       write_file(fresh / "trainer_state.json", state.dump(2) + "\n");
     }
     if (options.optimizer) save_moments(fresh / "optimizer.safetensors", gpt);
@@ -1158,7 +1158,7 @@ inline void check_disk(const std::filesystem::path& run, const ParamTable& table
 // Going on
 
 // Reads trainer_state.json and writes the optimizer's moments into `gpt`, which was made with the
-// same optimizer and goes by the choices of the run's device from here on.
+// same optimizer and computes by the tuned plans of the run's device from here on.
 inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
   const std::filesystem::path state = dir / "trainer_state.json";
   if (!std::filesystem::exists(state)) {
@@ -1196,7 +1196,7 @@ inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
   const Json json = read_json(state);
   if (const auto choices = json.find("choices"); choices != json.end()) {
     try {
-      gpt.keep_choices(choices->get<std::map<std::string, std::string>>());
+      gpt.set_tuned_plans(choices->get<std::map<std::string, std::string>>());
     } catch (const Json::exception&) {
       fail(state.string(), ": choices: found ", choices->type_name(), ", expected text by name");
     }

@@ -82,18 +82,18 @@ class OnDevice {
   size_t n_;
 };
 
-// Runs body under every schedule of the emulator; on a GPU twice.
-template <class Body>
-void every_schedule(Body&& body) {
+// Calls `run` under every schedule of the emulator; on a GPU twice.
+template <class Run>
+void every_schedule(Run&& run) {
 #ifdef CAKE_CUDA_ON_CPU
   using cuda_on_cpu::Schedule;
   for (const Schedule schedule : {Schedule::reverse, Schedule::random, Schedule::forward}) {
     INFO("schedule " << int(schedule));
     cuda_on_cpu::set_schedule(schedule, 7);
-    body();
+    run();
   }
 #else
-  for (int i = 0; i < 2; i++) body();
+  for (int i = 0; i < 2; i++) run();
 #endif
 }
 
@@ -554,7 +554,7 @@ KERNEL_TEST("cuda: the classifier matches the definition, padding apart") {
     const double kNan = std::numeric_limits<double>::quiet_NaN();
     Doubles logits = random<A>(rows * ld, "logits", 3);
     for (int r = 0; r < rows; r++)
-      for (int j = V; j < ld; j++) logits[size_t(r * ld + j)] = kNan;  // in no one's sum
+      for (int j = V; j < ld; j++) logits[size_t(r * ld + j)] = kNan;  // in no sum
     std::vector<int> row_of, targets = random_ids(N, V, "targets");
     for (int r = 0; r < rows; r++) row_of.push_back(r == 1 ? -1 : N - 1 - r);
     for (const int n : {0, 1}) targets[size_t(N - 1 - 2 * n)] = n ? V - 1 : 0;
@@ -942,7 +942,7 @@ struct Shape {
   std::vector<int> documents;  // their lengths
   int N() const { return std::accumulate(documents.begin(), documents.end(), 0); }
   int group() const { return NH / NKV; }
-  // Rows of q, k, v side by side, and a gap of 16 that belongs to no one
+  // Rows of q, k, v side by side, and a gap of 16 that nothing uses
   int ld() const { return (NH + 2 * NKV) * HS + 16; }
   std::string text() const {
     std::string s = "heads " + std::to_string(NH) + ":" + std::to_string(NKV) + ", head size " +
@@ -1261,7 +1261,7 @@ struct Cached {
       max_pages = std::max(max_pages, (length + kPage - 1) / kPage);
       pages += (length + kPage - 1) / kPage;
     }
-    std::vector<int> order(size_t(pages) + 2);  // two pages are no one's
+    std::vector<int> order(size_t(pages) + 2);  // two pages are not used
     std::iota(order.begin(), order.end(), 0);
     Rng rng{11};
     for (size_t i = order.size(); i-- > 1;) std::swap(order[i], order[rng.next() % (i + 1)]);
@@ -1835,8 +1835,7 @@ TEST_CASE("cuda: the loss that an update reports is its batches', as the CPU eng
 }
 
 #ifdef CAKE_CUDA_ON_CPU
-TEST_CASE(
-    "cuda: what was timed is chosen again, from the disk and before that from a run's state") {
+TEST_CASE("cuda: tuned plans are used again: a run's own, then those on disk") {
   struct Timing {  // as on a GPU, with a cache of its own
     Timing() {
       if (const char* was = std::getenv("XDG_CACHE_HOME")) cache = was;
@@ -1851,15 +1850,15 @@ TEST_CASE(
     TempDir dir;
     std::string cache;
   } timing;
-  using Choices = std::map<std::string, std::string>;
+  using Plans = std::map<std::string, std::string>;
   const auto file = timing.dir / "cake/products.json";
   Config c = engine_config(Family::gpt2);
   c.L = 1;
-  // A process: nothing but the disk is left of the one before.
-  const auto run = [&](const Choices& kept, std::initializer_list<int> documents,
+  // As a new process would run it: of the one before only the file on disk is left.
+  const auto run = [&](const Plans& own, std::initializer_list<int> documents,
                        std::vector<float>* gradients = nullptr) {
     const auto gpt = gpu::make_gpt(c, kTrainBf16);
-    if (!kept.empty()) gpt->keep_choices(kept);
+    if (!own.empty()) gpt->set_tuned_plans(own);
     randomize(*gpt, 3);
     const Packed b = packed(c, documents, false);
     for (int times = 0; times < 3; times++) {
@@ -1867,12 +1866,12 @@ TEST_CASE(
       gpt->forward_backward(b.batch(), b.dlogp);
     }
     if (gradients) *gradients = all_of(*gpt, Slot::gradient);
-    return gpt->choices();
+    return gpt->tuned_plans();
   };
   std::vector<float> gradients;
-  const Choices first = run({}, {20, 14}, &gradients);
+  const Plans plans = run({}, {20, 14}, &gradients);
   int products = 0, fusions = 0;
-  for (const auto& [name, value] : first) {
+  for (const auto& [name, value] : plans) {
     if (name.starts_with("product ")) {
       products++;
       CHECK(value.size() == 128);
@@ -1884,47 +1883,48 @@ TEST_CASE(
   }
   CHECK(products > 8);
   CHECK(fusions >= 4);  // GELU, GELU', and gradients of biases in several shapes
-  CHECK(first.contains("gpu"));
-  const Json disk = read_json(file).at(first.at("gpu"));
-  for (const auto& [name, value] : first)
+  CHECK(plans.contains("gpu"));
+  const Json disk = read_json(file).at(plans.at("gpu"));
+  for (const auto& [name, value] : plans)
     if (name != "gpu") CHECK(disk.at(name) == value);
 
-  // The first has timed products with and without an epilogue; others need those chosen alone.
-  const auto part_of = [](const Choices& some, const Choices& all) {
+  // The run above timed products with and without an epilogue; later ones need the chosen ones
+  // only.
+  const auto part_of = [](const Plans& some, const Plans& all) {
     CHECK(some.size() > 8);
     return std::includes(all.begin(), all.end(), some.begin(), some.end());
   };
   std::vector<float> again;
-  CHECK(part_of(run({}, {20, 14}, &again), first));
+  CHECK(part_of(run({}, {20, 14}, &again), plans));
   CHECK(largest_difference(again, gradients) == 0);
-  CHECK(part_of(run({}, {21, 14}), first));  // a size near it
-  CHECK(read_json(file).at(first.at("gpu")) == disk);
+  CHECK(part_of(run({}, {21, 14}), plans));  // a size near it
+  CHECK(read_json(file).at(plans.at("gpu")) == disk);
 
-  Choices other = first;  // the second word of an algorithm is its number
+  Plans other = plans;  // the second word of an algorithm is its number
   for (auto& [name, value] : other)
     if (name.starts_with("product ")) value.replace(31, 1, value[31] == '2' ? "1" : "2");
   CHECK(run(other, {20, 14}) == other);
-  CHECK(part_of(run({}, {20, 14}), first));  // the disk was left alone
+  CHECK(part_of(run({}, {20, 14}), plans));  // the disk was left alone
   std::filesystem::remove(file);
-  CHECK(run(first, {20, 14}) == first);
+  CHECK(run(plans, {20, 14}) == plans);
   CHECK(!std::filesystem::exists(file));  // nothing was left to time
-  Choices elsewhere = other;
-  elsewhere["gpu"] = "another one";
-  CHECK(run(elsewhere, {20, 14}).at("gpu") == first.at("gpu"));
-  CHECK(std::filesystem::exists(file));  // all of it was
+  Plans foreign = other;
+  foreign["gpu"] = "another one";
+  CHECK(run(foreign, {20, 14}).at("gpu") == plans.at("gpu"));
+  CHECK(std::filesystem::exists(file));  // everything was timed again
 
-  // What the library does not take for a shape is measured for this shape, others keep theirs.
+  // A plan that the library refuses for a shape is measured for this shape; others keep theirs.
   OrderedJson bad = OrderedJson::parse(read_file(file));
-  auto& stored = bad[first.at("gpu")];
+  auto& stored = bad[plans.at("gpu")];
   for (auto& [name, value] : stored.items())
     if (name.starts_with("product ")) value = std::string(128, '0');
   const size_t before = stored.size();
   write_json(file, bad);
   run({}, {20, 14});
-  CHECK(read_json(file)[first.at("gpu")].size() > before + 8);
+  CHECK(read_json(file)[plans.at("gpu")].size() > before + 8);
   write_file(file, "{ torn");
-  CHECK(run({}, {20, 14}).size() == first.size());
-  CHECK(read_json(file).contains(first.at("gpu")));
+  CHECK(run({}, {20, 14}).size() == plans.size());
+  CHECK(read_json(file).contains(plans.at("gpu")));
 }
 
 TEST_CASE("cuda: the host follows no pointer into the device's memory") {
