@@ -1005,9 +1005,10 @@ Expected expect(const Shape& s, const Input<A>& in) {
       for (int t = 0; t < T; t++)
         for (int d = 0; d < HS; d++)
           dout[t * HS + d] = as_double(in.dout[size_t(first + t) * C + h * HS + d]);
-      plain::attention_forward(T, HS, x[0].data(), x[1].data(), x[2].data(), out.data(), p.data());
-      plain::attention_backward(T, HS, x[0].data(), x[1].data(), x[2].data(), p.data(), dout.data(),
-                                dx[0].data(), dx[1].data(), dx[2].data());
+      plain::attention_forward(T, HS, x[0].data(), x[1].data(), x[2].data(), HS, out.data(), HS,
+                               p.data());
+      plain::attention_backward(T, HS, x[0].data(), x[1].data(), x[2].data(), HS, p.data(),
+                                dout.data(), HS, dx[0].data(), dx[1].data(), dx[2].data());
       for (int t = 0; t < T; t++) {
         const size_t row = size_t(first + t);
         double self = 0, mean = 0, delta_bound = 0;
