@@ -703,9 +703,9 @@ double measure_peak(const Gpt&);
 
 inline Precision parse_precision(const std::string& name) {
   if (name == "auto") return Precision::automatic;
-  if (name == "fp32") return Precision::fp32;
+  if (name == "f32" || name == "fp32") return Precision::fp32;
   if (name == "bf16") return Precision::bf16;
-  fail("--precision: found ", name, ", expected auto, fp32 or bf16");
+  fail("--precision: found ", name, ", expected auto, f32 or bf16");
 }
 inline Device parse_device(const std::string& name) {
   if (name == "auto") return Device::automatic;
