@@ -1880,7 +1880,7 @@ std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
   if (on_gpu(options.device)) return gpu::make_gpt(config, options);
 #endif
   if (options.precision == Precision::bf16) {
-    fail("--precision bf16: the CPU engine computes in fp32, expected fp32 or auto");
+    fail("--precision bf16: the CPU engine computes in f32, expected f32 or auto");
   }
   const MemoryPlan plan = plan_memory(config, options);
   const int64_t available = available_memory();
@@ -3106,7 +3106,7 @@ int main_train(int argc, char** argv) {
     fail("--data: missing, expected the PREFIX of token shards");
   }
   if (parse_precision(w.precision) == Precision::bf16 && parse_device(o.device) == Device::cpu) {
-    fail("--precision bf16: the CPU engine computes in fp32, expected fp32 or auto");
+    fail("--precision bf16: the CPU engine computes in f32, expected f32 or auto");
   }
   return Pretraining(std::move(s), std::move(w), std::move(o)).run();
 }
