@@ -157,7 +157,7 @@ class CudaGpt final : public Gpt {
   }
 
   // Clips the gradient and steps every trainable tensor by its optimizer. Learning rates change
-  // from step to step, so what reads them is not recorded.
+  // from step to step, so the kernels that take them stay out of the recorded graph.
   void update(const OptimizerStep& step) override {
     if (!train_) fail("update: an inference model has no gradients");
     clear_zeroed_gradients();
