@@ -122,13 +122,6 @@ struct Models {
   Seconds seconds;                 // that a step has spent so far
 };
 
-struct Prompts {
-  std::vector<Prompt> all;
-  std::vector<int> pool;          // indices into `all` of the prompts that are trained on
-  int64_t epoch = 0, cursor = 0;  // how far the steps have gone through the pool
-};
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Prompts, pool, epoch, cursor)
-
 // How answers are sampled.
 struct RolloutOptions {
   const Tokenizer* tokenizer = nullptr;
@@ -141,68 +134,33 @@ struct RolloutOptions {
   int64_t cache_bytes = int64_t(2) << 30;
 };
 
-// "NAME", "NAME:ARGUMENT", and "WEIGHT*" before either.
-struct RewardSpec {
-  std::string name, argument;
-  double weight = 1;
-
-  std::string label() const {  // in metrics
-    return argument.empty() || name == "command" ? name : name + ":" + argument;
-  }
-};
-struct RewardFunction {
-  RewardSpec spec;
-  bool is_pass_fail = false;  // 1 is right, 0 wrong: what pass@k counts
-  std::function<std::vector<float>(std::span<const Rollout>)> score;  // NaN: failed
-};
-struct Rewards {
-  std::vector<RewardFunction> functions;
-  std::optional<RewardFunction> gold;                // judges held-out answers, is never trained on
-  std::vector<std::shared_ptr<RewardModel>> models;  // all that are loaded
-  std::string truncated = "penalise";                // answers that were cut off: see --truncated
-  double truncated_reward = 0;
-};
-
-// Pretraining text whose loss is mixed in against forgetting (Ouyang et al. 2022, "PPO-ptx").
-struct PretrainingText {
-  std::unique_ptr<TokenStream> stream;  // null: none
-  std::unique_ptr<Loader> loader;
-  double weight = 0;   // of its mean loss
-  int64_t tokens = 0;  // an update
-};
+struct Prompts;          // all of them, and how far the steps have gone through them
+struct Rewards;          // the reward functions and their weights
+struct PretrainingText;  // mixed in against forgetting
 
 // ---------------------------------------------------------------------------------------------
 // The settings that a step reads. Like all settings they are flags and stay in the checkpoint
-
-struct UpdateSettings {
-  int minibatches = 1, epochs = 1;  // of a step's rollouts
-  double clip_low = .2;             // the ratio's range is 1 - clip_low to 1 + clip_high
-  double clip_high = -1;            // -1: as clip_low; dapo .28
-  double entropy = 0;               // weight of the entropy bonus
-  int64_t micro_batch_tokens = 4096;
-};
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(UpdateSettings, minibatches, epochs, clip_low,
-                                                clip_high, entropy, micro_batch_tokens)
-
-struct KlSettings {      // of the policy to the reference
-  double beta = 0;       // its price
-  double kl_target = 0;  // adapts beta; 0: beta stays
-  double kl_horizon = 10000;
-  double kl_budget = 0;  // KL per response at which the run ends; 0: none
-};
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(KlSettings, beta, kl_target, kl_horizon, kl_budget)
 
 struct StepSettings {
   int64_t steps = 60;  // of the run
   int rollouts = 128;  // of a step
   double temperature = 1;
   uint64_t seed = 1;
-  UpdateSettings update;
-  KlSettings kl;
+  int minibatches = 1, epochs = 1;  // of a step's rollouts
+  double clip_low = .2;             // the ratio's range is 1 - clip_low to 1 + clip_high
+  double clip_high = -1;            // -1: as clip_low; dapo .28
+  double entropy = 0;               // weight of the entropy bonus
+  int64_t micro_batch_tokens = 4096;
+  double beta = 0;       // price of the KL of the policy to the reference
+  double kl_target = 0;  // adapts beta; 0: beta stays
+  double kl_horizon = 10000;
+  double kl_budget = 0;  // KL per response at which the run ends; 0: none
   OptimizerFlags optimizer{.warmup = 0, .warmdown = .5, .final_lr = .1};
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(StepSettings, steps, rollouts, temperature, seed,
-                                                optimizer)
+                                                minibatches, epochs, clip_low, clip_high, entropy,
+                                                micro_batch_tokens, beta, kl_target, kl_horizon,
+                                                kl_budget, optimizer)
 
 struct PpoSettings {
   std::string critic;  // a model to begin from; empty: the reward model, or the policy
@@ -213,17 +171,6 @@ struct PpoSettings {
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(PpoSettings, critic, critic_lr, critic_warmup,
                                                 gamma, lambda, value_clip, whiten_rewards)
-
-struct GrpoSettings {
-  int group = 8;  // rollouts of a prompt
-  std::string method = "centered_token_mean";
-  int resample = -1;      // rounds that may replace groups without variance; -1: 0, dapo 3
-  std::string pass_rate;  // LOW:HIGH; empty: all problems are trained on
-  int pass_samples = 8;
-  int64_t pass_problems = 0;
-};
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(GrpoSettings, group, method, resample, pass_rate,
-                                                pass_samples, pass_problems)
 
 // What a run has to remember beside RunState, the order of the prompts and the models.
 struct RlState {
@@ -242,6 +189,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(RlState, updates, critic_updates
 
 struct MeanAndSpread {
   double mean = 0, spread = 0;
+  double squares = 0;  // sum of (x - mean)^2
   int64_t n = 0;
 };
 
@@ -277,10 +225,6 @@ struct UpdateSums {  // over the updates of a step
   bool skipped = false;  // the gradient was not finite
 };
 
-struct GroupCounts {
-  int64_t all = 0, without_variance = 0, resampled = 0;
-};
-
 struct Difference {  // |difference| of two log-probabilities
   double mean = 0, largest = 0;
 };
@@ -290,7 +234,7 @@ struct Step {
   Experience experience;
   MeanAndSpread reward;  // of the rollouts that count
   double kl = 0;         // to the reference, per response (k1 estimator)
-  GroupCounts groups;
+  int64_t groups = 0, without_variance = 0, resampled = 0;
   UpdateSums sums;
   std::optional<Difference> generator;  // from the forward pass; none when nothing was learned
 };
@@ -307,7 +251,8 @@ uint64_t seed_of_rollouts(uint64_t seed, int64_t n, int round) {
   return mix64(mix64(seed, hash64("rollouts")), uint64_t(n), uint64_t(round));
 }
 void give_rewards(std::span<Rollout> rollouts, const Rewards& rewards, Seconds& seconds);
-MeanAndSpread mean_reward(std::span<const Rollout> rollouts);  // of those that count
+std::vector<double> rewards_of(std::span<const Rollout> rollouts);  // of those that count
+MeanAndSpread mean_reward(std::span<const Rollout> rollouts);
 
 Experience end_to_end(std::span<const Rollout> rollouts);
 // The numbers of the rollouts, 0, 1, 2, ..., in each `every`-th group.
@@ -329,11 +274,10 @@ std::vector<float> reference_logp(const Experience& x, std::span<const int> roll
 double kl_of(const Experience& x, size_t rollout);  // sum of l_old - l_ref: the k1 estimator
 double mean_kl(const Experience& x, std::span<const int> rollouts);
 // False where the rewards are all equal, or the policy has left the KL budget.
-bool can_learn(const Step& step, const KlSettings& kl);
+bool can_learn(const Step& step, const StepSettings& kl);
 
 // The rollouts of each update of step n: the trained ones in `minibatches` parts, `epochs` times.
-std::vector<std::vector<int>> minibatches(Experience& x, const UpdateSettings& s, uint64_t seed,
-                                          int64_t n);
+std::vector<std::vector<int>> minibatches(Experience& x, const StepSettings& s, int64_t n);
 void forward(Gpt& gpt, const Experience& b, double temperature, Seconds& seconds);
 std::vector<float> shifted_values(const Models& models);  // (N) of the critic's last forward
 // (N) dL/dentropy of the bonus, or empty when it has no weight.
@@ -397,38 +341,6 @@ void add_sums(UpdateSums& sums, const Experience& b, const PolicyLoss<float>& lo
   sums.ratios.add(loss.ratios);
   for (const float h : entropy) sums.entropy += h;
   for (const float m : b.mask) sums.tokens += m != 0;
-}
-
-// Of d = l - l_ref at tokens sampled from the policy (Schulman 2020, Approximating KL Divergence):
-// each estimates KL(policy, reference), k1 unbiased, k2 and k3 never negative.
-enum class KlEstimator { k1, k2, k3 };
-
-double kl_estimate(KlEstimator k, double d) {
-  return k == KlEstimator::k1 ? d : k == KlEstimator::k2 ? d * d / 2 : std::expm1(-d) + d;
-}
-// dk/dl. As a loss use k2: on policy its gradient is that of the KL. k3's is that of KL(reference,
-// policy), and the mean of k1's is 0.
-double kl_derivative(KlEstimator k, double d) {
-  return k == KlEstimator::k1 ? 1 : k == KlEstimator::k2 ? d : -std::expm1(-d);
-}
-
-template <class T>
-struct KlLoss {
-  double loss = 0;
-  std::vector<T> dlogp;  // (N)
-};
-// L = sum w k(l - l_ref)
-template <class T = float>
-KlLoss<T> kl_loss(KlEstimator k, In<T> logp, In<T> reference, In<T> weights) {
-  KlLoss<T> out;
-  out.dlogp.assign(logp.size(), T(0));
-  for (size_t t = 0; t < logp.size(); t++) {
-    if (weights[t] == 0) continue;
-    const double d = double(logp[t]) - reference[t];
-    out.loss += weights[t] * kl_estimate(k, d);
-    out.dlogp[t] = T(weights[t] * kl_derivative(k, d));
-  }
-  return out;
 }
 
 // =============================================================================================
@@ -547,7 +459,7 @@ Step ppo_step(int64_t n, const StepSettings& s, const PpoSettings& ppo, Prompts&
   step.rollouts = roll_out(models, options, next_prompts(prompts, s.rollouts, s.seed), 1,
                            seed_of_rollouts(s.seed, n, 0));
   give_rewards(step.rollouts, rewards, models.seconds);
-  step.groups.all = int64_t(step.rollouts.size());
+  step.groups = int64_t(step.rollouts.size());
   step.reward = mean_reward(step.rollouts);
 
   // Log-probabilities, and the values that the critic predicts.
@@ -557,7 +469,7 @@ Step ppo_step(int64_t n, const StepSettings& s, const PpoSettings& ppo, Prompts&
   x.value = score(*models.critic, x, all, s, models);
   x.ref_logp = reference_logp(x, all, s, models);
   step.kl = mean_kl(x, all);
-  if (!can_learn(step, s.kl)) return step;
+  if (!can_learn(step, s)) return step;
 
   // Advantages: how much better than predicted the answers were.
   std::vector<float> r = token_rewards(x, step.rollouts, state.beta);
@@ -568,18 +480,15 @@ Step ppo_step(int64_t n, const StepSettings& s, const PpoSettings& ppo, Prompts&
   whiten(x.advantage, x.weight);
 
   // Update both models, a minibatch at a time.
-  for (const std::vector<int>& minibatch : minibatches(x, s.update, s.seed, n)) {
-    const std::vector<Experience> batches =
-        micro_batches(x, minibatch, s.update.micro_batch_tokens);
+  for (const std::vector<int>& minibatch : minibatches(x, s, n)) {
+    const std::vector<Experience> batches = micro_batches(x, minibatch, s.micro_batch_tokens);
     if (n > ppo.critic_warmup) {
       for (const Experience& b : batches) {
         forward(*models.policy, b, s.temperature, models.seconds);
-        const PolicyLoss<float> loss =
-            clipped_policy(models.policy->logp(), b.old_logp, b.advantage, b.weight,
-                           s.update.clip_low, s.update.clip_high);
+        const PolicyLoss<float> loss = clipped_policy(
+            models.policy->logp(), b.old_logp, b.advantage, b.weight, s.clip_low, s.clip_high);
         add_sums(step.sums, b, loss, models.policy->entropy());
-        backward(*models.policy, loss.dlogp, {}, entropy_weights(b, s.update.entropy),
-                 models.seconds);
+        backward(*models.policy, loss.dlogp, {}, entropy_weights(b, s.entropy), models.seconds);
       }
       update_policy(n, s, models, text, state, step.sums);
     }
@@ -612,6 +521,17 @@ enum class GroupMethod {
   gspo,                 // Zheng et al. 2025: clipped_sequence_policy
 };
 
+struct GrpoSettings {
+  int group = 8;  // rollouts of a prompt
+  std::string method = "centered_token_mean";
+  int resample = -1;      // rounds that may replace groups without variance; -1: 0, dapo 3
+  std::string pass_rate;  // LOW:HIGH; empty: all problems are trained on
+  int pass_samples = 8;
+  int64_t pass_problems = 0;
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(GrpoSettings, group, method, resample, pass_rate,
+                                                pass_samples, pass_problems)
+
 GroupMethod parse_method(const std::string& name) {
   const std::map<std::string, GroupMethod> methods = {
       {"centered_token_mean", GroupMethod::centered_token_mean},
@@ -633,13 +553,7 @@ bool has_variance(std::span<const double> rewards) {
   return std::any_of(rewards.begin(), rewards.end(), [&](double r) { return r != rewards[0]; });
 }
 
-// Of the rollouts that count.
-bool varies(std::span<const Rollout> group) {
-  std::vector<double> rewards;
-  for (const Rollout& r : group)
-    if (r.counts) rewards.push_back(r.reward);
-  return !rewards.empty() && has_variance(rewards);
-}
+bool varies(std::span<const Rollout> group) { return has_variance(rewards_of(group)); }
 
 // The rollouts of step n with their rewards. With `resample`, groups without variance are replaced
 // by those of other prompts while rounds are left (Yu et al. 2025).
@@ -655,14 +569,14 @@ void sample_groups(Step& step, int64_t n, const StepSettings& s, const GrpoSetti
     for (size_t i = 0; i < rollouts.size(); i += size_t(grpo.group)) {
       const std::span<Rollout> group(rollouts.data() + i, size_t(grpo.group));
       if (grpo.resample > 0 && !varies(group)) {
-        step.groups.resampled++;
+        step.resampled++;
         continue;
       }
       for (Rollout& r : group) {
-        r.group = int(step.groups.all);
+        r.group = int(step.groups);
         step.rollouts.push_back(std::move(r));
       }
-      step.groups.all++;
+      step.groups++;
     }
   }
 }
@@ -674,19 +588,11 @@ std::vector<double> group_advantages(std::span<const double> rewards, GroupMetho
   double mean = 0, squares = 0, scale = 1;
   for (const double r : rewards) mean += r / G;
   for (const double r : rewards) squares += (r - mean) * (r - mean);
-  switch (method) {
-    case GroupMethod::centered_token_mean:
-    case GroupMethod::dr_grpo:
-      break;
-    case GroupMethod::grpo:
-    case GroupMethod::dapo:
-    case GroupMethod::gspo:
-      scale = 1 / (std::sqrt(squares / (G - 1)) + 1e-4);  // Bessel's correction
-      break;
-    case GroupMethod::rloo:  // r - mean of the others
-      scale = G / (G - 1);
-      break;
+  using M = GroupMethod;
+  if (method == M::grpo || method == M::dapo || method == M::gspo) {
+    scale = 1 / (std::sqrt(squares / (G - 1)) + 1e-4);  // Bessel's correction
   }
+  if (method == M::rloo) scale = G / (G - 1);  // r - mean of the others
   std::vector<double> advantages;
   for (const double r : rewards) advantages.push_back(scale * (r - mean));
   return advantages;
@@ -772,15 +678,42 @@ PolicyLoss<T> clipped_sequence_policy(In<T> logp, In<T> old_logp, std::span<cons
   return out;
 }
 
+// Of d = l - l_ref at tokens sampled from the policy (Schulman 2020, Approximating KL Divergence):
+// each estimates KL(policy, reference), k1 unbiased, k2 and k3 never negative.
+enum class KlEstimator { k1, k2, k3 };
+
+double kl_estimate(KlEstimator k, double d) {
+  return k == KlEstimator::k1 ? d : k == KlEstimator::k2 ? d * d / 2 : std::expm1(-d) + d;
+}
+// dk/dl. As a loss use k2: on policy its gradient is that of the KL. k3's is that of KL(reference,
+// policy), and the mean of k1's is 0.
+double kl_derivative(KlEstimator k, double d) {
+  return k == KlEstimator::k1 ? 1 : k == KlEstimator::k2 ? d : -std::expm1(-d);
+}
+
+// L = sum w k(l - l_ref)
+template <class T = float>
+PolicyLoss<T> kl_loss(KlEstimator k, In<T> logp, In<T> reference, In<T> weights) {
+  PolicyLoss<T> out;  // without ratios
+  out.dlogp.assign(logp.size(), T(0));
+  for (size_t t = 0; t < logp.size(); t++) {
+    if (weights[t] == 0) continue;
+    const double d = double(logp[t]) - reference[t];
+    out.loss += weights[t] * kl_estimate(k, d);
+    out.dlogp[t] = T(weights[t] * kl_derivative(k, d));
+  }
+  return out;
+}
+
 Step grpo_step(int64_t n, const StepSettings& s, const GrpoSettings& grpo, Prompts& prompts,
                const RolloutOptions& options, const Rewards& rewards, Models& models,
                PretrainingText& text, RlState& state) {
   Step step;
   Experience& x = step.experience;
   const GroupMethod method = parse_method(grpo.method);
-  const double kl_price_in_reward = method == GroupMethod::rloo ? s.kl.beta : 0;
-  const double kl_price_in_loss = s.kl.beta - kl_price_in_reward;
-  const bool is_used_once = s.update.minibatches * s.update.epochs == 1;
+  const double kl_price_in_reward = method == GroupMethod::rloo ? s.beta : 0;
+  const double kl_price_in_loss = s.beta - kl_price_in_reward;
+  const bool is_used_once = s.minibatches * s.epochs == 1;
 
   // Sample groups of answers, and reward them.
   sample_groups(step, n, s, grpo, prompts, options, rewards, models);
@@ -790,20 +723,20 @@ Step grpo_step(int64_t n, const StepSettings& s, const GrpoSettings& grpo, Promp
   // until then the generator's serve. Where the KL is only watched, a group in four is enough.
   x = end_to_end(step.rollouts);
   const std::vector<int> all = numbers_of(step.rollouts);
-  const bool kl_is_used = s.kl.beta > 0 || s.kl.kl_budget > 0;
+  const bool kl_is_used = s.beta > 0 || s.kl_budget > 0;
   const std::vector<int> watched = numbers_of(step.rollouts, kl_is_used ? 1 : 4);
   x.old_logp = is_used_once ? x.sampled_logp : score(*models.policy, x, all, s, models);
   x.ref_logp = reference_logp(x, watched, s, models);
   step.kl = mean_kl(x, watched);
-  if (!can_learn(step, s.kl)) return step;
+  if (!can_learn(step, s)) return step;
 
   // Advantages: how much better than its group an answer was.
-  step.groups.without_variance =
+  step.without_variance =
       group_by_group(x, step.rollouts, grpo.group, method, options.max_tokens, kl_price_in_reward);
 
   // Update the policy, a minibatch at a time.
-  for (const std::vector<int>& minibatch : minibatches(x, s.update, s.seed, n)) {
-    for (Experience& b : micro_batches(x, minibatch, s.update.micro_batch_tokens)) {
+  for (const std::vector<int>& minibatch : minibatches(x, s, n)) {
+    for (Experience& b : micro_batches(x, minibatch, s.micro_batch_tokens)) {
       forward(*models.policy, b, s.temperature, models.seconds);
       const std::span<const float> logp = models.policy->logp();
       if (is_used_once) {  // the ratio is 1
@@ -813,19 +746,17 @@ Step grpo_step(int64_t n, const StepSettings& s, const GrpoSettings& grpo, Promp
       PolicyLoss<float> loss =
           method == GroupMethod::gspo
               ? clipped_sequence_policy(logp, b.old_logp, b.packed.doc_starts, b.advantage,
-                                        b.weight, s.update.clip_low, s.update.clip_high)
-              : clipped_policy(logp, b.old_logp, b.advantage, b.weight, s.update.clip_low,
-                               s.update.clip_high);
+                                        b.weight, s.clip_low, s.clip_high)
+              : clipped_policy(logp, b.old_logp, b.advantage, b.weight, s.clip_low, s.clip_high);
       add_sums(step.sums, b, loss, models.policy->entropy());
       if (kl_price_in_loss > 0) {
         const KlEstimator k = method == GroupMethod::grpo ? KlEstimator::k3 : KlEstimator::k2;
-        const KlLoss<float> kl = kl_loss(k, logp, b.ref_logp, b.weight);
+        const PolicyLoss<float> kl = kl_loss(k, logp, b.ref_logp, b.weight);
         for (size_t t = 0; t < logp.size(); t++)
           loss.dlogp[t] += float(kl_price_in_loss * kl.dlogp[t]);
         step.sums.kl_loss += kl_price_in_loss * kl.loss;
       }
-      backward(*models.policy, loss.dlogp, {}, entropy_weights(b, s.update.entropy),
-               models.seconds);
+      backward(*models.policy, loss.dlogp, {}, entropy_weights(b, s.entropy), models.seconds);
     }
     update_policy(n, s, models, text, state, step.sums);
   }
@@ -907,6 +838,13 @@ std::vector<Prompt> read_prompts(const std::vector<std::string>& paths, const To
   return prompts;
 }
 
+struct Prompts {
+  std::vector<Prompt> all;
+  std::vector<int> pool;          // indices into `all` of the prompts that are trained on
+  int64_t epoch = 0, cursor = 0;  // how far the steps have gone through the pool
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Prompts, pool, epoch, cursor)
+
 // The order is a function of the seed and the epoch.
 std::vector<const Prompt*> next_prompts(Prompts& prompts, int n, uint64_t seed) {
   std::vector<const Prompt*> next;
@@ -928,16 +866,10 @@ std::vector<const Prompt*> next_prompts(Prompts& prompts, int n, uint64_t seed) 
 // =============================================================================================
 // The pieces: rollouts
 
-class Timed {  // adds the time that it lives
- public:
-  explicit Timed(double& sum) : sum_(sum) {}
-  Timed(const Timed&) = delete;
-  Timed& operator=(const Timed&) = delete;
-  ~Timed() { sum_ += now() - begin_; }
-
- private:
-  double& sum_;
-  double begin_ = now();
+struct Timed {  // adds the time that it lives
+  double& sum;
+  double begin = now();
+  ~Timed() { sum += now() - begin; }
 };
 
 Request rollout_request(const Prompt& p, const RolloutOptions& o, uint64_t seed, int context) {
@@ -979,7 +911,7 @@ Rollout make_rollout(const Prompt& p, int group, Completion c, const RolloutOpti
 // prompt's place, the copy and the position alone.
 std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
                               std::span<const Prompt* const> prompts, int copies, uint64_t seed) {
-  const Timed timed(models.seconds.decode);
+  const Timed timed{models.seconds.decode};
   Gpt& gpt = *models.policy;
   const int all = int(prompts.size()) * copies;
   int64_t longest = 1;
@@ -1007,6 +939,28 @@ std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
 
 // =============================================================================================
 // The pieces: rewards, several functions, each with a weight
+
+// "NAME", "NAME:ARGUMENT", and "WEIGHT*" before either.
+struct RewardSpec {
+  std::string name, argument;
+  double weight = 1;
+
+  std::string label() const {  // in metrics
+    return argument.empty() || name == "command" ? name : name + ":" + argument;
+  }
+};
+struct RewardFunction {
+  RewardSpec spec;
+  bool is_pass_fail = false;  // 1 is right, 0 wrong: what pass@k counts
+  std::function<std::vector<float>(std::span<const Rollout>)> score;  // NaN: failed
+};
+struct Rewards {
+  std::vector<RewardFunction> functions;
+  std::optional<RewardFunction> gold;                // judges held-out answers, is never trained on
+  std::vector<std::shared_ptr<RewardModel>> models;  // all that are loaded
+  std::string truncated = "penalise";                // answers that were cut off: see --truncated
+  double truncated_reward = 0;
+};
 
 RewardSpec parse_reward(std::string text) {
   RewardSpec spec;
@@ -1103,19 +1057,8 @@ RewardFunction make_reward(const RewardSpec& spec, const RewardContext& context,
        "length:TOKENS, ended, model:DIRECTORY or probability:DIRECTORY");
 }
 
-Rewards make_rewards(const std::vector<std::string>& functions, const std::string& gold,
-                     const RewardContext& context) {
-  Rewards r;
-  if (functions.empty()) fail("--reward: missing, expected a function or model:DIRECTORY");
-  for (const std::string& text : functions) {
-    r.functions.push_back(make_reward(parse_reward(text), context, r.models));
-  }
-  if (!gold.empty()) r.gold = make_reward(parse_reward(gold), context, r.models);
-  return r;
-}
-
 void give_rewards(std::span<Rollout> rollouts, const Rewards& rewards, Seconds& seconds) {
-  const Timed timed(seconds.rewards);
+  const Timed timed{seconds.rewards};
   for (Rollout& r : rollouts) r.reward = 0, r.rewards.clear();
   for (const RewardFunction& f : rewards.functions) {
     const std::vector<float> values = f.score(rollouts);
@@ -1135,22 +1078,25 @@ void give_rewards(std::span<Rollout> rollouts, const Rewards& rewards, Seconds& 
 template <class Values>
 MeanAndSpread mean_and_spread(const Values& values) {  // of those that are finite
   MeanAndSpread m;
-  double squares = 0;
-  for (const auto x : values) {
+  for (const auto x : values) {  // Welford's running mean
     if (!std::isfinite(x)) continue;
     const double off = double(x) - m.mean;
     m.mean += off / double(++m.n);
-    squares += off * (double(x) - m.mean);
+    m.squares += off * (double(x) - m.mean);
   }
-  m.spread = m.n > 1 ? std::sqrt(squares / double(m.n - 1)) : 0;
+  m.spread = m.n > 1 ? std::sqrt(m.squares / double(m.n - 1)) : 0;
   return m;
 }
 
-MeanAndSpread mean_reward(std::span<const Rollout> rollouts) {
+std::vector<double> rewards_of(std::span<const Rollout> rollouts) {
   std::vector<double> rewards;
   for (const Rollout& r : rollouts)
     if (r.counts) rewards.push_back(r.reward);
-  return mean_and_spread(rewards);
+  return rewards;
+}
+
+MeanAndSpread mean_reward(std::span<const Rollout> rollouts) {
+  return mean_and_spread(rewards_of(rollouts));
 }
 
 // =============================================================================================
@@ -1220,9 +1166,9 @@ std::vector<float> shifted_values(const Models& models) {
 
 std::vector<float> score(Gpt& gpt, const Experience& x, std::span<const int> rollouts,
                          const StepSettings& s, Models& models) {
-  const Timed timed(models.seconds.forward);
+  const Timed timed{models.seconds.forward};
   std::vector<float> out(x.mask.size(), 0.f);  // (N)
-  for (const Experience& b : micro_batches(x, rollouts, s.update.micro_batch_tokens)) {
+  for (const Experience& b : micro_batches(x, rollouts, s.micro_batch_tokens)) {
     gpt.forward(b.packed.batch(float(s.temperature)), Pass::score);
     if (gpt.config().head == Head::scalar) {
       copy_back(b, shifted_values(models), x, out);
@@ -1274,14 +1220,13 @@ Difference generator_difference(int64_t n, const Experience& x, std::span<const 
 // =============================================================================================
 // The pieces: minibatches and updates
 
-bool is_within(const KlSettings& s, double kl) { return s.kl_budget <= 0 || kl <= s.kl_budget; }
+bool is_within(const StepSettings& s, double kl) { return s.kl_budget <= 0 || kl <= s.kl_budget; }
 
-bool can_learn(const Step& step, const KlSettings& s) {
+bool can_learn(const Step& step, const StepSettings& s) {
   return step.reward.spread > 0 && std::isfinite(step.kl) && is_within(s, step.kl);
 }
 
-std::vector<std::vector<int>> minibatches(Experience& x, const UpdateSettings& s, uint64_t seed,
-                                          int64_t n) {
+std::vector<std::vector<int>> minibatches(Experience& x, const StepSettings& s, int64_t n) {
   std::vector<int> trained;  // rollouts with a weight
   for (size_t i = 0; i + 1 < x.packed.doc_starts.size(); i++) {
     const auto begin = x.weight.begin() + long(x.packed.begin(i));
@@ -1294,7 +1239,7 @@ std::vector<std::vector<int>> minibatches(Experience& x, const UpdateSettings& s
   std::vector<std::vector<int>> parts;
   for (int epoch = 0; epoch < s.epochs && all > 0; epoch++) {
     if (s.minibatches * s.epochs > 1) {
-      Rng rng{mix64(mix64(seed, hash64("minibatches")), uint64_t(n), uint64_t(epoch))};
+      Rng rng{mix64(mix64(s.seed, hash64("minibatches")), uint64_t(n), uint64_t(epoch))};
       shuffle(trained, rng);
     }
     for (size_t m = 0; m < M; m++) {
@@ -1306,7 +1251,7 @@ std::vector<std::vector<int>> minibatches(Experience& x, const UpdateSettings& s
 }
 
 void forward(Gpt& gpt, const Experience& b, double temperature, Seconds& seconds) {
-  const Timed timed(seconds.forward);
+  const Timed timed{seconds.forward};
   gpt.forward(b.packed.batch(float(temperature)), Pass::train);
 }
 
@@ -1319,13 +1264,21 @@ std::vector<float> entropy_weights(const Experience& b, double entropy) {
 
 void backward(Gpt& gpt, std::span<const float> dlogp, std::span<const float> dvalue,
               std::span<const float> dentropy, Seconds& seconds) {
-  const Timed timed(seconds.backward);
+  const Timed timed{seconds.backward};
   gpt.backward(dlogp, dvalue, dentropy);
 }
 
+// Pretraining text whose loss is mixed in against forgetting (Ouyang et al. 2022, "PPO-ptx").
+struct PretrainingText {
+  std::unique_ptr<TokenStream> stream;  // null: none
+  std::unique_ptr<Loader> loader;
+  double weight = 0;   // of its mean loss
+  int64_t tokens = 0;  // an update
+};
+
 // text.weight times the mean loss of some pretraining text.
 void add_pretraining_gradient(Models& models, PretrainingText& text) {
-  const Timed timed(models.seconds.backward);
+  const Timed timed{models.seconds.backward};
   std::vector<int> tokens, targets, starts;
   const int64_t T = text.loader->window_length();
   const int64_t windows = std::max<int64_t>(1, text.tokens / T);
@@ -1349,7 +1302,7 @@ void update_policy(int64_t n, const StepSettings& s, Models& models, Pretraining
          " in the first minibatch, expected 1: what is scored is not what was sampled from");
   }
   if (text.loader) add_pretraining_gradient(models, text);
-  const Timed timed(models.seconds.update);
+  const Timed timed{models.seconds.update};
   models.policy->update(step_of(s.optimizer, ++state.updates, s, n));
   const UpdateStats stats = models.policy->stats();
   sums.grad_norm += stats.grad_norm;
@@ -1359,25 +1312,13 @@ void update_policy(int64_t n, const StepSettings& s, Models& models, Pretraining
 
 void update_critic(int64_t n, const StepSettings& s, double lr, Models& models, RlState& state,
                    UpdateSums& sums) {
-  const Timed timed(models.seconds.update);
+  const Timed timed{models.seconds.update};
   OptimizerFlags optimizer = s.optimizer;
   optimizer.lr = lr;
   models.critic->update(step_of(optimizer, ++state.critic_updates, s, n));
   sums.critic_norm += models.critic->stats().grad_norm;
   sums.critic_updates++;
 }
-
-// The price of the KL that keeps it near a target (Ziegler et al. 2019).
-struct AdaptiveBeta {
-  double beta = .15;
-  double target = 6;  // KL per response
-  double horizon = 10000;
-
-  void update(double kl, int64_t rollouts) {
-    const double error = std::clamp(kl / target - 1, -.2, .2);
-    beta *= 1 + error * double(rollouts) / horizon;
-  }
-};
 
 // =============================================================================================
 // Metrics: what a step and an evaluation tell
@@ -1425,23 +1366,14 @@ Canaries canaries_of(std::span<const Rollout> rollouts) {
 // predicts the mean.
 template <class T = float>
 double explained_variance(In<T> values, In<T> returns, In<T> weights) {
-  double n = 0, mean_return = 0, mean_rest = 0, of_return = 0, of_rest = 0;
+  std::vector<double> all, rest;
   for (size_t t = 0; t < values.size(); t++) {
     if (weights[t] == 0) continue;
-    const double r = returns[t], rest = r - values[t];  // Welford's running means
-    n++;
-    const double off_return = r - mean_return, off_rest = rest - mean_rest;
-    mean_return += off_return / n, mean_rest += off_rest / n;
-    of_return += off_return * (r - mean_return), of_rest += off_rest * (rest - mean_rest);
+    all.push_back(returns[t]), rest.push_back(double(returns[t]) - values[t]);
   }
-  return of_return > 0 ? 1 - of_rest / of_return : 0;
+  const double squares = mean_and_spread(all).squares;
+  return squares > 0 ? 1 - mean_and_spread(rest).squares / squares : 0;
 }
-
-int64_t count_if(std::span<const Rollout> rollouts, bool (*is)(const Rollout&)) {
-  return std::count_if(rollouts.begin(), rollouts.end(), is);
-}
-bool is_truncated(const Rollout& r) { return !r.ended; }
-bool has_failed(const Rollout& r) { return r.failed(); }
 
 OrderedJson ppo_metrics(const Step& step) {
   const double updates = double(std::max<int64_t>(1, step.sums.critic_updates));
@@ -1452,9 +1384,9 @@ OrderedJson ppo_metrics(const Step& step) {
           {"critic_grad_norm", step.sums.critic_norm / updates}};
 }
 OrderedJson grpo_metrics(const Step& step) {
-  return {{"no_variance",
-           double(step.groups.without_variance) / double(std::max<int64_t>(1, step.groups.all))},
-          {"resampled", step.groups.resampled}};
+  return {
+      {"no_variance", double(step.without_variance) / double(std::max<int64_t>(1, step.groups))},
+      {"resampled", step.resampled}};
 }
 
 OrderedJson seconds_json(const Seconds& s) {
@@ -1470,7 +1402,7 @@ StepResult step_result(const Step& step, const Rewards& rewards, double beta, co
   const double n = double(std::max<size_t>(1, step.rollouts.size()));
   const double updates = double(std::max<int64_t>(1, u.updates));
   const double entropy = u.tokens > 0 ? u.entropy / double(u.tokens) : 0;
-  const auto truncated = double(count_if(step.rollouts, is_truncated));
+  const auto truncated = double(std::ranges::count(step.rollouts, false, &Rollout::ended));
   OrderedJson m;
   if (step.generator) {
     m["generator_off"] = {{"mean", step.generator->mean}, {"largest", step.generator->largest}};
@@ -1492,7 +1424,7 @@ StepResult step_result(const Step& step, const Rewards& rewards, double beta, co
   m["length"] = c.length, m["longest"] = c.longest;
   m["truncated"] = truncated / n, m["ended"] = c.ended;
   m["repetition"] = c.repetition, m["reward_length_correlation"] = c.correlation;
-  m["failed"] = count_if(step.rollouts, has_failed);
+  m["failed"] = std::ranges::count_if(step.rollouts, &Rollout::failed);
   m["seconds"] = seconds_json(s);
 
   std::string line = format("reward %.3f  kl %.2f  entropy %.2f  length %.0f", step.reward.mean,
@@ -1520,136 +1452,18 @@ void show(ProgressLine& line, std::span<const Rollout> rollouts) {
 }
 
 // =============================================================================================
-// Held-out prompts
-
-// The probability that one of k answers is right, from n of which c are (Chen et al. 2021), k <= n:
-//   1 - C(n - c, k) / C(n, k)
-double pass_at_k(int n, int c, int k) {
-  if (n - c < k) return 1;
-  double wrong = 1;
-  for (int i = n - c + 1; i <= n; i++) wrong *= 1 - double(k) / i;
-  return 1 - wrong;
-}
-
-struct Evaluation {
-  double pass = 0, pass_k = 0, greedy = 0;  // pass@1 at --temperature, pass@k, pass@1 of greedy
-  int k = 1;
-  int64_t prompts = 0, answers = 0;
-  MeanAndSpread reward, gold;  // over prompts, of a prompt's mean
-  double kl = 0;               // per response
-  Canaries canaries;
-};
-
-// `samples` answers to each prompt.
-Evaluation evaluate(std::span<const Prompt> prompts, int samples, const StepSettings& s,
-                    RolloutOptions options, const Rewards& rewards, Models& models) {
-  Evaluation e;
-  std::vector<const Prompt*> asked;
-  for (const Prompt& p : prompts) asked.push_back(&p);
-  const uint64_t seed = mix64(s.seed, hash64("held out"));
-  std::vector<Rollout> rollouts = roll_out(models, options, asked, samples, seed);
-  give_rewards(rollouts, rewards, models.seconds);
-  std::vector<float> gold;
-  if (rewards.gold) gold = rewards.gold->score(rollouts);
-  e.prompts = int64_t(asked.size()), e.answers = int64_t(rollouts.size());
-  e.k = std::min(4, samples);
-  e.canaries = canaries_of(rollouts);
-  std::vector<double> mean_rewards, mean_golds;
-  for (size_t i = 0; i < asked.size(); i++) {
-    double reward = 0, of_gold = 0;
-    int right = 0;
-    for (size_t k = i * size_t(samples); k < (i + 1) * size_t(samples); k++) {
-      reward += rollouts[k].reward / samples;
-      of_gold += gold.empty() ? 0 : gold[k] / samples;
-      right += rollouts[k].rewards[0] > .5 && rollouts[k].ended;
-    }
-    mean_rewards.push_back(reward), mean_golds.push_back(of_gold);
-    e.pass += double(right) / samples / double(asked.size());
-    e.pass_k += pass_at_k(samples, right, e.k) / double(asked.size());
-  }
-  e.reward = mean_and_spread(mean_rewards), e.gold = mean_and_spread(mean_golds);
-  if (rewards.functions[0].is_pass_fail) {
-    options.temperature = 0;
-    const std::vector<Rollout> greedy = roll_out(models, options, asked, 1, seed);
-    const std::vector<float> right = rewards.functions[0].score(greedy);
-    for (size_t i = 0; i < greedy.size(); i++) {
-      e.greedy += (right[i] > .5 && greedy[i].ended) / double(greedy.size());
-    }
-  }
-  if (s.kl.kl_budget <= 0 && rollouts.size() > 64) rollouts.resize(64);
-  Experience x = end_to_end(rollouts);
-  const std::vector<int> all = numbers_of(rollouts);
-  x.old_logp = score(*models.policy, x, all, s, models);
-  x.ref_logp = reference_logp(x, all, s, models);
-  e.kl = mean_kl(x, all);
-  return e;
-}
-
-double ci95(const MeanAndSpread& m, int64_t n) {
-  return 1.96 * m.spread / std::sqrt(double(std::max<int64_t>(1, n)));
-}
-
-// An evaluation as a line of metrics.jsonl; `held_out`: when it was.
-OrderedJson evaluation_metrics(const Evaluation& e, const Rewards& rewards,
-                               const std::string& held_out) {
-  OrderedJson m = {{"held_out", held_out},
-                   {"prompts", e.prompts},
-                   {"answers", e.answers},
-                   {"val_reward", e.reward.mean},
-                   {"val_reward_ci95", ci95(e.reward, e.prompts)},
-                   {"val_kl", e.kl},
-                   {"val_length", e.canaries.length},
-                   {"val_ended", e.canaries.ended},
-                   {"val_repetition", e.canaries.repetition},
-                   {"val_reward_length_correlation", e.canaries.correlation}};
-  if (rewards.functions[0].is_pass_fail) {
-    m["pass1"] = e.pass, m[format("pass%d", e.k)] = e.pass_k, m["greedy"] = e.greedy;
-  }
-  if (rewards.gold) m["val_gold"] = e.gold.mean, m["val_gold_ci95"] = ci95(e.gold, e.prompts);
-  return m;
-}
-
-// The same for people.
-std::string evaluation_text(const Evaluation& e, const Rewards& rewards, const std::string& when) {
-  std::string line = format("%s  held-out reward %.3f +- %.3f", when.c_str(), e.reward.mean,
-                            ci95(e.reward, e.prompts));
-  if (rewards.functions[0].is_pass_fail) {
-    line = format("%s  held-out pass@1 %.1f%%, pass@%d %.1f%%, greedy %.1f%%", when.c_str(),
-                  100 * e.pass, e.k, 100 * e.pass_k, 100 * e.greedy);
-  }
-  if (rewards.gold) line += format(", gold %.3f +- %.3f", e.gold.mean, ci95(e.gold, e.prompts));
-  return line + format(", KL %.2f, length %.0f  (%s x %d)", e.kl, e.canaries.length,
-                       count_text(double(e.prompts)).c_str(),
-                       int(e.answers / std::max<int64_t>(1, e.prompts)));
-}
-
-// And as summary.json has it.
-OrderedJson evaluation_summary(const Evaluation& e, const Rewards& rewards) {
-  OrderedJson m = {{"prompts", e.prompts},
-                   {"samples", e.answers / std::max<int64_t>(1, e.prompts)},
-                   {"reward", e.reward.mean},
-                   {"reward_ci95", ci95(e.reward, e.prompts)},
-                   {"kl", e.kl},
-                   {"length", e.canaries.length},
-                   {"ended", e.canaries.ended}};
-  if (rewards.functions[0].is_pass_fail) {
-    m.update({{"pass1", e.pass}, {format("pass%d", e.k), e.pass_k}, {"greedy", e.greedy}});
-  }
-  if (rewards.gold) m.update({{"gold", e.gold.mean}, {"gold_ci95", ci95(e.gold, e.prompts)}});
-  return m;
-}
-
-// What the best weights are chosen by: the reward that is not trained on, where there is one.
-double quality(const Evaluation& e, const Rewards& rewards) {
-  return rewards.gold ? e.gold.mean : rewards.functions[0].is_pass_fail ? e.pass : e.reward.mean;
-}
-
-// =============================================================================================
 // The run: reads, plans, makes the models, takes the steps (cake/training.h), evaluates
 
 struct DataSettings {
   std::string model, form, search;  // search: documents
   std::vector<std::string> prompts, val, tools;
+  int max_tokens = 128, rows = 128;  // of an answer; answers decoded at once
+  std::vector<std::string> stops;
+  std::vector<std::string> rewards;
+  std::string gold, truncated = "penalise";
+  double truncated_reward = 0;
+  double command_seconds = 10, command_memory = 4;  // a line; GB
+  int command_processes = 64;
   std::string ptx;  // prefix of token shards
   double ptx_weight = 27.8;
   int64_t ptx_tokens = 2048;
@@ -1657,26 +1471,10 @@ struct DataSettings {
   double lora_alpha = 32;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DataSettings, model, form, search, prompts, val,
-                                                tools, ptx, ptx_weight, ptx_tokens, lora,
-                                                lora_alpha)
-
-struct SamplingSettings {
-  int max_tokens = 128, rows = 128;
-  std::vector<std::string> stops;
-};
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(SamplingSettings, max_tokens, rows, stops)
-
-struct RewardSettings {
-  std::vector<std::string> rewards;
-  std::string gold;
-  std::string truncated = "penalise";
-  double truncated_reward = 0;
-  double command_seconds = 10, command_memory = 4;  // a line; GB
-  int command_processes = 64;
-};
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(RewardSettings, rewards, gold, truncated,
-                                                truncated_reward, command_seconds, command_memory,
-                                                command_processes)
+                                                tools, max_tokens, rows, stops, rewards, gold,
+                                                truncated, truncated_reward, command_seconds,
+                                                command_memory, command_processes, ptx, ptx_weight,
+                                                ptx_tokens, lora, lora_alpha)
 
 struct EvaluationSettings {
   int eval_prompts = 0, eval_samples = 8;  // held-out prompts at the end, 0: all; answers to each
@@ -1690,8 +1488,6 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(EvaluationSettings, eval_prompts
 
 struct RlSettings {
   DataSettings data;
-  SamplingSettings sampling;
-  RewardSettings reward;
   StepSettings step;
   PpoSettings ppo;
   GrpoSettings grpo;
@@ -1699,35 +1495,23 @@ struct RlSettings {
 };
 // In JSON the parts lie side by side in one object.
 void to_json(Json& json, const RlSettings& s) {
-  json = Json::object();
-  for (const Json& part :
-       {Json(s.data), Json(s.sampling), Json(s.reward), Json(s.step), Json(s.step.update),
-        Json(s.step.kl), Json(s.ppo), Json(s.grpo), Json(s.evaluation)}) {
+  json = s.data;
+  for (const Json& part : {Json(s.step), Json(s.ppo), Json(s.grpo), Json(s.evaluation)}) {
     json.update(part);
   }
 }
 void from_json(const Json& json, RlSettings& s) {
-  json.get_to(s.data), json.get_to(s.sampling), json.get_to(s.reward), json.get_to(s.step);
-  json.get_to(s.step.update), json.get_to(s.step.kl), json.get_to(s.ppo), json.get_to(s.grpo);
+  json.get_to(s.data), json.get_to(s.step), json.get_to(s.ppo), json.get_to(s.grpo);
   json.get_to(s.evaluation);
 }
 
-// The model that a run begins with: policy and reference.
-struct StartModel {
-  std::filesystem::path dir;
-  Config config;
-  Tokenizer tokenizer;
-};
-StartModel load_start(const std::string& path) {
-  const std::filesystem::path dir = model_dir(path);
-  return {dir, load_config_with_head(dir, Head::lm), Tokenizer::load(dir)};
-}
-
-// What a run of PPO or GRPO holds.
+// What a run of PPO, GRPO or best-of-n holds.
 struct RlParts {
   RlSettings s;
   Run run;
-  StartModel start;
+  std::filesystem::path start;  // of the model that the run begins with: policy and reference
+  Config config;
+  Tokenizer tokenizer;
   Prompts prompts;
   std::vector<Prompt> held_out;
   std::optional<Search> search;
@@ -1743,6 +1527,29 @@ struct RlParts {
   Seconds seconds;           // of the steps since the process began
 };
 
+template <class T>
+void at_least(const char* flag, T found, T least) {
+  if (!(found >= least)) fail(flag, ": found ", found, ", expected at least ", least);
+}
+
+RlParts make_parts(const RlSettings& s, const std::string& stage, const RunOptions& options) {
+  if (s.data.model.empty()) fail("--model: missing, expected the model to begin with");
+  if (s.data.prompts.empty()) fail("--prompts: missing, expected JSON lines");
+  at_least("--samples", s.evaluation.eval_samples, 1);
+  at_least("--max-tokens", s.data.max_tokens, 1);
+  if (!(s.step.temperature > 0)) {
+    fail("--temperature: found ", s.step.temperature, ", expected above 0: answers are sampled");
+  }
+  const std::filesystem::path dir = model_dir(s.data.model);
+  RlParts p{.s = s,
+            .run = Run(),
+            .start = dir,
+            .config = load_config_with_head(dir, Head::lm),
+            .tokenizer = Tokenizer::load(dir)};
+  p.run.stage = stage, p.run.options = options;
+  return p;
+}
+
 // What differs between PPO and GRPO outside of their steps.
 struct Algorithm {
   std::string name;
@@ -1753,30 +1560,21 @@ struct Algorithm {
   OrderedJson (*metrics)(const Step& step);
 };
 
-template <class T>
-void at_least(const char* flag, T found, T least) {
-  if (!(found >= least)) fail(flag, ": found ", found, ", expected at least ", least);
-}
-
 void check_settings(RlSettings& s) {
   StepSettings& t = s.step;
   EvaluationSettings& e = s.evaluation;
   at_least<int64_t>("--steps", t.steps, 1), at_least("--rollouts", t.rollouts, 1);
-  at_least("--max-tokens", s.sampling.max_tokens, 1), at_least("--rows", s.sampling.rows, 1);
-  at_least("--minibatches", t.update.minibatches, 1), at_least("--epochs", t.update.epochs, 1);
-  at_least("--kl-budget", t.kl.kl_budget, 0.), at_least("--kl-target", t.kl.kl_target, 0.);
-  at_least("--samples", e.eval_samples, 1), at_least("--clip-ratio", t.update.clip_low, 0.);
-  at_least("--lora", s.data.lora, 0), at_least("--beta", t.kl.beta, 0.);
-  at_least<int64_t>("--micro-batch-tokens", t.update.micro_batch_tokens, 1);
+  at_least("--rows", s.data.rows, 1), at_least("--clip-ratio", t.clip_low, 0.);
+  at_least("--minibatches", t.minibatches, 1), at_least("--epochs", t.epochs, 1);
+  at_least("--kl-budget", t.kl_budget, 0.), at_least("--kl-target", t.kl_target, 0.);
+  at_least("--lora", s.data.lora, 0), at_least("--beta", t.beta, 0.);
+  at_least<int64_t>("--micro-batch-tokens", t.micro_batch_tokens, 1);
   OptimizerFlags& o = t.optimizer;
   check_optimizer(o);
   o.warmup = std::max<int64_t>(0, o.warmup), o.weight_decay = std::max(0., o.weight_decay);
   if (o.warmdown < 0) o.warmdown = .5;
   if (o.final_lr < 0) o.final_lr = .1;
-  if (!(t.temperature > 0)) {
-    fail("--temperature: found ", t.temperature, ", expected above 0: rollouts are sampled");
-  }
-  const std::string& truncated = s.reward.truncated;
+  const std::string& truncated = s.data.truncated;
   if (truncated != "penalise" && truncated != "mask" && truncated != "keep") {
     fail("--truncated: found ", truncated, ", expected penalise, mask or keep");
   }
@@ -1788,7 +1586,7 @@ void check_settings(RlSettings& s) {
   if (!std::is_sorted(e.eval_at_kl.begin(), e.eval_at_kl.end())) {
     fail("--eval-at-kl: expected rising numbers");
   }
-  if (t.update.clip_high < 0) t.update.clip_high = t.update.clip_low;
+  if (t.clip_high < 0) t.clip_high = t.clip_low;
   if (e.eval_every == 0) e.eval_every = std::max<int64_t>(1, t.steps / 5);
   if (e.eval_some == 0) e.eval_some = 64;
 }
@@ -1804,7 +1602,7 @@ double chosen_lr(const RlSettings& s, const Config& config, double at_128_channe
 
 void read_inputs(RlParts& p) {
   RlSettings& s = p.s;
-  const Tokenizer& tokenizer = p.start.tokenizer;
+  const Tokenizer& tokenizer = p.tokenizer;
   std::vector<std::string> tools;
   for (const std::string& tool : s.data.tools) {
     if (tool != "calculator" && tool != "search") {
@@ -1815,7 +1613,7 @@ void read_inputs(RlParts& p) {
     }
     tools.push_back(tool == "search" ? kSearchTool : kCalculatorTool);
   }
-  const int T = p.start.config.T, max_tokens = s.sampling.max_tokens;
+  const int T = p.config.T, max_tokens = s.data.max_tokens;
   p.prompts.all = read_prompts(s.data.prompts, tokenizer, s.data.form, tools, T, max_tokens);
   p.prompts.pool.resize(p.prompts.all.size());
   std::iota(p.prompts.pool.begin(), p.prompts.pool.end(), 0);
@@ -1826,25 +1624,27 @@ void read_inputs(RlParts& p) {
   p.options = {.tokenizer = &tokenizer,
                .search = p.search ? &*p.search : nullptr,
                .max_tokens = max_tokens,
-               .rows = s.sampling.rows,
+               .rows = s.data.rows,
                .temperature = float(s.step.temperature),
-               .stops = s.sampling.stops};
-  const RewardSettings& r = s.reward;
-  p.rewards =
-      make_rewards(r.rewards, r.gold,
-                   {tokenizer,
-                    p.start.dir,
-                    max_tokens,
-                    parse_device(p.run.options.device),
-                    {r.command_seconds, int64_t(r.command_memory * 1e9), r.command_processes}});
-  p.rewards.truncated = r.truncated, p.rewards.truncated_reward = r.truncated_reward;
+               .stops = s.data.stops};
+  const DataSettings& d = s.data;
+  const CommandLimits limits{d.command_seconds, int64_t(d.command_memory * 1e9),
+                             d.command_processes};
+  const RewardContext context{tokenizer, p.start, d.max_tokens, parse_device(p.run.options.device),
+                              limits};
+  const auto reward = [&](const std::string& text) {
+    return make_reward(parse_reward(text), context, p.rewards.models);
+  };
+  if (d.rewards.empty()) fail("--reward: missing, expected a function or model:DIRECTORY");
+  for (const std::string& text : d.rewards) p.rewards.functions.push_back(reward(text));
+  if (!d.gold.empty()) p.rewards.gold = reward(d.gold);
+  p.rewards.truncated = d.truncated, p.rewards.truncated_reward = d.truncated_reward;
   OrderedJson models = OrderedJson::array();
   for (const auto& m : p.rewards.models) {
     models.push_back({{"path", m->dir().string()}, {"hash", m->hash()}});
   }
-  p.model_names = {
-      {"reference", {{"path", p.start.dir.string()}, {"hash", model_hash(p.start.dir)}}},
-      {"reward_models", models}};
+  p.model_names = {{"reference", {{"path", p.start.string()}, {"hash", model_hash(p.start)}}},
+                   {"reward_models", models}};
   if (s.data.ptx.empty()) return;
   p.text = {std::make_unique<TokenStream>(s.data.ptx, "train"), nullptr, s.data.ptx_weight,
             s.data.ptx_tokens};
@@ -1862,47 +1662,46 @@ void make_models(RlParts& p, const std::filesystem::path& dir) {
   const DataSettings& d = p.s.data;
   GptOptions o{.device = parse_device(p.run.options.device)};
   if (d.lora > 0) o.lora = {d.lora, float(d.lora_alpha)};
-  o.batch_tokens = int(p.s.step.update.micro_batch_tokens);
-  p.models.policy = make_gpt(p.start.config, o);
+  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  p.models.policy = make_gpt(p.config, o);
   load_weights(dir, *p.models.policy, {.seed = p.s.step.seed});
   if (d.lora > 0) {
     p.base = adapter_base(dir);
     return;  // with its adapters off the policy is the reference: its weights are there once
   }
   o.mode = Mode::inference;
-  p.models.reference = make_gpt(p.start.config, o);
-  load_weights(p.start.dir, *p.models.reference);
+  p.models.reference = make_gpt(p.config, o);
+  load_weights(p.start, *p.models.reference);
 }
 
 void print_plan(const RlParts& p, const std::string& algorithm) {
-  const Config& c = p.start.config;
+  const Config& c = p.config;
   const RlSettings& s = p.s;
   const Models& m = p.models;
   const bool lora = s.data.lora > 0;
-  std::printf("policy  %s: %d layers, %d channels, %s parameters%s\n", p.start.dir.c_str(), c.L,
-              c.C, count_text(double(m.policy->table().parameters())).c_str(),
+  std::printf("policy  %s: %d layers, %d channels, %s parameters%s\n", p.start.c_str(), c.L, c.C,
+              count_text(double(m.policy->table().parameters())).c_str(),
               lora ? format(", adapters of rank %d", s.data.lora).c_str() : "");
   std::printf("prompts %s, held out %s; %d rollouts a step%s, up to %d tokens each\n",
               count_text(double(p.prompts.all.size())).c_str(),
               count_text(double(p.held_out.size())).c_str(), s.step.rollouts,
-              m.critic ? "" : format(" in groups of %d", s.grpo.group).c_str(),
-              s.sampling.max_tokens);
+              m.critic ? "" : format(" in groups of %d", s.grpo.group).c_str(), s.data.max_tokens);
   std::string rewards;
   for (const RewardFunction& f : p.rewards.functions) {
     rewards +=
         format("%s%g x %s", rewards.empty() ? "" : " + ", f.spec.weight, f.spec.name.c_str());
   }
-  const double budget = s.step.kl.kl_budget;
-  std::printf("reward  %s; beta %g, KL per response %s\n", rewards.c_str(), s.step.kl.beta,
+  const double budget = s.step.kl_budget;
+  std::printf("reward  %s; beta %g, KL per response %s\n", rewards.c_str(), s.step.beta,
               budget > 0 ? format("at most %g", budget).c_str() : "without a budget");
   std::printf("updates %s: %d minibatches x %d epochs, learning rate %g\n", algorithm.c_str(),
-              s.step.update.minibatches, s.step.update.epochs, s.step.optimizer.lr);
+              s.step.minibatches, s.step.epochs, s.step.optimizer.lr);
   const int64_t models = m.policy->table().size * (lora ? 1 : 4) +
                          (m.reference ? m.reference->table().size : 0) +
                          (m.critic ? m.critic->table().size * 4 : 0);
   std::printf("memory  %s of weights, gradients and moments, and activations of %s tokens\n",
               bytes_text(4. * double(models)).c_str(),
-              count_text(double(s.step.update.micro_batch_tokens)).c_str());
+              count_text(double(s.step.micro_batch_tokens)).c_str());
   std::fflush(stdout);
 }
 
@@ -1941,47 +1740,48 @@ void restore(RlParts& p, const Json& saved) {
 }
 
 int64_t begin_run(RlParts& p, const Algorithm& algorithm, const Json* saved) {
-  algorithm.choose(p.s, p.start.config);
+  algorithm.choose(p.s, p.config);
   check_settings(p.s);
-  if (!saved) expect_elsewhere(p.start.dir, p.run.options.out);
+  if (!saved) expect_elsewhere(p.start, p.run.options.out);
   read_inputs(p);
-  p.state.beta = p.s.step.kl.beta;
+  p.state.beta = p.s.step.beta;
   p.run.lr_scale = p.s.step.optimizer.lr_scale;
   if (saved) restore(p, *saved);
-  make_models(p, saved ? p.run.model() : p.start.dir);
+  make_models(p, saved ? p.run.model() : p.start);
   if (saved) load_trainer_state(p.run.model(), *p.models.policy);
   algorithm.begin(p, saved ? p.run.model() : std::filesystem::path());
   return p.s.step.steps;
 }
 
+// The factor on the price of the KL that keeps it near a target (Ziegler et al. 2019).
+double beta_factor(const StepSettings& s, double kl, size_t rollouts) {
+  return 1 + std::clamp(kl / s.kl_target - 1, -.2, .2) * double(rollouts) / s.kl_horizon;
+}
+
 // Counts what a step did, and says whether the run ends with it.
 void count_step(RlParts& p, const Step& step) {
   RlState& t = p.state;
-  const KlSettings& kl = p.s.step.kl;
+  const StepSettings& s = p.s.step;
   p.kl = step.kl;
-  if (kl.kl_target > 0) {
-    AdaptiveBeta beta{t.beta, kl.kl_target, kl.kl_horizon};
-    beta.update(step.kl, int64_t(step.rollouts.size()));
-    t.beta = beta.beta;
-  }
-  t.groups += step.groups.all, t.no_variance += step.groups.without_variance;
-  t.failed += count_if(step.rollouts, has_failed);
-  t.truncated += count_if(step.rollouts, is_truncated);
+  if (s.kl_target > 0) t.beta *= beta_factor(s, step.kl, step.rollouts.size());
+  t.groups += step.groups, t.no_variance += step.without_variance;
+  t.failed += std::ranges::count_if(step.rollouts, &Rollout::failed);
+  t.truncated += std::ranges::count(step.rollouts, false, &Rollout::ended);
   t.rollouts += int64_t(step.rollouts.size());
   for (const Rollout& r : step.rollouts) t.tokens += r.length;
   t.equal_in_a_row = step.reward.spread > 0 ? 0 : t.equal_in_a_row + 1;
-  p.left_budget = !std::isfinite(step.kl) || !is_within(kl, step.kl);
+  p.left_budget = !std::isfinite(step.kl) || !is_within(s, step.kl);
   if (p.left_budget) {
-    p.run.stopped = format("the KL to the reference is %.3g per response, the budget %g", step.kl,
-                           kl.kl_budget);
+    p.run.stopped =
+        format("the KL to the reference is %.3g per response, the budget %g", step.kl, s.kl_budget);
   } else if (t.equal_in_a_row >= 10) {
     p.run.stopped =
         "all rewards of ten steps in a row were equal: nothing can be learned from them";
   }
-  const Seconds& s = p.models.seconds;
+  const Seconds& c = p.models.seconds;
   Seconds& all = p.seconds;
-  all.decode += s.decode, all.forward += s.forward, all.backward += s.backward;
-  all.update += s.update, all.rewards += s.rewards, all.all += s.all;
+  all.decode += c.decode, all.forward += c.forward, all.backward += c.backward;
+  all.update += c.update, all.rewards += c.rewards, all.all += c.all;
 }
 
 StepResult take_step(RlParts& p, const Algorithm& algorithm, int64_t n) {
@@ -1989,21 +1789,129 @@ StepResult take_step(RlParts& p, const Algorithm& algorithm, int64_t n) {
   p.models.seconds = {};
   Step step = algorithm.step(n, p);
   p.models.seconds.all = now() - began;
-  if (!step.generator) step.groups.without_variance = step.groups.all;  // nothing was learned
+  if (!step.generator) step.without_variance = step.groups;  // nothing was learned
   count_step(p, step);
   if (n == 1 || n % std::max<int64_t>(1, p.s.step.steps / 5) == 0) show(p.run.line, step.rollouts);
   return step_result(step, p.rewards, p.state.beta, p.models.seconds, algorithm.metrics(step));
 }
 
-// Of the first `prompts` held-out prompts; 0: of all.
-Evaluation evaluate_held_out(RlParts& p, int prompts) {
-  const size_t n = prompts > 0 ? std::min(size_t(prompts), p.held_out.size()) : p.held_out.size();
-  return evaluate(std::span(p.held_out).first(n), p.s.evaluation.eval_samples, p.s.step, p.options,
-                  p.rewards, p.models);
+// ---------------------------------------------------------------------------------------------
+// Held-out prompts
+
+// The probability that one of k answers is right, from n of which c are (Chen et al. 2021), k <= n:
+//   1 - C(n - c, k) / C(n, k)
+double pass_at_k(int n, int c, int k) {
+  if (n - c < k) return 1;
+  double wrong = 1;
+  for (int i = n - c + 1; i <= n; i++) wrong *= 1 - double(k) / i;
+  return 1 - wrong;
 }
 
+struct Evaluation {
+  double pass = 0, pass_k = 0, greedy = 0;  // pass@1 at --temperature, pass@k, pass@1 of greedy
+  int k = 1;
+  int64_t prompts = 0, samples = 0;  // samples: answers to each prompt
+  MeanAndSpread reward, gold;        // over prompts, of a prompt's mean
+  double kl = 0;                     // per response
+  Canaries canaries;
+};
+
+// Of the first `prompts` held-out prompts; 0: of all.
+Evaluation evaluate(RlParts& p, int prompts) {
+  Evaluation e;
+  const int samples = p.s.evaluation.eval_samples;
+  const Rewards& rewards = p.rewards;
+  const std::span<const Prompt> held_out = p.held_out;
+  std::vector<const Prompt*> asked;
+  for (const Prompt& prompt :
+       held_out.first(prompts > 0 ? std::min(size_t(prompts), held_out.size()) : held_out.size())) {
+    asked.push_back(&prompt);
+  }
+  const uint64_t seed = mix64(p.s.step.seed, hash64("held out"));
+  std::vector<Rollout> rollouts = roll_out(p.models, p.options, asked, samples, seed);
+  give_rewards(rollouts, rewards, p.models.seconds);
+  std::vector<float> gold;
+  if (rewards.gold) gold = rewards.gold->score(rollouts);
+  e.prompts = int64_t(asked.size()), e.samples = samples;
+  e.k = std::min(4, samples);
+  e.canaries = canaries_of(rollouts);
+  std::vector<double> mean_rewards, mean_golds;
+  for (size_t i = 0; i < asked.size(); i++) {
+    double reward = 0, of_gold = 0;
+    int right = 0;
+    for (size_t k = i * size_t(samples); k < (i + 1) * size_t(samples); k++) {
+      reward += rollouts[k].reward / samples;
+      of_gold += gold.empty() ? 0 : gold[k] / samples;
+      right += rollouts[k].rewards[0] > .5 && rollouts[k].ended;
+    }
+    mean_rewards.push_back(reward), mean_golds.push_back(of_gold);
+    e.pass += double(right) / samples / double(asked.size());
+    e.pass_k += pass_at_k(samples, right, e.k) / double(asked.size());
+  }
+  e.reward = mean_and_spread(mean_rewards), e.gold = mean_and_spread(mean_golds);
+  if (rewards.functions[0].is_pass_fail) {
+    RolloutOptions options = p.options;
+    options.temperature = 0;
+    const std::vector<Rollout> greedy = roll_out(p.models, options, asked, 1, seed);
+    const std::vector<float> right = rewards.functions[0].score(greedy);
+    for (size_t i = 0; i < greedy.size(); i++) {
+      e.greedy += (right[i] > .5 && greedy[i].ended) / double(greedy.size());
+    }
+  }
+  if (p.s.step.kl_budget <= 0 && rollouts.size() > 64) rollouts.resize(64);
+  Experience x = end_to_end(rollouts);
+  const std::vector<int> all = numbers_of(rollouts);
+  x.old_logp = score(*p.models.policy, x, all, p.s.step, p.models);
+  x.ref_logp = reference_logp(x, all, p.s.step, p.models);
+  e.kl = mean_kl(x, all);
+  return e;
+}
+
+double ci95(const MeanAndSpread& m, int64_t n) {
+  return 1.96 * m.spread / std::sqrt(double(std::max<int64_t>(1, n)));
+}
+
+// An evaluation as metrics.jsonl has it, and, without the prefix val_ in its names, summary.json.
+OrderedJson evaluation_json(const Evaluation& e, const Rewards& rewards,
+                            const std::string& prefix) {
+  OrderedJson m = {{prefix + "reward", e.reward.mean},
+                   {prefix + "reward_ci95", ci95(e.reward, e.prompts)},
+                   {prefix + "kl", e.kl},
+                   {prefix + "length", e.canaries.length},
+                   {prefix + "ended", e.canaries.ended},
+                   {prefix + "repetition", e.canaries.repetition},
+                   {prefix + "reward_length_correlation", e.canaries.correlation}};
+  if (rewards.functions[0].is_pass_fail) {
+    m.update({{"pass1", e.pass}, {format("pass%d", e.k), e.pass_k}, {"greedy", e.greedy}});
+  }
+  if (rewards.gold) {
+    m.update({{prefix + "gold", e.gold.mean}, {prefix + "gold_ci95", ci95(e.gold, e.prompts)}});
+  }
+  return m;
+}
+
+// Tells people of an evaluation; returns its line of metrics.jsonl.
+OrderedJson note_evaluation(RlParts& p, const Evaluation& e, const std::string& when) {
+  std::string line = format("%s  held-out reward %.3f +- %.3f", when.c_str(), e.reward.mean,
+                            ci95(e.reward, e.prompts));
+  if (p.rewards.functions[0].is_pass_fail) {
+    line = format("%s  held-out pass@1 %.1f%%, pass@%d %.1f%%, greedy %.1f%%", when.c_str(),
+                  100 * e.pass, e.k, 100 * e.pass_k, 100 * e.greedy);
+  }
+  if (p.rewards.gold) line += format(", gold %.3f +- %.3f", e.gold.mean, ci95(e.gold, e.prompts));
+  p.run.line.note(line + format(", KL %.2f, length %.0f  (%s x %d)", e.kl, e.canaries.length,
+                                count_text(double(e.prompts)).c_str(), int(e.samples)));
+  OrderedJson m = {{"held_out", when}, {"prompts", e.prompts}, {"answers", e.prompts * e.samples}};
+  m.update(evaluation_json(e, p.rewards, "val_"));
+  return m;
+}
+
+// Keeps the weights when they are the best so far, by the reward that is not trained on, where
+// there is one.
 void keep_if_best(RlParts& p, const Evaluation& e) {
-  if (is_within(p.s.step.kl, e.kl)) save_if_best(p.run, quality(e, p.rewards));
+  const bool is_pass_fail = p.rewards.functions[0].is_pass_fail;
+  const double quality = p.rewards.gold ? e.gold.mean : is_pass_fail ? e.pass : e.reward.mean;
+  if (is_within(p.s.step, e.kl)) save_if_best(p.run, quality);
 }
 
 // After step n: when it is time to, and where the KL has passed a point of --eval-at-kl.
@@ -2016,9 +1924,8 @@ void evaluate_during(RlParts& p, int64_t n) {
   const bool due = n == 0 || (n % s.eval_every == 0 && n < p.run.steps);
   if (p.held_out.empty() || !p.run.stopped.empty() || !(due || passed())) return;
   const std::string when = n == 0 ? "before" : format("step %lld", (long long)n);
-  const Evaluation e = evaluate_held_out(p, s.eval_some);
-  OrderedJson metrics = evaluation_metrics(e, p.rewards, when);
-  p.run.line.note(evaluation_text(e, p.rewards, when));
+  const Evaluation e = evaluate(p, s.eval_some);
+  OrderedJson metrics = note_evaluation(p, e, when);
   if (due) p.run.write_metrics(n, metrics);
   if (due) keep_if_best(p, e);
   while (passed()) {
@@ -2033,7 +1940,7 @@ OrderedJson finish(RlParts& p) {
   const EvaluationSettings& s = p.s.evaluation;
   const std::string& stopped = p.run.stopped;
   if (!p.held_out.empty() && stopped.empty() && s.keep == "best") {
-    keep_if_best(p, evaluate_held_out(p, s.eval_some));
+    keep_if_best(p, evaluate(p, s.eval_some));
   }
   if (p.left_budget && p.run.state.best_step < 0) {
     fail(stopped, "; found no checkpoint within the budget: --val FILE keeps one");
@@ -2045,10 +1952,10 @@ OrderedJson finish(RlParts& p) {
   OrderedJson summary = {{"stopped", stopped.empty() ? Json() : Json(stopped)},
                          {"best_step", p.run.state.best_step}};
   if (!p.held_out.empty()) {
-    const Evaluation e = evaluate_held_out(p, s.eval_prompts);
-    p.run.write_metrics(p.run.state.step, evaluation_metrics(e, p.rewards, "at the end"));
-    p.run.line.note(evaluation_text(e, p.rewards, "at the end"));
-    summary.update(evaluation_summary(e, p.rewards));
+    const Evaluation e = evaluate(p, s.eval_prompts);
+    p.run.write_metrics(p.run.state.step, note_evaluation(p, e, "at the end"));
+    summary.update({{"prompts", e.prompts}, {"samples", e.samples}});
+    summary.update(evaluation_json(e, p.rewards, ""));
   }
   const RlState& t = p.state;
   const Seconds& c = p.seconds;
@@ -2070,24 +1977,19 @@ OrderedJson finish(RlParts& p) {
 
 // Tokenizer and base of adapters; a checkpoint to resume from holds the critic too.
 SaveOptions save_options(const RlParts& p, bool resumable) {
-  SaveOptions o;
-  o.tokenizer_from = p.start.dir;
-  o.base = p.base;
+  SaveOptions o{.tokenizer_from = p.start, .base = p.base};
   if (!p.models.critic || !resumable) return o;
   o.also = [&p](const std::filesystem::path& dir) {
-    SaveOptions critic;
-    critic.tokenizer_from = p.start.dir;
-    critic.optimizer = true;
-    critic.trainer_state = Json{{"stage", "critic"}};
-    save_checkpoint(dir / "critic", *p.models.critic, critic);
+    save_checkpoint(
+        dir / "critic", *p.models.critic,
+        {.tokenizer_from = p.start, .trainer_state = Json{{"stage", "critic"}}, .optimizer = true});
   };
   return o;
 }
 
 // The process's exit status.
 int run_rl(const Algorithm& algorithm, const RlSettings& s, const RunOptions& options) {
-  RlParts p{.s = s, .run = Run(), .start = load_start(s.data.model)};
-  p.run.stage = algorithm.name, p.run.options = options;
+  RlParts p = make_parts(s, algorithm.name, options);
   p.run.hooks = {.begin = [&](const Json* saved) { return begin_run(p, algorithm, saved); },
                  .step = [&](int64_t n) { return take_step(p, algorithm, n); },
                  .evaluate = [&](int64_t n) { evaluate_during(p, n); },
@@ -2118,13 +2020,13 @@ void begin_ppo(RlParts& p, const std::filesystem::path& saved) {
   if (dir.empty() && !p.s.ppo.critic.empty()) dir = model_dir(p.s.ppo.critic);
   if (dir.empty() && !p.rewards.models.empty()) dir = p.rewards.models[0]->dir();
   const bool from_policy = dir.empty();
-  Config config = from_policy ? p.start.config : load_config_with_head(dir, Head::scalar);
+  Config config = from_policy ? p.config : load_config_with_head(dir, Head::scalar);
   config.head = Head::scalar;
   p.models.critic_shift = float(config.reward_shift);
   p.models.critic = make_gpt(config, {.device = parse_device(p.run.options.device),
-                                      .batch_tokens = int(p.s.step.update.micro_batch_tokens)});
+                                      .batch_tokens = int(p.s.step.micro_batch_tokens)});
   Gpt& critic = *p.models.critic;
-  load_weights(from_policy ? p.start.dir : dir, critic, {.new_score = from_policy});
+  load_weights(from_policy ? p.start : dir, critic, {.new_score = from_policy});
   if (from_policy) {
     critic.write(critic.table().find("score"), Slot::weight,
                  std::vector<float>(size_t(config.C), 0.f));
@@ -2151,7 +2053,7 @@ void choose_grpo(RlSettings& s, const Config& config) {
   }
   if (s.evaluation.keep.empty()) s.evaluation.keep = "last";
   // Yu et al. 2025: clip-higher, and groups without variance are replaced
-  if (s.step.update.clip_high < 0 && dapo) s.step.update.clip_high = .28;
+  if (s.step.clip_high < 0 && dapo) s.step.clip_high = .28;
   if (s.grpo.resample < 0) s.grpo.resample = dapo ? 3 : 0;
   s.step.optimizer.lr = chosen_lr(s, config, 1e-4);
 }
@@ -2279,17 +2181,6 @@ int choose(const Candidates& c, bool is_pass_fail) {
   return best;
 }
 
-struct BestOfNSettings {
-  std::string model, gold, form;
-  std::vector<std::string> prompts, rewards, stops;
-  int samples = 16, max_tokens = 128, limit = 0;  // limit: prompts; 0: all
-  double temperature = 1;
-  uint64_t seed = 1;
-};
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(BestOfNSettings, model, gold, form, prompts,
-                                                rewards, stops, samples, max_tokens, limit,
-                                                temperature, seed)
-
 constexpr int kPiece = 16;  // prompts that are sampled together
 
 // The answers to a piece of the prompts; a draw depends on the piece, and on nothing before it.
@@ -2298,32 +2189,25 @@ std::vector<Candidates> sample_piece(Models& models, const RolloutOptions& optio
                                      uint64_t seed) {
   std::vector<const Prompt*> asked;
   for (const Prompt& p : piece) asked.push_back(&p);
-  const std::vector<Rollout> rollouts = roll_out(models, options, asked, n, seed);
-  std::vector<Candidates> found(piece.size());
-  std::set<size_t> failures;
-  for (const RewardFunction& f : rewards.functions) {
-    const std::vector<float> values = f.score(rollouts);
-    for (size_t r = 0; r < rollouts.size(); r++) {
-      Candidates& c = found[r / size_t(n)];
-      if (r % size_t(n) == 0) c.rewards.emplace_back();
-      // A verifier's failure counts as wrong, and is not chosen.
-      const bool failed = !std::isfinite(values[r]);
-      if (failed) failures.insert(r);
-      c.rewards.back().push_back(failed ? 0 : values[r]);
-    }
-  }
+  std::vector<Rollout> rollouts = roll_out(models, options, asked, n, seed);
+  give_rewards(rollouts, rewards, models.seconds);
   std::vector<float> gold;
   if (rewards.gold) gold = rewards.gold->score(rollouts);
-  for (size_t r = 0; r < rollouts.size(); r++) {
-    Candidates& c = found[r / size_t(n)];
+  std::vector<Candidates> found(piece.size());
+  for (size_t i = 0; i < rollouts.size(); i++) {
+    const Rollout& r = rollouts[i];
+    Candidates& c = found[size_t(r.group)];
+    c.rewards.resize(r.rewards.size());
     double sum = 0;
-    for (size_t f = 0; f < rewards.functions.size(); f++) {
-      sum += rewards.functions[f].spec.weight * c.rewards[f][r % size_t(n)];
+    for (size_t f = 0; f < r.rewards.size(); f++) {
+      // A verifier's failure counts as wrong, and is not chosen.
+      c.rewards[f].push_back(std::isfinite(r.rewards[f]) ? r.rewards[f] : 0);
+      sum += rewards.functions[f].spec.weight * c.rewards[f].back();
     }
     c.reward.push_back(sum);
-    if (rewards.gold) c.gold.push_back(gold[r]);
-    c.lengths.push_back(rollouts[r].length);
-    c.ended.push_back(rollouts[r].ended && !failures.count(r));
+    if (rewards.gold) c.gold.push_back(gold[i]);
+    c.lengths.push_back(r.length);
+    c.ended.push_back(r.ended && !r.failed());
   }
   for (size_t i = 0; i < found.size(); i++) {
     Candidates& c = found[i];
@@ -2337,7 +2221,6 @@ std::vector<Candidates> sample_piece(Models& models, const RolloutOptions& optio
 void write_answers(const std::string& path, std::span<const Prompt> prompts,
                    std::span<const Candidates> all, const Tokenizer& tokenizer) {
   std::string lines;
-  int64_t written = 0;
   for (size_t i = 0; i < all.size(); i++) {
     if (all[i].chosen < 0) continue;
     const Prompt& p = prompts[i];
@@ -2353,10 +2236,10 @@ void write_answers(const std::string& path, std::span<const Prompt> prompts,
       json = {{"messages", messages}};
     }
     lines += json.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
-    written++;
   }
   write_file(path, lines);
-  std::printf("%s: %s answers to %s prompts\n", path.c_str(), count_text(double(written)).c_str(),
+  std::printf("%s: %s answers to %s prompts\n", path.c_str(),
+              count_text(double(std::ranges::count(lines, '\n'))).c_str(),
               count_text(double(all.size())).c_str());
 }
 
@@ -2401,27 +2284,17 @@ std::vector<Candidates> sampled_before(const std::filesystem::path& out, const O
   return all;
 }
 
-int best_of_n(const BestOfNSettings& s, const RunOptions& o, const std::string& write) {
-  at_least("--samples", s.samples, 1), at_least("--max-tokens", s.max_tokens, 1);
-  if (!(s.temperature > 0)) {
-    fail("--temperature: found ", s.temperature, ", expected above 0: answers are sampled");
-  }
-  const StartModel start = load_start(s.model);
-  const Device device = parse_device(o.device);
-  const Rewards rewards =
-      make_rewards(s.rewards, s.gold, {start.tokenizer, start.dir, s.max_tokens, device, {}});
-  std::vector<Prompt> prompts =
-      read_prompts(s.prompts, start.tokenizer, s.form, {}, start.config.T, s.max_tokens);
-  if (s.limit > 0 && int(prompts.size()) > s.limit) prompts.resize(size_t(s.limit));
-  const RolloutOptions options{.tokenizer = &start.tokenizer,
-                               .max_tokens = s.max_tokens,
-                               .temperature = float(s.temperature),
-                               .stops = s.stops};
-  OrderedJson hashes = OrderedJson::array({model_hash(start.dir)});
-  for (const auto& m : rewards.models) hashes.push_back(m->hash());
+int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write) {
+  const int n = s.evaluation.eval_samples, limit = s.evaluation.eval_prompts;
+  RlParts p = make_parts(s, "best-of-n", o);
+  read_inputs(p);
+  std::vector<Prompt>& prompts = p.prompts.all;
+  if (limit > 0 && int(prompts.size()) > limit) prompts.resize(size_t(limit));
+  OrderedJson hashes = OrderedJson::array({p.model_names["reference"]["hash"]});
+  for (const auto& m : p.model_names["reward_models"]) hashes.push_back(m["hash"]);
   const OrderedJson state = {{"stage", "best-of-n"}, {"models", hashes}, {"settings", Json(s)}};
 
-  expect_elsewhere(start.dir, o.out);
+  expect_elsewhere(p.start, o.out);
   if (!o.resume && !o.overwrite) expect_new_run(o.out);
   std::vector<Candidates> all;  // of each prompt so far
   if (o.resume) {
@@ -2431,140 +2304,112 @@ int best_of_n(const BestOfNSettings& s, const RunOptions& o, const std::string& 
     std::filesystem::create_directories(o.out);
     write_json(o.out / "state.json", state);
   }
-  Models models{make_gpt(start.config, {.device = device, .mode = Mode::inference})};
-  load_weights(start.dir, *models.policy);
-  Metrics metrics;
-  metrics.open(o.out / "metrics.jsonl", int64_t(all.size()));
-  ProgressLine line;
+  p.models.policy = make_gpt(p.config, {.device = parse_device(o.device), .mode = Mode::inference});
+  load_weights(p.start, *p.models.policy);
+  p.run.metrics.open(o.out / "metrics.jsonl", int64_t(all.size()));
   const double began = now();
   const size_t before = all.size();
   for (size_t begin = before; begin < prompts.size() && !stop_signal; begin += kPiece) {
     const auto piece =
         std::span(prompts).subspan(begin, std::min<size_t>(kPiece, prompts.size() - begin));
-    for (Candidates& c : sample_piece(models, options, rewards, piece, s.samples,
-                                      mix64(s.seed, hash64("best of n"), begin))) {
-      OrderedJson json = {{"step", all.size() + 1}};
-      json.update(OrderedJson(Json(c)));
-      metrics.write(json.dump(-1, ' ', false, Json::error_handler_t::replace));
+    for (Candidates& c : sample_piece(p.models, p.options, p.rewards, piece, n,
+                                      mix64(s.step.seed, hash64("best of n"), begin))) {
+      p.run.write_metrics(int64_t(all.size()) + 1, Json(c));
       all.push_back(std::move(c));
     }
     const double left = double(prompts.size() - all.size());
-    line.show(format("prompt %zu/%zu  %s left", all.size(), prompts.size(),
-                     duration_text((now() - began) / double(all.size() - before) * left).c_str()),
-              all.size() == prompts.size());
+    p.run.line.show(
+        format("prompt %zu/%zu  %s left", all.size(), prompts.size(),
+               duration_text((now() - began) / double(all.size() - before) * left).c_str()),
+        all.size() == prompts.size());
   }
   if (stop_signal) {
-    line.note("stopped: continue with --resume");
+    p.run.line.note("stopped: continue with --resume");
     return 128 + stop_signal;
   }
-  OrderedJson summary = {{"stage", "best-of-n"}, {"prompts", prompts.size()}, {"n", s.samples}};
-  summary["curve"] = best_of_n_curve(all, s.samples, bool(rewards.gold));
+  OrderedJson summary = {{"stage", "best-of-n"}, {"prompts", prompts.size()}, {"n", n}};
+  summary["curve"] = best_of_n_curve(all, n, bool(p.rewards.gold));
   write_json(o.out / "summary.json", summary);
-  if (!write.empty()) write_answers(write, prompts, all, start.tokenizer);
+  if (!write.empty()) write_answers(write, prompts, all, p.tokenizer);
   return 0;
 }
 
 // =============================================================================================
 // Command line
 
-// Sampling that RL refuses: it would score another distribution than it samples from.
-struct RefusedSampling {
-  int top_k = 0;
-  double top_p = 1, min_p = 0, repetition_penalty = 1;
-  std::vector<int> banned;
-
-  void check() const {
-    const char* flag = top_k != 0                ? "--top-k"
-                       : top_p != 1              ? "--top-p"
-                       : min_p != 0              ? "--min-p"
-                       : repetition_penalty != 1 ? "--repetition-penalty"
-                       : !banned.empty()         ? "--ban-token"
-                                                 : nullptr;
-    if (flag) {
-      fail(flag,
-           ": found with RL, which samples from the distribution that it scores, expected none");
-    }
-  }
-};
-
-// What runs a subcommand, made by the function that adds its options.
-using Command = std::function<int()>;
-
 struct RlFlags {
   RlSettings s;
   RunOptions options;
-  RefusedSampling refused;
+  std::string write;  // best-of-n: file for the chosen answers
 };
 
-void add_data_flags(CLI::App& app, RlFlags& f) {
+// Those of all three subcommands.
+void add_rollout_flags(CLI::App& app, RlFlags& f) {
   DataSettings& d = f.s.data;
-  RewardSettings& r = f.s.reward;
-  app.add_option("--model", d.model, "run or model directory: the first policy, and the reference");
+  app.add_option("--model", d.model,
+                 "run or model directory that answers; ppo and grpo begin with it");
   app.add_option("--prompts", d.prompts,
                  "JSON lines: {\"question\", \"answer\"}, {\"messages\"} or {\"prompt\"}");
-  app.add_option("--val", d.val, "held-out prompts, for evaluations");
-  app.add_option("--reward", r.rewards,
+  app.add_option("--reward", d.rewards,
                  "[WEIGHT*]number, exact, choice, countdown, command:COMMAND, rubric, "
                  "format:PATTERN, length:TOKENS, ended, model:DIRECTORY, probability:DIRECTORY (of "
                  "a model of labels); several make a sum");
-  app.add_option("--gold", r.gold, "a reward that judges held-out answers and is never trained on");
+  app.add_option("--gold", d.gold, "a reward that judges answers and is never trained on");
+  app.add_option("--max-tokens", d.max_tokens, "sampled tokens of an answer");
+  app.add_option("--temperature", f.s.step.temperature, "of the distribution that is sampled");
+  app.add_option("--form", d.form,
+                 "text with {question} in it, or its file, in place of the chat template");
+  app.add_option("--stop", d.stops,
+                 "strings that end an answer to --form; none: answers have --max-tokens tokens");
+  app.add_option("--seed", f.s.step.seed, "of prompts, answers and minibatches");
   add_run_flags(app, f.options);
+}
 
+// Those of PPO and GRPO.
+void add_data_flags(CLI::App& app, DataSettings& d) {
+  app.add_option("--val", d.val, "held-out prompts, for evaluations");
   auto* data = app.add_option_group("Data", "");
-  data->add_option("--form", d.form,
-                   "text with {question} in it, or its file, in place of the chat template");
-  data->add_option("--stop", f.s.sampling.stops,
-                   "strings that end an answer to --form; none: answers have --max-tokens tokens");
   data->add_option("--tool", d.tools, "calculator, search: tools declared with every question");
   data->add_option("--documents", d.search, "documents of the search tool");
   data->add_option("--ptx", d.ptx, "prefix of token shards whose loss is added to the updates");
   data->add_option("--ptx-weight", d.ptx_weight, "weight of that loss");
   data->add_option("--ptx-tokens", d.ptx_tokens, "tokens of it in an update");
-  data->add_option("--truncated", r.truncated,
+  data->add_option("--truncated", d.truncated,
                    "an answer that was cut off: penalise (gets --truncated-reward), mask (is not "
                    "trained on) or keep (gets its own reward)");
-  data->add_option("--truncated-reward", r.truncated_reward,
+  data->add_option("--truncated-reward", d.truncated_reward,
                    "reward of an answer that was cut off, in place of its own");
-  data->add_option("--command-seconds", r.command_seconds, "seconds for a line of command:COMMAND");
-  data->add_option("--command-memory", r.command_memory, "its memory, GB of addresses");
-  data->add_option("--command-processes", r.command_processes, "its processes");
+  data->add_option("--command-seconds", d.command_seconds, "seconds for a line of command:COMMAND");
+  data->add_option("--command-memory", d.command_memory, "its memory, GB of addresses");
+  data->add_option("--command-processes", d.command_processes, "its processes");
+  data->add_option("--rows", d.rows, "answers decoded at once");
+  data->add_option("--lora", d.lora,
+                   "rank of adapters, which are trained in place of the model; 0: none");
+  data->add_option("--lora-alpha", d.lora_alpha,
+                   "the adapters' output is multiplied by alpha / rank");
 }
 
-void add_step_flags(CLI::App& app, RlFlags& f) {
-  StepSettings& s = f.s.step;
-  UpdateSettings& u = s.update;
-  auto* rollouts = app.add_option_group("Rollouts", "");
-  rollouts->add_option("--steps", s.steps, "steps of the run");
-  rollouts->add_option("--rollouts", s.rollouts, "rollouts of a step");
-  rollouts->add_option("--max-tokens", f.s.sampling.max_tokens, "sampled tokens of an answer");
-  rollouts->add_option("--temperature", s.temperature, "of the distribution that is trained");
-  rollouts->add_option("--rows", f.s.sampling.rows, "answers decoded at once");
-  rollouts->add_option("--top-k", f.refused.top_k, "refused")->group("");
-  rollouts->add_option("--top-p", f.refused.top_p, "refused")->group("");
-  rollouts->add_option("--min-p", f.refused.min_p, "refused")->group("");
-  rollouts->add_option("--repetition-penalty", f.refused.repetition_penalty, "refused")->group("");
-  rollouts->add_option("--ban-token", f.refused.banned, "refused")->group("");
-
+void add_step_flags(CLI::App& app, StepSettings& s) {
   auto* updates = app.add_option_group("Updates", "");
-  updates->add_option("--minibatches", u.minibatches, "parts of a step's rollouts, one an update");
-  updates->add_option("--epochs", u.epochs, "times that a step's rollouts are used");
-  updates->add_option("--clip-ratio", u.clip_low, "the ratio's gradient ends at 1 minus this");
-  updates->add_option("--clip-ratio-high", u.clip_high,
+  updates->add_option("--steps", s.steps, "steps of the run");
+  updates->add_option("--rollouts", s.rollouts, "rollouts of a step");
+  updates->add_option("--minibatches", s.minibatches, "parts of a step's rollouts, one an update");
+  updates->add_option("--epochs", s.epochs, "times that a step's rollouts are used");
+  updates->add_option("--clip-ratio", s.clip_low, "the ratio's gradient ends at 1 minus this");
+  updates->add_option("--clip-ratio-high", s.clip_high,
                       "and at 1 plus this; -1: as --clip-ratio; with --method dapo .28");
-  updates->add_option("--beta", s.kl.beta, "price of the KL to the reference");
-  updates->add_option("--kl-budget", s.kl.kl_budget,
+  updates->add_option("--beta", s.beta, "price of the KL to the reference");
+  updates->add_option("--kl-budget", s.kl_budget,
                       "KL to the reference per response at which the run ends; 0: any");
-  updates->add_option("--entropy", u.entropy, "weight of an entropy bonus");
-  updates->add_option("--lora", f.s.data.lora,
-                      "rank of adapters, which are trained in place of the model; 0: none");
-  updates->add_option("--lora-alpha", f.s.data.lora_alpha,
-                      "the adapters' output is multiplied by alpha / rank");
-  updates->add_option("--micro-batch-tokens", u.micro_batch_tokens, "tokens in memory at once");
-  updates->add_option("--seed", s.seed, "of prompts, answers and minibatches");
+  updates->add_option("--entropy", s.entropy, "weight of an entropy bonus");
+  updates->add_option("--micro-batch-tokens", s.micro_batch_tokens, "tokens in memory at once");
   add_optimizer_flags(app, s.optimizer, "the policy's peak learning rate; 0: by the model's width");
 }
 
-void add_evaluation_flags(CLI::App& app, EvaluationSettings& e) {
+void add_rl_flags(CLI::App& app, RlFlags& f) {
+  add_rollout_flags(app, f), add_data_flags(app, f.s.data);
+  add_step_flags(app, f.s.step);
+  EvaluationSettings& e = f.s.evaluation;
   auto* group = app.add_option_group("Evaluation", "");
   group->add_option("--eval-every", e.eval_every, "steps; 0: a fifth of the run");
   group->add_option("--eval-some", e.eval_some, "held-out prompts of an evaluation during the run");
@@ -2578,58 +2423,33 @@ void add_evaluation_flags(CLI::App& app, EvaluationSettings& e) {
   group->add_option("--keep", e.keep, "best (by --val) or last weights; empty: chosen");
 }
 
-Command rl_command(const std::shared_ptr<RlFlags>& f, const Algorithm& algorithm) {
-  return [f, &algorithm] {
-    begin_process(f->options);
-    f->refused.check();
-    RlSettings s = f->s;
-    if (f->options.resume) {
-      s = saved_settings<RlSettings>(f->options, algorithm.name);
-    } else if (s.data.model.empty() || s.data.prompts.empty()) {
-      fail(s.data.model.empty() ? "--model: missing, expected the policy to begin with"
-                                : "--prompts: missing, expected JSON lines");
-    }
-    return run_rl(algorithm, s, f->options);
-  };
-}
-
-RlSettings ppo_defaults() {
-  RlSettings s;
-  s.step.update.minibatches = 4, s.step.update.epochs = 2;
-  s.step.kl.beta = .05;
-  s.step.optimizer.eps = 1e-5;
-  s.reward.truncated_reward = -3;
-  s.evaluation.eval_samples = 1;
-  return s;
-}
-
-Command ppo_command(CLI::App& app) {
-  const auto f = std::make_shared<RlFlags>();
-  f->s = ppo_defaults();
-  PpoSettings& s = f->s.ppo;
-  KlSettings& kl = f->s.step.kl;
-  add_data_flags(app, *f), add_step_flags(app, *f), add_evaluation_flags(app, f->s.evaluation);
+void add_ppo_flags(CLI::App& app, RlFlags& f) {
+  PpoSettings& s = f.s.ppo;
+  f.s.step.minibatches = 4, f.s.step.epochs = 2;
+  f.s.step.beta = .05;
+  f.s.step.optimizer.eps = 1e-5;
+  f.s.data.truncated_reward = -3;
+  f.s.evaluation.eval_samples = 1;
+  add_rl_flags(app, f);
   auto* group = app.add_option_group("PPO", "");
   group->add_option("--critic", s.critic,
                     "model with a scalar head to begin the critic from; empty: the reward model, "
                     "otherwise the policy with a head of zeros");
   group->add_option("--critic-lr", s.critic_lr, "the critic's learning rate; 0: 5 times --lr");
   group->add_option("--critic-warmup", s.critic_warmup, "steps in which only the critic learns");
-  group->add_option("--kl-target", kl.kl_target,
+  group->add_option("--kl-target", f.s.step.kl_target,
                     "KL per response to which beta is adapted; 0: beta stays");
-  group->add_option("--kl-horizon", kl.kl_horizon,
+  group->add_option("--kl-horizon", f.s.step.kl_horizon,
                     "rollouts in which beta changes by a factor of e^.2 at most");
   group->add_option("--gamma", s.gamma, "discount of later rewards");
   group->add_option("--lambda", s.lambda, "GAE's lambda");
   group->add_option("--value-clip", s.value_clip, "largest change of a value; 0: any");
   group->add_flag("--whiten-rewards", s.whiten_rewards, "scale token rewards to variance 1");
-  return rl_command(f, kPpo);
 }
 
-Command grpo_command(CLI::App& app) {
-  const auto f = std::make_shared<RlFlags>();
-  GrpoSettings& s = f->s.grpo;
-  add_data_flags(app, *f), add_step_flags(app, *f), add_evaluation_flags(app, f->s.evaluation);
+void add_grpo_flags(CLI::App& app, RlFlags& f) {
+  GrpoSettings& s = f.s.grpo;
+  add_rl_flags(app, f);
   auto* group = app.add_option_group("GRPO", "");
   group->add_option("--group", s.group, "rollouts of each prompt");
   group->add_option("--method", s.method, "centered_token_mean, grpo, dr_grpo, dapo, rloo or gspo");
@@ -2639,46 +2459,39 @@ Command grpo_command(CLI::App& app) {
                     "LOW:HIGH: train on problems that the policy solves so often; empty: on all");
   group->add_option("--pass-samples", s.pass_samples, "answers to each problem, to find out");
   group->add_option("--pass-problems", s.pass_problems, "problems that are tried; 0: all");
-  return rl_command(f, kGrpo);
 }
 
-Command best_of_n_command(CLI::App& app) {
-  const auto s = std::make_shared<BestOfNSettings>();
-  const auto o = std::make_shared<RunOptions>();
-  const auto write = std::make_shared<std::string>();
-  app.add_option("--model", s->model, "run or model directory that answers");
-  app.add_option("--prompts", s->prompts,
-                 "JSON lines: {\"question\", \"answer\"}, {\"messages\"} or {\"prompt\"}");
-  app.add_option("--reward", s->rewards, "as in ./rlhf ppo: model:DIRECTORY, number, rubric, ...");
-  app.add_option("--gold", s->gold, "another reward of the chosen answers");
-  app.add_option("--write", *write, "file for the chosen answers, as ./sft reads it");
-  app.add_option("--samples", s->samples, "answers to each prompt");
-  app.add_option("--limit", s->limit, "prompts; 0: all");
-  app.add_option("--max-tokens", s->max_tokens, "sampled tokens of an answer");
-  app.add_option("--temperature", s->temperature, "of the sampling");
-  app.add_option("--form", s->form,
-                 "text with {question} in it, or its file, in place of the chat template");
-  app.add_option("--stop", s->stops, "strings that end an answer to --form");
-  app.add_option("--seed", s->seed, "of the answers");
-  add_run_flags(app, *o);
-  return [s, o, write] {
-    begin_process(*o);
-    if (o->resume) {
-      Json saved = read_json(o->out / "state.json").at("settings");
-      // Older versions had other names for two of them.
-      if (saved.contains("n")) saved["samples"] = saved["n"], saved["limit"] = saved["most"];
-      *s = saved.get<BestOfNSettings>();
-    }
-    if (s->model.empty()) fail("--model: missing, expected the model that answers");
-    if (s->prompts.empty()) fail("--prompts: missing, expected JSON lines");
-    return best_of_n(*s, *o, *write);
-  };
+void add_best_of_n_flags(CLI::App& app, RlFlags& f) {
+  f.s.data.rows = 64, f.s.evaluation.eval_samples = 16;
+  add_rollout_flags(app, f);
+  app.add_option("--write", f.write, "file for the chosen answers, as ./sft reads it");
+  app.add_option("--samples", f.s.evaluation.eval_samples, "answers to each prompt");
+  app.add_option("--limit", f.s.evaluation.eval_prompts, "prompts; 0: all");
+}
+
+// The settings of a run of best-of-n that is resumed. Older versions had other names for some.
+RlSettings saved_best_of_n_settings(const RunOptions& o) {
+  Json saved = read_json(o.out / "state.json").at("settings");
+  for (const auto& [old_key, key] : {std::pair("n", "eval_samples"),
+                                     {"samples", "eval_samples"},
+                                     {"most", "eval_prompts"},
+                                     {"limit", "eval_prompts"}}) {
+    if (saved.contains(old_key)) saved[key] = saved[old_key];
+  }
+  return saved.get<RlSettings>();
 }
 
 const char* kClip = "expected --clip-ratio (of PPO's ratio) or --clip-norm (of the gradient)";
+const char* kSampling =
+    "found with RL, which samples from the distribution that it scores, expected none";
 const RenamedFlag kRenamed[] = {
     {"--clip", "", kClip, "ppo"},
     {"--clip", "", kClip, "grpo"},
+    {"--top-k", "", kSampling},
+    {"--top-p", "", kSampling},
+    {"--min-p", "", kSampling},
+    {"--repetition-penalty", "", kSampling},
+    {"--ban-token", "", kSampling},
     {"--clip-high", "--clip-ratio-high"},
     {"--search", "--documents"},
     {"--eval-samples", "--samples"},
@@ -2700,20 +2513,27 @@ int main_rlhf(int argc, char** argv) {
   CLI::App* grpo = app.add_subcommand("grpo", "train a policy on comparisons of its own answers");
   CLI::App* best = app.add_subcommand(
       "best-of-n", "choose the best of several answers: a baseline, and data for ./sft");
-  const std::map<CLI::App*, Command> commands = {
-      {ppo, ppo_command(*ppo)}, {grpo, grpo_command(*grpo)}, {best, best_of_n_command(*best)}};
-  const std::vector<HelpPage> pages = {
-      {ppo,
-       {"--model", "--prompts", "--val", "--reward", "--out", "--resume", "--steps", "--rollouts",
-        "--max-tokens", "--kl-budget"}},
-      {grpo,
-       {"--model", "--prompts", "--val", "--reward", "--out", "--resume", "--steps", "--rollouts",
-        "--max-tokens", "--group"}},
-      {best,
-       {"--model", "--prompts", "--reward", "--gold", "--out", "--resume", "--write", "--samples",
-        "--limit", "--max-tokens"}}};
+  RlFlags of_ppo, of_grpo, of_best;
+  add_ppo_flags(*ppo, of_ppo), add_grpo_flags(*grpo, of_grpo), add_best_of_n_flags(*best, of_best);
+  std::vector<std::string> shown = {"--model",      "--prompts",  "--val",   "--reward",
+                                    "--out",        "--resume",   "--steps", "--rollouts",
+                                    "--max-tokens", "--kl-budget"};
+  std::vector<HelpPage> pages = {{ppo, shown},
+                                 {grpo, shown},
+                                 {best,
+                                  {"--model", "--prompts", "--reward", "--gold", "--out",
+                                   "--resume", "--write", "--samples", "--limit", "--max-tokens"}}};
+  pages[1].shown.back() = "--group";
   if (!parse_flags(app, argc, argv, pages, kRenamed)) return 0;
-  return commands.at(app.get_subcommands().at(0))();
+  RlFlags& f = app.got_subcommand(ppo) ? of_ppo : app.got_subcommand(grpo) ? of_grpo : of_best;
+  begin_process(f.options);
+  if (app.got_subcommand(best)) {
+    if (f.options.resume) f.s = saved_best_of_n_settings(f.options);
+    return best_of_n(f.s, f.options, f.write);
+  }
+  const Algorithm& algorithm = app.got_subcommand(ppo) ? kPpo : kGrpo;
+  if (f.options.resume) f.s = saved_settings<RlSettings>(f.options, algorithm.name);
+  return run_rl(algorithm, f.s, f.options);
 }
 
 }  // namespace

@@ -168,12 +168,12 @@ class Bandit {
     s.data.model = path("model");
     s.data.prompts = {path("same.jsonl")};
     s.data.val = {path("same.jsonl")};
-    s.reward.rewards = {"exact"};
-    s.step.steps = 20, s.step.rollouts = 64, s.sampling.max_tokens = 4;
+    s.data.rewards = {"exact"};
+    s.step.steps = 20, s.step.rollouts = 64, s.data.max_tokens = 4;
     s.step.optimizer.lr = s.ppo.critic_lr = .004;
     s.evaluation.keep = "last";
     s.evaluation.eval_samples = 4, s.evaluation.eval_every = 1000;
-    if (algorithm.name == "ppo") s.reward.truncated_reward = -1;
+    if (algorithm.name == "ppo") s.data.truncated_reward = -1;
     return s;
   }
 
@@ -220,8 +220,8 @@ TEST_CASE("GRPO learns a bandit by each of its methods") {
     CAPTURE(method);
     RlSettings s = bandit().settings(kGrpo);
     s.grpo.method = method;
-    if (std::string(method) == "rloo" || std::string(method) == "grpo") s.step.kl.beta = .01;
-    if (std::string(method) == "gspo") s.step.update.minibatches = 2;
+    if (std::string(method) == "rloo" || std::string(method) == "grpo") s.step.beta = .01;
+    if (std::string(method) == "gspo") s.step.minibatches = 2;
     const Outcome o = run(kGrpo, s, dir / method);
     // One in four at first, of 256 answers: 5 standard deviations are .14
     CHECK(std::abs(o.held_out.at(0).at("pass1").get<double>() - .25) < .14);
@@ -249,8 +249,8 @@ TEST_CASE("GRPO learns nothing from rewards that are drawn by lot") {
 TEST_CASE("PPO learns a bandit, and its first ratios are 1") {
   const TempDir dir;
   RlSettings s = bandit().settings(kPpo);
-  s.step.update.minibatches = 1, s.step.update.epochs = 1;
-  s.step.kl.beta = .01;
+  s.step.minibatches = 1, s.step.epochs = 1;
+  s.step.beta = .01;
   const Outcome o = run(kPpo, s, dir / "run");
   CHECK(o.summary.at("pass1").get<double>() > .9);
   for (const Json& step : o.steps) {  // each minibatch is a first one, and the same bits
@@ -271,7 +271,7 @@ TEST_CASE("PPO learns a bandit, and its first ratios are 1") {
 TEST_CASE("PPO learns over minibatches and epochs, with ratios that move and are clipped") {
   const TempDir dir;
   RlSettings s = bandit().settings(kPpo);
-  s.step.update.minibatches = 4, s.step.update.epochs = 2, s.step.optimizer.lr = .002;
+  s.step.minibatches = 4, s.step.epochs = 2, s.step.optimizer.lr = .002;
   const Outcome o = run(kPpo, s, dir / "run");
   CHECK(o.summary.at("pass1").get<double>() > .9);
   double off = 0, clipped = 0;
@@ -287,7 +287,7 @@ TEST_CASE("PPO learns nothing from rewards that are drawn by lot") {
   const TempDir dir;
   RlSettings s = bandit().settings(kPpo);
   s.data.prompts = {bandit().path("lots.jsonl")};
-  s.step.update.minibatches = 1, s.step.update.epochs = 1, s.step.optimizer.lr = .001;
+  s.step.minibatches = 1, s.step.epochs = 1, s.step.optimizer.lr = .001;
   const Outcome o = run(kPpo, s, dir / "run");
   double last = 0;
   for (size_t i = 10; i < 20; i++) last += o.steps[i].at("reward").get<double>() / 10;
@@ -319,7 +319,7 @@ TEST_CASE("pretraining text mixed in keeps its loss low") {
 TEST_CASE("a KL budget stops a run, which keeps the last good weights and says why") {
   const TempDir dir;
   RlSettings s = bandit().settings(kPpo);
-  s.step.kl.kl_budget = .3, s.evaluation.eval_every = 1;
+  s.step.kl_budget = .3, s.evaluation.eval_every = 1;
   const Outcome o = run(kPpo, s, dir / "run");
   CHECK(contains(o.summary.at("stopped"), "the KL to the reference is "));
   CHECK(o.summary.at("steps").get<int>() < 20);
@@ -327,7 +327,7 @@ TEST_CASE("a KL budget stops a run, which keeps the last good weights and says w
   CHECK(o.summary.at("pass1").get<double>() >= o.held_out[0].at("pass1").get<double>());
   CHECK(o.steps.back().at("kl").get<double>() > .3);
   // The other way to stay near: a high price
-  s.step.kl.kl_budget = 0, s.step.kl.beta = 2, s.evaluation.eval_every = 1000;
+  s.step.kl_budget = 0, s.step.beta = 2, s.evaluation.eval_every = 1000;
   const Outcome priced = run(kPpo, s, dir / "priced");
   CHECK(priced.summary.at("stopped").is_null());
   CHECK(priced.steps.back().at("kl").get<double>() < .3);
@@ -336,7 +336,7 @@ TEST_CASE("a KL budget stops a run, which keeps the last good weights and says w
 TEST_CASE("beta follows a target of the KL") {
   const TempDir dir;
   RlSettings s = bandit().settings(kPpo);
-  s.step.steps = 3, s.step.kl.beta = .1, s.step.kl.kl_target = 5, s.step.kl.kl_horizon = 640;
+  s.step.steps = 3, s.step.beta = .1, s.step.kl_target = 5, s.step.kl_horizon = 640;
   const Outcome o = run(kPpo, s, dir / "run");
   // The KL is far below the target: beta falls by .2 x 64/640 a step.
   CHECK(std::abs(o.steps[2].at("beta").get<double>() - .1 * std::pow(.98, 3)) < 1e-9);
@@ -375,8 +375,8 @@ TEST_CASE("--eval-at-kl evaluates where the KL passes each point, and ends the r
 }
 
 TEST_CASE("settings survive the checkpoint, and those of older versions are read") {
-  RlSettings s = ppo_defaults();
-  s.reward.rewards = {"ended"}, s.step.update.clip_low = .1, s.ppo.lambda = .9, s.step.seed = 7;
+  RlSettings s;
+  s.data.rewards = {"ended"}, s.step.clip_low = .1, s.ppo.lambda = .9, s.step.seed = 7;
   s.step.optimizer.lr = 3e-5, s.evaluation.eval_at_kl = {1, 2};
   const Json json = s;
   CHECK(Json(with_parts(json).get<RlSettings>()) == json);
@@ -395,13 +395,13 @@ TEST_CASE("settings survive the checkpoint, and those of older versions are read
   const auto read = with_parts(old).get<RlSettings>();
   CHECK(read.data.model == "m");
   CHECK(read.data.search == "pages.jsonl");
-  CHECK(read.reward.rewards == std::vector<std::string>{"number"});
+  CHECK(read.data.rewards == std::vector<std::string>{"number"});
   CHECK(parse_method(read.grpo.method) == GroupMethod::centered_token_mean);
-  CHECK(read.step.update.clip_low == .3);
+  CHECK(read.step.clip_low == .3);
   CHECK(read.step.optimizer.lr == 1e-4);
   CHECK(read.step.optimizer.eps == 1e-5);
   CHECK(read.step.optimizer.final_lr == .2);
-  CHECK(read.step.kl.kl_budget == 25);
+  CHECK(read.step.kl_budget == 25);
   CHECK(read.ppo.lambda == .8);
   CHECK(read.evaluation.eval_samples == 2);
 }
@@ -411,8 +411,8 @@ TEST_CASE("rewards that are all equal teach nothing, and ten such steps end a ru
   for (const Algorithm* algorithm : {&kGrpo, &kPpo}) {
     const bool ppo = algorithm == &kPpo;
     RlSettings s = bandit().settings(*algorithm);
-    s.reward.rewards = {"ended"};
-    s.reward.truncated_reward = 1;
+    s.data.rewards = {"ended"};
+    s.data.truncated_reward = 1;
     const Outcome o = run(*algorithm, s, dir / (ppo ? "ppo" : "grpo"));
     CHECK(o.steps.size() == 10);
     CHECK(contains(o.summary.at("stopped"), "all rewards of ten steps in a row were equal"));
@@ -439,7 +439,7 @@ TEST_CASE("DAPO replaces groups without variance by others") {
 TEST_CASE("several rewards add up by their weights, and each is logged") {
   const TempDir dir;
   RlSettings s = bandit().settings(kGrpo);
-  s.reward.rewards = {"exact", ".5*ended", "-.25*format:a"};
+  s.data.rewards = {"exact", ".5*ended", "-.25*format:a"};
   s.step.steps = 1;
   const Json step = run(kGrpo, s, dir / "run").steps.at(0);
   const auto mean = [&](const char* name) {
@@ -456,15 +456,15 @@ TEST_CASE("several rewards add up by their weights, and each is logged") {
 TEST_CASE("answers that were cut off are penalised, count nowhere, or count as they are") {
   const TempDir dir;
   RlSettings s = bandit().settings(kGrpo);
-  s.step.steps = 1, s.sampling.max_tokens = 1;  // no room for the end of turn
-  s.reward.truncated = "keep";
+  s.step.steps = 1, s.data.max_tokens = 1;  // no room for the end of turn
+  s.data.truncated = "keep";
   const Json kept = run(kGrpo, s, dir / "keep").steps.at(0);
   CHECK(kept.at("truncated") == 1);
   CHECK(kept.at("reward").get<double>() > .05);
-  s.reward.truncated = "mask";
+  s.data.truncated = "mask";
   const Json masked = run(kGrpo, s, dir / "mask").steps.at(0);
   CHECK(masked.at("grad_norm") == 0);
-  s.reward.truncated = "penalise", s.reward.truncated_reward = -2;
+  s.data.truncated = "penalise", s.data.truncated_reward = -2;
   const Json punished = run(kGrpo, s, dir / "penalise").steps.at(0);
   CHECK(punished.at("reward") == -2);
 }
@@ -480,11 +480,11 @@ TEST_CASE("failures of a verifier leave their groups, and more than a fifth of t
            "echo \"{\\\"id\\\":$i,\\\"reward\\\":$r}\"; done";
   };
   // Every twentieth process fails at once: three of 64
-  s.reward.rewards = {command("case $i in 7|27|47) exit 1;; esac; ")};
+  s.data.rewards = {command("case $i in 7|27|47) exit 1;; esac; ")};
   const Outcome o = run(kGrpo, s, dir / "some");
   CHECK(o.steps.at(0).at("failed") == 3);
   CHECK(o.summary.at("failed") == 6);
-  s.reward.rewards = {command("case $i in ?) exit 1;; 1?) exit 1;; esac; ")};
+  s.data.rewards = {command("case $i in ?) exit 1;; 1?) exit 1;; esac; ")};
   CHECK(contains(error_of([&] { run(kGrpo, s, dir / "many"); }),
                  "--reward command: found 20 failures in 64 rollouts, expected a fifth at most"));
 }
@@ -507,7 +507,7 @@ TEST_CASE("problems are filtered by how often they are solved") {
 TEST_CASE("adapters learn beside a reference that is the policy without them") {
   const TempDir dir;
   RlSettings s = bandit().settings(kGrpo);
-  s.data.lora = 4, s.data.lora_alpha = 8, s.step.optimizer.lr = .01, s.step.kl.beta = .01,
+  s.data.lora = 4, s.data.lora_alpha = 8, s.step.optimizer.lr = .01, s.step.beta = .01,
   s.grpo.method = "grpo";
   const Outcome o = run(kGrpo, s, dir / "run");
   CHECK(o.summary.at("pass1").get<double>() > .9);
@@ -521,8 +521,7 @@ TEST_CASE("a text goes on for a fixed length, without a penalty for having no en
   write_file(dir / "p.jsonl", "{\"prompt\":\"Go a\"}\n{\"prompt\":\"Go b\"}\n");
   RlSettings s = bandit().settings(kPpo);
   s.data.prompts = {dir / "p.jsonl"}, s.data.val.clear();
-  s.reward.rewards = {"format:*a*"}, s.step.steps = 1, s.step.rollouts = 4,
-  s.sampling.max_tokens = 6;
+  s.data.rewards = {"format:*a*"}, s.step.steps = 1, s.step.rollouts = 4, s.data.max_tokens = 6;
   const Json fixed = run(kPpo, s, dir / "fixed").steps.at(0);
   CHECK(fixed.at("length") == 6);
   CHECK(fixed.at("ended") == 1);

@@ -256,15 +256,13 @@ TEST_CASE("KL estimators and the adaptive price are the known ones") {
   check_known(kl_estimate(KlEstimator::k1, -.5), -.5);
   check_known(kl_estimate(KlEstimator::k2, -.5), .125);
   check_known(kl_estimate(KlEstimator::k3, -.5), .148721);
-  AdaptiveBeta beta{.15, 6};
-  beta.update(12, 512);
-  check_known(beta.beta, .151536);
-  AdaptiveBeta slow{1, 6};
-  for (int i = 0; i < 50; i++) slow.update(1e9, 64);
-  CHECK(std::abs(slow.beta - 1.066) < 5e-4);
-  AdaptiveBeta down{.15, 6};
-  down.update(5.4, 10000);  // inside the clip: -.1
-  check_known(down.beta, .135);
+  StepSettings s;
+  s.kl_target = 6;
+  check_known(.15 * beta_factor(s, 12, 512), .151536);
+  double slow = 1;
+  for (int i = 0; i < 50; i++) slow *= beta_factor(s, 1e9, 64);
+  CHECK(std::abs(slow - 1.066) < 5e-4);
+  check_known(.15 * beta_factor(s, 5.4, 10000), .135);  // inside the clip: -.1
 }
 
 TEST_CASE("KL losses' gradients match finite differences through a softmax") {
