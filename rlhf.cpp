@@ -1535,6 +1535,9 @@ void at_least(const char* flag, T found, T least) {
 RlParts make_parts(const RlSettings& s, const std::string& stage, const RunOptions& options) {
   if (s.data.model.empty()) fail("--model: missing, expected the model to begin with");
   if (s.data.prompts.empty()) fail("--prompts: missing, expected JSON lines");
+  if (s.data.rewards.empty()) {
+    fail("--reward: missing, expected a function or model:DIRECTORY");
+  }
   at_least("--samples", s.evaluation.eval_samples, 1);
   at_least("--max-tokens", s.data.max_tokens, 1);
   if (!(s.step.temperature > 0)) {
@@ -1635,7 +1638,6 @@ void read_inputs(RlParts& p) {
   const auto reward = [&](const std::string& text) {
     return make_reward(parse_reward(text), context, p.rewards.models);
   };
-  if (d.rewards.empty()) fail("--reward: missing, expected a function or model:DIRECTORY");
   for (const std::string& text : d.rewards) p.rewards.functions.push_back(reward(text));
   if (!d.gold.empty()) p.rewards.gold = reward(d.gold);
   p.rewards.truncated = d.truncated, p.rewards.truncated_reward = d.truncated_reward;
@@ -2168,15 +2170,12 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Candidates, rewards, reward, gold, lengths, e
 // answer that was cut off is not chosen.
 int choose(const Candidates& c, bool is_pass_fail) {
   int best = -1;
-  for (int i = 0; i < int(c.reward.size()); i++) {
-    const auto answer = size_t(i), before = size_t(std::max(0, best));
-    if (!c.ended[answer] || !std::isfinite(c.reward[answer]) ||
-        (is_pass_fail && c.rewards[0][answer] <= .5)) {
-      continue;
-    }
-    const bool better = best < 0 || (is_pass_fail ? c.lengths[answer] < c.lengths[before]
-                                                  : c.reward[answer] > c.reward[before]);
-    if (better) best = i;
+  for (size_t i = 0; i < c.reward.size(); i++) {
+    const bool is_wrong = is_pass_fail && c.rewards[0][i] <= .5;
+    if (!c.ended[i] || !std::isfinite(c.reward[i]) || is_wrong) continue;
+    const bool better = best < 0 || (is_pass_fail ? c.lengths[i] < c.lengths[size_t(best)]
+                                                  : c.reward[i] > c.reward[size_t(best)]);
+    if (better) best = int(i);
   }
   return best;
 }
