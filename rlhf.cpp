@@ -907,8 +907,7 @@ Rollout make_rollout(const Prompt& p, int group, Completion c, const RolloutOpti
   return r;
 }
 
-// A draw is a function of the seed, the
-// prompt's place, the copy and the position alone.
+// A draw is a function of the seed, the prompt's place, the copy and the position alone.
 std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
                               std::span<const Prompt* const> prompts, int copies, uint64_t seed) {
   const Timed timed{models.seconds.decode};
