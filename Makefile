@@ -3,7 +3,7 @@
 #   CXX=clang++      another compiler (g++ 12 or clang 14 and newer)
 #   MARCH=x86-64-v3  another machine than this one
 #   WERROR=1         warnings are errors
-#   CXXFLAGS=-g      further flags
+#   CXXFLAGS=-g      further flags, which come last: CXXFLAGS=-O0 holds everywhere
 #   BUILD=dir        where objects go; BIN=dir: where the stages' binaries go
 #   CUDA=0|1         the CUDA engine: left out, built in (default: where nvcc and a GPU are)
 #   CUDA_ARCHS="80 90a"   for these GPUs (default: the one that is here)
@@ -17,7 +17,7 @@ CLANG_FORMAT ?= $(firstword $(shell command -v clang-format-14 clang-format) cla
 # GCC 12 warns about every "..." + std::string (its bug 105651).
 GCC_ONLY := $(if $(findstring clang,$(CXX)),,-Wno-restrict)
 FLAGS := -std=c++20 -O3 -march=$(MARCH) -ffp-contract=fast -fopenmp -I. \
-         -Wall -Wextra -Wno-missing-field-initializers $(GCC_ONLY) $(if $(WERROR),-Werror) $(CXXFLAGS)
+         -Wall -Wextra -Wno-missing-field-initializers $(GCC_ONLY) $(if $(WERROR),-Werror)
 LIBRARIES := -Wl,--as-needed -lsimdjson -lzstd -lz -ledit
 HEADERS := CLI/CLI.hpp doctest/doctest.h histedit.h nlohmann/json.hpp omp.h simdjson.h xxhash.h zlib.h zstd.h
 
@@ -110,7 +110,7 @@ test-v3: ## every test compiled for MARCH=x86-64-v3, in build/v3
 emulate: $(STAGES:%=$(EMULATE)/%) ## the stages with --device cuda running on the CPU, in build/emulate
 
 test-faults: $(FAULT_OBJECTS) ## deliberate faults in the CUDA engine, each of which must turn a test red
-	@CXX="$(CXX)" FLAGS="$(FLAGS) $(ON_CPU_FLAGS)" OBJECTS="$(FAULT_OBJECTS)" LIBRARIES="$(LIBRARIES)" dev/faults.sh
+	@CXX="$(CXX)" FLAGS="$(FLAGS) $(ON_CPU_FLAGS) $(CXXFLAGS)" OBJECTS="$(FAULT_OBJECTS)" LIBRARIES="$(LIBRARIES)" dev/faults.sh
 
 spills: ## compile the CUDA engine for CUDA_ARCHS and fail on a spilled register
 	@dev/spills.sh "$(NVCC)" $(NVCC_FLAGS)
@@ -148,7 +148,7 @@ $(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.o $(OBJECTS)/dev/world.o $(ON_CPU)
 $(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
 	@mkdir -p $(@D)
 	@echo "link $@"
-	@$(CXX) $(FLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
+	@$(CXX) $(FLAGS) $(CXXFLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
 
 # -------------------------------------------------------------------------------------------------
 # Objects. Each depends on the headers it included last time, on the command that made it, and on
@@ -157,7 +157,7 @@ $(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/ben
 $(OBJECTS)/%.o: %.cpp $(BUILD)/command | $(BUILD)/packages
 	@mkdir -p $(@D)
 	@echo "compile $<"
-	@$(CXX) $(FLAGS) -MMD -MP -c $< -o $@
+	@$(CXX) $(FLAGS) $(CXXFLAGS) -MMD -MP -c $< -o $@
 
 # What waits for an engine, a tokenizer or a file need not be the fastest code: it compiles in four
 # fifths of the time, the tests' in two thirds.
@@ -170,12 +170,12 @@ $(OBJECTS)/test/test_cuda.o: private FLAGS += -O2
 $(OBJECTS)/emulate/train_gpt.o: train_gpt.cpp $(BUILD)/command | $(BUILD)/packages
 	@mkdir -p $(@D)
 	@echo "compile $< with a CUDA engine"
-	@$(CXX) $(FLAGS) -DCAKE_CUDA -DCAKE_CUDA_ON_CPU -MMD -MP -c $< -o $@
+	@$(CXX) $(FLAGS) $(CXXFLAGS) -DCAKE_CUDA -DCAKE_CUDA_ON_CPU -MMD -MP -c $< -o $@
 
 $(OBJECTS)/emulate/train_gpt.cuda.o: train_gpt.cu $(BUILD)/command | $(BUILD)/packages
 	@mkdir -p $(@D)
 	@echo "compile $< for the CPU"
-	@$(CXX) $(FLAGS) -MMD -MP -x c++ -c $< -o $@
+	@$(CXX) $(FLAGS) $(CXXFLAGS) -MMD -MP -x c++ -c $< -o $@
 
 $(OBJECTS)/train_gpt.cuda.o: train_gpt.cu $(BUILD)/command | $(BUILD)/packages
 	@mkdir -p $(@D)
@@ -194,7 +194,7 @@ $(ON_CPU) $(OBJECTS)/emulate/train_gpt.cuda.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(
 
 -include $(shell find $(OBJECTS) -name '*.d' 2>/dev/null)
 
-COMMAND = $(CXX) $(FLAGS) $(LIBRARIES) $(ENGINE_FLAGS) $(if $(filter 1,$(CUDA)),$(NVCC_FLAGS))
+COMMAND = $(CXX) $(FLAGS) $(CXXFLAGS) $(LIBRARIES) $(ENGINE_FLAGS) $(if $(filter 1,$(CUDA)),$(NVCC_FLAGS))
 $(BUILD)/command: FORCE
 	@mkdir -p $(@D)
 	@echo '$(COMMAND)' | cmp -s - $@ || echo '$(COMMAND)' > $@
@@ -204,7 +204,7 @@ $(BUILD)/packages: $(BUILD)/command
 	  { echo "error: $(firstword $(CXX)) is missing: run dev/setup.sh" >&2; exit 1; }
 	@for header in $(HEADERS); do \
 	  printf '#if !__has_include(<%s>)\n#error\n#endif\n' $$header | \
-	    $(CXX) $(FLAGS) -E -x c++ - >/dev/null 2>&1 || \
+	    $(CXX) $(FLAGS) $(CXXFLAGS) -E -x c++ - >/dev/null 2>&1 || \
 	    { echo "error: <$$header> is missing: run dev/setup.sh" >&2; exit 1; }; \
 	done
 	@touch $@

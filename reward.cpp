@@ -22,6 +22,7 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -40,7 +41,6 @@
 #include "cake/records.h"
 #include "cake/reward_model.h"
 #include "cake/run.h"
-#include "cake/schedule.h"
 #include "cake/tokenizer.h"
 #include "cake/training.h"
 
@@ -49,6 +49,13 @@ namespace {
 
 // =============================================================================================
 // Comparisons: what there is to learn from, as ids
+
+// An answer under a model: the sum of its tokens' log-probabilities, and how many they are.
+struct AnswerLogp {
+  double sum = 0;
+  int tokens = 0;
+  double mean() const { return tokens > 0 ? sum / tokens : 0; }
+};
 
 // Answers to one prompt, each as the ids of the whole: prompt, answer, <|im_end|>. A labelled text
 // is a comparison of its own, of one answer and no prompt.
@@ -60,6 +67,8 @@ struct Comparison {
   std::optional<bool> label;                // of a text: is it good?
   double chance = 0;     // that labellers choose as they did, where it is known; else 0
   uint64_t problem = 0;  // a hash of the prompt: comparisons of one problem stay together
+  std::vector<AnswerLogp> reference;  // (K) of DPO: under the reference
+  AnswerLogp mismatched;              // of KTO: see mismatched_logp
 
   int64_t tokens() const {
     int64_t n = 0;
@@ -73,6 +82,15 @@ struct Comparison {
   }
 };
 
+// The pairs (w, l) of answers of which w is the better one.
+std::vector<std::pair<size_t, size_t>> pairs_of(std::span<const int> ranking) {  // (K)
+  std::vector<std::pair<size_t, size_t>> pairs;
+  for (size_t w = 0; w < ranking.size(); w++)
+    for (size_t l = 0; l < ranking.size(); l++)
+      if (ranking[w] < ranking[l]) pairs.emplace_back(w, l);
+  return pairs;
+}
+
 // Strings are a text and what continues it, or with `as_chat` a user's message and the assistant's
 // answer. A preference without answers is a text alone.
 Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_chat) {
@@ -83,10 +101,7 @@ Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_cha
     for (const std::string& c : p.continuations) p.answers.push_back({{"assistant", c, {}}});
     p.continuations.clear();
   }
-  Comparison c;
-  c.ranking = p.ranking;
-  c.label = p.label;
-  c.chance = p.chance;
+  Comparison c{.ranking = p.ranking, .label = p.label, .chance = p.chance};
   const std::vector<int> prompt =
       p.is_chat ? prompt_ids(tokenizer, p.prompt) : prompt_ids(tokenizer, p.text);
   if (!p.is_chat && p.continuations.empty()) {
@@ -141,7 +156,7 @@ std::vector<Comparison> read_comparisons(const std::vector<std::string>& paths,
     if (read == 0) fail(path, ": found no preferences, expected JSON lines");
     counts.lines += read;
   }
-  if (all.empty()) {
+  if (all.empty() && !paths.empty()) {
     fail(paths[0], ": found nothing to learn from among ", counts.lines,
          " lines: ", counts.too_long, " longer than the context of ", context, ", ",
          counts.all_tied, " with all answers tied");
@@ -187,30 +202,19 @@ uint64_t hash_of(std::span<const Comparison> comparisons) {  // of everything th
   return h;
 }
 
-// A micro-batch of whole comparisons: the answers to a prompt are compared in one. `members` count
-// the sequences of the batch in order.
-struct ComparisonBatch {
-  Packed packed;
-  std::vector<int> chosen;  // numbers of the comparisons
-
-  int64_t positions() const { return packed.positions(); }
-};
-
-// The chosen ones of `all` in micro-batches of at most `tokens`, a longer comparison in one of its
-// own. What is predicted: an answer's ids, where `written` says so.
-std::vector<ComparisonBatch> comparison_batches(std::span<const Comparison> all,
-                                                std::span<const int> chosen, int64_t tokens) {
-  std::vector<ComparisonBatch> batches;
+// The chosen ones of `all` in micro-batches of at most `tokens`. The answers to a prompt are
+// compared in one batch: a longer comparison gets a batch of its own. Each sequence's member is the
+// number of its comparison. What is predicted: an answer's ids, where `written` says so.
+std::vector<Packed> comparison_batches(std::span<const Comparison> all, std::span<const int> chosen,
+                                       int64_t tokens) {
+  std::vector<Packed> batches;
   for (const int number : chosen) {
     const Comparison& c = all[size_t(number)];
-    ComparisonBatch& b = batch_with_room(batches, c.tokens(), tokens);
-    b.chosen.push_back(number);
+    Packed& b = batch_with_room(batches, c.tokens(), tokens);
     for (size_t k = 0; k < c.sequences.size(); k++) {
-      const auto is_target = [&](size_t i) {
+      b.add(number, c.sequences[k], c.sequences[k].size(), [&](size_t i) {
         return int(i) >= c.prompt_length && (c.written.empty() || c.written[k][i]);
-      };
-      const std::vector<int>& ids = c.sequences[k];
-      b.packed.add(int(b.packed.members.size()), ids, ids.size(), is_target);
+      });
     }
   }
   return batches;
@@ -250,13 +254,9 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(PreferenceSettings, model, data,
 template <class Settings>
 Settings settings_of(const RunOptions& options, const std::string& stage) {
   Json s = read_trainer_state(options.out, stage).at("settings");
-  const auto rename = [](Json& json, const char* old_key, const char* key) {
-    if (json.contains(old_key)) json[key] = json[old_key];
-  };
-  rename(s, "groups", "common"), rename(s, "centring", "center");
-  rename(s, "normalise", "normalize_on");
+  rename_keys(s, {{"groups", "common"}, {"centring", "center"}, {"normalise", "normalize_on"}});
   Json& common = s["common"] = with_parts(s.at("common"));
-  rename(common, "most", "limit"), rename(common, "groups", "comparisons");
+  rename_keys(common, {{"most", "limit"}, {"groups", "comparisons"}});
   return s.get<Settings>();
 }
 
@@ -266,7 +266,14 @@ struct PreferenceData {
   Tokenizer tokenizer{nullptr};
   std::vector<Comparison> train, val;
   ReadCounts counts;
+  // Path and hash of models that a checkpoint names and does not hold.
+  OrderedJson models = OrderedJson::object();
 };
+
+void check_inputs(const PreferenceSettings& s) {
+  if (s.model.empty()) fail("--model: missing, expected the model to begin with");
+  if (s.data.empty()) fail("--data: missing, expected JSON lines of preferences");
+}
 
 // Comparisons of one problem are held out together, else the held-out ones would be known.
 bool is_held_out(const Comparison& c, const PreferenceSettings& s) {
@@ -293,12 +300,9 @@ PreferenceData read_data(PreferenceSettings& s, const RunOptions& options) {
   for (Comparison& c : read_comparisons(s.data, d.tokenizer, s.context, s.as_chat, d.counts)) {
     (is_held_out(c, s) ? d.val : d.train).push_back(std::move(c));
   }
-  if (!s.val.empty()) {
-    ReadCounts of_val;
-    for (Comparison& c : read_comparisons(s.val, d.tokenizer, s.context, s.as_chat, of_val)) {
-      d.val.push_back(std::move(c));
-    }
-  }
+  ReadCounts of_val;
+  std::ranges::move(read_comparisons(s.val, d.tokenizer, s.context, s.as_chat, of_val),
+                    std::back_inserter(d.val));
   if (s.limit > 0 && int64_t(d.train.size()) > s.limit) d.train.resize(size_t(s.limit));
   if (d.train.empty()) fail(s.data[0], ": found all of it held out, expected some to train on");
   return d;
@@ -326,19 +330,19 @@ void plan(PreferenceSettings& s, const PreferenceData& d, double lr) {
 void print_plan(const PreferenceSettings& s, const PreferenceData& d) {
   std::printf("model   %s: %d layers, %d channels, context %d, %s parameters\n", d.source.c_str(),
               d.config.L, d.config.C, d.config.T,
-              count_text(double(make_table(d.config).parameters())).c_str());
-  std::printf("data    %s prompts or texts, held out %s; the longest has %d tokens",
-              count_text(double(d.train.size())).c_str(), count_text(double(d.val.size())).c_str(),
-              d.counts.longest);
+              count_text(make_table(d.config).parameters()).c_str());
+  std::string dropped;
   if (d.counts.too_long > 0) {
-    std::printf("; %s dropped, longer than %d", count_text(double(d.counts.too_long)).c_str(),
-                s.context);
+    dropped = concat("; ", count_text(d.counts.too_long), " dropped, longer than ", s.context);
   }
   if (d.counts.all_tied > 0) {
-    std::printf("; %s dropped, all tied", count_text(double(d.counts.all_tied)).c_str());
+    dropped += concat("; ", count_text(d.counts.all_tied), " dropped, all tied");
   }
-  std::printf("\nbudget  %s steps of %s prompts, %.2f epochs; learning rate %g, %s\n",
-              count_text(double(s.steps())).c_str(), count_text(double(s.batch)).c_str(),
+  std::printf("data    %s prompts or texts, held out %s; the longest has %d tokens%s\n",
+              count_text(d.train.size()).c_str(), count_text(d.val.size()).c_str(),
+              d.counts.longest, dropped.c_str());
+  std::printf("budget  %s steps of %s prompts, %.2f epochs; learning rate %g, %s\n",
+              count_text(s.steps()).c_str(), count_text(s.batch).c_str(),
               double(s.comparisons) / double(d.train.size()), s.optimizer.lr,
               s.optimizer.schedule.c_str());
   std::fflush(stdout);
@@ -362,9 +366,11 @@ std::vector<int> chosen_in_step(const PreferenceSettings& s, const PreferenceDat
   return chosen;
 }
 
-// Updates after the gradients of step n, and adds what the update did to the step's result.
-void update(Gpt& gpt, const PreferenceSettings& s, int64_t n, StepResult& result) {
-  const double factor = make_schedule(s.optimizer, s.steps()).at(n);
+// The update that ends step n, whose gradients are there: adds what it did to the step's result.
+void update(Gpt& gpt, const PreferenceSettings& s, int64_t n, const Run& run, StepResult& result) {
+  const double loss = result.metrics.at("loss"),
+               factor = make_schedule(s.optimizer, s.steps()).at(n);
+  if (!std::isfinite(loss)) fail_diverged(run, format("the loss is %f", loss));
   gpt.update(optimizer_step(s.optimizer, n, factor));
   const UpdateStats stats = gpt.stats();
   result.metrics.update({{"grad_norm", stats.grad_norm}, {"lr_factor", factor}});
@@ -372,21 +378,36 @@ void update(Gpt& gpt, const PreferenceSettings& s, int64_t n, StepResult& result
   result.skipped = stats.skipped;
 }
 
-OrderedJson data_hashes(const PreferenceData& d) {
-  return {{"data_hash", hash_of(d.train)}, {"val_hash", hash_of(d.val)}};
+// What a checkpoint remembers of a training, and what `begin` checks when a run goes on from it.
+template <class Training>
+OrderedJson state_of(const Training& t) {
+  OrderedJson state = {{"settings", Json(t.settings)},
+                       {"data_hash", hash_of(t.data.train)},
+                       {"val_hash", hash_of(t.data.val)}};
+  state.update(t.data.models);
+  return state;
 }
-void check_data(const PreferenceSettings& s, const PreferenceData& d, const Json& saved) {
-  const Json found = data_hashes(d);
+template <class Training>
+void check_state(const Training& t, const Json& saved) {
+  const Json found = state_of(t);
   if (saved.at("data_hash") != found.at("data_hash") ||
       saved.at("val_hash") != found.at("val_hash")) {
-    fail(s.data[0], ": found other preferences than the run began with, expected the same files");
+    fail(t.settings.common.data[0],
+         ": found other preferences than the run began with, expected the same files");
+  }
+  for (const auto& [name, model] : t.data.models.items()) {
+    check_model_hash(saved.at(name), model.at("hash"));
   }
 }
 
 // A run of steps over the free functions of a training (RewardTraining, DpoTraining): begin, step,
-// evaluate, finish, state and save_options.
-template <class Training>
-int run_training(const char* stage, Training& t, const RunOptions& options) {
+// evaluate, finish and save_options.
+template <class Training, class Settings>
+int run_training(const char* stage, Settings settings, const RunOptions& options) {
+  begin_process(options);
+  if (options.resume) settings = settings_of<Settings>(options, stage);
+  check_inputs(settings.common);
+  Training t{.settings = settings};
   Run run;
   run.stage = stage, run.options = options;
   run.hooks = {
@@ -404,7 +425,7 @@ int run_training(const char* stage, Training& t, const RunOptions& options) {
           },
       .finish = [&] { return finish(t, run); },
       .model = [&]() -> Gpt& { return *t.gpt; },
-      .state = [&] { return state(t); },
+      .state = [&] { return state_of(t); },
       .save_options = [&](bool) { return save_options(t); },
   };
   return run_steps(run);
@@ -417,65 +438,51 @@ int run_training(const char* stage, Training& t, const RunOptions& options) {
 // at its last <|im_end|>. The objective only sees differences of scores. Where zero lies and how
 // large one is, is set after training: mean 0 and standard deviation 1 on a set of answers.
 
-template <class T>
-using In = std::span<const std::type_identity_t<T>>;  // a vector of T converts, T is not deduced
-
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 double log_sigmoid(double x) {  // without overflow on either side
   return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x));
 }
 
-template <class T>
 struct RankLoss {
   double loss = 0;
-  std::vector<T> dreward;  // (K)
+  std::vector<double> dreward;  // (K)
 };
 
 // K answers to one prompt, ranked (1 is best, equal ranks make no pair). Bradley, Terry 1952; all
 // pairs of a prompt in one batch, Ouyang et al. 2022; centering, Eisenstein et al. 2023:
 //   L = scale / pairs * sum over pairs of -log s(r_w - r_l - margin) + center (r_w + r_l)^2
 // `scale`: 1 / prompts of the step. Without pairs the loss is 0.
-template <class T = float>
-RankLoss<T> rank_loss(In<T> reward,                  // (K)
-                      std::span<const int> ranking,  // (K)
-                      double margin, double center, double scale) {
-  const size_t K = reward.size();
-  RankLoss<T> out;
-  std::vector<double> d(K);
-  int pairs = 0;
-  for (size_t w = 0; w < K; w++) {
-    for (size_t l = 0; l < K; l++) {
-      if (ranking[w] >= ranking[l]) continue;
-      const double difference = double(reward[w]) - reward[l], sum = double(reward[w]) + reward[l];
-      out.loss += -log_sigmoid(difference - margin) + center * sum * sum;
-      const double dpair = -sigmoid(margin - difference), dcenter = 2 * center * sum;
-      d[w] += dpair + dcenter;
-      d[l] += -dpair + dcenter;
-      pairs++;
-    }
+RankLoss rank_loss(std::span<const double> reward,  // (K)
+                   std::span<const int> ranking,    // (K)
+                   double margin, double center, double scale) {
+  const auto pairs = pairs_of(ranking);
+  RankLoss out{0, std::vector<double>(reward.size())};
+  for (const auto& [w, l] : pairs) {
+    const double difference = reward[w] - reward[l], sum = reward[w] + reward[l];
+    out.loss += -log_sigmoid(difference - margin) + center * sum * sum;
+    const double dpair = -sigmoid(margin - difference), dcenter = 2 * center * sum;
+    out.dreward[w] += dpair + dcenter;
+    out.dreward[l] += -dpair + dcenter;
   }
-  const double mean = pairs > 0 ? scale / pairs : 0;
+  const double mean = pairs.empty() ? 0 : scale / double(pairs.size());
   out.loss *= mean;
-  for (const double x : d) out.dreward.push_back(T(mean * x));
+  for (double& d : out.dreward) d *= mean;
   return out;
 }
 
-struct LabelLoss {
-  double loss = 0, dreward = 0;
-};
-// A text that is good, or not: L = -log s(r), or -log s(-r).
-LabelLoss label_loss(double reward, bool good) {
+// A text that is good, or not: L = -log s(r), or -log s(-r), times `scale`.
+RankLoss label_loss(double reward, bool good, double scale = 1) {
   const double sign = good ? 1 : -1;
-  return {-log_sigmoid(sign * reward), -sign * sigmoid(-sign * reward)};
+  return {scale * -log_sigmoid(sign * reward), {scale * (-sign * sigmoid(-sign * reward))}};
 }
 
 // Of a comparison or a labelled text.
-RankLoss<float> comparison_loss(const Comparison& c,
-                                std::span<const float> reward,  // (K)
-                                double margin, double center, double scale) {
-  if (!c.label) return rank_loss(reward, c.ranking, margin, center, scale);
-  const LabelLoss l = label_loss(reward[0], *c.label);
-  return {scale * l.loss, {float(scale * l.dreward)}};
+RankLoss comparison_loss(const Comparison& c,
+                         std::span<const float> reward,  // (K)
+                         double margin, double center, double scale) {
+  if (c.label) return label_loss(reward[0], *c.label, scale);
+  return rank_loss(std::vector<double>(reward.begin(), reward.end()), c.ranking, margin, center,
+                   scale);
 }
 
 struct RewardSettings {
@@ -498,40 +505,13 @@ struct RewardTraining {
 // ---------------------------------------------------------------------------------------------
 // How well scores agree with preferences
 
-// How often "a is better" is right, by how sure the model is: bins of s(|difference|) over .5 to 1.
-struct Calibration {
-  static constexpr int kBins = 10;
-  std::array<int64_t, kBins> pairs{};
-  std::array<double, kBins> predicted{}, right{};  // sums of s(|difference|), of right answers
-
-  void add(double difference) {  // r_better - r_worse
-    if (std::isnan(difference)) return;
-    const double sure = sigmoid(std::abs(difference));
-    const size_t bin = size_t(std::clamp(int((sure - .5) * 2 * kBins), 0, kBins - 1));
-    pairs[bin]++;
-    predicted[bin] += sure;
-    right[bin] += difference > 0 ? 1 : difference == 0 ? .5 : 0;
-  }
-  void add(const Calibration& other) {
-    for (size_t b = 0; b < kBins; b++) {
-      pairs[b] += other.pairs[b];
-      predicted[b] += other.predicted[b];
-      right[b] += other.right[b];
-    }
-  }
-  // Expected calibration error: the mean distance between what was predicted and what was right.
-  double error() const {
-    double sum = 0, n = 0;
-    for (size_t b = 0; b < kBins; b++) {
-      sum += std::abs(predicted[b] - right[b]);
-      n += double(pairs[b]);
-    }
-    return n > 0 ? sum / n : 0;
-  }
-};
-
 // How well scores agree with preferences. Sums, to be added over comparisons and folds.
 struct Agreement {
+  // Pairs by how sure the scores are, s(|difference|) from .5 to 1: how often are they right?
+  struct Bin {
+    int64_t pairs = 0;
+    double predicted = 0, right = 0;  // sums of s(|difference|), of right answers
+  };
   int64_t comparisons = 0, pairs = 0;  // a labelled text is a pair of its own
   double loss = 0;                     // of comparisons
   double right = 0, margin = 0;        // of pairs: in the right order, equal ones half; r_w - r_l
@@ -539,25 +519,37 @@ struct Agreement {
   double best_possible = 0;  // pairs that who knows their chance P gets right: max(P, 1 - P)
   int64_t known = 0;         // pairs whose chance is known
   bool texts = false;        // labels: there are no answers whose lengths could be compared
-  Calibration calibration;
+  std::array<Bin, 10> bins;
   std::vector<float> rewards, lengths;  // of every answer
 
   double accuracy() const { return right / double(std::max<int64_t>(1, pairs)); }
   double longer_wins() const { return longer / double(std::max<int64_t>(1, pairs)); }
   double mean_loss() const { return loss / double(std::max<int64_t>(1, comparisons)); }
   double mean_margin() const { return margin / double(std::max<int64_t>(1, pairs)); }
+  // Expected calibration error: the mean distance between what was predicted and what was right.
+  double calibration_error() const {
+    double sum = 0, n = 0;
+    for (const Bin& b : bins) sum += std::abs(b.predicted - b.right), n += double(b.pairs);
+    return n > 0 ? sum / n : 0;
+  }
 
   void add_pair(double difference) {  // r_w - r_l
-    pairs++;
-    right += difference > 0 ? 1 : difference == 0 ? .5 : 0;
-    margin += difference;
-    calibration.add(difference);
+    const double is_right = difference > 0 ? 1 : difference == 0 ? .5 : 0;
+    pairs++, right += is_right, margin += difference;
+    if (std::isnan(difference)) return;
+    const double sure = sigmoid(std::abs(difference)), place = (sure - .5) * 2;
+    Bin& bin = bins[std::min(size_t(place * double(bins.size())), bins.size() - 1)];
+    bin.pairs++, bin.predicted += sure, bin.right += is_right;
   }
   void add(const Agreement& a) {
     comparisons += a.comparisons, pairs += a.pairs, loss += a.loss;
     right += a.right, margin += a.margin, longer += a.longer, texts |= a.texts;
     best_possible += a.best_possible, known += a.known;
-    calibration.add(a.calibration);
+    for (size_t b = 0; b < bins.size(); b++) {
+      bins[b].pairs += a.bins[b].pairs;
+      bins[b].predicted += a.bins[b].predicted;
+      bins[b].right += a.bins[b].right;
+    }
     rewards.insert(rewards.end(), a.rewards.begin(), a.rewards.end());
     lengths.insert(lengths.end(), a.lengths.begin(), a.lengths.end());
   }
@@ -569,13 +561,10 @@ Agreement agreement_on(const Comparison& c,
                        double loss) {
   Agreement a{.comparisons = 1, .loss = loss, .texts = c.label.has_value()};
   if (c.label) a.add_pair(*c.label ? reward[0] : -reward[0]);
-  for (size_t w = 0; w < c.ranking.size(); w++) {
-    for (size_t l = 0; l < c.ranking.size(); l++) {
-      if (c.ranking[w] >= c.ranking[l]) continue;
-      a.add_pair(double(reward[w]) - reward[l]);
-      const size_t length_w = c.sequences[w].size(), length_l = c.sequences[l].size();
-      a.longer += length_w > length_l ? 1 : length_w == length_l ? .5 : 0;
-    }
+  for (const auto& [w, l] : pairs_of(c.ranking)) {
+    a.add_pair(double(reward[w]) - reward[l]);
+    const size_t length_w = c.sequences[w].size(), length_l = c.sequences[l].size();
+    a.longer += length_w > length_l ? 1 : length_w == length_l ? .5 : 0;
   }
   if (c.chance > 0) a.known = 1, a.best_possible = std::max(c.chance, 1 - c.chance);
   for (size_t k = 0; k < c.sequences.size(); k++) {
@@ -598,31 +587,23 @@ Spread spread_of(std::span<const float> values) {
 // ---------------------------------------------------------------------------------------------
 // A step, and an evaluation
 
-// The score of each sequence of a batch: the value at its last id.
-std::vector<float> values_at_end(std::span<const float> value,  // (N)
-                                 const Packed& b) {
-  std::vector<float> scores;
-  for (size_t i = 0; i < b.members.size(); i++) scores.push_back(value[b.last(i)]);
-  return scores;
-}
-
 // Goes over the chosen comparisons; `train` adds their gradients.
 Agreement pass_over(Gpt& gpt, const RewardSettings& s, std::span<const Comparison> all,
                     std::span<const int> chosen, bool train) {
   const double scale = train ? 1 / double(chosen.size()) : 1;
   Agreement seen;
-  for (const ComparisonBatch& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
-    gpt.forward(b.packed.batch(), train ? Pass::train : Pass::score);
-    const std::vector<float> rewards = values_at_end(gpt.value(), b.packed);
-    std::vector<float> dvalue(b.packed.tokens.size());
-    size_t k = 0;  // answers of the batch so far
-    for (const int i : b.chosen) {
-      const Comparison& c = all[size_t(i)];
-      const auto reward = std::span(rewards).subspan(k, c.sequences.size());
-      const RankLoss<float> r = train ? comparison_loss(c, reward, s.margin, s.center, scale)
-                                      : comparison_loss(c, reward, 0, 0, scale);
+  for (const Packed& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
+    gpt.forward(b.batch(), train ? Pass::train : Pass::score);
+    const std::span<const float> value = gpt.value();
+    std::vector<float> dvalue(b.positions());
+    for (size_t i = 0; i < b.members.size();) {
+      const Comparison& c = all[size_t(b.members[i])];
+      std::vector<float> reward;
+      for (size_t k = 0; k < c.sequences.size(); k++) reward.push_back(value[b.last(i + k)]);
+      const RankLoss r = train ? comparison_loss(c, reward, s.margin, s.center, scale)
+                               : comparison_loss(c, reward, 0, 0, scale);
       seen.add(agreement_on(c, reward, r.loss / scale));
-      for (const float d : r.dreward) dvalue[b.packed.last(k++)] = d;
+      for (const double d : r.dreward) dvalue[b.last(i++)] = float(d);
     }
     if (train) gpt.backward({}, dvalue);
   }
@@ -632,9 +613,6 @@ Agreement pass_over(Gpt& gpt, const RewardSettings& s, std::span<const Compariso
 StepResult step(RewardTraining& t, int64_t n, const Run& run) {
   const std::vector<int> chosen = chosen_in_step(t.settings.common, t.data, n);
   const Agreement seen = pass_over(*t.gpt, t.settings, t.data.train, chosen, true);
-  if (!std::isfinite(seen.loss)) {
-    fail_diverged(run, format("the loss is %f", seen.mean_loss()));
-  }
   int64_t tokens = 0;
   for (const int i : chosen) tokens += t.data.train[size_t(i)].tokens();
   const Spread spread = spread_of(seen.rewards);
@@ -646,7 +624,7 @@ StepResult step(RewardTraining& t, int64_t n, const Run& run) {
                     {"reward_std", spread.std}};
   result.line = format("loss %.4f  accuracy %3.0f%%  margin %+.3f", seen.mean_loss(),
                        100 * seen.accuracy(), seen.mean_margin());
-  update(*t.gpt, t.settings.common, n, result);
+  update(*t.gpt, t.settings.common, n, run, result);
   result.metrics["tokens"] = tokens;
   return result;
 }
@@ -676,15 +654,13 @@ double correlation(std::span<const float> a, std::span<const float> b) {
 
 OrderedJson agreement_json(const Agreement& a) {
   OrderedJson bins = OrderedJson::array();
-  for (size_t b = 0; b < Calibration::kBins; b++) {
-    const double n = double(std::max<int64_t>(1, a.calibration.pairs[b]));
-    bins.push_back({{"pairs", a.calibration.pairs[b]},
-                    {"predicted", a.calibration.predicted[b] / n},
-                    {"right", a.calibration.right[b] / n}});
+  for (const Agreement::Bin& b : a.bins) {
+    const double n = double(std::max<int64_t>(1, b.pairs));
+    bins.push_back({{"pairs", b.pairs}, {"predicted", b.predicted / n}, {"right", b.right / n}});
   }
   OrderedJson json = {{"held_out", a.comparisons}, {"pairs", a.pairs},
                       {"accuracy", a.accuracy()},  {"loss", a.mean_loss()},
-                      {"margin", a.mean_margin()}, {"calibration_error", a.calibration.error()},
+                      {"margin", a.mean_margin()}, {"calibration_error", a.calibration_error()},
                       {"calibration", bins}};
   if (!a.rewards.empty()) {
     json["reward_length_correlation"] = correlation(a.rewards, a.lengths);
@@ -705,27 +681,26 @@ Agreement agreement_of(const Json& json) {
   a.margin = pairs * json.at("margin").get<double>();
   a.texts = !json.contains("longer_wins");
   if (!a.texts) a.longer = pairs * json.at("longer_wins").get<double>();
-  for (size_t b = 0; b < Calibration::kBins; b++) {
+  for (size_t b = 0; b < a.bins.size(); b++) {
     const Json& bin = json.at("calibration").at(b);
-    const auto n = double(a.calibration.pairs[b] = bin.at("pairs").get<int64_t>());
-    a.calibration.predicted[b] = n * bin.at("predicted").get<double>();
-    a.calibration.right[b] = n * bin.at("right").get<double>();
+    const auto n = bin.at("pairs").get<int64_t>();
+    a.bins[b] = {n, double(n) * bin.at("predicted").get<double>(),
+                 double(n) * bin.at("right").get<double>()};
   }
   return a;
 }
 
 // The same for people.
 std::string agreement_text(const Agreement& a) {
-  std::string text = format("%s %s, accuracy %.1f%%", count_text(double(a.pairs)).c_str(),
+  std::string text = format("%s %s, accuracy %.1f%%", count_text(a.pairs).c_str(),
                             a.texts ? "texts" : "pairs", 100 * a.accuracy());
   if (!a.texts) text += format(" (the longer wins: %.1f%%)", 100 * a.longer_wins());
   if (a.known > 0) text += format(" of %.1f%% possible", 100 * a.best_possible / double(a.known));
   text += format(", loss %.4f, margin %.3f\n  sure  right  pairs", a.mean_loss(), a.mean_margin());
-  for (size_t b = 0; b < Calibration::kBins; b++) {
-    if (a.calibration.pairs[b] == 0) continue;
-    const double n = double(a.calibration.pairs[b]);
-    text += format("\n  %3.0f%%  %4.0f%%  %5.0f", 100 * a.calibration.predicted[b] / n,
-                   100 * a.calibration.right[b] / n, n);
+  for (const Agreement::Bin& b : a.bins) {
+    if (b.pairs == 0) continue;
+    const double n = double(b.pairs);
+    text += format("\n  %3.0f%%  %4.0f%%  %5.0f", 100 * b.predicted / n, 100 * b.right / n, n);
   }
   return text;
 }
@@ -762,17 +737,8 @@ std::vector<std::vector<int>> read_reference_answers(const RewardSettings& s,
 // model. Returns what mean and standard deviation were.
 Spread normalize(RewardTraining& t) {
   if (t.reference_answers.empty()) return {0, 1};
-  std::vector<Packed> batches;
-  for (const auto& ids : t.reference_answers) {
-    batch_with_room(batches, int64_t(ids.size()), t.settings.common.micro_batch_tokens)
-        .add(0, ids, ids.size(), [](size_t) { return true; });
-  }
-  std::vector<float> scores;
-  for (const Packed& b : batches) {
-    t.gpt->forward(b.batch(), Pass::score);
-    const std::vector<float> of_batch = values_at_end(t.gpt->value(), b);
-    scores.insert(scores.end(), of_batch.begin(), of_batch.end());
-  }
+  const std::vector<float> scores =
+      values_at_end(*t.gpt, t.reference_answers, t.settings.common.micro_batch_tokens);
   const Spread spread = spread_of(scores);
   if (!(spread.std > 1e-6)) {
     fail("the reward model gives all ", scores.size(), " reference answers the score ", spread.mean,
@@ -797,7 +763,7 @@ void begin(RewardTraining& t, const RunOptions& options, const Json* saved) {
   }
   t.data.config.head = Head::scalar;
   print_plan(s, t.data);
-  if (saved) check_data(s, t.data, *saved);
+  if (saved) check_state(t, *saved);
   t.reference_answers = read_reference_answers(t.settings, t.data);  // an error in them shows now
   t.gpt = make_gpt(t.data.config, {.device = parse_device(options.device),
                                    .batch_tokens = int(s.micro_batch_tokens)});
@@ -822,21 +788,12 @@ OrderedJson finish(RewardTraining& t, Run& run) {
   return summary;
 }
 
-OrderedJson state(const RewardTraining& t) {
-  OrderedJson json = {{"settings", Json(t.settings)}};
-  json.update(data_hashes(t.data));
-  return json;
-}
-
 SaveOptions save_options(const RewardTraining& t) {
-  SaveOptions o;
-  o.tokenizer_from = t.data.source;
   Config config = t.data.config;
   config.reward_shift = t.shift;
-  o.also = [config](const std::filesystem::path& dir) {
-    write_json(dir / "config.json", config_json(config));
-  };
-  return o;
+  return {.tokenizer_from = t.data.source, .also = [config](const std::filesystem::path& dir) {
+            write_json(dir / "config.json", config_json(config));
+          }};
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -844,6 +801,10 @@ SaveOptions save_options(const RewardTraining& t) {
 // is that on all of the data. DIR/fold-1 and on hold the runs, DIR/summary.json the whole.
 
 int run_folds(const RewardSettings& settings, const RunOptions& options) {
+  const int parts = settings.common.folds;
+  if (parts < 2 || parts > 100) fail("--folds: found ", parts, ", expected 2 to 100");
+  begin_process(options);
+  check_inputs(settings.common);
   const std::filesystem::path out = options.out;
   expect_elsewhere(model_dir(settings.common.model), out);
   if (!options.resume && !options.overwrite) expect_new_run(out);
@@ -851,17 +812,16 @@ int run_folds(const RewardSettings& settings, const RunOptions& options) {
   std::filesystem::create_directories(out);
   Agreement all;
   OrderedJson folds = OrderedJson::array();
-  for (int fold = 1; fold <= settings.common.folds; fold++) {
+  for (int fold = 1; fold <= parts; fold++) {
     RunOptions o = options;
     o.out = out / concat("fold-", fold);
     o.overwrite = false;
     o.resume = std::filesystem::exists(o.out / "model/trainer_state.json");
-    RewardTraining t{.settings = settings};
-    t.settings.common.fold = fold;
-    if (o.resume) t.settings = settings_of<RewardSettings>(o, "reward");
     if (!o.resume) std::filesystem::remove_all(o.out);
-    std::printf("fold %d of %d\n", fold, settings.common.folds);
-    if (const int status = run_training("reward", t, o)) return status;
+    RewardSettings without_fold = settings;
+    without_fold.common.fold = fold;
+    std::printf("fold %d of %d\n", fold, parts);
+    if (const int status = run_training<RewardTraining>("reward", without_fold, o)) return status;
     const Json summary = read_json(o.out / "summary.json");
     if (!summary.contains("accuracy")) fail(o.out.string(), ": found nothing held out");
     folds.push_back(summary.at("accuracy").get<double>());
@@ -946,13 +906,6 @@ struct DpoSettings {
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DpoSettings, common, loss, reference, beta,
                                                 smoothing, lora, lora_alpha)
 
-// An answer under a model: the sum of its tokens' log-probabilities, and how many they are.
-struct AnswerLogp {
-  double sum = 0;
-  int tokens = 0;
-  double mean() const { return tokens > 0 ? sum / tokens : 0; }
-};
-
 // Of every answer of a batch.
 std::vector<AnswerLogp> answer_logps(std::span<const float> logp,  // (N)
                                      const Packed& b) {
@@ -1008,48 +961,32 @@ PairLoss pair_loss(const DpoSettings& s, const AnswerLogp& w, const AnswerLogp& 
 // dL/dlogp of each answer's tokens: (K)
 std::vector<double> comparison_loss(const DpoSettings& s, const Comparison& c,
                                     std::span<const AnswerLogp> logp,  // (K)
-                                    std::span<const AnswerLogp> ref,   // (K), or empty
                                     double kl, double scale, DpoStats& seen) {
-  const size_t K = c.sequences.size();
-  const std::vector<AnswerLogp> none(ref.empty() ? K : 0);
-  if (ref.empty()) ref = none;
-  double pairs = 0;
-  for (size_t w = 0; w < K; w++)
-    for (size_t l = 0; l < K; l++) pairs += c.ranking[w] < c.ranking[l];
-  std::vector<double> d(K);
-  for (size_t w = 0; w < K; w++) {
-    for (size_t l = 0; l < K; l++) {
-      if (c.ranking[w] >= c.ranking[l]) continue;
-      const PairLoss p = pair_loss(s, logp[w], logp[l], ref[w], ref[l], kl);
-      d[w] += scale / pairs * p.dchosen / (s.of_means() ? logp[w].tokens : 1);
-      d[l] += scale / pairs * p.drejected / (s.of_means() ? logp[l].tokens : 1);
-      seen.loss += p.loss / pairs;
-      seen.margin += p.margin / pairs;
-      seen.right += (p.margin > 0 ? 1 : p.margin == 0 ? .5 : 0) / pairs;
-      seen.chosen += logp[w].sum / pairs, seen.rejected += logp[l].sum / pairs;
-      if (s.loss == "orpo") continue;
-      seen.chosen_reward += s.beta * (logp[w].sum - ref[w].sum) / pairs;
-      seen.rejected_reward += s.beta * (logp[l].sum - ref[l].sum) / pairs;
-    }
+  const std::vector<AnswerLogp>& ref = c.reference;
+  const auto pairs = pairs_of(c.ranking);
+  const double n = double(pairs.size());
+  std::vector<double> d(c.sequences.size());
+  for (const auto& [w, l] : pairs) {
+    const PairLoss p = pair_loss(s, logp[w], logp[l], ref[w], ref[l], kl);
+    d[w] += scale / n * p.dchosen / (s.of_means() ? logp[w].tokens : 1);
+    d[l] += scale / n * p.drejected / (s.of_means() ? logp[l].tokens : 1);
+    seen.loss += p.loss / n;
+    seen.margin += p.margin / n;
+    seen.right += (p.margin > 0 ? 1 : p.margin == 0 ? .5 : 0) / n;
+    seen.chosen += logp[w].sum / n, seen.rejected += logp[l].sum / n;
+    if (s.loss == "orpo") continue;
+    seen.chosen_reward += s.beta * (logp[w].sum - ref[w].sum) / n;
+    seen.rejected_reward += s.beta * (logp[l].sum - ref[l].sum) / n;
   }
   seen.comparisons++;
   return d;
 }
 
-// l_ref of everything that is compared.
-struct References {
-  std::vector<std::vector<AnswerLogp>> answers;  // of each comparison: (K); empty: not needed
-  std::vector<AnswerLogp> mismatched;            // KTO's, of each comparison
-};
-
 struct DpoTraining {
   DpoSettings settings;
   PreferenceData data;
   std::unique_ptr<Gpt> gpt;
-  std::filesystem::path reference;
-  std::string reference_hash;
   AdapterBase base;  // of adapters
-  References train_refs, val_refs;
 };
 
 // For KTO's estimate of KL(policy, reference): log p of the next prompt's first answer, in answer
@@ -1068,30 +1005,27 @@ AnswerLogp mismatched_logp(Gpt& gpt, std::span<const Comparison> all, size_t i, 
 
 // Goes over the chosen comparisons; `train` adds their gradients.
 DpoStats pass_over(Gpt& gpt, const DpoSettings& s, std::span<const Comparison> all,
-                   const References& refs, std::span<const int> chosen, bool train) {
+                   std::span<const int> chosen, bool train) {
   std::vector<double> differences;
   for (const int i : chosen) {
     if (s.loss != "kto") break;
     const AnswerLogp logp = mismatched_logp(gpt, all, size_t(i), s.common.context);
-    differences.push_back(logp.sum - refs.mismatched[size_t(i)].sum);
+    differences.push_back(logp.sum - all[size_t(i)].mismatched.sum);
   }
   const double kl = kto_baseline(differences), scale = 1. / double(chosen.size());
   DpoStats seen;
-  for (const ComparisonBatch& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
-    gpt.forward(b.packed.batch(), train ? Pass::train : Pass::score);
-    const std::vector<AnswerLogp> logps = answer_logps(gpt.logp(), b.packed);
-    std::vector<float> dlogp(b.packed.tokens.size());
-    size_t k = 0;  // answers of the batch so far
-    for (const int i : b.chosen) {
-      const Comparison& c = all[size_t(i)];
-      const auto logp = std::span(logps).subspan(k, c.sequences.size());
-      std::span<const AnswerLogp> ref;
-      if (!refs.answers.empty()) ref = refs.answers[size_t(i)];
-      for (const double d : comparison_loss(s, c, logp, ref, kl, scale, seen)) {
-        for (size_t p = b.packed.begin(k); p <= b.packed.last(k); p++) {
-          if (b.packed.targets[p] >= 0) dlogp[p] = float(d);
+  for (const Packed& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
+    gpt.forward(b.batch(), train ? Pass::train : Pass::score);
+    const std::vector<AnswerLogp> logps = answer_logps(gpt.logp(), b);
+    std::vector<float> dlogp(b.tokens.size());
+    for (size_t i = 0; i < b.members.size();) {
+      const Comparison& c = all[size_t(b.members[i])];
+      const auto logp = std::span(logps).subspan(i, c.sequences.size());
+      for (const double d : comparison_loss(s, c, logp, kl, scale, seen)) {
+        for (size_t p = b.begin(i); p <= b.last(i); p++) {
+          if (b.targets[p] >= 0) dlogp[p] = float(d);
         }
-        k++;
+        i++;
       }
     }
     if (train) gpt.backward(dlogp);
@@ -1101,18 +1035,14 @@ DpoStats pass_over(Gpt& gpt, const DpoSettings& s, std::span<const Comparison> a
 
 StepResult step(DpoTraining& t, int64_t n, const Run& run) {
   const std::vector<int> chosen = chosen_in_step(t.settings.common, t.data, n);
-  const DpoStats seen = pass_over(*t.gpt, t.settings, t.data.train, t.train_refs, chosen, true);
-  if (!std::isfinite(seen.loss)) fail_diverged(run, format("the loss is %f", seen.loss));
-  StepResult result;
-  result.metrics = seen.json();
-  result.line = seen.text();
-  update(*t.gpt, t.settings.common, n, result);
+  const DpoStats seen = pass_over(*t.gpt, t.settings, t.data.train, chosen, true);
+  StepResult result{.metrics = seen.json(), .line = seen.text()};
+  update(*t.gpt, t.settings.common, n, run, result);
   return result;
 }
 
 DpoStats evaluate(DpoTraining& t, int64_t n, Run& run) {
-  const DpoStats seen =
-      pass_over(*t.gpt, t.settings, t.data.val, t.val_refs, all_of(t.data.val), false);
+  const DpoStats seen = pass_over(*t.gpt, t.settings, t.data.val, all_of(t.data.val), false);
   run.write_metrics(n, seen.json("val_"));
   run.line.note(format("step %lld  held out: %s", (long long)n, seen.text().c_str()));
   return seen;
@@ -1121,32 +1051,25 @@ DpoStats evaluate(DpoTraining& t, int64_t n, Run& run) {
 // ---------------------------------------------------------------------------------------------
 // Before the first step: the reference
 
-// l of every answer of every comparison.
-std::vector<std::vector<AnswerLogp>> logps_of(Gpt& gpt, std::span<const Comparison> all,
+// l of every answer of every comparison; without a model 0, as ORPO has no reference.
+std::vector<std::vector<AnswerLogp>> logps_of(Gpt* gpt, std::span<const Comparison> all,
                                               int64_t micro_batch_tokens) {
-  std::vector<std::vector<AnswerLogp>> logps(all.size());
-  for (const ComparisonBatch& b : comparison_batches(all, all_of(all), micro_batch_tokens)) {
-    gpt.forward(b.packed.batch(), Pass::score);
-    const std::vector<AnswerLogp> of_batch = answer_logps(gpt.logp(), b.packed);
-    auto next = of_batch.begin();
-    for (const int i : b.chosen) {
-      const auto begin = std::exchange(next, next + long(all[size_t(i)].sequences.size()));
-      logps[size_t(i)].assign(begin, next);
+  std::vector<std::vector<AnswerLogp>> logps;
+  for (const Comparison& c : all) logps.emplace_back(c.sequences.size());
+  if (!gpt) return logps;
+  for (const Packed& b : comparison_batches(all, all_of(all), micro_batch_tokens)) {
+    gpt->forward(b.batch(), Pass::score);
+    const std::vector<AnswerLogp> of_batch = answer_logps(gpt->logp(), b);
+    for (size_t i = 0; i < of_batch.size();) {
+      for (AnswerLogp& l : logps[size_t(b.members[i])]) l = of_batch[i++];
     }
   }
   return logps;
 }
 
-References score_references(Gpt& gpt, const DpoSettings& s, std::span<const Comparison> all) {
-  References refs{logps_of(gpt, all, s.common.micro_batch_tokens), {}};
-  for (size_t i = 0; i < all.size() && s.loss == "kto"; i++) {
-    refs.mismatched.push_back(mismatched_logp(gpt, all, i, s.common.context));
-  }
-  return refs;
-}
-
-// A language model to score with.
+// A language model to score with; none in no directory.
 std::unique_ptr<Gpt> load_scorer(const std::filesystem::path& dir, Device device) {
+  if (dir.empty()) return nullptr;
   auto gpt =
       make_gpt(load_config_with_head(dir, Head::lm), {.device = device, .mode = Mode::inference});
   load_weights(dir, *gpt);
@@ -1155,29 +1078,24 @@ std::unique_ptr<Gpt> load_scorer(const std::filesystem::path& dir, Device device
 
 // With adapters, the reference is the policy without them; else a model of its own, which goes when
 // its log-probabilities are known.
-void load_references(DpoTraining& t, Device device) {
-  if (t.settings.loss == "orpo") return;  // asks for none
+void load_references(DpoTraining& t, const std::filesystem::path& dir, Device device) {
   const bool adapters = t.settings.lora > 0;
   std::unique_ptr<Gpt> own;
   if (adapters) {
     t.gpt->use_adapters(false);
-  } else {
-    own = load_scorer(t.reference, device);
+  } else if (t.settings.loss != "orpo") {
+    own = load_scorer(dir, device);
   }
-  Gpt& reference = own ? *own : *t.gpt;
-  t.train_refs = score_references(reference, t.settings, t.data.train);
-  t.val_refs = score_references(reference, t.settings, t.data.val);
+  Gpt* reference = adapters ? t.gpt.get() : own.get();
+  for (std::vector<Comparison>* all : {&t.data.train, &t.data.val}) {
+    const auto logps = logps_of(reference, *all, t.settings.common.micro_batch_tokens);
+    for (size_t i = 0; i < all->size(); i++) {
+      (*all)[i].reference = logps[i];
+      if (t.settings.loss != "kto") continue;
+      (*all)[i].mismatched = mismatched_logp(*reference, *all, i, t.settings.common.context);
+    }
+  }
   if (adapters) t.gpt->use_adapters(true);
-}
-
-// The reference is the one that the saved run began with.
-void check_reference(const std::filesystem::path& reference, const std::string& found,
-                     const Json& saved) {
-  const auto expected = saved.at("reference").at("hash").get<std::string>();
-  if (found != expected) {
-    fail(reference.string(), ": found a model of hash ", found, ", expected ", expected,
-         ", that of the run's beginning: it has changed");
-  }
 }
 
 void check_settings(const DpoSettings& s) {
@@ -1211,21 +1129,17 @@ void begin(DpoTraining& t, const RunOptions& options, const Json* saved) {
       if (c.label) fail(s.data[0], ": found a labelled text, expected answers that are compared");
     }
   }
-  t.reference = model_dir(t.settings.reference.empty() ? s.model : t.settings.reference);
-  t.reference_hash = model_hash(t.reference);
+  const auto reference = model_dir(t.settings.reference.empty() ? s.model : t.settings.reference);
+  t.data.models["reference"] = {{"path", reference.string()}, {"hash", model_hash(reference)}};
   print_plan(s, t.data);
-  if (saved) {
-    check_data(s, t.data, *saved);
-    check_reference(t.reference, t.reference_hash, *saved);
-  }
-  const Device device = parse_device(options.device);
-  GptOptions o{.device = device, .batch_tokens = int(s.micro_batch_tokens)};
+  if (saved) check_state(t, *saved);
+  GptOptions o{.device = parse_device(options.device), .batch_tokens = int(s.micro_batch_tokens)};
   if (lora > 0) o.lora = {lora, float(t.settings.lora_alpha)};
   t.gpt = make_gpt(t.data.config, o);
   load_weights(t.data.source, *t.gpt, {.seed = s.seed});
   if (lora > 0) t.base = adapter_base(t.data.source);
   if (saved) load_trainer_state(t.data.source, *t.gpt);
-  load_references(t, device);
+  load_references(t, reference, o.device);
 }
 
 OrderedJson finish(DpoTraining& t, Run& run) {
@@ -1238,18 +1152,8 @@ OrderedJson finish(DpoTraining& t, Run& run) {
   return summary;
 }
 
-OrderedJson state(const DpoTraining& t) {
-  OrderedJson json = {{"settings", Json(t.settings)}};
-  json.update(data_hashes(t.data));
-  json["reference"] = {{"path", t.reference.string()}, {"hash", t.reference_hash}};
-  return json;
-}
-
 SaveOptions save_options(const DpoTraining& t) {
-  SaveOptions o;
-  o.tokenizer_from = t.data.source;
-  o.base = t.base;
-  return o;
+  return {.tokenizer_from = t.data.source, .base = t.base};
 }
 
 // =============================================================================================
@@ -1275,7 +1179,7 @@ DpoSettings implicit_reward_of(const std::filesystem::path& dir, const ScoreOpti
     s.loss = state.at("settings").at("loss"), s.beta = state.at("settings").at("beta");
     if (s.reference.empty() && s.loss != "orpo") {
       s.reference = state.at("reference").at("path");
-      check_reference(s.reference, model_hash(model_dir(s.reference)), state);
+      check_model_hash(state.at("reference"), model_hash(model_dir(s.reference)));
     }
   } else if (s.reference.empty()) {
     fail("--reference: missing, expected the model that the training of ", dir.string(),
@@ -1291,12 +1195,8 @@ DpoSettings implicit_reward_of(const std::filesystem::path& dir, const ScoreOpti
 std::vector<float> implicit_rewards(const DpoSettings& s, const std::filesystem::path& policy,
                                     Device device, std::span<const Comparison> all) {
   constexpr int64_t kMicroBatchTokens = 4096;
-  const auto logps = logps_of(*load_scorer(policy, device), all, kMicroBatchTokens);
-  auto refs = logps;
-  for (auto& answers : refs) answers.assign(answers.size(), AnswerLogp{});
-  if (!s.reference.empty()) {
-    refs = logps_of(*load_scorer(s.reference, device), all, kMicroBatchTokens);
-  }
+  const auto logps = logps_of(load_scorer(policy, device).get(), all, kMicroBatchTokens);
+  const auto refs = logps_of(load_scorer(s.reference, device).get(), all, kMicroBatchTokens);
   std::vector<float> rewards;
   for (size_t i = 0; i < all.size(); i++) {
     for (size_t k = 0; k < logps[i].size(); k++) {
@@ -1369,11 +1269,11 @@ int run_score(const ScoreOptions& o) {
   out.commit();
   const Spread spread = spread_of(seen.rewards);
   std::printf("%s: scores of %s answers in %s lines, mean %.3f, standard deviation %.3f\n",
-              o.out.c_str(), count_text(double(n)).c_str(),
-              count_text(double(records.size())).c_str(), spread.mean, spread.std);
+              o.out.c_str(), count_text(n).c_str(), count_text(records.size()).c_str(), spread.mean,
+              spread.std);
   if (too_long > 0) {
     std::printf("%s lines have an answer longer than the context of %d: their score is null\n",
-                count_text(double(too_long)).c_str(), context);
+                count_text(too_long).c_str(), context);
   }
   if (seen.pairs > 0) std::printf("%s\n", agreement_text(seen).c_str());
   return 0;
@@ -1402,34 +1302,6 @@ void add_preference_flags(CLI::App& app, PreferenceSettings& s) {
   app.add_option("--seed", s.seed, "of the order of the data and of new weights");
   app.add_option("--eval-every", s.eval_every, "steps between evaluations; 0: a fifth of the run");
   add_optimizer_flags(app, s.optimizer, "peak learning rate of AdamW; 0: by the model's width");
-}
-
-// What every training needs, unless its settings come from its checkpoint.
-void check_inputs(const PreferenceSettings& s) {
-  if (s.model.empty()) fail("--model: missing, expected the model to begin with");
-  if (s.data.empty()) fail("--data: missing, expected JSON lines of preferences");
-}
-
-int run_reward(RewardSettings s, const RunOptions& o) {
-  begin_process(o);
-  const int folds = s.common.folds;
-  if (folds != 0) {
-    if (folds < 2 || folds > 100) fail("--folds: found ", folds, ", expected 2 to 100");
-    check_inputs(s.common);
-    return run_folds(s, o);
-  }
-  if (o.resume) s = settings_of<RewardSettings>(o, "reward");
-  check_inputs(s.common);
-  RewardTraining t{.settings = s};
-  return run_training("reward", t, o);
-}
-
-int run_dpo(DpoSettings s, const RunOptions& o) {
-  begin_process(o);
-  if (o.resume) s = settings_of<DpoSettings>(o, "dpo");
-  check_inputs(s.common);
-  DpoTraining t{.settings = s};
-  return run_training("dpo", t, o);
 }
 
 }  // namespace
@@ -1482,25 +1354,24 @@ int main_reward(int argc, char** argv) {
   scores->add_option("--device", score.device, "auto, cpu or cuda");
   scores->add_option("--threads", score.threads, "0: the physical cores that the process may use");
 
-  const auto shown = [](const std::vector<std::string>& own) {
-    std::vector<std::string> flags = {"--model",  "--data",  "--val", "--as-chat",
-                                      "--epochs", "--steps", "--lr"};
-    flags.insert(flags.end(), own.begin(), own.end());
-    return flags;
-  };
   const RenamedFlag renamed[] = {{"--most", "--limit"},
                                  {"--clip", "--clip-norm"},
                                  {"--centring", "--center"},
                                  {"--normalise-on", "--normalize-on"}};
   if (!parse_flags(app, argc, argv,
-                   {{train, shown({"--folds", "--normalize-on", "-o", "--resume"})},
-                    {direct, shown({"--loss", "--beta", "--lora", "-o", "--resume"})},
+                   {{train,
+                     {"--model", "--data", "--val", "--as-chat", "--epochs", "--steps", "--lr",
+                      "--folds", "--normalize-on", "-o", "--resume"}},
+                    {direct,
+                     {"--model", "--data", "--val", "--as-chat", "--epochs", "--steps", "--lr",
+                      "--loss", "--beta", "--lora", "-o", "--resume"}},
                     {scores, {"MODEL", "--data", "-o", "--as-chat", "--reference"}}},
                    renamed)) {
     return 0;
   }
-  if (*train) return run_reward(reward, options);
-  if (*direct) return run_dpo(dpo, options);
+  if (*train && reward.common.folds != 0) return run_folds(reward, options);
+  if (*train) return run_training<RewardTraining>("reward", reward, options);
+  if (*direct) return run_training<DpoTraining>("dpo", dpo, options);
   return run_score(score);
 }
 

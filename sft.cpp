@@ -36,8 +36,6 @@
 #include <utility>
 #include <vector>
 
-#include <CLI/CLI.hpp>
-
 #include "cake/chat_template.h"
 #include "cake/checkpoint.h"
 #include "cake/flags.h"
@@ -76,11 +74,6 @@ Source parse_source(const std::string& text) {
   }
   return source;
 }
-
-enum class TooLong {
-  drop,
-  cut,  // to the context, from the front
-};
 
 // Examples end to end. Example i is ids[starts[i], starts[i + 1]) with one id more than it has
 // positions: position p reads id p, and is to predict id p + 1 if that one is trained.
@@ -164,9 +157,9 @@ Rendered render(const Tokenizer& tokenizer, const Record& record) {
   return r;
 }
 
-// Cuts what is longer than the context, and what stands behind the last trained token: it teaches
-// nothing. False when nothing trained is left, or when `too_long` says to drop it.
-bool trim(Rendered& r, int context, TooLong too_long, ReadReport& report) {
+// Drops what stands behind the last trained token: it teaches nothing. What is longer than the
+// context loses its end with `cut`. False when nothing trained is left, or it is too long.
+bool trim(Rendered& r, int context, bool cut, ReadReport& report) {
   const auto drop_tail = [&r] {
     while (!r.trained.empty() && !r.trained.back()) r.trained.pop_back();
     r.ids.resize(r.trained.size());
@@ -174,11 +167,11 @@ bool trim(Rendered& r, int context, TooLong too_long, ReadReport& report) {
   drop_tail();
   report.longest = std::max(report.longest, int(r.ids.size()) - 1);
   if (int(r.ids.size()) <= context + 1) return true;
-  if (too_long == TooLong::cut) {
+  if (cut) {
     r.trained.resize(size_t(context) + 1);
     drop_tail();
   }
-  const bool kept = too_long == TooLong::cut && !r.ids.empty();
+  const bool kept = cut && !r.ids.empty();
   (kept ? report.cut : report.dropped)++;
   return kept;
 }
@@ -192,7 +185,7 @@ bool is_held_out(const Rendered& r, double fraction) {
 }
 
 // Reads a file's lines: into `held_out` the share `val_fraction`, the rest into `examples`.
-void read_examples(const Source& source, const Tokenizer& tokenizer, int context, TooLong too_long,
+void read_examples(const Source& source, const Tokenizer& tokenizer, int context, bool cut,
                    double val_fraction, Examples& examples, Examples& held_out,
                    ReadReport& report) {
   JsonLines lines{Input(source.path)};
@@ -206,19 +199,16 @@ void read_examples(const Source& source, const Tokenizer& tokenizer, int context
     for (size_t i = 0; i < records.size(); i++) rendered[i] = render(tokenizer, records[i]);
     for (Rendered& r : rendered) {
       const bool out = is_held_out(r, val_fraction);
-      if (trim(r, context, too_long, report))
-        (out ? held_out : examples).add(r, float(source.weight));
+      if (trim(r, context, cut, report)) (out ? held_out : examples).add(r, float(source.weight));
     }
     records.clear();
   };
   while (lines.next(object)) {
     records.push_back(parse_record(object, lines));
     const bool chat = records.back().conversation.has_value();
+    chat ? end_of_turn(tokenizer) : tokenizer.end_of_text();  // an Error where it lacks them
+    (chat ? report.conversations : report.completions)++;
     read++;
-    if ((chat ? report.conversations : report.completions)++ ==
-        0) {  // an Error where it lacks them
-      chat ? end_of_turn(tokenizer) : tokenizer.end_of_text();
-    }
     if (records.size() == 4096) flush();
   }
   flush();
@@ -270,13 +260,15 @@ std::vector<Packed> micro_batches(const Examples& examples, std::span<const std:
   return batches;
 }
 
+struct StreamState {
+  int64_t epoch = 0, bin = 0;  // the next bin
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(StreamState, epoch, bin)
+
 // Bins without end, an epoch after another, each packed and shuffled anew: a function of the
 // examples, the seed and the place alone.
 class Stream {
  public:
-  struct State {
-    int64_t epoch = 0, bin = 0;
-  };
   Stream(const Examples& examples, int context, uint64_t seed)
       : examples_(examples), context_(context), seed_(seed) {}
 
@@ -304,12 +296,12 @@ class Stream {
     if (bins.empty()) bins.push_back({int(rng.below(uint64_t(examples_.size())))});  // tiny weights
     return bins;
   }
-  State state() const { return state_; }
+  StreamState state() const { return state_; }
   double epochs() const {  // seen so far
     return double(state_.epoch) +
            (state_.bin > 0 ? double(state_.bin) / double(make_epoch(state_.epoch).size()) : 0);
   }
-  void set_state(State state) {
+  void set_state(StreamState state) {
     const auto bins = int64_t(make_epoch(state.epoch).size());
     if (state.epoch < 0 || state.bin < 0 || state.bin >= bins) {
       fail("resume: found bin ", state.bin, " of epoch ", state.epoch, ", expected one of ", bins,
@@ -322,7 +314,7 @@ class Stream {
   const Examples& examples_;
   int context_;
   uint64_t seed_;
-  State state_;
+  StreamState state_;
   int64_t loaded_ = -1;  // the epoch that bins_ are of
   std::vector<std::vector<int>> bins_;
 };
@@ -449,14 +441,11 @@ class FineTuning {
   OrderedJson finish();
   OrderedJson state() const;
   SaveOptions save_options() const;
-  int64_t bins_of_step(int64_t number) const;
   GptOptions options() const {
-    GptOptions o;
-    o.device = parse_device(run_.options.device);
-    if (s_.lora > 0) o.lora = {s_.lora, float(s_.lora_alpha)};
-    o.muon = s_.optimizer.name == "muon";
-    o.batch_tokens = int(s_.micro_batch_tokens);
-    return o;
+    return {.device = parse_device(run_.options.device),
+            .muon = s_.optimizer.name == "muon",
+            .lora = {s_.lora, float(s_.lora_alpha)},
+            .batch_tokens = int(s_.micro_batch_tokens)};
   }
 
   Settings s_;
@@ -483,8 +472,10 @@ class FineTuning {
 // One step
 
 StepResult FineTuning::step(int64_t number) {
+  int64_t n = s_.batch_tokens / s_.context;
+  if (s_.bins > 0) n = std::clamp<int64_t>(s_.bins - (number - 1) * n, 1, n);  // the last has fewer
   std::vector<std::vector<int>> bins;
-  for (int64_t i = bins_of_step(number); i > 0; i--) bins.push_back(stream_->next());
+  for (int64_t i = 0; i < n; i++) bins.push_back(stream_->next());
   const std::vector<Packed> batches = micro_batches(train_, bins, s_.micro_batch_tokens);
   int64_t tokens = 0, trained = 0;
   for (const Packed& b : batches) tokens += b.positions(), trained += b.trained;
@@ -508,11 +499,6 @@ StepResult FineTuning::step(int64_t number) {
                {"lr_factor", schedule_.at(number)}};
   r.line = format("loss %.3f  grad %.2f", *r.loss, stats.grad_norm);
   return r;
-}
-
-int64_t FineTuning::bins_of_step(int64_t number) const {  // the last may have fewer
-  const int64_t n = s_.batch_tokens / s_.context;
-  return s_.bins > 0 ? std::clamp<int64_t>(s_.bins - (number - 1) * n, 1, n) : n;
 }
 
 // The mean loss over the trained tokens of the first held-out examples, up to `positions`.
@@ -568,11 +554,9 @@ void FineTuning::sample(int64_t number) {
     prompt.assign(ids.begin(), ids.begin() + n);
   }
   if (prompt.empty() || int(prompt.size()) >= config_.T) return;
-  std::vector<int> stop_ids;
-  for (const char* end : {"<|im_end|>", "<|endoftext|>"}) {
-    if (tokenizer_.special(end) >= 0) stop_ids.push_back(tokenizer_.special(end));
-  }
-  const Completion done = sample_one(*gpt_, tokenizer_, prompt, 96, {.temperature = 0}, stop_ids);
+  const Completion done =
+      sample_one(*gpt_, tokenizer_, prompt, 96, {.temperature = 0},
+                 {tokenizer_.special("<|im_end|>"), tokenizer_.special("<|endoftext|>")});
   // The last turn before the answer, then the answer and how it ended.
   std::string asked = tokenizer_.decode(prompt);
   if (const size_t header = asked.rfind("<|im_start|>assistant\n"); header != std::string::npos) {
@@ -619,20 +603,19 @@ void FineTuning::read_data() {
   if (!(s_.val_fraction < 1)) {
     fail("--val-fraction: found ", s_.val_fraction, ", expected 0 or more and less than 1");
   }
-  const TooLong too_long = s_.too_long == "cut" ? TooLong::cut : TooLong::drop;
+  const bool cut = s_.too_long == "cut";
   for (const std::string& text : s_.data) {
-    read_examples(parse_source(text), tokenizer_, s_.context, too_long, s_.val_fraction, train_,
-                  val_, report_);
+    read_examples(parse_source(text), tokenizer_, s_.context, cut, s_.val_fraction, train_, val_,
+                  report_);
   }
   for (const std::string& path : s_.val) {
     Examples none;
-    read_examples({path}, tokenizer_, s_.context, too_long, 0, val_, none, report_);
+    read_examples({path}, tokenizer_, s_.context, cut, 0, val_, none, report_);
   }
   if (report_.conversations > 0) {
     config_.eos = end_of_turn(tokenizer_);
-    if (config_.pad < 0 || config_.pad == config_.eos) {
-      config_.pad =
-          tokenizer_.special("<|endoftext|>");  // pad is never trained, the end of turn is
+    if (config_.pad < 0 || config_.pad == config_.eos) {  // the end of turn is trained, pad never
+      config_.pad = tokenizer_.special("<|endoftext|>");
     }
   }
   if (train_.size() == 0) {
@@ -712,9 +695,9 @@ void FineTuning::plan_run() {
   // ten times as much (see Sources), up to a limit: of rank 8 they diverge at .03 here.
   const double adamw_lr = .003 * std::min(1., std::pow(128. / config_.C, 2));
   if (o.lr == 0) o.lr = muon ? .012 : s_.lora > 0 ? std::min(.01, 10 * adamw_lr) : adamw_lr;
-  if (o.embedding_lr == 0) o.embedding_lr = muon ? adamw_lr : o.lr;
-  if (o.head_lr == 0) o.head_lr = muon ? adamw_lr : o.lr;
-  if (o.vector_lr == 0) o.vector_lr = muon ? adamw_lr : o.lr;
+  for (double* lr : {&o.embedding_lr, &o.head_lr, &o.vector_lr}) {
+    if (*lr == 0) *lr = muon ? adamw_lr : o.lr;
+  }
 }
 
 void FineTuning::plan_adapters() {
@@ -727,9 +710,8 @@ void FineTuning::plan_adapters() {
     fail("--optimizer muon: found with --lora, whose thin matrices are AdamW's, expected adamw");
   }
   if (added_tokens_ > 0) {
-    fail(
-        "--add-chat-tokens: found with --lora, which trains no embedding, expected a model that "
-        "has the tokens");
+    fail("--add-chat-tokens: found with --lora, which trains no embedding, ",
+         "expected a model that has the tokens");
   }
 }
 
@@ -739,11 +721,10 @@ void FineTuning::print_plan(double reserved) {
   const Config& c = config_;
   const int64_t adapters = s_.lora > 0 ? table.trainable_parameters() : 0;
   std::printf("model   %s: %d layers, %d channels, context %d, vocabulary %d, %s parameters\n",
-              from_.c_str(), c.L, c.C, c.T, c.V,
-              count_text(double(table.parameters() - adapters)).c_str());
+              from_.c_str(), c.L, c.C, c.T, c.V, count_text(table.parameters() - adapters).c_str());
   if (adapters > 0) {
     std::printf("        adapters of rank %d, alpha %g: %s parameters, all that is trained\n",
-                s_.lora, s_.lora_alpha, count_text(double(adapters)).c_str());
+                s_.lora, s_.lora_alpha, count_text(adapters).c_str());
   }
   if (added_tokens_ > 0) {
     std::printf("        %d tokens added behind the %d it knew\n", added_tokens_, known_rows_);
@@ -752,24 +733,23 @@ void FineTuning::print_plan(double reserved) {
   std::printf("data    %s examples: %s tokens, %.0f%% of them trained; held out %s: %s tokens\n",
               count_text(train_.size()).c_str(), count_text(all).c_str(),
               100 * double(train_.all_trained()) / all, count_text(val_.size()).c_str(),
-              count_text(double(val_.all_positions())).c_str());
+              count_text(val_.all_positions()).c_str());
   if (report_.cut + report_.dropped > 0) {
     std::printf(
         "        longer than the context of %d: %s dropped, %s cut; the longest %s tokens\n",
-        s_.context, count_text(double(report_.dropped)).c_str(),
-        count_text(double(report_.cut)).c_str(), count_text(report_.longest).c_str());
+        s_.context, count_text(report_.dropped).c_str(), count_text(report_.cut).c_str(),
+        count_text(report_.longest).c_str());
   }
   const auto bins = Stream(train_, s_.context, s_.seed).make_epoch(0);
   int64_t packed = 0;
   for (const auto& bin : bins)
     for (const int i : bin) packed += train_.positions(i);
-  std::printf("packing %s bins of %d an epoch, %.1f%% full\n",
-              count_text(double(bins.size())).c_str(), s_.context,
-              100 * double(packed) / double(int64_t(bins.size()) * s_.context));
+  std::printf("packing %s bins of %d an epoch, %.1f%% full\n", count_text(bins.size()).c_str(),
+              s_.context, 100 * double(packed) / double(int64_t(bins.size()) * s_.context));
   const int64_t steps = s_.budget.steps;
   if (steps > 0) {
     std::printf("budget  %s steps of %s tokens, %.2f epochs (--steps %lld)\n",
-                count_text(double(steps)).c_str(), count_text(double(s_.batch_tokens)).c_str(),
+                count_text(steps).c_str(), count_text(s_.batch_tokens).c_str(),
                 double(s_.bins) / double(bins.size()), (long long)steps);
   }
   const OptimizerFlags& o = s_.optimizer;
@@ -805,10 +785,7 @@ void FineTuning::make_model(const std::filesystem::path& dir) {
 
 // Weights of a model with fewer tokens: see grow_rows.
 void FineTuning::load_grown(const std::filesystem::path& dir) {
-  GptOptions reading;
-  reading.device = Device::cpu;
-  reading.mode = Mode::inference;
-  const auto small = make_gpt(load_config(dir), reading);
+  const auto small = make_gpt(load_config(dir), {.device = Device::cpu, .mode = Mode::inference});
   load_weights(dir, *small);
   std::vector<float> values;
   for (size_t i = 0; i < gpt_->table().tensors.size(); i++) {
@@ -848,8 +825,7 @@ int64_t FineTuning::begin(const Json* saved) {
       fail(s_.data[0], ": found other examples than the run began with, expected the same files");
     }
     stream_ = std::make_unique<Stream>(train_, s_.context, s_.seed);
-    stream_->set_state({saved->at("stream").at("epoch").get<int64_t>(),
-                        saved->at("stream").at("bin").get<int64_t>()});
+    stream_->set_state(saved->at("stream").get<StreamState>());
     make_model(run_.model());
     load_trainer_state(run_.model(), *gpt_);
     positions_ = saved->at("positions").get<int64_t>();
@@ -912,8 +888,8 @@ OrderedJson FineTuning::finish() {
   }
   const double seconds = run_.state.seconds, loss = run_.state.recent_loss;
   run_.line.note(format("fine-tuned on %s tokens, %s of them trained, in %s: training loss %.3f%s",
-                        count_text(double(positions_)).c_str(),
-                        count_text(double(trained_)).c_str(), duration_text(seconds).c_str(), loss,
+                        count_text(positions_).c_str(), count_text(trained_).c_str(),
+                        duration_text(seconds).c_str(), loss,
                         val_.size() > 0 ? format(", held-out loss %.4f", score.loss).c_str() : ""));
   return {{"stopped_early", !run_.stopped.empty()},
           {"tokens", positions_},
@@ -928,24 +904,15 @@ OrderedJson FineTuning::finish() {
 }
 
 OrderedJson FineTuning::state() const {
-  const Stream::State place = stream_->state();
-  return {{"positions", positions_},
-          {"trained", trained_},
-          {"stream", {{"epoch", place.epoch}, {"bin", place.bin}}},
-          {"data_hash", train_.hash()},
-          {"val_hash", val_.hash()},
-          {"settings", Json(s_)}};
+  return {{"positions", positions_},          {"trained", trained_},
+          {"stream", Json(stream_->state())}, {"data_hash", train_.hash()},
+          {"val_hash", val_.hash()},          {"settings", Json(s_)}};
 }
 
 SaveOptions FineTuning::save_options() const {
-  SaveOptions o;
-  o.base = base_;
-  if (changed_tokenizer_) {
-    o.also = [this](const std::filesystem::path& dir) { tokenizer_.save(dir); };
-  } else {
-    o.tokenizer_from = from_;
-  }
-  return o;
+  if (!changed_tokenizer_) return {.tokenizer_from = from_, .base = base_};
+  return {.base = base_,
+          .also = [this](const std::filesystem::path& dir) { tokenizer_.save(dir); }};
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -958,12 +925,10 @@ void merge(const std::filesystem::path& from, const std::filesystem::path& out) 
   if (std::filesystem::exists(out)) fail("-o ", out.string(), ": exists");
   const auto gpt = make_gpt(load_config(dir), {.device = Device::cpu, .mode = Mode::inference});
   load_weights(dir, *gpt);
-  SaveOptions options;
   const bool own = std::filesystem::exists(dir / "tokenizer.json");
-  options.tokenizer_from = own ? dir : adapter_base(dir).dir;
-  save_checkpoint(out, *gpt, options);
+  save_checkpoint(out, *gpt, {.tokenizer_from = own ? dir : adapter_base(dir).dir});
   std::printf("model in %s: %s parameters, with the adapters of %s\n", out.c_str(),
-              count_text(double(gpt->table().parameters())).c_str(), dir.c_str());
+              count_text(gpt->table().parameters()).c_str(), dir.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------

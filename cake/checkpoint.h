@@ -28,6 +28,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -49,20 +50,13 @@ namespace cake {
 // ---------------------------------------------------------------------------------------------
 // config.json
 
+constexpr const char* kModelTypes[] = {"gpt2", "llama", "qwen3"};  // model_type, in Family's order
+
 // The class that transformers names in `architectures`.
-inline const char* architecture_name(const Config& c) {
-  const bool lm = c.head == Head::lm;
-  switch (c.family) {
-    case Family::gpt2:
-      return lm ? "GPT2LMHeadModel" : "GPT2ForSequenceClassification";
-    case Family::llama:
-      return lm ? "LlamaForCausalLM" : "LlamaForSequenceClassification";
-    default:
-      return lm ? "Qwen3ForCausalLM" : "Qwen3ForSequenceClassification";
-  }
-}
-inline const char* family_name(Family family) {
-  return family == Family::gpt2 ? "gpt2" : family == Family::llama ? "llama" : "qwen3";
+inline std::string architecture_name(const Config& c) {
+  constexpr const char* prefixes[] = {"GPT2", "Llama", "Qwen3"};
+  const char* lm = c.family == Family::gpt2 ? "LMHeadModel" : "ForCausalLM";
+  return concat(prefixes[int(c.family)], c.head == Head::lm ? lm : "ForSequenceClassification");
 }
 
 // Reads the keys of one config.json. An absent key and null mean the same, unless a rule says
@@ -106,11 +100,10 @@ inline Head parse_head(const ConfigReader& in) {
   const std::string name = names.is_array() && names.size() == 1 && names[0].is_string()
                                ? names[0].get<std::string>()
                                : json_text(names);
-  const auto ends_with = [&](const std::string& end) {
-    return name.size() >= end.size() && name.substr(name.size() - end.size()) == end;
-  };
-  if (ends_with("ForCausalLM") || ends_with("LMHeadModel") || name == "GPT2Model") return Head::lm;
-  if (!ends_with("ForSequenceClassification")) {
+  if (name.ends_with("ForCausalLM") || name.ends_with("LMHeadModel") || name == "GPT2Model") {
+    return Head::lm;
+  }
+  if (!name.ends_with("ForSequenceClassification")) {
     fail(in.where, ": architectures: found ", name,
          ", expected ...ForCausalLM, GPT2LMHeadModel or ...ForSequenceClassification");
   }
@@ -217,15 +210,11 @@ inline Config parse_config(const Json& json, const std::string& where) {
   const ConfigReader in{json, where};
   Config c;
   const auto type = in.get<std::string>("model_type");
-  if (type == "gpt2") {
-    c.family = Family::gpt2;
-  } else if (type == "llama") {
-    c.family = Family::llama;
-  } else if (type == "qwen3") {
-    c.family = Family::qwen3;
-  } else {
+  const auto family = std::find(std::begin(kModelTypes), std::end(kModelTypes), type);
+  if (family == std::end(kModelTypes)) {
     fail(where, ": model_type: found ", type, ", expected gpt2, llama or qwen3");
   }
+  c.family = Family(family - kModelTypes);
   if (in.has("quantization_config")) {
     fail(where, ": quantization_config: found a quantized model, expected F32, BF16 or F16");
   }
@@ -360,7 +349,7 @@ inline Config load_config_with_head(const std::filesystem::path& dir, Head head)
 inline OrderedJson config_json(const Config& c, bool bf16 = false) {
   const auto id = [](int token) { return token < 0 ? OrderedJson() : OrderedJson(token); };
   OrderedJson json{{"architectures", OrderedJson::array({architecture_name(c)})},
-                   {"model_type", family_name(c.family)},
+                   {"model_type", kModelTypes[int(c.family)]},
                    {"dtype", bf16 ? "bfloat16" : "float32"},
                    {"vocab_size", c.V}};
   if (c.family == Family::gpt2) {
@@ -423,29 +412,24 @@ inline OrderedJson generation_config_json(const Config& c) {
 // ---------------------------------------------------------------------------------------------
 // safetensors
 
-inline float bf16_to_float(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
+inline float bf16_to_float(uint16_t x) { return std::bit_cast<float>(uint32_t(x) << 16); }
 inline uint16_t float_to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const auto bits = std::bit_cast<uint32_t>(x);
   if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 inline float f16_to_float(uint16_t x) {
   // The same bits read as float lack 112 in the exponent: exact for subnormal numbers too.
-  uint32_t bits = uint32_t(x & 0x7fff) << 13;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  y *= 0x1p112f;
-  std::memcpy(&bits, &y, 4);
+  const float y = 0x1p112f * std::bit_cast<float>(uint32_t(x & 0x7fff) << 13);
+  uint32_t bits = std::bit_cast<uint32_t>(y) | uint32_t(x & 0x8000) << 16;
   if ((x & 0x7c00) == 0x7c00) bits |= 0x7f800000;  // infinity, NaN
-  bits |= uint32_t(x & 0x8000) << 16;
-  std::memcpy(&y, &bits, 4);
-  return y;
+  return std::bit_cast<float>(bits);
+}
+
+inline std::string shape_text(const std::vector<int64_t>& shape) {  // (2, 3)
+  std::string text = "(";
+  for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + ")";
 }
 
 // One tensor in a mapped file.
@@ -456,10 +440,9 @@ struct StoredTensor {
   int64_t count;               // elements
   std::string where;           // "FILE: NAME", for errors
 
-  std::string shape_text() const {  // (2, 3)
-    std::string text = "(";
-    for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
-    return text + ")";
+  void expect_shape(const std::vector<int64_t>& expected) const {
+    if (shape == expected) return;
+    fail(where, ": found shape ", shape_text(shape), ", expected ", shape_text(expected));
   }
 
   // Elements [begin, begin + out.size()) as float.
@@ -511,22 +494,19 @@ class SafeTensors {
     if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object()) {
       fail(where, ": weight_map is missing");
     }
-    std::map<std::string, std::string> file_of;
     std::set<std::string> files;
     for (const auto& item : json["weight_map"].items()) {
       const auto file = json_as<std::string>(item.value(), item.key(), where);
       if (file.empty() || std::filesystem::path(file).filename() != file || file == "..") {
         fail(where, ": ", item.key(), ": found ", file, ", expected the name of a file beside it");
       }
-      file_of[item.key()] = file;
       files.insert(file);
     }
     SafeTensors all;
     for (const std::string& file : files) all.add_file(dir / file);
-    for (const auto& entry : file_of) {
-      if (!all.find(entry.first)) {
-        fail(where, ": ", entry.first, ": not found in ", entry.second);
-      }
+    for (const auto& item : json["weight_map"].items()) {
+      if (all.find(item.key())) continue;
+      fail(where, ": ", item.key(), ": not found in ", item.value().get<std::string>());
     }
     return all;
   }
@@ -585,19 +565,18 @@ class SafeTensors {
         continue;
       }
       const std::string name = where + ": " + item.key();
-      const std::pair<int64_t, int64_t> extent =
-          add_tensor(item.key(), item.value(), data, data_bytes, name);
+      const auto extent = add_tensor(item.key(), item.value(), data, data_bytes, name);
       if (extent.first < extent.second && !extents.emplace(extent, item.key()).second) {
         fail(name, ": data_offsets: found those of ", extents[extent]);
       }
     }
     int64_t end = 0;  // tensors lie end to end from the first byte to the last
-    for (const auto& entry : extents) {
-      if (entry.first.first != end) {
-        fail(where, ": ", entry.second, ": data_offsets: found a begin at ", entry.first.first,
-             ", expected ", end, ", where the tensor before it ends");
+    for (const auto& [extent, name] : extents) {
+      if (extent.first != end) {
+        fail(where, ": ", name, ": data_offsets: found a begin at ", extent.first, ", expected ",
+             end, ", where the tensor before it ends");
       }
-      end = entry.first.second;
+      end = extent.second;
     }
     if (end != data_bytes) {
       fail(where, ": found ", data_bytes, " bytes of tensors, expected the ", end,
@@ -655,7 +634,7 @@ class SafeTensors {
     }
     int64_t bytes;
     if (__builtin_mul_overflow(t.count, width, &bytes) || bytes != end - begin) {
-      fail(where, ": found ", end - begin, " bytes, expected ", t.dtype, " ", t.shape_text());
+      fail(where, ": found ", end - begin, " bytes, expected ", t.dtype, " ", shape_text(t.shape));
     }
     t.data = data + begin;
     if (!tensors_.emplace(key, std::move(t)).second) fail(where, ": found in two files");
@@ -759,50 +738,43 @@ constexpr const char* kBaseHash =
     "base_model_hash";  // in the metadata of adapter_model.safetensors
 
 // An adapter directory, checked against the shapes of a Config before anything is used.
-class Adapters {
- public:
+struct Adapters {
+  AdapterConfig config;
+  SafeTensors disk;
+
   Adapters(const std::filesystem::path& dir, const Config& c)
-      : config_(load_adapter_config(dir)), disk_(dir / "adapter_model.safetensors") {
+      : config(load_adapter_config(dir)), disk(dir / "adapter_model.safetensors") {
     const std::string where = (dir / "adapter_model.safetensors").string();
-    const ParamTable table = make_table(c, false, config_.lora);
-    size_t used = 0;
-    for (const Tensor& t : table.tensors) {
+    std::set<std::string> known;
+    for (const Tensor& t : make_table(c, false, config.lora).tensors) {
+      known.insert(t.disk);
       if (t.kind != Kind::adapter) continue;
-      const StoredTensor* stored = disk_.find(t.disk);
+      const StoredTensor* stored = disk.find(t.disk);
       if (!stored && !targeted(t)) continue;
       if (!stored) fail(where, ": tensor ", t.disk, " is missing");
-      if (stored->shape != disk_shape(t)) {
-        fail(stored->where, ": found shape ", stored->shape_text(), ", expected ",
-             StoredTensor{.shape = disk_shape(t)}.shape_text());
-      }
-      used++;
+      stored->expect_shape(disk_shape(t));
     }
-    for (const auto& entry : disk_.tensors()) {
-      if (used == disk_.tensors().size()) break;
-      if (std::none_of(table.tensors.begin(), table.tensors.end(),
-                       [&](const Tensor& t) { return t.disk == entry.first; })) {
-        fail(entry.second.where, ": found a tensor that adapters of a ", architecture_name(c),
-             " do not have here: they stand beside the matrices of its blocks");
-      }
+    for (const auto& [name, stored] : disk.tensors()) {
+      if (known.count(name)) continue;
+      fail(stored.where, ": found a tensor that adapters of a ", architecture_name(c),
+           " do not have here: they stand beside the matrices of its blocks");
     }
   }
-  const Lora& lora() const { return config_.lora; }
   AdapterBase base() const {
-    const auto hash = disk_.metadata().find(kBaseHash);
-    return {config_.base, hash == disk_.metadata().end() ? "" : hash->second};
+    const auto hash = disk.metadata().find(kBaseHash);
+    return {config.base, hash == disk.metadata().end() ? "" : hash->second};
   }
-  const StoredTensor* find(const Tensor& row) const { return disk_.find(row.disk); }
 
   // W += alpha / rank B A, on the row W of a matrix: (out, in)
   void add_to(const Tensor& t, std::span<float> w) const {
-    const StoredTensor* stored_a = disk_.find(adapter_name(t.disk, "A"));
-    const StoredTensor* stored_b = disk_.find(adapter_name(t.disk, "B"));
+    const StoredTensor* stored_a = disk.find(adapter_name(t.disk, "A"));
+    const StoredTensor* stored_b = disk.find(adapter_name(t.disk, "B"));
     if (!stored_a || !stored_b) return;
-    const size_t rank = size_t(config_.lora.rank), in = size_t(t.in);
+    const size_t rank = size_t(config.lora.rank), in = size_t(t.in);
     std::vector<float> a(rank * in), b(size_t(t.out) * rank);
     stored_a->read(0, a);
-    stored_b->read(int64_t(t.disk_begin) * config_.lora.rank, b);
-    const float scale = config_.lora.scale();
+    stored_b->read(int64_t(t.disk_begin) * config.lora.rank, b);
+    const float scale = config.lora.scale();
 #pragma omp parallel for schedule(static)
     for (int o = 0; o < t.out; o++) {
       float* row = w.data() + size_t(o) * in;
@@ -813,21 +785,11 @@ class Adapters {
     }
   }
 
- private:
   bool targeted(const Tensor& t) const {
     const std::string module = t.disk.substr(0, t.disk.rfind(".lora_"));
-    for (const std::string& target : config_.targets) {
-      const std::string end = "." + target;
-      if (module.size() >= end.size() &&
-          module.compare(module.size() - end.size(), end.size(), end) == 0) {
-        return true;
-      }
-    }
-    return false;
+    return std::any_of(config.targets.begin(), config.targets.end(),
+                       [&](const std::string& end) { return module.ends_with("." + end); });
   }
-
-  AdapterConfig config_;
-  SafeTensors disk_;
 };
 
 // The base model of adapters that are trained on top of `dir`: `dir` itself, or, where `dir` holds
@@ -860,28 +822,24 @@ inline void load_whole_model(const std::filesystem::path& dir, Gpt& gpt, const A
   const std::string where = (dir / "model.safetensors").string();
   // transformers also writes base models, without `transformer.` or `model.` in front.
   const std::string root = gpt.config().family == Family::gpt2 ? "transformer." : "model.";
-  const auto base_name = [&](const std::string& name) {
-    return name.compare(0, root.size(), root) == 0 ? name.substr(root.size()) : name;
-  };
   const auto find = [&](const std::string& name) {
     const StoredTensor* t = disk.find(name);
-    return t ? t : disk.find(base_name(name));
+    return t || !name.starts_with(root) ? t : disk.find(name.substr(root.size()));
   };
   std::set<const StoredTensor*> used;
   std::vector<float> values;
   for (size_t i = 0; i < tensors.size(); i++) {
     const Tensor& t = tensors[i];
     const bool adapter = t.kind == Kind::adapter;
-    const StoredTensor* stored = !adapter ? find(t.disk) : adapters ? adapters->find(t) : nullptr;
+    const StoredTensor* stored = !adapter   ? find(t.disk)
+                                 : adapters ? adapters->disk.find(t.disk)
+                                            : nullptr;
     if (!stored && (adapter || (t.name == "score" && options.new_score))) {
       gpt.write(int(i), Slot::weight, initial_values(t, options.seed));
       continue;
     }
     if (!stored) fail(where, ": tensor ", t.disk, " is missing");
-    if (stored->shape != disk_shape(t)) {
-      fail(stored->where, ": found shape ", stored->shape_text(), ", expected ",
-           StoredTensor{.shape = disk_shape(t)}.shape_text());
-    }
+    stored->expect_shape(disk_shape(t));
     used.insert(stored);
     values.resize(size_t(t.size()));
     gather_row(t, *stored, values);
@@ -889,26 +847,17 @@ inline void load_whole_model(const std::filesystem::path& dir, Gpt& gpt, const A
     gpt.write(int(i), Slot::weight, values);
   }
 
-  const auto ends_with = [](const std::string& name, const std::string& end) {
-    return name.size() >= end.size() &&
-           name.compare(name.size() - end.size(), end.size(), end) == 0;
-  };
-  for (const auto& entry : disk.tensors()) {
-    const std::string& name = entry.first;
-    const StoredTensor& stored = entry.second;
+  for (const auto& [name, stored] : disk.tensors()) {
     if (used.count(&stored)) continue;
-    const bool buffer = ends_with(name, ".attn.bias") || ends_with(name, ".attn.masked_bias") ||
-                        ends_with(name, "rotary_emb.inv_freq");
+    const bool buffer = name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") ||
+                        name.ends_with("rotary_emb.inv_freq");
     if (buffer) continue;  // constants that older versions of transformers stored
     if (name == "lm_head.weight" && gpt.config().head == Head::scalar && options.new_score)
       continue;
     if (name == "lm_head.weight" && gpt.config().head == Head::lm && gpt.config().tied) {
       const int wte = gpt.table().find("wte");
       const StoredTensor& embedding = *find(tensors[size_t(wte)].disk);
-      if (stored.shape != embedding.shape) {
-        fail(stored.where, ": found shape ", stored.shape_text(), ", expected ",
-             embedding.shape_text(), " of the embedding it is tied to");
-      }
+      stored.expect_shape(embedding.shape);
       std::vector<float> head(size_t(stored.count)), wanted(size_t(stored.count));
       stored.read(0, head);
       embedding.read(0, wanted);
@@ -931,13 +880,13 @@ inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
                          const LoadOptions& options = {}) {
   if (!has_adapters(dir)) return load_whole_model(dir, gpt, nullptr, options);
   const Adapters adapters(dir, gpt.config());
-  const Lora &found = adapters.lora(), &expected = gpt.table().lora;
+  const Lora &found = adapters.config.lora, &expected = gpt.table().lora;
   if (expected.rank > 0 && (found.rank != expected.rank || found.alpha != expected.alpha)) {
     fail((dir / "adapter_config.json").string(), ": found adapters of rank ", found.rank,
          " and alpha ", found.alpha, ", expected rank ", expected.rank, " and alpha ",
          expected.alpha, ": other ones begin from the merged model");
   }
-  load_whole_model(adapters.base().dir, gpt, &adapters, options);
+  load_whole_model(adapters.config.base, gpt, &adapters, options);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1038,9 +987,10 @@ inline void copy_tokenizer(const std::filesystem::path& src, const std::filesyst
   }
 }
 
-// DIR.new is a checkpoint that is being written. DIR.old is the one before, while the names change.
-inline std::filesystem::path beside(const std::filesystem::path& dir, const char* suffix) {
-  return dir.string() + suffix;
+inline void rename_directory(const std::filesystem::path& src, const std::filesystem::path& dst) {
+  if (std::rename(src.c_str(), dst.c_str()) != 0) {
+    fail(dst.string(), ": cannot rename ", src.string(), ": ", errno_text());
+  }
 }
 
 // Gives `fresh` the name `dir`. Returns where the directory that had this name is now; empty: there
@@ -1049,13 +999,8 @@ inline std::filesystem::path beside(const std::filesystem::path& dir, const char
 inline std::filesystem::path exchange_directories(const std::filesystem::path& fresh,
                                                   const std::filesystem::path& dir,
                                                   bool one_step = true) {
-  const auto move = [](const std::filesystem::path& src, const std::filesystem::path& dst) {
-    if (std::rename(src.c_str(), dst.c_str()) != 0) {
-      fail(dst.string(), ": cannot rename ", src.string(), ": ", errno_text());
-    }
-  };
   if (!std::filesystem::exists(dir)) {
-    move(fresh, dir);
+    rename_directory(fresh, dir);
     return {};
   }
   constexpr unsigned kExchange = 2;  // RENAME_EXCHANGE of <linux/fs.h>
@@ -1067,12 +1012,12 @@ inline std::filesystem::path exchange_directories(const std::filesystem::path& f
       fail(dir.string(), ": cannot exchange with ", fresh.string(), ": ", errno_text());
     }
   }
-  const std::filesystem::path old = beside(dir, ".old");
-  move(dir, old);
+  const std::filesystem::path old = dir.string() + ".old";
+  rename_directory(dir, old);
   try {
-    move(fresh, dir);
+    rename_directory(fresh, dir);
   } catch (const Error&) {
-    move(old, dir);
+    rename_directory(old, dir);
     throw;
   }
   return old;
@@ -1080,10 +1025,9 @@ inline std::filesystem::path exchange_directories(const std::filesystem::path& f
 
 // Brings back DIR from DIR.old when a run ended between the two renames.
 inline void repair_checkpoint(const std::filesystem::path& dir) {
-  const std::filesystem::path old = beside(dir, ".old");
-  if (std::filesystem::exists(dir) || !std::filesystem::exists(old / "config.json")) return;
-  if (std::rename(old.c_str(), dir.c_str()) != 0) {
-    fail(dir.string(), ": cannot rename ", old.string(), ": ", errno_text());
+  const std::filesystem::path old = dir.string() + ".old";
+  if (!std::filesystem::exists(dir) && std::filesystem::exists(old / "config.json")) {
+    rename_directory(old, dir);
   }
 }
 
@@ -1104,7 +1048,7 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
     }
   }
   repair_checkpoint(dir);
-  const std::filesystem::path fresh = beside(dir, ".new");
+  const std::filesystem::path fresh = dir.string() + ".new";  // the checkpoint being written
   const auto discard = [&] {
     std::error_code ignored;
     std::filesystem::remove_all(fresh, ignored);
@@ -1112,7 +1056,7 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
   discard();  // what a killed run left
   std::filesystem::path replaced;
   try {
-    std::filesystem::remove_all(beside(dir, ".old"));
+    std::filesystem::remove_all(dir.string() + ".old");
     std::filesystem::create_directories(fresh);
     write_json(fresh / "config.json", config_json(gpt.config(), options.bf16));
     write_json(fresh / "generation_config.json", generation_config_json(gpt.config()));
@@ -1167,8 +1111,7 @@ inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
   const std::filesystem::path state = dir / "trainer_state.json";
   if (!std::filesystem::exists(state)) {
     fail(state.string(),
-         ": not found: a model without trainer state cannot be resumed, only "
-         "started from");
+         ": not found: a model without trainer state cannot be resumed, only started from");
   }
   const std::filesystem::path path = dir / "optimizer.safetensors";
   const SafeTensors disk(path);
@@ -1178,15 +1121,12 @@ inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
   for (size_t i = 0; i < tensors.size(); i++) {
     for (const auto& moment : moments(tensors[i])) {
       const StoredTensor* t = disk.find(moment.second);
-      if (!t)
+      if (!t) {
         fail(path.string(), ": tensor ", moment.second,
-             " is missing: resume with the "
-             "optimizer that the run began with");
-      const std::vector<int64_t> shape = {tensors[i].out, tensors[i].in};
-      if (t->shape != shape || t->dtype != "F32") {
-        fail(t->where, ": found ", t->dtype, " ", t->shape_text(), ", expected F32 (",
-             tensors[i].out, ", ", tensors[i].in, ")");
+             " is missing: resume with the optimizer that the run began with");
       }
+      t->expect_shape({tensors[i].out, tensors[i].in});
+      if (t->dtype != "F32") fail(t->where, ": found type ", t->dtype, ", expected F32");
       values.resize(size_t(t->count));
       t->read(0, values);
       gpt.write(int(i), moment.first, values);

@@ -65,6 +65,14 @@ class ShortHelp : public CLI::Formatter {
   std::vector<std::string> shown_;
 };
 
+// An option that is empty by default shows no default.
+inline void hide_empty_defaults(CLI::App& app) {
+  for (CLI::Option* option : app.get_options({})) {
+    if (option->get_default_str() == "[]") option->default_str("");
+  }
+  for (CLI::App* sub : app.get_subcommands({})) hide_empty_defaults(*sub);
+}
+
 // What --help shows of a command: the names of its ten or so options that matter.
 struct HelpPage {
   CLI::App* app;  // the program, or one of its subcommands
@@ -85,6 +93,7 @@ inline bool parse_flags(CLI::App& app, int argc, char** argv, std::vector<HelpPa
       page.app->formatter(std::make_shared<ShortHelp>(std::move(page.shown)));
     }
   }
+  hide_empty_defaults(app);
   if (argc > 0) app.name(argv[0]);
   std::reverse(words.begin(), words.end());  // CLI11 takes them from the back
   try {

@@ -14,8 +14,8 @@
 
 #include "cake/checkpoint.h"
 #include "cake/gpt.h"
+#include "cake/json.h"
 #include "cake/packed.h"
-#include "cake/sha256.h"
 #include "cake/tokenizer.h"
 
 namespace cake {
@@ -27,11 +27,37 @@ inline std::vector<int> with_end_of_turn(std::vector<int> ids, int end_of_turn) 
   return ids;
 }
 
-// The SHA-256 of a model's weights, with its adapters'. A checkpoint names the models that it
+// The hash of a model's weights, with that of its adapters. A checkpoint names the models that it
 // depends on by path and hash, and copies nothing of them.
 inline std::string model_hash(const std::filesystem::path& dir) {
-  if (!has_adapters(dir)) return sha256_of_weights(dir);
-  return sha256_of_file(dir / "adapter_model.safetensors") + adapter_base(dir).hash;
+  if (!has_adapters(dir)) return SafeTensors::of_model(dir).hash();
+  return SafeTensors(dir / "adapter_model.safetensors").hash() + adapter_base(dir).hash;
+}
+
+// Fails where a model has another hash than the run's checkpoint has `saved` of it, {"path",
+// "hash"}. Older versions saved a SHA-256, 64 digits, which cannot be compared and passes.
+inline void check_model_hash(const Json& saved, const std::string& found) {
+  const auto expected = saved.at("hash").get<std::string>();
+  if (found == expected || expected.size() >= 64) return;
+  fail(saved.at("path").get<std::string>(), ": found a model of hash ", found, ", expected ",
+       expected, ", that of the run's beginning: it has changed");
+}
+
+// The value after the last id of each sequence.
+inline std::vector<float> values_at_end(Gpt& gpt, std::span<const std::vector<int>> sequences,
+                                        int64_t micro_batch_tokens) {
+  std::vector<Packed> batches;
+  for (const std::vector<int>& ids : sequences) {
+    batch_with_room(batches, int64_t(ids.size()), micro_batch_tokens)
+        .add(0, ids, ids.size(), [](size_t) { return false; });
+  }
+  std::vector<float> values;
+  for (const Packed& b : batches) {
+    gpt.forward(b.batch(), Pass::score);
+    const std::span<const float> value = gpt.value();
+    for (size_t i = 0; i < b.members.size(); i++) values.push_back(value[b.last(i)]);
+  }
+  return values;
 }
 
 class RewardModel {
@@ -48,24 +74,14 @@ class RewardModel {
 
   // The reward of each sequence: the value after its last id, plus the config's reward_shift.
   std::vector<float> score(std::span<const std::vector<int>> sequences) {
-    std::vector<Packed> batches;
-    for (size_t i = 0; i < sequences.size(); i++) {
-      const std::vector<int>& ids = sequences[i];
+    for (const std::vector<int>& ids : sequences) {
       if (ids.empty() || int(ids.size()) > gpt_->config().T) {
         fail(dir_.string(), ": found a sequence of ", ids.size(),
              " tokens to score, expected 1 to ", gpt_->config().T, ", the reward model's context");
       }
-      batch_with_room(batches, int64_t(ids.size()), micro_batch_tokens_)
-          .add(int(i), ids, ids.size(), [](size_t) { return false; });
     }
-    std::vector<float> rewards(sequences.size());
-    for (const Packed& b : batches) {
-      gpt_->forward(b.batch(), Pass::score);
-      const std::span<const float> value = gpt_->value();
-      for (size_t i = 0; i < b.members.size(); i++) {
-        rewards[size_t(b.members[i])] = value[b.last(i)] + shift_;
-      }
-    }
+    std::vector<float> rewards = values_at_end(*gpt_, sequences, micro_batch_tokens_);
+    for (float& reward : rewards) reward += shift_;
     return rewards;
   }
 

@@ -110,10 +110,11 @@ inline std::vector<int> shard_numbers(const std::filesystem::path& prefix,
   std::error_code missing;
   for (const auto& entry : std::filesystem::directory_iterator(directory, missing)) {
     const std::string name = entry.path().filename().string();
-    if (name.size() != stem.size() + 10 || name.compare(0, stem.size(), stem) != 0) continue;
-    const std::string digits = name.substr(stem.size(), 6);
-    if (digits.find_first_not_of("0123456789") != std::string::npos) continue;
-    if (name.substr(stem.size() + 6) == ".bin") numbers.push_back(std::stoi(digits));
+    if (!name.starts_with(stem)) continue;
+    const int number = std::atoi(name.c_str() + stem.size());
+    if (number >= 0 && name == shard_path(prefix, split, number).filename()) {
+      numbers.push_back(number);
+    }
   }
   std::sort(numbers.begin(), numbers.end());
   return numbers;
@@ -134,7 +135,13 @@ class ShardWriter {
 
   void append(std::span<const int> ids) {
     while (!ids.empty()) {
-      if (files_.empty() || in_file_ == tokens_per_file_) open_next();
+      if (files_.empty() || in_file_ == tokens_per_file_) {
+        if (!files_.empty()) close_last();
+        const auto path = shard_path(prefix_, split_, int(files_.size()));
+        files_.push_back(std::make_unique<AtomicFile>(path));
+        files_.back()->seek(kShardHeader * sizeof(int32_t));  // written when the file is complete
+        in_file_ = 0;
+      }
       const size_t n = std::min(ids.size(), size_t(tokens_per_file_ - in_file_));
       write(ids.first(n));
       in_file_ += int64_t(n);
@@ -159,18 +166,7 @@ class ShardWriter {
  private:
   bool wide() const { return vocab_size_ > 1 << 16; }
 
-  void open_next() {
-    if (!files_.empty()) close_last();
-    files_.push_back(std::make_unique<AtomicFile>(shard_path(prefix_, split_, int(files_.size()))));
-    in_file_ = 0;
-    write_header();
-  }
-  void close_last() {  // the number of ids is known now: writes it into the header
-    files_.back()->seek(0);
-    write_header();
-    files_.back()->close();
-  }
-  void write_header() {
+  void close_last() {  // the number of ids is known now: writes the header
     std::vector<int32_t> header(kShardHeader);
     header[0] = wide() ? kMagic32 : kMagic16;
     header[1] = wide() ? kVersion32 : kVersion16;
@@ -178,7 +174,9 @@ class ShardWriter {
     header[3] = vocab_size_;
     header[4] = int32_t(uint32_t(hash_));
     header[5] = int32_t(uint32_t(hash_ >> 32));
+    files_.back()->seek(0);
     files_.back()->write(header.data(), header.size() * sizeof(int32_t));
+    files_.back()->close();
   }
   void write(std::span<const int> ids) {
     for (const int id : ids) {
@@ -252,7 +250,10 @@ class TokenStream {
   // exists.
   TokenStream(const std::filesystem::path& prefix, const std::string& split) {
     std::optional<DataInfo> info;
-    if (std::filesystem::exists(data_info_path(prefix))) info = read_data_info(prefix);
+    if (std::filesystem::exists(data_info_path(prefix))) {
+      info = read_data_info(prefix);
+      vocab_size_ = info->vocab_size, hash_ = info->hash;
+    }
     const std::vector<int> numbers = shard_numbers(prefix, split);
     if (numbers.empty()) {
       fail(shard_path(prefix, split, 0).string(),
@@ -263,10 +264,9 @@ class TokenStream {
         fail(shard_path(prefix, split, numbers[0] + int(i)).string(),
              ": not found, although a later shard of its split exists");
       }
-      add(Shard(shard_path(prefix, split, numbers[i])), info);
+      add(Shard(shard_path(prefix, split, numbers[i])));
     }
     if (!info) return;
-    vocab_size_ = info->vocab_size;
     const int64_t expected = split == "val" ? info->val.tokens : info->train.tokens;
     if (size_ != expected) {
       fail(data_info_path(prefix).string(), ": ", split, ".tokens: found ", expected,
@@ -313,18 +313,18 @@ class TokenStream {
   uint32_t largest_id() const { return vocab_size_ > 0 ? uint32_t(vocab_size_ - 1) : INT32_MAX; }
 
   // The spare ints of the header against PREFIX.json, or without it against the first shard.
-  void add(Shard shard, const std::optional<DataInfo>& info) {
+  void add(Shard shard) {
     const std::string where = shard.path();
     const int vocab_size = shard.vocab_size();
     if (vocab_size != 0 || shard.hash() != 0) {  // llm.c's own files have neither
-      if (vocab_size < 1)
+      if (vocab_size < 1) {
         fail(where, ": found a vocabulary of ", vocab_size, ", expected at least 1");
-      if (!info && vocab_size_ == 0) vocab_size_ = vocab_size, hash_ = shard.hash();
-      const int expected = info ? info->vocab_size : vocab_size_;
-      if (vocab_size != expected) {
-        fail(where, ": found a vocabulary of ", vocab_size, ", expected ", expected);
       }
-      if (shard.hash() != (info ? info->hash : hash_)) {
+      if (vocab_size_ == 0) vocab_size_ = vocab_size, hash_ = shard.hash();
+      if (vocab_size != vocab_size_) {
+        fail(where, ": found a vocabulary of ", vocab_size, ", expected ", vocab_size_);
+      }
+      if (shard.hash() != hash_) {
         fail(where, ": found tokens of another tokenizer than the data's: encode the data again");
       }
     }
@@ -362,15 +362,6 @@ inline void append_window(const TokenStream& stream, int64_t begin, int64_t leng
 // first is a target exactly once.
 inline int64_t validation_windows(const TokenStream& stream, int T) {
   return std::max<int64_t>(0, (stream.size() - 1 + T - 1) / T);
-}
-inline void validation_window(const TokenStream& stream, int T, int64_t index, int end_of_text,
-                              std::vector<int>& tokens, std::vector<int>& targets,
-                              std::vector<int>& doc_starts) {
-  tokens.clear(), targets.clear(), doc_starts.clear();
-  const int64_t begin = index * T;
-  append_window(stream, begin, std::min<int64_t>(T, stream.size() - 1 - begin), end_of_text, tokens,
-                targets, doc_starts);
-  doc_starts.push_back(int(tokens.size()));
 }
 
 // A permutation of 0 .. n-1 that needs no memory: a Feistel network over the next even number of

@@ -333,6 +333,14 @@ inline Json read_trainer_state(const std::filesystem::path& out, const std::stri
   return state;
 }
 
+// Older versions had other names for some settings. `names`: (old, new).
+inline void rename_keys(Json& settings,
+                        std::initializer_list<std::pair<const char*, const char*>> names) {
+  for (const auto& [old_key, key] : names) {
+    if (settings.contains(old_key)) settings[key] = settings[old_key];
+  }
+}
+
 // Settings with `budget` and `optimizer` as parts; older versions kept their fields beside the
 // others, some under other names.
 inline Json with_parts(Json settings) {
@@ -341,10 +349,7 @@ inline Json with_parts(Json settings) {
   }
   Json flat = settings;
   flat["name"] = settings.value("optimizer", "adamw");
-  for (const auto& [old_key, key] :
-       {std::pair("clip", "clip_norm"), {"matrix_lr", "lr"}, {"adam_eps", "eps"}}) {
-    if (flat.contains(old_key)) flat[key] = flat[old_key];
-  }
+  rename_keys(flat, {{"clip", "clip_norm"}, {"matrix_lr", "lr"}, {"adam_eps", "eps"}});
   settings["budget"] = flat, settings["optimizer"] = flat;
   return settings;
 }

@@ -24,7 +24,7 @@ Comparison answers(const std::vector<int>& ranking) {
 
 TEST_CASE("the ranking loss of three answers is the known one") {
   const Doubles r{1, .5, -.25};
-  const auto known = rank_loss<double>(r, std::vector{1, 2, 3}, 0, 0, 1);
+  const auto known = rank_loss(r, std::vector{1, 2, 3}, 0, 0, 1);
   check_known(known.loss, .370959);
   check_known(known.dreward, Doubles{-.200080, .018906, .181174});
   const Agreement a = agreement_on(answers({1, 2, 3}), std::vector<float>{1, .5f, -.25f}, .25);
@@ -33,32 +33,31 @@ TEST_CASE("the ranking loss of three answers is the known one") {
   CHECK(a.loss == .25);
   check_known(a.margin, .5 + 1.25 + .75);
   // a pair: -log s(r_w - r_l - m), and what centering adds
-  const auto pair = rank_loss<double>(Doubles{2, .5}, std::vector{2, 1}, .25, .01, .5);
+  const auto pair = rank_loss(Doubles{2, .5}, std::vector{2, 1}, .25, .01, .5);
   check_known(pair.loss, .5 * (std::log(1 + std::exp(1.75)) + .01 * 2.5 * 2.5));
   CHECK(agreement_on(answers({2, 1}), std::vector<float>{2, .5f}, 0).right == 0);
   // in float, the same
-  const auto single = rank_loss(std::vector<float>{1, .5f, -.25f}, std::vector{1, 2, 3}, 0, 0, 1);
+  Comparison c = answers({1, 2, 3});
+  const auto single = comparison_loss(c, std::vector<float>{1, .5f, -.25f}, 0, 0, 1);
   check_known(single.dreward, Doubles{-.200080, .018906, .181174});
 }
 
 TEST_CASE("answers of equal rank make no pair, answers of equal reward are half right") {
-  const auto tied = rank_loss<double>(Doubles{1, 2, 3}, std::vector{1, 1, 1}, 0, .01, 1);
+  const auto tied = rank_loss(Doubles{1, 2, 3}, std::vector{1, 1, 1}, 0, .01, 1);
   CHECK(agreement_on(answers({1, 1, 1}), std::vector<float>{1, 2, 3}, 0).pairs == 0);
   CHECK(tied.loss == 0);
   CHECK(tied.dreward == Doubles{0, 0, 0});
   CHECK(agreement_on(answers({1, 1, 2}), std::vector<float>{1, 2, 3}, 0).pairs == 2);
   CHECK(agreement_on(answers({1, 2}), std::vector<float>{1, 1}, 0).right == .5);
-  const auto equal = rank_loss<double>(Doubles{1, 1}, std::vector{1, 2}, 0, 0, 1);
+  const auto equal = rank_loss(Doubles{1, 1}, std::vector{1, 2}, 0, 0, 1);
   check_known(equal.loss, std::log(2));
 }
 
 TEST_CASE("the ranking loss's gradient matches finite differences, with margin and center") {
   const Doubles r = noise("rewards", 6, 1.5);
   const std::vector<int> ranking{3, 1, 2, 3, 6, 5};
-  const auto loss = [&](const Doubles& x) {
-    return rank_loss<double>(x, ranking, .3, .02, .25).loss;
-  };
-  const auto a = rank_loss<double>(r, ranking, .3, .02, .25);
+  const auto loss = [&](const Doubles& x) { return rank_loss(x, ranking, .3, .02, .25).loss; };
+  const auto a = rank_loss(r, ranking, .3, .02, .25);
   CHECK(agreement_on(answers(ranking), std::vector<float>(6), 0).pairs == 14);
   CHECK(rel_error(a.dreward, differences(r, loss)) < kDifference);
 }
@@ -68,7 +67,7 @@ TEST_CASE("a labelled text's loss is -log s of the reward, and its derivative a 
   check_known(label_loss(2, false).loss, std::log(1 + std::exp(2)));
   for (const bool good : {true, false}) {
     const auto loss = [&](const Doubles& r) { return label_loss(r[0], good).loss; };
-    CHECK(rel_error(Doubles{label_loss(.8, good).dreward}, differences({.8}, loss)) < kDifference);
+    CHECK(rel_error(label_loss(.8, good).dreward, differences({.8}, loss)) < kDifference);
   }
   CHECK(label_loss(-800, true).loss == doctest::Approx(800));  // no overflow
   CHECK(label_loss(800, true).loss == 0);
@@ -92,31 +91,33 @@ TEST_CASE("agreement counts which answer is longer, what is possible, and labell
   Comparison text = {.sequences = {{1}}, .label = false};
   CHECK(agreement_on(text, std::vector<float>{-2}, 0).right == 1);
   CHECK(agreement_on(text, std::vector<float>{-2}, 0).texts);
-  const RankLoss<float> l = comparison_loss(text, std::vector<float>{-2}, 0, 0, .5);
+  const RankLoss l = comparison_loss(text, std::vector<float>{-2}, 0, 0, .5);
   check_known(l.loss, .5 * label_loss(-2, false).loss);
-  check_known(l.dreward, Doubles{.5 * label_loss(-2, false).dreward});
+  check_known(l.dreward, Doubles{.5 * label_loss(-2, false).dreward[0]});
   const Agreement back = agreement_of(Json::parse(agreement_json(a).dump()));
   CHECK(back.pairs == a.pairs);
   CHECK(back.right == a.right);
   CHECK(back.longer == a.longer);
-  CHECK(back.calibration.error() == doctest::Approx(a.calibration.error()));
+  CHECK(back.calibration_error() == doctest::Approx(a.calibration_error()));
 }
 
 TEST_CASE("calibration puts pairs into bins of certainty and measures how far they are off") {
-  Calibration c;
-  for (const double right : {1, 1, 1, -1}) c.add(right * std::log(3));  // 3 of 4 at s = .75
-  CHECK(c.error() == doctest::Approx(0));
-  CHECK(c.pairs[5] + c.pairs[4] == 4);
-  c.add(0);  // sure of nothing, right by half
-  CHECK(c.pairs[0] == 1);
-  CHECK(c.error() == doctest::Approx(0));
-  c.add(-40), c.add(-40);  // sure, and wrong
-  CHECK(c.pairs[9] == 2);
-  CHECK(c.error() == doctest::Approx(2. / 7));
-  Calibration other;
-  other.add(c), other.add(c);
-  CHECK(other.pairs[9] == 4);
-  CHECK(other.error() == doctest::Approx(c.error()));
+  Agreement a;
+  for (const double right : {1, 1, 1, -1}) a.add_pair(right * std::log(3));  // 3 of 4 at s = .75
+  CHECK(a.calibration_error() == doctest::Approx(0));
+  CHECK(a.bins[5].pairs + a.bins[4].pairs == 4);
+  a.add_pair(0);  // sure of nothing, right by half
+  CHECK(a.bins[0].pairs == 1);
+  CHECK(a.calibration_error() == doctest::Approx(0));
+  a.add_pair(-40), a.add_pair(-40);  // sure, and wrong
+  CHECK(a.bins[9].pairs == 2);
+  CHECK(a.calibration_error() == doctest::Approx(2. / 7));
+  a.add_pair(kNan);  // no comparison
+  CHECK(a.calibration_error() == doctest::Approx(2. / 7));
+  Agreement both;
+  both.add(a), both.add(a);
+  CHECK(both.bins[9].pairs == 4);
+  CHECK(both.calibration_error() == doctest::Approx(a.calibration_error()));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -197,8 +198,8 @@ TEST_CASE("direct objectives' gradients match finite differences through a softm
 
 TEST_CASE("objectives of preferences: NaN in is NaN out") {
   const Doubles bad{-1, kNan};
-  CHECK(std::isnan(rank_loss<double>(bad, std::vector{1, 2}, 0, 0, 1).loss));
-  CHECK(std::isnan(rank_loss<double>(bad, std::vector{1, 2}, 0, 0, 1).dreward[0]));
+  CHECK(std::isnan(rank_loss(bad, std::vector{1, 2}, 0, 0, 1).loss));
+  CHECK(std::isnan(rank_loss(bad, std::vector{1, 2}, 0, 0, 1).dreward[0]));
   CHECK(std::isnan(label_loss(kNan, true).loss));
   for (int i = 0; i < 4; i++) {
     double x[] = {-1, -2, -3, -4};
@@ -275,20 +276,21 @@ TEST_CASE("a step of a reward model on rankings and labels has PyTorch's loss an
     return dvalue[size_t(starts[answer + 1]) - 1];
   };
   for (const std::vector<int>& ranking : rankings) {
+    const Comparison c = answers(ranking);
     const auto rank =
-        rank_loss(std::span(score).subspan(at, ranking.size()), ranking, g.settings.at("margin"),
-                  g.settings.at("centring"), 1. / double(rankings.size()));
+        comparison_loss(c, std::span(score).subspan(at, ranking.size()), g.settings.at("margin"),
+                        g.settings.at("centring"), 1. / double(rankings.size()));
     loss += rank.loss;
-    for (size_t k = 0; k < ranking.size(); k++) dscore(at + k) = rank.dreward[k];
+    for (size_t k = 0; k < ranking.size(); k++) dscore(at + k) = float(rank.dreward[k]);
     at += ranking.size();
   }
   check_loss(loss, g.at("loss"), "rankings");
   const auto labels = g.settings.at("labels").get<std::vector<int>>();
   loss = 0;
   for (const int good : labels) {
-    const LabelLoss label = label_loss(score[at], good != 0);
-    loss += label.loss / double(labels.size());
-    dscore(at++) = float(label.dreward / double(labels.size()));
+    const RankLoss label = label_loss(score[at], good != 0, 1 / double(labels.size()));
+    loss += label.loss;
+    dscore(at++) = float(label.dreward[0]);
   }
   check_loss(loss, g.at("loss.labels"), "labels");
   model->backward({}, dvalue);
@@ -297,6 +299,19 @@ TEST_CASE("a step of a reward model on rankings and labels has PyTorch's loss an
 
 // ---------------------------------------------------------------------------------------------
 // Runs of older versions
+
+TEST_CASE("a model that has changed is found by its hash, which older versions took otherwise") {
+  const auto check = [](const std::string& saved, const std::string& found) {
+    return error_of([&] { check_model_hash({{"path", "a/model"}, {"hash", saved}}, found); });
+  };
+  const std::string hash = "0123456789abcdef", other = "0123456789abcdee";
+  CHECK(check(hash, hash) == "no error");
+  CHECK(check(hash, other) == "a/model: found a model of hash " + other + ", expected " + hash +
+                                  ", that of the run's beginning: it has changed");
+  CHECK(contains(check(hash + hash, hash), "it has changed"));  // had adapters
+  CHECK(check(std::string(64, '0'), hash) == "no error");       // SHA-256
+  CHECK(check(std::string(64, '0') + hash, hash + hash) == "no error");
+}
 
 TEST_CASE("the settings of a run that an older version began are read under their new names") {
   const TempDir dir;

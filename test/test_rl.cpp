@@ -7,18 +7,10 @@
 #define main cake_rlhf_main_of_test_rl
 #include "rlhf.cpp"
 #undef main
-#include "cake/sha256.h"
 #include "test/scripted_model.h"
 #include "test/support.h"
 
 using namespace cake;
-
-TEST_CASE("SHA-256 gives the sums that FIPS 180-4 names") {
-  CHECK(sha256("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
-  CHECK(sha256("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-  CHECK(sha256(std::string(1000000, 'a')) ==
-        "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
-}
 
 TEST_CASE("rewards are named with weights and arguments") {
   const RewardSpec plain = parse_reward("number"), weighted = parse_reward("-.5*length:40"),

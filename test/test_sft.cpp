@@ -63,14 +63,14 @@ Examples examples_of(const std::vector<int>& lengths) {
   return e;
 }
 
-Examples read_lines(const std::string& lines, int context = 1000, TooLong too_long = TooLong::drop,
+Examples read_lines(const std::string& lines, int context = 1000, bool cut = false,
                     ReadReport* report = nullptr) {
   TempDir dir;
   write_file(dir / "data.jsonl", lines);
   Examples examples, held_out;
   ReadReport ignored;
-  read_examples({(dir / "data.jsonl").string()}, tokenizer(), context, too_long, 0, examples,
-                held_out, report ? *report : ignored);
+  read_examples({(dir / "data.jsonl").string()}, tokenizer(), context, cut, 0, examples, held_out,
+                report ? *report : ignored);
   return examples;
 }
 
@@ -212,7 +212,8 @@ TEST_CASE("bad conversations are refused with file, line and message") {
   };
   CHECK(turns({{"user", "a"}, {"robot", "b"}}) ==
         "messages[1]: role: found \"robot\", expected system, user, assistant or tool");
-  CHECK(turns({{"user", "a"}}) == "messages: found none by the assistant, expected at least one to train on");
+  CHECK(turns({{"user", "a"}}) ==
+        "messages: found none by the assistant, expected at least one to train on");
   CHECK(turns({{"system", "s"}, {"system", "t"}, {"user", "a"}, {"assistant", "b"}}) ==
         "messages[1]: role: found a second system message, expected at most one");
   CHECK(turns({{"user", "a"}, {"assistant", " \\n"}}) ==
@@ -278,18 +279,18 @@ TEST_CASE("examples longer than the context are dropped or cut, and counted") {
              answer, "\"}]}\n");
   const int whole = read_lines(line).positions(0);
   ReadReport report;
-  CHECK(read_lines(line, whole, TooLong::drop, &report).size() == 1);
+  CHECK(read_lines(line, whole, false, &report).size() == 1);
   CHECK(report.dropped + report.cut == 0);
-  CHECK(read_lines(line + line, whole - 1, TooLong::drop, &report).size() == 0);
+  CHECK(read_lines(line + line, whole - 1, false, &report).size() == 0);
   CHECK(report.dropped == 2);
   CHECK(report.longest == whole);
   report = {};
-  const Examples cut = read_lines(line, whole - 1, TooLong::cut, &report);
+  const Examples cut = read_lines(line, whole - 1, true, &report);
   CHECK(report.cut == 1);
   CHECK(cut.positions(0) == whole - 1);
   CHECK(cut.trained_counts[0] == 40);  // all but the end of turn
   report = {};
-  CHECK(read_lines(line, 3, TooLong::cut, &report).size() == 0);  // nothing trained is left
+  CHECK(read_lines(line, 3, true, &report).size() == 0);  // nothing trained is left
   CHECK(report.dropped == 1);
   // What follows the last trained token teaches nothing and takes no position.
   CHECK(cut.trained.back());
@@ -500,8 +501,8 @@ TEST_CASE("the losses of a run are those of its conversations one by one in a pl
   Examples train, val;
   ReadReport report;
   const Config c = load_config(world() / "model");
-  read_examples({(world() / "data.jsonl").string()}, tokenizer(), c.T, TooLong::drop, .05, train,
-                val, report);
+  read_examples({(world() / "data.jsonl").string()}, tokenizer(), c.T, false, .05, train, val,
+                report);
   const auto gpt = small_model(c);
   load_weights(world() / "model", *gpt);
   Stream stream(train, c.T, 1);
@@ -586,8 +587,7 @@ namespace {
 std::vector<float> score(Gpt& gpt) {
   Examples train, val;
   ReadReport report;
-  read_examples({(world() / "data.jsonl").string()}, tokenizer(), 64, TooLong::drop, 0, train, val,
-                report);
+  read_examples({(world() / "data.jsonl").string()}, tokenizer(), 64, false, 0, train, val, report);
   Packed p;
   for (int i = 0; i < 40; i++) add_example(p, train, i);
   gpt.forward(p.batch(), Pass::score);

@@ -362,11 +362,12 @@ TEST_CASE("validation counts every token but the first exactly once") {
     const int64_t windows = validation_windows(stream, 16);
     CHECK(windows == (n - 1 + 15) / 16);
     for (int64_t w = 0; w < windows; w++) {
-      validation_window(stream, 16, w, 50, tokens, targets, doc_starts);
+      tokens.clear(), targets.clear(), doc_starts.clear();
+      append_window(stream, 16 * w, std::min<int64_t>(16, n - 1 - 16 * w), 50, tokens, targets,
+                    doc_starts);
       CHECK(tokens.size() == targets.size());
       CHECK(doc_starts.front() == 0);
-      CHECK(doc_starts.back() == int(tokens.size()));
-      CHECK(doc_starts.size() == size_t(2 + (n > 51 && w == 50 / 16)));
+      CHECK(doc_starts.size() == size_t(1 + (n > 51 && w == 50 / 16)));
       seen.insert(seen.end(), targets.begin(), targets.end());
     }
     std::vector<int> expected = counting(n, 200);
