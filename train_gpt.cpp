@@ -141,10 +141,6 @@ class RopeTable {  // cos and sin of every position so far, made when first need
 
 // Layers and optimizers that are functions on arrays; sections 2 and 3 define them. Backward
 // functions add to the gradients of weights.
-static void gelu_forward(int64_t size, const float* x, float* y);
-static void gelu_backward(int64_t size, float* x, const float* dy);
-static void swiglu_forward(int64_t N, int F, const float* gate_up, float* y);
-static void swiglu_backward(int64_t N, int F, float* gate_up, const float* dy);
 static void attention_forward(const Attention& a, float* out, float* lse);
 static void attention_backward(const Attention& a, const float* out, const float* lse,
                                const float* dout, float* dq, float* dk, float* dv, int64_t d_ld);
@@ -152,8 +148,10 @@ static void adamw(int64_t size, float* w, const float* g, float* m, float* v, fl
                   float decay, const OptimizerStep& o);
 static void muon(int out, int in, float* w, const float* g, float* m, float scale,
                  const OptimizerStep& o);
+// Runs visit(i) for i in [0, n), items of unequal cost, on all threads; `group` neighbours, which
+// share memory, go to one thread where there are groups enough.
 template <class Visit>
-static void parallel_items(int64_t n, Visit&& visit);  // visit(i) for i in [0, n), on all threads
+static void parallel_groups(int64_t n, int group, Visit&& visit);
 
 struct Operand;  // of a product
 struct Weights;
@@ -202,7 +200,7 @@ class CpuGpt final : public Gpt {
     const bool clipped = step.max_norm > 0 && stats_.grad_norm > step.max_norm;
     const float scale = clipped ? float(step.max_norm / stats_.grad_norm) : 1.f;
     const std::vector<Piece> pieces = update_pieces();
-    parallel_items(int64_t(pieces.size()), [&](int64_t i) {
+    parallel_groups(int64_t(pieces.size()), 1, [&](int64_t i) {
       const auto& [t, offset, size] = pieces[size_t(i)];
       float *w = weight(offset), *m = moment1_.data() + offset, *v = moment2_.data() + offset;
       const float* g = gradients_.data() + offset;
@@ -231,6 +229,9 @@ class CpuGpt final : public Gpt {
   void write(int tensor, Slot slot, std::span<const float> in) override;
 
  private:
+  template <class Copy>
+  void visit_tensor(const Tensor& t, Slot slot, Copy&& copy) const;
+
   void trunk_forward() {
     const auto attend = [&](int, LayerActivations& a) {
       attention_forward(attention_of(a.qkv, a.rotated), a.att, a.lse);
@@ -326,6 +327,7 @@ class CpuGpt final : public Gpt {
 
   bool train_;
   bool adapters_;                     // LoRA's take part
+  int64_t frozen_;                    // where the table's trainable rows begin
   mutable std::vector<float> inner_;  // (N, rank) scratch of one adapter
   std::shared_ptr<Weights> weights_;
   Arena gradients_, moment1_, moment2_;  // in the table's order
@@ -351,7 +353,8 @@ class CpuGpt final : public Gpt {
 // 2. Layers: the fast version of each definition in cake/layers.h (plain::), which has the formulas
 
 // ---------------------------------------------------------------------------------------------
-// What the layers are written in: vectors, loops over threads, products. Section 6 defines them.
+// What the layers are written in: vectors, loops over threads, products, which section 6 defines.
+// Vectors are one source for AVX-512, AVX2 and NEON, in GCC vector extensions.
 
 #if defined(__AVX512F__)
 inline constexpr int kLanes = 16;
@@ -363,32 +366,124 @@ inline constexpr int kLanes = 4;  // NEON, SSE
 typedef float vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
 
-static inline vec load(const float* p);
-static inline vec load(const float* p, int n);  // n <= kLanes floats; the other lanes are 0
-static inline void store(float* p, vec v);
-static inline void store(float* p, vec v, int n);  // the first n lanes
-static inline vec splat(float x);                  // x in every lane
-static inline vec mask_lanes(vec v, int n);        // zeroes the lanes from n on
-static inline vec fused(vec a, vec b, vec c);      // a b + c, rounded once
-static inline vec vmax(vec a, vec b);
-static inline vec vsqrt(vec x);
-static inline vec vexp(vec x);
-static inline vec vexp_below_88(vec x);
-static inline vec vsigmoid(vec x);
-static inline float exp1(float x);
-static inline float sum_lanes(vec v);
-static inline float max_lanes(vec v);
+static inline vec load(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+// x in every lane: x - 0 is x for every x
+static inline vec splat(float x) { return x - vec{}; }
+// n <= kLanes floats; the other lanes are 0
+static inline vec load(const float* p, int n) {
+  if (n == kLanes) return load(p);
+  vec v{};
+  std::memcpy(&v, p, size_t(n) * sizeof(float));
+  return v;
+}
+template <int... I>
+static inline vec mask_lanes(vec v, int n, std::integer_sequence<int, I...>) {
+  return ivec{I...} < n ? v : vec{};
+}
+// Zeroes the lanes from n on.
+static inline vec mask_lanes(vec v, int n) {
+  return mask_lanes(v, n, std::make_integer_sequence<int, kLanes>{});
+}
+// the first n lanes
+static inline void store(float* p, vec v, int n) { std::memcpy(p, &v, size_t(n) * sizeof(float)); }
 // Walks n floats a vector at a time: visit(begin, count), count < kLanes only at the end.
 template <class Visit>
-static inline void for_vectors(int64_t n, Visit&& visit);
+static inline __attribute__((always_inline)) void for_vectors(int64_t n, Visit&& visit) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) visit(i, kLanes);
+  if (i < n) visit(i, int(n - i));
+}
+// a b + c, rounded once. Products call this function, so that all of them round in the same way. A
+// compiler that is left to choose fuses some chains of multiplications and additions and not
+// others, and then tiles of different shapes differ in their last bits.
+static inline vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+  return vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__FMA__)
+  return vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__ARM_NEON)
+  return vec(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+  return a * b + c;
+#endif
+}
+static inline vec vsqrt(vec x) {
+#if defined(__AVX512F__)  // every lane; GCC 12 takes _mm512_sqrt_ps to read an uninitialized vector
+  return vec(_mm512_maskz_sqrt_ps(0xffff, __m512(x)));
+#elif defined(__FMA__)
+  return vec(_mm256_sqrt_ps(__m256(x)));
+#elif defined(__ARM_NEON)
+  return vec(vsqrtq_f32(float32x4_t(x)));
+#else
+  for (int i = 0; i < kLanes; i++) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+static inline vec vmax(vec a, vec b) { return a > b ? a : b; }
+// Lane i of the result is lane i + By.
+template <int By, int... I>
+static inline vec shifted(vec v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, ((I + By) % kLanes)...);
+}
+// A tree over the lanes, the same wherever it is called: halves, quarters, ... meet.
+template <int N = kLanes / 2, class Op>
+static inline float fold_lanes(vec v, Op op) {
+  v = op(v, shifted<N>(v, std::make_integer_sequence<int, kLanes>{}));
+  if constexpr (N > 1) return fold_lanes<N / 2>(v, op);
+  return v[0];
+}
+static inline float sum_lanes(vec v) {
+  return fold_lanes(v, [](vec a, vec b) { return a + b; });
+}
+static inline float max_lanes(vec v) {
+  return fold_lanes(v, [](vec a, vec b) { return vmax(a, b); });
+}
+
+// e^x for x below 88 to 1 ulp or so, 0 below -87.3, NaN for NaN: 2^n e^r with |r| <= ln 2 / 2 (the
+// polynomial is Cephes'). Each lane does the same operations: its place in a vector does not
+// matter.
+static inline vec vexp_below_88(vec x) {
+  const vec c = vmax(splat(-87.3f), x);
+  const vec shifted = c * 1.44269504f + 12582912.f;  // rounds to an integer in the low bits
+  const vec n = shifted - 12582912.f;
+  const vec r = (c - n * .693359375f) + n * 2.12194440e-4f;
+  vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.f);
+  ivec exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  ivec bits;
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += exponent << 23;
+  vec result;
+  std::memcpy(&result, &bits, sizeof result);
+  return x < splat(-87.3f) ? vec{} : result;
+}
+static inline vec vexp(vec x) { return vexp_below_88(x > splat(88.7f) ? splat(88.7f) : x); }
+static inline float exp1(float x) { return vexp(splat(x))[0]; }
+static inline vec vsigmoid(vec x) { return 1.f / (1.f + vexp(-x)); }
 
 // Runs visit(i) for i in [0, n) on all threads; visits write disjoint outputs.
 template <class Visit>
-static void parallel_for(int64_t n, Visit&& visit);
-// The same for items of unequal cost; `group` neighbours, which share memory, go to one thread
-// where there are groups enough.
+static void parallel_for(int64_t n, Visit&& visit) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i++) visit(i);
+}
 template <class Visit>
-static void parallel_groups(int64_t n, int group, Visit&& visit);
+static void parallel_groups(int64_t n, int group, Visit&& visit) {
+  const int chunk = n >= int64_t(4) * group * omp_get_max_threads() ? group : 1;
+#pragma omp parallel for schedule(dynamic, chunk)
+  for (int64_t i = 0; i < n; i++) visit(i);
+}
 
 // A product is computed in tiles of kMR x kNR.
 inline constexpr int kNR = 2 * kLanes;                               // columns of a tile
@@ -490,13 +585,13 @@ float* CpuGpt::weight(int64_t offset) const {
   return offset < 0 ? nullptr : weights_->rows.data() + offset;
 }
 float* CpuGpt::gradient(int64_t offset) const {
-  return offset < 0 || !table_.trainable(offset) ? nullptr : gradients_.data() + offset;
+  return offset < 0 || offset < frozen_ ? nullptr : gradients_.data() + offset;
 }
 bool CpuGpt::weights_in_panels_only() const { return weights_->panels_only; }
 // Decoding makes the panels again before it reads them. With adapters, everything that panels hold
 // is frozen.
 void CpuGpt::weights_changed() {
-  if (table_.first_trainable() == 0) weights_->panels_current = false;
+  if (frozen_ == 0) weights_->panels_current = false;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -901,8 +996,6 @@ static inline void prefetch_row(int n, const float* row) {
   for (int i = 0; i < n; i += 16) __builtin_prefetch(row + i);
 }
 
-static int padded_head(int HS) { return (HS + kLanes - 1) / kLanes * kLanes; }
-
 inline constexpr int kSpan = 4 * kPage;  // keys between two looks at a row's maximum
 
 static inline int to_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -912,7 +1005,7 @@ static inline int to_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 static void attend(int R, int first_position, int HS, const float* q, int64_t q_ld,
                    const float* const* key_pages, const float* const* value_pages, float* out,
                    int64_t out_ld, float* lse, int64_t lse_ld) {
-  const int HSP = padded_head(HS);
+  const int HSP = to_lanes(HS);
   alignas(64) float scores[kMR * kSpan];
   alignas(64) float sums[kMR * 256];  // HSP <= 256
   float highest[kMR];
@@ -964,7 +1057,7 @@ static void attend(int R, int first_position, int HS, const float* q, int64_t q_
 
 // out (N, NH HS), lse (N, NH). A task is one (document, key/value head).
 static void attention_forward(const Attention& a, float* out, float* lse) {
-  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = padded_head(HS);
+  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = to_lanes(HS);
   const int group = a.NH / a.NKV;
   const float scale = 1 / std::sqrt(float(HS));
   parallel_groups(int64_t(D) * a.NKV, a.NKV, [&](int64_t task) {
@@ -1014,7 +1107,7 @@ static void attention_forward(const Attention& a, float* out, float* lse) {
 // and query blocks in order, a query's over pages in order.
 static void attention_backward(const Attention& a, const float* out, const float* lse,
                                const float* dout, float* dq, float* dk, float* dv, int64_t d_ld) {
-  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = padded_head(HS);
+  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = to_lanes(HS);
   const int group = a.NH / a.NKV;
   const int64_t out_ld = int64_t(a.NH) * HS;
   const float scale = 1 / std::sqrt(float(HS));
@@ -1219,9 +1312,12 @@ static int64_t logit_rows(const Config& c, int64_t N) {
 
 // Logits of head_rows_[first, first + rows) and their softmax statistics.
 void CpuGpt::logits_forward(int64_t begin, int64_t rows) {
-  const int V = config_.V, ld = config_.padded_V();
-  Product p =
-      forward_product(int(rows), config_.C, V, a_.head_in + begin * config_.C, nullptr, a_.logits);
+  const int C = config_.C, V = config_.V, ld = config_.padded_V();
+  parallel_for(rows, [&](int64_t r) {
+    const int64_t n = head_rows_[size_t(begin + r)];
+    std::copy_n(a_.final_norm + n * C, C, a_.head_in + (begin + r) * C);
+  });
+  Product p = forward_product(int(rows), C, V, a_.head_in + begin * C, nullptr, a_.logits);
   p.b = matrix(table_.head, weights_->panels_only), p.ldc = ld;
   gemm(p);
   parallel_for(rows, [&](int64_t r) {
@@ -1234,15 +1330,12 @@ void CpuGpt::logits_forward(int64_t begin, int64_t rows) {
 }
 
 void CpuGpt::head_forward() {
-  const int C = config_.C;
   if (config_.head == Head::scalar) {
-    gemm(forward_product(N_, C, 1, a_.final_norm, weight(table_.head.weight), value_.data()));
+    gemm(forward_product(N_, config_.C, 1, a_.final_norm, weight(table_.head.weight),
+                         value_.data()));
     return;
   }
   const auto M = int64_t(head_rows_.size()), chunk = logit_rows(config_, N_);
-  parallel_for(M, [&](int64_t r) {
-    std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
-  });
   for (int64_t begin = 0; begin < M; begin += chunk) {
     logits_forward(begin, std::min(chunk, M - begin));
   }
@@ -1270,11 +1363,6 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
     const auto M = int64_t(head_rows_.size()), cached = (int64_t(4) << 20) / (int64_t(ld) * 4);
     const int64_t chunk =
         logits_ready ? M : std::min(logit_rows(config_, N_), std::max<int64_t>(512, cached));
-    if (!logits_ready) {
-      parallel_for(M, [&](int64_t r) {
-        std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
-      });
-    }
     float* dhead = gradient(head.weight);
     if (gradients_are_zero_ && M == 0 && dhead) std::fill_n(dhead, int64_t(V) * C, 0.f);
     for (int64_t begin = 0; begin < M; begin += chunk) {
@@ -1310,15 +1398,14 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
 
 // The norm of the whole gradient: blocks of a fixed size, then over the blocks in order.
 double CpuGpt::gradient_norm() {
-  const int64_t begin = table_.first_trainable();  // pages before it are never touched
-  if (gradients_are_zero_) std::fill_n(gradients_.data() + begin, table_.size - begin, 0.f);
+  const int64_t size = table_.size - frozen_;  // pages of frozen rows are never touched
+  if (gradients_are_zero_) std::fill_n(gradients_.data() + frozen_, size, 0.f);
   constexpr int64_t kChunk = 1 << 15;
-  std::vector<double> squares(size_t((table_.size - begin + kChunk - 1) / kChunk));
+  std::vector<double> squares(size_t((size + kChunk - 1) / kChunk));
   parallel_for(int64_t(squares.size()), [&](int64_t block) {
-    const float* g = gradients_.data() + begin + block * kChunk;
+    const float* g = gradients_.data() + frozen_ + block * kChunk;
     double sum = 0;
-    for (int64_t start = 0, n = std::min(kChunk, table_.size - begin - block * kChunk); start < n;
-         start += 1024) {
+    for (int64_t start = 0, n = std::min(kChunk, size - block * kChunk); start < n; start += 1024) {
       vec square{};
       for_vectors(std::min<int64_t>(1024, n - start), [&](int64_t i, int m) {
         const vec x = load(g + start + i, m);
@@ -1412,14 +1499,8 @@ static void muon(int out, int in, float* w, const float* g, float* m, float scal
   const auto advance = [&](const float* polynomial_of_a) {  // X <- P X, a tall X <- X P
     const Operand square{polynomial_of_a, rows, tall ? Inner::other : Inner::k};
     const Operand wide{x, in, tall ? Inner::k : Inner::other};
-    gemm_rectangle({.M = out,
-                    .N = in,
-                    .K = rows,
-                    .a = tall ? wide : square,
-                    .b = tall ? square : wide,
-                    .c = next,
-                    .ldc = in},
-                   0, out, 0, in);
+    gemm_rectangle({out, in, rows, tall ? wide : square, tall ? square : wide, next, in}, 0, out, 0,
+                   in);
     std::swap(x, next);
   };
   // The polynomials of one A commute, so that the five steps of X are one product of small
@@ -1453,7 +1534,7 @@ class CpuKvCache : public KvCache {
   CpuKvCache(const Config& c, int64_t positions)
       : KvCache(positions),
         key_floats_(int64_t(c.HS) * kPage),
-        page_floats_(key_floats_ + int64_t(padded_head(c.HS)) * kPage),
+        page_floats_(key_floats_ + int64_t(to_lanes(c.HS)) * kPage),
         layer_floats_(c.NKV * page_floats_),
         L_(c.L),
         memory_((positions + kPage - 1) / kPage * c.L * layer_floats_) {}
@@ -1481,7 +1562,7 @@ std::unique_ptr<KvCache> CpuGpt::make_cache(int64_t positions) {
 static void fill_page(int HS, int lane, const float* k, const float* v, float* key_page,
                       float* value_page) {
   for (int d = 0; d < HS; d++) key_page[d * kPage + lane] = k[d];
-  std::copy(v, v + HS, value_page + int64_t(lane) * padded_head(HS));
+  std::copy(v, v + HS, value_page + int64_t(lane) * to_lanes(HS));
 }
 
 // Sampling: a function of the logits and of (seed, stream, position) alone.
@@ -1557,27 +1638,11 @@ static int sample_row(int V, const float* logits, const Sampling& sampling,
 
 void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
                     bool want_logits) {
-  if (config_.head != Head::lm) fail("decode: a model with a scalar head samples nothing");
   auto& pages = dynamic_cast<CpuKvCache&>(cache);
   weights_->make_panels();
   const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
   const auto R = int64_t(rows.size());
-  std::vector<int> tokens, positions, starts, lengths;  // of all rows; lengths before this call
-  for (const DecodeRow& row : rows) {
-    const int length = cache.length(row.sequence), n = int(row.tokens.size());
-    if (n == 0 || length + n > config_.T) {
-      fail("decode: found ", n, " tokens after ", length, ", expected 1 up to the context of ",
-           config_.T);
-    }
-    starts.push_back(int(tokens.size()));
-    lengths.push_back(length);
-    for (int t = 0; t < n; t++) {
-      const int token = row.tokens[size_t(t)];
-      if (token < 0 || token >= V) fail("decode: found token ", token, ", expected below ", V);
-      tokens.push_back(token);
-      positions.push_back(length + t);
-    }
-  }
+  const auto [tokens, positions, starts, lengths] = pack_new_tokens(config_, cache, rows);
   for (const DecodeRow& row : rows) {
     cache.append(row.sequence, int(row.tokens.size()),
                  [&](int src, int dst) { pages.copy(src, dst); });
@@ -1587,12 +1652,11 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
   result.logits.resize(want_logits ? size_t(R * V) : 0);
   if (R == 0) return;
   const int N = int(tokens.size());
-  starts.push_back(N);
   decode_.reserve(config_, N, false);
   const float scale = 1 / std::sqrt(float(HS));
   const auto attend_cache = [&](int l, LayerActivations& a) {
     const Attention qkv = attention_of(a.qkv, a.rotated);
-    parallel_items(R * NKV, [&](int64_t task) {
+    parallel_groups(R * NKV, 1, [&](int64_t task) {
       const auto r = size_t(task / NKV);
       const int kv = int(task % NKV), before = lengths[r];
       const std::vector<int>& list = cache.pages(rows[r].sequence);
@@ -1634,7 +1698,7 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
         forward_product(int(count), C, V, decode_.head_in + begin * C, nullptr, decode_.logits);
     p.b = matrix(table_.head, true), p.ldc = ld;
     gemm(p);
-    parallel_items(count, [&](int64_t i) {
+    parallel_groups(count, 1, [&](int64_t i) {
       const auto r = size_t(begin + i);
       const float* x = decode_.logits + i * ld;
       const Sampling& sampling = rows[r].sampling;
@@ -1691,20 +1755,14 @@ int64_t Activations::lay_out(const Config& c, int64_t N, bool train, float* base
   const bool mean = c.has_biases();
   const auto stats = [&] { return NormStats{mean ? allocate(N) : nullptr, allocate(N)}; };
   layers.resize(size_t(c.L));
-  float* streams[2] = {};
   for (int l = 0; l < c.L; l++) {
     LayerActivations& a = layers[size_t(l)];
-    if (!train && l >= 2) {
+    if (!train && l > 0) {  // one layer's memory serves all; two streams take turns
       a = layers[0];
-      a.x = streams[l % 2];
+      a.x = l == 1 ? allocate(N * c.C) : layers[size_t(l) - 2].x;
       continue;
     }
-    if (!train && l == 1) {
-      a = layers[0];
-      a.x = streams[1] = allocate(N * c.C);
-      continue;
-    }
-    a.x = streams[0] = allocate(N * c.C);
+    a.x = allocate(N * c.C);
     a.norm1 = allocate(N * c.C);
     a.stats1 = stats();
     a.qkv = allocate(N * c.qkv());
@@ -1739,6 +1797,7 @@ CpuGpt::CpuGpt(const Config& config, const GptOptions& options)
     : Gpt(config, options.muon, options.lora),
       train_(options.mode == Mode::train),
       adapters_(options.lora.rank > 0),
+      frozen_(table_.first_trainable()),
       rope_(config) {
   if (options.share) {
     const auto* other = dynamic_cast<const CpuGpt*>(options.share);
@@ -1756,32 +1815,34 @@ CpuGpt::CpuGpt(const Config& config, const GptOptions& options)
   if (options.batch_tokens > 0) a_.reserve(config, options.batch_tokens, train_);
 }
 
+// copy(place, i, n) moves n floats between `place` and the tensor's elements from i on.
+template <class Copy>
+void CpuGpt::visit_tensor(const Tensor& t, Slot slot, Copy&& copy) const {
+  if (slot != Slot::weight) {
+    if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
+    const Arena& arena = slot == Slot::gradient  ? gradients_
+                         : slot == Slot::moment1 ? moment1_
+                                                 : moment2_;
+    copy(arena.data() + t.offset, 0, t.size());
+  } else if (const auto* g = weights_->panels_only ? weights_->group_of(t.offset) : nullptr) {
+    parallel_for(t.out, [&](int64_t o) {
+      for (int64_t i = o * t.in; i < (o + 1) * t.in; i++)
+        copy(&weights_->in_panels(*g, t.offset + i), i, 1);
+    });
+  } else {
+    copy(weight(t.offset), 0, t.size());
+  }
+}
+
 void CpuGpt::read(int tensor, Slot slot, std::span<float> out) const {
   const Tensor& t = table_.tensors.at(size_t(tensor));
   if (int64_t(out.size()) != t.size()) {
     fail(t.name, ": found room for ", out.size(), " floats, expected ", t.size());
   }
-  if (slot == Slot::weight) {
-    const Weights::Group* g = weights_->panels_only ? weights_->group_of(t.offset) : nullptr;
-    if (g) {
-      parallel_for(t.out, [&](int64_t o) {
-        for (int64_t i = o * t.in; i < (o + 1) * t.in; i++)
-          out[size_t(i)] = weights_->in_panels(*g, t.offset + i);
-      });
-    } else {
-      std::copy_n(weight(t.offset), t.size(), out.data());
-    }
-    return;
-  }
-  if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
-  if (slot == Slot::gradient && gradients_are_zero_) {
-    std::fill(out.begin(), out.end(), 0.f);
-    return;
-  }
-  const Arena& arena = slot == Slot::gradient  ? gradients_
-                       : slot == Slot::moment1 ? moment1_
-                                               : moment2_;
-  std::copy_n(arena.data() + t.offset, t.size(), out.data());
+  visit_tensor(t, slot, [&](const float* src, int64_t i, int64_t n) {
+    std::copy_n(src, n, out.data() + i);
+  });
+  if (slot == Slot::gradient && gradients_are_zero_) std::fill(out.begin(), out.end(), 0.f);
 }
 
 void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
@@ -1789,26 +1850,13 @@ void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
   if (int64_t(in.size()) != t.size()) {
     fail(t.name, ": found ", in.size(), " floats, expected ", t.size());
   }
-  if (slot == Slot::weight) {
-    const Weights::Group* g = weights_->panels_only ? weights_->group_of(t.offset) : nullptr;
-    if (g) {
-      parallel_for(t.out, [&](int64_t o) {
-        for (int64_t i = o * t.in; i < (o + 1) * t.in; i++)
-          weights_->in_panels(*g, t.offset + i) = in[size_t(i)];
-      });
-    } else {
-      std::copy_n(in.data(), t.size(), weights_->rows.data() + t.offset);
-    }
-    weights_->panels_current = false;
-    return;
-  }
-  if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
+  if (slot == Slot::weight) weights_->panels_current = false;
   if (slot == Slot::gradient && gradients_are_zero_) {
     std::fill_n(gradients_.data(), gradients_.size(), 0.f);
     gradients_are_zero_ = false;
   }
-  Arena& arena = slot == Slot::gradient ? gradients_ : slot == Slot::moment1 ? moment1_ : moment2_;
-  std::copy_n(in.data(), t.size(), arena.data() + t.offset);
+  visit_tensor(t, slot,
+               [&](float* dst, int64_t i, int64_t n) { std::copy_n(in.data() + i, n, dst); });
 }
 
 void set_threads(int threads) { omp_set_num_threads(threads > 0 ? threads : usable_cores()); }
@@ -1944,111 +1992,7 @@ double training_operations(const Gpt& gpt, std::span<const int> doc_starts) {
 }
 
 // =============================================================================================
-// 6. Only to be fast: vectors, loops over threads, products
-
-// ---------------------------------------------------------------------------------------------
-// Vectors: one source for AVX-512, AVX2 and NEON, in GCC vector extensions
-
-static inline vec load(const float* p) {
-  vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
-static inline vec splat(float x) { return x - vec{}; }  // x - 0 is x for every x
-static inline vec load(const float* p, int n) {
-  if (n == kLanes) return load(p);
-  vec v{};
-  std::memcpy(&v, p, size_t(n) * sizeof(float));
-  return v;
-}
-template <int... I>
-static inline vec mask_lanes(vec v, int n, std::integer_sequence<int, I...>) {
-  return ivec{I...} < n ? v : vec{};
-}
-static inline vec mask_lanes(vec v, int n) {
-  return mask_lanes(v, n, std::make_integer_sequence<int, kLanes>{});
-}
-static inline void store(float* p, vec v, int n) { std::memcpy(p, &v, size_t(n) * sizeof(float)); }
-template <class Visit>
-static inline __attribute__((always_inline)) void for_vectors(int64_t n, Visit&& visit) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) visit(i, kLanes);
-  if (i < n) visit(i, int(n - i));
-}
-// Products call this function, so that all of them round in the same way. A compiler that is left
-// to choose fuses some chains of multiplications and additions and not others, and then tiles of
-// different shapes differ in their last bits.
-static inline vec fused(vec a, vec b, vec c) {
-#if defined(__AVX512F__)
-  return vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
-#elif defined(__FMA__)
-  return vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
-#elif defined(__ARM_NEON)
-  return vec(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
-#else
-  return a * b + c;
-#endif
-}
-static inline vec vsqrt(vec x) {
-#if defined(__AVX512F__)  // every lane; GCC 12 takes _mm512_sqrt_ps to read an uninitialized vector
-  return vec(_mm512_maskz_sqrt_ps(0xffff, __m512(x)));
-#elif defined(__FMA__)
-  return vec(_mm256_sqrt_ps(__m256(x)));
-#elif defined(__ARM_NEON)
-  return vec(vsqrtq_f32(float32x4_t(x)));
-#else
-  for (int i = 0; i < kLanes; i++) x[i] = std::sqrt(x[i]);
-  return x;
-#endif
-}
-static inline vec vmax(vec a, vec b) { return a > b ? a : b; }
-// Lane i of the result is lane i + By.
-template <int By, int... I>
-static inline vec shifted(vec v, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(v, v, ((I + By) % kLanes)...);
-}
-// A tree over the lanes, the same wherever it is called: halves, quarters, ... meet.
-template <int N = kLanes / 2, class Op>
-static inline float fold_lanes(vec v, Op op) {
-  v = op(v, shifted<N>(v, std::make_integer_sequence<int, kLanes>{}));
-  if constexpr (N > 1) return fold_lanes<N / 2>(v, op);
-  return v[0];
-}
-static inline float sum_lanes(vec v) {
-  return fold_lanes(v, [](vec a, vec b) { return a + b; });
-}
-static inline float max_lanes(vec v) {
-  return fold_lanes(v, [](vec a, vec b) { return vmax(a, b); });
-}
-
-// e^x for x below 88 to 1 ulp or so, 0 below -87.3, NaN for NaN: 2^n e^r with |r| <= ln 2 / 2 (the
-// polynomial is Cephes'). Each lane does the same operations: its place in a vector does not
-// matter.
-static inline vec vexp_below_88(vec x) {
-  const vec c = vmax(splat(-87.3f), x);
-  const vec shifted = c * 1.44269504f + 12582912.f;  // rounds to an integer in the low bits
-  const vec n = shifted - 12582912.f;
-  const vec r = (c - n * .693359375f) + n * 2.12194440e-4f;
-  vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.f);
-  ivec exponent;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  ivec bits;
-  std::memcpy(&bits, &p, sizeof bits);
-  bits += exponent << 23;
-  vec result;
-  std::memcpy(&result, &bits, sizeof result);
-  return x < splat(-87.3f) ? vec{} : result;
-}
-static inline vec vexp(vec x) { return vexp_below_88(x > splat(88.7f) ? splat(88.7f) : x); }
-static inline float exp1(float x) { return vexp(splat(x))[0]; }
-static inline vec vsigmoid(vec x) { return 1.f / (1.f + vexp(-x)); }
+// 6. Only to be fast: products
 
 // In-register transposition of a kLanes x kLanes block: log2(kLanes) rounds of interleaving row i
 // with row i + kLanes / 2.
@@ -2073,25 +2017,6 @@ static inline __attribute__((always_inline)) void transpose(vec (&rows)[kLanes])
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i++) rows[i] = next[i];
   }
-}
-
-// ---------------------------------------------------------------------------------------------
-// Loops over threads
-
-template <class Visit>
-static void parallel_for(int64_t n, Visit&& visit) {
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < n; i++) visit(i);
-}
-template <class Visit>
-static void parallel_groups(int64_t n, int group, Visit&& visit) {
-  const int chunk = n >= int64_t(4) * group * omp_get_max_threads() ? group : 1;
-#pragma omp parallel for schedule(dynamic, chunk)
-  for (int64_t i = 0; i < n; i++) visit(i);
-}
-template <class Visit>
-static void parallel_items(int64_t n, Visit&& visit) {
-  parallel_groups(n, 1, visit);
 }
 
 // ---------------------------------------------------------------------------------------------

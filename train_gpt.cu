@@ -78,7 +78,6 @@ class Graphs;
 using GraphKey = std::vector<int64_t>;
 struct Machine;
 struct Product;
-struct AttentionShape;
 template <class A>
 struct AttentionInput;  // where attention finds q, k and v
 
@@ -129,9 +128,7 @@ class CudaGpt final : public Gpt {
   void backward(std::span<const float> dlogp, std::span<const float> dvalue,
                 std::span<const float> dentropy) override {
     if (!forward_is_live_) fail("backward: no forward with Pass::train came before");
-    check_weights(config_, N_, dlogp, dvalue, dentropy);
-    upload_token_weights(dlogp, dvalue, dentropy);
-    clear_zeroed_gradients();
+    begin_backward(dlogp, dvalue, dentropy);
     run_graph(key(logits_kept_ ? kBackwardOfLogits : kBackward), [&] {
       head_backward(logits_kept_);
       trunk_backward();
@@ -144,9 +141,7 @@ class CudaGpt final : public Gpt {
                         std::span<const float> dvalue, std::span<const float> dentropy) override {
     if (!train_) fail("forward_backward: an inference model has no gradients");
     begin(batch);
-    check_weights(config_, N_, dlogp, dvalue, dentropy);
-    upload_token_weights(dlogp, dvalue, dentropy);
-    clear_zeroed_gradients();
+    begin_backward(dlogp, dvalue, dentropy);
     run_graph(key(kForwardBackward), [&] {
       trunk_forward();
       if (config_.head == Head::scalar) head_forward();
@@ -219,9 +214,7 @@ class CudaGpt final : public Gpt {
 
   void trunk_forward() {
     layers_forward(N_, a_, batch_.tokens, batch_.positions,
-                   [&](const AttentionInput<A>& in, const LayerActivations<A>& a, int) {
-                     attend_batch(in, a);
-                   });
+                   [&](const auto& in, auto& a, int) { attend_batch(in, a); });
   }
 
   // From a_.dx, the gradient of the stream that leaves the last layer, down to the embeddings.
@@ -234,9 +227,7 @@ class CudaGpt final : public Gpt {
       if (recompute_ && l + 1 < config_.L) {  // the last layer's are still there
         norm(N_, b.norm1, a.x, a.norm1, a.mean1, a.rstd1);
         layer_forward(N_, l, a_, batch_.positions,
-                      [&](const AttentionInput<A>& in, const LayerActivations<A>& acts, int) {
-                        attend_batch(in, acts);
-                      });
+                      [&](const auto& in, auto& acts, int) { attend_batch(in, acts); });
       }
       if (config_.has_gate()) {
         linear_backward(b.down, a.act, a_.dx, a_.dact);
@@ -265,11 +256,17 @@ class CudaGpt final : public Gpt {
 
   // The batch, its results, the gradients
   void begin(const Batch& batch);
-  void upload_token_weights(std::span<const float> dlogp, std::span<const float> dvalue,
-                            std::span<const float> dentropy);
+  void begin_backward(std::span<const float> dlogp, std::span<const float> dvalue,
+                      std::span<const float> dentropy);
   std::span<const float> fetch(std::vector<float>& host, const float* device, Head head);
-  float* gradient(int64_t offset) const;  // null: nothing is there, or it is frozen
-  void clear_zeroed_gradients();
+  float* gradient(int64_t offset) const {  // null: nothing is there, or it is frozen
+    if (offset < frozen_ || offset < 0) return nullptr;
+    return optimizer_->gradients.data() + offset - frozen_;
+  }
+  void clear_zeroed_gradients() {  // backward adds to the gradients
+    if (gradients_zeroed_) optimizer_->gradients.clear(stream_);
+    gradients_zeroed_ = false;
+  }
 
   // x, y, sum, delta, dy (N, C); mean, rstd (N)
   float eps() const { return float(config_.norm_eps); }
@@ -299,10 +296,12 @@ class CudaGpt final : public Gpt {
 
   // qkv (N, (NH + 2 NKV) HS); rotated (N, (NH + NKV) HS) or null
   AttentionInput<A> heads_of(const A* qkv, const A* rotated) const;
-  void extend_rope(int positions);
+  void extend_rope(int positions) {
+    if (config_.family == Family::gpt2) return;
+    if (resources_->rope.extend(positions, stream_)) resources_->graphs.clear();
+  }
   void rotate(int64_t N, const int* positions, const Block& b, A* qkv, A* rotated) const;
   void rotate_backward(const Block& b, const LayerActivations<A>& a);
-  AttentionShape attention_shape() const;
   void attend_batch(const AttentionInput<A>& in, const LayerActivations<A>& a) const;
   void attend_batch_backward(const AttentionInput<A>& in, const LayerActivations<A>& a) const;
 
@@ -335,7 +334,9 @@ class CudaGpt final : public Gpt {
             adapters_};
   }
   template <class Work>
-  void run_graph(const GraphKey& key, Work&& work);
+  void run_graph(const GraphKey& key, Work&& work) {
+    resources_->graphs.run(key, stream_, work);
+  }
   template <class Compute>
   bool fused_is_faster(const char* what, int64_t N, const Linear& l, Compute&& compute) const;
   template <class Compute>
@@ -352,7 +353,10 @@ class CudaGpt final : public Gpt {
 
  public:
   UpdateStats stats() override;
-  void zero_gradients() override;
+  void zero_gradients() override {
+    gradients_zeroed_ = true;
+    if (train_) clear(&optimizer_->step.data()->loss_so_far, sizeof(double));
+  }
   void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
   std::map<std::string, std::string> tuned_plans() const override;
   void set_tuned_plans(const std::map<std::string, std::string>& plans) override;
@@ -368,7 +372,7 @@ class CudaGpt final : public Gpt {
   void read(int tensor, Slot slot, std::span<float> out) const override;
   void write(int tensor, Slot slot, std::span<const float> in) override;
 
-  Graphs& graphs();  // of this model
+  Graphs& graphs() { return resources_->graphs; }  // of this model
 
  private:
   std::shared_ptr<Machine> machine_;
@@ -418,7 +422,18 @@ template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(const char* name, int64_t count, const char* lower);
+  Buffer(const char* name, int64_t count, const char* lower) : size_(count) {
+    if (count == 0) return;
+    const cudaError_t status = cudaMalloc(reinterpret_cast<void**>(&data_), bytes());
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // clears the error, which is reported here
+      size_t free = 0, total = 0;
+      check(cudaMemGetInfo(&free, &total), "free memory");
+      fail("out of memory on the GPU: ", name, " takes ", bytes_text(double(bytes())), ", found ",
+           bytes_text(double(free)), " free of ", bytes_text(double(total)), "; lower ", lower);
+    }
+    check(status, name);
+  }
   Buffer(Buffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   Buffer& operator=(Buffer&& other) noexcept {
@@ -431,16 +446,50 @@ class Buffer {
   T* data() const { return data_; }
   int64_t size() const { return size_; }
   size_t bytes() const { return size_t(size_) * sizeof(T); }
+  void clear(cudaStream_t stream) const {
+    if (size_ > 0) check(cudaMemsetAsync(data_, 0, bytes(), stream), "clearing memory");
+  }
 
  private:
   T* data_ = nullptr;
   int64_t size_ = 0;
 };
 
+// Queue a copy of `count` elements. The caller waits before it reads what came to the host.
+template <class T>
+static void copy_to_device(T* dst, const T* src, size_t count, cudaStream_t stream,
+                           const char* what) {
+  check(cudaMemcpyAsync(dst, src, count * sizeof(T), cudaMemcpyHostToDevice, stream), what);
+}
+template <class T>
+static void copy_to_host(T* dst, const T* src, size_t count, cudaStream_t stream,
+                         const char* what) {
+  check(cudaMemcpyAsync(dst, src, count * sizeof(T), cudaMemcpyDeviceToHost, stream), what);
+}
+
 // Starts `kernel` with `shared` bytes of shared memory. `name` stands in the error when it fails.
 template <class... Parameters, class... Arguments>
 static void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t shared, cudaStream_t stream, Arguments... arguments);
+                   size_t shared, cudaStream_t stream, Arguments... arguments) {
+#ifdef CAKE_CUDA_ON_CPU
+  cuda_on_cpu::name_next_launch(name);
+#endif
+  cudaError_t status = cudaSuccess;
+  if (shared > 48 << 10) {
+    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block;
+  config.dynamicSmemBytes = shared, config.stream = stream;
+  if (status == cudaSuccess) {
+    status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  }
+  if (status != cudaSuccess) {
+    fail("cuda: kernel ", name, " with grid (", grid.x, ", ", grid.y, ", ", grid.z, "), block ",
+         block.x, ", ", shared, " bytes of shared memory: ", cudaGetErrorString(status));
+  }
+}
 
 static unsigned blocks_for(int64_t n, int64_t each) { return unsigned((n + each - 1) / each); }
 static int64_t round_up(int64_t n, int64_t multiple) {
@@ -501,14 +550,8 @@ __device__ inline float exp2_approx(float x) {
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 template <class T>
-__device__ inline T from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline bf16 from_float<bf16>(float x) {
-  return __float2bfloat16_rn(x);
+__device__ inline T from_float(float x) {  // to the nearest
+  return T(x);
 }
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
@@ -522,16 +565,64 @@ __device__ inline float warp_max(float x) {
   for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
   return x;
 }
+struct Plus {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+// The sum of the warp's lanes up to this one, in integers.
+template <class T>
+__device__ inline T warp_scan(T x) {
+  for (int d = 1; d < 32; d *= 2) {
+    const T before = __shfl_up_sync(kAllLanes, x, d);
+    if (int(threadIdx.x) % 32 >= d) x += before;
+  }
+  return x;
+}
 // Over the block's threads (a multiple of 32, at most 1,024); every thread gets the result.
 // `scratch` is 32 floats of shared memory that no one else uses; all threads call.
-__device__ inline float block_sum(float x, float* scratch);
-__device__ inline float block_max(float x, float* scratch);
+__device__ inline float block_sum(float x, float* scratch) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : 0.f);
+}
+__device__ inline float block_max(float x, float* scratch) {
+  x = warp_max(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  return warp_max(threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : -INFINITY);
+}
 
 // n elements as floats, by whole packs when n is a multiple of theirs.
 template <class T, int n>
-__device__ inline void load_floats(float (&x)[n], const T* p);
+__device__ inline void load_floats(float (&x)[n], const T* p) {
+  constexpr int kSize = Pack<T>::kSize;
+  if constexpr (n % kSize == 0) {
+    for (int i = 0; i < n; i += kSize) {
+      const Pack<T> pack = load_pack(p + i);
+      for (int j = 0; j < kSize; j++) x[i + j] = to_float(pack.v[j]);
+    }
+  } else {
+    for (int i = 0; i < n; i++) x[i] = to_float(p[i]);
+  }
+}
 template <class T, int n>
-__device__ inline void store_floats(T* p, const float (&x)[n]);
+__device__ inline void store_floats(T* p, const float (&x)[n]) {
+  constexpr int kSize = Pack<T>::kSize;
+  if constexpr (n % kSize == 0) {
+    for (int i = 0; i < n; i += kSize) {
+      Pack<T> pack;
+      for (int j = 0; j < kSize; j++) pack.v[j] = from_float<T>(x[i + j]);
+      store_pack(p + i, pack);
+    }
+  } else {
+    for (int i = 0; i < n; i++) p[i] = from_float<T>(x[i]);
+  }
+}
 
 // Launchers queue and return: they neither allocate nor wait, and scratch is handed in.
 //
@@ -652,15 +743,18 @@ void CudaGpt<A>::begin(const Batch& batch) {
   resources_->staging.end(stream_);
 }
 
+// Checks the weights of the positions and sends them to the device.
 template <class A>
-void CudaGpt<A>::upload_token_weights(std::span<const float> dlogp, std::span<const float> dvalue,
-                                      std::span<const float> dentropy) {
+void CudaGpt<A>::begin_backward(std::span<const float> dlogp, std::span<const float> dvalue,
+                                std::span<const float> dentropy) {
+  check_weights(config_, N_, dlogp, dvalue, dentropy);
   has_dlogp_ = !dlogp.empty(), has_dvalue_ = !dvalue.empty(), has_dentropy_ = !dentropy.empty();
   resources_->staging.begin(size_t(3 * round_up(N_, 4)) * sizeof(float));
   resources_->staging.upload(batch_.dlogp, dlogp.data(), dlogp.size(), stream_);
   resources_->staging.upload(batch_.dvalue, dvalue.data(), dvalue.size(), stream_);
   resources_->staging.upload(batch_.dentropy, dentropy.data(), dentropy.size(), stream_);
   resources_->staging.end(stream_);
+  clear_zeroed_gradients();
 }
 
 // (N) results of the last forward; waits for the device the first time.
@@ -669,24 +763,10 @@ std::span<const float> CudaGpt<A>::fetch(std::vector<float>& host, const float* 
   if (config_.head != head || N_ == 0) return {};
   if (host.empty()) {
     host.resize(size_t(N_));
-    check(cudaMemcpyAsync(host.data(), device, host.size() * sizeof(float), cudaMemcpyDeviceToHost,
-                          stream_),
-          "results");
+    copy_to_host(host.data(), device, host.size(), stream_, "results");
     wait();
   }
   return host;
-}
-
-template <class A>
-float* CudaGpt<A>::gradient(int64_t offset) const {
-  return offset < frozen_ || offset < 0 ? nullptr : optimizer_->gradients.data() + offset - frozen_;
-}
-
-// Backward adds to the gradients.
-template <class A>
-void CudaGpt<A>::clear_zeroed_gradients() {
-  if (gradients_zeroed_) clear(optimizer_->gradients.data(), optimizer_->gradients.bytes());
-  gradients_zeroed_ = false;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -959,23 +1039,29 @@ static void bias_backward(float* db, const A* dy, const float* weight, int N, in
          partials, dy, weight, N, out);
   column_sums(db, nullptr, partials, rows, out, stream);
 }
-// y += x. (n)
-template <class A, int W>
-__global__ void add_kernel(A* y, const A* x, int64_t n) {
+// y[i] = f(a[i], b[i]): a thread takes W neighbours. y, which may be a, a, b (n)
+template <class A, int W, class F>
+__global__ void map_kernel(A* y, const A* a, const A* b, int64_t n, F f) {
   const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
   if (i >= n) return;
-  float a[W], b[W];
-  load_floats(a, y + i);
-  load_floats(b, x + i);
-  for (int j = 0; j < W; j++) a[j] += b[j];
-  store_floats(y + i, a);
+  float u[W], v[W];
+  load_floats(u, a + i);
+  load_floats(v, b + i);
+  for (int j = 0; j < W; j++) u[j] = f(u[j], v[j]);
+  store_floats(y + i, u);
 }
+template <class A, class F>
+static void map(const char* name, A* y, const A* a, const A* b, int64_t n, F f,
+                cudaStream_t stream) {
+  constexpr int kW = Pack<A>::kSize;
+  const bool packs = by_packs<A>(n, y, a, b);
+  launch(name, packs ? map_kernel<A, kW, F> : map_kernel<A, 1, F>,
+         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, y, a, b, n, f);
+}
+// y += x. (n)
 template <class A>
 static void add(A* y, const A* x, int64_t n, cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs = by_packs<A>(n, y, x);
-  launch("add", packs ? add_kernel<A, kW> : add_kernel<A, 1>,
-         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, y, x, n);
+  map("add", y, y, x, n, Plus(), stream);
 }
 
 // D (M, N) = A B, A B^T with B stored (N, K), and A^T B with A stored (K, M); rows side by side
@@ -1124,9 +1210,7 @@ class RopeTable {
       for (const double f : frequency_)
         values.push_back({float(std::cos(t * f)), float(std::sin(t * f))});
     table_ = Buffer<float2>("RoPE's table", int64_t(values.size()), "--context");
-    check(cudaMemcpyAsync(table_.data(), values.data(), table_.bytes(), cudaMemcpyHostToDevice,
-                          stream),
-          "RoPE's table");
+    copy_to_device(table_.data(), values.data(), values.size(), stream, "RoPE's table");
     check(cudaStreamSynchronize(stream), "RoPE's table");
     return true;
   }
@@ -1331,11 +1415,6 @@ static void qk_backward(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in, 
   if (trained) column_sums(dq_norm, dk_norm, partials, blocks, HS, stream);
 }
 
-template <class A>
-void CudaGpt<A>::extend_rope(int positions) {
-  if (config_.family != Family::gpt2 && resources_->rope.extend(positions, stream_))
-    resources_->graphs.clear();
-}
 // Norm and RoPE of q and k: in place, unless backward needs q and k as they were.
 template <class A>
 void CudaGpt<A>::rotate(int64_t N, const int* positions, const Block& b, A* qkv, A* rotated) const {
@@ -1845,41 +1924,53 @@ __device__ inline void store_rows(bf16* rows, int64_t ld, int first_row, int N, 
   }
 }
 
-// The rows of a warp that owns queries, and which keys they see.
-template <int MT>
-struct WarpQueries {
+// The rows of a warp, MT 16 of them, and the interval of columns that each meets. Rows are queries
+// and columns the keys that they see; or rows are keys and columns the queries that see them.
+template <int MT, bool rows_are_queries>
+struct WarpRows {
   const AttentionShape& shape;
-  int first_row, last_row;  // its rows; the last may lie beyond N
-  int begin;                // where the document of the first begins
+  int first_row, last_row;                       // the last may lie beyond N
+  int first_begin, last_of_first, last_of_last;  // of the columns of these two
 
-  __device__ WarpQueries(const AttentionShape& s, int row)
-      : shape(s), first_row(row), last_row(row + MT * 16 - 1), begin(begin_of(first_row)) {}
-  // Rows from N on are never stored: they may see what the last row sees.
-  __device__ int begin_of(int n) const { return shape.doc_start[min(n, shape.N - 1)]; }
+  __device__ WarpRows(const AttentionShape& s, int row)
+      : shape(s),
+        first_row(row),
+        last_row(row + MT * 16 - 1),
+        first_begin(begin_of(first_row)),
+        last_of_first(last_of(first_row)),
+        last_of_last(last_of(last_row)) {}
+  // Rows from N on are never stored: they may meet what the last row meets.
+  __device__ int begin_of(int row) const {
+    return rows_are_queries ? shape.doc_start[min(row, shape.N - 1)] : row;
+  }
+  __device__ int last_of(int row) const {
+    return rows_are_queries ? row : shape.doc_end[min(row, shape.N - 1)] - 1;
+  }
   __device__ int row_of(int i, int half) const {
     return first_row + i * 16 + half * 8 + lane_row();
   }
-  // Of the `count` keys from `key` on: does any row see any; do all rows see all?
-  __device__ bool sees_any(int key, int count) const {
-    return key <= last_row && key + count > begin;
+  // Of the `count` columns from `column` on: does any row meet any; do all rows meet all?
+  __device__ bool meets_any(int column, int count) const {
+    return column <= last_of_last && column + count > first_begin;
   }
-  __device__ bool sees_all(int key, int count) const {
-    return key + count - 1 <= first_row && key >= begin_of(last_row);
+  __device__ bool meets_all(int column, int count) const {
+    return column + count - 1 <= last_of_first && column >= begin_of(last_row);
   }
-  // Scores -inf, of these of TILES 8 keys from `key` on, where a row does not see the key.
+  // Scores -inf, of these of TILES 8 columns from `column` on, where a row does not meet the
+  // column.
   template <int TILES>
-  __device__ void mask(float (&s)[MT][TILES][4], int key) const {
+  __device__ void mask(float (&s)[MT][TILES][4], int column) const {
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int n = row_of(i, half), row_begin = begin_of(n);
+        const int row = row_of(i, half), begin = begin_of(row), last = last_of(row);
 #pragma unroll
         for (int j = 0; j < TILES; j++)
 #pragma unroll
           for (int odd = 0; odd < 2; odd++) {
-            const int m = key + j * 8 + lane_column() + odd;
-            if (m < row_begin || m > n) s[i][j][2 * half + odd] = -INFINITY;
+            const int c = column + j * 8 + lane_column() + odd;
+            if (c < begin || c > last) s[i][j][2 * half + odd] = -INFINITY;
           }
       }
   }
@@ -1898,7 +1989,7 @@ __global__ void __launch_bounds__(kFlashThreads)
   bf16* q_tile = shared_memory<bf16>();    // (kQueries, D)
   bf16* k_tiles = q_tile + kQueries * D;   // 2 x (KEYS, D)
   bf16* v_tiles = k_tiles + 2 * KEYS * D;  // 2 x (KEYS, D)
-  const WarpQueries<MT> rows(shape, first_row + warp_row);
+  const WarpRows<MT, true> rows(shape, first_row + warp_row);
   // Tiles of keys, the first where the first row's document begins; they take two buffers in turn.
   const int begin = shape.doc_start[first_row], end = min(first_row + kQueries, N);
 
@@ -1918,11 +2009,11 @@ __global__ void __launch_bounds__(kFlashThreads)
     cp_async_wait<0>();  // this thread's part of the tile is there,
     __syncthreads();     // everyone's is, and everyone is done with the other buffer
     if (key + KEYS < end) load_keys(key + KEYS, buffer ^ KEYS * D);
-    if (!rows.sees_any(key, KEYS)) continue;
+    if (!rows.meets_any(key, KEYS)) continue;
 
     float s[MT][KEYS / 8][4];
     multiply_rows<MT, KEYS, D>(s, q_tile, warp_row, k_tiles + buffer);
-    if (!rows.sees_all(key, KEYS)) rows.mask(s, key);
+    if (!rows.meets_all(key, KEYS)) rows.mask(s, key);
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -1967,49 +2058,6 @@ __global__ void __launch_bounds__(kFlashThreads)
                     inverse);
 }
 
-// The rows of a warp that owns keys, and which queries see them.
-template <int MT>
-struct WarpKeys {
-  const AttentionShape& shape;
-  int first_row, last_row;  // its rows; the last may lie beyond N
-  int end, last_end;        // where the documents of these two end
-
-  __device__ WarpKeys(const AttentionShape& s, int row)
-      : shape(s),
-        first_row(row),
-        last_row(row + MT * 16 - 1),
-        end(end_of(first_row)),
-        last_end(end_of(last_row)) {}
-  __device__ int end_of(int m) const { return shape.doc_end[min(m, shape.N - 1)]; }
-  __device__ int row_of(int i, int half) const {
-    return first_row + i * 16 + half * 8 + lane_row();
-  }
-  // By the `count` queries from `query` on: is any row seen by any; are all seen by all?
-  __device__ bool seen_by_any(int query, int count) const {
-    return query + count > first_row && query < last_end;
-  }
-  __device__ bool seen_by_all(int query, int count) const {
-    return query >= last_row && query + count <= end;
-  }
-  // Scores -inf, of these of TILES 8 queries from `query` on, where the query does not see the row.
-  template <int TILES>
-  __device__ void mask(float (&s)[MT][TILES][4], int query) const {
-#pragma unroll
-    for (int i = 0; i < MT; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int m = row_of(i, half), row_end = end_of(m);
-#pragma unroll
-        for (int j = 0; j < TILES; j++)
-#pragma unroll
-          for (int odd = 0; odd < 2; odd++) {
-            const int n = query + j * 8 + lane_column() + odd;
-            if (n < m || n >= row_end) s[i][j][2 * half + odd] = -INFINITY;
-          }
-      }
-  }
-};
-
 // One block a key/value head (x) and MT 64 keys (y). It meets the queries of every head of its
 // group in order, so grouped gradients are sums in one order. Scores are transposed here: a warp's
 // rows are keys, and S^T = K Q^T, dP^T = V dO^T come out as accumulators that are the A fragments
@@ -2027,7 +2075,7 @@ __global__ void __launch_bounds__(kFlashThreads)
   bf16* q_tiles = v_tile + kKeys * D;                                           // 2 x (QUERIES, D)
   bf16* dout_tiles = q_tiles + 2 * QUERIES * D;                                 // 2 x (QUERIES, D)
   float2* row_tiles = reinterpret_cast<float2*>(dout_tiles + 2 * QUERIES * D);  // 2 x (QUERIES)
-  const WarpKeys<MT> rows(shape, first_row + warp_row);
+  const WarpRows<MT, false> rows(shape, first_row + warp_row);
 
   // Step by step: the tiles of queries of the group's first head, of the next, ... A step's buffers
   // are those of its parity.
@@ -2074,7 +2122,7 @@ __global__ void __launch_bounds__(kFlashThreads)
       load_queries(next);
       next_row = load_row(next);
     }
-    if (rows.seen_by_any(step.query, QUERIES)) {
+    if (rows.meets_any(step.query, QUERIES)) {
       bf16* q_tile = q_tiles + step.parity * QUERIES * D;
       bf16* dout_tile = dout_tiles + step.parity * QUERIES * D;
       const float2* row_tile = row_tiles + step.parity * QUERIES + lane_column();
@@ -2092,7 +2140,7 @@ __global__ void __launch_bounds__(kFlashThreads)
       float p[MT][QUERIES / 8][4], ds[MT][QUERIES / 8][4];
       uint32_t a[MT][QUERIES / 8][2];
       multiply_rows<MT, QUERIES, D>(p, k_tile, warp_row, q_tile);
-      if (!rows.seen_by_all(step.query, QUERIES)) rows.mask(p, step.query);
+      if (!rows.meets_all(step.query, QUERIES)) rows.mask(p, step.query);
       at_columns([&](int i, int j, int e, float2 row) {
         p[i][j][e] = exp2_approx(fmaf(p[i][j][e], scale, -row.x));
       });
@@ -2133,7 +2181,7 @@ __global__ void __launch_bounds__(kFlashThreads)
   bf16* dout_tile = q_tile + kQueries * D;   // (kQueries, D)
   bf16* k_tiles = dout_tile + kQueries * D;  // 2 x (KEYS, D)
   bf16* v_tiles = k_tiles + 2 * KEYS * D;    // 2 x (KEYS, D)
-  const WarpQueries<MT> rows(shape, first_row + warp_row);
+  const WarpRows<MT, true> rows(shape, first_row + warp_row);
   // Tiles of keys, the first where the first row's document begins; they take two buffers in turn.
   const int begin = shape.doc_start[first_row], end = min(first_row + kQueries, N);
 
@@ -2161,12 +2209,12 @@ __global__ void __launch_bounds__(kFlashThreads)
     cp_async_wait<0>();  // this thread's part,
     __syncthreads();     // and everyone's: as in forward
     if (key + KEYS < end) load_keys(key + KEYS, buffer ^ KEYS * D);
-    if (!rows.sees_any(key, KEYS)) continue;
+    if (!rows.meets_any(key, KEYS)) continue;
 
     bf16* k_tile = k_tiles + buffer;
     float p[MT][KEYS / 8][4], ds[MT][KEYS / 8][4];
     multiply_rows<MT, KEYS, D>(p, q_tile, warp_row, k_tile);
-    if (!rows.sees_all(key, KEYS)) rows.mask(p, key);
+    if (!rows.meets_all(key, KEYS)) rows.mask(p, key);
     multiply_rows<MT, KEYS, D>(ds, dout_tile, warp_row, v_tiles + buffer);
 #pragma unroll
     for (int i = 0; i < MT; i++)
@@ -2190,26 +2238,17 @@ __global__ void __launch_bounds__(kFlashThreads)
 
 // What each kernel owns and meets at a time, chosen so that accumulators fit 255 registers.
 template <int D>
-struct FlashTiles;
-template <>
-struct FlashTiles<64> {
-  static constexpr int kForwardRows = 2, kForwardKeys = 64;
-  static constexpr int kKeysRows = 2, kKeysQueries = 32;
-  static constexpr int kQueriesRows = 2, kQueriesKeys = 32;
-};
-template <>
-struct FlashTiles<128> {
-  static constexpr int kForwardRows = 1, kForwardKeys = 64;
-  static constexpr int kKeysRows = 1, kKeysQueries = 32;
-  static constexpr int kQueriesRows = 1, kQueriesKeys = 64;
+struct FlashTiles {
+  static constexpr int kRows = 128 / D;  // MT: a block owns 64 times as many
+  static constexpr int kForwardKeys = 64, kKeysQueries = 32, kQueriesKeys = D / 2;
 };
 
 template <int D>
 static void flash_forward(bf16* out, float* lse, const AttentionInput<bf16>& in,
                           const AttentionShape& shape, cudaStream_t stream) {
   using T = FlashTiles<D>;
-  constexpr int kQueries = T::kForwardRows * 64;
-  launch("attention_forward", flash_forward_kernel<D, T::kForwardRows, T::kForwardKeys>,
+  constexpr int kQueries = T::kRows * 64;
+  launch("attention_forward", flash_forward_kernel<D, T::kRows, T::kForwardKeys>,
          dim3(unsigned(shape.NH), blocks_for(shape.N, kQueries)), kFlashThreads,
          sizeof(bf16) * D * (kQueries + 4 * T::kForwardKeys), stream, out, lse, in, shape,
          kLog2E / sqrtf(float(shape.HS)));
@@ -2221,14 +2260,14 @@ static void flash_backward(bf16* dq, int64_t dq_ld, bf16* dk, bf16* dv, int64_t 
                            const AttentionInput<bf16>& in, const AttentionShape& shape,
                            cudaStream_t stream) {
   using T = FlashTiles<D>;
-  constexpr int kKeys = T::kKeysRows * 64, kQueries = T::kQueriesRows * 64;
+  constexpr int kKeys = T::kRows * 64, kQueries = T::kRows * 64;
   const float scale = kLog2E / sqrtf(float(shape.HS));
   launch(
-      "attention_backward_keys", flash_keys_kernel<D, T::kKeysRows, T::kKeysQueries>,
+      "attention_backward_keys", flash_keys_kernel<D, T::kRows, T::kKeysQueries>,
       dim3(unsigned(shape.NKV), blocks_for(shape.N, kKeys)), kFlashThreads,
       sizeof(bf16) * D * (2 * kKeys + 4 * T::kKeysQueries) + sizeof(float2) * 2 * T::kKeysQueries,
       stream, dk, dv, dkv_ld, dout, lse, delta, in, shape, scale);
-  launch("attention_backward_queries", flash_queries_kernel<D, T::kQueriesRows, T::kQueriesKeys>,
+  launch("attention_backward_queries", flash_queries_kernel<D, T::kRows, T::kQueriesKeys>,
          dim3(unsigned(shape.NH), blocks_for(shape.N, kQueries)), kFlashThreads,
          sizeof(bf16) * D * (2 * kQueries + 4 * T::kQueriesKeys), stream, dq, dq_ld, dout, lse,
          delta, in, shape, scale);
@@ -2246,13 +2285,10 @@ __global__ void __launch_bounds__(256)
   float sum = 0;
   if (row < int64_t(N) * NH) {
     for (int d = int(threadIdx.x) % 8 * W; d < HS; d += 8 * W) {
-      if constexpr (W > 1) {
-        const Pack<A> a = load_pack(dout + row * HS + d), b = load_pack(out + row * HS + d);
-#pragma unroll
-        for (int i = 0; i < W; i++) sum += to_float(a.v[i]) * to_float(b.v[i]);
-      } else {
-        sum += to_float(dout[row * HS + d]) * to_float(out[row * HS + d]);
-      }
+      float a[W], b[W];
+      load_floats(a, dout + row * HS + d);
+      load_floats(b, out + row * HS + d);
+      for (int i = 0; i < W; i++) sum += a[i] * b[i];
     }
   }
   for (int d = 1; d < 8; d *= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
@@ -2326,19 +2362,19 @@ AttentionInput<A> CudaGpt<A>::heads_of(const A* qkv, const A* rotated) const {
   return {qkv, qkv + q, qkv + qk, ld, ld, ld};
 }
 template <class A>
-AttentionShape CudaGpt<A>::attention_shape() const {
-  return {N_, config_.NH, config_.NKV, config_.HS, batch_.doc_start, batch_.doc_end};
-}
-template <class A>
 void CudaGpt<A>::attend_batch(const AttentionInput<A>& in, const LayerActivations<A>& a) const {
-  attention_forward(a.att, a.lse, in, attention_shape(), stream_);
+  attention_forward(a.att, a.lse, in,
+                    {N_, config_.NH, config_.NKV, config_.HS, batch_.doc_start, batch_.doc_end},
+                    stream_);
 }
 template <class A>
 void CudaGpt<A>::attend_batch_backward(const AttentionInput<A>& in,
                                        const LayerActivations<A>& a) const {
   const int64_t q = int64_t(config_.NH) * config_.HS, kv = int64_t(config_.NKV) * config_.HS;
   attention_backward(a_.dqkv, config_.qkv(), a_.dqkv + q, a_.dqkv + q + kv, config_.qkv(), a_.dnorm,
-                     a.att, a.lse, a_.att_dot, in, attention_shape(), stream_);
+                     a.att, a.lse, a_.att_dot, in,
+                     {N_, config_.NH, config_.NKV, config_.HS, batch_.doc_start, batch_.doc_end},
+                     stream_);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -2366,27 +2402,17 @@ static void gelu_forward(A* y, const A* x, int64_t n, cudaStream_t stream) {
 }
 
 // plain::gelu_derivative: dx = dy (s + x s (1 - s) 2u'). dx, which may be dy, dy, x (n)
-template <class A, int W>
-__global__ void gelu_backward_kernel(A* dx, const A* dy, const A* x, int64_t n) {
-  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
-  if (i >= n) return;
-  float v[W], d[W];
-  load_floats(v, x + i);
-  load_floats(d, dy + i);
-  for (int j = 0; j < W; j++) {
-    const float u = .7978845608f * (v[j] + .044715f * v[j] * v[j] * v[j]);
-    const float du = .7978845608f * (1 + .134145f * v[j] * v[j]);
+struct GeluBackward {
+  __device__ float operator()(float dy, float x) const {
+    const float u = .7978845608f * (x + .044715f * x * x * x);
+    const float du = .7978845608f * (1 + .134145f * x * x);
     const float s = 1 / (1 + exp2_approx(-2 * kLog2E * u));
-    d[j] *= s + v[j] * s * (1 - s) * 2 * du;
+    return dy * (s + x * s * (1 - s) * 2 * du);
   }
-  store_floats(dx + i, d);
-}
+};
 template <class A>
 static void gelu_backward(A* dx, const A* dy, const A* x, int64_t n, cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs = by_packs<A>(n, dx, dy, x);
-  launch("gelu_backward", packs ? gelu_backward_kernel<A, kW> : gelu_backward_kernel<A, 1>,
-         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, dx, dy, x, n);
+  map("gelu_backward", dx, dy, x, n, GeluBackward(), stream);
 }
 
 // plain::swiglu: y = gate s(gate) up. y (N, F); gate_up (N, 2F): the gate's columns, then up's
@@ -2443,7 +2469,9 @@ static void swiglu_backward(A* dgate_up, const A* dy, const A* gate_up, int N, i
 // The head: rows of final_norm that have a target -> logits -> log p(target), entropy, and in
 // place the gradient of the logits
 
-// y[r] = x[row_of[r]], zeros where that is -1. y (rows, C), x (N, C)
+// dst[r] = src[row_of[r]], zeros where that is -1. dst (rows, C), src (N, C)
+// scatter: dst[row_of[r]] = src[r] but where that is -1. dst (N, C), src (rows, C); no position
+// occurs twice
 template <class A, int W, bool scatter>
 __global__ void move_rows_kernel(A* dst, const A* src, const int* row_of, int rows, int C) {
   const int64_t r = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
@@ -2456,21 +2484,13 @@ __global__ void move_rows_kernel(A* dst, const A* src, const int* row_of, int ro
     store_floats(dst + (scatter ? n : r) * C + c, v);
   }
 }
-template <class A>
-static void gather_rows(A* y, const A* x, const int* row_of, int rows, int C, cudaStream_t stream) {
-  launch("gather_rows",
-         by_packs<A>(C, y, x) ? move_rows_kernel<A, Pack<A>::kSize, false>
-                              : move_rows_kernel<A, 1, false>,
-         warp_rows(rows), kRowThreads, 0, stream, y, x, row_of, rows, C);
-}
-// x[row_of[r]] = y[r] but where that is -1. x (N, C), y (rows, C); no position occurs twice
-template <class A>
-static void scatter_rows(A* x, const A* y, const int* row_of, int rows, int C,
-                         cudaStream_t stream) {
-  launch("scatter_rows",
-         by_packs<A>(C, x, y) ? move_rows_kernel<A, Pack<A>::kSize, true>
-                              : move_rows_kernel<A, 1, true>,
-         warp_rows(rows), kRowThreads, 0, stream, x, y, row_of, rows, C);
+template <bool scatter, class A>
+static void move_rows(A* dst, const A* src, const int* row_of, int rows, int C,
+                      cudaStream_t stream) {
+  launch("move_rows",
+         by_packs<A>(C, dst, src) ? move_rows_kernel<A, Pack<A>::kSize, scatter>
+                                  : move_rows_kernel<A, 1, scatter>,
+         warp_rows(rows), kRowThreads, 0, stream, dst, src, row_of, rows, C);
 }
 
 // Bytes of a row that a block keeps in shared memory: two blocks a multiprocessor from A100 on.
@@ -2613,7 +2633,6 @@ __global__ void value_backward_kernel(A* dx, const float* dvalue, const A* weigh
     store_floats(dx + n * C + c, w);
   }
 }
-static size_t value_backward_scratch(int N, int C) { return bias_backward_scratch(N, C); }  // bytes
 template <class A>
 static void value_backward(A* dx, float* dw, const float* dvalue, const A* x, const A* w, int N,
                            int C, void* scratch, cudaStream_t stream) {
@@ -2628,7 +2647,7 @@ static void value_backward(A* dx, float* dw, const float* dvalue, const A* x, co
 template <class A>
 const A* CudaGpt<A>::head_input(int64_t begin, int64_t rows) const {
   if (!gathered_) return a_.final_norm + begin * config_.C;
-  gather_rows(a_.head_in, a_.final_norm, batch_.row_of + begin, int(rows), config_.C, stream_);
+  move_rows<false>(a_.head_in, a_.final_norm, batch_.row_of + begin, int(rows), config_.C, stream_);
   return a_.head_in;
 }
 template <class A>
@@ -2654,23 +2673,23 @@ void CudaGpt<A>::head_forward() {
   }
 }
 
-// Over the block's threads, in a fixed order; all get it. scratch: 32 doubles of shared memory
-__device__ inline double block_sum_double(double x, double* scratch) {
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+// Over the block's threads, in a fixed order; all get it. scratch: 32 of T in shared memory
+template <class T, class Combine>
+__device__ inline T block_reduce(T x, T* scratch, Combine combine) {
+  for (int d = 16; d > 0; d /= 2) x = combine(x, __shfl_xor_sync(kAllLanes, x, d));
   __syncthreads();
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
-  x = 0;
-  for (unsigned w = 0; w < blockDim.x / 32; w++) x += scratch[w];
+  x = scratch[0];
+  for (unsigned w = 1; w < blockDim.x / 32; w++) x = combine(x, scratch[w]);
   return x;
 }
-
 // *out += sum_i a[i] b[i] (b null: 1), by one block. a, b (n)
 __global__ void __launch_bounds__(kBlockThreads)
     weighted_sum_kernel(double* out, const float* a, const float* b, int n) {
   double sum = 0;
   for (int i = threadIdx.x; i < n; i += blockDim.x) sum += double(a[i]) * (b ? b[i] : 1);
-  sum = block_sum_double(sum, shared_memory<double>());
+  sum = block_reduce(sum, shared_memory<double>(), Plus());
   if (threadIdx.x == 0) *out += sum;
 }
 static void weighted_sum(double* out, const float* a, const float* b, int n, cudaStream_t stream) {
@@ -2706,7 +2725,7 @@ void CudaGpt<A>::head_backward(bool logits_ready) {
       matmul(input_gradient_product(rows, head, a_.logits, dx));
       if (gradient(head.weight)) matmul(weight_gradient_product(rows, head, x, a_.logits));
       if (gathered_) {
-        scatter_rows(a_.dnorm, dx, batch_.row_of + begin, int(rows), C, stream_);
+        move_rows<true>(a_.dnorm, dx, batch_.row_of + begin, int(rows), C, stream_);
       }
     }
   }
@@ -2748,7 +2767,7 @@ __global__ void sum_of_squares_kernel(double* partials, const float* g, int64_t 
     }
     sum += v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
   }
-  sum = block_sum_double(sum, shared_memory<double>());
+  sum = block_reduce(sum, shared_memory<double>(), Plus());
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 static void sum_of_squares(double* partials, const float* g, int64_t n, cudaStream_t stream) {
@@ -2761,7 +2780,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     finish_norm_kernel(DeviceStep* step, const double* partials, int count, float max_norm) {
   double sum = 0;
   for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partials[i];
-  sum = block_sum_double(sum, shared_memory<double>());
+  sum = block_reduce(sum, shared_memory<double>(), Plus());
   if (threadIdx.x > 0) return;
   const double norm = sqrt(sum);
   step->grad_norm = norm;
@@ -2826,13 +2845,11 @@ __global__ void adamw_kernel(float* w, bf16* copy, const float* g, float* m, flo
 static void adamw(float* w, bf16* copy, const float* g, float* m, float* v, int64_t n, float lr,
                   float decay, const OptimizerStep& o, const DeviceStep* step,
                   cudaStream_t stream) {
-  const AdamW how{lr,
-                  decay,
-                  o.beta1,
-                  o.beta2,
-                  o.eps,
-                  1 / (1 - float(std::pow(double(o.beta1), double(o.step)))),
-                  1 / (1 - float(std::pow(double(o.beta2), double(o.step))))};
+  const auto correction = [&](float beta) {
+    return 1 / (1 - float(std::pow(double(beta), double(o.step))));
+  };
+  const float c1 = correction(o.beta1), c2 = correction(o.beta2);
+  const AdamW how{lr, decay, o.beta1, o.beta2, o.eps, c1, c2};
   const bool packs = by_packs<bf16>(0, w, copy, g, m, v);
   launch("adamw", packs ? adamw_kernel<8> : adamw_kernel<1>,
          blocks_for(n, kRowThreads * (packs ? 8 : 1)), kRowThreads, 0, stream, w, copy, g, m, v, n,
@@ -2866,11 +2883,6 @@ struct MuonBatch {
   int columns() const { return std::max(out, in); }
 };
 inline constexpr int kMuonBlocks = 64;  // for a matrix's norm
-
-// Bytes of scratch for the squares.
-static size_t muon_squares_scratch(int count) {
-  return size_t(count) * kMuonBlocks * sizeof(float);
-}
 
 // m, g: the arenas that batch.offsets point into; squares (count, kMuonBlocks)
 __global__ void muon_momentum_kernel(float* m, float* squares, const float* g,
@@ -2988,7 +3000,7 @@ void CudaGpt<A>::muon_directions(float momentum) const {
       const MuonBatch batch{o.offsets.data() + g.first_matrix + begin,
                             std::min(g.batch_size, g.count - begin), g.out, g.in};
       const int64_t rows = batch.rows(), columns = batch.columns();
-      auto* squares = reinterpret_cast<float*>(o.squares.data());
+      float* squares = o.squares.data();
       muon_momentum(o.moment1.data(), squares, o.gradients.data(), batch, momentum, o.step.data(),
                     stream_);
       A *x = o.other.data(), *next = o.x.data() + g.x + begin * g.size();
@@ -3025,18 +3037,10 @@ void CudaGpt<A>::muon_step(const OptimizerStep& step) const {
 }
 
 template <class A>
-void CudaGpt<A>::zero_gradients() {
-  gradients_zeroed_ = true;
-  if (train_) clear(&optimizer_->step.data()->loss_so_far, sizeof(double));
-}
-
-template <class A>
 UpdateStats CudaGpt<A>::stats() {
   if (!optimizer_ || !optimizer_->stepped) return {};
   DeviceStep step{};
-  check(
-      cudaMemcpyAsync(&step, optimizer_->step.data(), sizeof step, cudaMemcpyDeviceToHost, stream_),
-      "the gradient's norm");
+  copy_to_host(&step, optimizer_->step.data(), 1, stream_, "the gradient's norm");
   wait();
   return {step.grad_norm, step.skip != 0, step.loss};
 }
@@ -3237,11 +3241,9 @@ static void cache_attention(A* out, const A* q, int64_t q_ld, const A* k_pages, 
 // sums of integers have no order. A token's key is its probability's bits, then its id's
 // complement: keys differ, and larger ones are likelier, or of the smaller id among equals.
 
-struct SampleRow {  // Sampling and its place, see cake/gpt.h
-  float temperature, top_p, min_p, penalty;
-  int top_k, vocab;
-  uint64_t seed, stream, position;
-  int history_begin, history_end;  // in `history`
+struct SampleRow : Sampling {
+  uint64_t position = 0;
+  int history_begin = 0, history_end = 0;  // in `history`
 };
 using Word = unsigned long long;
 inline constexpr int kIdBits = 20, kKeyBits = 50, kBinBits = 10, kBins = 1 << kBinBits;
@@ -3257,17 +3259,6 @@ __device__ inline double device_uniform01(uint64_t bits) {
   return (double(bits >> 11) + .5) * 0x1p-53;
 }
 
-// Over the block's threads; all get it. scratch: 32 words of shared memory
-template <class Combine>
-__device__ inline Word block_reduce(Word x, Word* scratch, Combine combine) {
-  for (int d = 16; d > 0; d /= 2) x = combine(x, __shfl_xor_sync(kAllLanes, x, d));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = scratch[0];
-  for (unsigned w = 1; w < blockDim.x / 32; w++) x = combine(x, scratch[w]);
-  return x;
-}
 __device__ inline unsigned bits_of(float x) {
   unsigned bits;
   memcpy(&bits, &x, sizeof bits);
@@ -3297,13 +3288,9 @@ __device__ inline Word key_at(const float* p, int V, Word floor, Word goal, Word
     __syncthreads();
     if (threadIdx.x < 32) {  // lane l has the 32 bins that end at top
       const int top = kBins - 1 - int(threadIdx.x) * 32;
-      Word own = 0, sum;
+      Word own = 0;
       for (int b = top; b > top - 32; b--) own += bins[b];
-      sum = own;
-      for (int d = 1; d < 32; d *= 2) {
-        const Word other = __shfl_up_sync(kAllLanes, sum, d);
-        if (int(threadIdx.x) >= d) sum += other;
-      }
+      const Word sum = warp_scan(own);
       const unsigned reached = __ballot_sync(kAllLanes, sum >= goal);
       if (int(threadIdx.x) == __ffs(int(reached)) - 1) {
         Word left = goal - (sum - own);
@@ -3349,12 +3336,7 @@ __device__ inline int draw(const float* p, int V, Word floor, double u, int best
   if (before <= left && left < before + sum) {  // this warp has it
     left -= before;
     for (int j = begin + lane;; j += 32) {
-      const Word own = weight(j);
-      Word up_to = own;
-      for (int d = 1; d < 32; d *= 2) {
-        const Word other = __shfl_up_sync(kAllLanes, up_to, d);
-        if (lane >= d) up_to += other;
-      }
+      const Word up_to = warp_scan(weight(j));
       const unsigned past = __ballot_sync(kAllLanes, left < up_to);
       if (past) {
         if (lane == __ffs(int(past)) - 1) words[32] = Word(j);
@@ -3385,12 +3367,12 @@ __global__ void __launch_bounds__(kBlockThreads)
 
   for (int j = threadIdx.x; j < V; j += blockDim.x) p[j] = to_float(x[j]) + 0.f;  // no -0
   __syncthreads();
-  if (how.penalty != 1) {  // of each id once: from the logit, not from p
+  if (how.repetition_penalty != 1) {  // of each id once: from the logit, not from p
     for (int h = how.history_begin + threadIdx.x; h < how.history_end; h += blockDim.x) {
       const int id = history[h];
       if (id < 0 || id >= V) continue;
       const float v = to_float(x[id]);
-      p[id] = (v > 0 ? v / how.penalty : v * how.penalty) + 0.f;
+      p[id] = (v > 0 ? v / how.repetition_penalty : v * how.repetition_penalty) + 0.f;
     }
     __syncthreads();
   }
@@ -3418,7 +3400,7 @@ __global__ void __launch_bounds__(kBlockThreads)
       Word sum = 0;
       for (int j = threadIdx.x; j < V; j += blockDim.x)
         if (key_of(p[j], j) >= floor) sum += fixed_point(p[j]);
-      sum = block_reduce(sum, words, [](Word a, Word b) { return a + b; });
+      sum = block_reduce(sum, words, Plus());
       const Word goal = Word(ceil(double(max(how.top_p, 0.f)) * double(sum)));
       floor = key_at(p, V, floor, max(goal, Word(1)), bins, fixed_point);
     }
@@ -3460,31 +3442,19 @@ std::unique_ptr<KvCache> CudaGpt<A>::make_cache(int64_t positions) {
 template <class A>
 void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
                         bool want_logits) {
-  if (config_.head != Head::lm) fail("decode: a model with a scalar head samples nothing");
   auto& pages = dynamic_cast<CudaKvCache<A>&>(cache);
   const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
   const auto R = int64_t(rows.size());
-  std::vector<int> tokens, positions, row_of, doc_start, doc_end, last;
-  std::vector<int> lengths;  // before this call
-  bool prefill = true;       // all rows begin here
-  for (const DecodeRow& row : rows) {
-    const int length = cache.length(row.sequence), n = int(row.tokens.size());
-    if (n == 0 || length + n > config_.T) {
-      fail("decode: found ", n, " tokens after ", length, ", expected 1 up to the context of ",
-           config_.T);
-    }
-    const int start = int(tokens.size());
-    for (int t = 0; t < n; t++) {
-      const int token = row.tokens[size_t(t)];
-      if (token < 0 || token >= V) fail("decode: found token ", token, ", expected below ", V);
-      tokens.push_back(token);
-      positions.push_back(length + t);
-      row_of.push_back(int(lengths.size()));
-      doc_start.push_back(start), doc_end.push_back(start + n);
-    }
-    lengths.push_back(length);
-    last.push_back(start + n - 1);
-    prefill = prefill && length == 0;
+  const auto [tokens, positions, starts, lengths] = pack_new_tokens(config_, cache, rows);
+  std::vector<int> row_of, doc_start, doc_end, last;
+  bool prefill = true;  // all rows begin here
+  for (size_t r = 0; r < rows.size(); r++) {
+    const size_t n = rows[r].tokens.size();
+    row_of.insert(row_of.end(), n, int(r));
+    doc_start.insert(doc_start.end(), n, starts[r]),
+        doc_end.insert(doc_end.end(), n, starts[r + 1]);
+    last.push_back(starts[r + 1] - 1);
+    prefill = prefill && lengths[r] == 0;
   }
   std::vector<int2> copies;
   for (const DecodeRow& row : rows) {
@@ -3509,18 +3479,12 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     std::copy(list.begin(), list.end(), page_table.begin() + int64_t(r) * max_pages);
     for (int t = lengths[r]; t < cache.length(rows[r].sequence); t++)
       slot.push_back(list[size_t(t / kPage)] * kPage + t % kPage);
-    const Sampling& s = rows[r].sampling;
-    SampleRow row{};
-    row.temperature = s.temperature, row.top_k = s.top_k, row.top_p = s.top_p;
-    row.min_p = s.min_p, row.vocab = s.vocab > 0 ? std::min(V, s.vocab) : V;
-    row.penalty = s.repetition_penalty, row.seed = s.seed, row.stream = s.stream;
-    row.position = uint64_t(lengths[r]) + rows[r].tokens.size();
-    row.history_begin = int(history.size());
-    if (s.repetition_penalty != 1) {
+    const auto begin = int(history.size());
+    if (rows[r].sampling.repetition_penalty != 1) {
       history.insert(history.end(), rows[r].history.begin(), rows[r].history.end());
     }
-    row.history_end = int(history.size());
-    how.push_back(row);
+    how.push_back({rows[r].sampling, uint64_t(lengths[r]) + rows[r].tokens.size(), begin,
+                   int(history.size())});
   }
 
   // To the device
@@ -3540,7 +3504,7 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   upload(d.doc_start, doc_start), upload(d.doc_end, doc_end);
   upload(d.row, row_of), upload(d.slot, slot), upload(d.last, last);
   upload(d.rows, how), upload(d.copies, copies);
-  upload(d.page_table, page_table), upload(d.history, history);
+  upload(d.page_table.data(), page_table), upload(d.history.data(), history);
   d.staging.end(stream_);
   if (!copies.empty()) {
     launch("copy_pages", copy_pages_kernel<A>,
@@ -3559,8 +3523,8 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
                                          {int(N), NH, NKV, HS, d.doc_start, d.doc_end}, stream_);
                      } else {
                        cache_attention(a.att, in.q, in.q_ld, pages.keys_of(l), pages.values_of(l),
-                                       d.row, d.positions, d.page_table, max_pages, int(N), NH, NKV,
-                                       HS, stream_);
+                                       d.row, d.positions, d.page_table.data(), max_pages, int(N),
+                                       NH, NKV, HS, stream_);
                      }
                    });
   };
@@ -3572,10 +3536,10 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   std::vector<A> logits;
   for (int64_t begin = 0; begin < R; begin += d.a.logit_rows) {
     const int64_t count = std::min(d.a.logit_rows, R - begin);
-    gather_rows(d.a.head_in, d.a.final_norm, d.last + begin, int(count), C, stream_);
+    move_rows<false>(d.a.head_in, d.a.final_norm, d.last + begin, int(count), C, stream_);
     matmul(linear_product(count, table_.head, d.a.head_in, d.a.logits));
-    sample(d.ids + begin, d.logp + begin, d.a.logits, ld, V, d.rows + begin, d.history, int(count),
-           d.probabilities, stream_);
+    sample(d.ids + begin, d.logp + begin, d.a.logits, ld, V, d.rows + begin, d.history.data(),
+           int(count), d.probabilities, stream_);
     if (!want_logits) continue;
     logits.resize(size_t(count * V));
     check(
@@ -3586,12 +3550,8 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     for (size_t i = 0; i < logits.size(); i++)
       result.logits[size_t(begin * V) + i] = float(logits[i]);
   }
-  check(cudaMemcpyAsync(result.ids.data(), d.ids, size_t(R) * sizeof(int), cudaMemcpyDeviceToHost,
-                        stream_),
-        "sampled tokens");
-  check(cudaMemcpyAsync(result.logp.data(), d.logp, size_t(R) * sizeof(float),
-                        cudaMemcpyDeviceToHost, stream_),
-        "sampled tokens");
+  copy_to_host(result.ids.data(), d.ids, size_t(R), stream_, "sampled tokens");
+  copy_to_host(result.logp.data(), d.logp, size_t(R), stream_, "sampled tokens");
   wait();
 }
 
@@ -3599,71 +3559,7 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
 // 6. What is only there to be fast, and memory. A reader may stop here.
 
 // ---------------------------------------------------------------------------------------------
-// The vocabulary of section 2
-
-template <class... Parameters, class... Arguments>
-static void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t shared, cudaStream_t stream, Arguments... arguments) {
-#ifdef CAKE_CUDA_ON_CPU
-  cuda_on_cpu::name_next_launch(name);
-#endif
-  cudaError_t status = cudaSuccess;
-  if (shared > 48 << 10) {
-    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block;
-  config.dynamicSmemBytes = shared, config.stream = stream;
-  if (status == cudaSuccess) {
-    status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  }
-  if (status != cudaSuccess) {
-    fail("cuda: kernel ", name, " with grid (", grid.x, ", ", grid.y, ", ", grid.z, "), block ",
-         block.x, ", ", shared, " bytes of shared memory: ", cudaGetErrorString(status));
-  }
-}
-
-__device__ inline float block_sum(float x, float* scratch) {
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : 0.f);
-}
-__device__ inline float block_max(float x, float* scratch) {
-  x = warp_max(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  return warp_max(threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : -INFINITY);
-}
-
-template <class T, int n>
-__device__ inline void load_floats(float (&x)[n], const T* p) {
-  constexpr int kSize = Pack<T>::kSize;
-  if constexpr (n % kSize == 0) {
-    for (int i = 0; i < n; i += kSize) {
-      const Pack<T> pack = load_pack(p + i);
-      for (int j = 0; j < kSize; j++) x[i + j] = to_float(pack.v[j]);
-    }
-  } else {
-    for (int i = 0; i < n; i++) x[i] = to_float(p[i]);
-  }
-}
-template <class T, int n>
-__device__ inline void store_floats(T* p, const float (&x)[n]) {
-  constexpr int kSize = Pack<T>::kSize;
-  if constexpr (n % kSize == 0) {
-    for (int i = 0; i < n; i += kSize) {
-      Pack<T> pack;
-      for (int j = 0; j < kSize; j++) pack.v[j] = from_float<T>(x[i + j]);
-      store_pack(p + i, pack);
-    }
-  } else {
-    for (int i = 0; i < n; i++) p[i] = from_float<T>(x[i]);
-  }
-}
+// The sums of section 2
 
 // out[s, c] += sum_r in[r, s, c] for s = 0 and 1: in (count, sets, columns), a block has 32 columns
 // of a set. Warp w sums rows w, w + 32, ...; the warps' sums are added in order.
@@ -3716,11 +3612,7 @@ __global__ void __launch_bounds__(kBlockThreads) exclusive_scan_kernel(int* x, i
   int before = 0;
   for (int begin = 0; begin < n; begin += blockDim.x) {
     const int i = begin + threadIdx.x, value = i < n ? x[i] : 0;
-    int sum = value;  // of the warp's lanes up to this one
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, sum, d);
-      if (lane >= d) sum += other;
-    }
+    const int sum = warp_scan(value);
     if (lane == 31) sums[warp] = sum;
     __syncthreads();
     int total = 0;
@@ -3883,31 +3775,18 @@ static constexpr const char* kModelFlags = "--depth, --layers, --channels";
 static constexpr const char* kBatchFlags = "--micro-batch-tokens, --context, or --recompute";
 inline int64_t most_logit_rows = 8192;  // of logits made at a time; tests lower it
 
-template <class T>
-Buffer<T>::Buffer(const char* name, int64_t count, const char* lower) : size_(count) {
-  if (count == 0) return;
-  const cudaError_t status = cudaMalloc(reinterpret_cast<void**>(&data_), bytes());
-  if (status == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // clears the error, which is reported here
-    size_t free = 0, total = 0;
-    check(cudaMemGetInfo(&free, &total), "free memory");
-    fail("out of memory on the GPU: ", name, " takes ", bytes_text(double(bytes())), ", found ",
-         bytes_text(double(free)), " free of ", bytes_text(double(total)), "; lower ", lower);
-  }
-  check(status, name);
-}
-
 // Device memory for a list of named arrays. With `measure` it only adds up their sizes, for the
 // memory plan.
 class Memory {
  public:
   Memory(const char* lower, bool measure) : lower_(lower), measure_(measure) {}
   template <class T>
-  T* allocate(const char* name, int64_t count) {
+  void allocate(T*& p, const char* name, int64_t count) {
+    p = nullptr;
     bytes_ += count * int64_t(sizeof(T));
-    if (measure_ || count == 0) return nullptr;
+    if (measure_ || count == 0) return;
     pieces_.emplace_back(name, count * int64_t(sizeof(T)), lower_);
-    return reinterpret_cast<T*>(pieces_.back().data());
+    p = reinterpret_cast<T*>(pieces_.back().data());
   }
   int64_t bytes() const { return bytes_; }
 
@@ -3951,10 +3830,9 @@ class Staging {
     if (count == 0) return;
     Side& side = sides_[turn_];
     if (used_ + count * sizeof(T) > side.bytes) fail("cuda: an upload is larger than announced");
-    std::memcpy(side.data + used_, host, count * sizeof(T));
-    check(cudaMemcpyAsync(device, side.data + used_, count * sizeof(T), cudaMemcpyHostToDevice,
-                          stream),
-          "a copy to the device");
+    T* pinned = reinterpret_cast<T*>(side.data + used_);
+    std::memcpy(pinned, host, count * sizeof(T));
+    copy_to_device(device, pinned, count, stream, "a copy to the device");
     used_ += round_up(int64_t(count * sizeof(T)), 16);
   }
   void end(cudaStream_t stream) { check(cudaEventRecord(sides_[turn_].read, stream), "an event"); }
@@ -3990,10 +3868,8 @@ struct Weights {
     }
     master = Buffer<float>("parameters", kCopy && !train ? vectors : table.size, kModelFlags);
     copy = Buffer<A>("parameters in bf16", kCopy ? table.size : 0, kModelFlags);
-    if (master.size() > 0) {
-      check(cudaMemsetAsync(master.data(), 0, master.bytes(), stream), "parameters");
-    }
-    if (kCopy) check(cudaMemsetAsync(copy.data(), 0, copy.bytes(), stream), "parameters");
+    master.clear(stream);
+    copy.clear(stream);
   }
   static int64_t bytes(const ParamTable& table, bool train) {
     if (!kCopy) return table.size * 4;
@@ -4030,71 +3906,68 @@ void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows,
                              Memory& memory) {
   logit_rows = std::min(most_logit_rows, rows);
   const int64_t up = c.has_gate() ? 2 * c.F : c.F, heads = int64_t(c.NH) * c.HS;
-  const auto a = [&](const char* name, int64_t count) {
-    return memory.template allocate<A>(name, count);
+  const auto allocate = [&](auto*& p, const char* name, int64_t count) {
+    memory.allocate(p, name, count);
   };
-  const auto f = [&](const char* name, int64_t count) {
-    return memory.template allocate<float>(name, count);
-  };
-  const auto mean = [&](const char* name) { return c.has_biases() ? f(name, N) : nullptr; };
+  const int64_t means = c.has_biases() ? N : 0;  // of LayerNorm alone
   layers.resize(size_t(c.L));
   for (int l = 0; l < c.L; l++) {
     LayerActivations<A>& layer = layers[size_t(l)];
     if (l > 0 && saved != Saved::all) {  // one layer's memory serves all
       layer = layers[0];
-      if (saved == Saved::layer_inputs) layer.x = a("x", N * c.C);
-      if (saved == Saved::none) layer.x = l == 1 ? a("x", N * c.C) : layers[size_t(l) - 2].x;
+      if (saved == Saved::layer_inputs) allocate(layer.x, "x", N * c.C);
+      if (saved == Saved::none && l == 1) allocate(layer.x, "x", N * c.C);
+      if (saved == Saved::none && l > 1) layer.x = layers[size_t(l) - 2].x;
       continue;
     }
-    layer.x = a("x", N * c.C);
-    layer.norm1 = a("norm1", N * c.C);
-    layer.mean1 = mean("mean1"), layer.rstd1 = f("rstd1", N);
-    layer.qkv = a("qkv", N * c.qkv());
-    layer.rotated = c.family == Family::qwen3 && saved != Saved::none
-                        ? a("rotated", N * (c.NH + c.NKV) * c.HS)
-                        : nullptr;
-    layer.att = a("att", N * heads);
-    layer.lse = f("lse", N * c.NH);
-    layer.mid = a("mid", N * c.C);
-    layer.norm2 = a("norm2", N * c.C);
-    layer.mean2 = mean("mean2"), layer.rstd2 = f("rstd2", N);
-    layer.up = a("up", N * up);
-    layer.act = a("act", N * c.F);
+    allocate(layer.x, "x", N * c.C);
+    allocate(layer.norm1, "norm1", N * c.C);
+    allocate(layer.mean1, "mean1", means), allocate(layer.rstd1, "rstd1", N);
+    allocate(layer.qkv, "qkv", N * c.qkv());
+    if (c.family == Family::qwen3 && saved != Saved::none) {
+      allocate(layer.rotated, "rotated", N * (c.NH + c.NKV) * c.HS);
+    }
+    allocate(layer.att, "att", N * heads);
+    allocate(layer.lse, "lse", N * c.NH);
+    allocate(layer.mid, "mid", N * c.C);
+    allocate(layer.norm2, "norm2", N * c.C);
+    allocate(layer.mean2, "mean2", means), allocate(layer.rstd2, "rstd2", N);
+    allocate(layer.up, "up", N * up);
+    allocate(layer.act, "act", N * c.F);
   }
-  x = a("x", N * c.C);
-  final_norm = a("final_norm", N * c.C);
-  final_mean = mean("final_mean"), final_rstd = f("final_rstd", N);
-  delta = a("delta", N * c.C);
-  inner = a("inner", N * rank);
+  allocate(x, "x", N * c.C);
+  allocate(final_norm, "final_norm", N * c.C);
+  allocate(final_mean, "final_mean", means), allocate(final_rstd, "final_rstd", N);
+  allocate(delta, "delta", N * c.C);
+  allocate(inner, "inner", N * rank);
   if (c.head == Head::lm) {
-    head_in = a("head_in", logit_rows * c.C);
-    logits = a("logits", logit_rows * c.padded_V());
+    allocate(head_in, "head_in", logit_rows * c.C);
+    allocate(logits, "logits", logit_rows * c.padded_V());
   }
   if (saved == Saved::none) return;
-  if (c.head == Head::lm) dhead_in = a("dhead_in", logit_rows * c.C);
-  dx = a("dx", N * c.C);
-  dnorm = a("dnorm", N * std::max<int64_t>(c.C, heads));
-  dqkv = a("dqkv", N * c.qkv());
-  dact = a("dact", N * c.F);
-  dup = a("dup", N * up);
-  att_dot = f("att_dot", N * c.NH);
+  if (c.head == Head::lm) allocate(dhead_in, "dhead_in", logit_rows * c.C);
+  allocate(dx, "dx", N * c.C);
+  allocate(dnorm, "dnorm", N * std::max<int64_t>(c.C, heads));
+  allocate(dqkv, "dqkv", N * c.qkv());
+  allocate(dact, "dact", N * c.F);
+  allocate(dup, "dup", N * up);
+  allocate(att_dot, "att_dot", N * c.NH);
   const int widest = int(std::max<int64_t>(c.qkv(), up)), tokens = int(N);
-  bias_sums = f("bias_sums", c.has_biases() ? widest : 0);
-  const size_t bytes = std::max(
-      {embed_backward_scratch(tokens, c.V), embed_backward_scratch(tokens, c.T),
-       norm_backward_scratch(tokens, c.C), qk_backward_scratch(tokens, c.HS),
-       bias_backward_scratch(tokens, std::max(widest, c.C)), value_backward_scratch(tokens, c.C)});
-  scratch = memory.template allocate<unsigned char>("scratch", int64_t(bytes));
+  allocate(bias_sums, "bias_sums", c.has_biases() ? widest : 0);
+  const size_t bytes =
+      std::max({embed_backward_scratch(tokens, c.V), embed_backward_scratch(tokens, c.T),
+                norm_backward_scratch(tokens, c.C), qk_backward_scratch(tokens, c.HS),
+                bias_backward_scratch(tokens, std::max(widest, c.C))});  // the scalar head's too
+  allocate(scratch, "scratch", int64_t(bytes));
 }
 
 void DeviceBatch::lay_out(int64_t N, bool train, Memory& memory) {
-  for (int** p : {&tokens, &targets, &positions, &doc_start, &doc_end}) {
-    *p = memory.allocate<int>("batch", N);
-  }
-  row_of = memory.allocate<int>("rows of the batch", round_up(N, 128));
+  for (int** p : {&tokens, &targets, &positions, &doc_start, &doc_end})
+    memory.allocate(*p, "batch", N);
+  memory.allocate(row_of, "rows of the batch", round_up(N, 128));
   for (float** p : {&dlogp, &dentropy, &dvalue})
-    *p = train ? memory.allocate<float>("weights of the batch", N) : nullptr;
-  for (float** p : {&logp, &entropy, &value}) *p = memory.allocate<float>("results", N);
+    memory.allocate(*p, "weights of the batch", train ? N : 0);
+  for (float** p : {&logp, &entropy, &value}) memory.allocate(*p, "results", N);
 }
 
 template <class A>
@@ -4174,15 +4047,6 @@ struct CudaGpt<A>::Resources {
   RopeTable rope;
   Graphs graphs;
 };
-template <class A>
-Graphs& CudaGpt<A>::graphs() {
-  return resources_->graphs;
-}
-template <class A>
-template <class Work>
-void CudaGpt<A>::run_graph(const GraphKey& key, Work&& work) {
-  resources_->graphs.run(key, stream_, work);
-}
 
 // ---------------------------------------------------------------------------------------------
 // Products: cuBLASLt behind one function
@@ -4289,8 +4153,6 @@ class Products {
       for (cudaEvent_t& e : events_) check(cudaEventCreate(&e), "an event");
     }
   }
-  Products(const Products&) = delete;
-  Products& operator=(const Products&) = delete;
   ~Products() {
     for (auto& [key, plan] : plans_) {
       for (const auto layout : {plan.a, plan.b, plan.c}) cublasLtMatrixLayoutDestroy(layout);
@@ -4396,13 +4258,14 @@ class Products {
             std::min(alignment(p.d), alignment(p.c))};
   }
 
+  template <class T>
+  static void set(const Plan& plan, cublasLtMatmulDescAttributes_t attribute, T value) {
+    check(cublasLtMatmulDescSetAttribute(plan.description, attribute, &value, sizeof value),
+          "a product's description");
+  }
   void set_pointers(const Product& p, const Plan& plan) {
-    const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const void* value) {
-      check(cublasLtMatmulDescSetAttribute(plan.description, attribute, &value, sizeof value),
-            "a product's pointers");
-    };
-    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
-    if (p.aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, p.aux);
+    if (p.bias) set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
+    if (p.aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, p.aux);
   }
   void multiply(const Product& p, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm) {
     set_pointers(p, plan);
@@ -4441,12 +4304,8 @@ class Products {
   void describe(const Product& p, Plan& plan) {
     check(cublasLtMatmulDescCreate(&plan.description, CUBLAS_COMPUTE_32F, CUDA_R_32F),
           "a product's description");
-    const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
-      check(cublasLtMatmulDescSetAttribute(plan.description, attribute, &value, sizeof value),
-            "a product's description");
-    };
-    set(CUBLASLT_MATMUL_DESC_TRANSA, int32_t(p.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
-    set(CUBLASLT_MATMUL_DESC_TRANSB, int32_t(p.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
+    set(plan, CUBLASLT_MATMUL_DESC_TRANSA, int32_t(p.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
+    set(plan, CUBLASLT_MATMUL_DESC_TRANSB, int32_t(p.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
     const cublasLtEpilogue_t epilogue =
         p.epilogue == Epilogue::bias ? CUBLASLT_EPILOGUE_BIAS
         : p.epilogue == Epilogue::gelu
@@ -4454,22 +4313,21 @@ class Products {
         : p.epilogue == Epilogue::dgelu         ? CUBLASLT_EPILOGUE_DGELU
         : p.epilogue == Epilogue::bias_gradient ? CUBLASLT_EPILOGUE_BGRADB
                                                 : CUBLASLT_EPILOGUE_DEFAULT;
-    set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(epilogue));
-    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, int32_t(p.out));
-    if (p.aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.ldd);
+    set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(epilogue));
+    if (p.bias) set(plan, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, int32_t(p.out));
+    if (p.aux) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.ldd);
     set_pointers(p, plan);  // the heuristic looks at their alignment
     const auto layout = [&](cublasLtMatrixLayout_t& handle, cudaDataType_t type, int64_t rows,
                             int64_t columns, int64_t ld, int64_t stride) {
       check(cublasLtMatrixLayoutCreate(&handle, type, uint64_t(columns), uint64_t(rows), ld),
             "a matrix's layout");
       if (p.batch == 1) return;
-      const int32_t count = p.batch;
-      check(cublasLtMatrixLayoutSetAttribute(handle, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
-                                             sizeof count),
-            "a matrix's layout");
-      check(cublasLtMatrixLayoutSetAttribute(handle, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-                                             &stride, sizeof stride),
-            "a matrix's layout");
+      const auto set_batch = [&](cublasLtMatrixLayoutAttribute_t attribute, auto value) {
+        check(cublasLtMatrixLayoutSetAttribute(handle, attribute, &value, sizeof value),
+              "a matrix's layout");
+      };
+      set_batch(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, int32_t(p.batch));
+      set_batch(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, stride);
     };
     layout(plan.a, p.in, p.a_transposed ? p.K : p.M, p.a_transposed ? p.M : p.K, p.lda, p.a_stride);
     layout(plan.b, p.in, p.b_transposed ? p.N : p.K, p.b_transposed ? p.K : p.N, p.ldb, p.b_stride);
@@ -4567,8 +4425,6 @@ struct Machine {
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream");
     products = std::make_unique<Products>(stream);
   }
-  Machine(const Machine&) = delete;
-  Machine& operator=(const Machine&) = delete;
   ~Machine() {
     products.reset();
     cudaStreamDestroy(stream);
@@ -4642,16 +4498,12 @@ void CudaGpt<A>::linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* a
   }
   const auto compute = [&](bool fused) {
     Product p = linear_product(N, l, x, fused ? act : up);
-    if (fused) {
-      p.epilogue = Epilogue::gelu, p.aux = up;
-      return try_matmul(p);
-    }
-    matmul(p);
-    gelu_forward(act, up, N * l.out, stream_);
+    if (fused) p.epilogue = Epilogue::gelu, p.aux = up;
+    if (!try_matmul(p)) return false;
+    if (!fused) gelu_forward(act, up, N * l.out, stream_);
     return true;
   };
-  const bool fused = fused_is_faster("GELU", N, l, compute);
-  if (!(fused && compute(true))) compute(false);
+  if (!(fused_is_faster("GELU", N, l, compute) && compute(true))) compute(false);
 }
 // The same through the GELU that made x: dup = dy W GELU'(up)
 template <class A>
@@ -4664,16 +4516,12 @@ void CudaGpt<A>::linear_gelu_backward(const Linear& l, const A* x, const A* up, 
   weight_backward(l, x, dy);
   const auto compute = [&](bool fused) {
     Product p = input_gradient_product(N_, l, dy, fused ? dup : a_.dact);
-    if (fused) {
-      p.epilogue = Epilogue::dgelu, p.aux = const_cast<A*>(up);  // read only
-      return try_matmul(p);
-    }
-    matmul(p);
-    gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
+    if (fused) p.epilogue = Epilogue::dgelu, p.aux = const_cast<A*>(up);  // read only
+    if (!try_matmul(p)) return false;
+    if (!fused) gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
     return true;
   };
-  const bool fused = fused_is_faster("GELU'", N_, l, compute);
-  if (!(fused && compute(true))) compute(false);
+  if (!(fused_is_faster("GELU'", N_, l, compute) && compute(true))) compute(false);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -4733,13 +4581,13 @@ struct OptimizerLayout {
       x_size += g.count * g.size();
       other_size = std::max(other_size, g.batch_size * g.size());
       gram_size = std::max(gram_size, g.batch_size * g.gram());
-      squares_size = std::max(squares_size, int64_t(muon_squares_scratch(g.batch_size)));
+      squares_size = std::max(squares_size, int64_t(g.batch_size) * kMuonBlocks);
       groups.push_back(g);
     }
   }
   // Beside the moments; `element`: bytes of the activations' type.
   int64_t scratch_bytes(int64_t element) const {
-    return (x_size + other_size + 2 * gram_size) * element + squares_size;
+    return (x_size + other_size + 2 * gram_size) * element + squares_size * 4;
   }
 };
 
@@ -4754,7 +4602,7 @@ struct CudaGpt<A>::Optimizer {
   Buffer<A> x;      // (all of Muon's matrices) the direction, transposed when tall
   Buffer<A> other;  // (batch_size matrices) X before each of the products that make the next
   Buffer<A> gram, combined;  // (batch_size, rows, rows) A = X X^T, b A + c A A
-  Buffer<unsigned char> squares;
+  Buffer<float> squares;
   bool stepped = false;
 
   Optimizer(const ParamTable& table, cudaStream_t stream)
@@ -4768,24 +4616,21 @@ struct CudaGpt<A>::Optimizer {
         gram("Muon's scratch", layout.gram_size, kModelFlags),
         combined("Muon's scratch", layout.gram_size, kModelFlags),
         squares("Muon's scratch", layout.squares_size, kModelFlags) {
-    check(cudaMemsetAsync(moment1.data(), 0, moment1.bytes(), stream), "clearing memory");
-    if (moment2.size() > 0) {
-      check(cudaMemsetAsync(moment2.data(), 0, moment2.bytes(), stream), "moments");
-    }
-    check(cudaMemsetAsync(step.data(), 0, step.bytes(), stream), "the gradient's norm");
+    moment1.clear(stream);
+    moment2.clear(stream);
+    step.clear(stream);
     if (offsets.size() == 0) return;
-    check(cudaMemcpyAsync(offsets.data(), layout.offsets.data(), offsets.bytes(),
-                          cudaMemcpyHostToDevice, stream),
-          "Muon's matrices");
+    copy_to_device(offsets.data(), layout.offsets.data(), layout.offsets.size(), stream,
+                   "Muon's matrices");
   }
 };
 
 template <class A>
 struct CudaGpt<A>::Decoding {
   Staging staging;
-  std::unique_ptr<Memory> memory, table_memory, history_memory;
+  std::unique_ptr<Memory> memory;
   Activations<A> a{};
-  int64_t capacity = 0, row_capacity = 0, table_capacity = 0, history_capacity = 0;
+  int64_t capacity = 0, row_capacity = 0;
   int *tokens, *positions;   // (N)
   int *doc_start, *doc_end;  // (N) of rows as documents: a prefill
   int *row, *slot;           // (N) its row; page x kPage + place for its key and value
@@ -4795,41 +4640,39 @@ struct CudaGpt<A>::Decoding {
   float* logp;               // (R)
   float* probabilities;      // (logit_rows, V) scratch
   int2* copies;              // (R) pages to copy, from and to
-  int* page_table;           // (R, max_pages)
-  int* history;              // of all rows that have a repetition penalty
+  Buffer<int> page_table;    // (R, max_pages)
+  Buffer<int> history;       // of all rows that have a repetition penalty
 
   bool fits(int64_t N, int64_t R, int64_t table_size, int64_t past) const {
-    return N <= capacity && R <= row_capacity && table_size <= table_capacity &&
-           past <= history_capacity;
+    return N <= capacity && R <= row_capacity && table_size <= page_table.size() &&
+           past <= history.size();
   }
   // N tokens of R rows, whose page tables and histories take so many ints
   void reserve(const Config& c, int rank, int64_t N, int64_t R, int64_t table_size, int64_t past) {
-    grow(page_table, table_memory, table_capacity, table_size, "page table");
-    grow(history, history_memory, history_capacity, past, "tokens for the repetition penalty");
+    grow(page_table, table_size, "page table");
+    grow(history, past, "tokens for the repetition penalty");
     if (N <= capacity && R <= row_capacity) return;
     N = std::max(N, capacity), R = std::max(R, row_capacity);
     capacity = row_capacity = 0, memory = nullptr;
-    memory = std::make_unique<Memory>("the number of sequences decoded at once", false);
+    memory = std::make_unique<Memory>(kFlags, false);
     a = {};
     a.lay_out(c, rank, N, R, Saved::none, *memory);
     for (int** p : {&tokens, &positions, &doc_start, &doc_end, &row, &slot})
-      *p = memory->template allocate<int>("tokens to decode", N);
-    for (int** p : {&last, &ids}) *p = memory->template allocate<int>("rows to decode", R);
-    rows = memory->template allocate<SampleRow>("how to sample", R);
-    logp = memory->template allocate<float>("logp", R);
-    probabilities = memory->template allocate<float>("probabilities", a.logit_rows * c.V);
-    copies = memory->template allocate<int2>("pages to copy", R);
+      memory->allocate(*p, "tokens to decode", N);
+    for (int** p : {&last, &ids}) memory->allocate(*p, "rows to decode", R);
+    memory->allocate(rows, "how to sample", R);
+    memory->allocate(logp, "logp", R);
+    memory->allocate(probabilities, "probabilities", a.logit_rows * c.V);
+    memory->allocate(copies, "pages to copy", R);
     capacity = N, row_capacity = R;
   }
 
  private:
-  void grow(int*& p, std::unique_ptr<Memory>& memory, int64_t& capacity, int64_t size,
-            const char* name) {
-    if (size <= capacity) return;
-    capacity = 0;
-    memory = std::make_unique<Memory>("the number of sequences decoded at once", false);
-    p = memory->template allocate<int>(name, round_up(2 * size, 64));
-    capacity = round_up(2 * size, 64);
+  static constexpr const char* kFlags = "the number of sequences decoded at once";
+  static void grow(Buffer<int>& buffer, int64_t size, const char* name) {
+    if (size <= buffer.size()) return;
+    buffer = {};
+    buffer = Buffer<int>(name, round_up(2 * size, 64), kFlags);
   }
 };
 
@@ -4892,14 +4735,11 @@ void CudaGpt<A>::read(int tensor, Slot slot, std::span<float> out) const {
   if ((slot == Slot::gradient && gradients_zeroed_) || (!src.data && !src.copy)) {
     std::fill(out.begin(), out.end(), 0.f);  // Muon's tensors have one moment, frozen ones nothing
   } else if (src.data) {
-    check(cudaMemcpyAsync(out.data(), src.data, out.size_bytes(), cudaMemcpyDeviceToHost, stream_),
-          t.name.c_str());
+    copy_to_host(out.data(), src.data, out.size(), stream_, t.name.c_str());
     wait();
   } else {
     std::vector<A> values(out.size());
-    check(cudaMemcpyAsync(values.data(), src.copy, values.size() * sizeof(A),
-                          cudaMemcpyDeviceToHost, stream_),
-          t.name.c_str());
+    copy_to_host(values.data(), src.copy, values.size(), stream_, t.name.c_str());
     wait();
     for (size_t i = 0; i < out.size(); i++) out[i] = float(values[i]);
   }
@@ -4917,16 +4757,11 @@ void CudaGpt<A>::write(int tensor, Slot slot, std::span<const float> in) {
          t.trainable ? ": Muon keeps no second moment" : ": it is frozen: it has weights alone");
   }
   if (slot == Slot::gradient) clear_zeroed_gradients();
-  if (dst.data) {
-    check(cudaMemcpyAsync(dst.data, in.data(), in.size_bytes(), cudaMemcpyHostToDevice, stream_),
-          t.name.c_str());
-  }
+  if (dst.data) copy_to_device(dst.data, in.data(), in.size(), stream_, t.name.c_str());
   std::vector<A> values;
   if (dst.copy) {
     for (const float x : in) values.push_back(A(x));
-    check(cudaMemcpyAsync(dst.copy, values.data(), values.size() * sizeof(A),
-                          cudaMemcpyHostToDevice, stream_),
-          t.name.c_str());
+    copy_to_device(dst.copy, values.data(), values.size(), stream_, t.name.c_str());
   }
   wait();
 }
@@ -5036,9 +4871,8 @@ static double product_peak() {
     for (A& x : values) x = A(float(rng.normal()));
     for (const Buffer<A>* x : {&a, &b})
       for (int64_t i = 0; i < n * n; i += int64_t(values.size()))
-        check(cudaMemcpyAsync(x->data() + i, values.data(), values.size() * sizeof(A),
-                              cudaMemcpyHostToDevice, machine->stream),
-              "a product's matrix");
+        copy_to_device(x->data() + i, values.data(), values.size(), machine->stream,
+                       "a product's matrix");
     const Product p = product_abt(n, n, n, a.data(), b.data(), d.data());
     machine->matmul(p);
     peak = 2. * double(n) * double(n) * double(n) /

@@ -189,11 +189,6 @@ struct ParamTable {
       if (t.trainable) return t.offset;
     return size;
   }
-  bool trainable(int64_t offset) const {  // the row that begins at or before this arena offset
-    const auto after = std::upper_bound(tensors.begin(), tensors.end(), offset,
-                                        [](int64_t o, const Tensor& t) { return o < t.offset; });
-    return after != tensors.begin() && (after - 1)->trainable;
-  }
   int find(std::string_view name) const {  // index, -1 when absent
     for (size_t i = 0; i < tensors.size(); i++)
       if (tensors[i].name == name) return int(i);
@@ -210,15 +205,18 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
   const double residual_std = g ? .02 / std::sqrt(2. * c.L) : 0;
   const auto fan_in_std = [&](int in) { return g ? .02 : 1 / std::sqrt(double(in)); };
   const auto align = [&] { table.size = (table.size + 15) / 16 * 16; };  // 64 bytes: a cache line
-  const auto add = [&](Tensor t, int padded_out = 0) {
+  const auto append = [&](Tensor t, int padded_out = 0) {
     t.offset = table.size;
     if (t.disk_out == 0) t.disk_out = t.out;
     table.size += int64_t(std::max(padded_out, t.out)) * t.in;
     table.tensors.push_back(std::move(t));
     return table.tensors.back().offset;
   };
-  const auto vector = [&](const std::string& name, int n, const std::string& disk, bool one) {
+  const auto add = [&](Tensor t, int padded_out = 0) {
     align();
+    return append(std::move(t), padded_out);
+  };
+  const auto vector = [&](const std::string& name, int n, const std::string& disk, bool one) {
     return add(
         {.name = name, .kind = Kind::vector, .out = n, .in = 1, .disk = disk, .init_one = one});
   };
@@ -237,7 +235,6 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
   const auto linear = [&](const std::vector<Part>& parts, int in, double std) {
     Linear l{.in = in};
     for (const Part& p : parts) l.out += p.out;
-    align();
     for (const bool bias : {false, true}) {
       if (bias && !g) break;
       align();
@@ -255,7 +252,7 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
                  .init_std = bias ? 0 : std,
                  .decay = !bias,
                  .muon = !bias && muon};
-        const int64_t offset = add(std::move(t));
+        const int64_t offset = append(std::move(t));
         if (begin == 0) (bias ? l.bias : l.weight) = offset;
         begin += p.out;
       }
@@ -264,7 +261,6 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
   };
 
   const std::string root = g ? "transformer." : "model.";
-  align();
   table.wte = add({.name = "wte",
                    .kind = Kind::embedding,
                    .out = c.V,
@@ -273,7 +269,6 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
                    .init_std = g || c.tied ? .02 : 1},
                   c.padded_V());
   if (g) {
-    align();
     table.wpe = add({.name = "wpe",
                      .kind = Kind::position,
                      .out = c.T,
@@ -309,7 +304,6 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
   table.final_norm = norm("final_norm", root + (g ? "ln_f" : "norm"));
   table.head = {.weight = table.wte, .out = c.padded_V(), .in = c.C};
   if (c.head == Head::scalar) {
-    align();
     table.head.out = 1;
     table.head.weight = add({.name = "score",
                              .kind = Kind::head,
@@ -318,7 +312,6 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
                              .disk = "score.weight",
                              .init_std = 1 / std::sqrt(c.C + 1.)});
   } else if (!c.tied) {
-    align();
     table.head.weight = add({.name = "head",
                              .kind = Kind::head,
                              .out = c.V,
@@ -340,7 +333,6 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
           continue;
         }
         const auto row = [&](const char* which, int out, int in, double std) {
-          align();
           return add({.name = t.name.substr(0, t.name.rfind(".weight")) + ".lora_" + which,
                       .kind = Kind::adapter,
                       .out = out,
@@ -542,14 +534,11 @@ class KvCache {
   template <class Copy>
   void append(int sequence, int n, Copy&& copy) {
     Sequence& s = sequences_[size_t(sequence)];
-    if (s.length % kPage != 0) {
-      int& last = s.pages.back();
-      if (references_[size_t(last)] > 1) {
-        const int fresh = pop_free_page();
-        copy(last, fresh);
-        release(last);
-        last = fresh;
-      }
+    if (s.length % kPage != 0 && references_[size_t(s.pages.back())] > 1) {
+      const int fresh = pop_free_page();
+      copy(s.pages.back(), fresh);
+      release(s.pages.back());
+      s.pages.back() = fresh;
     }
     s.length += n;
     while (int(s.pages.size()) * kPage < s.length) s.pages.push_back(pop_free_page());
@@ -577,6 +566,35 @@ class KvCache {
   std::vector<int> references_, free_;  // pages
   std::vector<Sequence> sequences_;
 };
+
+// The new tokens of a call to decode, checked and packed end to end.
+struct NewTokens {
+  std::vector<int> tokens, positions;  // (N) ids, and positions in their sequences
+  std::vector<int> starts;             // (R+1) where the tokens of each row begin
+  std::vector<int> lengths;            // (R) of the sequences before this call
+};
+inline NewTokens pack_new_tokens(const Config& c, const KvCache& cache,
+                                 std::span<const DecodeRow> rows) {
+  if (c.head != Head::lm) fail("decode: a model with a scalar head samples nothing");
+  NewTokens all;
+  all.starts = {0};
+  for (const DecodeRow& row : rows) {
+    const int length = cache.length(row.sequence), n = int(row.tokens.size());
+    if (n == 0 || length + n > c.T) {
+      fail("decode: found ", n, " tokens after ", length, ", expected 1 up to the context of ",
+           c.T);
+    }
+    for (int t = 0; t < n; t++) {
+      const int token = row.tokens[size_t(t)];
+      if (token < 0 || token >= c.V) fail("decode: found token ", token, ", expected below ", c.V);
+      all.tokens.push_back(token);
+      all.positions.push_back(length + t);
+    }
+    all.starts.push_back(int(all.tokens.size()));
+    all.lengths.push_back(length);
+  }
+  return all;
+}
 
 // ---------------------------------------------------------------------------------------------
 // The engine

@@ -247,8 +247,8 @@ KERNEL_TEST("cuda: gathered and scattered rows are the rows asked for") {
     every_schedule([&] {
       const OnDevice<A> x_(x), y_(y), to_rows(int64_t(y.size())), to_x(Doubles(x.size(), 0.));
       const OnDevice<int> row_of_(row_of);
-      gather_rows<A>(to_rows, x_, row_of_, rows, C, nullptr);
-      scatter_rows<A>(to_x, y_, row_of_, rows, C, nullptr);
+      move_rows<false, A>(to_rows, x_, row_of_, rows, C, nullptr);
+      move_rows<true, A>(to_x, y_, row_of_, rows, C, nullptr);
       CHECK(to_rows.read() == gathered);
       CHECK(to_x.read() == scattered);
     });
@@ -524,7 +524,7 @@ KERNEL_TEST("cuda: the scalar head matches the definition") {
     every_schedule([&] {
       const OnDevice<A> x_(x), w_(w), dx_(int64_t(x.size()));
       const OnDevice<float> value_(N), dvalue_(dvalue), dw_(before);
-      const OnDevice<char> scratch(int64_t(value_backward_scratch(N, C)));
+      const OnDevice<char> scratch(int64_t(bias_backward_scratch(N, C)));
       value_forward<A>(value_, x_, w_, N, C, nullptr);
       for (int twice = 0; twice < 2; twice++) {
         value_backward<A>(dx_, dw_, dvalue_, x_, w_, N, C, scratch, nullptr);
@@ -751,7 +751,7 @@ KERNEL_TEST("cuda: Muon's kernels, the products between them apart, match the fo
     }
     every_schedule([&] {
       const OnDevice<float> w_(w0), g_(g), m_(m0);
-      const OnDevice<float> squares(muon_squares_scratch(count) / sizeof(float));
+      const OnDevice<float> squares(int64_t(count) * kMuonBlocks);
       const OnDevice<bf16> copy(w0);
       const OnDevice<int64_t> offsets_(offsets);
       const OnDevice<A> x_(int64_t(x0.size()));
@@ -798,7 +798,8 @@ int plain_sample(Doubles x, const SampleRow& how, const std::vector<int>& histor
   const int V = int(x.size());
   const std::set<int> seen(history.begin() + how.history_begin, history.begin() + how.history_end);
   for (const int id : seen) {
-    if (id < V) x[size_t(id)] *= std::pow(double(how.penalty), x[size_t(id)] > 0 ? -1 : 1);
+    if (id < V)
+      x[size_t(id)] *= std::pow(double(how.repetition_penalty), x[size_t(id)] > 0 ? -1 : 1);
   }
   std::vector<int> order(x.size());
   std::iota(order.begin(), order.end(), 0);
@@ -851,7 +852,7 @@ KERNEL_TEST("cuda: sampling follows its rules, ties and limits included") {
         rows.push_back(r);
       }
     };
-    const SampleRow one{1, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0};
+    const SampleRow one{};
     add(one);
     for (const float temperature : {0.f, .5f, 1.7f}) {
       SampleRow r = one;
@@ -863,7 +864,7 @@ KERNEL_TEST("cuda: sampling follows its rules, ties and limits included") {
       r.min_p = .2f, add(r);
       r.top_p = .7f, add(r);
       r = one, r.temperature = temperature;
-      r.penalty = 1.5f, r.history_begin = 2, r.history_end = 12, add(r);
+      r.repetition_penalty = 1.5f, r.history_begin = 2, r.history_end = 12, add(r);
       r.vocab = std::max(1, V / 2), r.top_k = 3, add(r);
     }
     std::vector<int> want;
@@ -895,7 +896,7 @@ KERNEL_TEST("cuda: sampling follows its rules, ties and limits included") {
         CAPTURE(rows[r].temperature);
         CAPTURE(rows[r].top_k);
         CAPTURE(rows[r].top_p);
-        CAPTURE(rows[r].penalty);
+        CAPTURE(rows[r].repetition_penalty);
         CHECK(got[r] == want[r]);
       }
       CHECK_CLOSE(logp.read(), want_logp, kFloat);
@@ -912,7 +913,9 @@ KERNEL_TEST("cuda: nucleus sampling stops at a sum it meets exactly") {
   const OnDevice<A> logits(Doubles{-9, 1, -9, 1, 1, 1, -9});
   std::set<int> by_p, by_k;
   for (int i = 0; i < 40; i++) {
-    SampleRow r{.1f, .5f, 0, 1, 0, 0, 0, 0, uint64_t(i), 0, 0}, k = r;
+    SampleRow r;
+    r.temperature = .1f, r.top_p = .5f, r.position = uint64_t(i);
+    SampleRow k = r;
     k.top_p = 1, k.top_k = 3;
     const OnDevice<SampleRow> rows(std::vector<SampleRow>{r, k});
     const OnDevice<A> both(Doubles{-9, 1, -9, 1, 1, 1, -9, -9, 1, -9, 1, 1, 1, -9});
