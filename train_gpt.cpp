@@ -1642,7 +1642,7 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
   weights_->make_panels();
   const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
   const auto R = int64_t(rows.size());
-  const auto [tokens, positions, starts, lengths] = pack_new_tokens(config_, cache, rows);
+  const NewTokens added = pack_new_tokens(config_, cache, rows);
   for (const DecodeRow& row : rows) {
     cache.append(row.sequence, int(row.tokens.size()),
                  [&](int src, int dst) { pages.copy(src, dst); });
@@ -1651,24 +1651,24 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
   result.logp.assign(size_t(R), 0.f);
   result.logits.resize(want_logits ? size_t(R * V) : 0);
   if (R == 0) return;
-  const int N = int(tokens.size());
+  const int N = int(added.tokens.size());
   decode_.reserve(config_, N, false);
   const float scale = 1 / std::sqrt(float(HS));
   const auto attend_cache = [&](int l, LayerActivations& a) {
     const Attention qkv = attention_of(a.qkv, a.rotated);
     parallel_groups(R * NKV, 1, [&](int64_t task) {
       const auto r = size_t(task / NKV);
-      const int kv = int(task % NKV), before = lengths[r];
+      const int kv = int(task % NKV), before = added.lengths[r];
       const std::vector<int>& list = cache.pages(rows[r].sequence);
       std::vector<const float*> key_pages, value_pages;
       for (int page : list) {
         key_pages.push_back(pages.keys(page, l, kv));
         value_pages.push_back(pages.values(page, l, kv));
       }
-      const int n = starts[r + 1] - starts[r];
+      const int n = added.starts[r + 1] - added.starts[r];
       for (int t = 0; t < n; t++) {
         const int page = list[size_t((before + t) / kPage)];
-        const int64_t i = starts[r] + t;
+        const int64_t i = added.starts[r] + t;
         fill_page(HS, (before + t) % kPage, qkv.k + i * qkv.k_ld + kv * HS,
                   qkv.v + i * qkv.v_ld + kv * HS, pages.keys(page, l, kv),
                   pages.values(page, l, kv));
@@ -1677,7 +1677,7 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
       for (int h = kv * (NH / NKV); h < (kv + 1) * (NH / NKV); h++) {
         for (int t = 0; t < n; t += kMR) {
           const int count = std::min(kMR, n - t);
-          const int64_t i = starts[r] + t;
+          const int64_t i = added.starts[r] + t;
           for (int j = 0; j < count; j++)
             for (int d = 0; d < HS; d++)
               q[j * HS + d] = qkv.q[(i + j) * qkv.q_ld + h * HS + d] * scale;
@@ -1687,9 +1687,10 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
       }
     });
   };
-  blocks_forward(decode_, N, tokens.data(), positions.data(), true, attend_cache);
+  blocks_forward(decode_, N, added.tokens.data(), added.positions.data(), true, attend_cache);
   for (int64_t r = 0; r < R; r++)
-    std::copy_n(decode_.x + int64_t(starts[size_t(r) + 1] - 1) * C, C, decode_.final_norm + r * C);
+    std::copy_n(decode_.x + int64_t(added.starts[size_t(r) + 1] - 1) * C, C,
+                decode_.final_norm + r * C);
   norm(int(R), table_.final_norm, decode_.final_norm, decode_.head_in, decode_.final_stats);
   const int64_t chunk = logit_rows(config_, decode_.capacity), ld = config_.padded_V();
   for (int64_t begin = 0; begin < R; begin += chunk) {
@@ -1705,7 +1706,7 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
       thread_local std::vector<float> scratch;
       const int id =
           sample_row(sampling.vocab > 0 ? std::min(V, sampling.vocab) : V, x, sampling,
-                     rows[r].history, uint64_t(lengths[r]) + rows[r].tokens.size(), scratch);
+                     rows[r].history, uint64_t(added.lengths[r]) + rows[r].tokens.size(), scratch);
       const float inverse = sampling.temperature > 0 ? 1 / sampling.temperature : 1;
       result.ids[r] = id;
       result.logp[r] = row_softmax(V, x, inverse).logp(x[id], inverse);
