@@ -84,20 +84,12 @@ class Utf8Stream {
 };
 
 // Finds the first of several strings that is complete, in bytes that come in pieces of any size.
-// Text that may be the beginning of a stop string is held back until that is decided. For each
-// string, `matched` is the length of its longest prefix that ends the text so far (Knuth, Morris,
-// Pratt 1977).
+// Text that may be the beginning of a stop string is held back until that is decided.
 class StopStrings {
  public:
-  explicit StopStrings(const std::vector<std::string>& strings = {}) {
-    for (const std::string& s : strings) {
+  explicit StopStrings(std::vector<std::string> strings = {}) : strings_(std::move(strings)) {
+    for (const std::string& s : strings_) {
       if (s.empty()) fail("a stop string: found an empty one, expected at least one byte");
-      Pattern p{s, std::vector<int>(s.size(), 0), 0};
-      for (size_t i = 1, k = 0; i < s.size(); i++) {
-        while (k > 0 && s[i] != s[k]) k = size_t(p.border[k - 1]);
-        p.border[i] = int(s[i] == s[k] ? ++k : k);
-      }
-      patterns_.push_back(std::move(p));
     }
   }
   // Appends to `text` the bytes that can be part of no stop string. True when a stop string is
@@ -107,13 +99,11 @@ class StopStrings {
     for (const char byte : bytes) {
       held_ += byte;
       size_t undecided = 0, found = 0;
-      for (Pattern& p : patterns_) {
-        while (p.matched > 0 && p.string[size_t(p.matched)] != byte) {
-          p.matched = p.border[size_t(p.matched) - 1];
-        }
-        if (p.string[size_t(p.matched)] == byte) p.matched++;
-        undecided = std::max(undecided, size_t(p.matched));
-        if (size_t(p.matched) == p.string.size()) found = std::max(found, p.string.size());
+      for (const std::string_view s : strings_) {
+        size_t n = std::min(s.size(), held_.size());
+        while (!held_.ends_with(s.substr(0, n))) n--;  // the longest beginning of s that ends held_
+        undecided = std::max(undecided, n);
+        if (n == s.size()) found = std::max(found, n);
       }
       if (found > 0) {
         text.append(held_, 0, held_.size() - found);
@@ -129,12 +119,7 @@ class StopStrings {
   void finish(std::string& text) { text += std::exchange(held_, {}); }
 
  private:
-  struct Pattern {
-    std::string string;
-    std::vector<int> border;  // [i]: longest proper prefix of string[0..i] that is also its suffix
-    int matched;              // less than the string's length between bytes
-  };
-  std::vector<Pattern> patterns_;
+  std::vector<std::string> strings_;
   std::string held_;
 };
 
