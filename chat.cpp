@@ -34,6 +34,7 @@
 #include <string>
 #include <vector>
 
+#include "cake/chat_template.h"
 #include "cake/checkpoint.h"
 #include "cake/flags.h"
 #include "cake/generate.h"

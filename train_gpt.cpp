@@ -3,12 +3,13 @@
 //
 // The file tells its story in this order:
 //
-//   1. vectors        one source for AVX-512, AVX2 and NEON: GCC vector extensions
-//   2. GEMM           the blocked product that does 95 % of the work
-//   3. layers         norms, RoPE, attention, activations; cake/layers.h has their definitions
-//   4. LM head        logits in chunks -> log-probability, entropy, and their gradients
-//   5. optimizers     AdamW, Muon
-//   6. CpuGpt         the whole model: forward, backward, update, decode
+//   1. the model      CpuGpt: forward, backward and update, made of the pieces below
+//   2. layers         in the order in which the data meets them, from the batch to the LM head
+//   3. optimizers     the norm of the gradient, AdamW, Muon
+//   4. decoding       the KV cache, sampling
+//   5. memory         arenas, tensors in and out, what a model takes, make_gpt
+//   6. speed          vectors, loops over threads, and the blocked product, which does 95 % of the
+//                     work
 //   7. pretraining    data, plan, loop, checkpoints, command line, main
 //
 // One invariant holds everywhere: the same bits for any number of threads and any batch
@@ -41,7 +42,316 @@
 namespace cake {
 
 // =============================================================================================
-// 1. Vectors
+// 1. The model: forward, backward, update. Read plain::Gpt in cake/layers.h first: it is the same
+// model in plain loops, with its formulas. Here matrices are computed on all cores, activations lie
+// in one arena, and a tensor's gradient may take its place.
+
+// Memory from the system, zeroed, on huge pages where it can. Pages never touched take no memory,
+// which lets an arena have room for what a mode does not use.
+class Arena {
+ public:
+  Arena() = default;
+  explicit Arena(int64_t floats) { reset(floats); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { release(); }
+  void reset(int64_t floats);
+  void grow(int64_t floats) {  // contents are lost when it grows
+    if (floats > size()) reset(floats);
+  }
+  float* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  void release();
+  float* data_ = nullptr;
+  size_t bytes_ = 0;  // what is mapped
+  int64_t size_ = 0;
+};
+
+struct NormStats {
+  float* mean;  // (N), null for RMSNorm
+  float* rstd;  // (N)
+};
+struct LayerActivations {
+  float* x;      // (N, C) the residual stream that enters
+  float* norm1;  // (N, C)
+  NormStats stats1;
+  float* qkv;      // (N, qkv)
+  float* rotated;  // (N, (NH + NKV) HS) q and k after norm and RoPE; qwen3 alone
+  float* att;      // (N, NH HS)
+  float* lse;      // (N, NH)
+  float* mid;      // (N, C) the stream after attention
+  float* norm2;    // (N, C)
+  NormStats stats2;
+  float* up;   // (N, 2F) gate and up; gpt2 (N, F); then their gradient
+  float* act;  // (N, F)
+};
+
+// Everything a pass over N tokens writes, in one arena, of which lay_out hands out the pieces.
+struct Activations {
+  std::vector<LayerActivations> layers;
+  float* x;           // (N, C) the stream that leaves the last layer
+  float* final_norm;  // (N, C)
+  NormStats final_stats;
+  float* head_in;     // (N, C) rows of final_norm that have a target
+  float* logits;      // (logit_rows, padded V)
+  float* dhead_in;    // (N, C)
+  float *dx, *dnorm;  // (N, C), (N, max(C, NH HS))
+  float* dqkv;        // (N, qkv)
+  float* dact;        // (N, F)
+  float* partials;
+
+  Arena arena;
+  int64_t capacity = 0;                                  // tokens
+  void reserve(const Config& c, int64_t N, bool train);  // contents are lost when it grows
+  // Returns the number of floats; with `base`, also sets the pointers. Without `train` all layers
+  // use the same buffers.
+  int64_t lay_out(const Config& c, int64_t N, bool train, float* base);
+};
+
+struct RowSoftmax {  // of softmax(x / temperature) over one row
+  float highest;     // of x
+  float log_sum;     // log sum_j exp((x_j - highest) / temperature)
+  float entropy;     // nats
+  float logp(float x, float inverse_temperature) const {
+    return (x - highest) * inverse_temperature - log_sum;
+  }
+};
+
+struct Attention {  // one layer's attention over packed documents
+  int NH, NKV, HS;
+  std::span<const int> doc_starts;  // (D+1)
+  const float *q, *k, *v;  // (N, NH HS), (N, NKV HS) twice: first heads of rows of stride ld
+  int64_t q_ld, k_ld, v_ld;
+};
+
+class RopeTable {  // cos and sin of every position so far, made when first needed
+ public:
+  explicit RopeTable(const Config& c) : half_(c.HS / 2), frequency_(rope_frequencies(c)) {}
+  void extend(int positions);
+  const float* cos(int position) const { return cos_.data() + int64_t(position) * half_; }
+  const float* sin(int position) const { return sin_.data() + int64_t(position) * half_; }
+
+ private:
+  int half_;
+  std::vector<double> frequency_;
+  std::vector<float> cos_, sin_;  // (positions, HS/2)
+};
+
+// Layers and optimizers that are functions on arrays; sections 2 and 3 define them. Backward
+// functions add to the gradients of weights.
+static void gelu_forward(int64_t size, const float* x, float* y);
+static void gelu_backward(int64_t size, float* x, const float* dy);
+static void swiglu_forward(int64_t N, int F, const float* gate_up, float* y);
+static void swiglu_backward(int64_t N, int F, float* gate_up, const float* dy);
+static void attention_forward(const Attention& a, float* out, float* lse);
+static void attention_backward(const Attention& a, const float* out, const float* lse,
+                               const float* dout, float* dq, float* dk, float* dv, int64_t d_ld);
+static void adamw(int64_t size, float* w, const float* g, float* m, float* v, float scale, float lr,
+                  float decay, const OptimizerStep& o);
+static void muon(int out, int in, float* w, const float* g, float* m, float scale,
+                 const OptimizerStep& o);
+template <class Visit>
+static void parallel_items(int64_t n, Visit&& visit);  // visit(i) for i in [0, n), on all threads
+
+struct Operand;  // of a product
+struct Weights;
+
+class CpuGpt final : public Gpt {
+ public:
+  CpuGpt(const Config& config, const GptOptions& options);
+
+  void forward(const Batch& batch, Pass pass) override {
+    begin(batch);
+    trunk_forward();
+    forward_is_live_ = pass == Pass::train;
+    if (forward_is_live_ && !train_) fail("forward: an inference model keeps nothing for backward");
+    head_forward();
+  }
+
+  void backward(std::span<const float> dlogp, std::span<const float> dvalue,
+                std::span<const float> dentropy) override {
+    if (!forward_is_live_) fail("backward: no forward with Pass::train came before");
+    check_weights(config_, N_, dlogp, dvalue, dentropy);
+    head_backward(dlogp, dvalue, dentropy, logits_kept_);
+    trunk_backward();
+    forward_is_live_ = false;
+  }
+
+  void forward_backward(const Batch& batch, std::span<const float> dlogp,
+                        std::span<const float> dvalue, std::span<const float> dentropy) override {
+    if (!train_) fail("forward_backward: an inference model has no gradients");
+    begin(batch);
+    check_weights(config_, N_, dlogp, dvalue, dentropy);
+    trunk_forward();
+    if (config_.head == Head::scalar) head_forward();
+    head_backward(dlogp, dvalue, dentropy, false);
+    trunk_backward();
+    forward_is_live_ = false;
+  }
+
+  // Clips the gradient, then every trainable tensor takes a step of its optimizer.
+  void update(const OptimizerStep& step) override {
+    if (!train_) fail("update: an inference model has no gradients");
+    stats_ = {.grad_norm = gradient_norm(), .loss = std::exchange(loss_, 0)};
+    stats_.skipped = !std::isfinite(stats_.grad_norm);
+    gradients_are_zero_ = true;
+    forward_is_live_ = false;
+    if (stats_.skipped) return;
+    const bool clipped = step.max_norm > 0 && stats_.grad_norm > step.max_norm;
+    const float scale = clipped ? float(step.max_norm / stats_.grad_norm) : 1.f;
+    const std::vector<Piece> pieces = update_pieces();
+    parallel_items(int64_t(pieces.size()), [&](int64_t i) {
+      const auto& [t, offset, size] = pieces[size_t(i)];
+      float *w = weight(offset), *m = moment1_.data() + offset, *v = moment2_.data() + offset;
+      const float* g = gradients_.data() + offset;
+      if (t->muon) {
+        muon(t->out, t->in, w, g, m, scale, step);
+      } else {
+        adamw(size, w, g, m, v, scale, step.lr[size_t(t->kind)], t->decay ? step.decay : 0, step);
+      }
+    });
+    weights_changed();
+  }
+
+  UpdateStats stats() override { return stats_; }
+  void zero_gradients() override { gradients_are_zero_ = true, loss_ = 0; }
+  void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
+
+  std::span<const float> logp() override { return logp_; }
+  std::span<const float> entropy() override { return entropy_; }
+  std::span<const float> value() override { return value_; }
+
+  std::unique_ptr<KvCache> make_cache(int64_t positions) override;
+  void decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
+              bool logits) override;
+
+  void read(int tensor, Slot slot, std::span<float> out) const override;
+  void write(int tensor, Slot slot, std::span<const float> in) override;
+
+ private:
+  void trunk_forward() {
+    const auto attend = [&](int, LayerActivations& a) {
+      attention_forward(attention_of(a.qkv, a.rotated), a.att, a.lse);
+    };
+    blocks_forward(a_, N_, tokens_.data(), positions_.data(), weights_in_panels_only(), attend);
+    norm(N_, table_.final_norm, a_.x, a_.final_norm, a_.final_stats);
+  }
+
+  // From token ids to the residual stream that leaves the last block. attend(l, a) computes a.att
+  // from the layer's q, k and v: over packed documents above, over a KV cache in decode.
+  template <class Attend>
+  void blocks_forward(Activations& acts, int N, const int* tokens, const int* positions,
+                      bool panels, Attend&& attend) {
+    if (config_.family != Family::gpt2)
+      rope_.extend(1 + *std::max_element(positions, positions + N));
+    embed(N, tokens, positions, acts.layers[0].x);
+    for (int l = 0; l < config_.L; l++) {
+      const Block& b = table_.blocks[size_t(l)];
+      LayerActivations& a = acts.layers[size_t(l)];
+      norm(N, b.norm1, a.x, a.norm1, a.stats1);
+      linear(N, b.qkv, a.norm1, a.qkv, nullptr, panels);
+      rotate(N, positions, b, a.qkv, a.rotated);
+      attend(l, a);
+      linear(N, b.o, a.att, a.mid, a.x, panels);  // mid = x + o(att)
+      norm(N, b.norm2, a.mid, a.norm2, a.stats2);
+      linear(N, b.up, a.norm2, a.up, nullptr, panels);
+      activate(N, a.up, a.act);
+      float* next_x = l + 1 < config_.L ? acts.layers[size_t(l) + 1].x : acts.x;
+      linear(N, b.down, a.act, next_x, a.mid, panels);  // next x = mid + down(act)
+    }
+  }
+
+  // From a_.dx, the gradient of the stream that leaves the last block, down to the embedding. The
+  // same lines as blocks_forward's, from the last to the first.
+  void trunk_backward() {
+    const int HS = config_.HS;
+    for (int l = config_.L - 1; l >= 0; l--) {
+      const Block& b = table_.blocks[size_t(l)];
+      LayerActivations& a = a_.layers[size_t(l)];
+      linear_backward(N_, b.down, a.act, a_.dx, a_.dact);
+      activate_backward(a.up, a_.dact);  // a.up becomes its gradient
+      linear_backward(N_, b.up, a.norm2, a.up, a_.dnorm);
+      norm_back(N_, b.norm2, a_.dnorm, a.mid, a.stats2);
+      linear_backward(N_, b.o, a.att, a_.dx, a_.dnorm);
+      float *dq = a_.dqkv, *dk = dq + config_.NH * HS, *dv = dk + config_.NKV * HS;
+      attention_backward(attention_of(a.qkv, a.rotated), a.att, a.lse, a_.dnorm, dq, dk, dv,
+                         config_.qkv());
+      rotate_backward(b, a);
+      linear_backward(N_, b.qkv, a.norm1, a_.dqkv, a_.dnorm);
+      norm_back(N_, b.norm1, a_.dnorm, a.x, a.stats1);
+    }
+    embed_backward();
+    gradients_are_zero_ = false;
+  }
+
+  // The batch: checked, copied, its positions; room for what a pass over it writes.
+  void begin(const Batch& batch);
+
+  // A layer each, on the weights that stand at one place of the table.
+  void embed(int N, const int* tokens, const int* positions, float* x) const;
+  void embed_backward();
+  void norm(int N, const Norm& n, const float* x, float* y, NormStats stats) const;
+  void norm_back(int N, const Norm& n, const float* dy, const float* x, NormStats stats);
+  void linear(int N, const Linear& l, const float* x, float* y, const float* residual,
+              bool panels) const;
+  void linear_backward(int N, const Linear& l, const float* x, const float* dy, float* dx);
+  const float* adapter_inner(int N, const Linear& l, const Adapter& a, const float* x) const;
+  void adapter_forward(int N, const Linear& l, const Adapter& a, const float* x, float* y) const;
+  void adapter_backward(int N, const Linear& l, const Adapter& a, const float* x, const float* dy,
+                        float* dx);
+  void rotate(int N, const int* positions, const Block& b, float* qkv, float* rotated) const;
+  void rotate_backward(const Block& b, const LayerActivations& a);
+  Attention attention_of(const float* qkv, const float* rotated) const;
+  void activate(int N, const float* up, float* act) const;
+  void activate_backward(float* up, const float* dact) const;
+  void logits_forward(int64_t begin, int64_t rows);
+  void head_forward();
+  void head_backward(std::span<const float> dlogp, std::span<const float> dvalue,
+                     std::span<const float> dentropy, bool logits_ready);
+
+  struct Piece {
+    const Tensor* tensor;
+    int64_t offset, size;  // in the arena
+  };
+  double gradient_norm();
+  std::vector<Piece> update_pieces() const;
+
+  float* weight(int64_t offset) const;    // null: nothing is there
+  float* gradient(int64_t offset) const;  // null: nothing is there, or it is frozen
+  Operand matrix(const Linear& l, bool panels) const;
+  bool weights_in_panels_only() const;
+  void weights_changed();
+
+  bool train_;
+  bool adapters_;                     // LoRA's take part
+  mutable std::vector<float> inner_;  // (N, rank) scratch of one adapter
+  std::shared_ptr<Weights> weights_;
+  Arena gradients_, moment1_, moment2_;  // in the table's order
+  UpdateStats stats_;
+  double loss_ = 0;  // of the batches since the last update
+  // All gradients are zero, whatever their arena holds: the next backward sets them.
+  bool gradients_are_zero_ = true;
+  Activations a_{};
+  Activations decode_{};  // decoding's own: it does not disturb a live forward
+  RopeTable rope_;
+
+  // The live batch
+  int N_ = 0;
+  std::vector<int> tokens_, targets_, doc_starts_, positions_;
+  float inverse_temperature_ = 1;
+  std::vector<int> head_rows_;       // positions that have a target
+  std::vector<RowSoftmax> softmax_;  // one for each of head_rows_
+  std::vector<float> logp_, entropy_, value_;
+  bool forward_is_live_ = false, logits_kept_ = false;
+};
+
+// =============================================================================================
+// 2. Layers: the fast version of each definition in cake/layers.h (plain::), which has the formulas
+
+// ---------------------------------------------------------------------------------------------
+// What the layers are written in: vectors, loops over threads, products. Section 6 defines them.
 
 #if defined(__AVX512F__)
 inline constexpr int kLanes = 16;
@@ -53,6 +363,1592 @@ inline constexpr int kLanes = 4;  // NEON, SSE
 typedef float vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
 
+static inline vec load(const float* p);
+static inline vec load(const float* p, int n);  // n <= kLanes floats; the other lanes are 0
+static inline void store(float* p, vec v);
+static inline void store(float* p, vec v, int n);  // the first n lanes
+static inline vec splat(float x);                  // x in every lane
+static inline vec mask_lanes(vec v, int n);        // zeroes the lanes from n on
+static inline vec fused(vec a, vec b, vec c);      // a b + c, rounded once
+static inline vec vmax(vec a, vec b);
+static inline vec vsqrt(vec x);
+static inline vec vexp(vec x);
+static inline vec vexp_below_88(vec x);
+static inline vec vsigmoid(vec x);
+static inline float exp1(float x);
+static inline float sum_lanes(vec v);
+static inline float max_lanes(vec v);
+// Walks n floats a vector at a time: visit(begin, count), count < kLanes only at the end.
+template <class Visit>
+static inline void for_vectors(int64_t n, Visit&& visit);
+
+// Runs visit(i) for i in [0, n) on all threads; visits write disjoint outputs.
+template <class Visit>
+static void parallel_for(int64_t n, Visit&& visit);
+// The same for items of unequal cost; `group` neighbours, which share memory, go to one thread
+// where there are groups enough.
+template <class Visit>
+static void parallel_groups(int64_t n, int group, Visit&& visit);
+
+// A product is computed in tiles of kMR x kNR.
+inline constexpr int kNR = 2 * kLanes;                               // columns of a tile
+inline constexpr int kMR = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 8;  // rows: fills the registers
+
+enum class Inner { k, other };  // which index is contiguous in memory: k, or m (of A), n (of B)
+
+struct Operand {
+  const float* data;
+  int64_t ld;  // distance between consecutive m or n (Inner::k), or consecutive k (other)
+  Inner inner;
+  bool packed = false;  // B only: whole-depth panels made by pack_weights
+};
+
+// C (M, N) = init + A (M, K) B (K, N)
+struct Product {
+  int M, N, K;
+  Operand a, b;
+  float* c;  // (M, N), row stride ldc
+  int64_t ldc;
+  bool accumulate = false;          // the chain starts at C
+  const float* bias = nullptr;      // (N): the chain starts at bias
+  const float* residual = nullptr;  // (M, N), row stride ldc: the chain starts at residual + bias
+  bool lower = false;               // only tiles that touch n <= m: a symmetric C
+  float* sums = nullptr;  // (M), A by columns in memory: its sums over k, accumulated as C
+};
+
+static void gemm(const Product& p);
+// The rectangle [m0, m1) x [n0, n1) of the product by one thread; n0 is a multiple of kNR.
+static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1);
+// c (M, N) (+)= a b with a(m,k) = a[m a_row + k a_k], b(k,n) = b[k ldb + n]; operands in cache;
+// M <= kMR, N a multiple of kLanes.
+static void small_product(int M, int N, int K, const float* a, int64_t a_row, int64_t a_k,
+                          const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate);
+// C (size, size) = A B, known to be symmetric, by one thread: half of it is computed.
+static void gemm_symmetric(int size, int K, const Operand& a, const Operand& b, float* c);
+// Packs `count` (<= Width) lines of an operand over K steps into panel[k][Width]; lines beyond
+// count are zero. Line i, step k is x[i * ld + k] (Inner::k) or x[k * ld + i] (Inner::other).
+// Writes up to kLanes floats past the panel's end.
+template <int Width>
+static void pack_panel(const Operand& x, const float* data, int count, int K, float* panel);
+// Weights (out, in) as whole-depth panels of kNR outputs, [panel][in][kNR]: what decoding reads.
+static int64_t packed_size(int out, int in) { return int64_t((out + kNR - 1) / kNR * kNR) * in; }
+static void pack_weights(const float* weight, int out, int in, float* packed);
+// Steps between asking for a line of memory and packing it.
+inline constexpr int kPrefetchSteps = 12;
+
+// ---------------------------------------------------------------------------------------------
+// Weights
+
+// Weights, in one of two forms. Rows: the arena in the table's order, which training reads and
+// updates. Panels: each GEMM's matrix as pack_weights makes it, which decoding reads. Inference has
+// its matrices as panels only; training makes panels when it decodes.
+struct Weights {
+  struct Group {
+    int64_t weight;  // its offset in the arena
+    int out, in;
+    int64_t panels;  // its offset in `panels`
+  };
+  Arena rows, panels;
+  std::vector<Group> groups;
+  bool panels_only = false;     // inference
+  bool panels_current = false;  // training: they equal the rows
+
+  Weights(const Config& c, const ParamTable& table, bool inference) : panels_only(inference) {
+    rows.reset(table.size);
+    int64_t size = 0;
+    const auto add = [&](const Linear& l) {
+      groups.push_back({l.weight, l.out, l.in, size});
+      size += packed_size(l.out, l.in);
+    };
+    for (const Block& b : table.blocks) add(b.qkv), add(b.o), add(b.up), add(b.down);
+    if (c.head == Head::lm) add(table.head);
+    panels_size = size;
+    if (inference) panels.reset(size);
+  }
+  int64_t panels_size = 0;
+
+  const Group* group_of(int64_t offset) const {  // that holds this arena offset
+    for (const Group& g : groups)
+      if (offset >= g.weight && offset < g.weight + int64_t(g.out) * g.in) return &g;
+    return nullptr;
+  }
+  void make_panels() {
+    if (panels_only || panels_current) return;
+    panels.grow(panels_size);
+    for (const Group& g : groups)
+      pack_weights(rows.data() + g.weight, g.out, g.in, panels.data() + g.panels);
+    panels_current = true;
+  }
+  // One element of a matrix in panels; `offset` is the element's place in the arena.
+  float& in_panels(const Group& g, int64_t offset) const {
+    const int64_t o = (offset - g.weight) / g.in, i = (offset - g.weight) % g.in;
+    return panels.data()[g.panels + (o / kNR * g.in + i) * kNR + o % kNR];
+  }
+};
+
+float* CpuGpt::weight(int64_t offset) const {
+  return offset < 0 ? nullptr : weights_->rows.data() + offset;
+}
+float* CpuGpt::gradient(int64_t offset) const {
+  return offset < 0 || !table_.trainable(offset) ? nullptr : gradients_.data() + offset;
+}
+bool CpuGpt::weights_in_panels_only() const { return weights_->panels_only; }
+// Decoding makes the panels again before it reads them. With adapters, everything that panels hold
+// is frozen.
+void CpuGpt::weights_changed() {
+  if (table_.first_trainable() == 0) weights_->panels_current = false;
+}
+
+// ---------------------------------------------------------------------------------------------
+// The batch and the embedding
+
+void CpuGpt::begin(const Batch& batch) {
+  const auto N = int64_t(batch.tokens.size());
+  const auto& starts = batch.doc_starts;
+  const bool lm = config_.head == Head::lm;
+  check_batch(config_, batch);
+  positions_.resize(size_t(N));
+  for (size_t d = 0; d + 1 < starts.size(); d++)
+    for (int n = starts[d]; n < starts[d + 1]; n++) positions_[size_t(n)] = n - starts[d];
+  head_rows_.clear();
+  for (int64_t n = 0; lm && n < N; n++)
+    if (batch.targets[size_t(n)] >= 0) head_rows_.push_back(int(n));
+  N_ = int(N);
+  tokens_.assign(batch.tokens.begin(), batch.tokens.end());
+  targets_.assign(batch.targets.begin(), batch.targets.end());
+  doc_starts_.assign(starts.begin(), starts.end());
+  inverse_temperature_ = 1 / batch.temperature;
+  logp_.assign(lm ? size_t(N) : 0, 0.f);
+  entropy_.assign(lm ? size_t(N) : 0, 0.f);
+  value_.assign(lm ? 0 : size_t(N), 0.f);
+  softmax_.resize(head_rows_.size());
+  a_.reserve(config_, N, train_);
+  forward_is_live_ = logits_kept_ = false;
+}
+
+// x[n] = wte[token] (+ wpe[position])
+void CpuGpt::embed(int N, const int* tokens, const int* positions, float* x) const {
+  const int C = config_.C;
+  const Weights& w = *weights_;
+  const bool in_panels = w.panels_only && w.group_of(table_.wte);
+  parallel_for(N, [&](int64_t n) {
+    float* row = x + n * C;
+    const int64_t offset = table_.wte + int64_t(tokens[n]) * C;
+    if (in_panels) {
+      const Weights::Group& g = *w.group_of(table_.wte);
+      for (int c = 0; c < C; c++) row[c] = w.in_panels(g, offset + c);
+    } else {
+      std::copy_n(weight(offset), C, row);
+    }
+    if (table_.wpe >= 0) {
+      const float* p = weight(table_.wpe) + int64_t(positions[n]) * C;
+      for_vectors(C,
+                  [&](int64_t c, int m) { store(row + c, load(row + c, m) + load(p + c, m), m); });
+    }
+  });
+}
+
+// dwte[token[n]] += dx[n], dwpe[position[n]] += dx[n]: each column by one thread, over n in order.
+// A tied head was first.
+void CpuGpt::embed_backward() {
+  const int C = config_.C;
+  const bool tied = table_.head.weight == table_.wte;
+  if (!gradient(table_.wte)) return;  // frozen, and the positions with it
+  if (gradients_are_zero_ && !tied) std::fill_n(gradient(table_.wte), int64_t(config_.V) * C, 0.f);
+  if (gradients_are_zero_ && table_.wpe >= 0)
+    std::fill_n(gradient(table_.wpe), int64_t(config_.T) * C, 0.f);
+  parallel_for((C + 63) / 64, [&](int64_t chunk) {
+    const int64_t begin = chunk * 64;
+    const int width = int(std::min<int64_t>(64, C - begin));
+    for (int64_t n = 0; n < N_; n++) {
+      const float* d = a_.dx + n * C + begin;
+      const auto add = [&](int64_t table, int64_t row) {
+        float* sum = gradient(table) + row * C + begin;
+        for_vectors(
+            width, [&](int64_t c, int m) { store(sum + c, load(sum + c, m) + load(d + c, m), m); });
+      };
+      add(table_.wte, tokens_[size_t(n)]);
+      if (table_.wpe >= 0) add(table_.wpe, positions_[size_t(n)]);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Norms (plain::norm_forward). LayerNorm: y = (x - mean) rstd w + b. RMSNorm: mean = 0, no b.
+//
+// Rows go in parallel. Gradients of weights are summed over blocks of 64 rows first, then over the
+// blocks in order: the same sum for any number of threads.
+
+inline constexpr int kRowBlock = 64;
+
+// One row of C; the statistics are sums over lanes, then over the tree of sum_lanes.
+static void norm_row(int C, const float* x, const float* weight, const float* bias, float eps,
+                     float* y, float* mean_out, float* rstd_out) {
+  float mean = 0;
+  if (bias) {
+    vec sum{};
+    for_vectors(C, [&](int64_t c, int n) { sum += load(x + c, n); });
+    mean = sum_lanes(sum) / float(C);
+  }
+  vec square{};
+  for_vectors(C, [&](int64_t c, int n) {
+    const vec d = mask_lanes(load(x + c, n) - mean, n);
+    square += d * d;
+  });
+  const float rstd = 1 / std::sqrt(sum_lanes(square) / float(C) + eps);
+  for_vectors(C, [&](int64_t c, int n) {
+    vec h = (load(x + c, n) - mean) * rstd * load(weight + c, n);
+    if (bias) h += load(bias + c, n);
+    store(y + c, h, n);
+  });
+  if (mean_out) *mean_out = mean;
+  if (rstd_out) *rstd_out = rstd;
+}
+
+static void norm_forward(int N, int C, const float* x, const float* weight, const float* bias,
+                         float eps, float* y, NormStats stats) {
+  parallel_for(N, [&](int64_t n) {
+    norm_row(C, x + n * C, weight, bias, eps, y + n * C, bias ? stats.mean + n : nullptr,
+             stats.rstd ? stats.rstd + n : nullptr);
+  });
+}
+
+static int64_t norm_partials(int64_t N, int C) {  // floats of scratch that norm_backward needs
+  return (N + kRowBlock - 1) / kRowBlock * 2 * C;
+}
+
+// With h = (x - mean) rstd and g = dy w:  dx += rstd (g - [mean of g] - h mean of g h), the bracket
+// for LayerNorm alone;  dw += dy h;  db += dy. dweight and dbias (C) are added to when
+// `accumulate`, else set.
+static void norm_backward(int N, int C, const float* dy, const float* x, const float* weight,
+                          NormStats stats, float* dx, float* dweight, float* dbias, bool accumulate,
+                          float* partials) {
+  const int blocks = (N + kRowBlock - 1) / kRowBlock;
+  parallel_for(blocks, [&](int64_t block) {
+    float *dw = partials + block * 2 * C, *db = dw + C;
+    std::fill(dw, dw + 2 * C, 0.f);
+    const int end = std::min(N, int(block + 1) * kRowBlock);
+    for (int64_t r = block * kRowBlock; r < end; r++) {
+      const float *row = x + r * C, *d = dy + r * C;
+      const float mean = stats.mean ? stats.mean[r] : 0.f, rstd = stats.rstd[r];
+      vec g_sum{}, gh_sum{};
+      for_vectors(C, [&](int64_t c, int n) {
+        const vec h = (load(row + c, n) - mean) * rstd, dv = load(d + c, n);
+        const vec g = dv * load(weight + c, n);
+        g_sum += g;
+        gh_sum += g * h;
+        store(dw + c, load(dw + c, n) + dv * h, n);
+        if (stats.mean) store(db + c, load(db + c, n) + dv, n);
+      });
+      const float g_mean = stats.mean ? sum_lanes(g_sum) / float(C) : 0.f;
+      const float gh_mean = sum_lanes(gh_sum) / float(C);
+      for_vectors(C, [&](int64_t c, int n) {
+        const vec h = (load(row + c, n) - mean) * rstd;
+        const vec g = load(d + c, n) * load(weight + c, n);
+        store(dx + r * C + c, load(dx + r * C + c, n) + rstd * (g - g_mean - h * gh_mean), n);
+      });
+    }
+  });
+  if (!dweight) return;  // frozen
+  const int64_t chunks = (C + 63) / 64;
+  parallel_for(chunks, [&](int64_t chunk) {
+    for (int64_t c = chunk * 64; c < std::min<int64_t>(C, chunk * 64 + 64); c++) {
+      float w = accumulate ? dweight[c] : 0.f, b = accumulate && dbias ? dbias[c] : 0.f;
+      for (int block = 0; block < blocks; block++) {
+        w += partials[int64_t(block) * 2 * C + c];
+        b += partials[int64_t(block) * 2 * C + C + c];
+      }
+      dweight[c] = w;
+      if (dbias) dbias[c] = b;
+    }
+  });
+}
+
+void CpuGpt::norm(int N, const Norm& n, const float* x, float* y, NormStats stats) const {
+  norm_forward(N, config_.C, x, weight(n.weight), weight(n.bias), float(config_.norm_eps), y,
+               stats);
+}
+void CpuGpt::norm_back(int N, const Norm& n, const float* dy, const float* x, NormStats stats) {
+  norm_backward(N, config_.C, dy, x, weight(n.weight), stats, a_.dx, gradient(n.weight),
+                gradient(n.bias), !gradients_are_zero_, a_.partials);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Linear layers, with adapters
+
+// The three products of x (N, in), weights w (out, in) and y (N, out).
+// y = x w^T
+static Product forward_product(int N, int in, int out, const float* x, const float* w, float* y) {
+  return {N, out, in, {x, in, Inner::k}, {w, in, Inner::k}, y, out};
+}
+// dx = dy w
+static Product input_gradient(int N, int in, int out, const float* w, const float* dy, float* dx) {
+  return {N, in, out, {dy, out, Inner::k}, {w, in, Inner::other}, dx, in};
+}
+// dw = dy^T x
+static Product weight_gradient(int N, int in, int out, const float* x, const float* dy, float* dw) {
+  return {out, in, N, {dy, out, Inner::other}, {x, in, Inner::other}, dw, in};
+}
+
+Operand CpuGpt::matrix(const Linear& l, bool panels) const {  // W (out, in) as B(k = in, n = out)
+  if (panels) {
+    return {weights_->panels.data() + weights_->group_of(l.weight)->panels, 0, Inner::k, true};
+  }
+  return {weight(l.weight), l.in, Inner::k};
+}
+// y (N, out) = x W^T + b [+ residual]
+void CpuGpt::linear(int N, const Linear& l, const float* x, float* y, const float* residual,
+                    bool panels) const {
+  Product p = forward_product(N, l.in, l.out, x, nullptr, y);
+  p.b = matrix(l, panels), p.bias = weight(l.bias), p.residual = residual;
+  gemm(p);
+  for (const Adapter& a : l.adapters) adapter_forward(N, l, a, x, y);
+}
+// dW += dy^T x, db += column sums of dy; dx = dy W
+void CpuGpt::linear_backward(int N, const Linear& l, const float* x, const float* dy, float* dx) {
+  if (float* dweight = gradient(l.weight)) {
+    Product p = weight_gradient(N, l.in, l.out, x, dy, dweight);
+    p.accumulate = !gradients_are_zero_, p.sums = gradient(l.bias);
+    gemm(p);
+  }
+  gemm(input_gradient(N, l.in, l.out, weight(l.weight), dy, dx));
+  for (const Adapter& a : l.adapters) adapter_backward(N, l, a, x, dy, dx);
+}
+// y += u B^T with u = scale x A^T (N, rank)
+void CpuGpt::adapter_forward(int N, const Linear& l, const Adapter& a, const float* x,
+                             float* y) const {
+  if (!adapters_) return;
+  const int r = table_.lora.rank;
+  const float* u = adapter_inner(N, l, a, x);
+  Product p = forward_product(N, r, a.out, u, weight(a.b), y + a.begin);
+  p.ldc = l.out, p.accumulate = true;
+  gemm(p);
+}
+const float* CpuGpt::adapter_inner(int N, const Linear& l, const Adapter& a, const float* x) const {
+  const int r = table_.lora.rank;
+  if (int64_t(inner_.size()) < int64_t(N) * r) inner_.resize(size_t(N) * size_t(r));
+  gemm(forward_product(N, l.in, r, x, weight(a.a), inner_.data()));
+  for (int64_t i = 0; i < int64_t(N) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
+  return inner_.data();
+}
+// dB += dy^T u;  du = scale dy B;  dA += du^T x;  dx += du A
+void CpuGpt::adapter_backward(int N, const Linear& l, const Adapter& a, const float* x,
+                              const float* dy, float* dx) {
+  if (!adapters_) return;
+  const int r = table_.lora.rank;
+  const float* u = adapter_inner(N, l, a, x);
+  Product db = weight_gradient(N, r, a.out, u, dy + a.begin, gradient(a.b));
+  db.a.ld = l.out, db.accumulate = !gradients_are_zero_;
+  gemm(db);
+  Product du = input_gradient(N, r, a.out, weight(a.b), dy + a.begin, inner_.data());
+  du.a.ld = l.out;
+  gemm(du);
+  for (int64_t i = 0; i < int64_t(N) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
+  Product da = weight_gradient(N, l.in, r, x, u, gradient(a.a));
+  da.accumulate = !gradients_are_zero_;
+  gemm(da);
+  Product du_a = input_gradient(N, l.in, r, weight(a.a), u, dx);
+  du_a.accumulate = true;
+  gemm(du_a);
+}
+
+// ---------------------------------------------------------------------------------------------
+// RoPE and QK-norm
+
+void RopeTable::extend(int positions) {
+  for (int t = int(cos_.size() / size_t(half_)); t < positions; t++) {
+    for (double f : frequency_) {
+      cos_.push_back(float(std::cos(t * f)));
+      sin_.push_back(float(std::sin(t * f)));
+    }
+  }
+}
+
+// RoPE (plain::rope) turns each pair (x[i], x[i + HS/2]) by position x frequency[i].
+// (a, b) turned by the angles whose cosines and sines are c and s; back with -s.
+static inline void rotate_pairs(vec& a, vec& b, vec c, vec s) {
+  const vec x = a;
+  a = x * c - b * s;
+  b = b * c + x * s;
+}
+
+// Rotates one head x (HS) in place; `sign` -1 turns back, which is the backward pass. cos, sin
+// (HS/2).
+static void rope_row(int HS, float* x, const float* cos, const float* sin, float sign) {
+  const int half = HS / 2;
+  for_vectors(half, [&](int64_t i, int n) {
+    vec a = load(x + i, n), b = load(x + half + i, n);
+    rotate_pairs(a, b, load(cos + i, n), sign * load(sin + i, n));
+    store(x + i, a, n);
+    store(x + half + i, b, n);
+  });
+}
+
+// y (HS): RMSNorm of one head x (HS) with `weight` (HS), rotated.
+static void norm_rope_row(int HS, const float* x, const float* weight, float eps, const float* cos,
+                          const float* sin, float* y) {
+  const int half = HS / 2;
+  vec square{};
+  for_vectors(HS, [&](int64_t i, int n) { square += load(x + i, n) * load(x + i, n); });
+  const float rstd = 1 / std::sqrt(sum_lanes(square) / float(HS) + eps);
+  for_vectors(half, [&](int64_t i, int n) {
+    vec a = load(x + i, n) * rstd * load(weight + i, n);
+    vec b = load(x + half + i, n) * rstd * load(weight + half + i, n);
+    rotate_pairs(a, b, load(cos + i, n), load(sin + i, n));
+    store(y + i, a, n);
+    store(y + half + i, b, n);
+  });
+}
+
+// Norm and RoPE of q and k. llama turns them in place; qwen3's backward needs the raw ones, so that
+// `rotated` holds the result.
+void CpuGpt::rotate(int N, const int* positions, const Block& b, float* qkv, float* rotated) const {
+  if (config_.family == Family::gpt2) return;
+  const int HS = config_.HS, NH = config_.NH, heads = NH + config_.NKV;
+  parallel_for(N, [&](int64_t n) {
+    const float *cos = rope_.cos(positions[n]), *sin = rope_.sin(positions[n]);
+    for (int h = 0; h < heads; h++) {
+      float* x = qkv + n * config_.qkv() + h * HS;
+      if (rotated) {
+        norm_rope_row(HS, x, weight(h < NH ? b.q_norm : b.k_norm), float(config_.norm_eps), cos,
+                      sin, rotated + (n * heads + h) * HS);
+      } else {
+        rope_row(HS, x, cos, sin, 1);
+      }
+    }
+  });
+}
+
+// dqkv holds gradients of the rotated q and k: turned back, and through qwen3's norm.
+void CpuGpt::rotate_backward(const Block& b, const LayerActivations& a) {
+  if (config_.family == Family::gpt2) return;
+  const int HS = config_.HS, half = HS / 2, NH = config_.NH, heads = NH + config_.NKV;
+  const int64_t ld = config_.qkv();
+  const bool norm = config_.family == Family::qwen3;
+  const int blocks = (N_ + kRowBlock - 1) / kRowBlock;
+  float* partials = a_.partials;  // (blocks, 2, HS): gradients of q_norm and k_norm
+  parallel_for(blocks, [&](int64_t block) {
+    float* sums = partials + block * 2 * HS;
+    std::fill_n(sums, 2 * HS, 0.f);
+    for (int64_t n = block * kRowBlock; n < std::min<int64_t>(N_, (block + 1) * kRowBlock); n++) {
+      const float *cos = rope_.cos(positions_[size_t(n)]), *sin = rope_.sin(positions_[size_t(n)]);
+      for (int h = 0; h < heads; h++) {
+        float* d = a_.dqkv + n * ld + h * HS;
+        if (!norm) {
+          rope_row(HS, d, cos, sin, -1);
+          continue;
+        }
+        const float *x = a.qkv + n * ld + h * HS, *w = weight(h < NH ? b.q_norm : b.k_norm);
+        float* dw = sums + (h < NH ? 0 : HS);
+        vec square{}, gx_sum{};
+        for_vectors(half, [&](int64_t i, int m) {
+          vec d1 = load(d + i, m), d2 = load(d + half + i, m);
+          rotate_pairs(d1, d2, load(cos + i, m), -load(sin + i, m));
+          const vec x1 = load(x + i, m), x2 = load(x + half + i, m);
+          square += x1 * x1 + x2 * x2;
+          gx_sum += x1 * d1 * load(w + i, m) + x2 * d2 * load(w + half + i, m);
+          store(d + i, d1, m);
+          store(d + half + i, d2, m);
+        });
+        const float rstd = 1 / std::sqrt(sum_lanes(square) / float(HS) + float(config_.norm_eps));
+        const float gh_mean = sum_lanes(gx_sum) * rstd / float(HS);
+        for_vectors(HS, [&](int64_t i, int m) {
+          const vec xhat = load(x + i, m) * rstd, dy = load(d + i, m);
+          store(dw + i, load(dw + i, m) + dy * xhat, m);
+          store(d + i, rstd * (dy * load(w + i, m) - xhat * gh_mean), m);
+        });
+      }
+    }
+  });
+  if (!norm || !gradient(b.q_norm)) return;
+  for (int i = 0; i < HS; i++) {
+    for (const int which : {0, 1}) {
+      float* dw = gradient(which ? b.k_norm : b.q_norm) + i;
+      float sum = gradients_are_zero_ ? 0.f : *dw;
+      for (int block = 0; block < blocks; block++)
+        sum += partials[int64_t(block) * 2 * HS + which * HS + i];
+      *dw = sum;
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Attention (plain::attention_forward and plain::attention_backward define it; read them first):
+// out[t] = sum_{s<=t} p[t,s] v[s],  p[t,.] = softmax over s <= t of q[t] k[s] / sqrt(HS)
+//
+// The fast version makes no T x T matrix. Keys and values of one (document, key/value head) lie in
+// pages of kPage positions: keys transposed, [HS][kPage], so that one query meets kPage keys in
+// vector lanes; values [kPage][HSP], HSP = HS padded to whole vectors. The KV cache holds the same
+// pages, and training makes them on the way, so one function serves both. A row's sums run over its
+// pages in order with a running maximum (Dao et al. 2022): the result does not depend on which rows
+// stand beside it.
+
+// Where attention finds q, k and v of the live batch.
+Attention CpuGpt::attention_of(const float* qkv, const float* rotated) const {
+  const int64_t q = int64_t(config_.NH) * config_.HS, qk = q + int64_t(config_.NKV) * config_.HS;
+  const int64_t ld = config_.qkv();
+  Attention a{config_.NH, config_.NKV, config_.HS, doc_starts_, qkv, qkv + q, qkv + qk, ld, ld, ld};
+  if (rotated) a.q = rotated, a.k = rotated + q, a.q_ld = a.k_ld = qk;
+  return a;
+}
+
+static inline void copy_row(int n, const float* src, float* dst) {
+  for_vectors(n, [&](int64_t i, int count) { store(dst + i, load(src + i, count), count); });
+}
+
+// Asks for a row of n floats that will be read soon.
+static inline void prefetch_row(int n, const float* row) {
+  for (int i = 0; i < n; i += 16) __builtin_prefetch(row + i);
+}
+
+static int padded_head(int HS) { return (HS + kLanes - 1) / kLanes * kLanes; }
+
+inline constexpr int kSpan = 4 * kPage;  // keys between two looks at a row's maximum
+
+static inline int to_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// R <= kMR queries of one head at positions first .. first + R - 1; q (R, HS) is already divided by
+// sqrt(HS). out (R, HS); lse (R) log of the sum of exp of a row's scores, may be null.
+static void attend(int R, int first_position, int HS, const float* q, int64_t q_ld,
+                   const float* const* key_pages, const float* const* value_pages, float* out,
+                   int64_t out_ld, float* lse, int64_t lse_ld) {
+  const int HSP = padded_head(HS);
+  alignas(64) float scores[kMR * kSpan];
+  alignas(64) float sums[kMR * 256];  // HSP <= 256
+  float highest[kMR];
+  vec total[kMR];
+  for (int r = 0; r < R; r++)
+    highest[r] = -std::numeric_limits<float>::infinity(), total[r] = vec{};
+  std::fill(sums, sums + R * HSP, 0.f);
+  const int last_position = first_position + R - 1;
+  for (int start = 0; start <= last_position; start += kSpan) {
+    const int keys = std::min(kSpan, last_position + 1 - start);  // that the last row sees
+    const int width = to_lanes(keys);
+    for (int key = 0; key < keys; key += kPage)
+      small_product(R, to_lanes(std::min(kPage, keys - key)), HS, q, q_ld, 1,
+                    key_pages[(start + key) / kPage], kPage, scores + key, kSpan, false);
+    for (int r = 0; r < R; r++) {
+      const int seen = std::clamp(first_position + r + 1 - start, 0, keys);
+      float* s = scores + r * kSpan;
+      for (int j = seen; j < width; j++) s[j] = -std::numeric_limits<float>::infinity();
+      vec top = splat(highest[r]);
+      for (int j = 0; j < width; j += kLanes) top = vmax(top, load(s + j));
+      const float higher = max_lanes(top);
+      if (start > 0 && higher > highest[r]) {
+        const float scale = exp1(highest[r] - higher);
+        total[r] *= scale;
+        for (int d = 0; d < HSP; d += kLanes) {
+          store(sums + r * HSP + d, load(sums + r * HSP + d) * scale);
+        }
+      }
+      highest[r] = higher;
+      for (int j = 0; j < width; j += kLanes) {
+        const vec p = vexp_below_88(load(s + j) - higher);
+        total[r] += p;
+        store(s + j, p);
+      }
+    }
+    for (int key = 0; key < keys; key += kPage)
+      small_product(R, HSP, std::min(kPage, keys - key), scores + key, kSpan, 1,
+                    value_pages[(start + key) / kPage], HSP, sums, HSP, true);
+  }
+  for (int r = 0; r < R; r++) {
+    const float sum = sum_lanes(total[r]);
+    const float scale = 1 / sum;
+    for_vectors(HS, [&](int64_t d, int n) {
+      store(out + r * out_ld + d, load(sums + r * HSP + d) * scale, n);
+    });
+    if (lse) lse[r * lse_ld] = highest[r] + std::log(sum);
+  }
+}
+
+// out (N, NH HS), lse (N, NH). A task is one (document, key/value head).
+static void attention_forward(const Attention& a, float* out, float* lse) {
+  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = padded_head(HS);
+  const int group = a.NH / a.NKV;
+  const float scale = 1 / std::sqrt(float(HS));
+  parallel_groups(int64_t(D) * a.NKV, a.NKV, [&](int64_t task) {
+    const int begin = a.doc_starts[size_t(task / a.NKV)];
+    const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
+    const int kv = int(task % a.NKV), pages = (length + kPage - 1) / kPage;
+    thread_local Arena memory;
+    const int64_t key_size = int64_t(HS) * kPage, value_size = int64_t(HSP) * kPage;
+    const int64_t size = pages * (key_size + value_size);
+    memory.grow(size);
+    if (HSP != HS) std::fill_n(memory.data(), size, 0.f);  // the padding of values
+    std::vector<const float*> key_pages, value_pages;
+    for (int p = 0; p < pages; p++) {
+      float* key = memory.data() + p * (key_size + value_size);
+      const int64_t n = begin + p * kPage;
+      const int count = std::min(kPage, length - p * kPage);
+      const float *k = a.k + n * a.k_ld + kv * HS, *v = a.v + n * a.v_ld + kv * HS;
+      for (int j = 0; j < count; j++) {
+        prefetch_row(HS, k + j * a.k_ld);
+        prefetch_row(HS, v + (j + kPrefetchSteps) * a.v_ld);
+        copy_row(HS, v + j * a.v_ld, key + key_size + int64_t(j) * HSP);
+      }
+      pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, k, count, HS, key);
+      key_pages.push_back(key);
+      value_pages.push_back(key + key_size);
+    }
+    alignas(64) float q[kMR * 256];
+    for (int h = kv * group; h < (kv + 1) * group; h++) {
+      for (int t = 0; t < length; t += kMR) {
+        const int R = std::min(kMR, length - t);
+        for (int r = 0; r < R; r++) {
+          const float* src = a.q + (begin + t + r) * a.q_ld + h * HS;
+          prefetch_row(HS, src + kMR * a.q_ld);
+          for_vectors(
+              HS, [&](int64_t d, int m) { store(q + r * HS + d, load(src + d, m) * scale, m); });
+        }
+        const int64_t n = begin + t;
+        attend(R, t, HS, q, HS, key_pages.data(), value_pages.data(), out + n * a.NH * HS + h * HS,
+               a.NH * HS, lse + n * a.NH + h, a.NH);
+      }
+    }
+  });
+}
+
+// From dout (N, NH HS) to dq (N, NH HS), dk, dv (N, NKV HS), all in rows of stride d_ld. P is made
+// again from lse. Blocks of kPage queries meet pages of keys; a key's gradient is summed over heads
+// and query blocks in order, a query's over pages in order.
+static void attention_backward(const Attention& a, const float* out, const float* lse,
+                               const float* dout, float* dq, float* dk, float* dv, int64_t d_ld) {
+  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = padded_head(HS);
+  const int group = a.NH / a.NKV;
+  const int64_t out_ld = int64_t(a.NH) * HS;
+  const float scale = 1 / std::sqrt(float(HS));
+  parallel_groups(int64_t(D) * a.NKV, a.NKV, [&](int64_t task) {
+    const int begin = a.doc_starts[size_t(task / a.NKV)];
+    const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
+    const int kv = int(task % a.NKV), padded = (length + kPage - 1) / kPage * kPage;
+    thread_local Arena memory;
+    memory.grow(int64_t(padded) * (3 * HSP + 2 * HS));
+    float* keys = memory.data();                   // (padded, HSP)
+    float* keys_t = keys + int64_t(padded) * HSP;  // pages [HS][kPage]
+    float* values_t = keys_t + int64_t(padded) * HS;
+    float* dkeys = values_t + int64_t(padded) * HS;  // (padded, HSP), as the next two
+    float* dvalues = dkeys + int64_t(padded) * HSP;
+    if (HSP != HS) std::fill(keys, keys + int64_t(padded) * HSP, 0.f);  // the padding
+    std::fill(dkeys, dvalues + int64_t(padded) * HSP, 0.f);
+    for (int t0 = 0; t0 < length; t0 += kPage) {
+      const int count = std::min(kPage, length - t0);
+      const float* k = a.k + (begin + t0) * a.k_ld + kv * HS;
+      const float* v = a.v + (begin + t0) * a.v_ld + kv * HS;
+      for (int t = 0; t < count; t++) {
+        prefetch_row(HS, k + (t + kPrefetchSteps) * a.k_ld);
+        prefetch_row(HS, v + t * a.v_ld);
+        copy_row(HS, k + t * a.k_ld, keys + int64_t(t0 + t) * HSP);
+      }
+      pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, k, count, HS, keys_t + int64_t(t0) * HS);
+      pack_panel<kPage>({nullptr, a.v_ld, Inner::k}, v, count, HS, values_t + int64_t(t0) * HS);
+    }
+    alignas(64) static thread_local float q[kPage * 256], d_out[kPage * 256], d_q[kPage * 256];
+    alignas(64) static thread_local float p[kPage * kPage], ds[kPage * kPage];
+    for (int h = kv * group; h < (kv + 1) * group; h++) {
+      for (int t0 = 0; t0 < length; t0 += kPage) {
+        const int rows = std::min(kPage, length - t0);
+        float dot[kPage], row_lse[kPage];  // dot: sum_d dout out = sum_s p dp
+        for (int r = 0; r < rows; r++) {
+          const int64_t n = begin + t0 + r;
+          const float *src = a.q + n * a.q_ld + h * HS, *d = dout + n * out_ld + h * HS;
+          const float* o = out + n * out_ld + h * HS;
+          prefetch_row(HS, src + kPrefetchSteps * a.q_ld);
+          prefetch_row(HS, d + kPrefetchSteps * out_ld);
+          prefetch_row(HS, o + kPrefetchSteps * out_ld);
+          vec sum{};
+          for_vectors(HS, [&](int64_t i, int m) {
+            store(q + r * HSP + i, load(src + i, m) * scale);
+            store(d_out + r * HSP + i, load(d + i, m));
+            sum += load(d + i, m) * load(o + i, m);
+          });
+          dot[r] = sum_lanes(sum);
+          row_lse[r] = lse[n * a.NH + h];
+        }
+        std::fill(d_q, d_q + rows * HSP, 0.f);
+        for (int s0 = 0; s0 <= t0; s0 += kPage) {
+          const int page_keys = std::min(kPage, length - s0);
+          const bool diagonal = s0 == t0;
+          for (int r0 = 0; r0 < rows; r0 += kMR) {
+            const int R = std::min(kMR, rows - r0);
+            const int count = diagonal ? r0 + R : page_keys;  // keys that the last row sees
+            const int width = to_lanes(count);
+            float *pr = p + r0 * kPage, *dsr = ds + r0 * kPage;
+            small_product(R, width, HS, q + r0 * HSP, HSP, 1, keys_t + int64_t(s0) * HS, kPage, pr,
+                          kPage, false);
+            small_product(R, width, HS, d_out + r0 * HSP, HSP, 1, values_t + int64_t(s0) * HS,
+                          kPage, dsr, kPage, false);
+            for (int r = 0; r < R; r++) {
+              const int seen = diagonal ? r0 + r + 1 : page_keys;
+              float *ps = pr + r * kPage, *d = dsr + r * kPage;
+              const auto weigh = [&](int j, int n) {
+                const vec e = mask_lanes(vexp_below_88(load(ps + j) - row_lse[r0 + r]), n);
+                store(ps + j, e);
+                store(d + j, e * (load(d + j) - dot[r0 + r]));
+              };
+              int j = 0;
+              for (; j + kLanes <= seen; j += kLanes) weigh(j, kLanes);
+              for (; j < width; j += kLanes) weigh(j, std::max(0, seen - j));
+            }
+            small_product(R, HSP, count, dsr, kPage, 1, keys + int64_t(s0) * HSP, HSP,
+                          d_q + r0 * HSP, HSP, true);
+          }
+          for (int j0 = 0; j0 < page_keys; j0 += kMR) {
+            const int R = std::min(kMR, page_keys - j0), r_begin = diagonal ? j0 : 0;
+            if (r_begin >= rows) break;
+            small_product(R, HSP, rows - r_begin, p + r_begin * kPage + j0, 1, kPage,
+                          d_out + r_begin * HSP, HSP, dvalues + int64_t(s0 + j0) * HSP, HSP, true);
+            small_product(R, HSP, rows - r_begin, ds + r_begin * kPage + j0, 1, kPage,
+                          q + r_begin * HSP, HSP, dkeys + int64_t(s0 + j0) * HSP, HSP, true);
+          }
+        }
+        for (int r = 0; r < rows; r++)
+          for (int d = 0; d < HS; d++)
+            dq[(begin + t0 + r) * d_ld + h * HS + d] = d_q[r * HSP + d] * scale;
+      }
+    }
+    for (int t = 0; t < length; t++) {
+      copy_row(HS, dkeys + int64_t(t) * HSP, dk + (begin + t) * d_ld + kv * HS);
+      copy_row(HS, dvalues + int64_t(t) * HSP, dv + (begin + t) * d_ld + kv * HS);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Activations
+
+// GELU, tanh form (plain::gelu): y = x s(2u), u = sqrt(2/pi) (x + .044715 x^3), s the sigmoid
+static inline vec gelu_argument(vec x) {  // 2u
+  return 1.5957691216f * (x + .044715f * x * x * x);
+}
+static void gelu_forward(int64_t size, const float* x, float* y) {
+  parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
+    const int64_t begin = chunk * 4096;
+    for_vectors(std::min<int64_t>(4096, size - begin), [&](int64_t i, int n) {
+      const vec v = load(x + begin + i, n);
+      store(y + begin + i, v * vsigmoid(gelu_argument(v)), n);
+    });
+  });
+}
+// From dy; x's gradient takes its place.
+static void gelu_backward(int64_t size, float* x, const float* dy) {
+  parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
+    const int64_t begin = chunk * 4096;
+    for_vectors(std::min<int64_t>(4096, size - begin), [&](int64_t i, int n) {
+      const vec v = load(x + begin + i, n), s = vsigmoid(gelu_argument(v));
+      const vec slope = 1.5957691216f * (1.f + .134145f * v * v);
+      store(x + begin + i, load(dy + begin + i, n) * (s + v * s * (1.f - s) * slope), n);
+    });
+  });
+}
+// SwiGLU (plain::swiglu): y = gate s(gate) up. gate_up (N, 2F): the gate's columns, then up's;
+// y (N, F)
+static void swiglu_forward(int64_t N, int F, const float* gate_up, float* y) {
+  parallel_for(N, [&](int64_t r) {
+    const float *gate = gate_up + r * 2 * F, *up = gate + F;
+    for_vectors(F, [&](int64_t i, int n) {
+      const vec g = load(gate + i, n);
+      store(y + r * F + i, g * vsigmoid(g) * load(up + i, n), n);
+    });
+  });
+}
+// From dy (N, F); gate_up's gradient takes its place.
+static void swiglu_backward(int64_t N, int F, float* gate_up, const float* dy) {
+  parallel_for(N, [&](int64_t r) {
+    float *gate = gate_up + r * 2 * F, *up = gate + F;
+    for_vectors(F, [&](int64_t i, int n) {
+      const vec g = load(gate + i, n), u = load(up + i, n), d = load(dy + r * F + i, n);
+      const vec s = vsigmoid(g);
+      store(up + i, d * g * s, n);
+      store(gate + i, d * u * (s + g * s * (1.f - s)), n);
+    });
+  });
+}
+
+void CpuGpt::activate(int N, const float* up, float* act) const {
+  if (config_.has_gate()) {
+    swiglu_forward(N, config_.F, up, act);
+  } else {
+    gelu_forward(int64_t(N) * config_.F, up, act);
+  }
+}
+void CpuGpt::activate_backward(float* up, const float* dact) const {
+  if (config_.has_gate()) {
+    swiglu_backward(N_, config_.F, up, dact);
+  } else {
+    gelu_backward(int64_t(N_) * config_.F, up, dact);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// LM head: a row of logits -> log p(target), entropy, and in place their gradient
+
+// log p(target) and the entropy of softmax(x / temperature) (plain::classifier_forward).
+static RowSoftmax row_softmax(int V, const float* x, float inverse_temperature) {
+  vec top = splat(-std::numeric_limits<float>::infinity());
+  int64_t j = 0;
+  for (; j + kLanes <= V; j += kLanes) top = vmax(top, load(x + j));
+  float highest = max_lanes(top);
+  for (; j < V; j++) highest = std::max(highest, x[j]);
+  vec sum{}, weighted{};
+  for_vectors(V, [&](int64_t i, int n) {
+    const vec s = mask_lanes((load(x + i, n) - highest) * inverse_temperature, n);
+    const vec e = mask_lanes(vexp_below_88(s), n);
+    sum += e;
+    weighted += e * s;
+  });
+  const float total = sum_lanes(sum), log_sum = std::log(total);
+  return {highest, log_sum, log_sum - sum_lanes(weighted) / total};
+}
+
+// x[j] becomes (dlogp (1[j = target] - p_j) - dentropy p_j (log p_j + H)) / temperature.
+static void row_softmax_backward(int V, float* x, const RowSoftmax& s, float inverse_temperature,
+                                 int target, float dlogp, float dentropy) {
+  const float a = -dlogp * inverse_temperature, b = -dentropy * inverse_temperature;
+  for_vectors(V, [&](int64_t j, int n) {
+    const vec logp = (load(x + j, n) - s.highest) * inverse_temperature - s.log_sum;
+    store(x + j, vexp_below_88(logp) * (a + b * (logp + s.entropy)), n);
+  });
+  x[target] += dlogp * inverse_temperature;
+}
+
+// Rows of logits made at a time: what fits 64 MiB, at least 256. Never a function of the threads.
+static int64_t logit_rows(const Config& c, int64_t N) {
+  return std::min(N, std::max<int64_t>(256, (int64_t(64) << 20) / (int64_t(c.padded_V()) * 4)));
+}
+
+// Logits of head_rows_[first, first + rows) and their softmax statistics.
+void CpuGpt::logits_forward(int64_t begin, int64_t rows) {
+  const int V = config_.V, ld = config_.padded_V();
+  Product p =
+      forward_product(int(rows), config_.C, V, a_.head_in + begin * config_.C, nullptr, a_.logits);
+  p.b = matrix(table_.head, weights_->panels_only), p.ldc = ld;
+  gemm(p);
+  parallel_for(rows, [&](int64_t r) {
+    const size_t row = size_t(begin + r), n = size_t(head_rows_[row]);
+    const float* x = a_.logits + r * ld;
+    softmax_[row] = row_softmax(V, x, inverse_temperature_);
+    logp_[n] = softmax_[row].logp(x[targets_[n]], inverse_temperature_);
+    entropy_[n] = softmax_[row].entropy;
+  });
+}
+
+void CpuGpt::head_forward() {
+  const int C = config_.C;
+  if (config_.head == Head::scalar) {
+    gemm(forward_product(N_, C, 1, a_.final_norm, weight(table_.head.weight), value_.data()));
+    return;
+  }
+  const auto M = int64_t(head_rows_.size()), chunk = logit_rows(config_, N_);
+  parallel_for(M, [&](int64_t r) {
+    std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
+  });
+  for (int64_t begin = 0; begin < M; begin += chunk) {
+    logits_forward(begin, std::min(chunk, M - begin));
+  }
+  logits_kept_ = M <= chunk;
+}
+
+// From the per-token weights to dx, the gradient of the stream that leaves the last layer, through
+// the head and the final norm. Logits are made here unless forward left them.
+void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> dvalue,
+                           std::span<const float> dentropy, bool logits_ready) {
+  const int C = config_.C, V = config_.V, ld = config_.padded_V();
+  const Linear& head = table_.head;
+  parallel_for(N_, [&](int64_t n) { std::fill_n(a_.dnorm + n * C, C, 0.f); });
+  if (config_.head == Head::scalar) {
+    const std::vector<float> zeros(size_t(dvalue.empty() ? N_ : 0));
+    const float* d = dvalue.empty() ? zeros.data() : dvalue.data();  // (N, 1)
+    if (!dvalue.empty()) gemm(input_gradient(N_, C, 1, weight(head.weight), d, a_.dnorm));
+    if (float* dhead = gradient(head.weight)) {
+      Product p = weight_gradient(N_, C, 1, a_.final_norm, d, dhead);
+      p.accumulate = !gradients_are_zero_;
+      gemm(p);
+    }
+  } else {
+    // Logits that no forward left are made 4 MiB or 512 rows at a time, which the caches hold.
+    const auto M = int64_t(head_rows_.size()), cached = (int64_t(4) << 20) / (int64_t(ld) * 4);
+    const int64_t chunk =
+        logits_ready ? M : std::min(logit_rows(config_, N_), std::max<int64_t>(512, cached));
+    if (!logits_ready) {
+      parallel_for(M, [&](int64_t r) {
+        std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
+      });
+    }
+    float* dhead = gradient(head.weight);
+    if (gradients_are_zero_ && M == 0 && dhead) std::fill_n(dhead, int64_t(V) * C, 0.f);
+    for (int64_t begin = 0; begin < M; begin += chunk) {
+      const int rows = int(std::min(chunk, M - begin));
+      if (!logits_ready) logits_forward(begin, rows);
+      parallel_for(rows, [&](int64_t r) {
+        const size_t row = size_t(begin + r), n = size_t(head_rows_[row]);
+        row_softmax_backward(V, a_.logits + r * ld, softmax_[row], inverse_temperature_,
+                             targets_[n], dlogp.empty() ? 0.f : dlogp[n],
+                             dentropy.empty() ? 0.f : dentropy[n]);
+      });
+      // The logits' gradients now stand in the logits' place.
+      Product p =
+          input_gradient(rows, C, V, weight(head.weight), a_.logits, a_.dhead_in + begin * C);
+      p.a.ld = ld;
+      gemm(p);
+      if (!dhead) continue;
+      p = weight_gradient(rows, C, V, a_.head_in + begin * C, a_.logits, dhead);
+      p.a.ld = ld, p.accumulate = !gradients_are_zero_ || begin > 0;
+      gemm(p);
+    }
+    parallel_for(M, [&](int64_t r) {
+      std::copy_n(a_.dhead_in + r * C, C, a_.dnorm + int64_t(head_rows_[size_t(r)]) * C);
+    });
+  }
+  for (size_t n = 0; n < dlogp.size(); n++) loss_ += double(dlogp[n]) * logp_[n];
+  parallel_for(N_, [&](int64_t n) { std::fill_n(a_.dx + n * C, C, 0.f); });
+  norm_back(N_, table_.final_norm, a_.dnorm, a_.x, a_.final_stats);
+}
+
+// =============================================================================================
+// 3. Optimizers
+
+// The norm of the whole gradient: blocks of a fixed size, then over the blocks in order.
+double CpuGpt::gradient_norm() {
+  const int64_t begin = table_.first_trainable();  // pages before it are never touched
+  if (gradients_are_zero_) std::fill_n(gradients_.data() + begin, table_.size - begin, 0.f);
+  constexpr int64_t kChunk = 1 << 15;
+  std::vector<double> squares(size_t((table_.size - begin + kChunk - 1) / kChunk));
+  parallel_for(int64_t(squares.size()), [&](int64_t block) {
+    const float* g = gradients_.data() + begin + block * kChunk;
+    double sum = 0;
+    for (int64_t start = 0, n = std::min(kChunk, table_.size - begin - block * kChunk); start < n;
+         start += 1024) {
+      vec square{};
+      for_vectors(std::min<int64_t>(1024, n - start), [&](int64_t i, int m) {
+        const vec x = load(g + start + i, m);
+        square += x * x;
+      });
+      sum += sum_lanes(square);
+    }
+    squares[size_t(block)] = sum;
+  });
+  return std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.));
+}
+
+// What one thread steps at a time: AdamW goes element by element, Muon by whole matrices.
+std::vector<CpuGpt::Piece> CpuGpt::update_pieces() const {
+  std::vector<Piece> pieces;
+  for (const bool muon_owns : {true, false}) {
+    for (const Tensor& t : table_.tensors) {
+      if (t.muon != muon_owns || !t.trainable) continue;
+      const int64_t chunk = muon_owns ? t.size() : int64_t(1) << 16;
+      for (int64_t i = 0; i < t.size(); i += chunk)
+        pieces.push_back({&t, t.offset + i, std::min(chunk, t.size() - i)});
+    }
+  }
+  std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) {
+    return a.tensor->muon && (!b.tensor->muon || a.size > b.size);  // the longest work first
+  });
+  return pieces;
+}
+
+// AdamW (Loshchilov, Hutter 2019) on n floats; g is multiplied by `scale` (clipping) first:
+// m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
+// w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w)
+static void adamw(int64_t size, float* w, const float* g, float* m, float* v, float scale, float lr,
+                  float decay, const OptimizerStep& o) {
+  const float c1 = 1 / (1 - float(std::pow(double(o.beta1), double(o.step))));
+  const float c2 = 1 / (1 - float(std::pow(double(o.beta2), double(o.step))));
+  const float shrink = 1 - lr * decay;
+  for_vectors(size, [&](int64_t i, int n) {
+    const vec grad = load(g + i, n) * scale;
+    const vec mi = o.beta1 * load(m + i, n) + (1 - o.beta1) * grad;
+    const vec vi = o.beta2 * load(v + i, n) + (1 - o.beta2) * grad * grad;
+    store(m + i, mi, n);
+    store(v + i, vi, n);
+    store(w + i, shrink * load(w + i, n) - lr * c1 * mi / (vsqrt(vi * c2) + o.eps), n);
+  });
+}
+
+// Muon (Jordan et al. 2024) on one matrix (out, in), by one thread:
+// m = mu m + (1-mu) g;  u = mu m + (1-mu) g (Nesterov);
+// X = u / (||u|| + 1e-7), five times X <- a X + (b A + c A A) X with A = X X^T, which drives the
+// singular values towards 1;  w -= lr (sqrt(max(1, out/in)) X + decay w)
+// A tall X is multiplied from the right instead, with A = X^T X: the same, transposed.
+static void muon(int out, int in, float* w, const float* g, float* m, float scale,
+                 const OptimizerStep& o) {
+  const int64_t size = int64_t(out) * in;
+  const bool tall = out > in;
+  const int rows = std::min(out, in), columns = std::max(out, in);
+  const int64_t square_size = int64_t(rows) * rows;
+  thread_local Arena memory;
+  memory.grow(2 * size + 4 * square_size);
+  float *x = memory.data(), *next = x + size, *a = next + size, *p = a + square_size;
+  float *q = p + square_size, *r = q + square_size;  // (rows, rows), as a and p
+  const float mu = o.muon_momentum;
+  vec squares{};
+  for_vectors(size, [&](int64_t i, int n) {
+    const vec grad = load(g + i, n) * scale;
+    const vec mi = mu * load(m + i, n) + (1 - mu) * grad;
+    const vec u = mu * mi + (1 - mu) * grad;
+    store(m + i, mi, n);
+    store(x + i, u, n);
+    squares += u * u;
+  });
+  const float inverse = 1 / (std::sqrt(sum_lanes(squares)) + 1e-7f);
+  for_vectors(size, [&](int64_t i, int n) { store(x + i, load(x + i, n) * inverse, n); });
+
+  // left and right commute
+  const auto small = [&](const float* left, const float* right, float* result) {
+    gemm_symmetric(rows, rows, {left, rows, Inner::k}, {right, rows, Inner::other}, result);
+  };
+  const auto gram = [&] {  // A = X X^T, of a tall X X^T X
+    const Operand lines{x, in, tall ? Inner::other : Inner::k};
+    gemm_symmetric(rows, columns, lines, lines, a);
+  };
+  const auto polynomial = [&](float* result) {  // a I + b A + c A A
+    small(a, a, result);
+    for_vectors(square_size, [&](int64_t i, int n) {
+      store(result + i, 2.0315f * load(result + i, n) - 4.7750f * load(a + i, n), n);
+    });
+    for (int i = 0; i < rows; i++) result[int64_t(i) * rows + i] += 3.4445f;
+  };
+  const auto advance = [&](const float* polynomial_of_a) {  // X <- P X, a tall X <- X P
+    const Operand square{polynomial_of_a, rows, tall ? Inner::other : Inner::k};
+    const Operand wide{x, in, tall ? Inner::k : Inner::other};
+    gemm_rectangle({.M = out,
+                    .N = in,
+                    .K = rows,
+                    .a = tall ? wide : square,
+                    .b = tall ? square : wide,
+                    .c = next,
+                    .ldc = in},
+                   0, out, 0, in);
+    std::swap(x, next);
+  };
+  // The polynomials of one A commute, so that the five steps of X are one product of small
+  // symmetric matrices, and A follows them by A <- P A P: two wide products of X in place of ten.
+  // Rounding in A grows with the steps: to 1e-4 of the result on a gradient of rank 8 with noise a
+  // thousand times smaller (step by step 3e-5), to 1.5e-5 on square random matrices (1e-6); on wide
+  // ones it is as small as step by step.
+  gram();
+  polynomial(q);
+  for (int step = 1; step < 5; step++) {
+    const float* previous = step == 1 ? q : p;  // the polynomial that A has yet to follow
+    small(previous, a, r);
+    small(r, previous, a);
+    polynomial(p);
+    small(p, q, r);
+    std::swap(q, r);
+  }
+  advance(q);
+  const float lr = o.muon_lr * std::sqrt(std::max(1.f, float(out) / float(in)));
+  const float shrink = 1 - o.muon_lr * o.muon_decay;
+  for_vectors(size, [&](int64_t i, int n) {
+    store(w + i, shrink * load(w + i, n) - lr * load(x + i, n), n);
+  });
+}
+
+// =============================================================================================
+// 4. Decoding: a KV cache in pages, and sampling
+
+class CpuKvCache : public KvCache {
+ public:
+  CpuKvCache(const Config& c, int64_t positions)
+      : KvCache(positions),
+        key_floats_(int64_t(c.HS) * kPage),
+        page_floats_(key_floats_ + int64_t(padded_head(c.HS)) * kPage),
+        layer_floats_(c.NKV * page_floats_),
+        L_(c.L),
+        memory_((positions + kPage - 1) / kPage * c.L * layer_floats_) {}
+  float* keys(int page, int layer, int head) const {  // [HS][kPage]
+    return memory_.data() + (int64_t(page) * L_ + layer) * layer_floats_ + head * page_floats_;
+  }
+  float* values(int page, int layer, int head) const {  // [kPage][HSP]
+    return keys(page, layer, head) + key_floats_;
+  }
+  void copy(int src, int dst) const {
+    std::copy_n(keys(src, 0, 0), L_ * layer_floats_, keys(dst, 0, 0));
+  }
+
+ private:
+  int64_t key_floats_, page_floats_, layer_floats_;
+  int L_;
+  Arena memory_;
+};
+
+std::unique_ptr<KvCache> CpuGpt::make_cache(int64_t positions) {
+  return std::make_unique<CpuKvCache>(config_, positions);
+}
+
+// One position's key (HS) into lane `lane` of a page, transposed, and its value (HS) into that row.
+static void fill_page(int HS, int lane, const float* k, const float* v, float* key_page,
+                      float* value_page) {
+  for (int d = 0; d < HS; d++) key_page[d * kPage + lane] = k[d];
+  std::copy(v, v + HS, value_page + int64_t(lane) * padded_head(HS));
+}
+
+// Sampling: a function of the logits and of (seed, stream, position) alone.
+static int sample_row(int V, const float* logits, const Sampling& sampling,
+                      std::span<const int> history, uint64_t position, std::vector<float>& p) {
+  p.assign(logits, logits + V);
+  if (sampling.repetition_penalty != 1) {
+    std::vector<int> seen(history.begin(), history.end());
+    std::sort(seen.begin(), seen.end());
+    seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
+    for (int id : seen) {
+      if (id >= V) continue;
+      float& x = p[size_t(id)];
+      x = x > 0 ? x / sampling.repetition_penalty : x * sampling.repetition_penalty;
+    }
+  }
+  const int best = int(std::max_element(p.begin(), p.end()) - p.begin());
+  if (sampling.temperature == 0) return best;
+  const float highest = p[size_t(best)], inverse_temperature = 1 / sampling.temperature;
+  for_vectors(V, [&](int64_t j, int n) {  // proportional to probabilities; the best has 1
+    store(&p[size_t(j)], vexp((load(&p[size_t(j)], n) - highest) * inverse_temperature), n);
+  });
+  if (sampling.min_p > 0) {
+    for (float& x : p) x = x < sampling.min_p ? 0 : x;
+  }
+  const bool cut_k = sampling.top_k > 0 && sampling.top_k < V, cut_p = sampling.top_p < 1;
+  if (cut_k || cut_p) {  // most likely first, smaller ids first among equals
+    std::vector<int> order(static_cast<size_t>(V));
+    std::iota(order.begin(), order.end(), 0);
+    const auto likelier = [&](int a, int b) {
+      return p[size_t(a)] != p[size_t(b)] ? p[size_t(a)] > p[size_t(b)] : a < b;
+    };
+    size_t kept = cut_k ? size_t(sampling.top_k) : size_t(V);
+    if (cut_k) std::nth_element(order.begin(), order.begin() + kept - 1, order.end(), likelier);
+    if (cut_p) {  // the smallest set that reaches top_p of what is left; few are sorted to find it
+      double total = 0, reached = 0;
+      for (size_t i = 0; i < kept; i++) total += p[size_t(order[i])];
+      size_t i = 0, sorted = 0;
+      for (; i < kept && reached < sampling.top_p * total; i++) {
+        if (i == sorted) {
+          sorted = std::min(kept, std::max<size_t>(64, 4 * sorted));
+          std::partial_sort(order.begin() + i, order.begin() + sorted, order.begin() + kept,
+                            likelier);
+        }
+        reached += p[size_t(order[i])];
+      }
+      kept = i;
+    }
+    for (size_t i = kept; i < order.size(); i++) p[size_t(order[i])] = 0;
+  }
+  // Inverse of the cumulative sum: blocks of 256 first, then inside the block.
+  std::vector<double> blocks;
+  double total = 0;
+  for (int begin = 0; begin < V; begin += 256) {
+    vec sum{};
+    for_vectors(std::min(256, V - begin),
+                [&](int64_t j, int n) { sum += load(&p[size_t(begin + j)], n); });
+    blocks.push_back(sum_lanes(sum));
+    total += blocks.back();
+  }
+  double left = total * uniform01(mix64(sampling.seed, sampling.stream, position));
+  size_t block = 0;
+  while (block + 1 < blocks.size() && left >= blocks[block]) left -= blocks[block++];
+  int last = best;  // rounding may pass the block's end: then its last possible token
+  for (int j = int(block) * 256; j < std::min(V, int(block) * 256 + 256); j++) {
+    if (p[size_t(j)] == 0) continue;
+    last = j;
+    if (left < p[size_t(j)]) return j;
+    left -= p[size_t(j)];
+  }
+  return last;
+}
+
+void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
+                    bool want_logits) {
+  if (config_.head != Head::lm) fail("decode: a model with a scalar head samples nothing");
+  auto& pages = dynamic_cast<CpuKvCache&>(cache);
+  weights_->make_panels();
+  const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
+  const auto R = int64_t(rows.size());
+  std::vector<int> tokens, positions, starts, lengths;  // of all rows; lengths before this call
+  for (const DecodeRow& row : rows) {
+    const int length = cache.length(row.sequence), n = int(row.tokens.size());
+    if (n == 0 || length + n > config_.T) {
+      fail("decode: found ", n, " tokens after ", length, ", expected 1 up to the context of ",
+           config_.T);
+    }
+    starts.push_back(int(tokens.size()));
+    lengths.push_back(length);
+    for (int t = 0; t < n; t++) {
+      const int token = row.tokens[size_t(t)];
+      if (token < 0 || token >= V) fail("decode: found token ", token, ", expected below ", V);
+      tokens.push_back(token);
+      positions.push_back(length + t);
+    }
+  }
+  for (const DecodeRow& row : rows) {
+    cache.append(row.sequence, int(row.tokens.size()),
+                 [&](int src, int dst) { pages.copy(src, dst); });
+  }
+  result.ids.assign(size_t(R), 0);
+  result.logp.assign(size_t(R), 0.f);
+  result.logits.resize(want_logits ? size_t(R * V) : 0);
+  if (R == 0) return;
+  const int N = int(tokens.size());
+  starts.push_back(N);
+  decode_.reserve(config_, N, false);
+  const float scale = 1 / std::sqrt(float(HS));
+  const auto attend_cache = [&](int l, LayerActivations& a) {
+    const Attention qkv = attention_of(a.qkv, a.rotated);
+    parallel_items(R * NKV, [&](int64_t task) {
+      const auto r = size_t(task / NKV);
+      const int kv = int(task % NKV), before = lengths[r];
+      const std::vector<int>& list = cache.pages(rows[r].sequence);
+      std::vector<const float*> key_pages, value_pages;
+      for (int page : list) {
+        key_pages.push_back(pages.keys(page, l, kv));
+        value_pages.push_back(pages.values(page, l, kv));
+      }
+      const int n = starts[r + 1] - starts[r];
+      for (int t = 0; t < n; t++) {
+        const int page = list[size_t((before + t) / kPage)];
+        const int64_t i = starts[r] + t;
+        fill_page(HS, (before + t) % kPage, qkv.k + i * qkv.k_ld + kv * HS,
+                  qkv.v + i * qkv.v_ld + kv * HS, pages.keys(page, l, kv),
+                  pages.values(page, l, kv));
+      }
+      alignas(64) float q[kMR * 256];
+      for (int h = kv * (NH / NKV); h < (kv + 1) * (NH / NKV); h++) {
+        for (int t = 0; t < n; t += kMR) {
+          const int count = std::min(kMR, n - t);
+          const int64_t i = starts[r] + t;
+          for (int j = 0; j < count; j++)
+            for (int d = 0; d < HS; d++)
+              q[j * HS + d] = qkv.q[(i + j) * qkv.q_ld + h * HS + d] * scale;
+          attend(count, before + t, HS, q, HS, key_pages.data(), value_pages.data(),
+                 a.att + i * NH * HS + h * HS, NH * HS, nullptr, 0);
+        }
+      }
+    });
+  };
+  blocks_forward(decode_, N, tokens.data(), positions.data(), true, attend_cache);
+  for (int64_t r = 0; r < R; r++)
+    std::copy_n(decode_.x + int64_t(starts[size_t(r) + 1] - 1) * C, C, decode_.final_norm + r * C);
+  norm(int(R), table_.final_norm, decode_.final_norm, decode_.head_in, decode_.final_stats);
+  const int64_t chunk = logit_rows(config_, decode_.capacity), ld = config_.padded_V();
+  for (int64_t begin = 0; begin < R; begin += chunk) {
+    const int64_t count = std::min(chunk, R - begin);
+    Product p =
+        forward_product(int(count), C, V, decode_.head_in + begin * C, nullptr, decode_.logits);
+    p.b = matrix(table_.head, true), p.ldc = ld;
+    gemm(p);
+    parallel_items(count, [&](int64_t i) {
+      const auto r = size_t(begin + i);
+      const float* x = decode_.logits + i * ld;
+      const Sampling& sampling = rows[r].sampling;
+      thread_local std::vector<float> scratch;
+      const int id =
+          sample_row(sampling.vocab > 0 ? std::min(V, sampling.vocab) : V, x, sampling,
+                     rows[r].history, uint64_t(lengths[r]) + rows[r].tokens.size(), scratch);
+      const float inverse = sampling.temperature > 0 ? 1 / sampling.temperature : 1;
+      result.ids[r] = id;
+      result.logp[r] = row_softmax(V, x, inverse).logp(x[id], inverse);
+      if (want_logits) std::copy_n(x, V, result.logits.data() + int64_t(r) * V);
+    });
+  }
+}
+
+// =============================================================================================
+// 5. Memory, tensors in and out, and what make_gpt checks
+
+void Arena::reset(int64_t floats) {
+  release();
+  if (floats == 0) return;
+  constexpr size_t kHugePage = size_t(2) << 20;
+  bytes_ = size_t(floats) * sizeof(float);
+  if (bytes_ > kHugePage / 8) bytes_ = (bytes_ + kHugePage - 1) / kHugePage * kHugePage;
+  void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) {
+    bytes_ = 0;
+    fail("out of memory: cannot reserve ", bytes_text(double(floats) * 4),
+         "; lower the batch, the context or the model");
+  }
+  data_ = static_cast<float*>(p), size_ = floats;
+  madvise(p, bytes_, MADV_HUGEPAGE);
+}
+void Arena::release() {
+  if (data_) munmap(data_, bytes_);
+  data_ = nullptr, bytes_ = 0, size_ = 0;
+}
+
+void Activations::reserve(const Config& c, int64_t N, bool train) {
+  if (N <= capacity) return;
+  arena.reset(lay_out(c, N, train, nullptr));
+  lay_out(c, N, train, arena.data());
+  capacity = N;
+}
+int64_t Activations::lay_out(const Config& c, int64_t N, bool train, float* base) {
+  int64_t used = 0;
+  const auto allocate = [&](int64_t floats) {
+    float* p = base ? base + used : nullptr;
+    used += (floats + 15) / 16 * 16;
+    return p;
+  };
+  const int64_t up = c.has_gate() ? 2 * c.F : c.F, heads = int64_t(c.NH) * c.HS;
+  const bool mean = c.has_biases();
+  const auto stats = [&] { return NormStats{mean ? allocate(N) : nullptr, allocate(N)}; };
+  layers.resize(size_t(c.L));
+  float* streams[2] = {};
+  for (int l = 0; l < c.L; l++) {
+    LayerActivations& a = layers[size_t(l)];
+    if (!train && l >= 2) {
+      a = layers[0];
+      a.x = streams[l % 2];
+      continue;
+    }
+    if (!train && l == 1) {
+      a = layers[0];
+      a.x = streams[1] = allocate(N * c.C);
+      continue;
+    }
+    a.x = streams[0] = allocate(N * c.C);
+    a.norm1 = allocate(N * c.C);
+    a.stats1 = stats();
+    a.qkv = allocate(N * c.qkv());
+    a.rotated = c.family == Family::qwen3 ? allocate(N * (c.NH + c.NKV) * c.HS) : nullptr;
+    a.att = allocate(N * heads);
+    a.lse = allocate(N * c.NH);
+    a.mid = allocate(N * c.C);
+    a.norm2 = allocate(N * c.C);
+    a.stats2 = stats();
+    a.up = allocate(N * up);
+    a.act = allocate(N * c.F);
+  }
+  x = allocate(N * c.C);
+  final_norm = allocate(N * c.C);
+  final_stats = stats();
+  if (c.head == Head::lm) {
+    head_in = allocate(N * c.C);
+    logits = allocate(logit_rows(c, N) * c.padded_V());
+  }
+  if (train) {
+    dhead_in = allocate(N * c.C);
+    dx = allocate(N * c.C);
+    dnorm = allocate(N * std::max<int64_t>(c.C, heads));
+    dqkv = allocate(N * c.qkv());
+    dact = allocate(N * c.F);
+    partials = allocate(norm_partials(N, std::max(c.C, c.HS)));
+  }
+  return used;
+}
+
+CpuGpt::CpuGpt(const Config& config, const GptOptions& options)
+    : Gpt(config, options.muon, options.lora),
+      train_(options.mode == Mode::train),
+      adapters_(options.lora.rank > 0),
+      rope_(config) {
+  if (options.share) {
+    const auto* other = dynamic_cast<const CpuGpt*>(options.share);
+    if (!other) fail("share: the other model is on another device");
+    weights_ = other->weights_;
+    if (train_) fail("share: a model that trains needs weights of its own");
+  } else {
+    weights_ = std::make_shared<Weights>(config, table_, !train_);
+  }
+  if (train_) {
+    gradients_.reset(table_.size);
+    moment1_.reset(table_.size);
+    moment2_.reset(table_.size);
+  }
+  if (options.batch_tokens > 0) a_.reserve(config, options.batch_tokens, train_);
+}
+
+void CpuGpt::read(int tensor, Slot slot, std::span<float> out) const {
+  const Tensor& t = table_.tensors.at(size_t(tensor));
+  if (int64_t(out.size()) != t.size()) {
+    fail(t.name, ": found room for ", out.size(), " floats, expected ", t.size());
+  }
+  if (slot == Slot::weight) {
+    const Weights::Group* g = weights_->panels_only ? weights_->group_of(t.offset) : nullptr;
+    if (g) {
+      parallel_for(t.out, [&](int64_t o) {
+        for (int64_t i = o * t.in; i < (o + 1) * t.in; i++)
+          out[size_t(i)] = weights_->in_panels(*g, t.offset + i);
+      });
+    } else {
+      std::copy_n(weight(t.offset), t.size(), out.data());
+    }
+    return;
+  }
+  if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
+  if (slot == Slot::gradient && gradients_are_zero_) {
+    std::fill(out.begin(), out.end(), 0.f);
+    return;
+  }
+  const Arena& arena = slot == Slot::gradient  ? gradients_
+                       : slot == Slot::moment1 ? moment1_
+                                               : moment2_;
+  std::copy_n(arena.data() + t.offset, t.size(), out.data());
+}
+
+void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
+  const Tensor& t = table_.tensors.at(size_t(tensor));
+  if (int64_t(in.size()) != t.size()) {
+    fail(t.name, ": found ", in.size(), " floats, expected ", t.size());
+  }
+  if (slot == Slot::weight) {
+    const Weights::Group* g = weights_->panels_only ? weights_->group_of(t.offset) : nullptr;
+    if (g) {
+      parallel_for(t.out, [&](int64_t o) {
+        for (int64_t i = o * t.in; i < (o + 1) * t.in; i++)
+          weights_->in_panels(*g, t.offset + i) = in[size_t(i)];
+      });
+    } else {
+      std::copy_n(in.data(), t.size(), weights_->rows.data() + t.offset);
+    }
+    weights_->panels_current = false;
+    return;
+  }
+  if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
+  if (slot == Slot::gradient && gradients_are_zero_) {
+    std::fill_n(gradients_.data(), gradients_.size(), 0.f);
+    gradients_are_zero_ = false;
+  }
+  Arena& arena = slot == Slot::gradient ? gradients_ : slot == Slot::moment1 ? moment1_ : moment2_;
+  std::copy_n(in.data(), t.size(), arena.data() + t.offset);
+}
+
+void set_threads(int threads) { omp_set_num_threads(threads > 0 ? threads : usable_cores()); }
+
+// Bytes a process may still take: what the system has, or what the container's limit leaves.
+static int64_t available_memory() {
+  int64_t available = std::numeric_limits<int64_t>::max();
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string line; std::getline(meminfo, line);) {
+    long long kib = 0;
+    if (std::sscanf(line.c_str(), "MemAvailable: %lld kB", &kib) == 1) available = kib * 1024;
+  }
+  int64_t limit = 0, used = 0;
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit &&
+      std::ifstream("/sys/fs/cgroup/memory.current") >> used) {
+    available = std::min(available, std::max<int64_t>(0, limit - used));
+  }
+  return available;
+}
+
+#ifdef CAKE_CUDA
+static bool on_gpu(Device device) {  // `automatic`: where there is one that is no emulation
+#ifdef CAKE_CUDA_ON_CPU
+  return device == Device::cuda;
+#else
+  return device == Device::cuda || (device == Device::automatic && gpu::unavailable().empty());
+#endif
+}
+#endif
+
+MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
+#ifdef CAKE_CUDA
+  if (on_gpu(options.device)) return gpu::plan_memory(c, options);
+#endif
+  const bool train = options.mode == Mode::train;
+  const ParamTable table = make_table(c, options.muon, options.lora);
+  int64_t moments = 0;
+  for (const Tensor& t : table.tensors)
+    if (t.trainable) moments += t.size() * (t.muon ? 1 : 2);
+  MemoryPlan plan;
+  const char* model = "--depth, --layers, --channels";
+  if (!options.share) plan.items.push_back({"parameters", table.size * 4, model});
+  if (train) {
+    plan.items.push_back({"gradients", table.trainable_parameters() * 4, model});
+    plan.items.push_back({"optimizer state", moments * 4, model});
+  }
+  if (options.batch_tokens > 0) {
+    Activations layout;
+    plan.items.push_back({"activations",
+                          layout.lay_out(c, options.batch_tokens, train, nullptr) * 4,
+                          "--micro-batch-tokens, --context"});
+  }
+  return plan;
+}
+
+void check_device(Device device) {
+  if (device != Device::cuda) return;
+#ifdef CAKE_CUDA
+  if (const std::string why = gpu::unavailable(); !why.empty()) fail("--device cuda: ", why);
+#else
+  fail("--device cuda: this build has the CPU engine alone, expected --device cpu or auto");
+#endif
+}
+
+std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
+  check_device(options.device);
+  config.check("model");
+#ifdef CAKE_CUDA
+  if (on_gpu(options.device)) return gpu::make_gpt(config, options);
+#endif
+  if (options.precision == Precision::bf16) {
+    fail("--precision bf16: the CPU engine computes in f32, expected f32 or auto");
+  }
+  const MemoryPlan plan = plan_memory(config, options);
+  const int64_t available = available_memory();
+  if (plan.total() > available) {
+    fail("out of memory: the plan takes ", bytes_text(double(plan.total())), " (", plan.text(),
+         "), found ", bytes_text(double(available)), " available; lower ", plan.largest().lower);
+  }
+  return std::make_unique<CpuGpt>(config, options);
+}
+
+// Additions and multiplications a second that this machine's cores reach with nothing but
+// multiply-adds in registers. Takes about .3 s.
+static double measure_cpu_peak() {
+  double best = 0;
+  for (int repetition = 0; repetition < 5; repetition++) {
+    constexpr int64_t kSteps = 4'000'000;
+    constexpr int kChains = 12;  // enough to hide the latency of two units
+    float sink = 0;
+    const double start = now();
+#pragma omp parallel reduction(+ : sink)
+    {
+      vec acc[kChains];
+      for (int j = 0; j < kChains; j++) acc[j] = splat(float(j));
+      const vec x = splat(.999f + 1e-6f * float(repetition)), y = splat(1e-3f);
+      for (int64_t i = 0; i < kSteps; i++) {
+#pragma GCC unroll 12
+        for (int j = 0; j < kChains; j++) acc[j] = fused(acc[j], x, y);
+      }
+      for (const vec& a : acc) sink += sum_lanes(a);
+    }
+    if (sink == -1) std::printf(" ");  // the sum is used: the loop stays
+    const double seconds = now() - start;
+    best = std::max(best, 2. * kLanes * kChains * kSteps * omp_get_max_threads() / seconds);
+  }
+  return best;
+}
+
+double measure_peak(const Gpt& gpt) {
+#ifdef CAKE_CUDA
+  if (!dynamic_cast<const CpuGpt*>(&gpt)) return gpu::measure_peak(gpt);
+#endif
+  (void)gpt;
+  return measure_cpu_peak();
+}
+
+// Operations of forward and backward on a batch: 6 a parameter that takes part in products and
+// token, 4 a frozen one, and 6 L NH HS a token and position of its document (PaLM's count, appendix
+// B).
+double training_operations(const Gpt& gpt, std::span<const int> doc_starts) {
+  const Config& c = gpt.config();
+  double tokens = 0, squares = 0;
+  for (size_t d = 0; d + 1 < doc_starts.size(); d++) {
+    const double length = doc_starts[d + 1] - doc_starts[d];
+    tokens += length, squares += length * length;
+  }
+  const ParamTable& table = gpt.table();
+  const double trained =
+      6 * double(table.lora.rank > 0 ? table.trainable_parameters() : table.matmul_parameters());
+  const double frozen = table.lora.rank > 0 ? 4 * double(table.matmul_parameters()) : 0;
+  return (trained + frozen) * tokens + 6. * c.L * c.NH * c.HS * squares;
+}
+
+// =============================================================================================
+// 6. Only to be fast: vectors, loops over threads, products
+
+// ---------------------------------------------------------------------------------------------
+// Vectors: one source for AVX-512, AVX2 and NEON, in GCC vector extensions
+
 static inline vec load(const float* p) {
   vec v;
   std::memcpy(&v, p, sizeof v);
@@ -60,7 +1956,6 @@ static inline vec load(const float* p) {
 }
 static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 static inline vec splat(float x) { return x - vec{}; }  // x - 0 is x for every x
-// The first n <= kLanes floats; the other lanes are 0.
 static inline vec load(const float* p, int n) {
   if (n == kLanes) return load(p);
   vec v{};
@@ -68,23 +1963,22 @@ static inline vec load(const float* p, int n) {
   return v;
 }
 template <int... I>
-static inline vec keep(vec v, int n, std::integer_sequence<int, I...>) {
+static inline vec mask_lanes(vec v, int n, std::integer_sequence<int, I...>) {
   return ivec{I...} < n ? v : vec{};
 }
-static inline vec keep(vec v, int n) {  // zeroes the lanes from n on
-  return keep(v, n, std::make_integer_sequence<int, kLanes>{});
+static inline vec mask_lanes(vec v, int n) {
+  return mask_lanes(v, n, std::make_integer_sequence<int, kLanes>{});
 }
 static inline void store(float* p, vec v, int n) { std::memcpy(p, &v, size_t(n) * sizeof(float)); }
-// Walks n floats a vector at a time: body(first, count), count < kLanes only at the end.
-template <class Body>
-static inline __attribute__((always_inline)) void lanes(int64_t n, Body&& body) {
+template <class Visit>
+static inline __attribute__((always_inline)) void for_vectors(int64_t n, Visit&& visit) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) body(i, kLanes);
-  if (i < n) body(i, int(n - i));
+  for (; i + kLanes <= n; i += kLanes) visit(i, kLanes);
+  if (i < n) visit(i, int(n - i));
 }
-// a b + c, rounded once. Products name it: left to itself, a compiler fuses some chains and, where
-// it deems a chain too long for the processor, not others, and then tiles of different shapes
-// differ in their last bits.
+// Products call this function, so that all of them round in the same way. A compiler that is left
+// to choose fuses some chains of multiplications and additions and not others, and then tiles of
+// different shapes differ in their last bits.
 static inline vec fused(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
   return vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
@@ -97,8 +1991,8 @@ static inline vec fused(vec a, vec b, vec c) {
 #endif
 }
 static inline vec vsqrt(vec x) {
-#if defined(__AVX512F__)
-  return vec(_mm512_sqrt_ps(__m512(x)));
+#if defined(__AVX512F__)  // every lane; GCC 12 takes _mm512_sqrt_ps to read an uninitialized vector
+  return vec(_mm512_maskz_sqrt_ps(0xffff, __m512(x)));
 #elif defined(__FMA__)
   return vec(_mm256_sqrt_ps(__m256(x)));
 #elif defined(__ARM_NEON)
@@ -181,68 +2075,27 @@ static inline __attribute__((always_inline)) void transpose(vec (&rows)[kLanes])
   }
 }
 
-// Memory from the system, zeroed, on huge pages where it can. Pages never touched take no memory,
-// which lets an arena have room for what a mode does not use.
-class Arena {
- public:
-  Arena() = default;
-  explicit Arena(int64_t floats) { reset(floats); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena() { release(); }
-  void reset(int64_t floats) {
-    release();
-    if (floats == 0) return;
-    constexpr size_t kHugePage = size_t(2) << 20;
-    bytes_ = size_t(floats) * sizeof(float);
-    if (bytes_ > kHugePage / 8) bytes_ = (bytes_ + kHugePage - 1) / kHugePage * kHugePage;
-    void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) {
-      bytes_ = 0;
-      fail("out of memory: cannot reserve ", bytes_text(double(floats) * 4),
-           "; lower the batch, the context or the model");
-    }
-    data_ = static_cast<float*>(p), size_ = floats;
-    madvise(p, bytes_, MADV_HUGEPAGE);
-  }
-  void grow(int64_t floats) {  // contents are lost when it grows
-    if (floats > size()) reset(floats);
-  }
-  float* data() const { return data_; }
-  int64_t size() const { return size_; }
+// ---------------------------------------------------------------------------------------------
+// Loops over threads
 
- private:
-  void release() {
-    if (data_) munmap(data_, bytes_);
-    data_ = nullptr, bytes_ = 0, size_ = 0;
-  }
-  float* data_ = nullptr;
-  size_t bytes_ = 0;  // what is mapped
-  int64_t size_ = 0;
-};
-
-// Runs body(i) for i in [0, n) on all threads; bodies write disjoint outputs.
-template <class Body>
-static void parallel_for(int64_t n, Body&& body) {
+template <class Visit>
+static void parallel_for(int64_t n, Visit&& visit) {
 #pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < n; i++) body(i);
+  for (int64_t i = 0; i < n; i++) visit(i);
 }
-// The same for items of unequal cost; `group` neighbours, which share memory, go to one thread
-// where there are groups enough.
-template <class Body>
-static void parallel_groups(int64_t n, int group, Body&& body) {
+template <class Visit>
+static void parallel_groups(int64_t n, int group, Visit&& visit) {
   const int chunk = n >= int64_t(4) * group * omp_get_max_threads() ? group : 1;
 #pragma omp parallel for schedule(dynamic, chunk)
-  for (int64_t i = 0; i < n; i++) body(i);
+  for (int64_t i = 0; i < n; i++) visit(i);
 }
-template <class Body>
-static void parallel_items(int64_t n, Body&& body) {
-  parallel_groups(n, 1, body);
+template <class Visit>
+static void parallel_items(int64_t n, Visit&& visit) {
+  parallel_groups(n, 1, visit);
 }
 
-// =============================================================================================
-// 2. GEMM: C (M, N) = init + A (M, K) B (K, N)
+// ---------------------------------------------------------------------------------------------
+// GEMM: C (M, N) = init + A (M, K) B (K, N)
 //
 // B is packed in panels of kNR columns, [k][kNR]; A in panels of kMR rows, [k][kMR]. A tile of
 // kMR x kNR outputs lives in registers while k runs over a block of kKC; between blocks it rests in
@@ -250,31 +2103,8 @@ static void parallel_items(int64_t n, Body&& body) {
 // B panel (48 KiB) is packed right before all A panels use it and stays in the second-level cache.
 // Threads own rectangles of C and pack for themselves: no barriers.
 
-inline constexpr int kNR = 2 * kLanes;                               // columns of a tile
-inline constexpr int kMR = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 8;  // rows: fills the registers
-inline constexpr int kKC = 384;                                      // depth of a packed block
+inline constexpr int kKC = 384;                // depth of a packed block
 inline constexpr int kBlock = 80 * kMR * kKC;  // elements of A at work at a time: most of the cache
-
-enum class Inner { k, other };  // which index is contiguous in memory: k, or m (of A), n (of B)
-
-struct Operand {
-  const float* data;
-  int64_t ld;  // distance between consecutive m or n (Inner::k), or consecutive k (other)
-  Inner inner;
-  bool packed = false;  // B only: whole-depth panels made by pack_weights
-};
-
-struct Product {
-  int M, N, K;
-  Operand a, b;
-  float* c;  // (M, N), row stride ldc
-  int64_t ldc;
-  bool accumulate = false;          // the chain starts at C
-  const float* bias = nullptr;      // (N): the chain starts at bias
-  const float* residual = nullptr;  // (M, N), row stride ldc: the chain starts at residual + bias
-  bool lower = false;               // only tiles that touch n <= m: a symmetric C
-  float* sums = nullptr;  // (M), A by columns in memory: its sums over k, accumulated as C
-};
 
 // R x NV vectors of C advance over K steps: acc[r][v] += a(r, k) b(k, v).
 template <int R, int NV>
@@ -315,9 +2145,9 @@ static void block_tile(int K, const float* a, int64_t a_row, int64_t a_k, const 
   } else {
     for (int r = 0; r < R; r++) {
       for (int v = 0; v < 2; v++) {
-        const int first = v * kLanes, n = std::clamp(columns - first, 0, kLanes);
-        acc[r][v] = start ? load(start + r * start_ld + first, n) : vec{};
-        if (bias) acc[r][v] += load(bias + first, n);
+        const int column = v * kLanes, n = std::clamp(columns - column, 0, kLanes);
+        acc[r][v] = start ? load(start + r * start_ld + column, n) : vec{};
+        if (bias) acc[r][v] += load(bias + column, n);
       }
     }
   }
@@ -345,18 +2175,13 @@ static constexpr std::array<BlockTile, kMR> block_tiles(std::integer_sequence<in
 }
 inline constexpr auto kBlockTiles = block_tiles(std::make_integer_sequence<int, kMR>{});
 
-inline constexpr int kAhead = 12;  // steps between asking for a line of memory and packing it
-
-// Packs `count` (<= Width) lines of an operand over K steps into panel[k][Width]; lines beyond
-// count are zero. Line i, step k is x[i * ld + k] (Inner::k) or x[k * ld + i] (Inner::other).
-// Writes up to kLanes floats past the panel's end.
 template <int Width>
 static void pack_panel(const Operand& x, const float* data, int count, int K, float* panel) {
   if (x.inner == Inner::other) {
     // Whole vectors: what the last one holds beyond the line, the next step overwrites.
     const int whole = count == Width ? (Width % kLanes == 0 ? K : K - 1) : 0;
     for (int k = 0; k < whole; k++) {
-      __builtin_prefetch(data + (k + kAhead) * x.ld);
+      __builtin_prefetch(data + (k + kPrefetchSteps) * x.ld);
       for (int i = 0; i < Width; i += kLanes)
         store(panel + k * Width + i, load(data + k * x.ld + i));
     }
@@ -366,27 +2191,27 @@ static void pack_panel(const Operand& x, const float* data, int count, int K, fl
   }
   // Blocks of kLanes lines x kLanes steps, transposed in registers. A block narrower than kLanes
   // stores whole vectors too: what it writes beyond its lines, the next step overwrites.
-  for (int first = 0; first < Width; first += kLanes) {
+  for (int line = 0; line < Width; line += kLanes) {
     int k = 0;
     for (; k + kLanes <= K; k += kLanes) {
       vec rows[kLanes];
-      if (first + kLanes <= count) {
-        for (int i = 0; i < kLanes; i++) rows[i] = load(data + (first + i) * x.ld + k);
+      if (line + kLanes <= count) {
+        for (int i = 0; i < kLanes; i++) rows[i] = load(data + (line + i) * x.ld + k);
       } else {
         for (int i = 0; i < kLanes; i++)
-          rows[i] = first + i < count ? load(data + (first + i) * x.ld + k) : vec{};
+          rows[i] = line + i < count ? load(data + (line + i) * x.ld + k) : vec{};
       }
       transpose(rows);
       for (int i = 0; i < kLanes; i++) {
         if constexpr (Width % kLanes == 0 || Width < kLanes) {
-          store(panel + (k + i) * Width + first, rows[i]);
+          store(panel + (k + i) * Width + line, rows[i]);
         } else {
-          store(panel + (k + i) * Width + first, rows[i], std::min(kLanes, Width - first));
+          store(panel + (k + i) * Width + line, rows[i], std::min(kLanes, Width - line));
         }
       }
     }
     for (; k < K; k++)
-      for (int i = first; i < std::min(Width, first + kLanes); i++)
+      for (int i = line; i < std::min(Width, line + kLanes); i++)
         panel[k * Width + i] = i < count ? data[i * x.ld + k] : 0.f;
   }
 }
@@ -405,9 +2230,9 @@ static void stream_tiles(const Product& p, const float* a, int n, int columns) {
   for (int r = 0; r < R; r++)
     for (int j = 0; j < P; j++)
       for (int v = 0; v < 2; v++) {
-        const int64_t at = n + j * kNR + v * kLanes, w = width(j, v);
-        acc[r][j][v] = p.residual ? load(p.residual + r * p.ldc + at, int(w)) : vec{};
-        if (p.bias) acc[r][j][v] += load(p.bias + at, int(w));
+        const int64_t column = n + j * kNR + v * kLanes, w = width(j, v);
+        acc[r][j][v] = p.residual ? load(p.residual + r * p.ldc + column, int(w)) : vec{};
+        if (p.bias) acc[r][j][v] += load(p.bias + column, int(w));
       }
   for (int k = 0; k < p.K; k++) {
 #pragma GCC unroll 4
@@ -437,31 +2262,31 @@ static void stream_rows(const Product& p, const float* a, int n0, int n1) {
 
 // Asks for the cache lines of the next B panel while the tiles of this one are computed, a share at
 // each tile: packing strides through a matrix too widely for the hardware to see it coming.
-struct Ahead {
-  const char* at = nullptr;
-  int64_t ld = 0;             // bytes between the strips of the operand
-  int left = 0, a_tile = 0;   // cache lines still to ask for; a tile's share
-  int column = 0, width = 1;  // of a strip, in cache lines
-  Ahead(const Product& p, int n, int n1, int k0, int depth, int tiles) {
+struct Prefetch {
+  const char* next = nullptr;
+  int64_t ld = 0;                          // bytes between the strips of the operand
+  int lines_left = 0, lines_per_tile = 0;  // cache lines still to ask for; a tile's share
+  int column = 0, width = 1;               // of a strip, in cache lines
+  Prefetch(const Product& p, int n, int n1, int k0, int depth, int tiles) {
     if (n >= n1) return;
     const int columns = std::min(kNR, n1 - n);
     const bool inner = !p.b.packed && p.b.inner == Inner::k;
-    const float* first = p.b.packed ? p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR
+    const float* begin = p.b.packed ? p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR
                          : inner    ? p.b.data + n * p.b.ld + k0
                                     : p.b.data + k0 * p.b.ld + n;
-    at = reinterpret_cast<const char*>(first);
+    next = reinterpret_cast<const char*>(begin);
     ld = 4 * (p.b.packed ? kNR : p.b.ld);
     width = ((inner ? depth : columns) * 4 + 63) / 64;
-    left = width * (inner ? columns : depth);
-    a_tile = (left + tiles - 1) / tiles;
+    lines_left = width * (inner ? columns : depth);
+    lines_per_tile = (lines_left + tiles - 1) / tiles;
   }
   // Inlined, since a call without effects would be dropped.
   __attribute__((always_inline)) void fetch() {
-    const int count = std::min(left, a_tile);
-    left -= count;
+    const int count = std::min(lines_left, lines_per_tile);
+    lines_left -= count;
     for (int i = 0; i < count; i++) {
-      __builtin_prefetch(at + column * 64, 0, 2);
-      if (++column == width) column = 0, at += ld;
+      __builtin_prefetch(next + column * 64, 0, 2);
+      if (++column == width) column = 0, next += ld;
     }
   }
 };
@@ -474,12 +2299,13 @@ static void pack_rows(const Operand& x, const float* data, int rows, int K, floa
   for (; rows - m >= kGroup * kMR; m += kGroup * kMR, panels += kGroup * kMR * K) {
     // Whole vectors: what they hold beyond a panel's line, its next line overwrites.
     for (int k = 0; k + 1 < K; k++) {
-      const float* from = data + k * x.ld + m;
-      for (int i = 0; i < kGroup * kMR; i += 16) __builtin_prefetch(from + kAhead * x.ld + i);
+      const float* src = data + k * x.ld + m;
+      for (int i = 0; i < kGroup * kMR; i += 16)
+        __builtin_prefetch(src + kPrefetchSteps * x.ld + i);
 #pragma GCC unroll 8
       for (int j = 0; j < kGroup; j++)
         for (int i = 0; i < kMR; i += kLanes)
-          store(panels + (j * K + k) * kMR + i, load(from + j * kMR + i));
+          store(panels + (j * K + k) * kMR + i, load(src + j * kMR + i));
     }
     for (int i = 0; i < kGroup * kMR; i++)
       panels[(i / kMR * K + K - 1) * kMR + i % kMR] = data[(K - 1) * x.ld + m + i];
@@ -490,19 +2316,18 @@ static void pack_rows(const Operand& x, const float* data, int rows, int K, floa
 
 // sums[i] (+)= the sum of a packed panel's row i over K steps: four chains over k, then their sum.
 static void add_panel_sums(const float* panel, int count, int K, bool accumulate, float* sums) {
-  for (int first = 0; first < count; first += kLanes) {
+  for (int row = 0; row < count; row += kLanes) {
     vec chain[4] = {};
-    for (int k = 0; k < K; k++) chain[k % 4] += load(panel + k * kMR + first);
+    for (int k = 0; k < K; k++) chain[k % 4] += load(panel + k * kMR + row);
     const vec sum = (chain[0] + chain[1]) + (chain[2] + chain[3]);
-    const int n = std::min(kLanes, count - first);
-    store(sums + first, accumulate ? load(sums + first, n) + sum : sum, n);
+    const int n = std::min(kLanes, count - row);
+    store(sums + row, accumulate ? load(sums + row, n) + sum : sum, n);
   }
 }
 
 // Rows of A at work at a time, whole tiles.
 static int block_rows(int K) { return kBlock / std::clamp(K, 1, kKC) / kMR * kMR; }
 
-// The rectangle [m0, m1) x [n0, n1) of the product by one thread; n0 is a multiple of kNR.
 static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
   thread_local Arena scratch;
   scratch.grow(std::max<int64_t>(kBlock, int64_t(kMR) * p.K) + kNR * kKC + 2 * kLanes);
@@ -512,7 +2337,7 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
     if (p.M == 1) return stream_rows<1>(p, a_panels, n0, n1);
     return stream_rows<2>(p, a_panels, n0, n1);
   }
-  const auto at = [](const Operand& x, int64_t line, int64_t k) {
+  const auto element = [](const Operand& x, int64_t line, int64_t k) {
     return x.data + (x.inner == Inner::k ? line * x.ld + k : k * x.ld + line);
   };
   const int block = block_rows(p.K);
@@ -522,7 +2347,7 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
       const int depth = std::min(kKC, p.K - k0);
       const bool direct = p.a.inner == Inner::k;
       if (!direct) {
-        pack_rows(p.a, at(p.a, mc, k0), rows, depth, a_panels);
+        pack_rows(p.a, element(p.a, mc, k0), rows, depth, a_panels);
         for (int m = 0; p.sums && n0 == 0 && m < rows; m += kMR) {
           add_panel_sums(a_panels + int64_t(m) * depth, std::min(kMR, rows - m), depth,
                          p.accumulate || k0 > 0, p.sums + mc + m);
@@ -535,17 +2360,17 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
         if (p.b.packed) {
           b = p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR;
         } else {
-          pack_panel<kNR>(p.b, at(p.b, n, k0), columns, depth, b_panel);
+          pack_panel<kNR>(p.b, element(p.b, n, k0), columns, depth, b_panel);
         }
-        Ahead ahead(p, n + kNR, n1, k0, depth, (rows + kMR - 1) / kMR);
+        Prefetch prefetch(p, n + kNR, n1, k0, depth, (rows + kMR - 1) / kMR);
         for (int m = 0; m < rows; m += kMR) {
-          ahead.fetch();
+          prefetch.fetch();
           const int r = std::min(kMR, rows - m);
           if (p.lower && n >= mc + m + r) continue;
           float* c = p.c + (mc + m) * p.ldc + n;
           const float* start = k0 > 0 || p.accumulate ? c : nullptr;
           if (k0 == 0 && p.residual) start = p.residual + (mc + m) * p.ldc + n;
-          const float* a = direct ? at(p.a, mc + m, k0) : a_panels + int64_t(m) * depth;
+          const float* a = direct ? element(p.a, mc + m, k0) : a_panels + int64_t(m) * depth;
           kBlockTiles[size_t(r - 1)](depth, a, direct ? p.a.ld : 1, direct ? 1 : kMR, b, c, p.ldc,
                                      columns, start, p.ldc,
                                      k0 == 0 && p.bias ? p.bias + n : nullptr);
@@ -587,235 +2412,16 @@ static void gemm(const Product& p) {
   }
 }
 
-// Weights (out, in) as whole-depth panels of kNR outputs, [panel][in][kNR]: what decoding reads.
-static int64_t packed_size(int out, int in) { return int64_t((out + kNR - 1) / kNR * kNR) * in; }
 static void pack_weights(const float* weight, int out, int in, float* packed) {
   parallel_for((out + kNR - 1) / kNR, [&](int64_t panel) {
-    const int64_t first = panel * kNR;
-    const Operand w{weight + first * in, in, Inner::k};
-    pack_panel<kNR>(w, w.data, int(std::min<int64_t>(kNR, out - first)), in, packed + first * in);
-  });
-}
-
-// =============================================================================================
-// 3. Layers: the fast version of each definition in cake/layers.h (plain::), which has the formulas
-
-// ---------------------------------------------------------------------------------------------
-// Norms: rows in parallel. Gradients of weights are summed over blocks of 64 rows first, then over
-// the blocks in order: the same sum for any number of threads.
-
-inline constexpr int kRowBlock = 64;
-
-struct NormStats {
-  float* mean;  // (N), null for RMSNorm
-  float* rstd;  // (N)
-};
-
-// One row of C; the statistics are sums over lanes, then over the tree of sum_lanes.
-static void norm_row(int C, const float* x, const float* weight, const float* bias, float eps,
-                     float* y, float* mean_out, float* rstd_out) {
-  float mean = 0;
-  if (bias) {
-    vec sum{};
-    lanes(C, [&](int64_t c, int n) { sum += load(x + c, n); });
-    mean = sum_lanes(sum) / float(C);
-  }
-  vec square{};
-  lanes(C, [&](int64_t c, int n) {
-    const vec d = keep(load(x + c, n) - mean, n);
-    square += d * d;
-  });
-  const float rstd = 1 / std::sqrt(sum_lanes(square) / float(C) + eps);
-  lanes(C, [&](int64_t c, int n) {
-    vec h = (load(x + c, n) - mean) * rstd * load(weight + c, n);
-    if (bias) h += load(bias + c, n);
-    store(y + c, h, n);
-  });
-  if (mean_out) *mean_out = mean;
-  if (rstd_out) *rstd_out = rstd;
-}
-
-static void norm_forward(int N, int C, const float* x, const float* weight, const float* bias,
-                         float eps, float* y, NormStats stats) {
-  parallel_for(N, [&](int64_t n) {
-    norm_row(C, x + n * C, weight, bias, eps, y + n * C, bias ? stats.mean + n : nullptr,
-             stats.rstd ? stats.rstd + n : nullptr);
-  });
-}
-
-static int64_t norm_partials(int64_t N, int C) {  // floats of scratch that norm_backward needs
-  return (N + kRowBlock - 1) / kRowBlock * 2 * C;
-}
-
-// dx (N, C) is added to; dweight and dbias (C) are added to when `accumulate`, else set.
-static void norm_backward(int N, int C, const float* dy, const float* x, const float* weight,
-                          NormStats stats, float* dx, float* dweight, float* dbias, bool accumulate,
-                          float* partials) {
-  const int blocks = (N + kRowBlock - 1) / kRowBlock;
-  parallel_for(blocks, [&](int64_t block) {
-    float *dw = partials + block * 2 * C, *db = dw + C;
-    std::fill(dw, dw + 2 * C, 0.f);
-    const int end = std::min(N, int(block + 1) * kRowBlock);
-    for (int64_t r = block * kRowBlock; r < end; r++) {
-      const float *row = x + r * C, *d = dy + r * C;
-      const float mean = stats.mean ? stats.mean[r] : 0.f, rstd = stats.rstd[r];
-      vec g_sum{}, gh_sum{};
-      lanes(C, [&](int64_t c, int n) {
-        const vec h = (load(row + c, n) - mean) * rstd, dv = load(d + c, n);
-        const vec g = dv * load(weight + c, n);
-        g_sum += g;
-        gh_sum += g * h;
-        store(dw + c, load(dw + c, n) + dv * h, n);
-        if (stats.mean) store(db + c, load(db + c, n) + dv, n);
-      });
-      const float g_mean = stats.mean ? sum_lanes(g_sum) / float(C) : 0.f;
-      const float gh_mean = sum_lanes(gh_sum) / float(C);
-      lanes(C, [&](int64_t c, int n) {
-        const vec h = (load(row + c, n) - mean) * rstd;
-        const vec g = load(d + c, n) * load(weight + c, n);
-        store(dx + r * C + c, load(dx + r * C + c, n) + rstd * (g - g_mean - h * gh_mean), n);
-      });
-    }
-  });
-  if (!dweight) return;  // frozen
-  const int64_t chunks = (C + 63) / 64;
-  parallel_for(chunks, [&](int64_t chunk) {
-    for (int64_t c = chunk * 64; c < std::min<int64_t>(C, chunk * 64 + 64); c++) {
-      float w = accumulate ? dweight[c] : 0.f, b = accumulate && dbias ? dbias[c] : 0.f;
-      for (int block = 0; block < blocks; block++) {
-        w += partials[int64_t(block) * 2 * C + c];
-        b += partials[int64_t(block) * 2 * C + C + c];
-      }
-      dweight[c] = w;
-      if (dbias) dbias[c] = b;
-    }
+    const int64_t begin = panel * kNR;
+    const Operand w{weight + begin * in, in, Inner::k};
+    pack_panel<kNR>(w, w.data, int(std::min<int64_t>(kNR, out - begin)), in, packed + begin * in);
   });
 }
 
 // ---------------------------------------------------------------------------------------------
-// Activations
-
-static inline vec gelu_argument(vec x) {  // 2u of plain::gelu
-  return 1.5957691216f * (x + .044715f * x * x * x);
-}
-static void gelu_forward(int64_t size, const float* x, float* y) {
-  parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
-    const int64_t first = chunk * 4096;
-    lanes(std::min<int64_t>(4096, size - first), [&](int64_t i, int n) {
-      const vec v = load(x + first + i, n);
-      store(y + first + i, v * vsigmoid(gelu_argument(v)), n);
-    });
-  });
-}
-// From dy; x's gradient takes its place.
-static void gelu_backward(int64_t size, float* x, const float* dy) {
-  parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
-    const int64_t first = chunk * 4096;
-    lanes(std::min<int64_t>(4096, size - first), [&](int64_t i, int n) {
-      const vec v = load(x + first + i, n), s = vsigmoid(gelu_argument(v));
-      const vec slope = 1.5957691216f * (1.f + .134145f * v * v);
-      store(x + first + i, load(dy + first + i, n) * (s + v * s * (1.f - s) * slope), n);
-    });
-  });
-}
-// gate_up (N, 2F): the gate's columns, then up's; y (N, F)
-static void swiglu_forward(int64_t N, int F, const float* gate_up, float* y) {
-  parallel_for(N, [&](int64_t r) {
-    const float *gate = gate_up + r * 2 * F, *up = gate + F;
-    lanes(F, [&](int64_t i, int n) {
-      const vec g = load(gate + i, n);
-      store(y + r * F + i, g * vsigmoid(g) * load(up + i, n), n);
-    });
-  });
-}
-// From dy (N, F); gate_up's gradient takes its place.
-static void swiglu_backward(int64_t N, int F, float* gate_up, const float* dy) {
-  parallel_for(N, [&](int64_t r) {
-    float *gate = gate_up + r * 2 * F, *up = gate + F;
-    lanes(F, [&](int64_t i, int n) {
-      const vec g = load(gate + i, n), u = load(up + i, n), d = load(dy + r * F + i, n);
-      const vec s = vsigmoid(g);
-      store(up + i, d * g * s, n);
-      store(gate + i, d * u * (s + g * s * (1.f - s)), n);
-    });
-  });
-}
-
-// ---------------------------------------------------------------------------------------------
-// RoPE and QK-norm
-
-class RopeTable {  // cos and sin of every position so far, made when first needed
- public:
-  explicit RopeTable(const Config& c) : half_(c.HS / 2), frequency_(rope_frequencies(c)) {}
-  void reach(int positions) {
-    for (int t = int(cos_.size() / size_t(half_)); t < positions; t++) {
-      for (double f : frequency_) {
-        cos_.push_back(float(std::cos(t * f)));
-        sin_.push_back(float(std::sin(t * f)));
-      }
-    }
-  }
-  const float* cos(int position) const { return cos_.data() + int64_t(position) * half_; }
-  const float* sin(int position) const { return sin_.data() + int64_t(position) * half_; }
-
- private:
-  int half_;
-  std::vector<double> frequency_;
-  std::vector<float> cos_, sin_;  // (positions, HS/2)
-};
-
-// (a, b) turned by the angles whose cosines and sines are c and s; back with -s.
-static inline void turn(vec& a, vec& b, vec c, vec s) {
-  const vec x = a;
-  a = x * c - b * s;
-  b = b * c + x * s;
-}
-
-// Rotates one head x (HS) in place; `sign` -1 turns back, which is the backward pass. cos, sin
-// (HS/2).
-static void rope_row(int HS, float* x, const float* cos, const float* sin, float sign) {
-  const int half = HS / 2;
-  lanes(half, [&](int64_t i, int n) {
-    vec a = load(x + i, n), b = load(x + half + i, n);
-    turn(a, b, load(cos + i, n), sign * load(sin + i, n));
-    store(x + i, a, n);
-    store(x + half + i, b, n);
-  });
-}
-
-// y (HS): RMSNorm of one head x (HS) with `weight` (HS), rotated.
-static void norm_rope_row(int HS, const float* x, const float* weight, float eps, const float* cos,
-                          const float* sin, float* y) {
-  const int half = HS / 2;
-  vec square{};
-  lanes(HS, [&](int64_t i, int n) { square += load(x + i, n) * load(x + i, n); });
-  const float rstd = 1 / std::sqrt(sum_lanes(square) / float(HS) + eps);
-  lanes(half, [&](int64_t i, int n) {
-    vec a = load(x + i, n) * rstd * load(weight + i, n);
-    vec b = load(x + half + i, n) * rstd * load(weight + half + i, n);
-    turn(a, b, load(cos + i, n), load(sin + i, n));
-    store(y + i, a, n);
-    store(y + half + i, b, n);
-  });
-}
-
-// ---------------------------------------------------------------------------------------------
-// Attention. Keys and values of one (document, key/value head) lie in pages of kPage positions:
-// keys transposed, [HS][kPage], so that one query meets kPage keys in vector lanes; values
-// [kPage][HSP], HSP = HS padded to whole vectors. The KV cache holds the same pages, and training
-// makes them on the way, so one function serves both. A row's sums run over its pages in order with
-// a running maximum (Dao et al. 2022): the result does not depend on which rows stand beside it.
-
-static inline void copy_row(int n, const float* from, float* to) {
-  lanes(n, [&](int64_t i, int count) { store(to + i, load(from + i, count), count); });
-}
-
-// Asks for a row of n floats that will be read soon.
-static inline void prefetch_row(int n, const float* row) {
-  for (int i = 0; i < n; i += 16) __builtin_prefetch(row + i);
-}
-
-static int padded_head(int HS) { return (HS + kLanes - 1) / kLanes * kLanes; }
+// Products of operands that lie in cache
 
 template <int R, int NV>
 static void small_tile(int K, const float* a, int64_t a_row, int64_t a_k, const float* b,
@@ -842,8 +2448,6 @@ static constexpr std::array<SmallTile, kMR> small_tiles(std::integer_sequence<in
 inline constexpr auto kSmallTiles1 = small_tiles<1>(std::make_integer_sequence<int, kMR>{});
 inline constexpr auto kSmallTiles2 = small_tiles<2>(std::make_integer_sequence<int, kMR>{});
 
-// c (M, N) (+)= a b with a(m,k) = a[m a_row + k a_k], b(k,n) = b[k ldb + n]; operands in cache;
-// M <= kMR, N a multiple of kLanes.
 static void small_product(int M, int N, int K, const float* a, int64_t a_row, int64_t a_k,
                           const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   int n = 0;
@@ -856,362 +2460,7 @@ static void small_product(int M, int N, int K, const float* a, int64_t a_row, in
   if (n < N) kSmallTiles1[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
 }
 
-inline constexpr int kSpan = 4 * kPage;  // keys between two looks at a row's maximum
-
-static inline int to_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// R <= kMR queries of one head at positions first .. first + R - 1; q (R, HS) is already divided by
-// sqrt(HS). out (R, HS); lse (R) log of the sum of exp of a row's scores, may be null.
-static void attend(int R, int first, int HS, const float* q, int64_t q_ld,
-                   const float* const* key_pages, const float* const* value_pages, float* out,
-                   int64_t out_ld, float* lse, int64_t lse_ld) {
-  const int HSP = padded_head(HS);
-  alignas(64) float scores[kMR * kSpan];
-  alignas(64) float sums[kMR * 256];  // HSP <= 256
-  float highest[kMR];
-  vec total[kMR];
-  for (int r = 0; r < R; r++)
-    highest[r] = -std::numeric_limits<float>::infinity(), total[r] = vec{};
-  std::fill(sums, sums + R * HSP, 0.f);
-  const int last = first + R - 1;
-  for (int start = 0; start <= last; start += kSpan) {
-    const int keys = std::min(kSpan, last + 1 - start);  // that the last row sees
-    const int width = to_lanes(keys);
-    for (int at = 0; at < keys; at += kPage)
-      small_product(R, to_lanes(std::min(kPage, keys - at)), HS, q, q_ld, 1,
-                    key_pages[(start + at) / kPage], kPage, scores + at, kSpan, false);
-    for (int r = 0; r < R; r++) {
-      const int seen = std::clamp(first + r + 1 - start, 0, keys);
-      float* s = scores + r * kSpan;
-      for (int j = seen; j < width; j++) s[j] = -std::numeric_limits<float>::infinity();
-      vec top = splat(highest[r]);
-      for (int j = 0; j < width; j += kLanes) top = vmax(top, load(s + j));
-      const float higher = max_lanes(top);
-      if (start > 0 && higher > highest[r]) {
-        const float scale = exp1(highest[r] - higher);
-        total[r] *= scale;
-        for (int d = 0; d < HSP; d += kLanes) {
-          store(sums + r * HSP + d, load(sums + r * HSP + d) * scale);
-        }
-      }
-      highest[r] = higher;
-      for (int j = 0; j < width; j += kLanes) {
-        const vec p = vexp_below_88(load(s + j) - higher);
-        total[r] += p;
-        store(s + j, p);
-      }
-    }
-    for (int at = 0; at < keys; at += kPage)
-      small_product(R, HSP, std::min(kPage, keys - at), scores + at, kSpan, 1,
-                    value_pages[(start + at) / kPage], HSP, sums, HSP, true);
-  }
-  for (int r = 0; r < R; r++) {
-    const float sum = sum_lanes(total[r]);
-    const float scale = 1 / sum;
-    lanes(HS, [&](int64_t d, int n) {
-      store(out + r * out_ld + d, load(sums + r * HSP + d) * scale, n);
-    });
-    if (lse) lse[r * lse_ld] = highest[r] + std::log(sum);
-  }
-}
-
-// One position's key (HS) into lane `at` of a page, transposed, and its value (HS) into row `at`.
-static void fill_page(int HS, int at, const float* k, const float* v, float* key_page,
-                      float* value_page) {
-  for (int d = 0; d < HS; d++) key_page[d * kPage + at] = k[d];
-  std::copy(v, v + HS, value_page + int64_t(at) * padded_head(HS));
-}
-
-struct Attention {  // one layer's attention over packed documents
-  int NH, NKV, HS;
-  std::span<const int> doc_starts;  // (D+1)
-  const float *q, *k, *v;  // (N, NH HS), (N, NKV HS) twice: first heads of rows of stride ld
-  int64_t q_ld, k_ld, v_ld;
-};
-
-// out (N, NH HS), lse (N, NH). A task is one (document, key/value head).
-static void attention_forward(const Attention& a, float* out, float* lse) {
-  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = padded_head(HS);
-  const int group = a.NH / a.NKV;
-  const float scale = 1 / std::sqrt(float(HS));
-  parallel_groups(int64_t(D) * a.NKV, a.NKV, [&](int64_t task) {
-    const int begin = a.doc_starts[size_t(task / a.NKV)];
-    const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
-    const int kv = int(task % a.NKV), pages = (length + kPage - 1) / kPage;
-    thread_local Arena memory;
-    const int64_t key_size = int64_t(HS) * kPage, value_size = int64_t(HSP) * kPage;
-    const int64_t size = pages * (key_size + value_size);
-    memory.grow(size);
-    if (HSP != HS) std::fill_n(memory.data(), size, 0.f);  // the padding of values
-    std::vector<const float*> key_pages, value_pages;
-    for (int p = 0; p < pages; p++) {
-      float* key = memory.data() + p * (key_size + value_size);
-      const int64_t n = begin + p * kPage;
-      const int count = std::min(kPage, length - p * kPage);
-      const float *k = a.k + n * a.k_ld + kv * HS, *v = a.v + n * a.v_ld + kv * HS;
-      for (int j = 0; j < count; j++) {
-        prefetch_row(HS, k + j * a.k_ld);
-        prefetch_row(HS, v + (j + kAhead) * a.v_ld);
-        copy_row(HS, v + j * a.v_ld, key + key_size + int64_t(j) * HSP);
-      }
-      pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, k, count, HS, key);
-      key_pages.push_back(key);
-      value_pages.push_back(key + key_size);
-    }
-    alignas(64) float q[kMR * 256];
-    for (int h = kv * group; h < (kv + 1) * group; h++) {
-      for (int t = 0; t < length; t += kMR) {
-        const int R = std::min(kMR, length - t);
-        for (int r = 0; r < R; r++) {
-          const float* from = a.q + (begin + t + r) * a.q_ld + h * HS;
-          prefetch_row(HS, from + kMR * a.q_ld);
-          lanes(HS, [&](int64_t d, int m) { store(q + r * HS + d, load(from + d, m) * scale, m); });
-        }
-        const int64_t n = begin + t;
-        attend(R, t, HS, q, HS, key_pages.data(), value_pages.data(), out + n * a.NH * HS + h * HS,
-               a.NH * HS, lse + n * a.NH + h, a.NH);
-      }
-    }
-  });
-}
-
-// From dout (N, NH HS) to dq (N, NH HS), dk, dv (N, NKV HS), all in rows of stride d_ld. P is made
-// again from lse. Blocks of kPage queries meet pages of keys; a key's gradient is summed over heads
-// and query blocks in order, a query's over pages in order.
-static void attention_backward(const Attention& a, const float* out, const float* lse,
-                               const float* dout, float* dq, float* dk, float* dv, int64_t d_ld) {
-  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = padded_head(HS);
-  const int group = a.NH / a.NKV;
-  const int64_t out_ld = int64_t(a.NH) * HS;
-  const float scale = 1 / std::sqrt(float(HS));
-  parallel_groups(int64_t(D) * a.NKV, a.NKV, [&](int64_t task) {
-    const int begin = a.doc_starts[size_t(task / a.NKV)];
-    const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
-    const int kv = int(task % a.NKV), padded = (length + kPage - 1) / kPage * kPage;
-    thread_local Arena memory;
-    memory.grow(int64_t(padded) * (3 * HSP + 2 * HS));
-    float* keys = memory.data();                   // (padded, HSP)
-    float* keys_t = keys + int64_t(padded) * HSP;  // pages [HS][kPage]
-    float* values_t = keys_t + int64_t(padded) * HS;
-    float* dkeys = values_t + int64_t(padded) * HS;  // (padded, HSP), as the next two
-    float* dvalues = dkeys + int64_t(padded) * HSP;
-    if (HSP != HS) std::fill(keys, keys + int64_t(padded) * HSP, 0.f);  // the padding
-    std::fill(dkeys, dvalues + int64_t(padded) * HSP, 0.f);
-    for (int t0 = 0; t0 < length; t0 += kPage) {
-      const int count = std::min(kPage, length - t0);
-      const float* k = a.k + (begin + t0) * a.k_ld + kv * HS;
-      const float* v = a.v + (begin + t0) * a.v_ld + kv * HS;
-      for (int t = 0; t < count; t++) {
-        prefetch_row(HS, k + (t + kAhead) * a.k_ld);
-        prefetch_row(HS, v + t * a.v_ld);
-        copy_row(HS, k + t * a.k_ld, keys + int64_t(t0 + t) * HSP);
-      }
-      pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, k, count, HS, keys_t + int64_t(t0) * HS);
-      pack_panel<kPage>({nullptr, a.v_ld, Inner::k}, v, count, HS, values_t + int64_t(t0) * HS);
-    }
-    alignas(64) static thread_local float q[kPage * 256], d_out[kPage * 256], d_q[kPage * 256];
-    alignas(64) static thread_local float p[kPage * kPage], ds[kPage * kPage];
-    for (int h = kv * group; h < (kv + 1) * group; h++) {
-      for (int t0 = 0; t0 < length; t0 += kPage) {
-        const int rows = std::min(kPage, length - t0);
-        float dot[kPage], row_lse[kPage];  // dot: sum_d dout out = sum_s p dp
-        for (int r = 0; r < rows; r++) {
-          const int64_t n = begin + t0 + r;
-          const float *from = a.q + n * a.q_ld + h * HS, *d = dout + n * out_ld + h * HS;
-          const float* o = out + n * out_ld + h * HS;
-          prefetch_row(HS, from + kAhead * a.q_ld);
-          prefetch_row(HS, d + kAhead * out_ld);
-          prefetch_row(HS, o + kAhead * out_ld);
-          vec sum{};
-          lanes(HS, [&](int64_t i, int m) {
-            store(q + r * HSP + i, load(from + i, m) * scale);
-            store(d_out + r * HSP + i, load(d + i, m));
-            sum += load(d + i, m) * load(o + i, m);
-          });
-          dot[r] = sum_lanes(sum);
-          row_lse[r] = lse[n * a.NH + h];
-        }
-        std::fill(d_q, d_q + rows * HSP, 0.f);
-        for (int s0 = 0; s0 <= t0; s0 += kPage) {
-          const int page_keys = std::min(kPage, length - s0);
-          const bool diagonal = s0 == t0;
-          for (int r0 = 0; r0 < rows; r0 += kMR) {
-            const int R = std::min(kMR, rows - r0);
-            const int count = diagonal ? r0 + R : page_keys;  // keys that the last row sees
-            const int width = to_lanes(count);
-            float *pr = p + r0 * kPage, *dsr = ds + r0 * kPage;
-            small_product(R, width, HS, q + r0 * HSP, HSP, 1, keys_t + int64_t(s0) * HS, kPage, pr,
-                          kPage, false);
-            small_product(R, width, HS, d_out + r0 * HSP, HSP, 1, values_t + int64_t(s0) * HS,
-                          kPage, dsr, kPage, false);
-            for (int r = 0; r < R; r++) {
-              const int seen = diagonal ? r0 + r + 1 : page_keys;
-              float *ps = pr + r * kPage, *d = dsr + r * kPage;
-              const auto weigh = [&](int j, int n) {
-                const vec e = keep(vexp_below_88(load(ps + j) - row_lse[r0 + r]), n);
-                store(ps + j, e);
-                store(d + j, e * (load(d + j) - dot[r0 + r]));
-              };
-              int j = 0;
-              for (; j + kLanes <= seen; j += kLanes) weigh(j, kLanes);
-              for (; j < width; j += kLanes) weigh(j, std::max(0, seen - j));
-            }
-            small_product(R, HSP, count, dsr, kPage, 1, keys + int64_t(s0) * HSP, HSP,
-                          d_q + r0 * HSP, HSP, true);
-          }
-          for (int j0 = 0; j0 < page_keys; j0 += kMR) {
-            const int R = std::min(kMR, page_keys - j0), from = diagonal ? j0 : 0;
-            if (from >= rows) break;
-            small_product(R, HSP, rows - from, p + from * kPage + j0, 1, kPage, d_out + from * HSP,
-                          HSP, dvalues + int64_t(s0 + j0) * HSP, HSP, true);
-            small_product(R, HSP, rows - from, ds + from * kPage + j0, 1, kPage, q + from * HSP,
-                          HSP, dkeys + int64_t(s0 + j0) * HSP, HSP, true);
-          }
-        }
-        for (int r = 0; r < rows; r++)
-          for (int d = 0; d < HS; d++)
-            dq[(begin + t0 + r) * d_ld + h * HS + d] = d_q[r * HSP + d] * scale;
-      }
-    }
-    for (int t = 0; t < length; t++) {
-      copy_row(HS, dkeys + int64_t(t) * HSP, dk + (begin + t) * d_ld + kv * HS);
-      copy_row(HS, dvalues + int64_t(t) * HSP, dv + (begin + t) * d_ld + kv * HS);
-    }
-  });
-}
-
-// =============================================================================================
-// 4. LM head: a row of logits -> log p(target), entropy, and in place their gradient
-
-struct RowSoftmax {  // of softmax(x / temperature) over one row
-  float highest;     // of x
-  float log_sum;     // log sum_j exp((x_j - highest) / temperature)
-  float entropy;     // nats
-  float logp(float x, float inverse_temperature) const {
-    return (x - highest) * inverse_temperature - log_sum;
-  }
-};
-
-static RowSoftmax row_softmax(int V, const float* x, float inverse_temperature) {
-  vec top = splat(-std::numeric_limits<float>::infinity());
-  int64_t j = 0;
-  for (; j + kLanes <= V; j += kLanes) top = vmax(top, load(x + j));
-  float highest = max_lanes(top);
-  for (; j < V; j++) highest = std::max(highest, x[j]);
-  vec sum{}, weighted{};
-  lanes(V, [&](int64_t i, int n) {
-    const vec s = keep((load(x + i, n) - highest) * inverse_temperature, n);
-    const vec e = keep(vexp_below_88(s), n);
-    sum += e;
-    weighted += e * s;
-  });
-  const float total = sum_lanes(sum), log_sum = std::log(total);
-  return {highest, log_sum, log_sum - sum_lanes(weighted) / total};
-}
-
-static void row_softmax_backward(int V, float* x, const RowSoftmax& s, float inverse_temperature,
-                                 int target, float dlogp, float dentropy) {
-  const float a = -dlogp * inverse_temperature, b = -dentropy * inverse_temperature;
-  lanes(V, [&](int64_t j, int n) {
-    const vec logp = (load(x + j, n) - s.highest) * inverse_temperature - s.log_sum;
-    store(x + j, vexp_below_88(logp) * (a + b * (logp + s.entropy)), n);
-  });
-  x[target] += dlogp * inverse_temperature;
-}
-
-// Sampling: a function of the logits and of (seed, stream, position) alone.
-static int sample_row(int V, const float* logits, const Sampling& how, std::span<const int> history,
-                      uint64_t position, std::vector<float>& p) {
-  p.assign(logits, logits + V);
-  if (how.repetition_penalty != 1) {
-    std::vector<int> seen(history.begin(), history.end());
-    std::sort(seen.begin(), seen.end());
-    seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
-    for (int id : seen) {
-      if (id >= V) continue;
-      float& x = p[size_t(id)];
-      x = x > 0 ? x / how.repetition_penalty : x * how.repetition_penalty;
-    }
-  }
-  const int best = int(std::max_element(p.begin(), p.end()) - p.begin());
-  if (how.temperature == 0) return best;
-  const float highest = p[size_t(best)], inverse_temperature = 1 / how.temperature;
-  lanes(V, [&](int64_t j, int n) {  // proportional to probabilities; the best has 1
-    store(&p[size_t(j)], vexp((load(&p[size_t(j)], n) - highest) * inverse_temperature), n);
-  });
-  if (how.min_p > 0) {
-    for (float& x : p) x = x < how.min_p ? 0 : x;
-  }
-  const bool cut_k = how.top_k > 0 && how.top_k < V, cut_p = how.top_p < 1;
-  if (cut_k || cut_p) {  // most likely first, smaller ids first among equals
-    std::vector<int> order(static_cast<size_t>(V));
-    std::iota(order.begin(), order.end(), 0);
-    const auto likelier = [&](int a, int b) {
-      return p[size_t(a)] != p[size_t(b)] ? p[size_t(a)] > p[size_t(b)] : a < b;
-    };
-    size_t kept = cut_k ? size_t(how.top_k) : size_t(V);
-    if (cut_k) std::nth_element(order.begin(), order.begin() + kept - 1, order.end(), likelier);
-    if (cut_p) {  // the smallest set that reaches top_p of what is left; few are sorted to find it
-      double total = 0, reached = 0;
-      for (size_t i = 0; i < kept; i++) total += p[size_t(order[i])];
-      size_t i = 0, sorted = 0;
-      for (; i < kept && reached < how.top_p * total; i++) {
-        if (i == sorted) {
-          sorted = std::min(kept, std::max<size_t>(64, 4 * sorted));
-          std::partial_sort(order.begin() + i, order.begin() + sorted, order.begin() + kept,
-                            likelier);
-        }
-        reached += p[size_t(order[i])];
-      }
-      kept = i;
-    }
-    for (size_t i = kept; i < order.size(); i++) p[size_t(order[i])] = 0;
-  }
-  // Inverse of the cumulative sum: blocks of 256 first, then inside the block.
-  std::vector<double> blocks;
-  double total = 0;
-  for (int first = 0; first < V; first += 256) {
-    vec sum{};
-    lanes(std::min(256, V - first),
-          [&](int64_t j, int n) { sum += load(&p[size_t(first + j)], n); });
-    blocks.push_back(sum_lanes(sum));
-    total += blocks.back();
-  }
-  double left = total * uniform01(mix64(how.seed, how.stream, position));
-  size_t block = 0;
-  while (block + 1 < blocks.size() && left >= blocks[block]) left -= blocks[block++];
-  int last = best;  // rounding may pass the block's end: then its last possible token
-  for (int j = int(block) * 256; j < std::min(V, int(block) * 256 + 256); j++) {
-    if (p[size_t(j)] == 0) continue;
-    last = j;
-    if (left < p[size_t(j)]) return j;
-    left -= p[size_t(j)];
-  }
-  return last;
-}
-
-// =============================================================================================
-// 5. Optimizers
-
-// AdamW (Loshchilov, Hutter 2019) on n floats; g is multiplied by `scale` (clipping) first:
-// m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
-// w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w)
-static void adamw(int64_t size, float* w, const float* g, float* m, float* v, float scale, float lr,
-                  float decay, const OptimizerStep& o) {
-  const float c1 = 1 / (1 - float(std::pow(double(o.beta1), double(o.step))));
-  const float c2 = 1 / (1 - float(std::pow(double(o.beta2), double(o.step))));
-  const float keep_w = 1 - lr * decay;
-  lanes(size, [&](int64_t i, int n) {
-    const vec grad = load(g + i, n) * scale;
-    const vec mi = o.beta1 * load(m + i, n) + (1 - o.beta1) * grad;
-    const vec vi = o.beta2 * load(v + i, n) + (1 - o.beta2) * grad * grad;
-    store(m + i, mi, n);
-    store(v + i, vi, n);
-    store(w + i, keep_w * load(w + i, n) - lr * c1 * mi / (vsqrt(vi * c2) + o.eps), n);
-  });
-}
-
-// The upper triangle of a square matrix takes the lower one's values.
+// Copies the lower triangle of a square matrix (size, size) into the upper one.
 template <int... I>
 static void mirror(int size, float* c, std::integer_sequence<int, I...>) {
   const int whole = size / kLanes * kLanes;
@@ -1221,1184 +2470,18 @@ static void mirror(int size, float* c, std::integer_sequence<int, I...>) {
       for (int k = 0; k < kLanes; k++) block[k] = load(c + int64_t(i + k) * size + j);
       transpose(block);
       for (int k = 0; k < kLanes; k++) {
-        float* to = c + int64_t(j + k) * size + i;
-        store(to, i == j ? (ivec{I...} < k ? load(to) : block[k]) : block[k]);
+        float* dst = c + int64_t(j + k) * size + i;
+        store(dst, i == j ? (ivec{I...} < k ? load(dst) : block[k]) : block[k]);
       }
     }
   for (int i = whole; i < size; i++)
     for (int j = 0; j < i; j++) c[int64_t(j) * size + i] = c[int64_t(i) * size + j];
 }
 
-// C (size, size) = A B, known to be symmetric, by one thread: half of it is computed.
 static void gemm_symmetric(int size, int K, const Operand& a, const Operand& b, float* c) {
   gemm_rectangle({.M = size, .N = size, .K = K, .a = a, .b = b, .c = c, .ldc = size, .lower = true},
                  0, size, 0, size);
   mirror(size, c, std::make_integer_sequence<int, kLanes>{});
-}
-
-// Muon (Jordan et al. 2024) on one matrix (out, in), by one thread:
-// m = mu m + (1-mu) g;  u = mu m + (1-mu) g (Nesterov);
-// X = u / (||u|| + 1e-7), five times X <- a X + (b A + c A A) X with A = X X^T, which drives the
-// singular values towards 1;  w -= lr (sqrt(max(1, out/in)) X + decay w)
-// A tall X is multiplied from the right instead, with A = X^T X: the same, transposed.
-static void muon(int out, int in, float* w, const float* g, float* m, float scale,
-                 const OptimizerStep& o) {
-  const int64_t size = int64_t(out) * in;
-  const bool tall = out > in;
-  const int rows = std::min(out, in), columns = std::max(out, in);
-  const int64_t square_size = int64_t(rows) * rows;
-  thread_local Arena memory;
-  memory.grow(2 * size + 4 * square_size);
-  float *x = memory.data(), *next = x + size, *a = next + size, *p = a + square_size;
-  float *q = p + square_size, *r = q + square_size;  // (rows, rows), as a and p
-  const float mu = o.muon_momentum;
-  vec squares{};
-  lanes(size, [&](int64_t i, int n) {
-    const vec grad = load(g + i, n) * scale;
-    const vec mi = mu * load(m + i, n) + (1 - mu) * grad;
-    const vec u = mu * mi + (1 - mu) * grad;
-    store(m + i, mi, n);
-    store(x + i, u, n);
-    squares += u * u;
-  });
-  const float inverse = 1 / (std::sqrt(sum_lanes(squares)) + 1e-7f);
-  lanes(size, [&](int64_t i, int n) { store(x + i, load(x + i, n) * inverse, n); });
-
-  const auto small = [&](const float* left, const float* right, float* to) {  // commuting matrices
-    gemm_symmetric(rows, rows, {left, rows, Inner::k}, {right, rows, Inner::other}, to);
-  };
-  const auto gram = [&] {  // A = X X^T, of a tall X X^T X
-    const Operand lines{x, in, tall ? Inner::other : Inner::k};
-    gemm_symmetric(rows, columns, lines, lines, a);
-  };
-  const auto polynomial = [&](float* to) {  // a I + b A + c A A
-    small(a, a, to);
-    lanes(square_size, [&](int64_t i, int n) {
-      store(to + i, 2.0315f * load(to + i, n) - 4.7750f * load(a + i, n), n);
-    });
-    for (int i = 0; i < rows; i++) to[int64_t(i) * rows + i] += 3.4445f;
-  };
-  const auto advance = [&](const float* by) {  // X <- P X, a tall X <- X P
-    const Operand square{by, rows, tall ? Inner::other : Inner::k};
-    const Operand wide{x, in, tall ? Inner::k : Inner::other};
-    gemm_rectangle({.M = out,
-                    .N = in,
-                    .K = rows,
-                    .a = tall ? wide : square,
-                    .b = tall ? square : wide,
-                    .c = next,
-                    .ldc = in},
-                   0, out, 0, in);
-    std::swap(x, next);
-  };
-  // The polynomials of one A commute, so that the five steps of X are one product of small
-  // symmetric matrices, and A follows them by A <- P A P: two wide products of X in place of ten.
-  // Rounding in A grows with the steps: to 1e-4 of the result on a gradient of rank 8 with noise a
-  // thousand times smaller (step by step 3e-5), to 1.5e-5 on square random matrices (1e-6); on wide
-  // ones it is as small as step by step.
-  gram();
-  polynomial(q);
-  for (int step = 1; step < 5; step++) {
-    const float* last = step == 1 ? q : p;  // the polynomial that A has yet to follow
-    small(last, a, r);
-    small(r, last, a);
-    polynomial(p);
-    small(p, q, r);
-    std::swap(q, r);
-  }
-  advance(q);
-  const float lr = o.muon_lr * std::sqrt(std::max(1.f, float(out) / float(in)));
-  const float keep_w = 1 - o.muon_lr * o.muon_decay;
-  lanes(size,
-        [&](int64_t i, int n) { store(w + i, keep_w * load(w + i, n) - lr * load(x + i, n), n); });
-}
-
-// =============================================================================================
-// 6. CpuGpt
-
-void set_threads(int threads) { omp_set_num_threads(threads > 0 ? threads : usable_cores()); }
-
-// Bytes a process may still take: what the system has, or what the container's limit leaves.
-static int64_t available_memory() {
-  int64_t available = std::numeric_limits<int64_t>::max();
-  std::ifstream meminfo("/proc/meminfo");
-  for (std::string line; std::getline(meminfo, line);) {
-    long long kib = 0;
-    if (std::sscanf(line.c_str(), "MemAvailable: %lld kB", &kib) == 1) available = kib * 1024;
-  }
-  int64_t limit = 0, used = 0;
-  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit &&
-      std::ifstream("/sys/fs/cgroup/memory.current") >> used) {
-    available = std::min(available, std::max<int64_t>(0, limit - used));
-  }
-  return available;
-}
-
-// Rows of logits made at a time: what fits 64 MiB, at least 256. Never a function of the threads.
-static int64_t logit_rows(const Config& c, int64_t N) {
-  return std::min(N, std::max<int64_t>(256, (int64_t(64) << 20) / (int64_t(c.padded_V()) * 4)));
-}
-
-// Weights, in one of two forms. Rows: the arena in the table's order, which training reads and
-// updates. Panels: each GEMM's matrix as pack_weights makes it, which decoding streams. Inference
-// holds matrices as panels alone; training makes panels when it decodes.
-struct Weights {
-  struct Group {
-    int64_t weight;  // its offset in the arena
-    int out, in;
-    int64_t panels;  // its offset in `panels`
-  };
-  Arena rows, panels;
-  std::vector<Group> groups;
-  bool panels_only = false;     // inference
-  bool panels_current = false;  // training: they equal the rows
-
-  Weights(const Config& c, const ParamTable& table, bool inference) : panels_only(inference) {
-    rows.reset(table.size);
-    int64_t size = 0;
-    const auto add = [&](const Linear& l) {
-      groups.push_back({l.weight, l.out, l.in, size});
-      size += packed_size(l.out, l.in);
-    };
-    for (const Block& b : table.blocks) add(b.qkv), add(b.o), add(b.up), add(b.down);
-    if (c.head == Head::lm) add(table.head);
-    panels_size = size;
-    if (inference) panels.reset(size);
-  }
-  int64_t panels_size = 0;
-
-  const Group* group_of(int64_t offset) const {  // that holds this arena offset
-    for (const Group& g : groups)
-      if (offset >= g.weight && offset < g.weight + int64_t(g.out) * g.in) return &g;
-    return nullptr;
-  }
-  void make_panels() {
-    if (panels_only || panels_current) return;
-    panels.grow(panels_size);
-    for (const Group& g : groups)
-      pack_weights(rows.data() + g.weight, g.out, g.in, panels.data() + g.panels);
-    panels_current = true;
-  }
-  // One element of a matrix in panels; `offset` is the element's place in the arena.
-  float& in_panels(const Group& g, int64_t offset) const {
-    const int64_t o = (offset - g.weight) / g.in, i = (offset - g.weight) % g.in;
-    return panels.data()[g.panels + (o / kNR * g.in + i) * kNR + o % kNR];
-  }
-};
-
-class CpuKvCache : public KvCache {
- public:
-  CpuKvCache(const Config& c, int64_t positions)
-      : KvCache(positions),
-        key_floats_(int64_t(c.HS) * kPage),
-        page_floats_(key_floats_ + int64_t(padded_head(c.HS)) * kPage),
-        layer_floats_(c.NKV * page_floats_),
-        L_(c.L),
-        memory_((positions + kPage - 1) / kPage * c.L * layer_floats_) {}
-  float* keys(int page, int layer, int head) const {  // [HS][kPage]
-    return memory_.data() + (int64_t(page) * L_ + layer) * layer_floats_ + head * page_floats_;
-  }
-  float* values(int page, int layer, int head) const {  // [kPage][HSP]
-    return keys(page, layer, head) + key_floats_;
-  }
-  void copy(int from, int to) const {
-    std::copy_n(keys(from, 0, 0), L_ * layer_floats_, keys(to, 0, 0));
-  }
-
- private:
-  int64_t key_floats_, page_floats_, layer_floats_;
-  int L_;
-  Arena memory_;
-};
-
-struct LayerActivations {
-  float* x;      // (N, C) the residual stream that enters
-  float* norm1;  // (N, C)
-  NormStats stats1;
-  float* qkv;      // (N, qkv)
-  float* rotated;  // (N, (NH + NKV) HS) q and k after norm and RoPE; qwen3 alone
-  float* att;      // (N, NH HS)
-  float* lse;      // (N, NH)
-  float* mid;      // (N, C) the stream after attention
-  float* norm2;    // (N, C)
-  NormStats stats2;
-  float* up;   // (N, 2F) gate and up; gpt2 (N, F); then their gradient
-  float* act;  // (N, F)
-};
-
-// Everything a pass over N tokens writes, in one arena; a layout is a walk that hands out pieces.
-struct Activations {
-  std::vector<LayerActivations> layers;
-  float* x;           // (N, C) the stream that leaves the last layer
-  float* final_norm;  // (N, C)
-  NormStats final_stats;
-  float* head_in;     // (N, C) rows of final_norm that have a target
-  float* logits;      // (logit_rows, padded V)
-  float* dhead_in;    // (N, C)
-  float *dx, *dnorm;  // (N, C), (N, max(C, NH HS))
-  float* dqkv;        // (N, qkv)
-  float* dact;        // (N, F)
-  float* partials;
-
-  // Floats it takes; with `base`, also sets the pointers. Without `train` the layers share buffers.
-  int64_t lay_out(const Config& c, int64_t N, bool train, float* base) {
-    int64_t used = 0;
-    const auto take = [&](int64_t floats) {
-      float* p = base ? base + used : nullptr;
-      used += (floats + 15) / 16 * 16;
-      return p;
-    };
-    const int64_t up = c.has_gate() ? 2 * c.F : c.F, heads = int64_t(c.NH) * c.HS;
-    const bool mean = c.has_biases();
-    const auto stats = [&] { return NormStats{mean ? take(N) : nullptr, take(N)}; };
-    layers.resize(size_t(c.L));
-    float* streams[2] = {};
-    for (int l = 0; l < c.L; l++) {
-      LayerActivations& a = layers[size_t(l)];
-      if (!train && l >= 2) {
-        a = layers[0];
-        a.x = streams[l % 2];
-        continue;
-      }
-      if (!train && l == 1) {
-        a = layers[0];
-        a.x = streams[1] = take(N * c.C);
-        continue;
-      }
-      a.x = streams[0] = take(N * c.C);
-      a.norm1 = take(N * c.C);
-      a.stats1 = stats();
-      a.qkv = take(N * c.qkv());
-      a.rotated = c.family == Family::qwen3 ? take(N * (c.NH + c.NKV) * c.HS) : nullptr;
-      a.att = take(N * heads);
-      a.lse = take(N * c.NH);
-      a.mid = take(N * c.C);
-      a.norm2 = take(N * c.C);
-      a.stats2 = stats();
-      a.up = take(N * up);
-      a.act = take(N * c.F);
-    }
-    x = take(N * c.C);
-    final_norm = take(N * c.C);
-    final_stats = stats();
-    if (c.head == Head::lm) {
-      head_in = take(N * c.C);
-      logits = take(logit_rows(c, N) * c.padded_V());
-    }
-    if (train) {
-      dhead_in = take(N * c.C);
-      dx = take(N * c.C);
-      dnorm = take(N * std::max<int64_t>(c.C, heads));
-      dqkv = take(N * c.qkv());
-      dact = take(N * c.F);
-      partials = take(norm_partials(N, std::max(c.C, c.HS)));
-    }
-    return used;
-  }
-};
-
-class CpuGpt final : public Gpt {
- public:
-  CpuGpt(const Config& config, const GptOptions& options)
-      : Gpt(config, options.muon, options.lora),
-        train_(options.mode == Mode::train),
-        adapters_(options.lora.rank > 0),
-        rope_(config) {
-    if (options.share) {
-      const auto* other = dynamic_cast<const CpuGpt*>(options.share);
-      if (!other) fail("share: the other model is on another device");
-      weights_ = other->weights_;
-      if (train_) fail("share: a model that trains needs weights of its own");
-    } else {
-      weights_ = std::make_shared<Weights>(config, table_, !train_);
-    }
-    if (train_) {
-      gradients_.reset(table_.size);
-      moment1_.reset(table_.size);
-      moment2_.reset(table_.size);
-    }
-    if (options.batch_tokens > 0) reserve(options.batch_tokens);
-  }
-
-  void forward(const Batch& batch, Pass pass) override {
-    begin(batch);
-    trunk_forward();
-    live_ = pass == Pass::train;
-    if (live_ && !train_) fail("forward: an inference model keeps nothing for backward");
-    head_forward();
-  }
-
-  void backward(std::span<const float> dlogp, std::span<const float> dvalue,
-                std::span<const float> dentropy) override {
-    if (!live_) fail("backward: no forward with Pass::train came before");
-    check_weights(config_, N_, dlogp, dvalue, dentropy);
-    head_backward(dlogp, dvalue, dentropy, logits_kept_);
-    trunk_backward();
-    live_ = false;
-  }
-
-  void forward_backward(const Batch& batch, std::span<const float> dlogp,
-                        std::span<const float> dvalue, std::span<const float> dentropy) override {
-    if (!train_) fail("forward_backward: an inference model has no gradients");
-    begin(batch);
-    check_weights(config_, N_, dlogp, dvalue, dentropy);
-    trunk_forward();
-    if (config_.head == Head::scalar) head_forward();
-    head_backward(dlogp, dvalue, dentropy, false);
-    trunk_backward();
-    live_ = false;
-  }
-
-  void update(const OptimizerStep& step) override;
-  UpdateStats stats() override { return stats_; }
-  void zero_gradients() override { fresh_ = true, loss_ = 0; }
-  void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
-
-  std::span<const float> logp() override { return logp_; }
-  std::span<const float> entropy() override { return entropy_; }
-  std::span<const float> value() override { return value_; }
-
-  std::unique_ptr<KvCache> make_cache(int64_t positions) override {
-    return std::make_unique<CpuKvCache>(config_, positions);
-  }
-  void decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
-              bool logits) override;
-
-  void read(int tensor, Slot slot, std::span<float> out) const override;
-  void write(int tensor, Slot slot, std::span<const float> in) override;
-
- private:
-  const float* weight(int64_t offset) const {
-    return offset < 0 ? nullptr : weights_->rows.data() + offset;
-  }
-  float* gradient(int64_t offset) const {  // null: nothing is there, or it is frozen
-    return offset < 0 || !table_.trainable(offset) ? nullptr : gradients_.data() + offset;
-  }
-
-  Operand matrix(const Linear& l, bool panels) const {  // W (out, in) as B(k = in, n = out)
-    if (panels) {
-      return {weights_->panels.data() + weights_->group_of(l.weight)->panels, 0, Inner::k, true};
-    }
-    return {weight(l.weight), l.in, Inner::k};
-  }
-  // y (N, out) = x W^T + b [+ residual]
-  void linear(int N, const Linear& l, const float* x, float* y, const float* residual,
-              bool panels) const {
-    gemm({.M = N,
-          .N = l.out,
-          .K = l.in,
-          .a = {x, l.in, Inner::k},
-          .b = matrix(l, panels),
-          .c = y,
-          .ldc = l.out,
-          .bias = weight(l.bias),
-          .residual = residual});
-    for (const Adapter& a : l.adapters) adapter_forward(N, l, a, x, y);
-  }
-  // dW += dy^T x, db += column sums of dy; dx = dy W
-  void linear_backward(int N, const Linear& l, const float* x, const float* dy, float* dx) {
-    if (float* dweight = gradient(l.weight)) {
-      gemm({.M = l.out,
-            .N = l.in,
-            .K = N,
-            .a = {dy, l.out, Inner::other},
-            .b = {x, l.in, Inner::other},
-            .c = dweight,
-            .ldc = l.in,
-            .accumulate = !fresh_,
-            .sums = gradient(l.bias)});
-    }
-    gemm({.M = N,
-          .N = l.in,
-          .K = l.out,
-          .a = {dy, l.out, Inner::k},
-          .b = {weight(l.weight), l.in, Inner::other},
-          .c = dx,
-          .ldc = l.in});
-    for (const Adapter& a : l.adapters) adapter_backward(N, l, a, x, dy, dx);
-  }
-  // y += u B^T with u = scale x A^T (N, rank)
-  void adapter_forward(int N, const Linear& l, const Adapter& a, const float* x, float* y) const {
-    if (!adapters_) return;
-    const int r = table_.lora.rank;
-    const float* u = adapter_inner(N, l, a, x);
-    gemm({.M = N,
-          .N = a.out,
-          .K = r,
-          .a = {u, r, Inner::k},
-          .b = {weight(a.b), r, Inner::k},
-          .c = y + a.begin,
-          .ldc = l.out,
-          .accumulate = true});
-  }
-  const float* adapter_inner(int N, const Linear& l, const Adapter& a, const float* x) const {
-    const int r = table_.lora.rank;
-    if (int64_t(inner_.size()) < int64_t(N) * r) inner_.resize(size_t(N) * size_t(r));
-    gemm({.M = N,
-          .N = r,
-          .K = l.in,
-          .a = {x, l.in, Inner::k},
-          .b = {weight(a.a), l.in, Inner::k},
-          .c = inner_.data(),
-          .ldc = r});
-    for (int64_t i = 0; i < int64_t(N) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
-    return inner_.data();
-  }
-  // dB += dy^T u;  du = scale dy B;  dA += du^T x;  dx += du A
-  void adapter_backward(int N, const Linear& l, const Adapter& a, const float* x, const float* dy,
-                        float* dx) {
-    if (!adapters_) return;
-    const int r = table_.lora.rank;
-    const float* u = adapter_inner(N, l, a, x);
-    gemm({.M = a.out,
-          .N = r,
-          .K = N,
-          .a = {dy + a.begin, l.out, Inner::other},
-          .b = {u, r, Inner::other},
-          .c = gradient(a.b),
-          .ldc = r,
-          .accumulate = !fresh_});
-    gemm({.M = N,
-          .N = r,
-          .K = a.out,
-          .a = {dy + a.begin, l.out, Inner::k},
-          .b = {weight(a.b), r, Inner::other},
-          .c = inner_.data(),
-          .ldc = r});
-    for (int64_t i = 0; i < int64_t(N) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
-    gemm({.M = r,
-          .N = l.in,
-          .K = N,
-          .a = {u, r, Inner::other},
-          .b = {x, l.in, Inner::other},
-          .c = gradient(a.a),
-          .ldc = l.in,
-          .accumulate = !fresh_});
-    gemm({.M = N,
-          .N = l.in,
-          .K = r,
-          .a = {u, r, Inner::k},
-          .b = {weight(a.a), l.in, Inner::other},
-          .c = dx,
-          .ldc = l.in,
-          .accumulate = true});
-  }
-  void norm(int N, const Norm& n, const float* x, float* y, NormStats stats) const {
-    norm_forward(N, config_.C, x, weight(n.weight), weight(n.bias), float(config_.norm_eps), y,
-                 stats);
-  }
-  void norm_back(int N, const Norm& n, const float* dy, const float* x, NormStats stats) {
-    norm_backward(N, config_.C, dy, x, weight(n.weight), stats, a_.dx, gradient(n.weight),
-                  gradient(n.bias), !fresh_, a_.partials);
-  }
-
-  void reserve(int64_t N) {
-    if (N <= capacity_) return;
-    Activations layout;
-    arena_.reset(layout.lay_out(config_, N, train_, nullptr));
-    a_.lay_out(config_, N, train_, arena_.data());
-    capacity_ = N;
-  }
-  void begin(const Batch& batch);
-  void embed(int N, const int* tokens, const int* positions, float* x) const;
-  void rotate(int N, const int* positions, const Block& b, float* qkv, float* rotated) const;
-  Attention attention_of(const float* qkv, const float* rotated) const;
-  void rotate_backward(const Block& b, const LayerActivations& a);
-  void trunk_forward();
-  void trunk_backward();
-  void logits_forward(int64_t first, int64_t rows);
-  void head_forward();
-  void head_backward(std::span<const float> dlogp, std::span<const float> dvalue,
-                     std::span<const float> dentropy, bool logits_ready);
-
-  bool train_;
-  bool adapters_;                     // LoRA's take part
-  mutable std::vector<float> inner_;  // (N, rank) of the adapter at hand
-  std::shared_ptr<Weights> weights_;
-  Arena gradients_, moment1_, moment2_;  // in the table's order
-  UpdateStats stats_;
-  double loss_ = 0;    // of the batches since the last update
-  bool fresh_ = true;  // gradients are zero, whatever the arena holds: the next backward sets them
-  Arena arena_;
-  Activations a_{};
-  int64_t capacity_ = 0;
-  RopeTable rope_;
-
-  Arena decode_arena_;  // decoding's own: it does not disturb a live forward
-  Activations decode_{};
-  int64_t decode_capacity_ = 0;
-
-  // The live batch
-  int N_ = 0;
-  std::vector<int> tokens_, targets_, doc_starts_, positions_;
-  float inverse_temperature_ = 1;
-  std::vector<int> head_rows_;       // positions that have a target
-  std::vector<RowSoftmax> softmax_;  // one for each of head_rows_
-  std::vector<float> logp_, entropy_, value_;
-  bool live_ = false, logits_kept_ = false;
-};
-
-void CpuGpt::begin(const Batch& batch) {
-  const auto N = int64_t(batch.tokens.size());
-  const auto& starts = batch.doc_starts;
-  const bool lm = config_.head == Head::lm;
-  check_batch(config_, batch);
-  positions_.resize(size_t(N));
-  for (size_t d = 0; d + 1 < starts.size(); d++)
-    for (int n = starts[d]; n < starts[d + 1]; n++) positions_[size_t(n)] = n - starts[d];
-  head_rows_.clear();
-  for (int64_t n = 0; lm && n < N; n++)
-    if (batch.targets[size_t(n)] >= 0) head_rows_.push_back(int(n));
-  N_ = int(N);
-  tokens_.assign(batch.tokens.begin(), batch.tokens.end());
-  targets_.assign(batch.targets.begin(), batch.targets.end());
-  doc_starts_.assign(starts.begin(), starts.end());
-  inverse_temperature_ = 1 / batch.temperature;
-  logp_.assign(lm ? size_t(N) : 0, 0.f);
-  entropy_.assign(lm ? size_t(N) : 0, 0.f);
-  value_.assign(lm ? 0 : size_t(N), 0.f);
-  softmax_.resize(head_rows_.size());
-  reserve(N);
-  live_ = logits_kept_ = false;
-}
-
-// x[n] = wte[token] (+ wpe[position])
-void CpuGpt::embed(int N, const int* tokens, const int* positions, float* x) const {
-  const int C = config_.C;
-  const Weights& w = *weights_;
-  const bool in_panels = w.panels_only && w.group_of(table_.wte);
-  parallel_for(N, [&](int64_t n) {
-    float* row = x + n * C;
-    const int64_t first = table_.wte + int64_t(tokens[n]) * C;
-    if (in_panels) {
-      const Weights::Group& g = *w.group_of(table_.wte);
-      for (int c = 0; c < C; c++) row[c] = w.in_panels(g, first + c);
-    } else {
-      std::copy_n(weight(first), C, row);
-    }
-    if (table_.wpe >= 0) {
-      const float* p = weight(table_.wpe) + int64_t(positions[n]) * C;
-      lanes(C, [&](int64_t c, int m) { store(row + c, load(row + c, m) + load(p + c, m), m); });
-    }
-  });
-}
-
-// Norm and RoPE of q and k. llama turns them where they are; qwen3 keeps the raw ones for backward.
-void CpuGpt::rotate(int N, const int* positions, const Block& b, float* qkv, float* rotated) const {
-  if (config_.family == Family::gpt2) return;
-  const int HS = config_.HS, NH = config_.NH, heads = NH + config_.NKV;
-  parallel_for(N, [&](int64_t n) {
-    const float *cos = rope_.cos(positions[n]), *sin = rope_.sin(positions[n]);
-    for (int h = 0; h < heads; h++) {
-      float* x = qkv + n * config_.qkv() + h * HS;
-      if (rotated) {
-        norm_rope_row(HS, x, weight(h < NH ? b.q_norm : b.k_norm), float(config_.norm_eps), cos,
-                      sin, rotated + (n * heads + h) * HS);
-      } else {
-        rope_row(HS, x, cos, sin, 1);
-      }
-    }
-  });
-}
-
-// Where attention finds q, k and v of the live batch.
-Attention CpuGpt::attention_of(const float* qkv, const float* rotated) const {
-  const int64_t q = int64_t(config_.NH) * config_.HS, qk = q + int64_t(config_.NKV) * config_.HS;
-  const int64_t ld = config_.qkv();
-  Attention a{config_.NH, config_.NKV, config_.HS, doc_starts_, qkv, qkv + q, qkv + qk, ld, ld, ld};
-  if (rotated) a.q = rotated, a.k = rotated + q, a.q_ld = a.k_ld = qk;
-  return a;
-}
-
-void CpuGpt::trunk_forward() {
-  const bool panels = weights_->panels_only;
-  if (config_.family != Family::gpt2) {
-    rope_.reach(1 + *std::max_element(positions_.begin(), positions_.end()));
-  }
-  embed(N_, tokens_.data(), positions_.data(), a_.layers[0].x);
-  for (int l = 0; l < config_.L; l++) {
-    const Block& b = table_.blocks[size_t(l)];
-    LayerActivations& a = a_.layers[size_t(l)];
-    norm(N_, b.norm1, a.x, a.norm1, a.stats1);
-    linear(N_, b.qkv, a.norm1, a.qkv, nullptr, panels);
-    rotate(N_, positions_.data(), b, a.qkv, a.rotated);
-    attention_forward(attention_of(a.qkv, a.rotated), a.att, a.lse);
-    linear(N_, b.o, a.att, a.mid, a.x, panels);
-    norm(N_, b.norm2, a.mid, a.norm2, a.stats2);
-    linear(N_, b.up, a.norm2, a.up, nullptr, panels);
-    if (config_.has_gate()) {
-      swiglu_forward(N_, config_.F, a.up, a.act);
-    } else {
-      gelu_forward(int64_t(N_) * config_.F, a.up, a.act);
-    }
-    linear(N_, b.down, a.act, l + 1 < config_.L ? a_.layers[size_t(l) + 1].x : a_.x, a.mid, panels);
-  }
-  norm(N_, table_.final_norm, a_.x, a_.final_norm, a_.final_stats);
-}
-
-// Logits of head_rows_[first, first + rows) and their softmax statistics.
-void CpuGpt::logits_forward(int64_t first, int64_t rows) {
-  const int V = config_.V, ld = config_.padded_V();
-  gemm({.M = int(rows),
-        .N = V,
-        .K = config_.C,
-        .a = {a_.head_in + first * config_.C, config_.C, Inner::k},
-        .b = matrix(table_.head, weights_->panels_only),
-        .c = a_.logits,
-        .ldc = ld});
-  parallel_for(rows, [&](int64_t r) {
-    const size_t row = size_t(first + r), n = size_t(head_rows_[row]);
-    const float* x = a_.logits + r * ld;
-    softmax_[row] = row_softmax(V, x, inverse_temperature_);
-    logp_[n] = softmax_[row].logp(x[targets_[n]], inverse_temperature_);
-    entropy_[n] = softmax_[row].entropy;
-  });
-}
-
-void CpuGpt::head_forward() {
-  const int C = config_.C;
-  if (config_.head == Head::scalar) {
-    gemm({.M = N_,
-          .N = 1,
-          .K = C,
-          .a = {a_.final_norm, C, Inner::k},
-          .b = {weight(table_.head.weight), C, Inner::k},
-          .c = value_.data(),
-          .ldc = 1});
-    return;
-  }
-  const auto M = int64_t(head_rows_.size()), chunk = logit_rows(config_, N_);
-  parallel_for(M, [&](int64_t r) {
-    std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
-  });
-  for (int64_t first = 0; first < M; first += chunk) {
-    logits_forward(first, std::min(chunk, M - first));
-  }
-  logits_kept_ = M <= chunk;
-}
-
-// From the per-token weights to dx, the gradient of the stream that leaves the last layer, through
-// the head and the final norm. Logits are made here unless forward left them.
-void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> dvalue,
-                           std::span<const float> dentropy, bool logits_ready) {
-  const int C = config_.C, V = config_.V, ld = config_.padded_V();
-  const Linear& head = table_.head;
-  const Operand weights{weight(head.weight), C, Inner::other};
-  parallel_for(N_, [&](int64_t n) { std::fill_n(a_.dnorm + n * C, C, 0.f); });
-  if (config_.head == Head::scalar) {
-    if (!dvalue.empty()) {
-      gemm({.M = N_,
-            .N = C,
-            .K = 1,
-            .a = {dvalue.data(), 1, Inner::k},
-            .b = weights,
-            .c = a_.dnorm,
-            .ldc = C});
-    }
-    const std::vector<float> none(size_t(dvalue.empty() ? N_ : 0), 0.f);
-    if (gradient(head.weight))
-      gemm({.M = 1,
-            .N = C,
-            .K = N_,
-            .a = {dvalue.empty() ? none.data() : dvalue.data(), 1, Inner::other},
-            .b = {a_.final_norm, C, Inner::other},
-            .c = gradient(head.weight),
-            .ldc = C,
-            .accumulate = !fresh_});
-  } else {
-    // Logits that no forward left are made 4 MiB or 512 rows at a time, which the caches hold.
-    const auto M = int64_t(head_rows_.size()), cached = (int64_t(4) << 20) / (int64_t(ld) * 4);
-    const int64_t chunk =
-        logits_ready ? M : std::min(logit_rows(config_, N_), std::max<int64_t>(512, cached));
-    if (!logits_ready) {
-      parallel_for(M, [&](int64_t r) {
-        std::copy_n(a_.final_norm + int64_t(head_rows_[size_t(r)]) * C, C, a_.head_in + r * C);
-      });
-    }
-    float* dhead = gradient(head.weight);
-    if (fresh_ && M == 0 && dhead) std::fill_n(dhead, int64_t(V) * C, 0.f);
-    for (int64_t first = 0; first < M; first += chunk) {
-      const int rows = int(std::min(chunk, M - first));
-      if (!logits_ready) logits_forward(first, rows);
-      parallel_for(rows, [&](int64_t r) {
-        const size_t row = size_t(first + r), n = size_t(head_rows_[row]);
-        row_softmax_backward(V, a_.logits + r * ld, softmax_[row], inverse_temperature_,
-                             targets_[n], dlogp.empty() ? 0.f : dlogp[n],
-                             dentropy.empty() ? 0.f : dentropy[n]);
-      });
-      gemm({.M = rows,
-            .N = C,
-            .K = V,
-            .a = {a_.logits, ld, Inner::k},
-            .b = weights,
-            .c = a_.dhead_in + first * C,
-            .ldc = C});
-      if (!dhead) continue;
-      gemm({.M = V,
-            .N = C,
-            .K = rows,
-            .a = {a_.logits, ld, Inner::other},
-            .b = {a_.head_in + first * C, C, Inner::other},
-            .c = dhead,
-            .ldc = C,
-            .accumulate = !fresh_ || first > 0});
-    }
-    parallel_for(M, [&](int64_t r) {
-      std::copy_n(a_.dhead_in + r * C, C, a_.dnorm + int64_t(head_rows_[size_t(r)]) * C);
-    });
-  }
-  for (size_t n = 0; n < dlogp.size(); n++) loss_ += double(dlogp[n]) * logp_[n];
-  parallel_for(N_, [&](int64_t n) { std::fill_n(a_.dx + n * C, C, 0.f); });
-  norm_back(N_, table_.final_norm, a_.dnorm, a_.x, a_.final_stats);
-}
-
-// dqkv holds gradients of the rotated q and k: turned back, and through qwen3's norm.
-void CpuGpt::rotate_backward(const Block& b, const LayerActivations& a) {
-  if (config_.family == Family::gpt2) return;
-  const int HS = config_.HS, half = HS / 2, NH = config_.NH, heads = NH + config_.NKV;
-  const int64_t ld = config_.qkv();
-  const bool norm = config_.family == Family::qwen3;
-  const int blocks = (N_ + kRowBlock - 1) / kRowBlock;
-  float* partials = a_.partials;  // (blocks, 2, HS): gradients of q_norm and k_norm
-  parallel_for(blocks, [&](int64_t block) {
-    float* sums = partials + block * 2 * HS;
-    std::fill_n(sums, 2 * HS, 0.f);
-    for (int64_t n = block * kRowBlock; n < std::min<int64_t>(N_, (block + 1) * kRowBlock); n++) {
-      const float *cos = rope_.cos(positions_[size_t(n)]), *sin = rope_.sin(positions_[size_t(n)]);
-      for (int h = 0; h < heads; h++) {
-        float* d = a_.dqkv + n * ld + h * HS;
-        if (!norm) {
-          rope_row(HS, d, cos, sin, -1);
-          continue;
-        }
-        const float *x = a.qkv + n * ld + h * HS, *w = weight(h < NH ? b.q_norm : b.k_norm);
-        float* dw = sums + (h < NH ? 0 : HS);
-        vec square{}, gx_sum{};
-        lanes(half, [&](int64_t i, int m) {
-          vec d1 = load(d + i, m), d2 = load(d + half + i, m);
-          turn(d1, d2, load(cos + i, m), -load(sin + i, m));
-          const vec x1 = load(x + i, m), x2 = load(x + half + i, m);
-          square += x1 * x1 + x2 * x2;
-          gx_sum += x1 * d1 * load(w + i, m) + x2 * d2 * load(w + half + i, m);
-          store(d + i, d1, m);
-          store(d + half + i, d2, m);
-        });
-        const float rstd = 1 / std::sqrt(sum_lanes(square) / float(HS) + float(config_.norm_eps));
-        const float gh_mean = sum_lanes(gx_sum) * rstd / float(HS);
-        lanes(HS, [&](int64_t i, int m) {
-          const vec xhat = load(x + i, m) * rstd, dy = load(d + i, m);
-          store(dw + i, load(dw + i, m) + dy * xhat, m);
-          store(d + i, rstd * (dy * load(w + i, m) - xhat * gh_mean), m);
-        });
-      }
-    }
-  });
-  if (!norm || !gradient(b.q_norm)) return;
-  for (int i = 0; i < HS; i++) {
-    for (const int which : {0, 1}) {
-      float* dw = gradient(which ? b.k_norm : b.q_norm) + i;
-      float sum = fresh_ ? 0.f : *dw;
-      for (int block = 0; block < blocks; block++)
-        sum += partials[int64_t(block) * 2 * HS + which * HS + i];
-      *dw = sum;
-    }
-  }
-}
-
-void CpuGpt::trunk_backward() {
-  const int C = config_.C, NH = config_.NH, HS = config_.HS;
-  for (int l = config_.L - 1; l >= 0; l--) {
-    const Block& b = table_.blocks[size_t(l)];
-    LayerActivations& a = a_.layers[size_t(l)];
-    linear_backward(N_, b.down, a.act, a_.dx, a_.dact);
-    if (config_.has_gate()) {
-      swiglu_backward(N_, config_.F, a.up, a_.dact);
-    } else {
-      gelu_backward(int64_t(N_) * config_.F, a.up, a_.dact);
-    }
-    linear_backward(N_, b.up, a.norm2, a.up, a_.dnorm);
-    norm_back(N_, b.norm2, a_.dnorm, a.mid, a.stats2);
-    linear_backward(N_, b.o, a.att, a_.dx, a_.dnorm);
-    float *dq = a_.dqkv, *dk = dq + int64_t(NH) * HS, *dv = dk + int64_t(config_.NKV) * HS;
-    attention_backward(attention_of(a.qkv, a.rotated), a.att, a.lse, a_.dnorm, dq, dk, dv,
-                       config_.qkv());
-    rotate_backward(b, a);
-    linear_backward(N_, b.qkv, a.norm1, a_.dqkv, a_.dnorm);
-    norm_back(N_, b.norm1, a_.dnorm, a.x, a.stats1);
-  }
-  // The embedding's gradient: each column by one thread, over n in order. A tied head was first.
-  const bool tied = table_.head.weight == table_.wte;
-  if (!gradient(table_.wte)) {  // frozen, and the positions with it
-    fresh_ = false;
-    return;
-  }
-  if (fresh_ && !tied) std::fill_n(gradient(table_.wte), int64_t(config_.V) * C, 0.f);
-  if (fresh_ && table_.wpe >= 0) std::fill_n(gradient(table_.wpe), int64_t(config_.T) * C, 0.f);
-  parallel_for((C + 63) / 64, [&](int64_t chunk) {
-    const int64_t first = chunk * 64;
-    const int width = int(std::min<int64_t>(64, C - first));
-    for (int64_t n = 0; n < N_; n++) {
-      const float* d = a_.dx + n * C + first;
-      const auto add = [&](int64_t table, int64_t row) {
-        float* to = gradient(table) + row * C + first;
-        lanes(width, [&](int64_t c, int m) { store(to + c, load(to + c, m) + load(d + c, m), m); });
-      };
-      add(table_.wte, tokens_[size_t(n)]);
-      if (table_.wpe >= 0) add(table_.wpe, positions_[size_t(n)]);
-    }
-  });
-  fresh_ = false;
-}
-
-void CpuGpt::update(const OptimizerStep& step) {
-  if (!train_) fail("update: an inference model has no gradients");
-  const int64_t begin = table_.first_trainable();  // pages before it are never touched
-  if (fresh_) std::fill_n(gradients_.data() + begin, table_.size - begin, 0.f);
-  // The norm: blocks of a fixed size, then over the blocks in order.
-  constexpr int64_t kChunk = 1 << 15;
-  std::vector<double> squares(size_t((table_.size - begin + kChunk - 1) / kChunk));
-  parallel_for(int64_t(squares.size()), [&](int64_t block) {
-    const float* g = gradients_.data() + begin + block * kChunk;
-    double sum = 0;
-    for (int64_t first = 0, n = std::min(kChunk, table_.size - begin - block * kChunk); first < n;
-         first += 1024) {
-      vec square{};
-      lanes(std::min<int64_t>(1024, n - first), [&](int64_t i, int m) {
-        const vec x = load(g + first + i, m);
-        square += x * x;
-      });
-      sum += sum_lanes(square);
-    }
-    squares[size_t(block)] = sum;
-  });
-  stats_ = {.loss = std::exchange(loss_, 0)};
-  stats_.grad_norm = std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.));
-  fresh_ = true;
-  live_ = false;
-  if (!std::isfinite(stats_.grad_norm)) {
-    stats_.skipped = true;
-    return;
-  }
-  const float scale = step.max_norm > 0 && stats_.grad_norm > step.max_norm
-                          ? float(step.max_norm / stats_.grad_norm)
-                          : 1.f;
-  struct Piece {
-    const Tensor* tensor;
-    int64_t first, size;  // in the arena
-  };
-  std::vector<Piece> pieces;  // AdamW goes element by element, Muon by whole matrices
-  for (const bool muon_owns : {true, false}) {
-    for (const Tensor& t : table_.tensors) {
-      if (t.muon != muon_owns || !t.trainable) continue;
-      const int64_t chunk = muon_owns ? t.size() : int64_t(1) << 16;
-      for (int64_t i = 0; i < t.size(); i += chunk)
-        pieces.push_back({&t, t.offset + i, std::min(chunk, t.size() - i)});
-    }
-  }
-  std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) {
-    return a.tensor->muon && (!b.tensor->muon || a.size > b.size);  // the longest work first
-  });
-  parallel_items(int64_t(pieces.size()), [&](int64_t i) {
-    const Piece& p = pieces[size_t(i)];
-    const Tensor& t = *p.tensor;
-    float* w = weights_->rows.data() + p.first;
-    const float* g = gradients_.data() + p.first;
-    float *m = moment1_.data() + p.first, *v = moment2_.data() + p.first;
-    if (t.muon) {
-      muon(t.out, t.in, w, g, m, scale, step);
-    } else {
-      adamw(p.size, w, g, m, v, scale, step.lr[size_t(t.kind)], t.decay ? step.decay : 0, step);
-    }
-  });
-  if (begin == 0) weights_->panels_current = false;
-}
-
-void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
-                    bool want_logits) {
-  if (config_.head != Head::lm) fail("decode: a model with a scalar head samples nothing");
-  auto& pages = dynamic_cast<CpuKvCache&>(cache);
-  weights_->make_panels();
-  const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
-  const auto R = int64_t(rows.size());
-  std::vector<int> tokens, positions, starts, lengths;  // of all rows; lengths before this call
-  for (const DecodeRow& row : rows) {
-    const int length = cache.length(row.sequence), n = int(row.tokens.size());
-    if (n == 0 || length + n > config_.T) {
-      fail("decode: found ", n, " tokens after ", length, ", expected 1 up to the context of ",
-           config_.T);
-    }
-    starts.push_back(int(tokens.size()));
-    lengths.push_back(length);
-    for (int t = 0; t < n; t++) {
-      const int token = row.tokens[size_t(t)];
-      if (token < 0 || token >= V) fail("decode: found token ", token, ", expected below ", V);
-      tokens.push_back(token);
-      positions.push_back(length + t);
-    }
-  }
-  for (const DecodeRow& row : rows) {
-    cache.append(row.sequence, int(row.tokens.size()),
-                 [&](int from, int to) { pages.copy(from, to); });
-  }
-  result.ids.assign(size_t(R), 0);
-  result.logp.assign(size_t(R), 0.f);
-  result.logits.resize(want_logits ? size_t(R * V) : 0);
-  if (R == 0) return;
-  const int N = int(tokens.size());
-  starts.push_back(N);
-  if (N > decode_capacity_) {
-    decode_arena_.reset(decode_.lay_out(config_, N, false, nullptr));
-    decode_.lay_out(config_, N, false, decode_arena_.data());
-    decode_capacity_ = N;
-  }
-  if (config_.family != Family::gpt2) {
-    rope_.reach(1 + *std::max_element(positions.begin(), positions.end()));
-  }
-  const float scale = 1 / std::sqrt(float(HS));
-  embed(N, tokens.data(), positions.data(), decode_.layers[0].x);
-  for (int l = 0; l < config_.L; l++) {
-    const Block& b = table_.blocks[size_t(l)];
-    LayerActivations& a = decode_.layers[size_t(l)];
-    norm(N, b.norm1, a.x, a.norm1, a.stats1);
-    linear(N, b.qkv, a.norm1, a.qkv, nullptr, true);
-    rotate(N, positions.data(), b, a.qkv, a.rotated);
-    const Attention qkv = attention_of(a.qkv, a.rotated);
-    parallel_items(R * NKV, [&](int64_t task) {
-      const auto r = size_t(task / NKV);
-      const int kv = int(task % NKV), before = lengths[r];
-      const std::vector<int>& list = cache.pages(rows[r].sequence);
-      std::vector<const float*> key_pages, value_pages;
-      for (int page : list) {
-        key_pages.push_back(pages.keys(page, l, kv));
-        value_pages.push_back(pages.values(page, l, kv));
-      }
-      const int n = starts[r + 1] - starts[r];
-      for (int t = 0; t < n; t++) {
-        const int page = list[size_t((before + t) / kPage)];
-        const int64_t i = starts[r] + t;
-        fill_page(HS, (before + t) % kPage, qkv.k + i * qkv.k_ld + kv * HS,
-                  qkv.v + i * qkv.v_ld + kv * HS, pages.keys(page, l, kv),
-                  pages.values(page, l, kv));
-      }
-      alignas(64) float q[kMR * 256];
-      for (int h = kv * (NH / NKV); h < (kv + 1) * (NH / NKV); h++) {
-        for (int t = 0; t < n; t += kMR) {
-          const int count = std::min(kMR, n - t);
-          const int64_t i = starts[r] + t;
-          for (int j = 0; j < count; j++)
-            for (int d = 0; d < HS; d++)
-              q[j * HS + d] = qkv.q[(i + j) * qkv.q_ld + h * HS + d] * scale;
-          attend(count, before + t, HS, q, HS, key_pages.data(), value_pages.data(),
-                 a.att + i * NH * HS + h * HS, NH * HS, nullptr, 0);
-        }
-      }
-    });
-    linear(N, b.o, a.att, a.mid, a.x, true);
-    norm(N, b.norm2, a.mid, a.norm2, a.stats2);
-    linear(N, b.up, a.norm2, a.up, nullptr, true);
-    if (config_.has_gate()) {
-      swiglu_forward(N, config_.F, a.up, a.act);
-    } else {
-      gelu_forward(int64_t(N) * config_.F, a.up, a.act);
-    }
-    float* next = l + 1 < config_.L ? decode_.layers[size_t(l) + 1].x : decode_.x;
-    linear(N, b.down, a.act, next, a.mid, true);
-  }
-  for (int64_t r = 0; r < R; r++)
-    std::copy_n(decode_.x + int64_t(starts[size_t(r) + 1] - 1) * C, C, decode_.final_norm + r * C);
-  norm(int(R), table_.final_norm, decode_.final_norm, decode_.head_in, decode_.final_stats);
-  const int64_t chunk = logit_rows(config_, decode_capacity_), ld = config_.padded_V();
-  for (int64_t first = 0; first < R; first += chunk) {
-    const int64_t count = std::min(chunk, R - first);
-    gemm({.M = int(count),
-          .N = V,
-          .K = C,
-          .a = {decode_.head_in + first * C, C, Inner::k},
-          .b = matrix(table_.head, true),
-          .c = decode_.logits,
-          .ldc = ld});
-    parallel_items(count, [&](int64_t i) {
-      const auto r = size_t(first + i);
-      const float* x = decode_.logits + i * ld;
-      const Sampling& how = rows[r].sampling;
-      thread_local std::vector<float> scratch;
-      const int id = sample_row(how.vocab > 0 ? std::min(V, how.vocab) : V, x, how, rows[r].history,
-                                uint64_t(lengths[r]) + rows[r].tokens.size(), scratch);
-      const float inverse = how.temperature > 0 ? 1 / how.temperature : 1;
-      result.ids[r] = id;
-      result.logp[r] = row_softmax(V, x, inverse).logp(x[id], inverse);
-      if (want_logits) std::copy_n(x, V, result.logits.data() + int64_t(r) * V);
-    });
-  }
-}
-
-void CpuGpt::read(int tensor, Slot slot, std::span<float> out) const {
-  const Tensor& t = table_.tensors.at(size_t(tensor));
-  if (int64_t(out.size()) != t.size()) {
-    fail(t.name, ": found room for ", out.size(), " floats, expected ", t.size());
-  }
-  if (slot == Slot::weight) {
-    const Weights::Group* g = weights_->panels_only ? weights_->group_of(t.offset) : nullptr;
-    if (g) {
-      parallel_for(t.out, [&](int64_t o) {
-        for (int64_t i = o * t.in; i < (o + 1) * t.in; i++)
-          out[size_t(i)] = weights_->in_panels(*g, t.offset + i);
-      });
-    } else {
-      std::copy_n(weight(t.offset), t.size(), out.data());
-    }
-    return;
-  }
-  if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
-  if (slot == Slot::gradient && fresh_) {
-    std::fill(out.begin(), out.end(), 0.f);
-    return;
-  }
-  const Arena& from = slot == Slot::gradient  ? gradients_
-                      : slot == Slot::moment1 ? moment1_
-                                              : moment2_;
-  std::copy_n(from.data() + t.offset, t.size(), out.data());
-}
-
-void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
-  const Tensor& t = table_.tensors.at(size_t(tensor));
-  if (int64_t(in.size()) != t.size()) {
-    fail(t.name, ": found ", in.size(), " floats, expected ", t.size());
-  }
-  if (slot == Slot::weight) {
-    const Weights::Group* g = weights_->panels_only ? weights_->group_of(t.offset) : nullptr;
-    if (g) {
-      parallel_for(t.out, [&](int64_t o) {
-        for (int64_t i = o * t.in; i < (o + 1) * t.in; i++)
-          weights_->in_panels(*g, t.offset + i) = in[size_t(i)];
-      });
-    } else {
-      std::copy_n(in.data(), t.size(), weights_->rows.data() + t.offset);
-    }
-    weights_->panels_current = false;
-    return;
-  }
-  if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
-  if (slot == Slot::gradient && fresh_) {
-    std::fill_n(gradients_.data(), gradients_.size(), 0.f);
-    fresh_ = false;
-  }
-  Arena& to = slot == Slot::gradient ? gradients_ : slot == Slot::moment1 ? moment1_ : moment2_;
-  std::copy_n(in.data(), t.size(), to.data() + t.offset);
-}
-
-#ifdef CAKE_CUDA
-static bool on_gpu(Device device) {  // `automatic`: where there is one that is no emulation
-#ifdef CAKE_CUDA_ON_CPU
-  return device == Device::cuda;
-#else
-  return device == Device::cuda || (device == Device::automatic && gpu::unavailable().empty());
-#endif
-}
-#endif
-
-MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
-#ifdef CAKE_CUDA
-  if (on_gpu(options.device)) return gpu::plan_memory(c, options);
-#endif
-  const bool train = options.mode == Mode::train;
-  const ParamTable table = make_table(c, options.muon, options.lora);
-  int64_t moments = 0;
-  for (const Tensor& t : table.tensors)
-    if (t.trainable) moments += t.size() * (t.muon ? 1 : 2);
-  MemoryPlan plan;
-  const char* model = "--depth, --layers, --channels";
-  if (!options.share) plan.items.push_back({"parameters", table.size * 4, model});
-  if (train) {
-    plan.items.push_back({"gradients", table.trainable_parameters() * 4, model});
-    plan.items.push_back({"optimizer state", moments * 4, model});
-  }
-  if (options.batch_tokens > 0) {
-    Activations layout;
-    plan.items.push_back({"activations",
-                          layout.lay_out(c, options.batch_tokens, train, nullptr) * 4,
-                          "--micro-batch-tokens, --context"});
-  }
-  return plan;
-}
-
-void check_device(Device device) {
-  if (device != Device::cuda) return;
-#ifdef CAKE_CUDA
-  if (const std::string why = gpu::unavailable(); !why.empty()) fail("--device cuda: ", why);
-#else
-  fail("--device cuda: this build has the CPU engine alone, expected --device cpu or auto");
-#endif
-}
-
-std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
-  check_device(options.device);
-  config.check("model");
-#ifdef CAKE_CUDA
-  if (on_gpu(options.device)) return gpu::make_gpt(config, options);
-#endif
-  if (options.precision == Precision::bf16) {
-    fail("--precision bf16: the CPU engine computes in fp32, expected fp32 or auto");
-  }
-  const MemoryPlan plan = plan_memory(config, options);
-  const int64_t available = available_memory();
-  if (plan.total() > available) {
-    fail("out of memory: the plan takes ", bytes_text(double(plan.total())), " (", plan.text(),
-         "), found ", bytes_text(double(available)), " available; lower ", plan.largest().lower);
-  }
-  return std::make_unique<CpuGpt>(config, options);
-}
-
-// Additions and multiplications a second that this machine's cores reach with nothing but
-// multiply-adds in registers. Takes about .3 s.
-static double measure_cpu_peak() {
-  double best = 0;
-  for (int repetition = 0; repetition < 5; repetition++) {
-    constexpr int64_t kSteps = 4'000'000;
-    constexpr int kChains = 12;  // enough to hide the latency of two units
-    float sink = 0;
-    const double start = now();
-#pragma omp parallel reduction(+ : sink)
-    {
-      vec acc[kChains];
-      for (int j = 0; j < kChains; j++) acc[j] = splat(float(j));
-      const vec x = splat(.999f + 1e-6f * float(repetition)), y = splat(1e-3f);
-      for (int64_t i = 0; i < kSteps; i++) {
-#pragma GCC unroll 12
-        for (int j = 0; j < kChains; j++) acc[j] = fused(acc[j], x, y);
-      }
-      for (const vec& a : acc) sink += sum_lanes(a);
-    }
-    if (sink == -1) std::printf(" ");  // the sum is used: the loop stays
-    const double seconds = now() - start;
-    best = std::max(best, 2. * kLanes * kChains * kSteps * omp_get_max_threads() / seconds);
-  }
-  return best;
-}
-
-double measure_peak(const Gpt& gpt) {
-#ifdef CAKE_CUDA
-  if (!dynamic_cast<const CpuGpt*>(&gpt)) return gpu::measure_peak(gpt);
-#endif
-  (void)gpt;
-  return measure_cpu_peak();
-}
-
-// Operations of forward and backward on a batch: 6 a parameter that takes part in products and
-// token, 4 a frozen one, and 6 L NH HS a token and position of its document (PaLM's count, appendix
-// B).
-double training_operations(const Gpt& gpt, std::span<const int> doc_starts) {
-  const Config& c = gpt.config();
-  double tokens = 0, squares = 0;
-  for (size_t d = 0; d + 1 < doc_starts.size(); d++) {
-    const double length = doc_starts[d + 1] - doc_starts[d];
-    tokens += length, squares += length * length;
-  }
-  const ParamTable& table = gpt.table();
-  const double trained =
-      6 * double(table.lora.rank > 0 ? table.trainable_parameters() : table.matmul_parameters());
-  const double frozen = table.lora.rank > 0 ? 4 * double(table.matmul_parameters()) : 0;
-  return (trained + frozen) * tokens + 6. * c.L * c.NH * c.HS * squares;
 }
 
 }  // namespace cake
@@ -3023,7 +3106,7 @@ int main_train(int argc, char** argv) {
     fail("--data: missing, expected the PREFIX of token shards");
   }
   if (parse_precision(w.precision) == Precision::bf16 && parse_device(o.device) == Device::cpu) {
-    fail("--precision bf16: the CPU engine computes in fp32, expected fp32 or auto");
+    fail("--precision bf16: the CPU engine computes in f32, expected f32 or auto");
   }
   return Pretraining(std::move(s), std::move(w), std::move(o)).run();
 }

@@ -1,19 +1,20 @@
 // Stage 2 on a GPU: the CUDA engine, the same Gpt interface as the CPU engine in train_gpt.cpp,
-// which is what it is checked against.
+// which is what it is checked against. plain::Gpt of cake/layers.h is the page to read first.
 //
-// The file tells its story in this order:
-//
-//   1. the device        errors, launches, and a named wrapper for each special instruction
-//   2. kernels           each with its launcher; cake/layers.h (plain::) has the definitions
-//   3. attention         flash attention, forward and backward; decoding over a paged KV cache
-//   4. products          cuBLASLt behind one function
-//   5. CudaGpt           the whole model: forward, backward, update, decode
+//   1. the model         forward, backward and update of a whole GPT
+//   2. vocabulary        what kernels and their launchers are written with
+//   3. layers            in the order in which the data meets them: definition, kernel, launcher
+//   4. optimizers        AdamW and Muon
+//   5. decoding          attention over a paged KV cache, sampling
+//   6. for speed         radix sort, fused epilogues, tuned products, graphs, memory: a reader may
+//                        stop here
+//   7. entry points      the functions that cake/gpt.h declares
 //
 // It compiles in two ways: by nvcc for a GPU, and as C++ over test/cuda_on_cpu/, which runs every
-// thread of every kernel on the CPU and checks what it touches. The only lines that differ are the
-// wrappers of section 1. So that this stays true: shared memory comes from shared_memory() alone,
-// kernels start by launch() alone, and no other inline assembly or intrinsic beyond CUDA's
-// shuffles, votes, integer atomics and bf16 conversions is used.
+// thread of every kernel on the CPU and checks what it touches. Only the wrappers of special
+// instructions differ (sections 2, 3 and 6). So that this stays true: shared memory comes from
+// shared_memory() alone, kernels start by launch() alone, and no other inline assembly or intrinsic
+// beyond CUDA's shuffles, votes, integer atomics and bf16 conversions is used.
 //
 // Deterministic: every floating-point sum has a fixed order; atomics count integers only.
 #include <cublasLt.h>
@@ -43,40 +44,408 @@
 namespace cake::gpu {
 
 // =============================================================================================
-// 1. The device
+// 1. The model
+//
+// A is the type of weights in products and of activations: float, or bf16 with fp32 master weights,
+// gradients and moments. Arrays live on the device. Kernels and products are only queued on a
+// stream, so that the host runs ahead of the device by a step or two.
 
 using bf16 = __nv_bfloat16;
 
-// Throws Error when a call to the runtime fails; `what` names it.
+// What a layer's forward pass writes and its backward pass reads.
+template <class A>
+struct LayerActivations {
+  A* x;                  // (N, C) the residual stream that enters
+  A* norm1;              // (N, C)
+  float *mean1, *rstd1;  // (N) of norm1; mean: LayerNorm only
+  A* qkv;                // (N, (NH + 2 NKV) HS)
+  A* rotated;  // (N, (NH + NKV) HS) q and k after norm and RoPE: qwen3 in training; else in place
+  A* att;      // (N, NH HS)
+  float* lse;  // (NH, N) log of the sum of exp of a row's scores
+  A* mid;      // (N, C) the stream after attention
+  A* norm2;    // (N, C)
+  float *mean2, *rstd2;  // (N)
+  A* up;                 // (N, 2F) gate and up; gpt2: (N, F)
+  A* act;                // (N, F)
+};
+template <class A>
+struct Activations;  // those of all layers, and of what surrounds them
+template <class A>
+struct Weights;
+
+class Memory;
+class Graphs;
+using GraphKey = std::vector<int64_t>;
+struct Machine;
+struct Product;
+struct AttentionShape;
+template <class A>
+struct AttentionInput;  // where attention finds q, k and v
+
+// A batch as the device reads it, and what it writes back.
+struct DeviceBatch {
+  int *tokens, *targets, *positions;  // (N)
+  int *doc_start, *doc_end;           // (N) of the document of each position
+  int* row_of;                        // (N up to 128) position of each row of logits; -1: none
+  float *dlogp, *dentropy, *dvalue;   // (N)
+  float *logp, *entropy, *value;      // (N)
+
+  void lay_out(int64_t N, bool train, Memory& memory);
+};
+
+template <class A>
+static void embed_forward(A* x, const A* wte, const A* wpe, const int* tokens, const int* positions,
+                          int N, int C, cudaStream_t stream);
+template <class A>
+static void embed_backward(float* dtable, const A* dx, const int* ids, int N, int C, int rows,
+                           void* scratch, cudaStream_t stream);
+template <class A>
+static void swiglu_forward(A* y, const A* gate_up, int N, int F, cudaStream_t stream);
+template <class A>
+static void swiglu_backward(A* dgate_up, const A* dy, const A* gate_up, int N, int F,
+                            cudaStream_t stream);
+
+template <class A>
+class CudaGpt final : public Gpt {
+ public:
+  CudaGpt(const Config& config, const GptOptions& options);
+  ~CudaGpt() override;
+
+  // The whole forward pass, to log-probabilities of the targets or to the scalar head's values.
+  void forward(const Batch& batch, Pass pass) override {
+    if (pass == Pass::train && !train_) {
+      fail("forward: an inference model keeps nothing for backward");
+    }
+    begin(batch);  // checks it and copies it to the device
+    run_graph(key(kForward), [&] {
+      trunk_forward();
+      head_forward();
+    });
+    forward_is_live_ = pass == Pass::train;
+    logits_kept_ = rows_ <= a_.logit_rows;
+  }
+
+  // dL/dlogp, dL/dvalue and dL/dentropy of each position go back through the last forward pass.
+  void backward(std::span<const float> dlogp, std::span<const float> dvalue,
+                std::span<const float> dentropy) override {
+    if (!forward_is_live_) fail("backward: no forward with Pass::train came before");
+    check_weights(config_, N_, dlogp, dvalue, dentropy);
+    upload_token_weights(dlogp, dvalue, dentropy);
+    clear_zeroed_gradients();
+    run_graph(key(logits_kept_ ? kBackwardOfLogits : kBackward), [&] {
+      head_backward(logits_kept_);
+      trunk_backward();
+    });
+    forward_is_live_ = false;
+  }
+
+  // The same two for weights that are known beforehand: the logits are made once.
+  void forward_backward(const Batch& batch, std::span<const float> dlogp,
+                        std::span<const float> dvalue, std::span<const float> dentropy) override {
+    if (!train_) fail("forward_backward: an inference model has no gradients");
+    begin(batch);
+    check_weights(config_, N_, dlogp, dvalue, dentropy);
+    upload_token_weights(dlogp, dvalue, dentropy);
+    clear_zeroed_gradients();
+    run_graph(key(kForwardBackward), [&] {
+      trunk_forward();
+      if (config_.head == Head::scalar) head_forward();
+      head_backward(false);
+      trunk_backward();
+    });
+    forward_is_live_ = false;
+  }
+
+  // Clips the gradient and steps every trainable tensor by its optimizer. Learning rates change
+  // from step to step, so the kernels that take them stay out of the recorded graph.
+  void update(const OptimizerStep& step) override {
+    if (!train_) fail("update: an inference model has no gradients");
+    clear_zeroed_gradients();
+    run_graph({kUpdate, std::bit_cast<int32_t>(step.max_norm),
+               std::bit_cast<int32_t>(step.muon_momentum)},
+              [&] {
+                clip_gradients(step.max_norm);
+                muon_directions(step.muon_momentum);
+              });
+    muon_step(step);
+    adamw_step(step);
+    gradients_zeroed_ = true, forward_is_live_ = false;
+    optimizer_->stepped = true;
+  }
+
+ private:
+  // From tokens to final_norm. A layer's second sum and the next one's first norm are one kernel.
+  // `attend` makes a.att from q, k and v: over documents, or over a KV cache.
+  template <class Attend>
+  void layers_forward(int64_t N, const Activations<A>& acts, const int* tokens,
+                      const int* positions, Attend&& attend) const {
+    const LayerActivations<A>& layer0 = acts.layers[0];
+    embed_forward(layer0.x, weights_->matrix(table_.wte), weights_->matrix(table_.wpe), tokens,
+                  positions, int(N), config_.C, stream_);
+    norm(N, table_.blocks[0].norm1, layer0.x, layer0.norm1, layer0.mean1, layer0.rstd1);
+    for (int l = 0; l < config_.L; l++) {
+      layer_forward(N, l, acts, positions, attend);
+      const LayerActivations<A>& a = acts.layers[size_t(l)];
+      linear(N, table_.blocks[size_t(l)].down, a.act, acts.delta, acts);
+      if (l + 1 < config_.L) {
+        const LayerActivations<A>& next = acts.layers[size_t(l) + 1];
+        residual_norm(N, table_.blocks[size_t(l) + 1].norm1, next.x, next.norm1, next.mean1,
+                      next.rstd1, a.mid, acts.delta);
+      } else {
+        residual_norm(N, table_.final_norm, acts.x, acts.final_norm, acts.final_mean,
+                      acts.final_rstd, a.mid, acts.delta);
+      }
+    }
+  }
+
+  // One layer from a.norm1 to a.act; what it adds to the stream, its down product, is the caller's.
+  template <class Attend>
+  void layer_forward(int64_t N, int l, const Activations<A>& acts, const int* positions,
+                     Attend&& attend) const {
+    const Block& b = table_.blocks[size_t(l)];
+    const LayerActivations<A>& a = acts.layers[size_t(l)];
+    linear(N, b.qkv, a.norm1, a.qkv, acts);
+    rotate(N, positions, b, a.qkv, a.rotated);
+    attend(heads_of(a.qkv, a.rotated), a, l);
+    linear(N, b.o, a.att, acts.delta, acts);
+    residual_norm(N, b.norm2, a.mid, a.norm2, a.mean2, a.rstd2, a.x, acts.delta);
+    if (config_.has_gate()) {
+      linear(N, b.up, a.norm2, a.up, acts);
+      swiglu_forward(a.act, a.up, int(N), config_.F, stream_);
+    } else {
+      linear_gelu(N, b.up, a.norm2, a.up, a.act, acts);
+    }
+  }
+
+  void trunk_forward() {
+    layers_forward(N_, a_, batch_.tokens, batch_.positions,
+                   [&](const AttentionInput<A>& in, const LayerActivations<A>& a, int) {
+                     attend_batch(in, a);
+                   });
+  }
+
+  // From a_.dx, the gradient of the stream that leaves the last layer, down to the embeddings.
+  // a_.dx stays the stream's gradient: each half-layer's norm adds what came back through that
+  // half.
+  void trunk_backward() {
+    for (int l = config_.L - 1; l >= 0; l--) {
+      const Block& b = table_.blocks[size_t(l)];
+      const LayerActivations<A>& a = a_.layers[size_t(l)];
+      if (recompute_ && l + 1 < config_.L) {  // the last layer's are still there
+        norm(N_, b.norm1, a.x, a.norm1, a.mean1, a.rstd1);
+        layer_forward(N_, l, a_, batch_.positions,
+                      [&](const AttentionInput<A>& in, const LayerActivations<A>& acts, int) {
+                        attend_batch(in, acts);
+                      });
+      }
+      if (config_.has_gate()) {
+        linear_backward(b.down, a.act, a_.dx, a_.dact);
+        swiglu_backward(a_.dup, a_.dact, a.up, N_, config_.F, stream_);
+      } else {
+        linear_gelu_backward(b.down, a.act, a.up, a_.dx, a_.dup);
+      }
+      linear_backward(b.up, a.norm2, a_.dup, a_.dnorm);
+      stream_norm_backward(b.norm2, a_.dnorm, a.mid, a.mean2, a.rstd2);
+      linear_backward(b.o, a.att, a_.dx, a_.dnorm);
+      attend_batch_backward(heads_of(a.qkv, a.rotated), a);
+      rotate_backward(b, a);
+      linear_backward(b.qkv, a.norm1, a_.dqkv, a_.dnorm);
+      stream_norm_backward(b.norm1, a_.dnorm, a.x, a.mean1, a.rstd1);
+    }
+    if (!gradient(table_.wte)) return;  // frozen, and the positions with it
+    embed_backward(gradient(table_.wte), a_.dx, batch_.tokens, N_, config_.C, config_.V, a_.scratch,
+                   stream_);
+    if (table_.wpe >= 0) {
+      embed_backward(gradient(table_.wpe), a_.dx, batch_.positions, N_, config_.C, config_.T,
+                     a_.scratch, stream_);
+    }
+  }
+
+  // The pieces, in the order of the file.
+
+  // The batch, its results, the gradients
+  void begin(const Batch& batch);
+  void upload_token_weights(std::span<const float> dlogp, std::span<const float> dvalue,
+                            std::span<const float> dentropy);
+  std::span<const float> fetch(std::vector<float>& host, const float* device, Head head);
+  float* gradient(int64_t offset) const;  // null: nothing is there, or it is frozen
+  void clear_zeroed_gradients();
+
+  // x, y, sum, delta, dy (N, C); mean, rstd (N)
+  float eps() const { return float(config_.norm_eps); }
+  void norm(int64_t N, const Norm& n, const A* x, A* y, float* mean, float* rstd) const {
+    residual_norm(N, n, nullptr, y, mean, rstd, x, nullptr);
+  }
+  void residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* mean, float* rstd, const A* x,
+                     const A* delta) const;
+  void stream_norm_backward(const Norm& n, const A* dy, const A* x, const float* mean,
+                            const float* rstd);
+
+  // x, dx (N, in); y, dy (N, out)
+  void linear(int64_t N, const Linear& l, const A* x, A* y, const Activations<A>& acts) const;
+  void linear_backward(const Linear& l, const A* x, const A* dy, A* dx) const;
+  void weight_backward(const Linear& l, const A* x, const A* dy) const;
+  Product linear_product(int64_t N, const Linear& l, const A* x, A* y) const;
+  Product input_gradient_product(int64_t N, const Linear& l, const A* dy, A* dx) const;
+  Product weight_gradient_product(int64_t N, const Linear& l, const A* x, const A* dy) const;
+  void matmul(const Product& p) const;
+  bool has_adapters(const Linear& l) const { return adapters_ && !l.adapters.empty(); }
+  void adapters_forward(int64_t N, const Linear& l, const A* x, A* y,
+                        const Activations<A>& acts) const;
+  void adapters_backward(const Linear& l, const A* x, const A* dy, A* dx) const;
+  void adapter_inner(int64_t N, const Linear& l, const Adapter& a, const A* x, A* inner) const;
+  void adapter_gradient(int64_t M, int64_t N, const A* a, int64_t lda, const A* b,
+                        int64_t offset) const;
+
+  // qkv (N, (NH + 2 NKV) HS); rotated (N, (NH + NKV) HS) or null
+  AttentionInput<A> heads_of(const A* qkv, const A* rotated) const;
+  void extend_rope(int positions);
+  void rotate(int64_t N, const int* positions, const Block& b, A* qkv, A* rotated) const;
+  void rotate_backward(const Block& b, const LayerActivations<A>& a);
+  AttentionShape attention_shape() const;
+  void attend_batch(const AttentionInput<A>& in, const LayerActivations<A>& a) const;
+  void attend_batch_backward(const AttentionInput<A>& in, const LayerActivations<A>& a) const;
+
+  void linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* act,
+                   const Activations<A>& acts) const;
+  void linear_gelu_backward(const Linear& l, const A* x, const A* up, const A* dy, A* dup) const;
+
+  // Rows begin .. begin + rows - 1 of the logits
+  const A* head_input(int64_t begin, int64_t rows) const;
+  void classify(int64_t begin, int64_t rows, bool backward) const;
+  void head_forward();
+  void head_backward(bool logits_ready);
+
+  void clip_gradients(float max_norm) const;
+  void muon_directions(float momentum) const;
+  void muon_step(const OptimizerStep& step) const;
+  void adamw_step(const OptimizerStep& step) const;
+
+  enum Recorded : int64_t {
+    kForward,
+    kBackward,
+    kBackwardOfLogits,
+    kForwardBackward,
+    kUpdate,
+    kDecode,
+  };
+  GraphKey key(Recorded what) const {  // all that a pass over the live batch passes by value
+    return {what,       N_,          rows_,         gathered_,
+            has_dlogp_, has_dvalue_, has_dentropy_, std::bit_cast<int32_t>(inverse_temperature_),
+            adapters_};
+  }
+  template <class Work>
+  void run_graph(const GraphKey& key, Work&& work);
+  template <class Compute>
+  bool fused_is_faster(const char* what, int64_t N, const Linear& l, Compute&& compute) const;
+  template <class Compute>
+  bool bias_gradient_is_fused(const Linear& l, Compute&& compute) const;
+  bool try_matmul(const Product& p) const;
+  void reserve(int64_t N);
+  void clear(void* p, size_t bytes) const;
+  void wait() const;
+  struct Slice {  // a tensor on the device; null where it has none
+    float* data;
+    A* copy;  // a weight's in bf16
+  };
+  Slice slice(int tensor, Slot slot) const;
+
+ public:
+  UpdateStats stats() override;
+  void zero_gradients() override;
+  void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
+  std::map<std::string, std::string> tuned_plans() const override;
+  void set_tuned_plans(const std::map<std::string, std::string>& plans) override;
+
+  std::span<const float> logp() override { return fetch(logp_, batch_.logp, Head::lm); }
+  std::span<const float> entropy() override { return fetch(entropy_, batch_.entropy, Head::lm); }
+  std::span<const float> value() override { return fetch(value_, batch_.value, Head::scalar); }
+
+  std::unique_ptr<KvCache> make_cache(int64_t positions) override;
+  void decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
+              bool logits) override;
+
+  void read(int tensor, Slot slot, std::span<float> out) const override;
+  void write(int tensor, Slot slot, std::span<const float> in) override;
+
+  Graphs& graphs();  // of this model
+
+ private:
+  std::shared_ptr<Machine> machine_;
+  cudaStream_t stream_;
+  bool train_, recompute_;
+  bool adapters_;   // LoRA's take part
+  int64_t frozen_;  // where the table's trainable rows begin
+  std::shared_ptr<Weights<A>> weights_;
+  // The gradients count as zero: the next backward pass clears the arena before it adds.
+  bool gradients_zeroed_ = true;
+
+  Activations<A> a_{};
+  DeviceBatch batch_{};
+  int64_t capacity_ = 0;  // tokens that these two have room for
+
+  // The live batch
+  int N_ = 0;
+  int64_t rows_ = 0;       // of logits: positions that have a target, up to a multiple of 128
+  bool gathered_ = false;  // not every position has a target
+  bool has_dlogp_ = false, has_dvalue_ = false, has_dentropy_ = false;
+  float inverse_temperature_ = 1;
+  std::vector<float> logp_, entropy_, value_;  // empty until they are asked for
+  bool forward_is_live_ = false, logits_kept_ = false;
+
+  struct Optimizer;  // gradients, moments and scratch: training only
+  std::unique_ptr<Optimizer> optimizer_;
+  struct Decoding;  // its own activations: it does not disturb a live forward
+  std::unique_ptr<Decoding> decoding_;
+  struct Resources;  // memory, graphs, and what waits to be copied
+  std::unique_ptr<Resources> resources_;
+};
+
+// =============================================================================================
+// 2. Vocabulary: what kernels and their launchers are written with
+
+// Throw Error when a call fails; `what` names it.
 static void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) fail("cuda: ", what, ": ", cudaGetErrorString(status));
 }
+static void check(cublasStatus_t status, const char* what) {
+  if (status != CUBLAS_STATUS_SUCCESS) fail("cuda: ", what, ": cuBLASLt's status ", int(status));
+}
+
+// `count` elements on the device under a name; when there is no room, the error says what lowers
+// it.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const char* name, int64_t count, const char* lower);
+  Buffer(Buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_), std::swap(size_, other.size_);
+    return *this;
+  }
+  ~Buffer() {
+    if (data_) cudaFree(data_);
+  }
+  T* data() const { return data_; }
+  int64_t size() const { return size_; }
+  size_t bytes() const { return size_t(size_) * sizeof(T); }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
 
 // Starts `kernel` with `shared` bytes of shared memory. `name` stands in the error when it fails.
 template <class... Parameters, class... Arguments>
 static void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t shared, cudaStream_t stream, Arguments... arguments) {
-#ifdef CAKE_CUDA_ON_CPU
-  cuda_on_cpu::name_next_launch(name);
-#endif
-  cudaError_t status = cudaSuccess;
-  if (shared > 48 << 10) {
-    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block;
-  config.dynamicSmemBytes = shared, config.stream = stream;
-  if (status == cudaSuccess) {
-    status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  }
-  if (status != cudaSuccess) {
-    fail("cuda: kernel ", name, " with grid (", grid.x, ", ", grid.y, ", ", grid.z, "), block ",
-         block.x, ", ", shared, " bytes of shared memory: ", cudaGetErrorString(status));
-  }
-}
+                   size_t shared, cudaStream_t stream, Arguments... arguments);
 
 static unsigned blocks_for(int64_t n, int64_t each) { return unsigned((n + each - 1) / each); }
+static int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // 16 bytes at once: 4 floats or 8 bf16. `p` is 16-byte aligned.
 template <class T>
@@ -87,14 +456,8 @@ struct alignas(16) Pack {
 
 #ifdef CAKE_CUDA_ON_CPU
 
-using cuda_on_cpu::cp_async16;         // see below; bytes land at the wait that covers them
-using cuda_on_cpu::cp_async_commit;    //
-using cuda_on_cpu::cp_async_wait;      // template <int N>
-using cuda_on_cpu::exp2_approx;        //
-using cuda_on_cpu::ldmatrix_x4;        //
-using cuda_on_cpu::ldmatrix_x4_trans;  //
-using cuda_on_cpu::mma_m16n8k16;       //
-using cuda_on_cpu::shared_memory;      // template <class T>
+using cuda_on_cpu::exp2_approx;    // see below
+using cuda_on_cpu::shared_memory;  // template <class T>
 template <class T>
 inline Pack<T> load_pack(const T* p) {
   cuda_on_cpu::check_aligned(p, 16);
@@ -126,6 +489,1155 @@ template <class T>
 __device__ inline void store_pack(T* p, const Pack<T>& r) {
   *reinterpret_cast<float4*>(p) = *reinterpret_cast<const float4*>(&r);
 }
+// 2^x, good to 2 bits of the last place
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+#endif
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+template <class T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline bf16 from_float<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Over the 32 lanes of a warp; every lane gets the result, summed in one fixed order (a butterfly).
+__device__ inline float warp_sum(float x) {
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
+  return x;
+}
+// Over the block's threads (a multiple of 32, at most 1,024); every thread gets the result.
+// `scratch` is 32 floats of shared memory that no one else uses; all threads call.
+__device__ inline float block_sum(float x, float* scratch);
+__device__ inline float block_max(float x, float* scratch);
+
+// n elements as floats, by whole packs when n is a multiple of theirs.
+template <class T, int n>
+__device__ inline void load_floats(float (&x)[n], const T* p);
+template <class T, int n>
+__device__ inline void store_floats(T* p, const float (&x)[n]);
+
+// Launchers queue and return: they neither allocate nor wait, and scratch is handed in.
+//
+// Nearly all kernels are bound by memory. They are fast when each byte moves once, 16 at a time,
+// and when enough loads are under way: so most kernels are templates on W, the neighbours a thread
+// takes at once, which is a Pack's worth where rows and pointers are multiples of 16 bytes and
+// else 1. Rows go to warps: lane l has elements l W .. l W + W - 1, then those 32 W further on; a
+// warp needs no barrier. Gradients of vectors are sums over all rows: blocks sum theirs into
+// partial rows, and column_sums adds those, both in an order that depends on the shape alone.
+
+inline constexpr int kRowThreads = 256;  // of kernels whose rows go to warps
+// Of kernels in which one large block does the work. Their __launch_bounds__ make the compiler stay
+// within 64 registers: a block has 65,536, and a launch that needs more fails on every GPU.
+inline constexpr int kBlockThreads = 1024;
+inline constexpr int kPartialRows = 512;                // blocks that sum for column_sums, at most
+inline constexpr size_t kRowShared = size_t(64) << 10;  // bytes such a block takes, where it can
+inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = .6931471805599453f;
+// Running maxima begin here: below any score, but finite. From -inf, a row that has met only masked
+// keys would compute exp(-inf + inf), which is NaN. And p log p of a logit of kLowest is 0.
+inline constexpr float kLowest = -1e30f;
+
+// Grids of one warp a row, with kRowThreads threads a block.
+static dim3 warp_rows(int N) { return blocks_for(N, kRowThreads / 32); }
+
+// Whether all these pointers, and what lies a multiple of `strides` elements of A further on, can
+// be read by packs. strides: row lengths, or'ed.
+template <class A, class... Pointers>
+static bool by_packs(int64_t strides, const Pointers*... pointers) {
+  return strides % Pack<A>::kSize == 0 &&
+         (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
+}
+
+// out0[c] += sum_r in[r, 0, c], and out1[c] += sum_r in[r, 1, c] unless out1 is null. out0, out1
+// (columns); in (count, 1 or 2, columns)
+static void column_sums(float* out0, float* out1, const float* in, int count, int columns,
+                        cudaStream_t stream);
+
+// =============================================================================================
+// 3. The layers, in the order in which the data meets them
+//
+// cake/layers.h (plain::) has their definitions as loops.
+
+// ---------------------------------------------------------------------------------------------
+// A batch, and where gradients go
+
+enum class Saved {
+  all,           // every layer's activations, for backward
+  layer_inputs,  // each layer's x: recomputation
+  none,          // inference
+};
+
+// Everything a pass over N tokens writes.
+template <class A>
+struct Activations {
+  std::vector<LayerActivations<A>> layers;
+  A* x;           // (N, C) the stream that leaves the last layer
+  A* final_norm;  // (N, C)
+  float *final_mean, *final_rstd;
+  A* delta;                // (N, C) what a half-layer adds to the stream
+  A* head_in;              // (logit_rows, C) rows of final_norm that have a target
+  A* logits;               // (logit_rows, padded V)
+  A* dhead_in;             // (logit_rows, C)
+  A *dx, *dnorm;           // (N, C), (N, max(C, NH HS))
+  A* dqkv;                 // (N, qkv)
+  A *dact, *dup;           // (N, F), (N, 2F or F)
+  A* inner;                // (N, rank) of the adapter at hand
+  float* att_dot;          // (NH, N) attention's, sum of dout out
+  float* bias_sums;        // (widest bias) a fused epilogue's result
+  unsigned char* scratch;  // of whichever kernel runs
+
+  int64_t logit_rows = 0;  // made at a time
+
+  // `rows`: of logits that a pass over N tokens may ask for; `rank`: of adapters
+  void lay_out(const Config& c, int rank, int64_t N, int64_t rows, Saved saved, Memory& memory);
+};
+
+// Checks a batch and sends it to the device.
+template <class A>
+void CudaGpt<A>::begin(const Batch& batch) {
+  const auto N = int64_t(batch.tokens.size());
+  const auto& starts = batch.doc_starts;
+  const bool lm = config_.head == Head::lm;
+  check_batch(config_, batch);
+  std::vector<int> positions(static_cast<size_t>(N)), doc_start(positions), doc_end(positions);
+  int longest = 0;
+  for (size_t d = 0; d + 1 < starts.size(); d++) {
+    const int length = starts[d + 1] - starts[d];
+    longest = std::max(longest, length);
+    for (int t = 0; t < length; t++) {
+      const auto n = size_t(starts[d] + t);
+      positions[n] = t, doc_start[n] = starts[d], doc_end[n] = starts[d + 1];
+    }
+  }
+  std::vector<int> rows;
+  for (int64_t n = 0; lm && n < N; n++)
+    if (batch.targets[size_t(n)] >= 0) rows.push_back(int(n));
+  gathered_ = int64_t(rows.size()) < N;
+  if (gathered_) rows.resize(size_t(round_up(int64_t(rows.size()), 128)), -1);
+  rows_ = int64_t(rows.size());
+  forward_is_live_ = logits_kept_ = false;
+  reserve(N);
+  extend_rope(longest);
+  N_ = int(N);
+  inverse_temperature_ = 1 / batch.temperature;
+  has_dlogp_ = has_dvalue_ = has_dentropy_ = false;
+  logp_.clear(), entropy_.clear(), value_.clear();
+
+  resources_->staging.begin(size_t(6 * round_up(N, 128)) * sizeof(int));
+  const auto upload = [&](int* dst, std::span<const int> src) {
+    resources_->staging.upload(dst, src.data(), src.size(), stream_);
+  };
+  upload(batch_.tokens, batch.tokens);
+  if (lm) upload(batch_.targets, batch.targets);
+  upload(batch_.positions, positions);
+  upload(batch_.doc_start, doc_start);
+  upload(batch_.doc_end, doc_end);
+  if (lm) upload(batch_.row_of, rows);
+  resources_->staging.end(stream_);
+}
+
+template <class A>
+void CudaGpt<A>::upload_token_weights(std::span<const float> dlogp, std::span<const float> dvalue,
+                                      std::span<const float> dentropy) {
+  has_dlogp_ = !dlogp.empty(), has_dvalue_ = !dvalue.empty(), has_dentropy_ = !dentropy.empty();
+  resources_->staging.begin(size_t(3 * round_up(N_, 4)) * sizeof(float));
+  resources_->staging.upload(batch_.dlogp, dlogp.data(), dlogp.size(), stream_);
+  resources_->staging.upload(batch_.dvalue, dvalue.data(), dvalue.size(), stream_);
+  resources_->staging.upload(batch_.dentropy, dentropy.data(), dentropy.size(), stream_);
+  resources_->staging.end(stream_);
+}
+
+// (N) results of the last forward; waits for the device the first time.
+template <class A>
+std::span<const float> CudaGpt<A>::fetch(std::vector<float>& host, const float* device, Head head) {
+  if (config_.head != head || N_ == 0) return {};
+  if (host.empty()) {
+    host.resize(size_t(N_));
+    check(cudaMemcpyAsync(host.data(), device, host.size() * sizeof(float), cudaMemcpyDeviceToHost,
+                          stream_),
+          "results");
+    wait();
+  }
+  return host;
+}
+
+template <class A>
+float* CudaGpt<A>::gradient(int64_t offset) const {
+  return offset < frozen_ || offset < 0 ? nullptr : optimizer_->gradients.data() + offset - frozen_;
+}
+
+// Backward adds to the gradients.
+template <class A>
+void CudaGpt<A>::clear_zeroed_gradients() {
+  if (gradients_zeroed_) clear(optimizer_->gradients.data(), optimizer_->gradients.bytes());
+  gradients_zeroed_ = false;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Embeddings. The gradient needs a sort: section 6.
+
+// x[n] = wte[tokens[n]] + wpe[positions[n]]. x (N, C), wte (V, C), wpe (T, C) or null
+template <class A, int W>
+__global__ void embed_forward_kernel(A* x, const A* wte, const A* wpe, const int* tokens,
+                                     const int* positions, int N, int C) {
+  const int64_t n = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (n >= N) return;
+  const A* token = wte + int64_t(tokens[n]) * C;
+  const A* position = wpe ? wpe + int64_t(positions[n]) * C : nullptr;
+  for (int c = threadIdx.x % 32 * W; c < C; c += 32 * W) {
+    float v[W], p[W];
+    load_floats(v, token + c);
+    if (position) {
+      load_floats(p, position + c);
+      for (int j = 0; j < W; j++) v[j] += p[j];
+    }
+    store_floats(x + n * C + c, v);
+  }
+}
+template <class A>
+static void embed_forward(A* x, const A* wte, const A* wpe, const int* tokens, const int* positions,
+                          int N, int C, cudaStream_t stream) {
+  launch("embed_forward",
+         by_packs<A>(C, x, wte, wpe) ? embed_forward_kernel<A, Pack<A>::kSize>
+                                     : embed_forward_kernel<A, 1>,
+         warp_rows(N), kRowThreads, 0, stream, x, wte, wpe, tokens, positions, N, C);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Norms. x and delta are read once, sum and y written once: a lane keeps its part of the row in
+// shared memory, where mean, variance and y find it, whatever C is.
+
+// plain::norm_forward of sum = x + delta, rounded to A: y = (sum - mean) rstd w + b; RMSNorm (bias
+// null): mean 0, no b. sum (which may be x), y, x, delta (N, C); mean, rstd (N) or null; weight
+// (C). delta null: of x itself, and sum is not written.
+template <class A, int W>
+__global__ void norm_forward_kernel(A* sum, A* y, float* mean_out, float* rstd_out, const A* x,
+                                    const A* delta, const float* weight, const float* bias,
+                                    float eps, int N, int C) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t n = blockIdx.x * (blockDim.x / 32) + warp;
+  if (n >= N) return;
+  A* row = shared_memory<A>() + warp * C;
+  float v[W], w[W], total = 0, square = 0;
+  for (int c = lane * W; c < C; c += 32 * W) {
+    load_floats(v, x + n * C + c);
+    if (delta) {
+      load_floats(w, delta + n * C + c);
+      for (int j = 0; j < W; j++) v[j] = to_float(from_float<A>(v[j] + w[j]));
+      store_floats(sum + n * C + c, v);
+    }
+    store_floats(row + c, v);
+    for (int j = 0; j < W; j++) total += v[j];
+  }
+  const float mean = bias ? warp_sum(total) / C : 0;
+  for (int c = lane * W; c < C; c += 32 * W) {
+    load_floats(v, row + c);
+    for (int j = 0; j < W; j++) square += (v[j] - mean) * (v[j] - mean);
+  }
+  const float rstd = 1 / sqrtf(warp_sum(square) / C + eps);
+  for (int c = lane * W; c < C; c += 32 * W) {
+    load_floats(v, row + c);
+    load_floats(w, weight + c);
+    for (int j = 0; j < W; j++) v[j] = (v[j] - mean) * rstd * w[j];
+    if (bias) {
+      load_floats(w, bias + c);
+      for (int j = 0; j < W; j++) v[j] += w[j];
+    }
+    store_floats(y + n * C + c, v);
+  }
+  if (lane == 0 && mean_out) mean_out[n] = mean;
+  if (lane == 0 && rstd_out) rstd_out[n] = rstd;
+}
+template <class A>
+static void norm_forward(A* sum, A* y, float* mean, float* rstd, const A* x, const A* delta,
+                         const float* weight, const float* bias, float eps, int N, int C,
+                         cudaStream_t stream) {
+  const size_t row = size_t(C) * sizeof(A);
+  const int warps = int(std::clamp<size_t>(kRowShared / row, 1, kRowThreads / 32));
+  launch("norm_forward",
+         by_packs<A>(C, sum, y, x, delta, weight, bias) ? norm_forward_kernel<A, Pack<A>::kSize>
+                                                        : norm_forward_kernel<A, 1>,
+         blocks_for(N, warps), 32 * warps, warps * row, stream, sum, y, mean, rstd, x, delta,
+         weight, bias, eps, N, C);
+}
+// Where in shared memory a lane keeps a float for each of its columns: the W floats of lane l as
+// packs of 4, lanes side by side, so that 16-byte accesses meet all banks.
+template <int W>
+__device__ inline int column_slot(int c) {
+  if constexpr (W == 1) return c;
+  const int lane = c / W % 32, j = c % W;
+  return c - c % (32 * W) + j / 4 * 128 + lane * 4 + j % 4;
+}
+template <int W>
+__device__ inline void add_to_slots(float* slots, int c, const float (&d)[W]) {
+  if constexpr (W == 1) {
+    slots[c] += d[0];
+  } else {
+    for (int j = 0; j < W; j += 4) {
+      float* slot = slots + column_slot<W>(c + j);
+      Pack<float> sum = load_pack(slot);
+      for (int i = 0; i < 4; i++) sum.v[i] += d[j + i];
+      store_pack(slot, sum);
+    }
+  }
+}
+
+//
+// The kernel reads dy, x and dx, writes dx, once each (the second look at dy and x finds them in
+// the cache). A warp's rows are g, g + all warps, ...; its sums for dw and db stay in shared memory
+// until the end.
+template <class A, int W>
+__global__ void norm_backward_kernel(A* dx, float* partials, const A* dy, const A* x,
+                                     const float* mean_in, const float* rstd_in,
+                                     const float* weight, int N, int C, int padded) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const bool bias = mean_in != nullptr;
+  float* shared = shared_memory<float>();  // (warps, 2, padded): dw, db
+  float *dw = shared + warp * 2 * padded, *db = dw + padded;
+  for (int c = lane; partials && c < 2 * padded; c += 32) dw[c] = 0;
+  __syncwarp();
+  for (int64_t n = blockIdx.x * warps + warp; n < N; n += gridDim.x * warps) {
+    const float mean = bias ? mean_in[n] : 0, rstd = rstd_in[n];
+    float v[W], d[W], w[W], g_sum = 0, gh_sum = 0;
+    for (int c = lane * W; c < C; c += 32 * W) {
+      load_floats(v, x + n * C + c);
+      load_floats(d, dy + n * C + c);
+      load_floats(w, weight + c);
+      for (int j = 0; j < W; j++) {
+        const float h = (v[j] - mean) * rstd, g = d[j] * w[j];
+        g_sum += g;
+        gh_sum += g * h;
+        v[j] = d[j] * h;
+      }
+      if (!partials) continue;
+      add_to_slots<W>(dw, c, v);
+      if (bias) add_to_slots<W>(db, c, d);
+    }
+    const float g_mean = bias ? warp_sum(g_sum) / C : 0, gh_mean = warp_sum(gh_sum) / C;
+    for (int c = lane * W; c < C; c += 32 * W) {
+      float dx_sum[W];
+      load_floats(v, x + n * C + c);
+      load_floats(d, dy + n * C + c);
+      load_floats(w, weight + c);
+      load_floats(dx_sum, dx + n * C + c);
+      for (int j = 0; j < W; j++) {
+        const float h = (v[j] - mean) * rstd;
+        dx_sum[j] += rstd * (d[j] * w[j] - g_mean - h * gh_mean);
+      }
+      store_floats(dx + n * C + c, dx_sum);
+    }
+  }
+  if (!partials) return;
+  __syncthreads();
+  const int sets = bias ? 2 : 1;
+  for (int i = threadIdx.x; i < sets * C; i += blockDim.x) {
+    const int set = i / C, c = i % C;
+    float sum = 0;
+    for (int w = 0; w < warps; w++) sum += shared[(w * 2 + set) * padded + column_slot<W>(c)];
+    partials[(int64_t(blockIdx.x) * sets + set) * C + c] = sum;
+  }
+}
+static size_t norm_backward_scratch(int N, int C) {  // bytes
+  return size_t(std::min(N, kPartialRows)) * 2 * size_t(C) * sizeof(float);
+}
+template <class A>
+static void norm_backward(A* dx, float* dweight, float* dbias, const A* dy, const A* x,
+                          const float* mean, const float* rstd, const float* weight, int N, int C,
+                          void* scratch, cudaStream_t stream) {
+  constexpr int kW = Pack<A>::kSize;
+  const bool packs = by_packs<A>(C, dx, dy, x, weight);
+  const int padded = int(blocks_for(C, 32 * (packs ? kW : 1))) * 32 * (packs ? kW : 1);
+  const size_t sums = dweight ? 2 * size_t(padded) * sizeof(float) : 0;  // of a warp
+  const int most = kRowThreads / 32;
+  const int warps = sums ? int(std::clamp<size_t>(kRowShared / sums, 1, most)) : most;
+  const int blocks = std::min<int>(int(blocks_for(N, warps)), kPartialRows);
+  float* partials = dweight ? static_cast<float*>(scratch) : nullptr;  // (blocks, 1 or 2, C)
+  launch("norm_backward", packs ? norm_backward_kernel<A, kW> : norm_backward_kernel<A, 1>, blocks,
+         32 * warps, warps * sums, stream, dx, partials, dy, x, mean, rstd, weight, N, C, padded);
+  if (dweight) column_sums(dweight, dbias, partials, blocks, C, stream);
+}
+
+template <class A>
+void CudaGpt<A>::residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* mean, float* rstd,
+                               const A* x, const A* delta) const {
+  norm_forward<A>(sum, y, mean, rstd, x, delta, weights_->vector(n.weight),
+                  weights_->vector(n.bias), eps(), int(N), config_.C, stream_);
+}
+template <class A>
+void CudaGpt<A>::stream_norm_backward(const Norm& n, const A* dy, const A* x, const float* mean,
+                                      const float* rstd) {
+  norm_backward(a_.dx, gradient(n.weight), gradient(n.bias), dy, x, mean, rstd,
+                weights_->vector(n.weight), N_, config_.C, a_.scratch, stream_);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Linear layers: y = x W^T + b, dx = dy W, dW += dy^T x, db += column sums of dy
+
+enum class Epilogue {
+  none,
+  bias,           // D = .. + bias[n]
+  gelu,           // aux = op(A) op(B) [+ bias[n]], D = GELU(aux)
+  dgelu,          // D = op(A) op(B) GELU'(aux)
+  bias_gradient,  // and bias[m] = sum_k op(A)[m, k], which it overwrites
+};
+
+// D (M, N) = alpha op(A) op(B) + beta C, all row-major; op(A) (M, K), op(B) (K, N). `batch` of
+// them, their matrices the given strides apart.
+struct Product {
+  int64_t M, N, K;
+  const void *a, *b;
+  void* d;
+  cudaDataType_t in, out;                           // of A and B, of C and D
+  int64_t lda, ldb, ldd;                            // row strides; C's is D's
+  bool a_transposed = false, b_transposed = false;  // stored (K, M), (N, K)
+  float alpha = 1, beta = 0;
+  const void* c = nullptr;  // null: D itself
+  int batch = 1;
+  int64_t a_stride = 0, b_stride = 0, d_stride = 0;
+  Epilogue epilogue = Epilogue::none;
+  const void* bias = nullptr;  // (N) as D; bias_gradient: (M) as D
+  void* aux = nullptr;         // (M, N) as D, row stride ldd
+};
+
+template <class T>
+static constexpr cudaDataType_t kDataType = std::is_same_v<T, float> ? CUDA_R_32F : CUDA_R_16BF;
+
+// db[o] += sum_n weight[n] dy[n, o]. db (out), dy (N, out), weight (N) or null: 1
+//
+// The kernel reads dy once: partials[b, o] is that sum over the rows of block b. Grid: x over
+// columns, 32 W a block; y over blocks of rows.
+template <class A, int W>
+__global__ void column_partials_kernel(float* partials, const A* dy, const float* weight, int N,
+                                       int out) {
+  float* sums = shared_memory<float>();  // (warps, W, 32)
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int c = (blockIdx.x * 32 + lane) * W;
+  float sum[W] = {}, d[W];
+  if (c < out) {
+    for (int64_t n = blockIdx.y * warps + warp; n < N; n += gridDim.y * warps) {
+      const float w = weight ? weight[n] : 1;
+      load_floats(d, dy + n * out + c);
+      for (int j = 0; j < W; j++) sum[j] += w * d[j];
+    }
+  }
+  for (int j = 0; j < W; j++) sums[(warp * W + j) * 32 + lane] = sum[j];
+  __syncthreads();
+  if (warp > 0 || c >= out) return;
+  for (int w = 1; w < warps; w++)
+    for (int j = 0; j < W; j++) sum[j] += sums[(w * W + j) * 32 + lane];
+  store_floats(partials + int64_t(blockIdx.y) * out + c, sum);
+}
+static int bias_partial_rows(int N) { return int(std::min(blocks_for(N, 64), 256u)); }
+static size_t bias_backward_scratch(int N, int out) {  // bytes
+  return size_t(bias_partial_rows(N)) * size_t(out) * sizeof(float);
+}
+template <class A>
+static void bias_backward(float* db, const A* dy, const float* weight, int N, int out,
+                          void* scratch, cudaStream_t stream) {
+  constexpr int kW = Pack<A>::kSize;
+  float* partials = static_cast<float*>(scratch);
+  const bool packs = by_packs<A>(out, dy, partials);
+  const int w = packs ? kW : 1, rows = bias_partial_rows(N);
+  launch("column_partials", packs ? column_partials_kernel<A, kW> : column_partials_kernel<A, 1>,
+         dim3(blocks_for(out, 32 * w), rows), kRowThreads, kRowThreads * w * sizeof(float), stream,
+         partials, dy, weight, N, out);
+  column_sums(db, nullptr, partials, rows, out, stream);
+}
+// y += x. (n)
+template <class A, int W>
+__global__ void add_kernel(A* y, const A* x, int64_t n) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+  if (i >= n) return;
+  float a[W], b[W];
+  load_floats(a, y + i);
+  load_floats(b, x + i);
+  for (int j = 0; j < W; j++) a[j] += b[j];
+  store_floats(y + i, a);
+}
+template <class A>
+static void add(A* y, const A* x, int64_t n, cudaStream_t stream) {
+  constexpr int kW = Pack<A>::kSize;
+  const bool packs = by_packs<A>(n, y, x);
+  launch("add", packs ? add_kernel<A, kW> : add_kernel<A, 1>,
+         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, y, x, n);
+}
+
+// D (M, N) = A B, A B^T with B stored (N, K), and A^T B with A stored (K, M); rows side by side
+template <class A, class T>
+static Product product(int64_t M, int64_t N, int64_t K, const A* a, const A* b, T* d) {
+  return {M, N, K, a, b, d, kDataType<A>, kDataType<T>, K, N, N};
+}
+template <class A, class T>
+static Product product_abt(int64_t M, int64_t N, int64_t K, const A* a, const A* b, T* d) {
+  Product p = product(M, N, K, a, b, d);
+  p.b_transposed = true, p.ldb = K;
+  return p;
+}
+template <class A, class T>
+static Product product_atb(int64_t M, int64_t N, int64_t K, const A* a, const A* b, T* d) {
+  Product p = product(M, N, K, a, b, d);
+  p.a_transposed = true, p.lda = M;
+  return p;
+}
+
+// y (N, out) = x W^T + b
+template <class A>
+Product CudaGpt<A>::linear_product(int64_t N, const Linear& l, const A* x, A* y) const {
+  Product p = product_abt(N, l.out, l.in, x, weights_->matrix(l.weight), y);
+  p.epilogue = l.bias >= 0 ? Epilogue::bias : Epilogue::none;
+  p.bias = weights_->matrix(l.bias);
+  return p;
+}
+template <class A>
+void CudaGpt<A>::linear(int64_t N, const Linear& l, const A* x, A* y,
+                        const Activations<A>& acts) const {
+  matmul(linear_product(N, l, x, y));
+  adapters_forward(N, l, x, y, acts);
+}
+
+// dx (N, in) = dy W
+template <class A>
+Product CudaGpt<A>::input_gradient_product(int64_t N, const Linear& l, const A* dy, A* dx) const {
+  return product(N, l.in, l.out, dy, weights_->matrix(l.weight), dx);
+}
+// dW (out, in) += dy^T x
+template <class A>
+Product CudaGpt<A>::weight_gradient_product(int64_t N, const Linear& l, const A* x,
+                                            const A* dy) const {
+  Product p = product_atb(l.out, l.in, N, dy, x, gradient(l.weight));
+  p.beta = 1;
+  return p;
+}
+// dW += dy^T x, db += column sums of dy
+template <class A>
+void CudaGpt<A>::weight_backward(const Linear& l, const A* x, const A* dy) const {
+  if (!gradient(l.weight)) return;  // frozen
+  Product p = weight_gradient_product(N_, l, x, dy);
+  if (l.bias < 0) return matmul(p);
+  const auto compute = [&](bool fused, float* dweight, float* dbias) {
+    p.d = dweight;
+    p.epilogue = fused ? Epilogue::bias_gradient : Epilogue::none;
+    p.bias = fused ? a_.bias_sums : nullptr;
+    if (!try_matmul(p)) return false;
+    if (fused) {
+      add(dbias, a_.bias_sums, l.out, stream_);
+    } else {
+      bias_backward<A>(dbias, dy, nullptr, N_, l.out, a_.scratch, stream_);
+    }
+    return true;
+  };
+  if (!(bias_gradient_is_fused(l, compute) &&
+        compute(true, gradient(l.weight), gradient(l.bias)))) {
+    compute(false, gradient(l.weight), gradient(l.bias));
+  }
+}
+template <class A>
+void CudaGpt<A>::linear_backward(const Linear& l, const A* x, const A* dy, A* dx) const {
+  weight_backward(l, x, dy);
+  matmul(input_gradient_product(N_, l, dy, dx));
+  adapters_backward(l, x, dy, dx);
+}
+
+// ---------------------------------------------------------------------------------------------
+// LoRA, where it takes part: y += u B^T with u = scale x A^T (N, rank). Backward:
+// dB += dy^T u;  du = scale dy B;  dA += du^T x;  dx += du A
+
+// u is made in the memory of `in`.
+template <class A>
+void CudaGpt<A>::adapters_forward(int64_t N, const Linear& l, const A* x, A* y,
+                                  const Activations<A>& acts) const {
+  if (!adapters_) return;
+  for (const Adapter& a : l.adapters) {
+    adapter_inner(N, l, a, x, acts.inner);
+    Product p =
+        product_abt(N, a.out, table_.lora.rank, acts.inner, weights_->matrix(a.b), y + a.begin);
+    p.ldd = l.out, p.beta = 1;
+    matmul(p);
+  }
+}
+template <class A>
+void CudaGpt<A>::adapter_inner(int64_t N, const Linear& l, const Adapter& a, const A* x,
+                               A* inner) const {
+  Product p = product_abt(N, table_.lora.rank, l.in, x, weights_->matrix(a.a), inner);
+  p.alpha = table_.lora.scale();
+  matmul(p);
+}
+// gradient (M, N) += a^T b, a (N_, M) with rows lda apart, b (N_, N)
+template <class A>
+void CudaGpt<A>::adapter_gradient(int64_t M, int64_t N, const A* a, int64_t lda, const A* b,
+                                  int64_t offset) const {
+  Product p = product_atb(M, N, N_, a, b, gradient(offset));
+  p.lda = lda, p.beta = 1;
+  matmul(p);
+}
+template <class A>
+void CudaGpt<A>::adapters_backward(const Linear& l, const A* x, const A* dy, A* dx) const {
+  if (!adapters_) return;
+  const int r = table_.lora.rank;
+  A* inner = a_.inner;
+  for (const Adapter& a : l.adapters) {
+    adapter_inner(N_, l, a, x, inner);
+    adapter_gradient(a.out, r, dy + a.begin, l.out, inner, a.b);
+    Product du = product(N_, r, a.out, dy + a.begin, weights_->matrix(a.b), inner);
+    du.lda = l.out, du.alpha = table_.lora.scale();
+    matmul(du);
+    adapter_gradient(r, l.in, inner, r, x, a.a);
+    Product back = product(N_, l.in, r, inner, weights_->matrix(a.a), dx);
+    back.beta = 1;
+    matmul(back);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// QK-norm and RoPE: q and k are read and written once. A head goes to a group of 1 to 32 lanes,
+// each of which has W pairs (x[i], x[i + HS/2]) at once; HS up to 256.
+
+// cos and sin of every position so far, (positions, HS/2), made on the host in double.
+class RopeTable {
+ public:
+  explicit RopeTable(const Config& c) : half_(c.HS / 2), T_(c.T), frequency_(rope_frequencies(c)) {}
+  // True when the table moved. Grows to the next power of two, at most to T.
+  bool extend(int positions, cudaStream_t stream) {
+    if (positions <= positions_) return false;
+    int capacity = 256;
+    while (capacity < positions) capacity *= 2;
+    positions_ = std::max(positions, std::min(capacity, T_));
+    std::vector<float2> values;
+    values.reserve(size_t(positions_) * size_t(half_));
+    for (int t = 0; t < positions_; t++)
+      for (const double f : frequency_)
+        values.push_back({float(std::cos(t * f)), float(std::sin(t * f))});
+    table_ = Buffer<float2>("RoPE's table", int64_t(values.size()), "--context");
+    check(cudaMemcpyAsync(table_.data(), values.data(), table_.bytes(), cudaMemcpyHostToDevice,
+                          stream),
+          "RoPE's table");
+    check(cudaStreamSynchronize(stream), "RoPE's table");
+    return true;
+  }
+  const float2* data() const { return table_.data(); }
+
+ private:
+  int half_, T_, positions_ = 0;
+  std::vector<double> frequency_;
+  Buffer<float2> table_;
+};
+
+template <int W>
+inline constexpr int kPairPasses = W == 1 ? 4 : 1;
+inline constexpr int kMostHeadSize = 256;
+
+__device__ inline float group_sum(float x, int lanes) {  // over groups of `lanes`, a power of two
+  for (int d = lanes / 2; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+  return x;
+}
+static int head_lanes(int HS, int W) {
+  if (HS > kMostHeadSize) fail("cuda: head size ", HS, ", expected at most ", kMostHeadSize);
+  int lanes = 1;
+  while (lanes < 32 && lanes * W < HS / 2) lanes *= 2;
+  return lanes;
+}
+
+// plain::norm_forward over each head of q and k (q_norm, k_norm (HS) null: none), then plain::rope:
+// the pair (x[i], x[i + HS/2]) turns by the angle of rope[position, i] = (cos, sin). q, q_in
+// (N, NH HS), k, k_in (N, NKV HS) with rows q_ld, k_ld, in_ld apart; q may be q_in and k k_in
+template <class A, int W>
+__global__ void qk_forward_kernel(A* q, int64_t q_ld, A* k, int64_t k_ld, const A* q_in,
+                                  const A* k_in, int64_t in_ld, const float* q_norm,
+                                  const float* k_norm, const float2* rope, const int* positions,
+                                  float eps, int N, int NH, int NKV, int HS, int lanes) {
+  const int half = HS / 2, lane = threadIdx.x % lanes;
+  const int64_t item = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
+  const bool in_range =
+      item < int64_t(N) * (NH + NKV);  // if not, it only takes part in the shuffles
+  const int64_t n = in_range ? item / (NH + NKV) : 0;
+  const int head = in_range ? int(item % (NH + NKV)) : 0;
+  const bool is_q = head < NH;
+  const A* src = (is_q ? q_in : k_in) + n * in_ld + (is_q ? head : head - NH) * HS;
+  A* dst = is_q ? q + n * q_ld + head * HS : k + n * k_ld + (head - NH) * HS;
+  const float* turns = reinterpret_cast<const float*>(rope + int64_t(positions[n]) * half);
+
+  float a[kPairPasses<W>][W], b[kPairPasses<W>][W], square = 0;
+  for (int p = 0; p < kPairPasses<W>; p++) {
+    const int i = (p * lanes + lane) * W;
+    if (i >= half) continue;
+    load_floats(a[p], src + i);
+    load_floats(b[p], src + half + i);
+    for (int j = 0; j < W; j++) square += a[p][j] * a[p][j] + b[p][j] * b[p][j];
+  }
+  const float* weight = is_q ? q_norm : k_norm;
+  const float rstd = q_norm ? 1 / sqrtf(group_sum(square, lanes) / HS + eps) : 1;
+  for (int p = 0; p < kPairPasses<W>; p++) {
+    const int i = (p * lanes + lane) * W;
+    if (i >= half || !in_range) continue;
+    if (weight) {
+      float wa[W], wb[W];
+      load_floats(wa, weight + i);
+      load_floats(wb, weight + half + i);
+      for (int j = 0; j < W; j++) a[p][j] *= rstd * wa[j], b[p][j] *= rstd * wb[j];
+    }
+    float turn[2 * W];  // cos, sin of each pair
+    load_floats(turn, turns + 2 * i);
+    for (int j = 0; j < W; j++) {
+      const float x = a[p][j], y = b[p][j], c = turn[2 * j], s = turn[2 * j + 1];
+      a[p][j] = x * c - y * s;
+      b[p][j] = y * c + x * s;
+    }
+    store_floats(dst + i, a[p]);
+    store_floats(dst + half + i, b[p]);
+  }
+}
+template <class A>
+static void qk_forward(A* q, int64_t q_ld, A* k, int64_t k_ld, const A* q_in, const A* k_in,
+                       int64_t in_ld, const float* q_norm, const float* k_norm, const float2* rope,
+                       const int* positions, float eps, int N, int NH, int NKV, int HS,
+                       cudaStream_t stream) {
+  constexpr int kW = Pack<A>::kSize;
+  const bool packs = HS % 2 == 0 && by_packs<A>(HS / 2 | q_ld | k_ld | in_ld, q, k, q_in, k_in,
+                                                q_norm, k_norm, rope);
+  const int lanes = head_lanes(HS, packs ? kW : 1);
+  launch("qk_forward", packs ? qk_forward_kernel<A, kW> : qk_forward_kernel<A, 1>,
+         blocks_for(int64_t(N) * (NH + NKV) * lanes, kRowThreads), kRowThreads, 0, stream, q, q_ld,
+         k, k_ld, q_in, k_in, in_ld, q_norm, k_norm, rope, positions, eps, N, NH, NKV, HS, lanes);
+}
+
+// Backward of qk_forward, dq and dk in place: turns back, then plain::norm_backward over each head
+// (q_norm null: none); dq_norm, dk_norm (HS) += theirs (null: frozen). dq, dk rows ld apart; q_in,
+// k_in in_ld.
+//
+// Blocks y = 0 have q, 1: k. Lanes keep their columns' sums for the norm's gradient in registers.
+template <class A, int W>
+__global__ void __launch_bounds__(kRowThreads)
+    qk_backward_kernel(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in, int64_t in_ld,
+                       const float* q_norm, const float* k_norm, float* partials,
+                       const float2* rope, const int* positions, float eps, int N, int NH, int NKV,
+                       int HS, int lanes) {
+  const int half = HS / 2, lane = threadIdx.x % lanes, groups = blockDim.x / lanes;
+  const int heads = blockIdx.y ? NKV : NH;
+  const A* in = blockIdx.y ? k_in : q_in;
+  A* gradient = blockIdx.y ? dk : dq;
+  const float* weight = blockIdx.y ? k_norm : q_norm;
+  const int64_t items = int64_t(N) * heads;
+  float da[kPairPasses<W>][W] = {}, db[kPairPasses<W>][W] = {};  // of the weights
+  for (int64_t begin = int64_t(blockIdx.x) * groups; begin < items;
+       begin += int64_t(gridDim.x) * groups) {
+    const int64_t item = begin + threadIdx.x / lanes;
+    const bool in_range = item < items;
+    const int64_t n = in_range ? item / heads : 0, head = in_range ? item % heads : 0;
+    A* d = gradient + n * ld + head * HS;
+    const A* x = in + n * in_ld + head * HS;
+    const float* turns = reinterpret_cast<const float*>(rope + int64_t(positions[n]) * half);
+
+    float a[kPairPasses<W>][W] = {}, b[kPairPasses<W>][W] = {};  // dy, turned back; then dx
+    float xa[kPairPasses<W>][W] = {}, xb[kPairPasses<W>][W] = {};
+    float square = 0, gx_sum = 0;
+    for (int p = 0; p < kPairPasses<W>; p++) {
+      const int i = (p * lanes + lane) * W;
+      if (i >= half || !in_range) continue;
+      float turn[2 * W];
+      load_floats(a[p], d + i);
+      load_floats(b[p], d + half + i);
+      load_floats(turn, turns + 2 * i);
+      for (int j = 0; j < W; j++) {
+        const float u = a[p][j], v = b[p][j], c = turn[2 * j], s = -turn[2 * j + 1];
+        a[p][j] = u * c - v * s;
+        b[p][j] = v * c + u * s;
+      }
+      if (!weight) continue;
+      float wa[W], wb[W];
+      load_floats(xa[p], x + i);
+      load_floats(xb[p], x + half + i);
+      load_floats(wa, weight + i);
+      load_floats(wb, weight + half + i);
+      for (int j = 0; j < W; j++) {
+        square += xa[p][j] * xa[p][j] + xb[p][j] * xb[p][j];
+        gx_sum += xa[p][j] * a[p][j] * wa[j] + xb[p][j] * b[p][j] * wb[j];
+      }
+    }
+    float rstd = 1, gh_mean = 0;
+    if (weight) {
+      rstd = 1 / sqrtf(group_sum(square, lanes) / HS + eps);
+      gh_mean = group_sum(gx_sum, lanes) * rstd / HS;
+    }
+    for (int p = 0; p < kPairPasses<W>; p++) {
+      const int i = (p * lanes + lane) * W;
+      if (i >= half || !in_range) continue;
+      if (weight) {
+        float wa[W], wb[W];
+        load_floats(wa, weight + i);
+        load_floats(wb, weight + half + i);
+        for (int j = 0; j < W; j++) {
+          const float ha = xa[p][j] * rstd, hb = xb[p][j] * rstd;
+          da[p][j] += a[p][j] * ha;
+          db[p][j] += b[p][j] * hb;
+          a[p][j] = rstd * (a[p][j] * wa[j] - ha * gh_mean);
+          b[p][j] = rstd * (b[p][j] * wb[j] - hb * gh_mean);
+        }
+      }
+      store_floats(d + i, a[p]);
+      store_floats(d + half + i, b[p]);
+    }
+  }
+  if (!partials) return;
+  float* sums = shared_memory<float>();  // (groups, HS)
+  for (int p = 0; p < kPairPasses<W>; p++) {
+    const int i = (p * lanes + lane) * W;
+    for (int j = 0; j < W && i < half; j++) {
+      sums[threadIdx.x / lanes * HS + i + j] = da[p][j];
+      sums[threadIdx.x / lanes * HS + half + i + j] = db[p][j];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < HS; i += blockDim.x) {
+    float sum = 0;
+    for (int g = 0; g < groups; g++) sum += sums[g * HS + i];
+    partials[(int64_t(blockIdx.x) * 2 + blockIdx.y) * HS + i] = sum;
+  }
+}
+static size_t qk_backward_scratch(int, int HS) {  // bytes
+  return size_t(kPartialRows) * 2 * size_t(HS) * sizeof(float);
+}
+template <class A>
+static void qk_backward(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in, int64_t in_ld,
+                        const float* q_norm, const float* k_norm, float* dq_norm, float* dk_norm,
+                        const float2* rope, const int* positions, float eps, int N, int NH, int NKV,
+                        int HS, void* scratch, cudaStream_t stream) {
+  constexpr int kW = Pack<A>::kSize;
+  const bool packs =
+      HS % 2 == 0 && by_packs<A>(HS / 2 | ld | in_ld, dq, dk, q_in, k_in, q_norm, k_norm, rope);
+  const int lanes = head_lanes(HS, packs ? kW : 1), groups = kRowThreads / lanes;
+  const int blocks =
+      int(std::min<unsigned>(blocks_for(int64_t(N) * std::max(NH, NKV), groups), kPartialRows));
+  const bool trained = q_norm && dq_norm;
+  float* partials = trained ? static_cast<float*>(scratch) : nullptr;  // (blocks, 2, HS)
+  launch("qk_backward", packs ? qk_backward_kernel<A, kW> : qk_backward_kernel<A, 1>,
+         dim3(blocks, 2), kRowThreads, size_t(groups) * HS * sizeof(float), stream, dq, dk, ld,
+         q_in, k_in, in_ld, q_norm, k_norm, partials, rope, positions, eps, N, NH, NKV, HS, lanes);
+  if (trained) column_sums(dq_norm, dk_norm, partials, blocks, HS, stream);
+}
+
+template <class A>
+void CudaGpt<A>::extend_rope(int positions) {
+  if (config_.family != Family::gpt2 && resources_->rope.extend(positions, stream_))
+    resources_->graphs.clear();
+}
+// Norm and RoPE of q and k: in place, unless backward needs q and k as they were.
+template <class A>
+void CudaGpt<A>::rotate(int64_t N, const int* positions, const Block& b, A* qkv, A* rotated) const {
+  if (config_.family == Family::gpt2) return;
+  const int64_t q = int64_t(config_.NH) * config_.HS, ld = config_.qkv();
+  const int64_t out_ld = rotated ? int64_t(config_.NH + config_.NKV) * config_.HS : ld;
+  A* out = rotated ? rotated : qkv;
+  qk_forward(out, out_ld, out + q, out_ld, qkv, qkv + q, ld, weights_->vector(b.q_norm),
+             weights_->vector(b.k_norm), resources_->rope.data(), positions, eps(), int(N),
+             config_.NH, config_.NKV, config_.HS, stream_);
+}
+// dqkv holds the gradients of the rotated q and k: they are rotated back, and go through qwen3's
+// norm.
+template <class A>
+void CudaGpt<A>::rotate_backward(const Block& b, const LayerActivations<A>& a) {
+  if (config_.family == Family::gpt2) return;
+  const int64_t q = int64_t(config_.NH) * config_.HS, ld = config_.qkv();
+  qk_backward(a_.dqkv, a_.dqkv + q, ld, a.qkv, a.qkv + q, ld, weights_->vector(b.q_norm),
+              weights_->vector(b.k_norm), gradient(b.q_norm), gradient(b.k_norm),
+              resources_->rope.data(), batch_.positions, eps(), N_, config_.NH, config_.NKV,
+              config_.HS, a_.scratch, stream_);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Attention
+//
+// A row of `out` is softmax(q k^T / sqrt(HS)) v over the keys of its own document up to itself. The
+// (N, N) scores are never stored: flash attention (Dao et al. 2022, 2023) walks over tiles of keys
+// with a running maximum and a running sum, and keeps of a row only lse, the log of the sum of exp
+// of its scores, from which backward makes the probabilities again:
+//
+//   p = exp(q k / sqrt(HS) - lse),  dp = dout v,  delta = sum of p dp over keys = dout out
+//   ds = p (dp - delta),  dq = ds k / sqrt(HS),  dk = ds^T q / sqrt(HS),  dv = p^T dout
+//
+// Backward takes two kernels, one that owns keys and one that owns queries, and both compute p and
+// dp: two products more than with one kernel, but no sum crosses blocks, so no atomics.
+//
+// Rows of a document lie side by side and doc_start, doc_end never fall from row to row, so what a
+// run of rows can see is a single interval: from doc_start of its first row to its last row.
+
+struct AttentionShape {
+  int N, NH, NKV, HS;
+  const int* doc_start;  // (N) on the device: the first row of the document of row n
+  const int* doc_end;    // (N): one past its last
+  __device__ int key_head(int h) const { return h / (NH / NKV); }  // that query head h attends to
+};
+
+// q (N, NH HS), k and v (N, NKV HS), in rows of their own stride; several may lie inside one
+// buffer.
+template <class A>
+struct AttentionInput {
+  const A *q, *k, *v;
+  int64_t q_ld, k_ld, v_ld;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Plain attention, in fp32: for float, and for bf16 rows that are not whole chunks of 16 bytes;
+// head sizes to 128. It is what flash attention below does, without tensor cores. A block owns 32
+// rows and meets 32 of the other side at a time, all in fp32 in shared memory. Thread (x, y) of 16
+// x 16 computes the scores of rows y, y + 16 with columns x, x + 16 and then, of the sums of its
+// two rows, the elements x, x + 16, x + 32, ... So the scores of a row are written and read by 16
+// lanes of one warp.
+
+inline constexpr int kPlainTile = 32, kPlainThreads = 256, kPlainEach = 128 / 16;
+inline constexpr int kPlainScores = kPlainTile * (kPlainTile + 1);  // floats in a tile of scores
+
+// Rows of a tile lie an odd number of floats apart: 16 rows at one column are in 16 banks.
+__host__ __device__ inline int plain_stride(int HS) { return HS | 1; }
+static size_t plain_shared(int HS, int tiles, int scores) {
+  return sizeof(float) * size_t(tiles * kPlainTile * plain_stride(HS) + scores * kPlainScores);
+}
+
+// Rows first_row .. first_row + 31 of a matrix; zeros from row N on.
+template <class A>
+__device__ inline void load_plain(float* tile, const A* rows, int64_t ld, int first_row, int N,
+                                  int HS) {
+  for (int i = int(threadIdx.x); i < kPlainTile * HS; i += kPlainThreads) {
+    const int r = i / HS, d = i % HS;
+    tile[r * plain_stride(HS) + d] =
+        first_row + r < N ? to_float(rows[(first_row + r) * ld + d]) : 0.f;
+  }
+}
+
+// c[i][j] = row y + 16 i of a times row x + 16 j of b
+__device__ inline void multiply_plain(float (&c)[2][2], const float* a, const float* b, int HS) {
+  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16, stride = plain_stride(HS);
+  c[0][0] = c[0][1] = c[1][0] = c[1][1] = 0;
+  for (int d = 0; d < HS; d++)
+    for (int i = 0; i < 2; i++)
+      for (int j = 0; j < 2; j++)
+        c[i][j] += a[(y + 16 * i) * stride + d] * b[(x + 16 * j) * stride + d];
+}
+
+// This thread's place in a tile of scores, and the row that it reads them from
+__device__ inline float& plain_score(float* scores, int i, int j) {
+  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
+  return scores[(y + 16 * i) * (kPlainTile + 1) + x + 16 * j];
+}
+// c[i][e] += sum over r of scores[y + 16 i][r] tile[r][x + 16 e]
+__device__ inline void add_plain(float (&c)[2][kPlainEach], const float* scores, const float* tile,
+                                 int HS) {
+  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
+  for (int r = 0; r < kPlainTile; r++)
+#pragma unroll
+    for (int e = 0; e < kPlainEach; e++)
+      if (x + 16 * e < HS) {
+        const float t = tile[r * plain_stride(HS) + x + 16 * e];
+        c[0][e] += scores[y * (kPlainTile + 1) + r] * t;
+        c[1][e] += scores[(y + 16) * (kPlainTile + 1) + r] * t;
+      }
+}
+
+// Rows first_row + y and first_row + y + 16 of a matrix, times scale[i]
+template <class A>
+__device__ inline void store_plain(A* rows, int64_t ld, int first_row, int N, int HS,
+                                   const float (&c)[2][kPlainEach], const float (&scale)[2]) {
+  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int e = 0; e < kPlainEach; e++) {
+      const int n = first_row + y + 16 * i, d = x + 16 * e;
+      if (n < N && d < HS) rows[n * ld + d] = from_float<A>(c[i][e] * scale[i]);
+    }
+}
+
+// One block a query head (x) and 32 queries (y). scale: 1 / sqrt(HS).
+template <class A>
+__global__ void __launch_bounds__(kPlainThreads)
+    plain_forward_kernel(A* out, float* lse, AttentionInput<A> in, AttentionShape shape,
+                         float scale) {
+  const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
+  const int first_row = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
+  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
+  float *q_tile = shared_memory<float>(), *k_tile = q_tile + size, *v_tile = k_tile + size;
+  float* scores = v_tile + size;
+  const auto over_row = [](float value, auto&& combine) {  // over the 16 lanes of a row
+    for (int d = 1; d < 16; d *= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, d));
+    return value;
+  };
+
+  float acc[2][kPlainEach] = {}, highest[2] = {kLowest, kLowest}, total[2] = {};
+  load_plain(q_tile, in.q + h * HS, in.q_ld, first_row, N, HS);
+  for (int key = shape.doc_start[first_row]; key < min(first_row + kPlainTile, N);
+       key += kPlainTile) {
+    __syncthreads();  // the last keys and values have been read
+    load_plain(k_tile, in.k + kv * HS, in.k_ld, key, N, HS);
+    load_plain(v_tile, in.v + kv * HS, in.v_ld, key, N, HS);
+    __syncthreads();  // these are there
+    float s[2][2];
+    multiply_plain(s, q_tile, k_tile, HS);
+    for (int i = 0; i < 2; i++) {
+      const int n = first_row + y + 16 * i, begin = n < N ? shape.doc_start[n] : N;
+      float higher = highest[i];
+      for (int j = 0; j < 2; j++) {
+        const int m = key + x + 16 * j;
+        s[i][j] = m >= begin && m <= n ? s[i][j] * scale : -INFINITY;
+        higher = fmaxf(higher, s[i][j]);
+      }
+      higher = over_row(higher, [](float a, float b) { return fmaxf(a, b); });
+      const float shrink = expf(highest[i] - higher);
+      highest[i] = higher;
+      total[i] *= shrink;
+      for (float& a : acc[i]) a *= shrink;
+      for (int j = 0; j < 2; j++) {
+        total[i] += plain_score(scores, i, j) = expf(s[i][j] - higher);
+      }
+    }
+    __syncwarp();  // the 16 lanes of a row have written its p
+    add_plain(acc, scores, v_tile, HS);
+  }
+  float inverse[2];
+  for (int i = 0; i < 2; i++) {
+    const int n = first_row + y + 16 * i;
+    const float sum = over_row(total[i], [](float a, float b) { return a + b; });
+    inverse[i] = 1 / sum;
+    if (x == 0 && n < N) lse[int64_t(h) * N + n] = highest[i] + logf(sum);
+  }
+  store_plain(out + h * HS, int64_t(shape.NH) * HS, first_row, N, HS, acc, inverse);
+}
+
+// One block a key/value head (x) and 32 keys (y): rows are keys, columns queries.
+template <class A>
+__global__ void __launch_bounds__(kPlainThreads)
+    plain_keys_kernel(A* dk, A* dv, int64_t d_ld, const A* dout, const float* lse,
+                      const float* delta, AttentionInput<A> in, AttentionShape shape, float scale) {
+  const int N = shape.N, HS = shape.HS, kv = int(blockIdx.x), group = shape.NH / shape.NKV;
+  const int first_row = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
+  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
+  float *k_tile = shared_memory<float>(), *v_tile = k_tile + size;
+  float *q_tile = v_tile + size, *dout_tile = q_tile + size;
+  float *p_scores = dout_tile + size, *ds_scores = p_scores + kPlainScores;
+
+  float dk_acc[2][kPlainEach] = {}, dv_acc[2][kPlainEach] = {};
+  load_plain(k_tile, in.k + kv * HS, in.k_ld, first_row, N, HS);
+  load_plain(v_tile, in.v + kv * HS, in.v_ld, first_row, N, HS);
+  const int end = shape.doc_end[min(first_row + kPlainTile, N) - 1];
+  for (int h = kv * group; h < (kv + 1) * group; h++) {
+    for (int query = first_row; query < end; query += kPlainTile) {
+      __syncthreads();  // the last tiles have been read
+      load_plain(q_tile, in.q + h * HS, in.q_ld, query, N, HS);
+      load_plain(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, query, N, HS);
+      __syncthreads();
+      float p[2][2], ds[2][2];
+      multiply_plain(p, k_tile, q_tile, HS);
+      multiply_plain(ds, v_tile, dout_tile, HS);
+      for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 2; j++) {
+          const int m = first_row + y + 16 * i, n = query + x + 16 * j;
+          const int64_t index = int64_t(h) * N + n;
+          const bool seen = n < N && m <= n && m >= shape.doc_start[n];
+          const float pe = seen ? expf(p[i][j] * scale - lse[index]) : 0.f;
+          plain_score(p_scores, i, j) = pe;
+          plain_score(ds_scores, i, j) = seen ? pe * (ds[i][j] - delta[index]) : 0.f;
+        }
+      __syncwarp();
+      add_plain(dv_acc, p_scores, dout_tile, HS);
+      add_plain(dk_acc, ds_scores, q_tile, HS);
+    }
+  }
+  store_plain(dk + kv * HS, d_ld, first_row, N, HS, dk_acc, {scale, scale});
+  store_plain(dv + kv * HS, d_ld, first_row, N, HS, dv_acc, {1, 1});
+}
+
+// One block a query head (x) and 32 queries (y): rows are queries, columns keys.
+template <class A>
+__global__ void __launch_bounds__(kPlainThreads)
+    plain_queries_kernel(A* dq, int64_t dq_ld, const A* dout, const float* lse, const float* delta,
+                         AttentionInput<A> in, AttentionShape shape, float scale) {
+  const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
+  const int first_row = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
+  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
+  float *q_tile = shared_memory<float>(), *dout_tile = q_tile + size;
+  float *k_tile = dout_tile + size, *v_tile = k_tile + size, *scores = v_tile + size;
+
+  float acc[2][kPlainEach] = {};
+  load_plain(q_tile, in.q + h * HS, in.q_ld, first_row, N, HS);
+  load_plain(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, first_row, N, HS);
+  for (int key = shape.doc_start[first_row]; key < min(first_row + kPlainTile, N);
+       key += kPlainTile) {
+    __syncthreads();  // the last tiles have been read
+    load_plain(k_tile, in.k + kv * HS, in.k_ld, key, N, HS);
+    load_plain(v_tile, in.v + kv * HS, in.v_ld, key, N, HS);
+    __syncthreads();
+    float p[2][2], ds[2][2];
+    multiply_plain(p, q_tile, k_tile, HS);
+    multiply_plain(ds, dout_tile, v_tile, HS);
+    for (int i = 0; i < 2; i++)
+      for (int j = 0; j < 2; j++) {
+        const int n = first_row + y + 16 * i, m = key + x + 16 * j;
+        const int64_t index = int64_t(h) * N + n;
+        const bool seen = n < N && m <= n && m >= shape.doc_start[n];
+        plain_score(scores, i, j) =
+            seen ? expf(p[i][j] * scale - lse[index]) * (ds[i][j] - delta[index]) : 0.f;
+      }
+    __syncwarp();
+    add_plain(acc, scores, k_tile, HS);
+  }
+  store_plain(dq + h * HS, dq_ld, first_row, N, HS, acc, {scale, scale});
+}
+
+// ---------------------------------------------------------------------------------------------
+// Flash attention in bf16 on the tensor cores. A block is 4 warps; a warp owns MT x 16 rows
+// (queries, or keys in the dk, dv kernel) and meets tiles of the other side, which come by cp.async
+// into two buffers in turn: one tile is computed while the next is on its way. Head size HS is
+// padded with zeros to D = 64 or 128 in shared memory. Accumulators stay in registers throughout.
+
+// What a lane holds of the matrices that mma.sync multiplies, D (16, 8) += A (16, 16) B (16, 8).
+// Each entry below is a lane, and the pair of neighbouring elements it has there.
+//
+//   D, and a row's place in it          column  0,1   2,3   4,5   6,7
+//                               row  0           0     1     2     3      d[0], d[1]
+//                               row  1           4     5     6     7
+//                                  ...
+//                               row  7          28    29    30    31
+//                               row  8           0     1     2     3      d[2], d[3]
+//                                  ...
+//                               row 15          28    29    30    31
+//
+//   A (bf16 pairs in registers a[0] to a[3])    columns 0 .. 7    columns 8 .. 15
+//                               rows 0 .. 7        a[0]              a[2]
+//                               rows 8 .. 15       a[1]              a[3]
+//     each quarter (8, 8) in lanes as the upper half of D
+//
+//   B (registers b0, b1)        b0 has rows 0 .. 7, b1 rows 8 .. 15
+//     each (8, 8) in lanes as the upper half of D, transposed: lane 4 c + q has rows 2 q and 2 q +
+//     1 of column c
+//
+// So the four lanes of a quad share a row of scores: its maximum and sum take two shuffles. And two
+// D side by side, rounded to pairs of bf16, are an A, register for register: the probabilities that
+// the first product leaves go into the second without passing through memory.
+
+#ifdef CAKE_CUDA_ON_CPU
+
+using cuda_on_cpu::cp_async16;         // see below; bytes land at the wait that covers them
+using cuda_on_cpu::cp_async_commit;    //
+using cuda_on_cpu::cp_async_wait;      // template <int N>
+using cuda_on_cpu::ldmatrix_x4;        //
+using cuda_on_cpu::ldmatrix_x4_trans;  //
+using cuda_on_cpu::mma_m16n8k16;       //
+
+#else
+
 __device__ inline uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
@@ -165,1571 +1677,8 @@ template <int N>  // all but the newest N groups of this thread are there
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
-__device__ inline float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 #endif
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
-template <class T>
-__device__ inline T from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline bf16 from_float<bf16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-inline constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Over the 32 lanes of a warp; every lane gets the result. A butterfly: one order.
-__device__ inline float warp_sum(float x) {
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
-  return x;
-}
-__device__ inline float warp_max(float x) {
-  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
-  return x;
-}
-// Over the block's threads (a multiple of 32, at most 1,024); every thread gets the result.
-// `scratch` is 32 floats of shared memory that no one else uses; all threads call.
-__device__ inline float block_sum(float x, float* scratch) {
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : 0.f);
-}
-__device__ inline float block_max(float x, float* scratch) {
-  x = warp_max(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  return warp_max(threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : -INFINITY);
-}
-
-// =============================================================================================
-// 2. Kernels
-//
-// Each with its launcher; cake/layers.h (plain::) has the definitions. A is the activations' type.
-// Launchers queue and return: they neither allocate nor wait, and scratch is handed in.
-//
-// All of these are bound by memory. What counts is that a byte moves once, 16 at a time, and that
-// enough of them are on their way: so most kernels are templates on W, the neighbours a thread
-// takes at once, which is a Pack's worth where rows and pointers are multiples of 16 bytes and
-// else 1. Rows go to warps: lane l has elements l W .. l W + W - 1, then those 32 W further on; a
-// warp needs no barrier. Gradients of vectors are sums over all rows: blocks sum theirs into
-// partial rows, and column_sums adds those, both in an order that depends on the shape alone.
-
-inline constexpr int kRowThreads = 256;                 // of kernels whose rows go to warps
-inline constexpr int kPartialRows = 512;                // blocks that sum for column_sums, at most
-inline constexpr size_t kRowShared = size_t(64) << 10;  // bytes such a block takes, where it can
-inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = .6931471805599453f;
-// Where running maxima begin: below any score, yet finite, so that p log p of a logit like it is 0,
-// and so that a row that has met only masked keys (-inf) multiplies its sums by exp(0) and adds
-// exp(-inf), and no NaN arises.
-inline constexpr float kLowest = -1e30f;
-
-// n elements as floats, by whole packs when n is a multiple of theirs.
-template <class T, int n>
-__device__ inline void load_floats(float (&x)[n], const T* p) {
-  constexpr int kSize = Pack<T>::kSize;
-  if constexpr (n % kSize == 0) {
-    for (int i = 0; i < n; i += kSize) {
-      const Pack<T> pack = load_pack(p + i);
-      for (int j = 0; j < kSize; j++) x[i + j] = to_float(pack.v[j]);
-    }
-  } else {
-    for (int i = 0; i < n; i++) x[i] = to_float(p[i]);
-  }
-}
-template <class T, int n>
-__device__ inline void store_floats(T* p, const float (&x)[n]) {
-  constexpr int kSize = Pack<T>::kSize;
-  if constexpr (n % kSize == 0) {
-    for (int i = 0; i < n; i += kSize) {
-      Pack<T> pack;
-      for (int j = 0; j < kSize; j++) pack.v[j] = from_float<T>(x[i + j]);
-      store_pack(p + i, pack);
-    }
-  } else {
-    for (int i = 0; i < n; i++) p[i] = from_float<T>(x[i]);
-  }
-}
-
-// Whether all these pointers, and what lies a multiple of `strides` elements of A further on, can
-// be read by packs. strides: row lengths, or'ed.
-template <class A, class... Pointers>
-static bool by_packs(int64_t strides, const Pointers*... pointers) {
-  return strides % Pack<A>::kSize == 0 &&
-         (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
-}
-
-// Grids of one warp a row, with kRowThreads threads a block.
-static dim3 warp_rows(int N) { return blocks_for(N, kRowThreads / 32); }
-
-// out[s, c] += sum_r in[r, s, c] for s = 0 and 1: in (count, sets, columns), a block has 32 columns
-// of a set. Warp w sums rows w, w + 32, ...; the warps' sums are added in order.
-__global__ void column_sums_kernel(float* out0, float* out1, const float* in, int count,
-                                   int columns) {
-  float* sums = shared_memory<float>();  // (32 warps, 32 columns)
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
-  const int64_t ld = int64_t(gridDim.y) * columns;
-  float sum = 0;
-  if (c < columns) {
-    for (int r = warp; r < count; r += 32) sum += in[r * ld + int64_t(blockIdx.y) * columns + c];
-  }
-  sums[warp * 32 + lane] = sum;
-  __syncthreads();
-  if (warp > 0 || c >= columns) return;
-  for (int w = 1; w < 32; w++) sum += sums[w * 32 + lane];
-  (blockIdx.y ? out1 : out0)[c] += sum;
-}
-static void column_sums(float* out0, float* out1, const float* in, int count, int columns,
-                        cudaStream_t stream) {
-  launch("column_sums", column_sums_kernel, dim3(blocks_for(columns, 32), out1 ? 2 : 1), 1024,
-         1024 * sizeof(float), stream, out0, out1, in, count, columns);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Elementwise. Bytes in and out, once each; a thread takes W neighbours.
-
-template <class A, int W>
-__global__ void gelu_forward_kernel(A* y, const A* x, int64_t n) {
-  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
-  if (i >= n) return;
-  float v[W];
-  load_floats(v, x + i);
-  for (int j = 0; j < W; j++) {
-    const float u = .7978845608f * (v[j] + .044715f * v[j] * v[j] * v[j]);
-    v[j] = v[j] / (1 + exp2_approx(-2 * kLog2E * u));
-  }
-  store_floats(y + i, v);
-}
-// plain::gelu: y = x s(2u), u = sqrt(2/pi) (x + .044715 x^3), s the sigmoid. y, x (n)
-template <class A>
-static void gelu_forward(A* y, const A* x, int64_t n, cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs = by_packs<A>(n, y, x);
-  launch("gelu_forward", packs ? gelu_forward_kernel<A, kW> : gelu_forward_kernel<A, 1>,
-         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, y, x, n);
-}
-
-template <class A, int W>
-__global__ void gelu_backward_kernel(A* dx, const A* dy, const A* x, int64_t n) {
-  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
-  if (i >= n) return;
-  float v[W], d[W];
-  load_floats(v, x + i);
-  load_floats(d, dy + i);
-  for (int j = 0; j < W; j++) {
-    const float u = .7978845608f * (v[j] + .044715f * v[j] * v[j] * v[j]);
-    const float du = .7978845608f * (1 + .134145f * v[j] * v[j]);
-    const float s = 1 / (1 + exp2_approx(-2 * kLog2E * u));
-    d[j] *= s + v[j] * s * (1 - s) * 2 * du;
-  }
-  store_floats(dx + i, d);
-}
-// plain::gelu_derivative: dx = dy (s + x s (1 - s) 2u'). dx, which may be dy, dy, x (n)
-template <class A>
-static void gelu_backward(A* dx, const A* dy, const A* x, int64_t n, cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs = by_packs<A>(n, dx, dy, x);
-  launch("gelu_backward", packs ? gelu_backward_kernel<A, kW> : gelu_backward_kernel<A, 1>,
-         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, dx, dy, x, n);
-}
-
-// A block a row.
-template <class A, int W>
-__global__ void swiglu_forward_kernel(A* y, const A* gate_up, int F) {
-  const int64_t row = blockIdx.x;
-  for (int i = threadIdx.x * W; i < F; i += blockDim.x * W) {
-    float gate[W], up[W];
-    load_floats(gate, gate_up + row * 2 * F + i);
-    load_floats(up, gate_up + row * 2 * F + F + i);
-    for (int j = 0; j < W; j++) up[j] *= gate[j] / (1 + exp2_approx(-kLog2E * gate[j]));
-    store_floats(y + row * F + i, up);
-  }
-}
-// plain::swiglu: y = gate s(gate) up. y (N, F); gate_up (N, 2F): the gate's columns, then up's
-template <class A>
-static void swiglu_forward(A* y, const A* gate_up, int N, int F, cudaStream_t stream) {
-  launch("swiglu_forward",
-         by_packs<A>(F, y, gate_up) ? swiglu_forward_kernel<A, Pack<A>::kSize>
-                                    : swiglu_forward_kernel<A, 1>,
-         N, kRowThreads / 2, 0, stream, y, gate_up, F);
-}
-
-template <class A, int W>
-__global__ void swiglu_backward_kernel(A* dgate_up, const A* dy, const A* gate_up, int F) {
-  const int64_t row = blockIdx.x;
-  for (int i = threadIdx.x * W; i < F; i += blockDim.x * W) {
-    float gate[W], up[W], d[W];
-    load_floats(gate, gate_up + row * 2 * F + i);
-    load_floats(up, gate_up + row * 2 * F + F + i);
-    load_floats(d, dy + row * F + i);
-    for (int j = 0; j < W; j++) {
-      const float s = 1 / (1 + exp2_approx(-kLog2E * gate[j]));
-      const float dgate = d[j] * up[j] * (s + gate[j] * s * (1 - s));
-      up[j] = d[j] * gate[j] * s;
-      gate[j] = dgate;
-    }
-    store_floats(dgate_up + row * 2 * F + i, gate);
-    store_floats(dgate_up + row * 2 * F + F + i, up);
-  }
-}
-// plain::swiglu_derivative: dup = dy gate s, dgate = dy up (s + gate s (1 - s)). dgate_up, which
-// may be gate_up, (N, 2F); dy (N, F)
-template <class A>
-static void swiglu_backward(A* dgate_up, const A* dy, const A* gate_up, int N, int F,
-                            cudaStream_t stream) {
-  launch("swiglu_backward",
-         by_packs<A>(F, dgate_up, dy, gate_up) ? swiglu_backward_kernel<A, Pack<A>::kSize>
-                                               : swiglu_backward_kernel<A, 1>,
-         N, kRowThreads / 2, 0, stream, dgate_up, dy, gate_up, F);
-}
-
-template <class A, int W>
-__global__ void add_kernel(A* y, const A* x, int64_t n) {
-  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
-  if (i >= n) return;
-  float a[W], b[W];
-  load_floats(a, y + i);
-  load_floats(b, x + i);
-  for (int j = 0; j < W; j++) a[j] += b[j];
-  store_floats(y + i, a);
-}
-// y += x. (n)
-template <class A>
-static void add(A* y, const A* x, int64_t n, cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs = by_packs<A>(n, y, x);
-  launch("add", packs ? add_kernel<A, kW> : add_kernel<A, 1>,
-         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, y, x, n);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Rows: embeddings, and the rows that the LM head takes
-
-template <class A, int W>
-__global__ void embed_forward_kernel(A* x, const A* wte, const A* wpe, const int* tokens,
-                                     const int* positions, int N, int C) {
-  const int64_t n = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
-  if (n >= N) return;
-  const A* token = wte + int64_t(tokens[n]) * C;
-  const A* position = wpe ? wpe + int64_t(positions[n]) * C : nullptr;
-  for (int c = threadIdx.x % 32 * W; c < C; c += 32 * W) {
-    float v[W], p[W];
-    load_floats(v, token + c);
-    if (position) {
-      load_floats(p, position + c);
-      for (int j = 0; j < W; j++) v[j] += p[j];
-    }
-    store_floats(x + n * C + c, v);
-  }
-}
-// x[n] = wte[tokens[n]] + wpe[positions[n]]. x (N, C), wte (V, C), wpe (T, C) or null
-template <class A>
-static void embed_forward(A* x, const A* wte, const A* wpe, const int* tokens, const int* positions,
-                          int N, int C, cudaStream_t stream) {
-  launch("embed_forward",
-         by_packs<A>(C, x, wte, wpe) ? embed_forward_kernel<A, Pack<A>::kSize>
-                                     : embed_forward_kernel<A, 1>,
-         warp_rows(N), kRowThreads, 0, stream, x, wte, wpe, tokens, positions, N, C);
-}
-
-template <class A, int W, bool scatter>
-__global__ void move_rows_kernel(A* to, const A* from, const int* row_of, int rows, int C) {
-  const int64_t r = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
-  if (r >= rows) return;
-  const int64_t n = row_of[r];
-  if (scatter && n < 0) return;
-  for (int c = threadIdx.x % 32 * W; c < C; c += 32 * W) {
-    float v[W] = {};
-    if (n >= 0) load_floats(v, from + (scatter ? r : n) * C + c);
-    store_floats(to + (scatter ? n : r) * C + c, v);
-  }
-}
-// y[r] = x[row_of[r]], zeros where that is -1. y (rows, C), x (N, C)
-template <class A>
-static void gather_rows(A* y, const A* x, const int* row_of, int rows, int C, cudaStream_t stream) {
-  launch("gather_rows",
-         by_packs<A>(C, y, x) ? move_rows_kernel<A, Pack<A>::kSize, false>
-                              : move_rows_kernel<A, 1, false>,
-         warp_rows(rows), kRowThreads, 0, stream, y, x, row_of, rows, C);
-}
-// x[row_of[r]] = y[r] but where that is -1. x (N, C), y (rows, C); no position occurs twice
-template <class A>
-static void scatter_rows(A* x, const A* y, const int* row_of, int rows, int C,
-                         cudaStream_t stream) {
-  launch("scatter_rows",
-         by_packs<A>(C, x, y) ? move_rows_kernel<A, Pack<A>::kSize, true>
-                              : move_rows_kernel<A, 1, true>,
-         warp_rows(rows), kRowThreads, 0, stream, x, y, row_of, rows, C);
-}
-
-// The embedding's gradient, dtable[ids[n]] += dx[n], is a sum of rows by id. Positions are sorted
-// by id (a stable radix sort: within an id they stay in order), and each run of one id is summed by
-// one owner: a warp when it is short, a block when it is long. So dx is read once and dtable's rows
-// are touched once, whatever the ids; the sort moves 16 bytes a position and digit.
-
-inline constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;  // of a key, sorted at a time
-inline constexpr int kSortTile = 2048;                           // keys that a block sorts
-
-// counts[digit, tile] = keys of the tile with this digit
-__global__ void sort_count_kernel(int* counts, const int* keys, int shift, int N) {
-  int* histogram = shared_memory<int>();  // (kDigits)
-  histogram[threadIdx.x] = 0;
-  __syncthreads();
-  const int first = blockIdx.x * kSortTile, end = min(N, first + kSortTile);
-  for (int i = first + threadIdx.x; i < end; i += blockDim.x) {
-    atomicAdd(histogram + (keys[i] >> shift) % kDigits, 1);
-  }
-  __syncthreads();
-  counts[threadIdx.x * gridDim.x + blockIdx.x] = histogram[threadIdx.x];
-}
-// x[i] = sum of x[0 .. i - 1], in place, by one block
-__global__ void exclusive_scan_kernel(int* x, int n) {
-  int* sums = shared_memory<int>();  // (32) of the warps
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  int before = 0;
-  for (int first = 0; first < n; first += blockDim.x) {
-    const int i = first + threadIdx.x, value = i < n ? x[i] : 0;
-    int sum = value;  // of the warp's lanes up to this one
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, sum, d);
-      if (lane >= d) sum += other;
-    }
-    if (lane == 31) sums[warp] = sum;
-    __syncthreads();
-    int total = 0;
-    for (int w = 0; w < warps; w++) {
-      if (w == warp && i < n) x[i] = before + total + sum - value;
-      total += sums[w];
-    }
-    before += total;
-    __syncthreads();
-  }
-}
-// Each key goes to where its digit's keys start, after those of earlier tiles (counts, scanned),
-// earlier warps and earlier lanes. values: null for 0, 1, 2, ...
-__global__ void sort_scatter_kernel(int* keys_out, int* values_out, const int* keys,
-                                    const int* values, const int* counts, int shift, int N) {
-  int* next = shared_memory<int>();  // (warps, kDigits) place of the warp's next key
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int each = kSortTile / warps, first = blockIdx.x * kSortTile + warp * each;
-  for (int i = threadIdx.x; i < warps * kDigits; i += blockDim.x) next[i] = 0;
-  __syncthreads();
-  for (int i = first + lane; i < min(N, first + each); i += 32) {
-    atomicAdd(next + warp * kDigits + (keys[i] >> shift) % kDigits, 1);
-  }
-  __syncthreads();
-  int place = counts[threadIdx.x * gridDim.x + blockIdx.x];  // a thread has a digit
-  for (int w = 0; w < warps; w++) {
-    const int count = next[w * kDigits + threadIdx.x];
-    next[w * kDigits + threadIdx.x] = place;
-    place += count;
-  }
-  __syncthreads();
-  for (int i = first + lane; i - lane < min(N, first + each); i += 32) {
-    const int key = i < N ? keys[i] : 0;
-    const int digit = i < N ? (key >> shift) % kDigits : kDigits;
-    const unsigned equal = __match_any_sync(kAllLanes, digit), earlier = equal & ((1u << lane) - 1);
-    int* at = next + warp * kDigits + digit;
-    const int to = i < N ? *at + __popc(earlier) : 0;
-    __syncwarp();
-    if (i < N) {
-      if (earlier == 0) *at += __popc(equal);
-      keys_out[to] = key;
-      values_out[to] = values ? values[i] : i;
-    }
-    __syncwarp();
-  }
-}
-
-inline constexpr int kShortRun = 32;      // rows of a run that is a warp's, at most
-inline constexpr int kLongThreads = 512;  // of a block that has a long one
-
-// Warp i takes the run that begins at entry i of the sorted list, if one does and it is short.
-template <class A, int W>
-__global__ void embed_backward_short_kernel(float* dtable, const A* dx, const int* ids,
-                                            const int* order, int N, int C) {
-  const int lane = threadIdx.x % 32, i = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
-  if (i >= N) return;
-  const int id = ids[i];
-  if (i > 0 && ids[i - 1] == id) return;
-  if (i + kShortRun < N && ids[i + kShortRun] == id) return;
-  const bool mine = i + lane < N && ids[i + lane] == id;
-  const int n = mine ? order[i + lane] : 0, count = __popc(__ballot_sync(kAllLanes, mine));
-  for (int first = 0; first < C; first += 32 * W) {
-    const int c = first + lane * W;
-    float sum[W] = {}, d[W];
-    for (int r = 0; r < count; r++) {
-      const int64_t row = __shfl_sync(kAllLanes, n, r);
-      if (c < C) {
-        load_floats(d, dx + row * C + c);
-        for (int j = 0; j < W; j++) sum[j] += d[j];
-      }
-    }
-    if (c >= C) continue;
-    float* to = dtable + int64_t(id) * C + c;
-    load_floats(d, to);
-    for (int j = 0; j < W; j++) sum[j] += d[j];
-    store_floats(to, sum);
-  }
-}
-// A long run holds an entry 32 k, the first of which is at most 31 after its beginning: block k
-// takes it. Warp w sums rows w, w + 32, ... of the run; the warps' sums are added in order. y:
-// columns.
-template <class A, int W>
-__global__ void embed_backward_long_kernel(float* dtable, const A* dx, const int* ids,
-                                           const int* order, int N, int C) {
-  float* sums = shared_memory<float>();  // (warps, W, 32)
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int k = blockIdx.x * kShortRun, id = ids[k];
-  if (k > 0 && ids[k - kShortRun] == id) return;
-  const int i = k - 31 + lane;
-  const int begin = k + 1 - __popc(__ballot_sync(kAllLanes, i >= 0 && ids[max(i, 0)] == id));
-  if (begin + kShortRun >= N || ids[begin + kShortRun] != id) return;
-  int end = begin + kShortRun + 1, high = N;  // of the run; ids are sorted
-  while (end < high) {
-    const int middle = (end + high) / 2;
-    if (ids[middle] == id)
-      end = middle + 1;
-    else
-      high = middle;
-  }
-  const int c = (blockIdx.y * 32 + lane) * W;
-  float sum[W] = {}, d[W];
-  if (c < C) {
-    for (int r = begin + warp; r < end; r += warps) {
-      load_floats(d, dx + int64_t(order[r]) * C + c);
-      for (int j = 0; j < W; j++) sum[j] += d[j];
-    }
-  }
-  for (int j = 0; j < W; j++) sums[(warp * W + j) * 32 + lane] = sum[j];
-  __syncthreads();
-  if (warp > 0 || c >= C) return;
-  for (int w = 1; w < warps; w++)
-    for (int j = 0; j < W; j++) sum[j] += sums[(w * W + j) * 32 + lane];
-  float* to = dtable + int64_t(id) * C + c;
-  load_floats(d, to);
-  for (int j = 0; j < W; j++) sum[j] += d[j];
-  store_floats(to, sum);
-}
-
-// Bytes of scratch for N positions over a table of `rows` rows.
-static size_t embed_backward_scratch(int N, int) {
-  return (4 * size_t(N) + size_t(kDigits) * blocks_for(N, kSortTile)) * sizeof(int);
-}
-// dtable[ids[n]] += dx[n]. dtable (rows, C), dx (N, C), ids (N) in [0, rows)
-template <class A>
-static void embed_backward(float* dtable, const A* dx, const int* ids, int N, int C, int rows,
-                           void* scratch, cudaStream_t stream) {
-  int* at = static_cast<int*>(scratch);
-  int *keys[2] = {at, at + N}, *values[2] = {at + 2 * int64_t(N), at + 3 * int64_t(N)};
-  int* counts = at + 4 * int64_t(N);  // (kDigits, tiles)
-  const int tiles = int(blocks_for(N, kSortTile));
-  const int *sorted = ids, *order = nullptr;
-  int side = 0;
-  for (int shift = 0; shift == 0 || (rows - 1) >> shift > 0; shift += kDigitBits, side ^= 1) {
-    launch("sort_count", sort_count_kernel, tiles, kDigits, kDigits * sizeof(int), stream, counts,
-           sorted, shift, N);
-    launch("exclusive_scan", exclusive_scan_kernel, 1, 1024, 32 * sizeof(int), stream, counts,
-           kDigits * tiles);
-    launch("sort_scatter", sort_scatter_kernel, tiles, kDigits,
-           kDigits / 32 * kDigits * sizeof(int), stream, keys[side], values[side], sorted, order,
-           counts, shift, N);
-    sorted = keys[side], order = values[side];
-  }
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs = by_packs<A>(C, dtable, dx);
-  const int w = packs ? kW : 1;
-  launch("embed_backward_short",
-         packs ? embed_backward_short_kernel<A, kW> : embed_backward_short_kernel<A, 1>,
-         warp_rows(N), kRowThreads, 0, stream, dtable, dx, sorted, order, N, C);
-  launch("embed_backward_long",
-         packs ? embed_backward_long_kernel<A, kW> : embed_backward_long_kernel<A, 1>,
-         dim3(blocks_for(N, kShortRun), blocks_for(C, 32 * w)), kLongThreads,
-         kLongThreads * w * sizeof(float), stream, dtable, dx, sorted, order, N, C);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Norms: x, delta and sum, y move once. A lane keeps its part of the row in shared memory, so that
-// mean, variance and y are three looks at one reading, whatever C is.
-
-template <class A, int W>
-__global__ void norm_forward_kernel(A* sum, A* y, float* mean_out, float* rstd_out, const A* x,
-                                    const A* delta, const float* weight, const float* bias,
-                                    float eps, int N, int C) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t n = blockIdx.x * (blockDim.x / 32) + warp;
-  if (n >= N) return;
-  A* row = shared_memory<A>() + warp * C;
-  float v[W], w[W], total = 0, square = 0;
-  for (int c = lane * W; c < C; c += 32 * W) {
-    load_floats(v, x + n * C + c);
-    if (delta) {
-      load_floats(w, delta + n * C + c);
-      for (int j = 0; j < W; j++) v[j] = to_float(from_float<A>(v[j] + w[j]));
-      store_floats(sum + n * C + c, v);
-    }
-    store_floats(row + c, v);
-    for (int j = 0; j < W; j++) total += v[j];
-  }
-  const float mean = bias ? warp_sum(total) / C : 0;
-  for (int c = lane * W; c < C; c += 32 * W) {
-    load_floats(v, row + c);
-    for (int j = 0; j < W; j++) square += (v[j] - mean) * (v[j] - mean);
-  }
-  const float rstd = 1 / sqrtf(warp_sum(square) / C + eps);
-  for (int c = lane * W; c < C; c += 32 * W) {
-    load_floats(v, row + c);
-    load_floats(w, weight + c);
-    for (int j = 0; j < W; j++) v[j] = (v[j] - mean) * rstd * w[j];
-    if (bias) {
-      load_floats(w, bias + c);
-      for (int j = 0; j < W; j++) v[j] += w[j];
-    }
-    store_floats(y + n * C + c, v);
-  }
-  if (lane == 0 && mean_out) mean_out[n] = mean;
-  if (lane == 0 && rstd_out) rstd_out[n] = rstd;
-}
-// plain::norm_forward of sum = x + delta, rounded to A: y = (sum - mean) rstd w + b; RMSNorm (bias
-// null): mean 0, no b. sum (which may be x), y, x, delta (N, C); mean, rstd (N) or null; weight
-// (C). delta null: of x itself, and sum is not written.
-template <class A>
-static void residual_norm_forward(A* sum, A* y, float* mean, float* rstd, const A* x,
-                                  const A* delta, const float* weight, const float* bias, float eps,
-                                  int N, int C, cudaStream_t stream) {
-  const size_t row = size_t(C) * sizeof(A);
-  const int warps = int(std::clamp<size_t>(kRowShared / row, 1, kRowThreads / 32));
-  launch("norm_forward",
-         by_packs<A>(C, sum, y, x, delta, weight, bias) ? norm_forward_kernel<A, Pack<A>::kSize>
-                                                        : norm_forward_kernel<A, 1>,
-         blocks_for(N, warps), 32 * warps, warps * row, stream, sum, y, mean, rstd, x, delta,
-         weight, bias, eps, N, C);
-}
-template <class A>
-static void norm_forward(A* y, float* mean, float* rstd, const A* x, const float* weight,
-                         const float* bias, float eps, int N, int C, cudaStream_t stream) {
-  residual_norm_forward<A>(nullptr, y, mean, rstd, x, nullptr, weight, bias, eps, N, C, stream);
-}
-
-// Where in shared memory a lane keeps a float for each of its columns: the W floats of lane l as
-// packs of 4, lanes side by side, so that 16-byte accesses meet all banks.
-template <int W>
-__device__ inline int column_slot(int c) {
-  if constexpr (W == 1) return c;
-  const int lane = c / W % 32, j = c % W;
-  return c - c % (32 * W) + j / 4 * 128 + lane * 4 + j % 4;
-}
-template <int W>
-__device__ inline void add_to_slots(float* slots, int c, const float (&d)[W]) {
-  if constexpr (W == 1) {
-    slots[c] += d[0];
-  } else {
-    for (int j = 0; j < W; j += 4) {
-      float* at = slots + column_slot<W>(c + j);
-      Pack<float> sum = load_pack(at);
-      for (int i = 0; i < 4; i++) sum.v[i] += d[j + i];
-      store_pack(at, sum);
-    }
-  }
-}
-
-// Reads dy, x and dx, writes dx, once each (the second look at dy and x finds them in the cache). A
-// warp's rows are g, g + all warps, ...; its sums for dw and db stay in shared memory until the
-// end.
-template <class A, int W>
-__global__ void norm_backward_kernel(A* dx, float* partials, const A* dy, const A* x,
-                                     const float* mean_in, const float* rstd_in,
-                                     const float* weight, int N, int C, int padded) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const bool bias = mean_in != nullptr;
-  float* shared = shared_memory<float>();  // (warps, 2, padded): dw, db
-  float *dw = shared + warp * 2 * padded, *db = dw + padded;
-  for (int c = lane; partials && c < 2 * padded; c += 32) dw[c] = 0;
-  __syncwarp();
-  for (int64_t n = blockIdx.x * warps + warp; n < N; n += gridDim.x * warps) {
-    const float mean = bias ? mean_in[n] : 0, rstd = rstd_in[n];
-    float v[W], d[W], w[W], g_sum = 0, gh_sum = 0;
-    for (int c = lane * W; c < C; c += 32 * W) {
-      load_floats(v, x + n * C + c);
-      load_floats(d, dy + n * C + c);
-      load_floats(w, weight + c);
-      for (int j = 0; j < W; j++) {
-        const float h = (v[j] - mean) * rstd, g = d[j] * w[j];
-        g_sum += g;
-        gh_sum += g * h;
-        v[j] = d[j] * h;
-      }
-      if (!partials) continue;
-      add_to_slots<W>(dw, c, v);
-      if (bias) add_to_slots<W>(db, c, d);
-    }
-    const float g_mean = bias ? warp_sum(g_sum) / C : 0, gh_mean = warp_sum(gh_sum) / C;
-    for (int c = lane * W; c < C; c += 32 * W) {
-      float to[W];
-      load_floats(v, x + n * C + c);
-      load_floats(d, dy + n * C + c);
-      load_floats(w, weight + c);
-      load_floats(to, dx + n * C + c);
-      for (int j = 0; j < W; j++) {
-        const float h = (v[j] - mean) * rstd;
-        to[j] += rstd * (d[j] * w[j] - g_mean - h * gh_mean);
-      }
-      store_floats(dx + n * C + c, to);
-    }
-  }
-  if (!partials) return;
-  __syncthreads();
-  const int sets = bias ? 2 : 1;
-  for (int i = threadIdx.x; i < sets * C; i += blockDim.x) {
-    const int set = i / C, c = i % C;
-    float sum = 0;
-    for (int w = 0; w < warps; w++) sum += shared[(w * 2 + set) * padded + column_slot<W>(c)];
-    partials[(int64_t(blockIdx.x) * sets + set) * C + c] = sum;
-  }
-}
-static size_t norm_backward_scratch(int N, int C) {  // bytes
-  return size_t(std::min(N, kPartialRows)) * 2 * size_t(C) * sizeof(float);
-}
-// plain::norm_backward: with h = (x - mean) rstd and g = dy w, dx += rstd (g - [mean of g] - h mean
-// of g h), dweight += dy h, dbias += dy; RMSNorm (mean and dbias null) without the bracket. dweight
-// and dbias null: frozen. dx, dy, x (N, C); mean, rstd (N) from forward; dweight, dbias, weight (C)
-template <class A>
-static void norm_backward(A* dx, float* dweight, float* dbias, const A* dy, const A* x,
-                          const float* mean, const float* rstd, const float* weight, int N, int C,
-                          void* scratch, cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs = by_packs<A>(C, dx, dy, x, weight);
-  const int padded = int(blocks_for(C, 32 * (packs ? kW : 1))) * 32 * (packs ? kW : 1);
-  const size_t sums = dweight ? 2 * size_t(padded) * sizeof(float) : 0;  // of a warp
-  const int most = kRowThreads / 32;
-  const int warps = sums ? int(std::clamp<size_t>(kRowShared / sums, 1, most)) : most;
-  const int blocks = std::min<int>(int(blocks_for(N, warps)), kPartialRows);
-  float* partials = dweight ? static_cast<float*>(scratch) : nullptr;  // (blocks, 1 or 2, C)
-  launch("norm_backward", packs ? norm_backward_kernel<A, kW> : norm_backward_kernel<A, 1>, blocks,
-         32 * warps, warps * sums, stream, dx, partials, dy, x, mean, rstd, weight, N, C, padded);
-  if (dweight) column_sums(dweight, dbias, partials, blocks, C, stream);
-}
-
-// ---------------------------------------------------------------------------------------------
-// QK-norm and RoPE: q and k move once. A head goes to a group of 1 to 32 lanes, each of which has W
-// pairs (x[i], x[i + HS/2]) at once; HS up to 256.
-
-template <int W>
-inline constexpr int kPairPasses = W == 1 ? 4 : 1;
-inline constexpr int kMostHeadSize = 256;
-
-__device__ inline float group_sum(float x, int lanes) {  // over groups of `lanes`, a power of two
-  for (int d = lanes / 2; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
-  return x;
-}
-static int head_lanes(int HS, int W) {
-  if (HS > kMostHeadSize) fail("cuda: head size ", HS, ", expected at most ", kMostHeadSize);
-  int lanes = 1;
-  while (lanes < 32 && lanes * W < HS / 2) lanes *= 2;
-  return lanes;
-}
-
-template <class A, int W>
-__global__ void qk_forward_kernel(A* q, int64_t q_ld, A* k, int64_t k_ld, const A* q_in,
-                                  const A* k_in, int64_t in_ld, const float* q_norm,
-                                  const float* k_norm, const float2* rope, const int* positions,
-                                  float eps, int N, int NH, int NKV, int HS, int lanes) {
-  const int half = HS / 2, lane = threadIdx.x % lanes;
-  const int64_t item = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-  const bool live = item < int64_t(N) * (NH + NKV);  // if not, it only takes part in the shuffles
-  const int64_t n = live ? item / (NH + NKV) : 0;
-  const int head = live ? int(item % (NH + NKV)) : 0;
-  const bool is_q = head < NH;
-  const A* from = (is_q ? q_in : k_in) + n * in_ld + (is_q ? head : head - NH) * HS;
-  A* to = is_q ? q + n * q_ld + head * HS : k + n * k_ld + (head - NH) * HS;
-  const float* turns = reinterpret_cast<const float*>(rope + int64_t(positions[n]) * half);
-
-  float a[kPairPasses<W>][W], b[kPairPasses<W>][W], square = 0;
-  for (int p = 0; p < kPairPasses<W>; p++) {
-    const int i = (p * lanes + lane) * W;
-    if (i >= half) continue;
-    load_floats(a[p], from + i);
-    load_floats(b[p], from + half + i);
-    for (int j = 0; j < W; j++) square += a[p][j] * a[p][j] + b[p][j] * b[p][j];
-  }
-  const float* weight = is_q ? q_norm : k_norm;
-  const float rstd = q_norm ? 1 / sqrtf(group_sum(square, lanes) / HS + eps) : 1;
-  for (int p = 0; p < kPairPasses<W>; p++) {
-    const int i = (p * lanes + lane) * W;
-    if (i >= half || !live) continue;
-    if (weight) {
-      float wa[W], wb[W];
-      load_floats(wa, weight + i);
-      load_floats(wb, weight + half + i);
-      for (int j = 0; j < W; j++) a[p][j] *= rstd * wa[j], b[p][j] *= rstd * wb[j];
-    }
-    float turn[2 * W];  // cos, sin of each pair
-    load_floats(turn, turns + 2 * i);
-    for (int j = 0; j < W; j++) {
-      const float x = a[p][j], y = b[p][j], c = turn[2 * j], s = turn[2 * j + 1];
-      a[p][j] = x * c - y * s;
-      b[p][j] = y * c + x * s;
-    }
-    store_floats(to + i, a[p]);
-    store_floats(to + half + i, b[p]);
-  }
-}
-// plain::norm_forward over each head of q and k (q_norm, k_norm (HS) null: none), then plain::rope:
-// the pair (x[i], x[i + HS/2]) turns by the angle of rope[position, i] = (cos, sin). q, q_in
-// (N, NH HS), k, k_in (N, NKV HS) with rows q_ld, k_ld, in_ld apart; q may be q_in and k k_in
-template <class A>
-static void qk_forward(A* q, int64_t q_ld, A* k, int64_t k_ld, const A* q_in, const A* k_in,
-                       int64_t in_ld, const float* q_norm, const float* k_norm, const float2* rope,
-                       const int* positions, float eps, int N, int NH, int NKV, int HS,
-                       cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs = HS % 2 == 0 && by_packs<A>(HS / 2 | q_ld | k_ld | in_ld, q, k, q_in, k_in,
-                                                q_norm, k_norm, rope);
-  const int lanes = head_lanes(HS, packs ? kW : 1);
-  launch("qk_forward", packs ? qk_forward_kernel<A, kW> : qk_forward_kernel<A, 1>,
-         blocks_for(int64_t(N) * (NH + NKV) * lanes, kRowThreads), kRowThreads, 0, stream, q, q_ld,
-         k, k_ld, q_in, k_in, in_ld, q_norm, k_norm, rope, positions, eps, N, NH, NKV, HS, lanes);
-}
-
-// y = 0: q, 1: k. Lanes keep their columns' sums for the norm's gradient in registers.
-template <class A, int W>
-__global__ void qk_backward_kernel(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in,
-                                   int64_t in_ld, const float* q_norm, const float* k_norm,
-                                   float* partials, const float2* rope, const int* positions,
-                                   float eps, int N, int NH, int NKV, int HS, int lanes) {
-  const int half = HS / 2, lane = threadIdx.x % lanes, groups = blockDim.x / lanes;
-  const int heads = blockIdx.y ? NKV : NH;
-  const A* in = blockIdx.y ? k_in : q_in;
-  A* gradient = blockIdx.y ? dk : dq;
-  const float* weight = blockIdx.y ? k_norm : q_norm;
-  const int64_t items = int64_t(N) * heads;
-  float da[kPairPasses<W>][W] = {}, db[kPairPasses<W>][W] = {};  // of the weights
-  for (int64_t first = int64_t(blockIdx.x) * groups; first < items;
-       first += int64_t(gridDim.x) * groups) {
-    const int64_t item = first + threadIdx.x / lanes;
-    const bool live = item < items;
-    const int64_t n = live ? item / heads : 0, head = live ? item % heads : 0;
-    A* d = gradient + n * ld + head * HS;
-    const A* x = in + n * in_ld + head * HS;
-    const float* turns = reinterpret_cast<const float*>(rope + int64_t(positions[n]) * half);
-
-    float a[kPairPasses<W>][W] = {}, b[kPairPasses<W>][W] = {};  // dy, turned back; then dx
-    float xa[kPairPasses<W>][W] = {}, xb[kPairPasses<W>][W] = {};
-    float square = 0, gx_sum = 0;
-    for (int p = 0; p < kPairPasses<W>; p++) {
-      const int i = (p * lanes + lane) * W;
-      if (i >= half || !live) continue;
-      float turn[2 * W];
-      load_floats(a[p], d + i);
-      load_floats(b[p], d + half + i);
-      load_floats(turn, turns + 2 * i);
-      for (int j = 0; j < W; j++) {
-        const float u = a[p][j], v = b[p][j], c = turn[2 * j], s = -turn[2 * j + 1];
-        a[p][j] = u * c - v * s;
-        b[p][j] = v * c + u * s;
-      }
-      if (!weight) continue;
-      float wa[W], wb[W];
-      load_floats(xa[p], x + i);
-      load_floats(xb[p], x + half + i);
-      load_floats(wa, weight + i);
-      load_floats(wb, weight + half + i);
-      for (int j = 0; j < W; j++) {
-        square += xa[p][j] * xa[p][j] + xb[p][j] * xb[p][j];
-        gx_sum += xa[p][j] * a[p][j] * wa[j] + xb[p][j] * b[p][j] * wb[j];
-      }
-    }
-    float rstd = 1, gh_mean = 0;
-    if (weight) {
-      rstd = 1 / sqrtf(group_sum(square, lanes) / HS + eps);
-      gh_mean = group_sum(gx_sum, lanes) * rstd / HS;
-    }
-    for (int p = 0; p < kPairPasses<W>; p++) {
-      const int i = (p * lanes + lane) * W;
-      if (i >= half || !live) continue;
-      if (weight) {
-        float wa[W], wb[W];
-        load_floats(wa, weight + i);
-        load_floats(wb, weight + half + i);
-        for (int j = 0; j < W; j++) {
-          const float ha = xa[p][j] * rstd, hb = xb[p][j] * rstd;
-          da[p][j] += a[p][j] * ha;
-          db[p][j] += b[p][j] * hb;
-          a[p][j] = rstd * (a[p][j] * wa[j] - ha * gh_mean);
-          b[p][j] = rstd * (b[p][j] * wb[j] - hb * gh_mean);
-        }
-      }
-      store_floats(d + i, a[p]);
-      store_floats(d + half + i, b[p]);
-    }
-  }
-  if (!partials) return;
-  float* sums = shared_memory<float>();  // (groups, HS)
-  for (int p = 0; p < kPairPasses<W>; p++) {
-    const int i = (p * lanes + lane) * W;
-    for (int j = 0; j < W && i < half; j++) {
-      sums[threadIdx.x / lanes * HS + i + j] = da[p][j];
-      sums[threadIdx.x / lanes * HS + half + i + j] = db[p][j];
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < HS; i += blockDim.x) {
-    float sum = 0;
-    for (int g = 0; g < groups; g++) sum += sums[g * HS + i];
-    partials[(int64_t(blockIdx.x) * 2 + blockIdx.y) * HS + i] = sum;
-  }
-}
-static size_t qk_backward_scratch(int, int HS) {  // bytes
-  return size_t(kPartialRows) * 2 * size_t(HS) * sizeof(float);
-}
-// Backward of qk_forward, dq and dk in place: turns back, then plain::norm_backward over each head
-// (q_norm null: none); dq_norm, dk_norm (HS) += theirs (null: frozen). dq, dk rows ld apart; q_in,
-// k_in in_ld.
-template <class A>
-static void qk_backward(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in, int64_t in_ld,
-                        const float* q_norm, const float* k_norm, float* dq_norm, float* dk_norm,
-                        const float2* rope, const int* positions, float eps, int N, int NH, int NKV,
-                        int HS, void* scratch, cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs =
-      HS % 2 == 0 && by_packs<A>(HS / 2 | ld | in_ld, dq, dk, q_in, k_in, q_norm, k_norm, rope);
-  const int lanes = head_lanes(HS, packs ? kW : 1), groups = kRowThreads / lanes;
-  const int blocks =
-      int(std::min<unsigned>(blocks_for(int64_t(N) * std::max(NH, NKV), groups), kPartialRows));
-  const bool trained = q_norm && dq_norm;
-  float* partials = trained ? static_cast<float*>(scratch) : nullptr;  // (blocks, 2, HS)
-  launch("qk_backward", packs ? qk_backward_kernel<A, kW> : qk_backward_kernel<A, 1>,
-         dim3(blocks, 2), kRowThreads, size_t(groups) * HS * sizeof(float), stream, dq, dk, ld,
-         q_in, k_in, in_ld, q_norm, k_norm, partials, rope, positions, eps, N, NH, NKV, HS, lanes);
-  if (trained) column_sums(dq_norm, dk_norm, partials, blocks, HS, stream);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Gradients of biases, and the scalar head
-
-// partials[b, o] = sum over rows n of block b of weight[n] dy[n, o] (weight null: 1). Grid: x over
-// columns, 32 W a block; y over blocks of rows. Reads dy once.
-template <class A, int W>
-__global__ void column_partials_kernel(float* partials, const A* dy, const float* weight, int N,
-                                       int out) {
-  float* sums = shared_memory<float>();  // (warps, W, 32)
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int c = (blockIdx.x * 32 + lane) * W;
-  float sum[W] = {}, d[W];
-  if (c < out) {
-    for (int64_t n = blockIdx.y * warps + warp; n < N; n += gridDim.y * warps) {
-      const float w = weight ? weight[n] : 1;
-      load_floats(d, dy + n * out + c);
-      for (int j = 0; j < W; j++) sum[j] += w * d[j];
-    }
-  }
-  for (int j = 0; j < W; j++) sums[(warp * W + j) * 32 + lane] = sum[j];
-  __syncthreads();
-  if (warp > 0 || c >= out) return;
-  for (int w = 1; w < warps; w++)
-    for (int j = 0; j < W; j++) sum[j] += sums[(w * W + j) * 32 + lane];
-  store_floats(partials + int64_t(blockIdx.y) * out + c, sum);
-}
-static int bias_partial_rows(int N) { return int(std::min(blocks_for(N, 64), 256u)); }
-static size_t bias_backward_scratch(int N, int out) {  // bytes
-  return size_t(bias_partial_rows(N)) * size_t(out) * sizeof(float);
-}
-template <class A>
-static void weighted_bias_backward(float* db, const A* dy, const float* weight, int N, int out,
-                                   void* scratch, cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  float* partials = static_cast<float*>(scratch);
-  const bool packs = by_packs<A>(out, dy, partials);
-  const int w = packs ? kW : 1, rows = bias_partial_rows(N);
-  launch("column_partials", packs ? column_partials_kernel<A, kW> : column_partials_kernel<A, 1>,
-         dim3(blocks_for(out, 32 * w), rows), kRowThreads, kRowThreads * w * sizeof(float), stream,
-         partials, dy, weight, N, out);
-  column_sums(db, nullptr, partials, rows, out, stream);
-}
-// db[o] += sum_n dy[n, o]. db (out), dy (N, out)
-template <class A>
-static void bias_backward(float* db, const A* dy, int N, int out, void* scratch,
-                          cudaStream_t stream) {
-  weighted_bias_backward(db, dy, nullptr, N, out, scratch, stream);
-}
-
-template <class A, int W>
-__global__ void value_forward_kernel(float* value, const A* x, const A* weight, int N, int C) {
-  const int64_t n = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
-  if (n >= N) return;
-  float v[W], w[W], sum = 0;
-  for (int c = threadIdx.x % 32 * W; c < C; c += 32 * W) {
-    load_floats(v, x + n * C + c);
-    load_floats(w, weight + c);
-    for (int j = 0; j < W; j++) sum += v[j] * w[j];
-  }
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) value[n] = sum;
-}
-// value[n] = x[n] . w. value (N), x (N, C), w (C)
-template <class A>
-static void value_forward(float* value, const A* x, const A* w, int N, int C, cudaStream_t stream) {
-  launch(
-      "value_forward",
-      by_packs<A>(C, x, w) ? value_forward_kernel<A, Pack<A>::kSize> : value_forward_kernel<A, 1>,
-      warp_rows(N), kRowThreads, 0, stream, value, x, w, N, C);
-}
-
-template <class A, int W>
-__global__ void value_backward_kernel(A* dx, const float* dvalue, const A* weight, int N, int C) {
-  const int64_t n = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
-  if (n >= N) return;
-  for (int c = threadIdx.x % 32 * W; c < C; c += 32 * W) {
-    float w[W];
-    load_floats(w, weight + c);
-    for (int j = 0; j < W; j++) w[j] *= dvalue[n];
-    store_floats(dx + n * C + c, w);
-  }
-}
-static size_t value_backward_scratch(int N, int C) { return bias_backward_scratch(N, C); }  // bytes
-// dx[n] = dvalue[n] w;  dw += sum_n dvalue[n] x[n] (null: frozen). dx, x (N, C), dw, w (C), dvalue
-// (N)
-template <class A>
-static void value_backward(A* dx, float* dw, const float* dvalue, const A* x, const A* w, int N,
-                           int C, void* scratch, cudaStream_t stream) {
-  launch("value_backward",
-         by_packs<A>(C, dx, w) ? value_backward_kernel<A, Pack<A>::kSize>
-                               : value_backward_kernel<A, 1>,
-         warp_rows(N), kRowThreads, 0, stream, dx, dvalue, w, N, C);
-  if (dw) weighted_bias_backward(dw, x, dvalue, N, C, scratch, stream);
-}
-
-// ---------------------------------------------------------------------------------------------
-// LM head: a row of logits -> log p(target), entropy, and in place their gradient
-
-// Bytes of a row that a block keeps in shared memory: two blocks a multiprocessor from A100 on.
-inline constexpr size_t kClassifierShared = size_t(80) << 10;
-
-// A block a row: reads it once, writes it once. The first pass is an online softmax (Milakov,
-// Gimelshein 2018) in powers of 2; the second finds the first `kept` elements in shared memory and
-// the rest, if any, in the L2 cache.
-template <class A, int W>
-__global__ void classifier_kernel(A* logits, int64_t ld, const int* row_of, const int* targets,
-                                  const float* dlogp, const float* dentropy, float* logp_out,
-                                  float* entropy_out, float inverse_temperature, int V, int kept,
-                                  bool backward) {
-  float* scratch = shared_memory<float>();       // (32)
-  A* copy = reinterpret_cast<A*>(scratch + 32);  // (kept)
-  A* row = logits + blockIdx.x * ld;
-  const int n = row_of[blockIdx.x], target = n < 0 ? -1 : targets[n];
-  const int first = threadIdx.x * W, stride = blockDim.x * W;
-  if (target < 0) {
-    const float zero[W] = {};
-    for (int j = first; backward && j < ld; j += stride) store_floats(row + j, zero);
-    return;
-  }
-  const float k = inverse_temperature * kLog2E;
-  const float at_target = to_float(row[target]);
-
-  // sum of 2^z and of z 2^z, z = (x - highest) k
-  float v[W], highest = kLowest, sum = 0, weighted = 0;
-  for (int j = first; j < V; j += stride) {
-    float top = highest;
-    if (j + W <= V) {
-      load_floats(v, row + j);
-    } else {
-      for (int i = 0; i < W; i++) v[i] = j + i < V ? to_float(row[j + i]) : kLowest;
-    }
-    if (j < kept) store_floats(copy + j, v);
-    for (int i = 0; i < W; i++) top = fmaxf(top, v[i]);
-    if (top > highest) {
-      const float d = (highest - top) * k, shrink = exp2_approx(d);
-      weighted = shrink * (weighted + d * sum);
-      sum *= shrink;
-      highest = top;
-    }
-    const float offset = highest * k;
-    for (int i = 0; i < W; i++) {
-      const float z = v[i] * k - offset, e = exp2_approx(z);
-      sum += e;
-      weighted += e * z;
-    }
-  }
-  const float most = block_max(highest, scratch), d = (highest - most) * k;
-  const float shrink = exp2_approx(d);
-  weighted = block_sum(shrink > 0 ? shrink * (weighted + d * sum) : 0, scratch);
-  sum = block_sum(shrink * sum, scratch);
-  const float offset = most * k, log_sum = log2f(sum);
-  const float entropy = (log_sum - weighted / sum) * kLn2;
-  if (threadIdx.x == 0) {
-    logp_out[n] = (at_target * k - offset - log_sum) * kLn2;
-    if (entropy_out) entropy_out[n] = entropy;
-  }
-  if (!backward) return;
-
-  // dlogits[j] = p_j (a + b (log p_j + H)), and at the target - a
-  const float a = dlogp ? -dlogp[n] * inverse_temperature : 0;
-  const float b = dentropy ? -dentropy[n] * inverse_temperature : 0;
-  const float c0 = a + b * entropy, c1 = b * kLn2, shift = offset + log_sum;
-  for (int j = first; j < ld; j += stride) {
-    if (j < kept)
-      load_floats(v, copy + j);
-    else
-      load_floats(v, row + j);
-    for (int i = 0; i < W; i++) {
-      const float l = v[i] * k - shift;  // log2 of p
-      v[i] = exp2_approx(l) * (c0 + c1 * l);
-    }
-    if (j <= target && target < j + W) {
-      for (int i = 0; i < W; i++) v[i] -= j + i == target ? a : 0;
-    }
-    if (j + W > V) {  // the padding, which may hold anything
-      for (int i = 0; i < W; i++) v[i] = j + i < V ? v[i] : 0;
-    }
-    store_floats(row + j, v);
-  }
-}
-// plain::classifier_forward: logp[n] = log p(targets[n]) and entropy[n] of softmax(logits[r] x
-// inverse_temperature), n = row_of[r]. When `backward`, the logits become
-// plain::classifier_backward of dlogp and dentropy ((N); null: 0): dlogits[j] = (dlogp (1[j =
-// target] - p_j) - dentropy p_j (log p_j + H)) / temperature, 0 in columns V to ld and in rows with
-// row_of -1. logits (rows, ld); targets, logp, entropy (or null) (N)
-template <class A>
-static void classifier(A* logits, int64_t ld, const int* row_of, const int* targets,
-                       const float* dlogp, const float* dentropy, float* logp, float* entropy,
-                       float inverse_temperature, int V, int rows, bool backward,
-                       cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs = by_packs<A>(ld, logits);
-  const int w = packs ? kW : 1;
-  const int threads = int(std::min<unsigned>(1024, blocks_for(V, 32 * w) * 32));
-  const int kept =
-      backward ? int(std::min<int64_t>(blocks_for(V, w) * w, kClassifierShared / sizeof(A))) : 0;
-  launch("classifier", packs ? classifier_kernel<A, kW> : classifier_kernel<A, 1>, rows, threads,
-         32 * sizeof(float) + size_t(kept) * sizeof(A), stream, logits, ld, row_of, targets, dlogp,
-         dentropy, logp, entropy, inverse_temperature, V, kept, backward);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Sums that steer a step, in double; they stay on the device
-
-// Over the block's threads, in a fixed order; all get it. scratch: 32 doubles of shared memory
-__device__ inline double block_sum_double(double x, double* scratch) {
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0;
-  for (unsigned w = 0; w < blockDim.x / 32; w++) x += scratch[w];
-  return x;
-}
-
-__global__ void weighted_sum_kernel(double* out, const float* a, const float* b, int n) {
-  double sum = 0;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) sum += double(a[i]) * (b ? b[i] : 1);
-  sum = block_sum_double(sum, shared_memory<double>());
-  if (threadIdx.x == 0) *out += sum;
-}
-// *out += sum_i a[i] b[i] (b null: 1), by one block. a, b (n)
-static void weighted_sum(double* out, const float* a, const float* b, int n, cudaStream_t stream) {
-  launch("weighted_sum", weighted_sum_kernel, 1, 1024, 32 * sizeof(double), stream, out, a, b, n);
-}
-
-// What an update needs to know about the whole gradient.
-struct DeviceStep {
-  double grad_norm;    // before clipping
-  float scale;         // that clips it
-  int skip;            // the norm is not finite: weights and optimizer state are left as they are
-  double loss;         // sum of dlogp logp over the batches of the last step
-  double loss_so_far;  // over those of the step under way
-};
-inline constexpr int kSquarePartials = 1024;  // doubles that sum_of_squares writes
-
-// Reads g once; four squares are added in float, all else in double.
-__global__ void sum_of_squares_kernel(double* partials, const float* g, int64_t n) {
-  const int64_t stride = int64_t(gridDim.x) * blockDim.x * 4;
-  double sum = 0;
-  for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < n; i += stride) {
-    float v[4] = {};
-    if (i + 4 <= n) {
-      load_floats(v, g + i);
-    } else {
-      for (int j = 0; i + j < n; j++) v[j] = g[i + j];
-    }
-    sum += v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
-  }
-  sum = block_sum_double(sum, shared_memory<double>());
-  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
-}
-// partials (kSquarePartials) = sums of g^2 over parts of g (n), which is 16-byte aligned
-static void sum_of_squares(double* partials, const float* g, int64_t n, cudaStream_t stream) {
-  launch("sum_of_squares", sum_of_squares_kernel, kSquarePartials, kRowThreads, 32 * sizeof(double),
-         stream, partials, g, n);
-}
-
-__global__ void finish_norm_kernel(DeviceStep* step, const double* partials, int count,
-                                   float max_norm) {
-  double sum = 0;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partials[i];
-  sum = block_sum_double(sum, shared_memory<double>());
-  if (threadIdx.x > 0) return;
-  const double norm = sqrt(sum);
-  step->grad_norm = norm;
-  step->scale = max_norm > 0 && norm > max_norm ? float(max_norm / norm) : 1.f;
-  step->skip = !isfinite(norm);
-  step->loss = step->loss_so_far;
-  step->loss_so_far = 0;
-}
-// step from partials (count); max_norm 0: any norm
-static void finish_norm(DeviceStep* step, const double* partials, int count, float max_norm,
-                        cudaStream_t stream) {
-  launch("finish_norm", finish_norm_kernel, 1, 1024, 32 * sizeof(double), stream, step, partials,
-         count, max_norm);
-}
-
-// ---------------------------------------------------------------------------------------------
-// AdamW: reads w, g, m, v and writes w, m, v and the copy once: 30 bytes a parameter
-
-struct AdamW {
-  float lr, decay, beta1, beta2, eps;
-  float c1, c2;  // 1 / (1 - beta^step)
-};
-template <int W>
-__global__ void adamw_kernel(float* w, bf16* copy, const float* g, float* m, float* v, int64_t n,
-                             AdamW o, const DeviceStep* step) {
-  if (step->skip) return;
-  const float scale = step->scale, keep = 1 - o.lr * o.decay;
-  const auto update = [&](float& wi, float gi, float& mi, float& vi) {
-    gi *= scale;
-    mi = o.beta1 * mi + (1 - o.beta1) * gi;
-    vi = o.beta2 * vi + (1 - o.beta2) * gi * gi;
-    wi = keep * wi - o.lr * o.c1 * mi / (sqrtf(vi * o.c2) + o.eps);
-  };
-  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
-  if (i + W <= n) {
-    float wi[W], gi[W], mi[W], vi[W];
-    load_floats(wi, w + i);
-    load_floats(gi, g + i);
-    load_floats(mi, m + i);
-    load_floats(vi, v + i);
-    for (int j = 0; j < W; j++) update(wi[j], gi[j], mi[j], vi[j]);
-    store_floats(w + i, wi);
-    store_floats(m + i, mi);
-    store_floats(v + i, vi);
-    if (copy) store_floats(copy + i, wi);
-  } else {
-    for (int64_t j = i; j < n; j++) {
-      update(w[j], g[j], m[j], v[j]);
-      if (copy) copy[j] = from_float<bf16>(w[j]);
-    }
-  }
-}
-// With g scaled by step->scale: m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
-// w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w), as adamw() of train_gpt.cpp;
-// nothing when step->skip. w, g, m, v, copy (w in bf16, or null) (n)
-static void adamw(float* w, bf16* copy, const float* g, float* m, float* v, int64_t n, float lr,
-                  float decay, const OptimizerStep& o, const DeviceStep* step,
-                  cudaStream_t stream) {
-  const AdamW how{lr,
-                  decay,
-                  o.beta1,
-                  o.beta2,
-                  o.eps,
-                  1 / (1 - float(std::pow(double(o.beta1), double(o.step)))),
-                  1 / (1 - float(std::pow(double(o.beta2), double(o.step))))};
-  const bool packs = by_packs<bf16>(0, w, copy, g, m, v);
-  launch("adamw", packs ? adamw_kernel<8> : adamw_kernel<1>,
-         blocks_for(n, kRowThreads * (packs ? 8 : 1)), kRowThreads, 0, stream, w, copy, g, m, v, n,
-         how, step);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Muon, as muon() of train_gpt.cpp, for a batch of equal matrices. The products between these steps
-// are the engine's, and they are where the time goes.
-//
-//   muon_momentum  m = mu m + (1-mu) g, and the squares of u = mu m + (1-mu) g
-//   muon_begin     X = u / (||u|| + 1e-7), transposed when tall: (rows, columns) is wide
-//   five times     A = X X^T, B = A A;  B = 2.0315 B - 4.7750 A;  X = B X + 3.4445 X
-//   muon_update    w -= lr (X + decay w), transposed back
-
-struct MuonBatch {
-  const int64_t* offsets;  // (count) of the matrices in w, g and m; on the device
-  int count, out, in;
-  bool tall() const { return out > in; }
-  int rows() const { return std::min(out, in); }  // of X
-  int columns() const { return std::max(out, in); }
-};
-inline constexpr int kMuonBlocks = 64;  // for a matrix's norm
-
-// Bytes of scratch for the squares.
-static size_t muon_squares_scratch(int count) {
-  return size_t(count) * kMuonBlocks * sizeof(float);
-}
-
-__global__ void muon_momentum_kernel(float* m, float* squares, const float* g,
-                                     const int64_t* offsets, int64_t size, float mu,
-                                     const DeviceStep* step) {
-  if (step->skip) return;
-  const int64_t offset = offsets[blockIdx.y];
-  const float scale = step->scale;
-  float square = 0;
-  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < size;
-       i += int64_t(kMuonBlocks) * blockDim.x) {
-    const float grad = g[offset + i] * scale, mi = mu * m[offset + i] + (1 - mu) * grad;
-    const float u = mu * mi + (1 - mu) * grad;
-    m[offset + i] = mi;
-    square += u * u;
-  }
-  square = block_sum(square, shared_memory<float>());
-  if (threadIdx.x == 0) squares[blockIdx.y * kMuonBlocks + blockIdx.x] = square;
-}
-// m, g: the arenas that batch.offsets point into; squares (count, kMuonBlocks)
-static void muon_momentum(float* m, float* squares, const float* g, const MuonBatch& batch,
-                          float mu, const DeviceStep* step, cudaStream_t stream) {
-  launch("muon_momentum", muon_momentum_kernel, dim3(kMuonBlocks, batch.count), kRowThreads,
-         32 * sizeof(float), stream, m, squares, g, batch.offsets, int64_t(batch.out) * batch.in,
-         mu, step);
-}
-
-// A block has a tile of 32 x 32, which turns in shared memory: reads and writes run along rows.
-template <class A>
-__global__ void muon_begin_kernel(A* x, const float* squares, const float* g, const float* m,
-                                  const int64_t* offsets, int out, int in, float mu,
-                                  const DeviceStep* step) {
-  if (step->skip) return;
-  float* tile = shared_memory<float>();  // (32, 33)
-  const int column = threadIdx.x % 32, first = threadIdx.x / 32, stride = blockDim.x / 32;
-  const int64_t offset = offsets[blockIdx.z];
-  const float* parts = squares + blockIdx.z * kMuonBlocks;
-  const float inverse = 1 / (sqrtf(warp_sum(parts[column] + parts[column + 32])) + 1e-7f);
-  const float scale = step->scale;
-  const int o0 = blockIdx.y * 32, i0 = blockIdx.x * 32;
-  A* to = x + int64_t(blockIdx.z) * out * in;
-  for (int r = first; r < 32; r += stride) {
-    const int o = o0 + r, i = i0 + column;
-    if (o >= out || i >= in) continue;
-    const int64_t at = int64_t(o) * in + i;
-    const float u = mu * m[offset + at] + (1 - mu) * (g[offset + at] * scale);
-    if (out > in)
-      tile[r * 33 + column] = u * inverse;
-    else
-      to[at] = from_float<A>(u * inverse);
-  }
-  if (out <= in) return;
-  __syncthreads();
-  for (int r = first; r < 32; r += stride) {
-    const int i = i0 + r, o = o0 + column;
-    if (o < out && i < in) to[int64_t(i) * out + o] = from_float<A>(tile[column * 33 + r]);
-  }
-}
-// x (count, rows, columns)
-template <class A>
-static void muon_begin(A* x, const float* squares, const float* g, const float* m,
-                       const MuonBatch& batch, float mu, const DeviceStep* step,
-                       cudaStream_t stream) {
-  static_assert(kMuonBlocks == 64, "each lane adds two of them");
-  launch("muon_begin", muon_begin_kernel<A>,
-         dim3(blocks_for(batch.in, 32), blocks_for(batch.out, 32), batch.count), kRowThreads,
-         32 * 33 * sizeof(float), stream, x, squares, g, m, batch.offsets, batch.out, batch.in, mu,
-         step);
-}
-
-template <class A>
-__global__ void muon_update_kernel(float* w, bf16* copy, const A* x, const int64_t* offsets,
-                                   int out, int in, float lr, float keep, const DeviceStep* step) {
-  if (step->skip) return;
-  float* tile = shared_memory<float>();  // (32, 33)
-  const int column = threadIdx.x % 32, first = threadIdx.x / 32, stride = blockDim.x / 32;
-  const int64_t offset = offsets[blockIdx.z];
-  const int o0 = blockIdx.y * 32, i0 = blockIdx.x * 32;
-  const A* from = x + int64_t(blockIdx.z) * out * in;
-  if (out > in) {
-    for (int r = first; r < 32; r += stride) {
-      const int i = i0 + r, o = o0 + column;
-      if (o < out && i < in) tile[column * 33 + r] = to_float(from[int64_t(i) * out + o]);
-    }
-    __syncthreads();
-  }
-  for (int r = first; r < 32; r += stride) {
-    const int o = o0 + r, i = i0 + column;
-    if (o >= out || i >= in) continue;
-    const int64_t at = int64_t(o) * in + i;
-    const float step_x = out > in ? tile[r * 33 + column] : to_float(from[at]);
-    const float wi = keep * w[offset + at] - lr * step_x;
-    w[offset + at] = wi;
-    if (copy) copy[offset + at] = from_float<bf16>(wi);
-  }
-}
-// w = (1 - lr decay) w - lr sqrt(max(1, out/in)) X; w and copy (w in bf16, or null) are arenas
-template <class A>
-static void muon_update(float* w, bf16* copy, const A* x, const MuonBatch& batch, float lr,
-                        float decay, const DeviceStep* step, cudaStream_t stream) {
-  const float step_lr = lr * std::sqrt(std::max(1.f, float(batch.out) / float(batch.in)));
-  launch("muon_update", muon_update_kernel<A>,
-         dim3(blocks_for(batch.in, 32), blocks_for(batch.out, 32), batch.count), kRowThreads,
-         32 * 33 * sizeof(float), stream, w, copy, x, batch.offsets, batch.out, batch.in, step_lr,
-         1 - lr * decay, step);
-}
-
-// ---------------------------------------------------------------------------------------------
-// Sampling, as sample_row() of train_gpt.cpp, a block a row. What sample_row finds by sorting and
-// by sums in order, this finds by counting: probabilities, relative to the likeliest, are integers
-// of 2^-44, and sums of integers have no order. A token's key is its probability's bits, then its
-// id's complement: keys differ, and larger ones are likelier, or of the smaller id among equals.
-
-struct SampleRow {  // Sampling and its place, see cake/gpt.h
-  float temperature, top_p, min_p, penalty;
-  int top_k, vocab;
-  uint64_t seed, stream, position;
-  int history_begin, history_end;  // in `history`
-};
-using Word = unsigned long long;
-inline constexpr int kIdBits = 20, kKeyBits = 50, kBinBits = 10, kBins = 1 << kBinBits;
-
-// mix64 and uniform01 of cake/run.h
-__device__ inline uint64_t device_mix64(uint64_t x) {
-  x += 0x9e3779b97f4a7c15;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
-}
-__device__ inline double device_uniform01(uint64_t bits) {
-  return (double(bits >> 11) + .5) * 0x1p-53;
-}
-
-// Over the block's threads; all get it. scratch: 32 words of shared memory
-template <class Combine>
-__device__ inline Word block_reduce(Word x, Word* scratch, Combine combine) {
-  for (int d = 16; d > 0; d /= 2) x = combine(x, __shfl_xor_sync(kAllLanes, x, d));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = scratch[0];
-  for (unsigned w = 1; w < blockDim.x / 32; w++) x = combine(x, scratch[w]);
-  return x;
-}
-__device__ inline unsigned bits_of(float x) {
-  unsigned bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-// p in [0, 1] in units of 2^-44; the sum of 2^20 of them is below 2^64. NaN: 0
-__device__ inline Word fixed_point(float p) { return p > 0 ? Word(double(p) * 0x1p44) : 0; }
-__device__ inline Word key_of(float p, int id) {
-  return Word(bits_of(p)) << kIdBits | Word((1 << kIdBits) - 1 - id);
-}
-
-// The key at which the weights of the keys from `floor` up, added from the largest down, reach
-// `goal`. Digit by digit: a histogram of the keys that share the digits found so far. bins: (kBins
-// + 2)
-template <class Weight>
-__device__ inline Word key_at(const float* p, int V, Word floor, Word goal, Word* bins,
-                              Weight weight) {
-  Word prefix = 0;
-  for (int shift = kKeyBits - kBinBits; shift >= 0; shift -= kBinBits) {
-    for (int b = threadIdx.x; b < kBins; b += blockDim.x) bins[b] = 0;
-    __syncthreads();
-    for (int j = threadIdx.x; j < V; j += blockDim.x) {
-      const Word key = key_of(p[j], j);
-      if (key < floor || key >> (shift + kBinBits) != prefix) continue;
-      atomicAdd(bins + (key >> shift) % kBins, weight(p[j]));
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {  // lane l has the 32 bins that end at top
-      const int top = kBins - 1 - int(threadIdx.x) * 32;
-      Word own = 0, sum;
-      for (int b = top; b > top - 32; b--) own += bins[b];
-      sum = own;
-      for (int d = 1; d < 32; d *= 2) {
-        const Word other = __shfl_up_sync(kAllLanes, sum, d);
-        if (int(threadIdx.x) >= d) sum += other;
-      }
-      const unsigned reached = __ballot_sync(kAllLanes, sum >= goal);
-      if (int(threadIdx.x) == __ffs(int(reached)) - 1) {
-        Word left = goal - (sum - own);
-        int b = top;
-        while (bins[b] < left) left -= bins[b--];
-        bins[kBins] = Word(b);
-        bins[kBins + 1] = left;
-      } else if (reached == 0) {
-        bins[kBins] = bins[kBins + 1] = 0;  // never: there is no such sum
-      }
-    }
-    __syncthreads();
-    prefix = prefix << kBinBits | bins[kBins];
-    goal = bins[kBins + 1];
-    __syncthreads();
-  }
-  return prefix;
-}
-
-// The smallest id at which the sum of the fixed-point weights of ids 0 .. id, of keys from `floor`
-// up, exceeds u (0 to 1) of their total; `best` when the total is 0. words: (34)
-__device__ inline int draw(const float* p, int V, Word floor, double u, int best, Word* words) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int each = (V + 32 * warps - 1) / (32 * warps) * 32;  // ids that a warp has
-  const int first = warp * each, end = min(V, first + each);
-  const auto weight = [&](int j) {
-    return j < end && key_of(p[j], j) >= floor ? fixed_point(p[j]) : Word(0);
-  };
-  Word sum = 0;
-  for (int j = first + lane; j < end; j += 32) sum += weight(j);
-  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
-  __syncthreads();
-  if (lane == 0) words[warp] = sum;
-  if (threadIdx.x == 0) words[32] = Word(best);
-  __syncthreads();
-  Word total = 0, before = 0;
-  for (int w = 0; w < warps; w++) {
-    if (w == warp) before = total;
-    total += words[w];
-  }
-  Word left = Word(u * double(total));
-  if (total > 0 && left >= total) left = total - 1;
-  if (before <= left && left < before + sum) {  // this warp has it
-    left -= before;
-    for (int j = first + lane;; j += 32) {
-      const Word own = weight(j);
-      Word up_to = own;
-      for (int d = 1; d < 32; d *= 2) {
-        const Word other = __shfl_up_sync(kAllLanes, up_to, d);
-        if (lane >= d) up_to += other;
-      }
-      const unsigned past = __ballot_sync(kAllLanes, left < up_to);
-      if (past) {
-        if (lane == __ffs(int(past)) - 1) words[32] = Word(j);
-        break;
-      }
-      left -= __shfl_sync(kAllLanes, up_to, 31);
-    }
-  }
-  __syncthreads();
-  return int(words[32]);
-}
-
-template <class A>
-__global__ void sample_kernel(int* ids, float* logp, const A* logits, int64_t ld, int all,
-                              const SampleRow* rows, const int* history, float* scratch) {
-  Word* words = shared_memory<Word>();  // (34) reductions, then (kBins + 2)
-  Word* bins = words + 34;
-  float* floats = reinterpret_cast<float*>(bins);  // (32) of block_max and block_sum
-  const SampleRow how = rows[blockIdx.x];
-  const int V = how.vocab > 0 ? min(all, how.vocab) : all;
-  const A* x = logits + blockIdx.x * ld;
-  float* p = scratch + int64_t(blockIdx.x) * all;
-
-  for (int j = threadIdx.x; j < V; j += blockDim.x) p[j] = to_float(x[j]) + 0.f;  // no -0
-  __syncthreads();
-  if (how.penalty != 1) {  // of each id once: from the logit, not from p
-    for (int h = how.history_begin + threadIdx.x; h < how.history_end; h += blockDim.x) {
-      const int id = history[h];
-      if (id < 0 || id >= V) continue;
-      const float v = to_float(x[id]);
-      p[id] = (v > 0 ? v / how.penalty : v * how.penalty) + 0.f;
-    }
-    __syncthreads();
-  }
-  Word most = 0;  // a float's bits, ordered as unsigned, then the id's complement
-  for (int j = threadIdx.x; j < V; j += blockDim.x) {
-    const unsigned bits = bits_of(p[j]), ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-    most = max(most, Word(ordered) << 32 | Word(kAllLanes - unsigned(j)));
-  }
-  most = block_reduce(most, words, [](Word a, Word b) { return a > b ? a : b; });
-  const int best = int(kAllLanes - unsigned(most & kAllLanes));
-  int id = best;
-  if (how.temperature > 0) {
-    const float highest = p[best], k = kLog2E / how.temperature;
-    __syncthreads();  // all have read it
-    for (int j = threadIdx.x; j < V; j += blockDim.x) {
-      const float e = exp2_approx((p[j] - highest) * k);
-      p[j] = e < how.min_p ? 0 : e;
-    }
-    __syncthreads();
-    Word floor = 0;
-    if (how.top_k > 0 && how.top_k < V) {
-      floor = key_at(p, V, floor, Word(how.top_k), bins, [](float) { return Word(1); });
-    }
-    if (how.top_p < 1) {  // the fewest that reach top_p of what is left, and at least one
-      Word sum = 0;
-      for (int j = threadIdx.x; j < V; j += blockDim.x)
-        if (key_of(p[j], j) >= floor) sum += fixed_point(p[j]);
-      sum = block_reduce(sum, words, [](Word a, Word b) { return a + b; });
-      const Word goal = Word(ceil(double(max(how.top_p, 0.f)) * double(sum)));
-      floor = key_at(p, V, floor, max(goal, Word(1)), bins, fixed_point);
-    }
-    const uint64_t bits =
-        device_mix64(device_mix64(device_mix64(how.seed) ^ how.stream) ^ how.position);
-    id = draw(p, V, floor, device_uniform01(bits), best, words);
-  }
-  // log p of the id, under softmax(logits / temperature) of all tokens, without penalty
-  const float k = (how.temperature > 0 ? 1 / how.temperature : 1) * kLog2E;
-  float highest = -INFINITY, sum = 0;
-  for (int j = threadIdx.x; j < all; j += blockDim.x) highest = fmaxf(highest, to_float(x[j]));
-  highest = block_max(highest, floats);
-  for (int j = threadIdx.x; j < all; j += blockDim.x) {
-    sum += exp2_approx((to_float(x[j]) - highest) * k);
-  }
-  sum = block_sum(sum, floats);
-  if (threadIdx.x > 0) return;
-  ids[blockIdx.x] = id;
-  logp[blockIdx.x] = ((to_float(x[id]) - highest) * k - log2f(sum)) * kLn2;
-}
-// One id a row: penalty, temperature, min_p, top_k, top_p in this order, then a draw by (seed,
-// stream, position); temperature 0: the likeliest. logp: of the id under softmax(logits /
-// temperature). ids, logp (count); logits (count, ld) with V tokens; rows (count), history: on the
-// device; scratch (count, V). V up to 2^20.
-template <class A>
-static void sample(int* ids, float* logp, const A* logits, int64_t ld, int V, const SampleRow* rows,
-                   const int* history, int count, float* scratch, cudaStream_t stream) {
-  if (V > 1 << kIdBits)
-    fail("cuda: sampling: found ", V, " tokens, expected at most ", 1 << kIdBits);
-  launch("sample", sample_kernel<A>, count, V > 1024 ? 1024 : 256, (34 + kBins + 2) * sizeof(Word),
-         stream, ids, logp, logits, ld, V, rows, history, scratch);
-}
-
-// =============================================================================================
-// 3. Attention
-//
-// A row of `out` is softmax(q k^T / sqrt(HS)) v over the keys of its own document up to itself. The
-// (N, N) scores are never stored: flash attention (Dao et al. 2022, 2023) walks over tiles of keys
-// with a running maximum and a running sum, and keeps of a row only lse, the log of the sum of exp
-// of its scores, from which backward makes the probabilities again:
-//
-//   p = exp(q k / sqrt(HS) - lse),  dp = dout v,  delta = sum of p dp over keys = dout out
-//   ds = p (dp - delta),  dq = ds k / sqrt(HS),  dk = ds^T q / sqrt(HS),  dv = p^T dout
-//
-// Backward takes two kernels, one that owns keys and one that owns queries, and both compute p and
-// dp: two products more than with one kernel, but no sum crosses blocks, so no atomics.
-//
-// Rows of a document lie side by side and doc_start, doc_end never fall from row to row, so what a
-// run of rows can see is a single interval: from doc_start of its first row to its last row.
-
-struct AttentionShape {
-  int N, NH, NKV, HS;
-  const int* doc_start;  // (N) on the device: the first row of the document of row n
-  const int* doc_end;    // (N): one past its last
-  __device__ int key_head(int h) const { return h / (NH / NKV); }  // that query head h attends to
-};
-
-// (N, heads HS) each, in rows of their own stride; several may lie inside one buffer.
-template <class A>
-struct AttentionInput {
-  const A *q, *k, *v;
-  int64_t q_ld, k_ld, v_ld;
-};
-
-// ---------------------------------------------------------------------------------------------
-// Flash attention in bf16 on the tensor cores. A block is 4 warps; a warp owns MT x 16 rows
-// (queries, or keys in the dk, dv kernel) and meets tiles of the other side, which come by cp.async
-// into two buffers in turn: one tile is computed while the next is on its way. Head size HS is
-// padded with zeros to D = 64 or 128 in shared memory. Accumulators stay in registers throughout.
 
 inline constexpr int kFlashThreads = 128;
 
@@ -1740,20 +1689,20 @@ __device__ inline bf16* chunk_at(bf16* tile, int row, int chunk) {
   return tile + row * D + chunk / 8 * 64 + (chunk % 8 ^ row % 8) * 8;
 }
 
-// Begins to copy rows first .. first + ROWS - 1 of a matrix into a tile; rows from N on and columns
-// from HS on become zeros. A thread copies the same chunk of every kStep-th row (a multiple of 8,
-// so its place in the row is the same too); neighbours copy neighbours.
+// Begins to copy rows first_row .. first_row + ROWS - 1 of a matrix into a tile; rows from N on and
+// columns from HS on become zeros. A thread copies the same chunk of every kStep-th row (a multiple
+// of 8, so its place in the row is the same too); neighbours copy neighbours.
 template <int ROWS, int D>
-__device__ inline void load_tile(bf16* tile, const bf16* rows, int64_t ld, int first, int N,
+__device__ inline void load_tile(bf16* tile, const bf16* rows, int64_t ld, int first_row, int N,
                                  int HS) {
   constexpr int kChunks = D / 8, kStep = kFlashThreads / kChunks;
   const int row = int(threadIdx.x) / kChunks, chunk = int(threadIdx.x) % kChunks;
-  const bf16* from = rows + (first + row) * ld + chunk * 8;
-  bf16* to = chunk_at<D>(tile, row, chunk);
+  const bf16* src = rows + (first_row + row) * ld + chunk * 8;
+  bf16* dst = chunk_at<D>(tile, row, chunk);
 #pragma unroll
   for (int i = 0; i < ROWS / kStep; i++) {
-    cp_async16(to + i * kStep * D, from, first + row + i * kStep < N && chunk * 8 < HS);
-    from += kStep * ld;
+    cp_async16(dst + i * kStep * D, src, first_row + row + i * kStep < N && chunk * 8 < HS);
+    src += kStep * ld;
   }
 }
 
@@ -1866,11 +1815,11 @@ __device__ inline void multiply_tile(float (&c)[MT][D / 8][4], const uint32_t (&
     }
 }
 
-// Writes a warp's accumulators, rows first + row .. first + row + MT 16 - 1 of a matrix, times
-// scale[i][half] for row i 16 + half 8 + lane_row(). They pass through rows row .. of `tile`, which
-// no other warp reads or writes, so that whole chunks reach global memory.
+// Writes a warp's accumulators, rows first_row + row .. first_row + row + MT 16 - 1 of a matrix,
+// times scale[i][half] for row i 16 + half 8 + lane_row(). They pass through rows row .. of `tile`,
+// which no other warp reads or writes, so that whole chunks reach global memory.
 template <int MT, int D>
-__device__ inline void store_rows(bf16* rows, int64_t ld, int first, int N, int HS, bf16* tile,
+__device__ inline void store_rows(bf16* rows, int64_t ld, int first_row, int N, int HS, bf16* tile,
                                   int row, const float (&c)[MT][D / 8][4],
                                   const float (&scale)[MT][2]) {
   __syncwarp();  // the lanes have read each other's rows by ldmatrix
@@ -1888,9 +1837,10 @@ __device__ inline void store_rows(bf16* rows, int64_t ld, int first, int N, int 
   __syncwarp();  // the rows are whole
 #pragma unroll
   for (int i = 0; i < MT * 16 * D / 8 / 32; i++) {
-    const int at = i * 32 + int(threadIdx.x) % 32, r = row + at / (D / 8), chunk = at % (D / 8);
-    if (first + r < N && chunk * 8 < HS) {
-      store_pack(rows + (first + r) * ld + chunk * 8, load_pack(chunk_at<D>(tile, r, chunk)));
+    const int index = i * 32 + int(threadIdx.x) % 32, r = row + index / (D / 8),
+              chunk = index % (D / 8);
+    if (first_row + r < N && chunk * 8 < HS) {
+      store_pack(rows + (first_row + r) * ld + chunk * 8, load_pack(chunk_at<D>(tile, r, chunk)));
     }
   }
 }
@@ -1899,18 +1849,22 @@ __device__ inline void store_rows(bf16* rows, int64_t ld, int first, int N, int 
 template <int MT>
 struct WarpQueries {
   const AttentionShape& shape;
-  int first, last;  // its rows; the last may lie beyond N
-  int begin;        // where the document of the first begins
+  int first_row, last_row;  // its rows; the last may lie beyond N
+  int begin;                // where the document of the first begins
 
   __device__ WarpQueries(const AttentionShape& s, int row)
-      : shape(s), first(row), last(row + MT * 16 - 1), begin(begin_of(first)) {}
+      : shape(s), first_row(row), last_row(row + MT * 16 - 1), begin(begin_of(first_row)) {}
   // Rows from N on are never stored: they may see what the last row sees.
   __device__ int begin_of(int n) const { return shape.doc_start[min(n, shape.N - 1)]; }
-  __device__ int row_of(int i, int half) const { return first + i * 16 + half * 8 + lane_row(); }
+  __device__ int row_of(int i, int half) const {
+    return first_row + i * 16 + half * 8 + lane_row();
+  }
   // Of the `count` keys from `key` on: does any row see any; do all rows see all?
-  __device__ bool sees_any(int key, int count) const { return key <= last && key + count > begin; }
+  __device__ bool sees_any(int key, int count) const {
+    return key <= last_row && key + count > begin;
+  }
   __device__ bool sees_all(int key, int count) const {
-    return key + count - 1 <= first && key >= begin_of(last);
+    return key + count - 1 <= first_row && key >= begin_of(last_row);
   }
   // Scores -inf, of these of TILES 8 keys from `key` on, where a row does not see the key.
   template <int TILES>
@@ -1939,35 +1893,35 @@ __global__ void __launch_bounds__(kFlashThreads)
                          float scale) {
   constexpr int kQueries = MT * 64;
   const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
-  const int first = int(gridDim.y - 1 - blockIdx.y) * kQueries;
+  const int first_row = int(gridDim.y - 1 - blockIdx.y) * kQueries;
   const int warp_row = int(threadIdx.x) / 32 * MT * 16;
   bf16* q_tile = shared_memory<bf16>();    // (kQueries, D)
   bf16* k_tiles = q_tile + kQueries * D;   // 2 x (KEYS, D)
   bf16* v_tiles = k_tiles + 2 * KEYS * D;  // 2 x (KEYS, D)
-  const WarpQueries<MT> rows(shape, first + warp_row);
+  const WarpQueries<MT> rows(shape, first_row + warp_row);
   // Tiles of keys, the first where the first row's document begins; they take two buffers in turn.
-  const int begin = shape.doc_start[first], end = min(first + kQueries, N);
+  const int begin = shape.doc_start[first_row], end = min(first_row + kQueries, N);
 
-  const auto load_keys = [&](int key, int at) {
-    load_tile<KEYS, D>(k_tiles + at, in.k + kv * HS, in.k_ld, key, N, HS);
-    load_tile<KEYS, D>(v_tiles + at, in.v + kv * HS, in.v_ld, key, N, HS);
+  const auto load_keys = [&](int key, int buffer) {
+    load_tile<KEYS, D>(k_tiles + buffer, in.k + kv * HS, in.k_ld, key, N, HS);
+    load_tile<KEYS, D>(v_tiles + buffer, in.v + kv * HS, in.v_ld, key, N, HS);
     cp_async_commit();
   };
-  load_tile<kQueries, D>(q_tile, in.q + h * HS, in.q_ld, first, N, HS);
+  load_tile<kQueries, D>(q_tile, in.q + h * HS, in.q_ld, first_row, N, HS);
   load_keys(begin, 0);
 
   float acc[MT][D / 8][4] = {};             // sum of p v
   float highest[MT][2], total[MT][2] = {};  // of the row's scores; of p, this lane's columns
 #pragma unroll
   for (int i = 0; i < MT; i++) highest[i][0] = highest[i][1] = kLowest;
-  for (int key = begin, at = 0; key < end; key += KEYS, at ^= KEYS * D) {
+  for (int key = begin, buffer = 0; key < end; key += KEYS, buffer ^= KEYS * D) {
     cp_async_wait<0>();  // this thread's part of the tile is there,
     __syncthreads();     // everyone's is, and everyone is done with the other buffer
-    if (key + KEYS < end) load_keys(key + KEYS, at ^ KEYS * D);
+    if (key + KEYS < end) load_keys(key + KEYS, buffer ^ KEYS * D);
     if (!rows.sees_any(key, KEYS)) continue;
 
     float s[MT][KEYS / 8][4];
-    multiply_rows<MT, KEYS, D>(s, q_tile, warp_row, k_tiles + at);
+    multiply_rows<MT, KEYS, D>(s, q_tile, warp_row, k_tiles + buffer);
     if (!rows.sees_all(key, KEYS)) rows.mask(s, key);
 #pragma unroll
     for (int i = 0; i < MT; i++)
@@ -1994,7 +1948,7 @@ __global__ void __launch_bounds__(kFlashThreads)
       }
     uint32_t p[MT][KEYS / 8][2];
     pack_fragments(p, s);
-    multiply_tile<MT, KEYS, D>(acc, p, v_tiles + at);
+    multiply_tile<MT, KEYS, D>(acc, p, v_tiles + buffer);
   }
 
   float inverse[MT][2];
@@ -2009,7 +1963,7 @@ __global__ void __launch_bounds__(kFlashThreads)
         lse[int64_t(h) * N + n] = highest[i][half] * (scale / kLog2E) + logf(sum);
       }
     }
-  store_rows<MT, D>(out + h * HS, int64_t(shape.NH) * HS, first, N, HS, q_tile, warp_row, acc,
+  store_rows<MT, D>(out + h * HS, int64_t(shape.NH) * HS, first_row, N, HS, q_tile, warp_row, acc,
                     inverse);
 }
 
@@ -2017,19 +1971,25 @@ __global__ void __launch_bounds__(kFlashThreads)
 template <int MT>
 struct WarpKeys {
   const AttentionShape& shape;
-  int first, last;    // its rows; the last may lie beyond N
-  int end, last_end;  // where the documents of these two end
+  int first_row, last_row;  // its rows; the last may lie beyond N
+  int end, last_end;        // where the documents of these two end
 
   __device__ WarpKeys(const AttentionShape& s, int row)
-      : shape(s), first(row), last(row + MT * 16 - 1), end(end_of(first)), last_end(end_of(last)) {}
+      : shape(s),
+        first_row(row),
+        last_row(row + MT * 16 - 1),
+        end(end_of(first_row)),
+        last_end(end_of(last_row)) {}
   __device__ int end_of(int m) const { return shape.doc_end[min(m, shape.N - 1)]; }
-  __device__ int row_of(int i, int half) const { return first + i * 16 + half * 8 + lane_row(); }
+  __device__ int row_of(int i, int half) const {
+    return first_row + i * 16 + half * 8 + lane_row();
+  }
   // By the `count` queries from `query` on: is any row seen by any; are all seen by all?
   __device__ bool seen_by_any(int query, int count) const {
-    return query + count > first && query < last_end;
+    return query + count > first_row && query < last_end;
   }
   __device__ bool seen_by_all(int query, int count) const {
-    return query >= last && query + count <= end;
+    return query >= last_row && query + count <= end;
   }
   // Scores -inf, of these of TILES 8 queries from `query` on, where the query does not see the row.
   template <int TILES>
@@ -2061,13 +2021,13 @@ __global__ void __launch_bounds__(kFlashThreads)
                       float scale) {
   constexpr int kKeys = MT * 64;
   const int N = shape.N, HS = shape.HS, kv = int(blockIdx.x), group = shape.NH / shape.NKV;
-  const int first = int(blockIdx.y) * kKeys, warp_row = int(threadIdx.x) / 32 * MT * 16;
+  const int first_row = int(blockIdx.y) * kKeys, warp_row = int(threadIdx.x) / 32 * MT * 16;
   bf16* k_tile = shared_memory<bf16>();                                         // (kKeys, D)
   bf16* v_tile = k_tile + kKeys * D;                                            // (kKeys, D)
   bf16* q_tiles = v_tile + kKeys * D;                                           // 2 x (QUERIES, D)
   bf16* dout_tiles = q_tiles + 2 * QUERIES * D;                                 // 2 x (QUERIES, D)
   float2* row_tiles = reinterpret_cast<float2*>(dout_tiles + 2 * QUERIES * D);  // 2 x (QUERIES)
-  const WarpKeys<MT> rows(shape, first + warp_row);
+  const WarpKeys<MT> rows(shape, first_row + warp_row);
 
   // Step by step: the tiles of queries of the group's first head, of the next, ... A step's buffers
   // are those of its parity.
@@ -2075,31 +2035,32 @@ __global__ void __launch_bounds__(kFlashThreads)
     int h, query;
     int parity = 0;
   };
-  const int end = shape.doc_end[min(first + kKeys, N) - 1], last_head = kv * group + group - 1;
+  const int end = shape.doc_end[min(first_row + kKeys, N) - 1], last_head = kv * group + group - 1;
   const auto after = [&](Step s) {
     const bool same = s.query + QUERIES < end;
-    return Step{s.h + !same, same ? s.query + QUERIES : first, s.parity ^ 1};
+    return Step{s.h + !same, same ? s.query + QUERIES : first_row, s.parity ^ 1};
   };
   const auto load_queries = [&](Step s) {
-    const int at = s.parity * QUERIES * D;
-    load_tile<QUERIES, D>(q_tiles + at, in.q + s.h * HS, in.q_ld, s.query, N, HS);
-    load_tile<QUERIES, D>(dout_tiles + at, dout + s.h * HS, int64_t(shape.NH) * HS, s.query, N, HS);
+    const int buffer = s.parity * QUERIES * D;
+    load_tile<QUERIES, D>(q_tiles + buffer, in.q + s.h * HS, in.q_ld, s.query, N, HS);
+    load_tile<QUERIES, D>(dout_tiles + buffer, dout + s.h * HS, int64_t(shape.NH) * HS, s.query, N,
+                          HS);
     cp_async_commit();
   };
   // Thread t brings (log2(e) lse, delta) of the tile's query t: into a register before a step's
-  // products, on into shared memory after them, so that no one waits for it.
+  // products, on into shared memory after them, so that no thread waits for the load.
   const auto load_row = [&](Step s) {
     const int n = s.query + int(threadIdx.x);
     if (threadIdx.x >= QUERIES || n >= N) return float2{0, 0};
-    const int64_t at = int64_t(s.h) * N + n;
-    return float2{lse[at] * kLog2E, delta[at]};
+    const int64_t index = int64_t(s.h) * N + n;
+    return float2{lse[index] * kLog2E, delta[index]};
   };
   const auto store_row = [&](Step s, float2 row) {
     if (threadIdx.x < QUERIES) row_tiles[s.parity * QUERIES + int(threadIdx.x)] = row;
   };
-  Step step{kv * group, first};
-  load_tile<kKeys, D>(k_tile, in.k + kv * HS, in.k_ld, first, N, HS);
-  load_tile<kKeys, D>(v_tile, in.v + kv * HS, in.v_ld, first, N, HS);
+  Step step{kv * group, first_row};
+  load_tile<kKeys, D>(k_tile, in.k + kv * HS, in.k_ld, first_row, N, HS);
+  load_tile<kKeys, D>(v_tile, in.v + kv * HS, in.v_ld, first_row, N, HS);
   load_queries(step);
   store_row(step, load_row(step));
 
@@ -2154,8 +2115,8 @@ __global__ void __launch_bounds__(kFlashThreads)
     dk_scale[i][0] = dk_scale[i][1] = scale / kLog2E;
     one[i][0] = one[i][1] = 1;
   }
-  store_rows<MT, D>(dk + kv * HS, d_ld, first, N, HS, k_tile, warp_row, dk_acc, dk_scale);
-  store_rows<MT, D>(dv + kv * HS, d_ld, first, N, HS, v_tile, warp_row, dv_acc, one);
+  store_rows<MT, D>(dk + kv * HS, d_ld, first_row, N, HS, k_tile, warp_row, dk_acc, dk_scale);
+  store_rows<MT, D>(dv + kv * HS, d_ld, first_row, N, HS, v_tile, warp_row, dv_acc, one);
 }
 
 // dq: blocks and tiles as in forward.
@@ -2166,23 +2127,23 @@ __global__ void __launch_bounds__(kFlashThreads)
                          float scale) {
   constexpr int kQueries = MT * 64;
   const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
-  const int first = int(gridDim.y - 1 - blockIdx.y) * kQueries;
+  const int first_row = int(gridDim.y - 1 - blockIdx.y) * kQueries;
   const int warp_row = int(threadIdx.x) / 32 * MT * 16;
   bf16* q_tile = shared_memory<bf16>();      // (kQueries, D)
   bf16* dout_tile = q_tile + kQueries * D;   // (kQueries, D)
   bf16* k_tiles = dout_tile + kQueries * D;  // 2 x (KEYS, D)
   bf16* v_tiles = k_tiles + 2 * KEYS * D;    // 2 x (KEYS, D)
-  const WarpQueries<MT> rows(shape, first + warp_row);
+  const WarpQueries<MT> rows(shape, first_row + warp_row);
   // Tiles of keys, the first where the first row's document begins; they take two buffers in turn.
-  const int begin = shape.doc_start[first], end = min(first + kQueries, N);
+  const int begin = shape.doc_start[first_row], end = min(first_row + kQueries, N);
 
-  const auto load_keys = [&](int key, int at) {
-    load_tile<KEYS, D>(k_tiles + at, in.k + kv * HS, in.k_ld, key, N, HS);
-    load_tile<KEYS, D>(v_tiles + at, in.v + kv * HS, in.v_ld, key, N, HS);
+  const auto load_keys = [&](int key, int buffer) {
+    load_tile<KEYS, D>(k_tiles + buffer, in.k + kv * HS, in.k_ld, key, N, HS);
+    load_tile<KEYS, D>(v_tiles + buffer, in.v + kv * HS, in.v_ld, key, N, HS);
     cp_async_commit();
   };
-  load_tile<kQueries, D>(q_tile, in.q + h * HS, in.q_ld, first, N, HS);
-  load_tile<kQueries, D>(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, first, N, HS);
+  load_tile<kQueries, D>(q_tile, in.q + h * HS, in.q_ld, first_row, N, HS);
+  load_tile<kQueries, D>(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, first_row, N, HS);
   load_keys(begin, 0);
 
   float offset[MT][2], mean[MT][2];  // of this lane's rows: log2(e) lse, and delta
@@ -2190,23 +2151,23 @@ __global__ void __launch_bounds__(kFlashThreads)
   for (int i = 0; i < MT; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int64_t at = int64_t(h) * N + min(rows.row_of(i, half), N - 1);
-      offset[i][half] = lse[at] * kLog2E;
-      mean[i][half] = delta[at];
+      const int64_t index = int64_t(h) * N + min(rows.row_of(i, half), N - 1);
+      offset[i][half] = lse[index] * kLog2E;
+      mean[i][half] = delta[index];
     }
 
   float acc[MT][D / 8][4] = {};
-  for (int key = begin, at = 0; key < end; key += KEYS, at ^= KEYS * D) {
+  for (int key = begin, buffer = 0; key < end; key += KEYS, buffer ^= KEYS * D) {
     cp_async_wait<0>();  // this thread's part,
     __syncthreads();     // and everyone's: as in forward
-    if (key + KEYS < end) load_keys(key + KEYS, at ^ KEYS * D);
+    if (key + KEYS < end) load_keys(key + KEYS, buffer ^ KEYS * D);
     if (!rows.sees_any(key, KEYS)) continue;
 
-    bf16* k_tile = k_tiles + at;
+    bf16* k_tile = k_tiles + buffer;
     float p[MT][KEYS / 8][4], ds[MT][KEYS / 8][4];
     multiply_rows<MT, KEYS, D>(p, q_tile, warp_row, k_tile);
     if (!rows.sees_all(key, KEYS)) rows.mask(p, key);
-    multiply_rows<MT, KEYS, D>(ds, dout_tile, warp_row, v_tiles + at);
+    multiply_rows<MT, KEYS, D>(ds, dout_tile, warp_row, v_tiles + buffer);
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -2224,7 +2185,7 @@ __global__ void __launch_bounds__(kFlashThreads)
   float dq_scale[MT][2];
 #pragma unroll
   for (int i = 0; i < MT; i++) dq_scale[i][0] = dq_scale[i][1] = scale / kLog2E;
-  store_rows<MT, D>(dq + h * HS, dq_ld, first, N, HS, q_tile, warp_row, acc, dq_scale);
+  store_rows<MT, D>(dq + h * HS, dq_ld, first_row, N, HS, q_tile, warp_row, acc, dq_scale);
 }
 
 // What each kernel owns and meets at a time, chosen so that accumulators fit 255 registers.
@@ -2274,208 +2235,7 @@ static void flash_backward(bf16* dq, int64_t dq_ld, bf16* dk, bf16* dv, int64_t 
 }
 
 // ---------------------------------------------------------------------------------------------
-// The same without tensor cores, for float, and for bf16 rows that are not whole chunks of 16
-// bytes; head sizes to 128. A block owns 32 rows and meets 32 of the other side at a time, all in
-// fp32 in shared memory. Thread (x, y) of 16 x 16 computes the scores of rows y, y + 16 with
-// columns x, x + 16 and then, of the sums of its two rows, the elements x, x + 16, x + 32, ... So
-// the scores of a row are written and read by 16 lanes of one warp.
-
-inline constexpr int kPlainTile = 32, kPlainThreads = 256, kPlainEach = 128 / 16;
-inline constexpr int kPlainScores = kPlainTile * (kPlainTile + 1);  // floats in a tile of scores
-
-// Rows of a tile lie an odd number of floats apart: 16 rows at one column are in 16 banks.
-__host__ __device__ inline int plain_stride(int HS) { return HS | 1; }
-static size_t plain_shared(int HS, int tiles, int scores) {
-  return sizeof(float) * size_t(tiles * kPlainTile * plain_stride(HS) + scores * kPlainScores);
-}
-
-// Rows first .. first + 31 of a matrix; zeros from row N on.
-template <class A>
-__device__ inline void load_plain(float* tile, const A* rows, int64_t ld, int first, int N,
-                                  int HS) {
-  for (int i = int(threadIdx.x); i < kPlainTile * HS; i += kPlainThreads) {
-    const int r = i / HS, d = i % HS;
-    tile[r * plain_stride(HS) + d] = first + r < N ? to_float(rows[(first + r) * ld + d]) : 0.f;
-  }
-}
-
-// c[i][j] = row y + 16 i of a times row x + 16 j of b
-__device__ inline void multiply_plain(float (&c)[2][2], const float* a, const float* b, int HS) {
-  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16, stride = plain_stride(HS);
-  c[0][0] = c[0][1] = c[1][0] = c[1][1] = 0;
-  for (int d = 0; d < HS; d++)
-    for (int i = 0; i < 2; i++)
-      for (int j = 0; j < 2; j++)
-        c[i][j] += a[(y + 16 * i) * stride + d] * b[(x + 16 * j) * stride + d];
-}
-
-// This thread's place in a tile of scores, and the row that it reads them from
-__device__ inline float& plain_score(float* scores, int i, int j) {
-  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
-  return scores[(y + 16 * i) * (kPlainTile + 1) + x + 16 * j];
-}
-// c[i][e] += sum over r of scores[y + 16 i][r] tile[r][x + 16 e]
-__device__ inline void add_plain(float (&c)[2][kPlainEach], const float* scores, const float* tile,
-                                 int HS) {
-  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
-  for (int r = 0; r < kPlainTile; r++)
-#pragma unroll
-    for (int e = 0; e < kPlainEach; e++)
-      if (x + 16 * e < HS) {
-        const float t = tile[r * plain_stride(HS) + x + 16 * e];
-        c[0][e] += scores[y * (kPlainTile + 1) + r] * t;
-        c[1][e] += scores[(y + 16) * (kPlainTile + 1) + r] * t;
-      }
-}
-
-// Rows first + y and first + y + 16 of a matrix, times scale[i]
-template <class A>
-__device__ inline void store_plain(A* rows, int64_t ld, int first, int N, int HS,
-                                   const float (&c)[2][kPlainEach], const float (&scale)[2]) {
-  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
-  for (int i = 0; i < 2; i++)
-#pragma unroll
-    for (int e = 0; e < kPlainEach; e++) {
-      const int n = first + y + 16 * i, d = x + 16 * e;
-      if (n < N && d < HS) rows[n * ld + d] = from_float<A>(c[i][e] * scale[i]);
-    }
-}
-
-// One block a query head (x) and 32 queries (y). scale: 1 / sqrt(HS).
-template <class A>
-__global__ void __launch_bounds__(kPlainThreads)
-    plain_forward_kernel(A* out, float* lse, AttentionInput<A> in, AttentionShape shape,
-                         float scale) {
-  const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
-  const int first = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
-  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
-  float *q_tile = shared_memory<float>(), *k_tile = q_tile + size, *v_tile = k_tile + size;
-  float* scores = v_tile + size;
-  const auto over_row = [](float value, auto&& combine) {  // over the 16 lanes of a row
-    for (int d = 1; d < 16; d *= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, d));
-    return value;
-  };
-
-  float acc[2][kPlainEach] = {}, highest[2] = {kLowest, kLowest}, total[2] = {};
-  load_plain(q_tile, in.q + h * HS, in.q_ld, first, N, HS);
-  for (int key = shape.doc_start[first]; key < min(first + kPlainTile, N); key += kPlainTile) {
-    __syncthreads();  // the last keys and values have been read
-    load_plain(k_tile, in.k + kv * HS, in.k_ld, key, N, HS);
-    load_plain(v_tile, in.v + kv * HS, in.v_ld, key, N, HS);
-    __syncthreads();  // these are there
-    float s[2][2];
-    multiply_plain(s, q_tile, k_tile, HS);
-    for (int i = 0; i < 2; i++) {
-      const int n = first + y + 16 * i, begin = n < N ? shape.doc_start[n] : N;
-      float higher = highest[i];
-      for (int j = 0; j < 2; j++) {
-        const int m = key + x + 16 * j;
-        s[i][j] = m >= begin && m <= n ? s[i][j] * scale : -INFINITY;
-        higher = fmaxf(higher, s[i][j]);
-      }
-      higher = over_row(higher, [](float a, float b) { return fmaxf(a, b); });
-      const float shrink = expf(highest[i] - higher);
-      highest[i] = higher;
-      total[i] *= shrink;
-      for (float& a : acc[i]) a *= shrink;
-      for (int j = 0; j < 2; j++) {
-        total[i] += plain_score(scores, i, j) = expf(s[i][j] - higher);
-      }
-    }
-    __syncwarp();  // the 16 lanes of a row have written its p
-    add_plain(acc, scores, v_tile, HS);
-  }
-  float inverse[2];
-  for (int i = 0; i < 2; i++) {
-    const int n = first + y + 16 * i;
-    const float sum = over_row(total[i], [](float a, float b) { return a + b; });
-    inverse[i] = 1 / sum;
-    if (x == 0 && n < N) lse[int64_t(h) * N + n] = highest[i] + logf(sum);
-  }
-  store_plain(out + h * HS, int64_t(shape.NH) * HS, first, N, HS, acc, inverse);
-}
-
-// One block a key/value head (x) and 32 keys (y): rows are keys, columns queries.
-template <class A>
-__global__ void __launch_bounds__(kPlainThreads)
-    plain_keys_kernel(A* dk, A* dv, int64_t d_ld, const A* dout, const float* lse,
-                      const float* delta, AttentionInput<A> in, AttentionShape shape, float scale) {
-  const int N = shape.N, HS = shape.HS, kv = int(blockIdx.x), group = shape.NH / shape.NKV;
-  const int first = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
-  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
-  float *k_tile = shared_memory<float>(), *v_tile = k_tile + size;
-  float *q_tile = v_tile + size, *dout_tile = q_tile + size;
-  float *p_scores = dout_tile + size, *ds_scores = p_scores + kPlainScores;
-
-  float dk_acc[2][kPlainEach] = {}, dv_acc[2][kPlainEach] = {};
-  load_plain(k_tile, in.k + kv * HS, in.k_ld, first, N, HS);
-  load_plain(v_tile, in.v + kv * HS, in.v_ld, first, N, HS);
-  const int end = shape.doc_end[min(first + kPlainTile, N) - 1];
-  for (int h = kv * group; h < (kv + 1) * group; h++) {
-    for (int query = first; query < end; query += kPlainTile) {
-      __syncthreads();  // the last tiles have been read
-      load_plain(q_tile, in.q + h * HS, in.q_ld, query, N, HS);
-      load_plain(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, query, N, HS);
-      __syncthreads();
-      float p[2][2], ds[2][2];
-      multiply_plain(p, k_tile, q_tile, HS);
-      multiply_plain(ds, v_tile, dout_tile, HS);
-      for (int i = 0; i < 2; i++)
-        for (int j = 0; j < 2; j++) {
-          const int m = first + y + 16 * i, n = query + x + 16 * j;
-          const int64_t at = int64_t(h) * N + n;
-          const bool seen = n < N && m <= n && m >= shape.doc_start[n];
-          const float pe = seen ? expf(p[i][j] * scale - lse[at]) : 0.f;
-          plain_score(p_scores, i, j) = pe;
-          plain_score(ds_scores, i, j) = seen ? pe * (ds[i][j] - delta[at]) : 0.f;
-        }
-      __syncwarp();
-      add_plain(dv_acc, p_scores, dout_tile, HS);
-      add_plain(dk_acc, ds_scores, q_tile, HS);
-    }
-  }
-  store_plain(dk + kv * HS, d_ld, first, N, HS, dk_acc, {scale, scale});
-  store_plain(dv + kv * HS, d_ld, first, N, HS, dv_acc, {1, 1});
-}
-
-// One block a query head (x) and 32 queries (y): rows are queries, columns keys.
-template <class A>
-__global__ void __launch_bounds__(kPlainThreads)
-    plain_queries_kernel(A* dq, int64_t dq_ld, const A* dout, const float* lse, const float* delta,
-                         AttentionInput<A> in, AttentionShape shape, float scale) {
-  const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
-  const int first = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
-  const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
-  float *q_tile = shared_memory<float>(), *dout_tile = q_tile + size;
-  float *k_tile = dout_tile + size, *v_tile = k_tile + size, *scores = v_tile + size;
-
-  float acc[2][kPlainEach] = {};
-  load_plain(q_tile, in.q + h * HS, in.q_ld, first, N, HS);
-  load_plain(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, first, N, HS);
-  for (int key = shape.doc_start[first]; key < min(first + kPlainTile, N); key += kPlainTile) {
-    __syncthreads();  // the last tiles have been read
-    load_plain(k_tile, in.k + kv * HS, in.k_ld, key, N, HS);
-    load_plain(v_tile, in.v + kv * HS, in.v_ld, key, N, HS);
-    __syncthreads();
-    float p[2][2], ds[2][2];
-    multiply_plain(p, q_tile, k_tile, HS);
-    multiply_plain(ds, dout_tile, v_tile, HS);
-    for (int i = 0; i < 2; i++)
-      for (int j = 0; j < 2; j++) {
-        const int n = first + y + 16 * i, m = key + x + 16 * j;
-        const int64_t at = int64_t(h) * N + n;
-        const bool seen = n < N && m <= n && m >= shape.doc_start[n];
-        plain_score(scores, i, j) =
-            seen ? expf(p[i][j] * scale - lse[at]) * (ds[i][j] - delta[at]) : 0.f;
-      }
-    __syncwarp();
-    add_plain(acc, scores, k_tile, HS);
-  }
-  store_plain(dq + h * HS, dq_ld, first, N, HS, acc, {scale, scale});
-}
-
-// ---------------------------------------------------------------------------------------------
-// Both ways of both.
+// Attention of either kind
 
 // delta (NH, N): dout times out, row by row of a head. 8 lanes a row, each taking every eighth run
 // of W elements.
@@ -2499,17 +2259,6 @@ __global__ void __launch_bounds__(256)
   if (threadIdx.x % 8 == 0 && row < int64_t(N) * NH) delta[row % NH * N + row / NH] = sum;
 }
 
-// Whether all rows of these matrices, heads of HS side by side, are whole 16-byte chunks.
-template <class A>
-static bool whole_chunks(int HS, std::initializer_list<int64_t> strides,
-                         std::initializer_list<const void*> matrices) {
-  constexpr int kSize = Pack<A>::kSize;
-  bool whole = HS % kSize == 0;
-  for (const int64_t stride : strides) whole = whole && stride % kSize == 0;
-  for (const void* p : matrices) whole = whole && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  return whole;
-}
-
 static void check_attention(int NH, int NKV, int HS) {
   if (HS < 1 || HS > 128) {
     fail("cuda: attention: head size ", HS, ", expected 1 to 128; --device cpu takes any");
@@ -2520,17 +2269,14 @@ static void check_attention(int NH, int NKV, int HS) {
   }
 }
 
-// out (N, NH HS), lse (NH, N); q (N, NH HS), k, v (N, NKV HS) in rows of their strides.
-// plain::attention_forward, per document and head.
+// out (N, NH HS), lse (NH, N). plain::attention_forward, per document and head.
 template <class A>
-static void attention_forward(A* out, float* lse, const A* q, int64_t q_ld, const A* k,
-                              int64_t k_ld, const A* v, int64_t v_ld, const AttentionShape& shape,
-                              cudaStream_t stream) {
+static void attention_forward(A* out, float* lse, const AttentionInput<A>& in,
+                              const AttentionShape& shape, cudaStream_t stream) {
   const auto [N, NH, NKV, HS, start, end] = shape;
   check_attention(NH, NKV, HS);
-  const AttentionInput<A> in{q, k, v, q_ld, k_ld, v_ld};
   if constexpr (std::is_same_v<A, bf16>) {
-    if (whole_chunks<A>(HS, {q_ld, k_ld, v_ld}, {out, q, k, v})) {
+    if (by_packs<A>(HS | in.q_ld | in.k_ld | in.v_ld, out, in.q, in.k, in.v)) {
       return HS <= 64 ? flash_forward<64>(out, lse, in, shape, stream)
                       : flash_forward<128>(out, lse, in, shape, stream);
     }
@@ -2544,19 +2290,19 @@ static void attention_forward(A* out, float* lse, const A* q, int64_t q_ld, cons
 // of their strides; delta (NH, N) is scratch. plain::attention_backward.
 template <class A>
 static void attention_backward(A* dq, int64_t dq_ld, A* dk, A* dv, int64_t dkv_ld, const A* dout,
-                               const A* out, const float* lse, float* delta, const A* q,
-                               int64_t q_ld, const A* k, int64_t k_ld, const A* v, int64_t v_ld,
-                               const AttentionShape& shape, cudaStream_t stream) {
+                               const A* out, const float* lse, float* delta,
+                               const AttentionInput<A>& in, const AttentionShape& shape,
+                               cudaStream_t stream) {
   const auto [N, NH, NKV, HS, start, end] = shape;
   check_attention(NH, NKV, HS);
-  const AttentionInput<A> in{q, k, v, q_ld, k_ld, v_ld};
   constexpr int kSize = Pack<A>::kSize;
-  launch("attention_delta",
-         whole_chunks<A>(HS, {}, {dout, out}) ? attention_delta_kernel<A, kSize>
-                                              : attention_delta_kernel<A, 1>,
-         blocks_for(int64_t(N) * NH, 256 / 8), 256, 0, stream, delta, dout, out, N, NH, HS);
+  launch(
+      "attention_delta",
+      by_packs<A>(HS, dout, out) ? attention_delta_kernel<A, kSize> : attention_delta_kernel<A, 1>,
+      blocks_for(int64_t(N) * NH, 256 / 8), 256, 0, stream, delta, dout, out, N, NH, HS);
   if constexpr (std::is_same_v<A, bf16>) {
-    if (whole_chunks<A>(HS, {dq_ld, dkv_ld, q_ld, k_ld, v_ld}, {dq, dk, dv, dout, q, k, v})) {
+    if (by_packs<A>(HS | dq_ld | dkv_ld | in.q_ld | in.k_ld | in.v_ld, dq, dk, dv, dout, in.q, in.k,
+                    in.v)) {
       return HS <= 64 ? flash_backward<64>(dq, dq_ld, dk, dv, dkv_ld, dout, lse, delta, in, shape,
                                            stream)
                       : flash_backward<128>(dq, dq_ld, dk, dv, dkv_ld, dout, lse, delta, in, shape,
@@ -2572,40 +2318,804 @@ static void attention_backward(A* dq, int64_t dq_ld, A* dk, A* dv, int64_t dkv_l
          stream, dq, dq_ld, dout, lse, delta, in, shape, scale);
 }
 
+template <class A>
+AttentionInput<A> CudaGpt<A>::heads_of(const A* qkv, const A* rotated) const {
+  const int64_t q = int64_t(config_.NH) * config_.HS, qk = q + int64_t(config_.NKV) * config_.HS;
+  const int64_t ld = config_.qkv();
+  if (rotated) return {rotated, rotated + q, qkv + qk, qk, qk, ld};
+  return {qkv, qkv + q, qkv + qk, ld, ld, ld};
+}
+template <class A>
+AttentionShape CudaGpt<A>::attention_shape() const {
+  return {N_, config_.NH, config_.NKV, config_.HS, batch_.doc_start, batch_.doc_end};
+}
+template <class A>
+void CudaGpt<A>::attend_batch(const AttentionInput<A>& in, const LayerActivations<A>& a) const {
+  attention_forward(a.att, a.lse, in, attention_shape(), stream_);
+}
+template <class A>
+void CudaGpt<A>::attend_batch_backward(const AttentionInput<A>& in,
+                                       const LayerActivations<A>& a) const {
+  const int64_t q = int64_t(config_.NH) * config_.HS, kv = int64_t(config_.NKV) * config_.HS;
+  attention_backward(a_.dqkv, config_.qkv(), a_.dqkv + q, a_.dqkv + q + kv, config_.qkv(), a_.dnorm,
+                     a.att, a.lse, a_.att_dot, in, attention_shape(), stream_);
+}
+
 // ---------------------------------------------------------------------------------------------
-// Decoding over a paged KV cache. The keys of one layer, and likewise its values, lie in pages
+// GELU and SwiGLU. Bytes in and out, once each; a thread takes W neighbours.
+
+// plain::gelu: y = x s(2u), u = sqrt(2/pi) (x + .044715 x^3), s the sigmoid. y, x (n)
+template <class A, int W>
+__global__ void gelu_forward_kernel(A* y, const A* x, int64_t n) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+  if (i >= n) return;
+  float v[W];
+  load_floats(v, x + i);
+  for (int j = 0; j < W; j++) {
+    const float u = .7978845608f * (v[j] + .044715f * v[j] * v[j] * v[j]);
+    v[j] = v[j] / (1 + exp2_approx(-2 * kLog2E * u));
+  }
+  store_floats(y + i, v);
+}
+template <class A>
+static void gelu_forward(A* y, const A* x, int64_t n, cudaStream_t stream) {
+  constexpr int kW = Pack<A>::kSize;
+  const bool packs = by_packs<A>(n, y, x);
+  launch("gelu_forward", packs ? gelu_forward_kernel<A, kW> : gelu_forward_kernel<A, 1>,
+         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, y, x, n);
+}
+
+// plain::gelu_derivative: dx = dy (s + x s (1 - s) 2u'). dx, which may be dy, dy, x (n)
+template <class A, int W>
+__global__ void gelu_backward_kernel(A* dx, const A* dy, const A* x, int64_t n) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+  if (i >= n) return;
+  float v[W], d[W];
+  load_floats(v, x + i);
+  load_floats(d, dy + i);
+  for (int j = 0; j < W; j++) {
+    const float u = .7978845608f * (v[j] + .044715f * v[j] * v[j] * v[j]);
+    const float du = .7978845608f * (1 + .134145f * v[j] * v[j]);
+    const float s = 1 / (1 + exp2_approx(-2 * kLog2E * u));
+    d[j] *= s + v[j] * s * (1 - s) * 2 * du;
+  }
+  store_floats(dx + i, d);
+}
+template <class A>
+static void gelu_backward(A* dx, const A* dy, const A* x, int64_t n, cudaStream_t stream) {
+  constexpr int kW = Pack<A>::kSize;
+  const bool packs = by_packs<A>(n, dx, dy, x);
+  launch("gelu_backward", packs ? gelu_backward_kernel<A, kW> : gelu_backward_kernel<A, 1>,
+         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, dx, dy, x, n);
+}
+
+// plain::swiglu: y = gate s(gate) up. y (N, F); gate_up (N, 2F): the gate's columns, then up's
+// A block a row.
+template <class A, int W>
+__global__ void swiglu_forward_kernel(A* y, const A* gate_up, int F) {
+  const int64_t row = blockIdx.x;
+  for (int i = threadIdx.x * W; i < F; i += blockDim.x * W) {
+    float gate[W], up[W];
+    load_floats(gate, gate_up + row * 2 * F + i);
+    load_floats(up, gate_up + row * 2 * F + F + i);
+    for (int j = 0; j < W; j++) up[j] *= gate[j] / (1 + exp2_approx(-kLog2E * gate[j]));
+    store_floats(y + row * F + i, up);
+  }
+}
+template <class A>
+static void swiglu_forward(A* y, const A* gate_up, int N, int F, cudaStream_t stream) {
+  launch("swiglu_forward",
+         by_packs<A>(F, y, gate_up) ? swiglu_forward_kernel<A, Pack<A>::kSize>
+                                    : swiglu_forward_kernel<A, 1>,
+         N, kRowThreads / 2, 0, stream, y, gate_up, F);
+}
+
+// plain::swiglu_derivative: dup = dy gate s, dgate = dy up (s + gate s (1 - s)). dgate_up, which
+// may be gate_up, (N, 2F); dy (N, F)
+template <class A, int W>
+__global__ void swiglu_backward_kernel(A* dgate_up, const A* dy, const A* gate_up, int F) {
+  const int64_t row = blockIdx.x;
+  for (int i = threadIdx.x * W; i < F; i += blockDim.x * W) {
+    float gate[W], up[W], d[W];
+    load_floats(gate, gate_up + row * 2 * F + i);
+    load_floats(up, gate_up + row * 2 * F + F + i);
+    load_floats(d, dy + row * F + i);
+    for (int j = 0; j < W; j++) {
+      const float s = 1 / (1 + exp2_approx(-kLog2E * gate[j]));
+      const float dgate = d[j] * up[j] * (s + gate[j] * s * (1 - s));
+      up[j] = d[j] * gate[j] * s;
+      gate[j] = dgate;
+    }
+    store_floats(dgate_up + row * 2 * F + i, gate);
+    store_floats(dgate_up + row * 2 * F + F + i, up);
+  }
+}
+template <class A>
+static void swiglu_backward(A* dgate_up, const A* dy, const A* gate_up, int N, int F,
+                            cudaStream_t stream) {
+  launch("swiglu_backward",
+         by_packs<A>(F, dgate_up, dy, gate_up) ? swiglu_backward_kernel<A, Pack<A>::kSize>
+                                               : swiglu_backward_kernel<A, 1>,
+         N, kRowThreads / 2, 0, stream, dgate_up, dy, gate_up, F);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The head: rows of final_norm that have a target -> logits -> log p(target), entropy, and in
+// place the gradient of the logits
+
+// y[r] = x[row_of[r]], zeros where that is -1. y (rows, C), x (N, C)
+template <class A, int W, bool scatter>
+__global__ void move_rows_kernel(A* dst, const A* src, const int* row_of, int rows, int C) {
+  const int64_t r = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (r >= rows) return;
+  const int64_t n = row_of[r];
+  if (scatter && n < 0) return;
+  for (int c = threadIdx.x % 32 * W; c < C; c += 32 * W) {
+    float v[W] = {};
+    if (n >= 0) load_floats(v, src + (scatter ? r : n) * C + c);
+    store_floats(dst + (scatter ? n : r) * C + c, v);
+  }
+}
+template <class A>
+static void gather_rows(A* y, const A* x, const int* row_of, int rows, int C, cudaStream_t stream) {
+  launch("gather_rows",
+         by_packs<A>(C, y, x) ? move_rows_kernel<A, Pack<A>::kSize, false>
+                              : move_rows_kernel<A, 1, false>,
+         warp_rows(rows), kRowThreads, 0, stream, y, x, row_of, rows, C);
+}
+// x[row_of[r]] = y[r] but where that is -1. x (N, C), y (rows, C); no position occurs twice
+template <class A>
+static void scatter_rows(A* x, const A* y, const int* row_of, int rows, int C,
+                         cudaStream_t stream) {
+  launch("scatter_rows",
+         by_packs<A>(C, x, y) ? move_rows_kernel<A, Pack<A>::kSize, true>
+                              : move_rows_kernel<A, 1, true>,
+         warp_rows(rows), kRowThreads, 0, stream, x, y, row_of, rows, C);
+}
+
+// Bytes of a row that a block keeps in shared memory: two blocks a multiprocessor from A100 on.
+inline constexpr size_t kClassifierShared = size_t(80) << 10;
+
+// plain::classifier_forward: logp[n] = log p(targets[n]) and entropy[n] of softmax(logits[r] x
+// inverse_temperature), n = row_of[r]. When `backward`, the logits become
+// plain::classifier_backward of dlogp and dentropy ((N); null: 0): dlogits[j] = (dlogp (1[j =
+// target] - p_j) - dentropy p_j (log p_j + H)) / temperature, 0 in columns V to ld and in rows with
+// row_of -1. logits (rows, ld); targets, logp, entropy (or null) (N)
+//
+// A block a row: reads it once, writes it once. The first pass is an online softmax (Milakov,
+// Gimelshein 2018) in powers of 2; the second finds the first `cached` elements in shared memory
+// and the rest, if any, in the L2 cache.
+template <class A, int W>
+__global__ void __launch_bounds__(kBlockThreads)
+    classifier_kernel(A* logits, int64_t ld, const int* row_of, const int* targets,
+                      const float* dlogp, const float* dentropy, float* logp_out,
+                      float* entropy_out, float inverse_temperature, int V, int cached,
+                      bool backward) {
+  float* scratch = shared_memory<float>();       // (32)
+  A* copy = reinterpret_cast<A*>(scratch + 32);  // (cached)
+  A* row = logits + blockIdx.x * ld;
+  const int n = row_of[blockIdx.x], target = n < 0 ? -1 : targets[n];
+  const int begin = threadIdx.x * W, stride = blockDim.x * W;
+  if (target < 0) {
+    const float zero[W] = {};
+    for (int j = begin; backward && j < ld; j += stride) store_floats(row + j, zero);
+    return;
+  }
+  const float k = inverse_temperature * kLog2E;
+  const float target_logit = to_float(row[target]);
+
+  // sum of 2^z and of z 2^z, z = (x - highest) k
+  float v[W], highest = kLowest, sum = 0, weighted = 0;
+  for (int j = begin; j < V; j += stride) {
+    float top = highest;
+    if (j + W <= V) {
+      load_floats(v, row + j);
+    } else {
+      for (int i = 0; i < W; i++) v[i] = j + i < V ? to_float(row[j + i]) : kLowest;
+    }
+    if (j < cached) store_floats(copy + j, v);
+    for (int i = 0; i < W; i++) top = fmaxf(top, v[i]);
+    if (top > highest) {
+      const float d = (highest - top) * k, shrink = exp2_approx(d);
+      weighted = shrink * (weighted + d * sum);
+      sum *= shrink;
+      highest = top;
+    }
+    const float offset = highest * k;
+    for (int i = 0; i < W; i++) {
+      const float z = v[i] * k - offset, e = exp2_approx(z);
+      sum += e;
+      weighted += e * z;
+    }
+  }
+  const float row_highest = block_max(highest, scratch), d = (highest - row_highest) * k;
+  const float shrink = exp2_approx(d);
+  weighted = block_sum(shrink > 0 ? shrink * (weighted + d * sum) : 0, scratch);
+  sum = block_sum(shrink * sum, scratch);
+  const float offset = row_highest * k, log_sum = log2f(sum);
+  const float entropy = (log_sum - weighted / sum) * kLn2;
+  if (threadIdx.x == 0) {
+    logp_out[n] = (target_logit * k - offset - log_sum) * kLn2;
+    if (entropy_out) entropy_out[n] = entropy;
+  }
+  if (!backward) return;
+
+  // dlogits[j] = p_j (a + b (log p_j + H)), and at the target - a
+  const float a = dlogp ? -dlogp[n] * inverse_temperature : 0;
+  const float b = dentropy ? -dentropy[n] * inverse_temperature : 0;
+  const float c0 = a + b * entropy, c1 = b * kLn2, shift = offset + log_sum;
+  for (int j = begin; j < ld; j += stride) {
+    if (j < cached)
+      load_floats(v, copy + j);
+    else
+      load_floats(v, row + j);
+    for (int i = 0; i < W; i++) {
+      const float l = v[i] * k - shift;  // log2 of p
+      v[i] = exp2_approx(l) * (c0 + c1 * l);
+    }
+    if (j <= target && target < j + W) {
+      for (int i = 0; i < W; i++) v[i] -= j + i == target ? a : 0;
+    }
+    if (j + W > V) {  // the padding, which may hold anything
+      for (int i = 0; i < W; i++) v[i] = j + i < V ? v[i] : 0;
+    }
+    store_floats(row + j, v);
+  }
+}
+template <class A>
+static void classifier(A* logits, int64_t ld, const int* row_of, const int* targets,
+                       const float* dlogp, const float* dentropy, float* logp, float* entropy,
+                       float inverse_temperature, int V, int rows, bool backward,
+                       cudaStream_t stream) {
+  constexpr int kW = Pack<A>::kSize;
+  const bool packs = by_packs<A>(ld, logits);
+  const int w = packs ? kW : 1;
+  const int threads = int(std::min<unsigned>(kBlockThreads, blocks_for(V, 32 * w) * 32));
+  const int cached =
+      backward ? int(std::min<int64_t>(blocks_for(V, w) * w, kClassifierShared / sizeof(A))) : 0;
+  launch("classifier", packs ? classifier_kernel<A, kW> : classifier_kernel<A, 1>, rows, threads,
+         32 * sizeof(float) + size_t(cached) * sizeof(A), stream, logits, ld, row_of, targets,
+         dlogp, dentropy, logp, entropy, inverse_temperature, V, cached, backward);
+}
+
+// value[n] = x[n] . w. value (N), x (N, C), w (C)
+template <class A, int W>
+__global__ void value_forward_kernel(float* value, const A* x, const A* weight, int N, int C) {
+  const int64_t n = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (n >= N) return;
+  float v[W], w[W], sum = 0;
+  for (int c = threadIdx.x % 32 * W; c < C; c += 32 * W) {
+    load_floats(v, x + n * C + c);
+    load_floats(w, weight + c);
+    for (int j = 0; j < W; j++) sum += v[j] * w[j];
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) value[n] = sum;
+}
+template <class A>
+static void value_forward(float* value, const A* x, const A* w, int N, int C, cudaStream_t stream) {
+  launch(
+      "value_forward",
+      by_packs<A>(C, x, w) ? value_forward_kernel<A, Pack<A>::kSize> : value_forward_kernel<A, 1>,
+      warp_rows(N), kRowThreads, 0, stream, value, x, w, N, C);
+}
+
+// dx[n] = dvalue[n] w;  dw += sum_n dvalue[n] x[n] (null: frozen). dx, x (N, C), dw, w (C), dvalue
+// (N)
+template <class A, int W>
+__global__ void value_backward_kernel(A* dx, const float* dvalue, const A* weight, int N, int C) {
+  const int64_t n = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (n >= N) return;
+  for (int c = threadIdx.x % 32 * W; c < C; c += 32 * W) {
+    float w[W];
+    load_floats(w, weight + c);
+    for (int j = 0; j < W; j++) w[j] *= dvalue[n];
+    store_floats(dx + n * C + c, w);
+  }
+}
+static size_t value_backward_scratch(int N, int C) { return bias_backward_scratch(N, C); }  // bytes
+template <class A>
+static void value_backward(A* dx, float* dw, const float* dvalue, const A* x, const A* w, int N,
+                           int C, void* scratch, cudaStream_t stream) {
+  launch("value_backward",
+         by_packs<A>(C, dx, w) ? value_backward_kernel<A, Pack<A>::kSize>
+                               : value_backward_kernel<A, 1>,
+         warp_rows(N), kRowThreads, 0, stream, dx, dvalue, w, N, C);
+  if (dw) bias_backward(dw, x, dvalue, N, C, scratch, stream);
+}
+
+// Inputs of the head for rows [first, first + rows) of the logits.
+template <class A>
+const A* CudaGpt<A>::head_input(int64_t begin, int64_t rows) const {
+  if (!gathered_) return a_.final_norm + begin * config_.C;
+  gather_rows(a_.head_in, a_.final_norm, batch_.row_of + begin, int(rows), config_.C, stream_);
+  return a_.head_in;
+}
+template <class A>
+void CudaGpt<A>::classify(int64_t begin, int64_t rows, bool backward) const {
+  classifier(a_.logits, int64_t(config_.padded_V()), batch_.row_of + begin, batch_.targets,
+             has_dlogp_ ? batch_.dlogp : nullptr, has_dentropy_ ? batch_.dentropy : nullptr,
+             batch_.logp, batch_.entropy, inverse_temperature_, config_.V, int(rows), backward,
+             stream_);
+}
+template <class A>
+void CudaGpt<A>::head_forward() {
+  if (config_.head == Head::scalar) {
+    value_forward(batch_.value, a_.final_norm, weights_->matrix(table_.head.weight), N_, config_.C,
+                  stream_);
+    return;
+  }
+  clear(batch_.logp, size_t(N_) * sizeof(float));  // of positions without a target
+  clear(batch_.entropy, size_t(N_) * sizeof(float));
+  for (int64_t begin = 0; begin < rows_; begin += a_.logit_rows) {
+    const int64_t rows = std::min(a_.logit_rows, rows_ - begin);
+    matmul(linear_product(rows, table_.head, head_input(begin, rows), a_.logits));
+    classify(begin, rows, false);
+  }
+}
+
+// Over the block's threads, in a fixed order; all get it. scratch: 32 doubles of shared memory
+__device__ inline double block_sum_double(double x, double* scratch) {
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+  for (unsigned w = 0; w < blockDim.x / 32; w++) x += scratch[w];
+  return x;
+}
+
+// *out += sum_i a[i] b[i] (b null: 1), by one block. a, b (n)
+__global__ void __launch_bounds__(kBlockThreads)
+    weighted_sum_kernel(double* out, const float* a, const float* b, int n) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) sum += double(a[i]) * (b ? b[i] : 1);
+  sum = block_sum_double(sum, shared_memory<double>());
+  if (threadIdx.x == 0) *out += sum;
+}
+static void weighted_sum(double* out, const float* a, const float* b, int n, cudaStream_t stream) {
+  launch("weighted_sum", weighted_sum_kernel, 1, kBlockThreads, 32 * sizeof(double), stream, out, a,
+         b, n);
+}
+
+// From the per-token weights to dx, the gradient of the stream that leaves the last layer, through
+// the head and the final norm. Logits are made here unless forward left them.
+template <class A>
+void CudaGpt<A>::head_backward(bool logits_ready) {
+  const int C = config_.C;
+  const Linear& head = table_.head;
+  if (config_.head == Head::scalar) {
+    if (has_dvalue_) {
+      value_backward(a_.dnorm, gradient(head.weight), batch_.dvalue, a_.final_norm,
+                     weights_->matrix(head.weight), N_, C, a_.scratch, stream_);
+    } else {
+      clear(a_.dnorm, size_t(N_) * size_t(C) * sizeof(A));
+    }
+  } else {
+    if (!logits_ready) {
+      clear(batch_.logp, size_t(N_) * sizeof(float));
+      clear(batch_.entropy, size_t(N_) * sizeof(float));
+    }
+    if (gathered_) clear(a_.dnorm, size_t(N_) * size_t(C) * sizeof(A));
+    for (int64_t begin = 0; begin < rows_; begin += a_.logit_rows) {
+      const int64_t rows = std::min(a_.logit_rows, rows_ - begin);
+      const A* x = logits_ready && gathered_ ? a_.head_in : head_input(begin, rows);
+      if (!logits_ready) matmul(linear_product(rows, head, x, a_.logits));
+      classify(begin, rows, true);
+      A* dx = gathered_ ? a_.dhead_in : a_.dnorm + begin * C;
+      matmul(input_gradient_product(rows, head, a_.logits, dx));
+      if (gradient(head.weight)) matmul(weight_gradient_product(rows, head, x, a_.logits));
+      if (gathered_) {
+        scatter_rows(a_.dnorm, dx, batch_.row_of + begin, int(rows), C, stream_);
+      }
+    }
+  }
+  if (has_dlogp_) {
+    weighted_sum(&optimizer_->step.data()->loss_so_far, batch_.dlogp, batch_.logp, N_, stream_);
+  }
+  clear(a_.dx, size_t(N_) * size_t(C) * sizeof(A));
+  stream_norm_backward(table_.final_norm, a_.dnorm, a_.x, a_.final_mean, a_.final_rstd);
+}
+
+// =============================================================================================
+// 4. The optimizers
+
+// ---------------------------------------------------------------------------------------------
+// The gradient's norm, in double; it stays on the device
+
+// What an update needs to know about the whole gradient.
+struct DeviceStep {
+  double grad_norm;    // before clipping
+  float scale;         // that clips it
+  int skip;            // the norm is not finite: weights and optimizer state are left as they are
+  double loss;         // sum of dlogp logp over the batches of the last step
+  double loss_so_far;  // over those of the step under way
+};
+inline constexpr int kSquarePartials = 1024;  // doubles that sum_of_squares writes
+
+// partials (kSquarePartials) = sums of g^2 over parts of g (n), which is 16-byte aligned
+//
+// The kernel reads g once; four squares are added in float, all else in double.
+__global__ void sum_of_squares_kernel(double* partials, const float* g, int64_t n) {
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x * 4;
+  double sum = 0;
+  for (int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < n; i += stride) {
+    float v[4] = {};
+    if (i + 4 <= n) {
+      load_floats(v, g + i);
+    } else {
+      for (int j = 0; i + j < n; j++) v[j] = g[i + j];
+    }
+    sum += v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
+  }
+  sum = block_sum_double(sum, shared_memory<double>());
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+static void sum_of_squares(double* partials, const float* g, int64_t n, cudaStream_t stream) {
+  launch("sum_of_squares", sum_of_squares_kernel, kSquarePartials, kRowThreads, 32 * sizeof(double),
+         stream, partials, g, n);
+}
+
+// step from partials (count); max_norm 0: any norm
+__global__ void __launch_bounds__(kBlockThreads)
+    finish_norm_kernel(DeviceStep* step, const double* partials, int count, float max_norm) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partials[i];
+  sum = block_sum_double(sum, shared_memory<double>());
+  if (threadIdx.x > 0) return;
+  const double norm = sqrt(sum);
+  step->grad_norm = norm;
+  step->scale = max_norm > 0 && norm > max_norm ? float(max_norm / norm) : 1.f;
+  step->skip = !isfinite(norm);
+  step->loss = step->loss_so_far;
+  step->loss_so_far = 0;
+}
+static void finish_norm(DeviceStep* step, const double* partials, int count, float max_norm,
+                        cudaStream_t stream) {
+  launch("finish_norm", finish_norm_kernel, 1, kBlockThreads, 32 * sizeof(double), stream, step,
+         partials, count, max_norm);
+}
+
+template <class A>
+void CudaGpt<A>::clip_gradients(float max_norm) const {
+  const Optimizer& o = *optimizer_;
+  sum_of_squares(o.partials.data(), o.gradients.data(), o.gradients.size(), stream_);
+  finish_norm(o.step.data(), o.partials.data(), kSquarePartials, max_norm, stream_);
+}
+
+// ---------------------------------------------------------------------------------------------
+// AdamW: reads w, g, m, v and writes w, m, v and the copy once: 30 bytes a parameter
+
+// With g scaled by step->scale: m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
+// w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w), as adamw() of train_gpt.cpp;
+// nothing when step->skip. w, g, m, v, copy (w in bf16, or null) (n)
+struct AdamW {
+  float lr, decay, beta1, beta2, eps;
+  float c1, c2;  // 1 / (1 - beta^step)
+};
+template <int W>
+__global__ void adamw_kernel(float* w, bf16* copy, const float* g, float* m, float* v, int64_t n,
+                             AdamW o, const DeviceStep* step) {
+  if (step->skip) return;
+  const float scale = step->scale, decay_factor = 1 - o.lr * o.decay;
+  const auto update = [&](float& wi, float gi, float& mi, float& vi) {
+    gi *= scale;
+    mi = o.beta1 * mi + (1 - o.beta1) * gi;
+    vi = o.beta2 * vi + (1 - o.beta2) * gi * gi;
+    wi = decay_factor * wi - o.lr * o.c1 * mi / (sqrtf(vi * o.c2) + o.eps);
+  };
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+  if (i + W <= n) {
+    float wi[W], gi[W], mi[W], vi[W];
+    load_floats(wi, w + i);
+    load_floats(gi, g + i);
+    load_floats(mi, m + i);
+    load_floats(vi, v + i);
+    for (int j = 0; j < W; j++) update(wi[j], gi[j], mi[j], vi[j]);
+    store_floats(w + i, wi);
+    store_floats(m + i, mi);
+    store_floats(v + i, vi);
+    if (copy) store_floats(copy + i, wi);
+  } else {
+    for (int64_t j = i; j < n; j++) {
+      update(w[j], g[j], m[j], v[j]);
+      if (copy) copy[j] = from_float<bf16>(w[j]);
+    }
+  }
+}
+static void adamw(float* w, bf16* copy, const float* g, float* m, float* v, int64_t n, float lr,
+                  float decay, const OptimizerStep& o, const DeviceStep* step,
+                  cudaStream_t stream) {
+  const AdamW how{lr,
+                  decay,
+                  o.beta1,
+                  o.beta2,
+                  o.eps,
+                  1 / (1 - float(std::pow(double(o.beta1), double(o.step)))),
+                  1 / (1 - float(std::pow(double(o.beta2), double(o.step))))};
+  const bool packs = by_packs<bf16>(0, w, copy, g, m, v);
+  launch("adamw", packs ? adamw_kernel<8> : adamw_kernel<1>,
+         blocks_for(n, kRowThreads * (packs ? 8 : 1)), kRowThreads, 0, stream, w, copy, g, m, v, n,
+         how, step);
+}
+
+template <class A>
+void CudaGpt<A>::adamw_step(const OptimizerStep& step) const {
+  const Optimizer& o = *optimizer_;
+  for (const auto& r : o.layout.runs) {
+    const int64_t offset = r.offset - frozen_;
+    adamw(weights_->master.data() + r.offset, weights_->bf16_copy(r.offset),
+          o.gradients.data() + offset, o.moment1.data() + offset, o.moment2.data() + r.moment2,
+          r.size, step.lr[size_t(r.kind)], r.decay ? step.decay : 0, step, o.step.data(), stream_);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Muon, as muon() of train_gpt.cpp, for a batch of equal matrices. The products between the steps
+// take most of the time.
+//
+//   muon_momentum  m = mu m + (1-mu) g, and the squares of u = mu m + (1-mu) g
+//   muon_begin     X = u / (||u|| + 1e-7), transposed when tall: (rows, columns) is wide
+//   five times     A = X X^T, B = A A;  B = 2.0315 B - 4.7750 A;  X = B X + 3.4445 X
+//   muon_update    w -= lr (X + decay w), transposed back
+
+struct MuonBatch {
+  const int64_t* offsets;  // (count) of the matrices in w, g and m; on the device
+  int count, out, in;
+  int rows() const { return std::min(out, in); }  // of X
+  int columns() const { return std::max(out, in); }
+};
+inline constexpr int kMuonBlocks = 64;  // for a matrix's norm
+
+// Bytes of scratch for the squares.
+static size_t muon_squares_scratch(int count) {
+  return size_t(count) * kMuonBlocks * sizeof(float);
+}
+
+// m, g: the arenas that batch.offsets point into; squares (count, kMuonBlocks)
+__global__ void muon_momentum_kernel(float* m, float* squares, const float* g,
+                                     const int64_t* offsets, int64_t size, float mu,
+                                     const DeviceStep* step) {
+  if (step->skip) return;
+  const int64_t offset = offsets[blockIdx.y];
+  const float scale = step->scale;
+  float square = 0;
+  for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < size;
+       i += int64_t(kMuonBlocks) * blockDim.x) {
+    const float grad = g[offset + i] * scale, mi = mu * m[offset + i] + (1 - mu) * grad;
+    const float u = mu * mi + (1 - mu) * grad;
+    m[offset + i] = mi;
+    square += u * u;
+  }
+  square = block_sum(square, shared_memory<float>());
+  if (threadIdx.x == 0) squares[blockIdx.y * kMuonBlocks + blockIdx.x] = square;
+}
+static void muon_momentum(float* m, float* squares, const float* g, const MuonBatch& batch,
+                          float mu, const DeviceStep* step, cudaStream_t stream) {
+  launch("muon_momentum", muon_momentum_kernel, dim3(kMuonBlocks, batch.count), kRowThreads,
+         32 * sizeof(float), stream, m, squares, g, batch.offsets, int64_t(batch.out) * batch.in,
+         mu, step);
+}
+
+// x (count, rows, columns)
+// A block has a tile of 32 x 32, which turns in shared memory: reads and writes run along rows.
+template <class A>
+__global__ void muon_begin_kernel(A* x, const float* squares, const float* g, const float* m,
+                                  const int64_t* offsets, int out, int in, float mu,
+                                  const DeviceStep* step) {
+  if (step->skip) return;
+  float* tile = shared_memory<float>();  // (32, 33)
+  const int column = threadIdx.x % 32, begin = threadIdx.x / 32, stride = blockDim.x / 32;
+  const int64_t offset = offsets[blockIdx.z];
+  const float* parts = squares + blockIdx.z * kMuonBlocks;
+  const float inverse = 1 / (sqrtf(warp_sum(parts[column] + parts[column + 32])) + 1e-7f);
+  const float scale = step->scale;
+  const int o0 = blockIdx.y * 32, i0 = blockIdx.x * 32;
+  A* dst = x + int64_t(blockIdx.z) * out * in;
+  for (int r = begin; r < 32; r += stride) {
+    const int o = o0 + r, i = i0 + column;
+    if (o >= out || i >= in) continue;
+    const int64_t element = int64_t(o) * in + i;
+    const float u = mu * m[offset + element] + (1 - mu) * (g[offset + element] * scale);
+    if (out > in)
+      tile[r * 33 + column] = u * inverse;
+    else
+      dst[element] = from_float<A>(u * inverse);
+  }
+  if (out <= in) return;
+  __syncthreads();
+  for (int r = begin; r < 32; r += stride) {
+    const int i = i0 + r, o = o0 + column;
+    if (o < out && i < in) dst[int64_t(i) * out + o] = from_float<A>(tile[column * 33 + r]);
+  }
+}
+template <class A>
+static void muon_begin(A* x, const float* squares, const float* g, const float* m,
+                       const MuonBatch& batch, float mu, const DeviceStep* step,
+                       cudaStream_t stream) {
+  static_assert(kMuonBlocks == 64, "each lane adds two of them");
+  launch("muon_begin", muon_begin_kernel<A>,
+         dim3(blocks_for(batch.in, 32), blocks_for(batch.out, 32), batch.count), kRowThreads,
+         32 * 33 * sizeof(float), stream, x, squares, g, m, batch.offsets, batch.out, batch.in, mu,
+         step);
+}
+
+// w = (1 - lr decay) w - lr sqrt(max(1, out/in)) X; w and copy (w in bf16, or null) are arenas
+template <class A>
+__global__ void muon_update_kernel(float* w, bf16* copy, const A* x, const int64_t* offsets,
+                                   int out, int in, float lr, float decay_factor,
+                                   const DeviceStep* step) {
+  if (step->skip) return;
+  float* tile = shared_memory<float>();  // (32, 33)
+  const int column = threadIdx.x % 32, begin = threadIdx.x / 32, stride = blockDim.x / 32;
+  const int64_t offset = offsets[blockIdx.z];
+  const int o0 = blockIdx.y * 32, i0 = blockIdx.x * 32;
+  const A* src = x + int64_t(blockIdx.z) * out * in;
+  if (out > in) {
+    for (int r = begin; r < 32; r += stride) {
+      const int i = i0 + r, o = o0 + column;
+      if (o < out && i < in) tile[column * 33 + r] = to_float(src[int64_t(i) * out + o]);
+    }
+    __syncthreads();
+  }
+  for (int r = begin; r < 32; r += stride) {
+    const int o = o0 + r, i = i0 + column;
+    if (o >= out || i >= in) continue;
+    const int64_t element = int64_t(o) * in + i;
+    const float step_x = out > in ? tile[r * 33 + column] : to_float(src[element]);
+    const float wi = decay_factor * w[offset + element] - lr * step_x;
+    w[offset + element] = wi;
+    if (copy) copy[offset + element] = from_float<bf16>(wi);
+  }
+}
+template <class A>
+static void muon_update(float* w, bf16* copy, const A* x, const MuonBatch& batch, float lr,
+                        float decay, const DeviceStep* step, cudaStream_t stream) {
+  const float step_lr = lr * std::sqrt(std::max(1.f, float(batch.out) / float(batch.in)));
+  launch("muon_update", muon_update_kernel<A>,
+         dim3(blocks_for(batch.in, 32), blocks_for(batch.out, 32), batch.count), kRowThreads,
+         32 * 33 * sizeof(float), stream, w, copy, x, batch.offsets, batch.out, batch.in, step_lr,
+         1 - lr * decay, step);
+}
+
+// Muon's directions of every group, into x: five times X <- a X + (b A + c A A) X, A = X X^T, as
+// muon() of train_gpt.cpp; a X and b A come in as the products' C.
+template <class A>
+void CudaGpt<A>::muon_directions(float momentum) const {
+  const Optimizer& o = *optimizer_;
+  for (const auto& g : o.layout.groups) {
+    for (int begin = 0; begin < g.count; begin += g.batch_size) {
+      const MuonBatch batch{o.offsets.data() + g.first_matrix + begin,
+                            std::min(g.batch_size, g.count - begin), g.out, g.in};
+      const int64_t rows = batch.rows(), columns = batch.columns();
+      auto* squares = reinterpret_cast<float*>(o.squares.data());
+      muon_momentum(o.moment1.data(), squares, o.gradients.data(), batch, momentum, o.step.data(),
+                    stream_);
+      A *x = o.other.data(), *next = o.x.data() + g.x + begin * g.size();
+      muon_begin(x, squares, o.gradients.data(), o.moment1.data(), batch, momentum, o.step.data(),
+                 stream_);
+      const auto batched = [&](Product p) {
+        p.batch = batch.count;
+        p.a_stride = p.M * p.K, p.b_stride = p.K * p.N, p.d_stride = p.M * p.N;
+        return p;
+      };
+      for (int iteration = 0; iteration < 5; iteration++) {
+        A *gram = o.gram.data(), *combined = o.combined.data();
+        matmul(batched(product_abt(rows, rows, columns, x, x, gram)));
+        Product square = batched(product(rows, rows, rows, gram, gram, combined));
+        square.alpha = 2.0315f, square.beta = -4.7750f, square.c = gram;
+        matmul(square);
+        Product step = batched(product(rows, columns, rows, combined, x, next));
+        step.beta = 3.4445f, step.c = x;
+        matmul(step);
+        std::swap(x, next);
+      }
+    }
+  }
+}
+
+template <class A>
+void CudaGpt<A>::muon_step(const OptimizerStep& step) const {
+  const Optimizer& o = *optimizer_;
+  for (const auto& g : o.layout.groups) {
+    muon_update(weights_->master.data(), weights_->bf16_copy(0), o.x.data() + g.x,
+                {o.offsets.data() + g.first_matrix, g.count, g.out, g.in}, step.muon_lr,
+                step.muon_decay, o.step.data(), stream_);
+  }
+}
+
+template <class A>
+void CudaGpt<A>::zero_gradients() {
+  gradients_zeroed_ = true;
+  if (train_) clear(&optimizer_->step.data()->loss_so_far, sizeof(double));
+}
+
+template <class A>
+UpdateStats CudaGpt<A>::stats() {
+  if (!optimizer_ || !optimizer_->stepped) return {};
+  DeviceStep step{};
+  check(
+      cudaMemcpyAsync(&step, optimizer_->step.data(), sizeof step, cudaMemcpyDeviceToHost, stream_),
+      "the gradient's norm");
+  wait();
+  return {step.grad_norm, step.skip != 0, step.loss};
+}
+
+// =============================================================================================
+// 5. Decoding
+
+// Attention over a paged KV cache. The keys of one layer, and likewise its values, lie in pages
 // (kPage, HS) for each key/value head: [page][NKV][kPage][HS]. Position t of a row is place t %
 // kPage of page page_table[row][t / kPage].
 
+template <class A>
+class CudaKvCache : public KvCache {  // [layer][page][NKV][kPage][HS], keys and values
+ public:
+  CudaKvCache(const Config& c, int64_t positions)
+      : KvCache(positions),
+        id(++last_id),
+        pages((positions + kPage - 1) / kPage),
+        page_size(int64_t(c.NKV) * kPage * c.HS),
+        keys("keys of the KV cache", c.L * pages * page_size, kFlags),
+        values("values of the KV cache", c.L * pages * page_size, kFlags) {}
+  A* keys_of(int layer) const { return keys.data() + layer * pages * page_size; }
+  A* values_of(int layer) const { return values.data() + layer * pages * page_size; }
+
+  const int64_t id;  // no other cache of this process has it: graphs name it
+  const int64_t pages, page_size;
+  const Buffer<A> keys, values;
+
+ private:
+  static constexpr const char* kFlags = "the number of sequences decoded at once, or their length";
+  static inline int64_t last_id = 0;
+};
+
+// Copies pages (from, to) of every layer's keys (z = 0) and values (z = 1): grid (pairs, L, 2).
+template <class A>
+__global__ void copy_pages_kernel(A* keys, A* values, const int2* pairs, int64_t pages,
+                                  int64_t page_size) {
+  A* layer = (blockIdx.z ? values : keys) + blockIdx.y * pages * page_size;
+  const int2 pair = pairs[blockIdx.x];
+  const A* src = layer + pair.x * page_size;
+  A* dst = layer + pair.y * page_size;
+  constexpr int kSize = Pack<A>::kSize;  // page_size is a multiple of 64 HS
+  for (int64_t i = int64_t(threadIdx.x) * kSize; i < page_size; i += int64_t(blockDim.x) * kSize) {
+    store_pack(dst + i, load_pack(src + i));
+  }
+}
+
+// k, v (N, NKV HS) of N new tokens, in rows of stride ld, to slot[n] = page kPage + place.
 template <class A, int W>
 __global__ void __launch_bounds__(256)
     cache_append_kernel(A* k_pages, A* v_pages, const A* k, const A* v, int64_t ld, const int* slot,
                         int64_t count, int NKV, int HS) {
   const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;  // a run of W elements
   if (i >= count) return;
-  const int each = NKV * HS / W, n = int(i / each), at = int(i % each) * W;
-  const int kv = at / HS, d = at % HS, page = slot[n] / kPage;
-  const int64_t to = ((int64_t(page) * NKV + kv) * kPage + slot[n] % kPage) * HS + d;
+  const int each = NKV * HS / W, n = int(i / each), element = int(i % each) * W;
+  const int kv = element / HS, d = element % HS, page = slot[n] / kPage;
+  const int64_t dst = ((int64_t(page) * NKV + kv) * kPage + slot[n] % kPage) * HS + d;
   if constexpr (W > 1) {
-    store_pack(k_pages + to, load_pack(k + n * ld + at));
-    store_pack(v_pages + to, load_pack(v + n * ld + at));
+    store_pack(k_pages + dst, load_pack(k + n * ld + element));
+    store_pack(v_pages + dst, load_pack(v + n * ld + element));
   } else {
-    k_pages[to] = k[n * ld + at];
-    v_pages[to] = v[n * ld + at];
+    k_pages[dst] = k[n * ld + element];
+    v_pages[dst] = v[n * ld + element];
   }
 }
-
-// k, v (N, NKV HS) of N new tokens, in rows of stride ld, to slot[n] = page kPage + place.
 template <class A>
 static void cache_append(A* k_pages, A* v_pages, const A* k, const A* v, int64_t ld,
                          const int* slot, int N, int NKV, int HS, cudaStream_t stream) {
   constexpr int kSize = Pack<A>::kSize;
-  const bool whole = whole_chunks<A>(HS, {ld}, {k_pages, v_pages, k, v});
+  const bool whole = by_packs<A>(HS | ld, k_pages, v_pages, k, v);
   const int64_t count = int64_t(N) * NKV * HS / (whole ? kSize : 1);
   launch("cache_append", whole ? cache_append_kernel<A, kSize> : cache_append_kernel<A, 1>,
          blocks_for(count, 256), 256, 0, stream, k_pages, v_pages, k, v, ld, slot, count, NKV, HS);
 }
 
+// out (N, NH HS): each of N tokens attends to positions 0 .. position[n] of row row_of[n], which
+// are in the cache already; page_table (rows, max_pages). One new token of each row, or all tokens
+// of a prompt.
+//
 // One block a token and query head; the heads of a group run side by side and share the pages in
 // L2. 8 lanes form a split, which walks over its own part of the keys, kCacheKeys of them at a time
 // so that as many loads are under way, with a maximum and a sum of its own; in the end the splits
@@ -2707,10 +3217,6 @@ __global__ void __launch_bounds__(kCacheThreads)
     out[(int64_t(n) * NH + h) * HS + threadIdx.x] = from_float<A>(value / weight);
   }
 }
-
-// out (N, NH HS): each of N tokens attends to positions 0 .. position[n] of row row_of[n], which
-// are in the cache already; page_table (rows, max_pages). One new token of each row, or all tokens
-// of a prompt.
 template <class A>
 static void cache_attention(A* out, const A* q, int64_t q_ld, const A* k_pages, const A* v_pages,
                             const int* row_of, const int* position, const int* page_table,
@@ -2718,497 +3224,686 @@ static void cache_attention(A* out, const A* q, int64_t q_ld, const A* k_pages, 
   check_attention(NH, NKV, HS);
   constexpr int kSize = Pack<A>::kSize;
   launch("cache_attention",
-         whole_chunks<A>(HS, {q_ld}, {q, k_pages, v_pages}) ? cache_attention_kernel<A, kSize>
-                                                            : cache_attention_kernel<A, 1>,
+         by_packs<A>(HS | q_ld, q, k_pages, v_pages) ? cache_attention_kernel<A, kSize>
+                                                     : cache_attention_kernel<A, 1>,
          unsigned(N) * unsigned(NH), kCacheThreads,
          sizeof(float) * size_t(kCacheThreads / 32 * (HS + 2)), stream, out, q, q_ld, k_pages,
          v_pages, row_of, position, page_table, max_pages, NH, NKV, HS, kLog2E / sqrtf(float(HS)));
 }
 
-// =============================================================================================
-// 4. Products: cuBLASLt behind one function
-//
-// cuBLASLt thinks in columns: a row-major matrix is its transpose, so D = A B becomes
-// D^T = B^T A^T, and what it calls A is our B. Descriptors and the algorithm of a shape are made
-// once and kept. On a GPU the candidates of its heuristic are timed at the first use of a shape;
-// what was found is kept in $XDG_CACHE_HOME/cake/products.json (~/.cache), by GPU, version of the
-// library and shape. A file that cannot be read or written costs the measurement again, no more.
-// What a run went by is kept in its state too (Gpt::choices): another algorithm would round its
-// sums otherwise, and a run that goes on would not be the run that never stopped.
+// ---------------------------------------------------------------------------------------------
+// Sampling, as sample_row() of train_gpt.cpp, a block a row. Where sample_row sorts, and adds in
+// order, this kernel counts: probabilities, relative to the likeliest, are integers of 2^-44, and
+// sums of integers have no order. A token's key is its probability's bits, then its id's
+// complement: keys differ, and larger ones are likelier, or of the smaller id among equals.
 
-template <class T>
-static constexpr cudaDataType_t kDataType = std::is_same_v<T, float> ? CUDA_R_32F : CUDA_R_16BF;
-static constexpr int64_t kWorkspace = int64_t(32) << 20;  // bytes, cuBLASLt's
+struct SampleRow {  // Sampling and its place, see cake/gpt.h
+  float temperature, top_p, min_p, penalty;
+  int top_k, vocab;
+  uint64_t seed, stream, position;
+  int history_begin, history_end;  // in `history`
+};
+using Word = unsigned long long;
+inline constexpr int kIdBits = 20, kKeyBits = 50, kBinBits = 10, kBins = 1 << kBinBits;
 
-static void check(cublasStatus_t status, const char* what) {
-  if (status != CUBLAS_STATUS_SUCCESS) fail("cuda: ", what, ": cuBLASLt's status ", int(status));
+// mix64 and uniform01 of cake/run.h
+__device__ inline uint64_t device_mix64(uint64_t x) {
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+__device__ inline double device_uniform01(uint64_t bits) {
+  return (double(bits >> 11) + .5) * 0x1p-53;
 }
 
-// `count` elements on the device under a name; when there is no room, the error says what lowers
-// it.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const char* name, int64_t count, const char* lower) : size_(count) {
-    if (count == 0) return;
-    const cudaError_t status = cudaMalloc(reinterpret_cast<void**>(&data_), bytes());
-    if (status == cudaErrorMemoryAllocation) {
-      cudaGetLastError();  // it is reported here: the next call starts afresh
-      size_t free = 0, total = 0;
-      check(cudaMemGetInfo(&free, &total), "free memory");
-      fail("out of memory on the GPU: ", name, " takes ", bytes_text(double(bytes())), ", found ",
-           bytes_text(double(free)), " free of ", bytes_text(double(total)), "; lower ", lower);
+// Over the block's threads; all get it. scratch: 32 words of shared memory
+template <class Combine>
+__device__ inline Word block_reduce(Word x, Word* scratch, Combine combine) {
+  for (int d = 16; d > 0; d /= 2) x = combine(x, __shfl_xor_sync(kAllLanes, x, d));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = scratch[0];
+  for (unsigned w = 1; w < blockDim.x / 32; w++) x = combine(x, scratch[w]);
+  return x;
+}
+__device__ inline unsigned bits_of(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+// p in [0, 1] in units of 2^-44; the sum of 2^20 of them is below 2^64. NaN: 0
+__device__ inline Word fixed_point(float p) { return p > 0 ? Word(double(p) * 0x1p44) : 0; }
+__device__ inline Word key_of(float p, int id) {
+  return Word(bits_of(p)) << kIdBits | Word((1 << kIdBits) - 1 - id);
+}
+
+// The key at which the weights of the keys from `floor` up, added from the largest down, reach
+// `goal`. Digit by digit: a histogram of the keys that share the digits found so far. bins: (kBins
+// + 2)
+template <class Weight>
+__device__ inline Word key_at(const float* p, int V, Word floor, Word goal, Word* bins,
+                              Weight weight) {
+  Word prefix = 0;
+  for (int shift = kKeyBits - kBinBits; shift >= 0; shift -= kBinBits) {
+    for (int b = threadIdx.x; b < kBins; b += blockDim.x) bins[b] = 0;
+    __syncthreads();
+    for (int j = threadIdx.x; j < V; j += blockDim.x) {
+      const Word key = key_of(p[j], j);
+      if (key < floor || key >> (shift + kBinBits) != prefix) continue;
+      atomicAdd(bins + (key >> shift) % kBins, weight(p[j]));
     }
-    check(status, name);
-  }
-  Buffer(Buffer&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_), std::swap(size_, other.size_);
-    return *this;
-  }
-  ~Buffer() {
-    if (data_) cudaFree(data_);
-  }
-  T* data() const { return data_; }
-  int64_t size() const { return size_; }
-  size_t bytes() const { return size_t(size_) * sizeof(T); }
-
- private:
-  T* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-enum class Epilogue {
-  none,
-  bias,           // D = .. + bias[n]
-  gelu,           // aux = op(A) op(B) [+ bias[n]], D = GELU(aux)
-  dgelu,          // D = op(A) op(B) GELU'(aux)
-  bias_gradient,  // and bias[m] = sum_k op(A)[m, k], which it overwrites
-};
-
-// D (M, N) = alpha op(A) op(B) + beta C, all row-major; op(A) (M, K), op(B) (K, N). `batch` of
-// them, their matrices the given strides apart.
-struct Product {
-  int64_t M, N, K;
-  const void *a, *b;
-  void* d;
-  cudaDataType_t in, out;                           // of A and B, of C and D
-  int64_t lda, ldb, ldd;                            // row strides; C's is D's
-  bool a_transposed = false, b_transposed = false;  // stored (K, M), (N, K)
-  float alpha = 1, beta = 0;
-  const void* c = nullptr;  // null: D itself
-  int batch = 1;
-  int64_t a_stride = 0, b_stride = 0, d_stride = 0;
-  Epilogue epilogue = Epilogue::none;
-  const void* bias = nullptr;  // (N) as D; bias_gradient: (M) as D
-  void* aux = nullptr;         // (M, N) as D, row stride ldd
-};
-
-// What was measured on this machine's GPU, on disk, and what this process goes by: values by name.
-class Measured {
- public:
-  using Choices = std::map<std::string, std::string>;
-
-  explicit Measured(std::string gpu) : gpu_(std::move(gpu)) {
-    const char *cache = std::getenv("XDG_CACHE_HOME"), *home = std::getenv("HOME");
-    if (cache && *cache) {
-      path_ = std::filesystem::path(cache) / "cake" / "products.json";
-    } else if (home && *home) {
-      path_ = std::filesystem::path(home) / ".cache" / "cake" / "products.json";
-    }
-    values_ = stored();
-  }
-  std::string find(const std::string& key) {  // empty when unknown
-    const auto used = used_.find(key);
-    if (used != used_.end()) return used->second;
-    if (!values_.contains(gpu_) || !values_[gpu_].is_object()) return "";
-    const auto& own = values_[gpu_];
-    if (!own.contains(key) || !own[key].is_string()) return "";
-    return used_[key] = own[key].template get<std::string>();
-  }
-  void use(const std::string& key, const std::string& value) { used_[key] = value; }
-  void put(const std::string& key, const std::string& value) {  // for other processes too
-    use(key, value);
-    if (path_.empty()) return;
-    values_.update(stored(), true);  // another process may have written meanwhile
-    values_[gpu_][key] = value;
-    try {
-      std::filesystem::create_directories(path_.parent_path());
-      write_json(path_, values_);
-    } catch (const std::exception&) {  // no cache then: the next run measures again
-    }
-  }
-  Choices used() const {
-    Choices all = used_;
-    all[kGpu] = gpu_;
-    return all;
-  }
-  void keep(const Choices& choices) {  // before those of the disk, when they are this GPU's
-    const auto gpu = choices.find(kGpu);
-    if (gpu == choices.end() || gpu->second != gpu_) return;
-    for (const auto& [key, value] : choices)
-      if (key != kGpu) use(key, value);
-  }
-
- private:
-  static constexpr const char* kGpu = "gpu";
-  OrderedJson stored() const {
-    try {
-      OrderedJson json = OrderedJson::parse(read_file(path_));
-      if (json.is_object()) return json;
-    } catch (const std::exception&) {  // not there yet, or not ours
-    }
-    return OrderedJson::object();
-  }
-  std::string gpu_;
-  std::filesystem::path path_;
-  OrderedJson values_;  // by GPU, by name
-  Choices used_;
-};
-
-// Whether a product's epilogue does what a kernel after it could: by time, or as a test wants it.
-enum class Fusion { measured, always, never };
-inline Fusion fusion = Fusion::measured;
-
-// Whether candidates are timed. The emulator's are all alike: there a test alone asks for it.
-#ifdef CAKE_CUDA_ON_CPU
-inline bool timing = false;
-#else
-static constexpr bool timing = true;
-#endif
-
-class Products {
- public:
-  explicit Products(cudaStream_t stream)
-      : stream_(stream), workspace_("cuBLASLt's workspace", kWorkspace, "nothing else helps") {
-    check(cublasLtCreate(&handle_), "cublasLtCreate");
-    if (timing) {
-      int device = 0;
-      cudaDeviceProp properties{};
-      check(cudaGetDevice(&device), "the device");
-      check(cudaGetDeviceProperties(&properties, device), "its properties");
-      measured_ =
-          std::make_unique<Measured>(concat(properties.name, ", cuBLASLt ", cublasLtGetVersion()));
-      for (cudaEvent_t& e : events_) check(cudaEventCreate(&e), "an event");
-    }
-  }
-  Products(const Products&) = delete;
-  Products& operator=(const Products&) = delete;
-  ~Products() {
-    for (auto& [key, plan] : plans_) {
-      for (const auto layout : {plan.a, plan.b, plan.c}) cublasLtMatrixLayoutDestroy(layout);
-      cublasLtMatmulDescDestroy(plan.description);
-    }
-    for (cudaEvent_t e : events_)
-      if (e) cudaEventDestroy(e);
-    cublasLtDestroy(handle_);
-  }
-
-  // False when the library cannot do this product with its epilogue; then nothing was done.
-  bool run(const Product& p) {
-    if (p.aux && p.ldd % 8 != 0) return false;  // the library's condition
-    Plan& plan = plan_of(p);
-    if (!plan.supported) return false;
-    multiply(p, plan, plan.algorithm);
-    return true;
-  }
-
-  // Whether body(true), with an epilogue (false: there is none), beats body(false), with a kernel
-  // in its place. Both are run to find out: they must overwrite what they write.
-  template <class Body>
-  bool fused_is_faster(const char* what, int64_t N, int64_t in, int64_t out, Body&& body) {
-    if (fusion != Fusion::measured || !measured_) return fusion != Fusion::never;
-    const std::string key = concat(what, " ", bucket(N), " ", in, " ", out);
-    const auto known = fused_.find(key);
-    if (known != fused_.end()) return known->second;
-    if (capturing()) return true;
-    std::string choice = measured_->find(key);
-    if (choice != "fused" && choice != "separate") {
-      try {
-        const bool fused = body(true) && time([&] { body(true); }) < time([&] { body(false); });
-        measured_->put(key, choice = fused ? "fused" : "separate");
-      } catch (const Error&) {  // no room to measure in: what fails in earnest fails again
-        measured_->use(key, choice = "separate");
+    __syncthreads();
+    if (threadIdx.x < 32) {  // lane l has the 32 bins that end at top
+      const int top = kBins - 1 - int(threadIdx.x) * 32;
+      Word own = 0, sum;
+      for (int b = top; b > top - 32; b--) own += bins[b];
+      sum = own;
+      for (int d = 1; d < 32; d *= 2) {
+        const Word other = __shfl_up_sync(kAllLanes, sum, d);
+        if (int(threadIdx.x) >= d) sum += other;
+      }
+      const unsigned reached = __ballot_sync(kAllLanes, sum >= goal);
+      if (int(threadIdx.x) == __ffs(int(reached)) - 1) {
+        Word left = goal - (sum - own);
+        int b = top;
+        while (bins[b] < left) left -= bins[b--];
+        bins[kBins] = Word(b);
+        bins[kBins + 1] = left;
+      } else if (reached == 0) {
+        bins[kBins] = bins[kBins + 1] = 0;  // never: there is no such sum
       }
     }
-    return fused_[key] = choice == "fused";
+    __syncthreads();
+    prefix = prefix << kBinBits | bins[kBins];
+    goal = bins[kBins + 1];
+    __syncthreads();
   }
+  return prefix;
+}
 
-  Measured* measured() const { return measured_.get(); }  // null: nothing is timed
-
-  // Seconds that body takes on the device: the best of a few.
-  template <class Body>
-  double time(Body&& body) {
-    constexpr int kRuns = 4;
-    float best = std::numeric_limits<float>::infinity();
-    body();
-    for (int repetition = 0; repetition < 3; repetition++) {
-      check(cudaEventRecord(events_[0], stream_), "an event");
-      for (int i = 0; i < kRuns; i++) body();
-      check(cudaEventRecord(events_[1], stream_), "an event");
-      check(cudaEventSynchronize(events_[1]), "timing");
-      float milliseconds = 0;
-      check(cudaEventElapsedTime(&milliseconds, events_[0], events_[1]), "timing");
-      best = std::min(best, milliseconds);
-    }
-    return best / kRuns / 1000;
-  }
-
- private:
-  using Key = std::array<int64_t, 20>;
-  struct Plan {
-    cublasLtMatmulDesc_t description = nullptr;
-    cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr;  // C and D share one
-    cublasLtMatmulAlgo_t algorithm{};
-    bool supported = false;
+// The smallest id at which the sum of the fixed-point weights of ids 0 .. id, of keys from `floor`
+// up, exceeds u (0 to 1) of their total; `best` when the total is 0. words: (34)
+__device__ inline int draw(const float* p, int V, Word floor, double u, int best, Word* words) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int each = (V + 32 * warps - 1) / (32 * warps) * 32;  // ids that a warp has
+  const int begin = warp * each, end = min(V, begin + each);
+  const auto weight = [&](int j) {
+    return j < end && key_of(p[j], j) >= floor ? fixed_point(p[j]) : Word(0);
   };
-
-  bool capturing() const {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(stream_, &status), "the stream");
-    return status != cudaStreamCaptureStatusNone;
+  Word sum = 0;
+  for (int j = begin + lane; j < end; j += 32) sum += weight(j);
+  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
+  __syncthreads();
+  if (lane == 0) words[warp] = sum;
+  if (threadIdx.x == 0) words[32] = Word(best);
+  __syncthreads();
+  Word total = 0, before = 0;
+  for (int w = 0; w < warps; w++) {
+    if (w == warp) before = total;
+    total += words[w];
   }
-  // What was measured for a size serves those near it, four to an octave: packed batches rarely
-  // have the same number of tokens twice.
-  static int64_t bucket(int64_t n) {
-    return round_up(n, std::max<int64_t>(16, int64_t(std::bit_floor(uint64_t(n))) / 4));
-  }
-  static int64_t alignment(const void* p) {  // up to 16 bytes: what vector loads ask for
-    return p ? std::min<int64_t>(16, int64_t(reinterpret_cast<uintptr_t>(p) & -uintptr_t(p))) : 16;
-  }
-  static Key key_of(const Product& p) {
-    return {p.M,
-            p.N,
-            p.K,
-            p.in,
-            p.out,
-            p.lda,
-            p.ldb,
-            p.ldd,
-            p.a_transposed,
-            p.b_transposed,
-            p.beta != 0,
-            p.c != nullptr,
-            p.batch,
-            p.a_stride,
-            p.b_stride,
-            p.d_stride,
-            int64_t(p.epilogue) * 2 + (p.bias != nullptr),
-            alignment(p.a),
-            alignment(p.b),
-            std::min(alignment(p.d), alignment(p.c))};
-  }
-
-  void point(const Product& p, const Plan& plan) {
-    const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const void* value) {
-      check(cublasLtMatmulDescSetAttribute(plan.description, attribute, &value, sizeof value),
-            "a product's pointers");
-    };
-    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
-    if (p.aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, p.aux);
-  }
-  void multiply(const Product& p, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm) {
-    point(p, plan);
-    check(cublasLtMatmul(handle_, plan.description, &p.alpha, p.b, plan.b, p.a, plan.a, &p.beta,
-                         p.c ? p.c : p.d, plan.c, p.d, plan.c, &algorithm, workspace_.data(),
-                         workspace_.bytes(), stream_),
-          "cublasLtMatmul");
-  }
-
-  Plan& plan_of(const Product& p) {
-    const Key key = key_of(p);
-    const auto known = plans_.find(key);
-    if (known != plans_.end()) return known->second;
-    Plan& plan = plans_[key];
-    describe(p, plan);
-    if (!measured_) {
-      choose(p, plan, "");
-      return plan;
-    }
-    Key bucketed = key;
-    for (const int dimension : {0, 1, 2})
-      bucketed[size_t(dimension)] = bucket(key[size_t(dimension)]);
-    const std::string near = name_of(bucketed), exact = name_of(key);
-    if (!restore(measured_->find(exact), plan) && !restore(measured_->find(near), plan)) {
-      // What serves its neighbours and not this shape stays theirs.
-      choose(p, plan, measured_->find(near).empty() ? near : exact);
-    }
-    return plan;
-  }
-  static std::string name_of(const Key& key) {
-    std::string name = "product";
-    for (const int64_t k : key) (name += ' ') += std::to_string(k);
-    return name;
-  }
-
-  void describe(const Product& p, Plan& plan) {
-    check(cublasLtMatmulDescCreate(&plan.description, CUBLAS_COMPUTE_32F, CUDA_R_32F),
-          "a product's description");
-    const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
-      check(cublasLtMatmulDescSetAttribute(plan.description, attribute, &value, sizeof value),
-            "a product's description");
-    };
-    set(CUBLASLT_MATMUL_DESC_TRANSA, int32_t(p.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
-    set(CUBLASLT_MATMUL_DESC_TRANSB, int32_t(p.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
-    const cublasLtEpilogue_t epilogue =
-        p.epilogue == Epilogue::bias ? CUBLASLT_EPILOGUE_BIAS
-        : p.epilogue == Epilogue::gelu
-            ? (p.bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX)
-        : p.epilogue == Epilogue::dgelu         ? CUBLASLT_EPILOGUE_DGELU
-        : p.epilogue == Epilogue::bias_gradient ? CUBLASLT_EPILOGUE_BGRADB
-                                                : CUBLASLT_EPILOGUE_DEFAULT;
-    set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(epilogue));
-    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, int32_t(p.out));
-    if (p.aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.ldd);
-    point(p, plan);  // the heuristic looks at their alignment
-    const auto layout = [&](cublasLtMatrixLayout_t& to, cudaDataType_t type, int64_t rows,
-                            int64_t columns, int64_t ld, int64_t stride) {
-      check(cublasLtMatrixLayoutCreate(&to, type, uint64_t(columns), uint64_t(rows), ld),
-            "a matrix's layout");
-      if (p.batch == 1) return;
-      const int32_t count = p.batch;
-      check(cublasLtMatrixLayoutSetAttribute(to, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
-                                             sizeof count),
-            "a matrix's layout");
-      check(cublasLtMatrixLayoutSetAttribute(to, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-                                             &stride, sizeof stride),
-            "a matrix's layout");
-    };
-    layout(plan.a, p.in, p.a_transposed ? p.K : p.M, p.a_transposed ? p.M : p.K, p.lda, p.a_stride);
-    layout(plan.b, p.in, p.b_transposed ? p.N : p.K, p.b_transposed ? p.K : p.N, p.ldb, p.b_stride);
-    layout(plan.c, p.out, p.M, p.N, p.ldd, p.d_stride);
-  }
-
-  // The heuristic's candidates, the fastest of which stays, under `name`.
-  void choose(const Product& p, Plan& plan, const std::string& name) {
-    cublasLtMatmulPreference_t preference = nullptr;
-    check(cublasLtMatmulPreferenceCreate(&preference), "a product's preference");
-    const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
-      check(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value),
-            "a product's preference");
-    };
-    set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(kWorkspace));
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(p.b)));
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(p.a)));
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-        uint32_t(std::min(alignment(p.d), alignment(p.c))));
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(p.d)));
-    std::array<cublasLtMatmulHeuristicResult_t, 12> found{};
-    int count = 0;
-    const cublasStatus_t status =
-        cublasLtMatmulAlgoGetHeuristic(handle_, plan.description, plan.b, plan.a, plan.c, plan.c,
-                                       preference, int(found.size()), found.data(), &count);
-    cublasLtMatmulPreferenceDestroy(preference);
-    plan.supported = status == CUBLAS_STATUS_SUCCESS && count > 0;
-    if (!plan.supported) {
-      if (p.epilogue != Epilogue::none && p.epilogue != Epilogue::bias) return;
-      fail("cuda: no product in cuBLASLt for (", p.M, ", ", p.K, ") (", p.K, ", ", p.N,
-           "), status ", int(status));
-    }
-    plan.algorithm = found[0].algo;
-    if (!measured_) return;
-    const auto hex = [&] {
-      std::string all;
-      for (const uint64_t word : plan.algorithm.data)
-        all += format("%016llx", (unsigned long long)word);
-      return all;
-    };
-    if (count == 1 || capturing()) return measured_->use(name, hex());
-    // A product that adds to D would add again each time it is timed: then elsewhere.
-    Product timed = p;
-    Buffer<char> elsewhere;
-    if (p.beta != 0 && (!p.c || p.c == p.d)) {
-      const int64_t elements = (p.batch - 1) * p.d_stride + (p.M - 1) * p.ldd + p.N;
-      try {
-        elsewhere =
-            Buffer<char>("a product's result", elements * (p.out == CUDA_R_32F ? 4 : 2), "");
-      } catch (const Error&) {  // no room to measure in: the first candidate stays
-        return measured_->use(name, hex());
+  Word left = Word(u * double(total));
+  if (total > 0 && left >= total) left = total - 1;
+  if (before <= left && left < before + sum) {  // this warp has it
+    left -= before;
+    for (int j = begin + lane;; j += 32) {
+      const Word own = weight(j);
+      Word up_to = own;
+      for (int d = 1; d < 32; d *= 2) {
+        const Word other = __shfl_up_sync(kAllLanes, up_to, d);
+        if (lane >= d) up_to += other;
       }
-      timed.d = elsewhere.data(), timed.c = nullptr;
+      const unsigned past = __ballot_sync(kAllLanes, left < up_to);
+      if (past) {
+        if (lane == __ffs(int(past)) - 1) words[32] = Word(j);
+        break;
+      }
+      left -= __shfl_sync(kAllLanes, up_to, 31);
     }
-    double best = std::numeric_limits<double>::infinity();
-    for (int i = 0; i < count; i++) {
-      if (found[size_t(i)].state != CUBLAS_STATUS_SUCCESS) continue;
-      const double seconds = time([&] { multiply(timed, plan, found[size_t(i)].algo); });
-      if (seconds < best) best = seconds, plan.algorithm = found[size_t(i)].algo;
+  }
+  __syncthreads();
+  return int(words[32]);
+}
+
+// One id a row: penalty, temperature, min_p, top_k, top_p in this order, then a draw by (seed,
+// stream, position); temperature 0: the likeliest. logp: of the id under softmax(logits /
+// temperature). ids, logp (count); logits (count, ld) with V tokens; rows (count), history: on the
+// device; scratch (count, V). V up to 2^20.
+template <class A>
+__global__ void __launch_bounds__(kBlockThreads)
+    sample_kernel(int* ids, float* logp, const A* logits, int64_t ld, int all,
+                  const SampleRow* rows, const int* history, float* scratch) {
+  Word* words = shared_memory<Word>();  // (34) reductions, then (kBins + 2)
+  Word* bins = words + 34;
+  float* floats = reinterpret_cast<float*>(bins);  // (32) of block_max and block_sum
+  const SampleRow how = rows[blockIdx.x];
+  const int V = how.vocab > 0 ? min(all, how.vocab) : all;
+  const A* x = logits + blockIdx.x * ld;
+  float* p = scratch + int64_t(blockIdx.x) * all;
+
+  for (int j = threadIdx.x; j < V; j += blockDim.x) p[j] = to_float(x[j]) + 0.f;  // no -0
+  __syncthreads();
+  if (how.penalty != 1) {  // of each id once: from the logit, not from p
+    for (int h = how.history_begin + threadIdx.x; h < how.history_end; h += blockDim.x) {
+      const int id = history[h];
+      if (id < 0 || id >= V) continue;
+      const float v = to_float(x[id]);
+      p[id] = (v > 0 ? v / how.penalty : v * how.penalty) + 0.f;
     }
-    measured_->put(name, hex());
+    __syncthreads();
   }
-
-  // From the cache on disk; false when there is nothing usable.
-  bool restore(const std::string& hex, Plan& plan) {
-    constexpr size_t kWords = std::size(decltype(plan.algorithm.data){});
-    if (hex.size() != 16 * kWords) return false;
-    for (size_t i = 0; i < kWords; i++) {
-      plan.algorithm.data[i] = std::strtoull(hex.substr(16 * i, 16).c_str(), nullptr, 16);
+  Word most = 0;  // a float's bits, ordered as unsigned, then the id's complement
+  for (int j = threadIdx.x; j < V; j += blockDim.x) {
+    const unsigned bits = bits_of(p[j]), ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+    most = max(most, Word(ordered) << 32 | Word(kAllLanes - unsigned(j)));
+  }
+  most = block_reduce(most, words, [](Word a, Word b) { return a > b ? a : b; });
+  const int best = int(kAllLanes - unsigned(most & kAllLanes));
+  int id = best;
+  if (how.temperature > 0) {
+    const float highest = p[best], k = kLog2E / how.temperature;
+    __syncthreads();  // all have read it
+    for (int j = threadIdx.x; j < V; j += blockDim.x) {
+      const float e = exp2_approx((p[j] - highest) * k);
+      p[j] = e < how.min_p ? 0 : e;
     }
-    cublasLtMatmulHeuristicResult_t result{};
-    plan.supported =
-        cublasLtMatmulAlgoCheck(handle_, plan.description, plan.b, plan.a, plan.c, plan.c,
-                                &plan.algorithm, &result) == CUBLAS_STATUS_SUCCESS &&
-        result.workspaceSize <= size_t(kWorkspace);
-    return plan.supported;
+    __syncthreads();
+    Word floor = 0;
+    if (how.top_k > 0 && how.top_k < V) {
+      floor = key_at(p, V, floor, Word(how.top_k), bins, [](float) { return Word(1); });
+    }
+    if (how.top_p < 1) {  // the fewest that reach top_p of what is left, and at least one
+      Word sum = 0;
+      for (int j = threadIdx.x; j < V; j += blockDim.x)
+        if (key_of(p[j], j) >= floor) sum += fixed_point(p[j]);
+      sum = block_reduce(sum, words, [](Word a, Word b) { return a + b; });
+      const Word goal = Word(ceil(double(max(how.top_p, 0.f)) * double(sum)));
+      floor = key_at(p, V, floor, max(goal, Word(1)), bins, fixed_point);
+    }
+    const uint64_t bits =
+        device_mix64(device_mix64(device_mix64(how.seed) ^ how.stream) ^ how.position);
+    id = draw(p, V, floor, device_uniform01(bits), best, words);
+  }
+  // log p of the id, under softmax(logits / temperature) of all tokens, without penalty
+  const float k = (how.temperature > 0 ? 1 / how.temperature : 1) * kLog2E;
+  float highest = -INFINITY, sum = 0;
+  for (int j = threadIdx.x; j < all; j += blockDim.x) highest = fmaxf(highest, to_float(x[j]));
+  highest = block_max(highest, floats);
+  for (int j = threadIdx.x; j < all; j += blockDim.x) {
+    sum += exp2_approx((to_float(x[j]) - highest) * k);
+  }
+  sum = block_sum(sum, floats);
+  if (threadIdx.x > 0) return;
+  ids[blockIdx.x] = id;
+  logp[blockIdx.x] = ((to_float(x[id]) - highest) * k - log2f(sum)) * kLn2;
+}
+template <class A>
+static void sample(int* ids, float* logp, const A* logits, int64_t ld, int V, const SampleRow* rows,
+                   const int* history, int count, float* scratch, cudaStream_t stream) {
+  if (V > 1 << kIdBits)
+    fail("cuda: sampling: found ", V, " tokens, expected at most ", 1 << kIdBits);
+  launch("sample", sample_kernel<A>, count, V > 1024 ? kBlockThreads : 256,
+         (34 + kBins + 2) * sizeof(Word), stream, ids, logp, logits, ld, V, rows, history, scratch);
+}
+
+// ---------------------------------------------------------------------------------------------
+// A call: the rows' new tokens packed end to end, with pages of keys and values in place of
+// documents
+
+template <class A>
+std::unique_ptr<KvCache> CudaGpt<A>::make_cache(int64_t positions) {
+  return std::make_unique<CudaKvCache<A>>(config_, positions);
+}
+
+template <class A>
+void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
+                        bool want_logits) {
+  if (config_.head != Head::lm) fail("decode: a model with a scalar head samples nothing");
+  auto& pages = dynamic_cast<CudaKvCache<A>&>(cache);
+  const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
+  const auto R = int64_t(rows.size());
+  std::vector<int> tokens, positions, row_of, doc_start, doc_end, last;
+  std::vector<int> lengths;  // before this call
+  bool prefill = true;       // all rows begin here
+  for (const DecodeRow& row : rows) {
+    const int length = cache.length(row.sequence), n = int(row.tokens.size());
+    if (n == 0 || length + n > config_.T) {
+      fail("decode: found ", n, " tokens after ", length, ", expected 1 up to the context of ",
+           config_.T);
+    }
+    const int start = int(tokens.size());
+    for (int t = 0; t < n; t++) {
+      const int token = row.tokens[size_t(t)];
+      if (token < 0 || token >= V) fail("decode: found token ", token, ", expected below ", V);
+      tokens.push_back(token);
+      positions.push_back(length + t);
+      row_of.push_back(int(lengths.size()));
+      doc_start.push_back(start), doc_end.push_back(start + n);
+    }
+    lengths.push_back(length);
+    last.push_back(start + n - 1);
+    prefill = prefill && length == 0;
+  }
+  std::vector<int2> copies;
+  for (const DecodeRow& row : rows) {
+    cache.append(row.sequence, int(row.tokens.size()), [&](int src, int dst) {
+      copies.push_back({src, dst});
+    });
+  }
+  result.ids.assign(size_t(R), 0);
+  result.logp.assign(size_t(R), 0.f);
+  result.logits.resize(want_logits ? size_t(R * V) : 0);
+  if (R == 0) return;
+
+  const auto N = int64_t(tokens.size());
+  int max_pages = 0;
+  for (const DecodeRow& row : rows)
+    max_pages = std::max(max_pages, int(cache.pages(row.sequence).size()));
+  max_pages = int(round_up(max_pages, 8));  // shapes repeat for 512 tokens
+  std::vector<int> slot, page_table(size_t(R) * size_t(max_pages), 0), history;
+  std::vector<SampleRow> how;
+  for (size_t r = 0; r < rows.size(); r++) {
+    const std::vector<int>& list = cache.pages(rows[r].sequence);
+    std::copy(list.begin(), list.end(), page_table.begin() + int64_t(r) * max_pages);
+    for (int t = lengths[r]; t < cache.length(rows[r].sequence); t++)
+      slot.push_back(list[size_t(t / kPage)] * kPage + t % kPage);
+    const Sampling& s = rows[r].sampling;
+    SampleRow row{};
+    row.temperature = s.temperature, row.top_k = s.top_k, row.top_p = s.top_p;
+    row.min_p = s.min_p, row.vocab = s.vocab > 0 ? std::min(V, s.vocab) : V;
+    row.penalty = s.repetition_penalty, row.seed = s.seed, row.stream = s.stream;
+    row.position = uint64_t(lengths[r]) + rows[r].tokens.size();
+    row.history_begin = int(history.size());
+    if (s.repetition_penalty != 1) {
+      history.insert(history.end(), rows[r].history.begin(), rows[r].history.end());
+    }
+    row.history_end = int(history.size());
+    how.push_back(row);
   }
 
-  cudaStream_t stream_;
-  cublasLtHandle_t handle_ = nullptr;
-  Buffer<char> workspace_;
-  std::map<Key, Plan> plans_;
-  std::map<std::string, bool> fused_;
-  std::unique_ptr<Measured> measured_;
-  cudaEvent_t events_[2] = {};
-};
+  // To the device
+  if (!decoding_) decoding_ = std::make_unique<Decoding>();
+  Decoding& d = *decoding_;
+  const auto table_size = int64_t(page_table.size()),
+             past = std::max<int64_t>(1, int64_t(history.size()));
+  if (!d.fits(N, R, table_size, past)) resources_->graphs.clear();
+  d.reserve(config_, table_.lora.rank, N, R, table_size, past);
+  extend_rope(1 + *std::max_element(positions.begin(), positions.end()));
+  d.staging.begin((7 * size_t(N) + page_table.size() + history.size()) * sizeof(int) +
+                  size_t(R) * sizeof(SampleRow) + copies.size() * sizeof(int2) + 11 * 16);
+  const auto upload = [&](auto* dst, const auto& src) {
+    d.staging.upload(dst, src.data(), src.size(), stream_);
+  };
+  upload(d.tokens, tokens), upload(d.positions, positions);
+  upload(d.doc_start, doc_start), upload(d.doc_end, doc_end);
+  upload(d.row, row_of), upload(d.slot, slot), upload(d.last, last);
+  upload(d.rows, how), upload(d.copies, copies);
+  upload(d.page_table, page_table), upload(d.history, history);
+  d.staging.end(stream_);
+  if (!copies.empty()) {
+    launch("copy_pages", copy_pages_kernel<A>,
+           dim3(unsigned(copies.size()), unsigned(config_.L), 2), dim3(256), 0, stream_,
+           pages.keys.data(), pages.values.data(), d.copies, pages.pages, pages.page_size);
+  }
 
-// What all engines of a process share: one stream, so that a model that reads another's weights
-// finds them as the last call left them. Engines are for one thread.
-struct Machine {
-  cudaStream_t stream;
-  std::unique_ptr<Products> products;
-
-  Machine() {
-    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream");
-    products = std::make_unique<Products>(stream);
+  const int64_t ld = config_.padded_V();
+  const auto layers = [&] {
+    layers_forward(N, d.a, d.tokens, d.positions,
+                   [&](const AttentionInput<A>& in, const LayerActivations<A>& a, int l) {
+                     cache_append(pages.keys_of(l), pages.values_of(l), in.k, in.v, in.k_ld, d.slot,
+                                  int(N), NKV, HS, stream_);
+                     if (prefill) {
+                       attention_forward(a.att, a.lse, in,
+                                         {int(N), NH, NKV, HS, d.doc_start, d.doc_end}, stream_);
+                     } else {
+                       cache_attention(a.att, in.q, in.q_ld, pages.keys_of(l), pages.values_of(l),
+                                       d.row, d.positions, d.page_table, max_pages, int(N), NH, NKV,
+                                       HS, stream_);
+                     }
+                   });
+  };
+  if (N == R && !prefill) {  // one token a row: a shape that repeats
+    run_graph({kDecode, R, max_pages, pages.id, adapters_}, layers);
+  } else {
+    layers();
   }
-  Machine(const Machine&) = delete;
-  Machine& operator=(const Machine&) = delete;
-  ~Machine() {
-    products.reset();
-    cudaStreamDestroy(stream);
+  std::vector<A> logits;
+  for (int64_t begin = 0; begin < R; begin += d.a.logit_rows) {
+    const int64_t count = std::min(d.a.logit_rows, R - begin);
+    gather_rows(d.a.head_in, d.a.final_norm, d.last + begin, int(count), C, stream_);
+    matmul(linear_product(count, table_.head, d.a.head_in, d.a.logits));
+    sample(d.ids + begin, d.logp + begin, d.a.logits, ld, V, d.rows + begin, d.history, int(count),
+           d.probabilities, stream_);
+    if (!want_logits) continue;
+    logits.resize(size_t(count * V));
+    check(
+        cudaMemcpy2DAsync(logits.data(), size_t(V) * sizeof(A), d.a.logits, size_t(ld) * sizeof(A),
+                          size_t(V) * sizeof(A), size_t(count), cudaMemcpyDeviceToHost, stream_),
+        "logits");
+    wait();
+    for (size_t i = 0; i < logits.size(); i++)
+      result.logits[size_t(begin * V) + i] = float(logits[i]);
   }
-  static std::shared_ptr<Machine> get() {
-    static std::weak_ptr<Machine> shared;
-    std::shared_ptr<Machine> machine = shared.lock();
-    if (!machine) shared = machine = std::make_shared<Machine>();
-    return machine;
-  }
-  void matmul(const Product& p) const {
-    if (!products->run(p)) fail("cuda: this product has no such epilogue in cuBLASLt");
-  }
-  void wait() const { check(cudaStreamSynchronize(stream), "waiting for the device"); }
-};
+  check(cudaMemcpyAsync(result.ids.data(), d.ids, size_t(R) * sizeof(int), cudaMemcpyDeviceToHost,
+                        stream_),
+        "sampled tokens");
+  check(cudaMemcpyAsync(result.logp.data(), d.logp, size_t(R) * sizeof(float),
+                        cudaMemcpyDeviceToHost, stream_),
+        "sampled tokens");
+  wait();
+}
 
 // =============================================================================================
-// 5. CudaGpt: the steps of CpuGpt, on a device
-//
-// A is the activations' type: float, or bf16 with fp32 master weights, gradients and moments. What
-// the host decides goes to the device beforehand (Staging); kernels and products are only queued,
-// so that the host runs ahead of the device by a step or two.
+// 6. What is only there to be fast, and memory. A reader may stop here.
+
+// ---------------------------------------------------------------------------------------------
+// The vocabulary of section 2
+
+template <class... Parameters, class... Arguments>
+static void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   size_t shared, cudaStream_t stream, Arguments... arguments) {
+#ifdef CAKE_CUDA_ON_CPU
+  cuda_on_cpu::name_next_launch(name);
+#endif
+  cudaError_t status = cudaSuccess;
+  if (shared > 48 << 10) {
+    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block;
+  config.dynamicSmemBytes = shared, config.stream = stream;
+  if (status == cudaSuccess) {
+    status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  }
+  if (status != cudaSuccess) {
+    fail("cuda: kernel ", name, " with grid (", grid.x, ", ", grid.y, ", ", grid.z, "), block ",
+         block.x, ", ", shared, " bytes of shared memory: ", cudaGetErrorString(status));
+  }
+}
+
+__device__ inline float block_sum(float x, float* scratch) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : 0.f);
+}
+__device__ inline float block_max(float x, float* scratch) {
+  x = warp_max(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  return warp_max(threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : -INFINITY);
+}
+
+template <class T, int n>
+__device__ inline void load_floats(float (&x)[n], const T* p) {
+  constexpr int kSize = Pack<T>::kSize;
+  if constexpr (n % kSize == 0) {
+    for (int i = 0; i < n; i += kSize) {
+      const Pack<T> pack = load_pack(p + i);
+      for (int j = 0; j < kSize; j++) x[i + j] = to_float(pack.v[j]);
+    }
+  } else {
+    for (int i = 0; i < n; i++) x[i] = to_float(p[i]);
+  }
+}
+template <class T, int n>
+__device__ inline void store_floats(T* p, const float (&x)[n]) {
+  constexpr int kSize = Pack<T>::kSize;
+  if constexpr (n % kSize == 0) {
+    for (int i = 0; i < n; i += kSize) {
+      Pack<T> pack;
+      for (int j = 0; j < kSize; j++) pack.v[j] = from_float<T>(x[i + j]);
+      store_pack(p + i, pack);
+    }
+  } else {
+    for (int i = 0; i < n; i++) p[i] = from_float<T>(x[i]);
+  }
+}
+
+// out[s, c] += sum_r in[r, s, c] for s = 0 and 1: in (count, sets, columns), a block has 32 columns
+// of a set. Warp w sums rows w, w + 32, ...; the warps' sums are added in order.
+__global__ void __launch_bounds__(kBlockThreads)
+    column_sums_kernel(float* out0, float* out1, const float* in, int count, int columns) {
+  float* sums = shared_memory<float>();  // (32 warps, 32 columns)
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+  const int64_t ld = int64_t(gridDim.y) * columns;
+  float sum = 0;
+  if (c < columns) {
+    for (int r = warp; r < count; r += 32) sum += in[r * ld + int64_t(blockIdx.y) * columns + c];
+  }
+  sums[warp * 32 + lane] = sum;
+  __syncthreads();
+  if (warp > 0 || c >= columns) return;
+  for (int w = 1; w < 32; w++) sum += sums[w * 32 + lane];
+  (blockIdx.y ? out1 : out0)[c] += sum;
+}
+static void column_sums(float* out0, float* out1, const float* in, int count, int columns,
+                        cudaStream_t stream) {
+  launch("column_sums", column_sums_kernel, dim3(blocks_for(columns, 32), out1 ? 2 : 1),
+         kBlockThreads, kBlockThreads * sizeof(float), stream, out0, out1, in, count, columns);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The embedding's gradient, dtable[ids[n]] += dx[n], is a sum of rows by id. Positions are sorted
+// by id (a stable radix sort: within an id they stay in order), and each run of one id is summed by
+// one owner: a warp when it is short, a block when it is long. So dx is read once and dtable's rows
+// are touched once, whatever the ids; the sort moves 16 bytes a position and digit.
+
+inline constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;  // of a key, sorted at a time
+inline constexpr int kSortTile = 2048;                           // keys that a block sorts
+
+// counts[digit, tile] = keys of the tile with this digit
+__global__ void sort_count_kernel(int* counts, const int* keys, int shift, int N) {
+  int* histogram = shared_memory<int>();  // (kDigits)
+  histogram[threadIdx.x] = 0;
+  __syncthreads();
+  const int begin = blockIdx.x * kSortTile, end = min(N, begin + kSortTile);
+  for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    atomicAdd(histogram + (keys[i] >> shift) % kDigits, 1);
+  }
+  __syncthreads();
+  counts[threadIdx.x * gridDim.x + blockIdx.x] = histogram[threadIdx.x];
+}
+// x[i] = sum of x[0 .. i - 1], in place, by one block
+__global__ void __launch_bounds__(kBlockThreads) exclusive_scan_kernel(int* x, int n) {
+  int* sums = shared_memory<int>();  // (32) of the warps
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  int before = 0;
+  for (int begin = 0; begin < n; begin += blockDim.x) {
+    const int i = begin + threadIdx.x, value = i < n ? x[i] : 0;
+    int sum = value;  // of the warp's lanes up to this one
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, sum, d);
+      if (lane >= d) sum += other;
+    }
+    if (lane == 31) sums[warp] = sum;
+    __syncthreads();
+    int total = 0;
+    for (int w = 0; w < warps; w++) {
+      if (w == warp && i < n) x[i] = before + total + sum - value;
+      total += sums[w];
+    }
+    before += total;
+    __syncthreads();
+  }
+}
+// Each key goes to where its digit's keys start, after those of earlier tiles (counts, scanned),
+// earlier warps and earlier lanes. values: null for 0, 1, 2, ...
+__global__ void sort_scatter_kernel(int* keys_out, int* values_out, const int* keys,
+                                    const int* values, const int* counts, int shift, int N) {
+  int* next = shared_memory<int>();  // (warps, kDigits) place of the warp's next key
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int each = kSortTile / warps, begin = blockIdx.x * kSortTile + warp * each;
+  for (int i = threadIdx.x; i < warps * kDigits; i += blockDim.x) next[i] = 0;
+  __syncthreads();
+  for (int i = begin + lane; i < min(N, begin + each); i += 32) {
+    atomicAdd(next + warp * kDigits + (keys[i] >> shift) % kDigits, 1);
+  }
+  __syncthreads();
+  int place = counts[threadIdx.x * gridDim.x + blockIdx.x];  // a thread has a digit
+  for (int w = 0; w < warps; w++) {
+    const int count = next[w * kDigits + threadIdx.x];
+    next[w * kDigits + threadIdx.x] = place;
+    place += count;
+  }
+  __syncthreads();
+  for (int i = begin + lane; i - lane < min(N, begin + each); i += 32) {
+    const int key = i < N ? keys[i] : 0;
+    const int digit = i < N ? (key >> shift) % kDigits : kDigits;
+    const unsigned equal = __match_any_sync(kAllLanes, digit), earlier = equal & ((1u << lane) - 1);
+    int* slot = next + warp * kDigits + digit;
+    const int dst = i < N ? *slot + __popc(earlier) : 0;
+    __syncwarp();
+    if (i < N) {
+      if (earlier == 0) *slot += __popc(equal);
+      keys_out[dst] = key;
+      values_out[dst] = values ? values[i] : i;
+    }
+    __syncwarp();
+  }
+}
+
+inline constexpr int kShortRun = 32;      // rows of a run that is a warp's, at most
+inline constexpr int kLongThreads = 512;  // of a block that has a long one
+
+// Warp i takes the run that begins at entry i of the sorted list, if one does and it is short.
+template <class A, int W>
+__global__ void embed_backward_short_kernel(float* dtable, const A* dx, const int* ids,
+                                            const int* order, int N, int C) {
+  const int lane = threadIdx.x % 32, i = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (i >= N) return;
+  const int id = ids[i];
+  if (i > 0 && ids[i - 1] == id) return;
+  if (i + kShortRun < N && ids[i + kShortRun] == id) return;
+  const bool mine = i + lane < N && ids[i + lane] == id;
+  const int n = mine ? order[i + lane] : 0, count = __popc(__ballot_sync(kAllLanes, mine));
+  for (int begin = 0; begin < C; begin += 32 * W) {
+    const int c = begin + lane * W;
+    float sum[W] = {}, d[W];
+    for (int r = 0; r < count; r++) {
+      const int64_t row = __shfl_sync(kAllLanes, n, r);
+      if (c < C) {
+        load_floats(d, dx + row * C + c);
+        for (int j = 0; j < W; j++) sum[j] += d[j];
+      }
+    }
+    if (c >= C) continue;
+    float* dst = dtable + int64_t(id) * C + c;
+    load_floats(d, dst);
+    for (int j = 0; j < W; j++) sum[j] += d[j];
+    store_floats(dst, sum);
+  }
+}
+// A long run holds an entry 32 k, the first of which is at most 31 after its beginning: block k
+// takes it. Warp w sums rows w, w + 32, ... of the run; the warps' sums are added in order. y:
+// columns.
+template <class A, int W>
+__global__ void __launch_bounds__(kLongThreads)
+    embed_backward_long_kernel(float* dtable, const A* dx, const int* ids, const int* order, int N,
+                               int C) {
+  float* sums = shared_memory<float>();  // (warps, W, 32)
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int k = blockIdx.x * kShortRun, id = ids[k];
+  if (k > 0 && ids[k - kShortRun] == id) return;
+  const int i = k - 31 + lane;
+  const int begin = k + 1 - __popc(__ballot_sync(kAllLanes, i >= 0 && ids[max(i, 0)] == id));
+  if (begin + kShortRun >= N || ids[begin + kShortRun] != id) return;
+  int end = begin + kShortRun + 1, high = N;  // of the run; ids are sorted
+  while (end < high) {
+    const int middle = (end + high) / 2;
+    if (ids[middle] == id)
+      end = middle + 1;
+    else
+      high = middle;
+  }
+  const int c = (blockIdx.y * 32 + lane) * W;
+  float sum[W] = {}, d[W];
+  if (c < C) {
+    for (int r = begin + warp; r < end; r += warps) {
+      load_floats(d, dx + int64_t(order[r]) * C + c);
+      for (int j = 0; j < W; j++) sum[j] += d[j];
+    }
+  }
+  for (int j = 0; j < W; j++) sums[(warp * W + j) * 32 + lane] = sum[j];
+  __syncthreads();
+  if (warp > 0 || c >= C) return;
+  for (int w = 1; w < warps; w++)
+    for (int j = 0; j < W; j++) sum[j] += sums[(w * W + j) * 32 + lane];
+  float* dst = dtable + int64_t(id) * C + c;
+  load_floats(d, dst);
+  for (int j = 0; j < W; j++) sum[j] += d[j];
+  store_floats(dst, sum);
+}
+
+// Bytes of scratch for N positions over a table of `rows` rows.
+static size_t embed_backward_scratch(int N, int) {
+  return (4 * size_t(N) + size_t(kDigits) * blocks_for(N, kSortTile)) * sizeof(int);
+}
+// dtable[ids[n]] += dx[n]. dtable (rows, C), dx (N, C), ids (N) in [0, rows)
+template <class A>
+static void embed_backward(float* dtable, const A* dx, const int* ids, int N, int C, int rows,
+                           void* scratch, cudaStream_t stream) {
+  int* base = static_cast<int*>(scratch);
+  int *keys[2] = {base, base + N}, *values[2] = {base + 2 * int64_t(N), base + 3 * int64_t(N)};
+  int* counts = base + 4 * int64_t(N);  // (kDigits, tiles)
+  const int tiles = int(blocks_for(N, kSortTile));
+  const int *sorted = ids, *order = nullptr;
+  int side = 0;
+  for (int shift = 0; shift == 0 || (rows - 1) >> shift > 0; shift += kDigitBits, side ^= 1) {
+    launch("sort_count", sort_count_kernel, tiles, kDigits, kDigits * sizeof(int), stream, counts,
+           sorted, shift, N);
+    launch("exclusive_scan", exclusive_scan_kernel, 1, kBlockThreads, 32 * sizeof(int), stream,
+           counts, kDigits * tiles);
+    launch("sort_scatter", sort_scatter_kernel, tiles, kDigits,
+           kDigits / 32 * kDigits * sizeof(int), stream, keys[side], values[side], sorted, order,
+           counts, shift, N);
+    sorted = keys[side], order = values[side];
+  }
+  constexpr int kW = Pack<A>::kSize;
+  const bool packs = by_packs<A>(C, dtable, dx);
+  const int w = packs ? kW : 1;
+  launch("embed_backward_short",
+         packs ? embed_backward_short_kernel<A, kW> : embed_backward_short_kernel<A, 1>,
+         warp_rows(N), kRowThreads, 0, stream, dtable, dx, sorted, order, N, C);
+  launch("embed_backward_long",
+         packs ? embed_backward_long_kernel<A, kW> : embed_backward_long_kernel<A, 1>,
+         dim3(blocks_for(N, kShortRun), blocks_for(C, 32 * w)), kLongThreads,
+         kLongThreads * w * sizeof(float), stream, dtable, dx, sorted, order, N, C);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Memory
 
 static constexpr const char* kModelFlags = "--depth, --layers, --channels";
 static constexpr const char* kBatchFlags = "--micro-batch-tokens, --context, or --recompute";
 inline int64_t most_logit_rows = 8192;  // of logits made at a time; tests lower it
 
-// Device memory that a walk over names takes; `measure`: only the sum, for the plan.
+template <class T>
+Buffer<T>::Buffer(const char* name, int64_t count, const char* lower) : size_(count) {
+  if (count == 0) return;
+  const cudaError_t status = cudaMalloc(reinterpret_cast<void**>(&data_), bytes());
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // clears the error, which is reported here
+    size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total), "free memory");
+    fail("out of memory on the GPU: ", name, " takes ", bytes_text(double(bytes())), ", found ",
+         bytes_text(double(free)), " free of ", bytes_text(double(total)), "; lower ", lower);
+  }
+  check(status, name);
+}
+
+// Device memory for a list of named arrays. With `measure` it only adds up their sizes, for the
+// memory plan.
 class Memory {
  public:
   Memory(const char* lower, bool measure) : lower_(lower), measure_(measure) {}
   template <class T>
-  T* take(const char* name, int64_t count) {
+  T* allocate(const char* name, int64_t count) {
     bytes_ += count * int64_t(sizeof(T));
     if (measure_ || count == 0) return nullptr;
     pieces_.emplace_back(name, count * int64_t(sizeof(T)), lower_);
@@ -3252,10 +3947,10 @@ class Staging {
     side.bytes = bytes;
   }
   template <class T>
-  void send(T* device, const T* host, size_t count, cudaStream_t stream) {
+  void upload(T* device, const T* host, size_t count, cudaStream_t stream) {
     if (count == 0) return;
     Side& side = sides_[turn_];
-    if (used_ + count * sizeof(T) > side.bytes) fail("cuda: more is sent than was announced");
+    if (used_ + count * sizeof(T) > side.bytes) fail("cuda: an upload is larger than announced");
     std::memcpy(side.data + used_, host, count * sizeof(T));
     check(cudaMemcpyAsync(device, side.data + used_, count * sizeof(T), cudaMemcpyHostToDevice,
                           stream),
@@ -3275,28 +3970,170 @@ class Staging {
   size_t used_ = 0;
 };
 
-// CUDA graphs: what a key names is launched kernel by kernel the first time (products are timed
-// then), recorded the second, and replayed from then on. A body queues work and does nothing else;
-// all that it passes by value is part of the key.
+// Weights: fp32 masters in the table's order, and in bf16 mode a bf16 copy that products and
+// embeddings read. In inference in bf16 only vectors, which norms read, have masters.
+template <class A>
+struct Weights {
+  Buffer<float> master;
+  Buffer<A> copy;                            // bf16
+  std::map<int64_t, int64_t> vector_offset;  // offset in the table -> in master: inference in bf16
+  static constexpr bool kCopy = !std::is_same_v<A, float>;
+
+  Weights(const ParamTable& table, bool train, cudaStream_t stream) {
+    int64_t vectors = 0;
+    if (kCopy && !train) {
+      for (const Tensor& t : table.tensors) {
+        if (t.kind != Kind::vector) continue;
+        vector_offset[t.offset] = vectors;
+        vectors += round_up(t.size(), 16);
+      }
+    }
+    master = Buffer<float>("parameters", kCopy && !train ? vectors : table.size, kModelFlags);
+    copy = Buffer<A>("parameters in bf16", kCopy ? table.size : 0, kModelFlags);
+    if (master.size() > 0) {
+      check(cudaMemsetAsync(master.data(), 0, master.bytes(), stream), "parameters");
+    }
+    if (kCopy) check(cudaMemsetAsync(copy.data(), 0, copy.bytes(), stream), "parameters");
+  }
+  static int64_t bytes(const ParamTable& table, bool train) {
+    if (!kCopy) return table.size * 4;
+    int64_t vectors = 0;
+    for (const Tensor& t : table.tensors)
+      if (t.kind == Kind::vector) vectors += round_up(t.size(), 16);
+    return table.size * 2 + (train ? table.size : vectors) * 4;
+  }
+  const A* matrix(int64_t offset) const {
+    if (offset < 0) return nullptr;
+    if constexpr (kCopy) {
+      return copy.data() + offset;
+    } else {
+      return master.data() + offset;
+    }
+  }
+  bf16* bf16_copy(int64_t offset) const {  // null in fp32
+    if constexpr (kCopy) {
+      return copy.data() + offset;
+    } else {
+      return nullptr;
+    }
+  }
+  float* vector(int64_t offset) const {  // fp32; null where only the bf16 copy exists
+    if (offset < 0) return nullptr;
+    if (vector_offset.empty()) return master.data() + offset;
+    const auto found = vector_offset.find(offset);
+    return found == vector_offset.end() ? nullptr : master.data() + found->second;
+  }
+};
+
+template <class A>
+void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows, Saved saved,
+                             Memory& memory) {
+  logit_rows = std::min(most_logit_rows, rows);
+  const int64_t up = c.has_gate() ? 2 * c.F : c.F, heads = int64_t(c.NH) * c.HS;
+  const auto a = [&](const char* name, int64_t count) {
+    return memory.template allocate<A>(name, count);
+  };
+  const auto f = [&](const char* name, int64_t count) {
+    return memory.template allocate<float>(name, count);
+  };
+  const auto mean = [&](const char* name) { return c.has_biases() ? f(name, N) : nullptr; };
+  layers.resize(size_t(c.L));
+  for (int l = 0; l < c.L; l++) {
+    LayerActivations<A>& layer = layers[size_t(l)];
+    if (l > 0 && saved != Saved::all) {  // one layer's memory serves all
+      layer = layers[0];
+      if (saved == Saved::layer_inputs) layer.x = a("x", N * c.C);
+      if (saved == Saved::none) layer.x = l == 1 ? a("x", N * c.C) : layers[size_t(l) - 2].x;
+      continue;
+    }
+    layer.x = a("x", N * c.C);
+    layer.norm1 = a("norm1", N * c.C);
+    layer.mean1 = mean("mean1"), layer.rstd1 = f("rstd1", N);
+    layer.qkv = a("qkv", N * c.qkv());
+    layer.rotated = c.family == Family::qwen3 && saved != Saved::none
+                        ? a("rotated", N * (c.NH + c.NKV) * c.HS)
+                        : nullptr;
+    layer.att = a("att", N * heads);
+    layer.lse = f("lse", N * c.NH);
+    layer.mid = a("mid", N * c.C);
+    layer.norm2 = a("norm2", N * c.C);
+    layer.mean2 = mean("mean2"), layer.rstd2 = f("rstd2", N);
+    layer.up = a("up", N * up);
+    layer.act = a("act", N * c.F);
+  }
+  x = a("x", N * c.C);
+  final_norm = a("final_norm", N * c.C);
+  final_mean = mean("final_mean"), final_rstd = f("final_rstd", N);
+  delta = a("delta", N * c.C);
+  inner = a("inner", N * rank);
+  if (c.head == Head::lm) {
+    head_in = a("head_in", logit_rows * c.C);
+    logits = a("logits", logit_rows * c.padded_V());
+  }
+  if (saved == Saved::none) return;
+  if (c.head == Head::lm) dhead_in = a("dhead_in", logit_rows * c.C);
+  dx = a("dx", N * c.C);
+  dnorm = a("dnorm", N * std::max<int64_t>(c.C, heads));
+  dqkv = a("dqkv", N * c.qkv());
+  dact = a("dact", N * c.F);
+  dup = a("dup", N * up);
+  att_dot = f("att_dot", N * c.NH);
+  const int widest = int(std::max<int64_t>(c.qkv(), up)), tokens = int(N);
+  bias_sums = f("bias_sums", c.has_biases() ? widest : 0);
+  const size_t bytes = std::max(
+      {embed_backward_scratch(tokens, c.V), embed_backward_scratch(tokens, c.T),
+       norm_backward_scratch(tokens, c.C), qk_backward_scratch(tokens, c.HS),
+       bias_backward_scratch(tokens, std::max(widest, c.C)), value_backward_scratch(tokens, c.C)});
+  scratch = memory.template allocate<unsigned char>("scratch", int64_t(bytes));
+}
+
+void DeviceBatch::lay_out(int64_t N, bool train, Memory& memory) {
+  for (int** p : {&tokens, &targets, &positions, &doc_start, &doc_end}) {
+    *p = memory.allocate<int>("batch", N);
+  }
+  row_of = memory.allocate<int>("rows of the batch", round_up(N, 128));
+  for (float** p : {&dlogp, &dentropy, &dvalue})
+    *p = train ? memory.allocate<float>("weights of the batch", N) : nullptr;
+  for (float** p : {&logp, &entropy, &value}) *p = memory.allocate<float>("results", N);
+}
+
+template <class A>
+void CudaGpt<A>::reserve(int64_t N) {
+  if (N <= capacity_) return;
+  wait();
+  resources_->graphs.clear();
+  a_ = {}, batch_ = {}, capacity_ = 0;
+  resources_->memory = std::make_unique<Memory>(kBatchFlags, false);
+  a_.lay_out(config_, table_.lora.rank, N, round_up(N, 128),
+             train_ ? recompute_ ? Saved::layer_inputs : Saved::all : Saved::none,
+             *resources_->memory);
+  batch_.lay_out(N, train_, *resources_->memory);
+  capacity_ = N;
+}
+
+// ---------------------------------------------------------------------------------------------
+// CUDA graphs: the work under a key is launched kernel by kernel the first time (products are timed
+// then), recorded the second time, and replayed from then on. The function may only queue kernels
+// and products; every value that it passes to them must be part of the key.
+
 class Graphs {
  public:
-  using Key = std::vector<int64_t>;
   Graphs() = default;
   Graphs(const Graphs&) = delete;
   Graphs& operator=(const Graphs&) = delete;
   ~Graphs() { clear(); }
 
-  template <class Body>
-  void run(const Key& key, cudaStream_t stream, Body&& body) {
-    if (!enabled) return body();
+  template <class Work>
+  void run(const GraphKey& key, cudaStream_t stream, Work&& work) {
+    if (!enabled) return work();
     if (entries_.size() >= kMost && !entries_.contains(key)) clear();
     Entry& entry = entries_[key];
     if (!entry.graph) {
-      if (entry.seen++ == 0) return body();
+      if (entry.seen++ == 0) return work();
       check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a graph");
       cudaGraph_t recorded = nullptr;
       try {
-        body();
+        work();
       } catch (...) {
         cudaStreamEndCapture(stream, &recorded);
         if (recorded) cudaGraphDestroy(recorded);
@@ -3326,962 +4163,521 @@ class Graphs {
     int seen = 0;
     cudaGraphExec_t graph = nullptr;
   };
-  std::map<Key, Entry> entries_;
-};
-
-// Weights: fp32 masters in the table's order, and in bf16 mode a bf16 copy that products and
-// embeddings read. Inference in bf16 keeps masters of vectors alone, which norms read.
-template <class A>
-struct Weights {
-  Buffer<float> master;
-  Buffer<A> copy;                        // bf16
-  std::map<int64_t, int64_t> vector_at;  // offset in the table -> in master: inference in bf16
-  static constexpr bool kCopy = !std::is_same_v<A, float>;
-
-  Weights(const ParamTable& table, bool train, cudaStream_t stream) {
-    int64_t vectors = 0;
-    if (kCopy && !train) {
-      for (const Tensor& t : table.tensors) {
-        if (t.kind != Kind::vector) continue;
-        vector_at[t.offset] = vectors;
-        vectors += round_up(t.size(), 16);
-      }
-    }
-    master = Buffer<float>("parameters", kCopy && !train ? vectors : table.size, kModelFlags);
-    copy = Buffer<A>("parameters in bf16", kCopy ? table.size : 0, kModelFlags);
-    if (master.size() > 0) {
-      check(cudaMemsetAsync(master.data(), 0, master.bytes(), stream), "parameters");
-    }
-    if (kCopy) check(cudaMemsetAsync(copy.data(), 0, copy.bytes(), stream), "parameters");
-  }
-  static int64_t bytes(const ParamTable& table, bool train) {
-    if (!kCopy) return table.size * 4;
-    int64_t vectors = 0;
-    for (const Tensor& t : table.tensors)
-      if (t.kind == Kind::vector) vectors += round_up(t.size(), 16);
-    return table.size * 2 + (train ? table.size : vectors) * 4;
-  }
-  const A* matrix(int64_t offset) const {
-    if (offset < 0) return nullptr;
-    if constexpr (kCopy) {
-      return copy.data() + offset;
-    } else {
-      return master.data() + offset;
-    }
-  }
-  float* vector(int64_t offset) const {  // fp32, of any tensor; null: there is the bf16 copy alone
-    if (offset < 0) return nullptr;
-    if (vector_at.empty()) return master.data() + offset;
-    const auto at = vector_at.find(offset);
-    return at == vector_at.end() ? nullptr : master.data() + at->second;
-  }
+  std::map<GraphKey, Entry> entries_;
 };
 
 template <class A>
-class CudaKvCache : public KvCache {  // [layer][page][NKV][kPage][HS], keys and values
- public:
-  CudaKvCache(const Config& c, int64_t positions)
-      : KvCache(positions),
-        id(++last_id),
-        pages((positions + kPage - 1) / kPage),
-        page_size(int64_t(c.NKV) * kPage * c.HS),
-        keys("keys of the KV cache", c.L * pages * page_size, kFlags),
-        values("values of the KV cache", c.L * pages * page_size, kFlags) {}
-  A* keys_of(int layer) const { return keys.data() + layer * pages * page_size; }
-  A* values_of(int layer) const { return values.data() + layer * pages * page_size; }
-
-  const int64_t id;  // no other cache of this process has it: graphs name it
-  const int64_t pages, page_size;
-  const Buffer<A> keys, values;
-
- private:
-  static constexpr const char* kFlags = "the number of sequences decoded at once, or their length";
-  static inline int64_t last_id = 0;
+struct CudaGpt<A>::Resources {
+  explicit Resources(const Config& config) : rope(config) {}
+  std::unique_ptr<Memory> memory;  // of activations and batch
+  Staging staging;
+  RopeTable rope;
+  Graphs graphs;
 };
-
-// Copies pages (from, to) of every layer's keys (z = 0) and values (z = 1): grid (pairs, L, 2).
 template <class A>
-__global__ void copy_pages_kernel(A* keys, A* values, const int2* pairs, int64_t pages,
-                                  int64_t page_size) {
-  A* layer = (blockIdx.z ? values : keys) + blockIdx.y * pages * page_size;
-  const int2 pair = pairs[blockIdx.x];
-  const A* from = layer + pair.x * page_size;
-  A* to = layer + pair.y * page_size;
-  constexpr int kSize = Pack<A>::kSize;  // page_size is a multiple of 64 HS
-  for (int64_t i = int64_t(threadIdx.x) * kSize; i < page_size; i += int64_t(blockDim.x) * kSize) {
-    store_pack(to + i, load_pack(from + i));
-  }
+Graphs& CudaGpt<A>::graphs() {
+  return resources_->graphs;
 }
-
 template <class A>
-struct LayerActivations {
-  A* x;      // (N, C) the residual stream that enters
-  A* norm1;  // (N, C)
-  float *mean1, *rstd1;
-  A* qkv;      // (N, qkv)
-  A* rotated;  // (N, (NH + NKV) HS) q and k after norm and RoPE: qwen3 in training; else in place
-  A* att;      // (N, NH HS)
-  float* lse;  // (NH, N)
-  A* mid;      // (N, C) the stream after attention
-  A* norm2;    // (N, C)
-  float *mean2, *rstd2;
-  A* up;   // (N, 2F) gate and up; gpt2 (N, F)
-  A* act;  // (N, F)
-};
-
-enum class Keep {
-  all,     // every layer's activations, for backward
-  inputs,  // each layer's x: recomputation
-  none,    // inference
-};
-
-// Everything a pass over N tokens writes.
-template <class A>
-struct Activations {
-  std::vector<LayerActivations<A>> layers;
-  A* x;           // (N, C) the stream that leaves the last layer
-  A* final_norm;  // (N, C)
-  float *final_mean, *final_rstd;
-  A* delta;                // (N, C) what a half-layer adds to the stream
-  A* head_in;              // (logit_rows, C) rows of final_norm that have a target
-  A* logits;               // (logit_rows, padded V)
-  A* dhead_in;             // (logit_rows, C)
-  A *dx, *dnorm;           // (N, C), (N, max(C, NH HS))
-  A* dqkv;                 // (N, qkv)
-  A *dact, *dup;           // (N, F), (N, 2F or F)
-  A* inner;                // (N, rank) of the adapter at hand
-  float* att_dot;          // (NH, N) attention's, sum of dout out
-  float* bias_sums;        // (widest bias) a fused epilogue's result
-  unsigned char* scratch;  // of whichever kernel runs
-
-  int64_t logit_rows = 0;  // made at a time
-
-  // `rows`: of logits that a pass over N tokens may ask for; `rank`: of adapters
-  void lay_out(const Config& c, int rank, int64_t N, int64_t rows, Keep keep, Memory& memory) {
-    logit_rows = std::min(most_logit_rows, rows);
-    const int64_t up = c.has_gate() ? 2 * c.F : c.F, heads = int64_t(c.NH) * c.HS;
-    const auto a = [&](const char* name, int64_t count) {
-      return memory.template take<A>(name, count);
-    };
-    const auto f = [&](const char* name, int64_t count) {
-      return memory.template take<float>(name, count);
-    };
-    const auto mean = [&](const char* name) { return c.has_biases() ? f(name, N) : nullptr; };
-    layers.resize(size_t(c.L));
-    for (int l = 0; l < c.L; l++) {
-      LayerActivations<A>& to = layers[size_t(l)];
-      if (l > 0 && keep != Keep::all) {  // one layer's memory serves all
-        to = layers[0];
-        if (keep == Keep::inputs) to.x = a("x", N * c.C);
-        if (keep == Keep::none) to.x = l == 1 ? a("x", N * c.C) : layers[size_t(l) - 2].x;
-        continue;
-      }
-      to.x = a("x", N * c.C);
-      to.norm1 = a("norm1", N * c.C);
-      to.mean1 = mean("mean1"), to.rstd1 = f("rstd1", N);
-      to.qkv = a("qkv", N * c.qkv());
-      to.rotated = c.family == Family::qwen3 && keep != Keep::none
-                       ? a("rotated", N * (c.NH + c.NKV) * c.HS)
-                       : nullptr;
-      to.att = a("att", N * heads);
-      to.lse = f("lse", N * c.NH);
-      to.mid = a("mid", N * c.C);
-      to.norm2 = a("norm2", N * c.C);
-      to.mean2 = mean("mean2"), to.rstd2 = f("rstd2", N);
-      to.up = a("up", N * up);
-      to.act = a("act", N * c.F);
-    }
-    x = a("x", N * c.C);
-    final_norm = a("final_norm", N * c.C);
-    final_mean = mean("final_mean"), final_rstd = f("final_rstd", N);
-    delta = a("delta", N * c.C);
-    inner = a("inner", N * rank);
-    if (c.head == Head::lm) {
-      head_in = a("head_in", logit_rows * c.C);
-      logits = a("logits", logit_rows * c.padded_V());
-    }
-    if (keep == Keep::none) return;
-    if (c.head == Head::lm) dhead_in = a("dhead_in", logit_rows * c.C);
-    dx = a("dx", N * c.C);
-    dnorm = a("dnorm", N * std::max<int64_t>(c.C, heads));
-    dqkv = a("dqkv", N * c.qkv());
-    dact = a("dact", N * c.F);
-    dup = a("dup", N * up);
-    att_dot = f("att_dot", N * c.NH);
-    const int widest = int(std::max<int64_t>(c.qkv(), up)), tokens = int(N);
-    bias_sums = f("bias_sums", c.has_biases() ? widest : 0);
-    const size_t bytes =
-        std::max({embed_backward_scratch(tokens, c.V), embed_backward_scratch(tokens, c.T),
-                  norm_backward_scratch(tokens, c.C), qk_backward_scratch(tokens, c.HS),
-                  bias_backward_scratch(tokens, std::max(widest, c.C)),
-                  value_backward_scratch(tokens, c.C)});
-    scratch = memory.template take<unsigned char>("scratch", int64_t(bytes));
-  }
-};
-
-// A batch as the device reads it.
-struct DeviceBatch {
-  int *tokens, *targets, *positions;  // (N)
-  int *doc_start, *doc_end;           // (N) of the document of each position
-  int* row_of;                        // (N up to 128) position of each row of logits; -1: none
-  float *dlogp, *dentropy, *dvalue;   // (N)
-  float *logp, *entropy, *value;      // (N)
-
-  void lay_out(int64_t N, bool train, Memory& memory) {
-    for (int** p : {&tokens, &targets, &positions, &doc_start, &doc_end}) {
-      *p = memory.take<int>("batch", N);
-    }
-    row_of = memory.take<int>("rows of the batch", round_up(N, 128));
-    for (float** p : {&dlogp, &dentropy, &dvalue})
-      *p = train ? memory.take<float>("weights of the batch", N) : nullptr;
-    for (float** p : {&logp, &entropy, &value}) *p = memory.take<float>("results", N);
-  }
-};
-
-// cos and sin of every position so far, (positions, HS/2), made on the host in double.
-class RopeTable {
- public:
-  explicit RopeTable(const Config& c) : half_(c.HS / 2), T_(c.T), frequency_(rope_frequencies(c)) {}
-  // True when the table moved. Grows to the next power of two, at most to T.
-  bool reach(int positions, cudaStream_t stream) {
-    if (positions <= reached_) return false;
-    int grown = 256;
-    while (grown < positions) grown *= 2;
-    reached_ = std::max(positions, std::min(grown, T_));
-    std::vector<float2> values;
-    values.reserve(size_t(reached_) * size_t(half_));
-    for (int t = 0; t < reached_; t++)
-      for (const double f : frequency_)
-        values.push_back({float(std::cos(t * f)), float(std::sin(t * f))});
-    table_ = Buffer<float2>("RoPE's table", int64_t(values.size()), "--context");
-    check(cudaMemcpyAsync(table_.data(), values.data(), table_.bytes(), cudaMemcpyHostToDevice,
-                          stream),
-          "RoPE's table");
-    check(cudaStreamSynchronize(stream), "RoPE's table");
-    return true;
-  }
-  const float2* data() const { return table_.data(); }
-
- private:
-  int half_, T_, reached_ = 0;
-  std::vector<double> frequency_;
-  Buffer<float2> table_;
-};
-
-template <class A>
-class CudaGpt final : public Gpt {
- public:
-  CudaGpt(const Config& config, const GptOptions& options)
-      : Gpt(config, options.muon, options.lora),
-        machine_(Machine::get()),
-        stream_(machine_->stream),
-        train_(options.mode == Mode::train),
-        recompute_(options.recompute),
-        adapters_(options.lora.rank > 0),
-        frozen_(table_.first_trainable()),
-        rope_(config) {
-    if (options.share) {
-      const auto* other = dynamic_cast<const CudaGpt*>(options.share);
-      if (!other) fail("share: the other model is on another device, or in another precision");
-      weights_ = other->weights_;
-      if (train_) fail("share: a model that trains needs weights of its own");
-    } else {
-      weights_ = std::make_shared<Weights<A>>(table_, train_, stream_);
-    }
-    if (train_) {
-      gradients_ = Buffer<float>("gradients", table_.size - frozen_, kModelFlags);
-      moment1_ = Buffer<float>("first moments", table_.size - frozen_, kModelFlags);
-      clear(moment1_.data(), moment1_.bytes());
-      optimizer_ = std::make_unique<Optimizer>(table_, stream_);
-    }
-    if (options.batch_tokens > 0) reserve(options.batch_tokens);
-  }
-  ~CudaGpt() override { cudaStreamSynchronize(stream_); }
-
-  void forward(const Batch& batch, Pass pass) override {
-    if (pass == Pass::train && !train_) {
-      fail("forward: an inference model keeps nothing for backward");
-    }
-    begin(batch);
-    graphs.run(key(kForward), stream_, [&] {
-      trunk_forward();
-      head_forward();
-    });
-    live_ = pass == Pass::train;
-    logits_kept_ = rows_ <= a_.logit_rows;
-  }
-
-  void backward(std::span<const float> dlogp, std::span<const float> dvalue,
-                std::span<const float> dentropy) override {
-    if (!live_) fail("backward: no forward with Pass::train came before");
-    check_weights(config_, N_, dlogp, dvalue, dentropy);
-    send_weights(dlogp, dvalue, dentropy);
-    clear_fresh();
-    graphs.run(key(logits_kept_ ? kBackwardOfLogits : kBackward), stream_, [&] {
-      head_backward(logits_kept_);
-      trunk_backward();
-    });
-    live_ = false;
-  }
-
-  void forward_backward(const Batch& batch, std::span<const float> dlogp,
-                        std::span<const float> dvalue, std::span<const float> dentropy) override {
-    if (!train_) fail("forward_backward: an inference model has no gradients");
-    begin(batch);
-    check_weights(config_, N_, dlogp, dvalue, dentropy);
-    send_weights(dlogp, dvalue, dentropy);
-    clear_fresh();
-    graphs.run(key(kForwardBackward), stream_, [&] {
-      trunk_forward();
-      if (config_.head == Head::scalar) head_forward();
-      head_backward(false);
-      trunk_backward();
-    });
-    live_ = false;
-  }
-
-  void update(const OptimizerStep& step) override;
-  UpdateStats stats() override;
-  void zero_gradients() override;
-  void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
-  std::map<std::string, std::string> choices() const override {
-    const Measured* measured = machine_->products->measured();
-    return measured ? measured->used() : Measured::Choices{};
-  }
-  void keep_choices(const std::map<std::string, std::string>& choices) override {
-    if (Measured* measured = machine_->products->measured()) measured->keep(choices);
-  }
-
-  std::span<const float> logp() override { return fetch(logp_, batch_.logp, Head::lm); }
-  std::span<const float> entropy() override { return fetch(entropy_, batch_.entropy, Head::lm); }
-  std::span<const float> value() override { return fetch(value_, batch_.value, Head::scalar); }
-
-  std::unique_ptr<KvCache> make_cache(int64_t positions) override {
-    return std::make_unique<CudaKvCache<A>>(config_, positions);
-  }
-  void decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
-              bool logits) override;
-
-  void read(int tensor, Slot slot, std::span<float> out) const override;
-  void write(int tensor, Slot slot, std::span<const float> in) override;
-
-  Graphs graphs;  // of this model
-
- private:
-  enum Recorded : int64_t {
-    kForward,
-    kBackward,
-    kBackwardOfLogits,
-    kForwardBackward,
-    kUpdate,
-    kDecode,
-  };
-  Graphs::Key key(Recorded what) const {  // all that a pass over the live batch passes by value
-    return {what,       N_,          rows_,         gathered_,
-            has_dlogp_, has_dvalue_, has_dentropy_, std::bit_cast<int32_t>(inverse_temperature_),
-            adapters_};
-  }
-
-  float* gradient(int64_t offset) const {  // null: nothing is there, or it is frozen
-    return offset < frozen_ || offset < 0 ? nullptr : gradients_.data() + offset - frozen_;
-  }
-  void clear(void* p, size_t bytes) const {
-    check(cudaMemsetAsync(p, 0, bytes, stream_), "clearing memory");
-  }
-  void clear_fresh() {  // backward adds
-    if (fresh_) clear(gradients_.data(), gradients_.bytes());
-    fresh_ = false;
-  }
-
-  // y (N, out) = x W^T + b as a product
-  Product linear_of(int64_t N, const Linear& l, const A* x, A* y) const {
-    return Product{.M = N,
-                   .N = l.out,
-                   .K = l.in,
-                   .a = x,
-                   .b = weights_->matrix(l.weight),
-                   .d = y,
-                   .in = kDataType<A>,
-                   .out = kDataType<A>,
-                   .lda = l.in,
-                   .ldb = l.in,
-                   .ldd = l.out,
-                   .b_transposed = true,
-                   .epilogue = l.bias >= 0 ? Epilogue::bias : Epilogue::none,
-                   .bias = weights_->matrix(l.bias)};
-  }
-  void linear(int64_t N, const Linear& l, const A* x, A* y, const Activations<A>& in) const {
-    machine_->matmul(linear_of(N, l, x, y));
-    adapters_forward(N, l, x, y, in);
-  }
-  // LoRA, where it takes part: y += u B^T with u = scale x A^T (N, rank), in `in`'s memory
-  void adapters_forward(int64_t N, const Linear& l, const A* x, A* y,
-                        const Activations<A>& in) const {
-    if (!adapters_) return;
-    for (const Adapter& a : l.adapters) {
-      adapter_inner(N, l, a, x, in.inner);
-      Product p = adapter_product(N, a.out, table_.lora.rank, in.inner, a.b, y + a.begin);
-      p.ldd = l.out, p.b_transposed = true, p.ldb = table_.lora.rank, p.beta = 1;
-      machine_->matmul(p);
-    }
-  }
-  void adapter_inner(int64_t N, const Linear& l, const Adapter& a, const A* x, A* inner) const {
-    Product p = adapter_product(N, table_.lora.rank, l.in, x, a.a, inner);
-    p.b_transposed = true, p.ldb = l.in, p.alpha = table_.lora.scale();
-    machine_->matmul(p);
-  }
-  // d (M, N) = a (M, K) and the weight at `b` (K, N), rows side by side: callers change what
-  // differs
-  Product adapter_product(int64_t M, int64_t N, int64_t K, const A* a, int64_t b, A* d) const {
-    return Product{.M = M,
-                   .N = N,
-                   .K = K,
-                   .a = a,
-                   .b = weights_->matrix(b),
-                   .d = d,
-                   .in = kDataType<A>,
-                   .out = kDataType<A>,
-                   .lda = K,
-                   .ldb = N,
-                   .ldd = N};
-  }
-  // gradient (M, N) += a^T b, a (N_, M) with rows lda apart, b (N_, N)
-  void adapter_gradient(int64_t M, int64_t N, const A* a, int64_t lda, const A* b,
-                        int64_t offset) const {
-    machine_->matmul(Product{.M = M,
-                             .N = N,
-                             .K = N_,
-                             .a = a,
-                             .b = b,
-                             .d = gradient(offset),
-                             .in = kDataType<A>,
-                             .out = CUDA_R_32F,
-                             .lda = lda,
-                             .ldb = N,
-                             .ldd = N,
-                             .a_transposed = true,
-                             .beta = 1});
-  }
-  // dB += dy^T u;  du = scale dy B;  dA += du^T x;  dx += du A
-  void adapters_backward(const Linear& l, const A* x, const A* dy, A* dx) const {
-    if (!adapters_) return;
-    const int r = table_.lora.rank;
-    A* inner = a_.inner;
-    for (const Adapter& a : l.adapters) {
-      adapter_inner(N_, l, a, x, inner);
-      adapter_gradient(a.out, r, dy + a.begin, l.out, inner, a.b);
-      Product du = adapter_product(N_, r, a.out, dy + a.begin, a.b, inner);
-      du.lda = l.out, du.alpha = table_.lora.scale();
-      machine_->matmul(du);
-      adapter_gradient(r, l.in, inner, r, x, a.a);
-      Product back = adapter_product(N_, l.in, r, inner, a.a, dx);
-      back.beta = 1;
-      machine_->matmul(back);
-    }
-  }
-  bool has_adapters(const Linear& l) const { return adapters_ && !l.adapters.empty(); }
-  // Under what a fused and a separate form are compared.
-  template <class Body>
-  bool fused_is_faster(const char* what, int64_t N, const Linear& l, Body&& body) const {
-    return machine_->products->fused_is_faster(
-        std::is_same_v<A, float> ? concat(what, " in fp32").c_str() : what, N, l.in, l.out, body);
-  }
-  // up = x W^T + b, act = GELU(up)
-  void linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* act,
-                   const Activations<A>& in) const {
-    if (has_adapters(l)) {  // they come between
-      linear(N, l, x, up, in);
-      return gelu_forward(act, up, N * l.out, stream_);
-    }
-    const auto body = [&](bool fused) {
-      Product p = linear_of(N, l, x, fused ? act : up);
-      if (fused) {
-        p.epilogue = Epilogue::gelu, p.aux = up;
-        return machine_->products->run(p);
-      }
-      machine_->matmul(p);
-      gelu_forward(act, up, N * l.out, stream_);
-      return true;
-    };
-    const bool fused = fused_is_faster("GELU", N, l, body);
-    if (!(fused && body(true))) body(false);
-  }
-  // dW += dy^T x, db += column sums of dy
-  void weight_backward(const Linear& l, const A* x, const A* dy) const {
-    if (!gradient(l.weight)) return;  // frozen
-    Product p{.M = l.out,
-              .N = l.in,
-              .K = N_,
-              .a = dy,
-              .b = x,
-              .d = gradient(l.weight),
-              .in = kDataType<A>,
-              .out = CUDA_R_32F,
-              .lda = l.out,
-              .ldb = l.in,
-              .ldd = l.in,
-              .a_transposed = true,
-              .beta = 1};
-    if (l.bias < 0) return machine_->matmul(p);
-    const auto body = [&](bool fused, float* dweight, float* dbias) {
-      p.d = dweight;
-      p.epilogue = fused ? Epilogue::bias_gradient : Epilogue::none;
-      p.bias = fused ? a_.bias_sums : nullptr;
-      if (!machine_->products->run(p)) return false;
-      if (fused) {
-        add(dbias, a_.bias_sums, l.out, stream_);
-      } else {
-        bias_backward(dbias, dy, N_, l.out, a_.scratch, stream_);
-      }
-      return true;
-    };
-    Buffer<float> elsewhere;  // a comparison must not add to the gradient
-    const bool fused = fused_is_faster("bias gradient", N_, l, [&](bool with_epilogue) {
-      if (elsewhere.size() == 0) {
-        elsewhere = Buffer<float>("a product's result", int64_t(l.out) * (l.in + 1), "");
-      }
-      return body(with_epilogue, elsewhere.data(), elsewhere.data() + int64_t(l.out) * l.in);
-    });
-    if (!(fused && body(true, gradient(l.weight), gradient(l.bias)))) {
-      body(false, gradient(l.weight), gradient(l.bias));
-    }
-  }
-  Product input_of(const Linear& l, const A* dy, A* dx) const {
-    return Product{.M = N_,
-                   .N = l.in,
-                   .K = l.out,
-                   .a = dy,
-                   .b = weights_->matrix(l.weight),
-                   .d = dx,
-                   .in = kDataType<A>,
-                   .out = kDataType<A>,
-                   .lda = l.out,
-                   .ldb = l.in,
-                   .ldd = l.in};
-  }
-  // dx = dy W, after weight_backward
-  void linear_backward(const Linear& l, const A* x, const A* dy, A* dx) const {
-    weight_backward(l, x, dy);
-    machine_->matmul(input_of(l, dy, dx));
-    adapters_backward(l, x, dy, dx);
-  }
-  // The same through the GELU that made x: dup = dy W GELU'(up)
-  void linear_gelu_backward(const Linear& l, const A* x, const A* up, const A* dy, A* dup) const {
-    if (has_adapters(l)) {
-      linear_backward(l, x, dy, a_.dact);
-      return gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
-    }
-    weight_backward(l, x, dy);
-    const auto body = [&](bool fused) {
-      Product p = input_of(l, dy, fused ? dup : a_.dact);
-      if (fused) {
-        p.epilogue = Epilogue::dgelu, p.aux = const_cast<A*>(up);  // read only
-        return machine_->products->run(p);
-      }
-      machine_->matmul(p);
-      gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
-      return true;
-    };
-    const bool fused = fused_is_faster("GELU'", N_, l, body);
-    if (!(fused && body(true))) body(false);
-  }
-
-  float eps() const { return float(config_.norm_eps); }
-  void norm(int64_t N, const Norm& n, const A* x, A* y, float* mean, float* rstd) const {
-    norm_forward(y, mean, rstd, x, weights_->vector(n.weight), weights_->vector(n.bias), eps(),
-                 int(N), config_.C, stream_);
-  }
-  // sum = x + a_.delta, y = norm(sum)
-  void residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* mean, float* rstd, const A* x,
-                     const A* delta) const {
-    residual_norm_forward(sum, y, mean, rstd, x, delta, weights_->vector(n.weight),
-                          weights_->vector(n.bias), eps(), int(N), config_.C, stream_);
-  }
-  void norm_back(const Norm& n, const A* dy, const A* x, const float* mean, const float* rstd) {
-    norm_backward(a_.dx, gradient(n.weight), gradient(n.bias), dy, x, mean, rstd,
-                  weights_->vector(n.weight), N_, config_.C, a_.scratch, stream_);
-  }
-
-  void reserve(int64_t N);
-  void reach(int positions) {
-    if (config_.family != Family::gpt2 && rope_.reach(positions, stream_)) graphs.clear();
-  }
-  void begin(const Batch& batch);
-  void send_weights(std::span<const float> dlogp, std::span<const float> dvalue,
-                    std::span<const float> dentropy);
-  std::span<const float> fetch(std::vector<float>& host, const float* device, Head head);
-
-  // Where attention finds q, k and v.
-  struct Heads {
-    const A *q, *k, *v;
-    int64_t q_ld, k_ld, v_ld;
-  };
-  Heads heads_of(const A* qkv, const A* rotated) const {
-    const int64_t q = int64_t(config_.NH) * config_.HS, qk = q + int64_t(config_.NKV) * config_.HS;
-    const int64_t ld = config_.qkv();
-    if (rotated) return {rotated, rotated + q, qkv + qk, qk, qk, ld};
-    return {qkv, qkv + q, qkv + qk, ld, ld, ld};
-  }
-  void rotate(int64_t N, const int* positions, const Block& b, A* qkv, A* rotated) const;
-  void rotate_backward(const Block& b, const LayerActivations<A>& a);
-  AttentionShape attention_shape() const {
-    return {N_, config_.NH, config_.NKV, config_.HS, batch_.doc_start, batch_.doc_end};
-  }
-  // From the qkv product to att; Attend makes a.att from Heads.
-  template <class Attend>
-  void layer_forward(int64_t N, int l, const Activations<A>& from, const int* positions,
-                     Attend&& attend) const;
-  template <class Attend>
-  void layers_forward(int64_t N, const Activations<A>& to, const int* tokens, const int* positions,
-                      Attend&& attend) const;
-  void attend_batch(const Heads& h, const LayerActivations<A>& a) const {
-    attention_forward(a.att, a.lse, h.q, h.q_ld, h.k, h.k_ld, h.v, h.v_ld, attention_shape(),
-                      stream_);
-  }
-  void trunk_forward();
-  void trunk_backward();
-  const A* head_rows(int64_t first, int64_t rows) const;
-  void logits_product(int64_t rows, const A* x, A* logits) const;
-  void classify(int64_t first, int64_t rows, bool backward) const;
-  void head_forward();
-  void head_backward(bool logits_ready);
-  void muon_directions(float momentum) const;
-
-  struct Slice {  // a tensor on the device; null what it has not
-    float* data;
-    A* copy;  // a weight's in bf16
-  };
-  Slice slice(int tensor, Slot slot) const;
-
-  std::shared_ptr<Machine> machine_;
-  cudaStream_t stream_;
-  bool train_, recompute_;
-  bool adapters_;   // LoRA's take part
-  int64_t frozen_;  // where the table's trainable rows begin
-  std::shared_ptr<Weights<A>> weights_;
-  Buffer<float> gradients_, moment1_;  // of the trainable rows, in the table's order
-  bool fresh_ =
-      true;  // gradients are zero, whatever the arena holds: the next backward clears them
-
-  std::unique_ptr<Memory> memory_;
-  Activations<A> a_{};
-  DeviceBatch batch_{};
-  int64_t capacity_ = 0;
-  RopeTable rope_;
-  Staging staging_;
-
-  // The live batch
-  int N_ = 0;
-  int64_t rows_ = 0;       // of logits: positions that have a target, up to a multiple of 128
-  bool gathered_ = false;  // not every position has a target
-  bool has_dlogp_ = false, has_dvalue_ = false, has_dentropy_ = false;
-  float inverse_temperature_ = 1;
-  std::vector<float> logp_, entropy_, value_;  // empty until they are asked for
-  bool live_ = false, logits_kept_ = false;
-
-  // Decoding's own: it does not disturb a live forward
-  struct Decoding;
-  std::unique_ptr<Decoding> decoding_;
-  // The optimizers' own
-  struct Optimizer;
-  std::unique_ptr<Optimizer> optimizer_;
-};
-
-template <class A>
-void CudaGpt<A>::reserve(int64_t N) {
-  if (N <= capacity_) return;
-  machine_->wait();
-  graphs.clear();
-  a_ = {}, batch_ = {}, capacity_ = 0;
-  memory_ = std::make_unique<Memory>(kBatchFlags, false);
-  a_.lay_out(config_, table_.lora.rank, N, round_up(N, 128),
-             train_ ? recompute_ ? Keep::inputs : Keep::all : Keep::none, *memory_);
-  batch_.lay_out(N, train_, *memory_);
-  capacity_ = N;
-}
-
-// Checks a batch and sends it to the device.
-template <class A>
-void CudaGpt<A>::begin(const Batch& batch) {
-  const auto N = int64_t(batch.tokens.size());
-  const auto& starts = batch.doc_starts;
-  const bool lm = config_.head == Head::lm;
-  check_batch(config_, batch);
-  std::vector<int> positions(static_cast<size_t>(N)), doc_start(positions), doc_end(positions);
-  int longest = 0;
-  for (size_t d = 0; d + 1 < starts.size(); d++) {
-    const int length = starts[d + 1] - starts[d];
-    longest = std::max(longest, length);
-    for (int t = 0; t < length; t++) {
-      const auto n = size_t(starts[d] + t);
-      positions[n] = t, doc_start[n] = starts[d], doc_end[n] = starts[d + 1];
-    }
-  }
-  std::vector<int> rows;
-  for (int64_t n = 0; lm && n < N; n++)
-    if (batch.targets[size_t(n)] >= 0) rows.push_back(int(n));
-  gathered_ = int64_t(rows.size()) < N;
-  if (gathered_) rows.resize(size_t(round_up(int64_t(rows.size()), 128)), -1);
-  rows_ = int64_t(rows.size());
-  live_ = logits_kept_ = false;
-  reserve(N);
-  reach(longest);
-  N_ = int(N);
-  inverse_temperature_ = 1 / batch.temperature;
-  has_dlogp_ = has_dvalue_ = has_dentropy_ = false;
-  logp_.clear(), entropy_.clear(), value_.clear();
-
-  staging_.begin(size_t(6 * round_up(N, 128)) * sizeof(int));
-  const auto send = [&](int* to, std::span<const int> from) {
-    staging_.send(to, from.data(), from.size(), stream_);
-  };
-  send(batch_.tokens, batch.tokens);
-  if (lm) send(batch_.targets, batch.targets);
-  send(batch_.positions, positions);
-  send(batch_.doc_start, doc_start);
-  send(batch_.doc_end, doc_end);
-  if (lm) send(batch_.row_of, rows);
-  staging_.end(stream_);
-}
-
-template <class A>
-void CudaGpt<A>::send_weights(std::span<const float> dlogp, std::span<const float> dvalue,
-                              std::span<const float> dentropy) {
-  has_dlogp_ = !dlogp.empty(), has_dvalue_ = !dvalue.empty(), has_dentropy_ = !dentropy.empty();
-  staging_.begin(size_t(3 * round_up(N_, 4)) * sizeof(float));
-  staging_.send(batch_.dlogp, dlogp.data(), dlogp.size(), stream_);
-  staging_.send(batch_.dvalue, dvalue.data(), dvalue.size(), stream_);
-  staging_.send(batch_.dentropy, dentropy.data(), dentropy.size(), stream_);
-  staging_.end(stream_);
-}
-
-// (N) results of the last forward; waits for the device the first time.
-template <class A>
-std::span<const float> CudaGpt<A>::fetch(std::vector<float>& host, const float* device, Head head) {
-  if (config_.head != head || N_ == 0) return {};
-  if (host.empty()) {
-    host.resize(size_t(N_));
-    check(cudaMemcpyAsync(host.data(), device, host.size() * sizeof(float), cudaMemcpyDeviceToHost,
-                          stream_),
-          "results");
-    machine_->wait();
-  }
-  return host;
-}
-
-// Norm and RoPE of q and k, where they are unless the raw ones are kept for backward.
-template <class A>
-void CudaGpt<A>::rotate(int64_t N, const int* positions, const Block& b, A* qkv, A* rotated) const {
-  if (config_.family == Family::gpt2) return;
-  const int64_t q = int64_t(config_.NH) * config_.HS, ld = config_.qkv();
-  const int64_t out_ld = rotated ? int64_t(config_.NH + config_.NKV) * config_.HS : ld;
-  A* out = rotated ? rotated : qkv;
-  qk_forward(out, out_ld, out + q, out_ld, qkv, qkv + q, ld, weights_->vector(b.q_norm),
-             weights_->vector(b.k_norm), rope_.data(), positions, eps(), int(N), config_.NH,
-             config_.NKV, config_.HS, stream_);
-}
-
-// One layer from a.norm1 to a.act; what it adds to the stream, its down product, is the caller's.
-template <class A>
-template <class Attend>
-void CudaGpt<A>::layer_forward(int64_t N, int l, const Activations<A>& from, const int* positions,
-                               Attend&& attend) const {
-  const Block& b = table_.blocks[size_t(l)];
-  const LayerActivations<A>& a = from.layers[size_t(l)];
-  linear(N, b.qkv, a.norm1, a.qkv, from);
-  rotate(N, positions, b, a.qkv, a.rotated);
-  attend(heads_of(a.qkv, a.rotated), a, l);
-  linear(N, b.o, a.att, from.delta, from);
-  residual_norm(N, b.norm2, a.mid, a.norm2, a.mean2, a.rstd2, a.x, from.delta);
-  if (config_.has_gate()) {
-    linear(N, b.up, a.norm2, a.up, from);
-    swiglu_forward(a.act, a.up, int(N), config_.F, stream_);
-  } else {
-    linear_gelu(N, b.up, a.norm2, a.up, a.act, from);
-  }
-}
-
-// From tokens to final_norm. A layer's second sum and the next one's first norm are one kernel.
-template <class A>
-template <class Attend>
-void CudaGpt<A>::layers_forward(int64_t N, const Activations<A>& to, const int* tokens,
-                                const int* positions, Attend&& attend) const {
-  const LayerActivations<A>& first = to.layers[0];
-  embed_forward(first.x, weights_->matrix(table_.wte), weights_->matrix(table_.wpe), tokens,
-                positions, int(N), config_.C, stream_);
-  norm(N, table_.blocks[0].norm1, first.x, first.norm1, first.mean1, first.rstd1);
-  for (int l = 0; l < config_.L; l++) {
-    layer_forward(N, l, to, positions, attend);
-    const LayerActivations<A>& a = to.layers[size_t(l)];
-    linear(N, table_.blocks[size_t(l)].down, a.act, to.delta, to);
-    if (l + 1 < config_.L) {
-      const LayerActivations<A>& next = to.layers[size_t(l) + 1];
-      residual_norm(N, table_.blocks[size_t(l) + 1].norm1, next.x, next.norm1, next.mean1,
-                    next.rstd1, a.mid, to.delta);
-    } else {
-      residual_norm(N, table_.final_norm, to.x, to.final_norm, to.final_mean, to.final_rstd, a.mid,
-                    to.delta);
-    }
-  }
-}
-
-template <class A>
-void CudaGpt<A>::trunk_forward() {
-  layers_forward(N_, a_, batch_.tokens, batch_.positions,
-                 [&](const Heads& h, const LayerActivations<A>& a, int) { attend_batch(h, a); });
-}
-
-// Inputs of the head for rows [first, first + rows) of the logits.
-template <class A>
-const A* CudaGpt<A>::head_rows(int64_t first, int64_t rows) const {
-  if (!gathered_) return a_.final_norm + first * config_.C;
-  gather_rows(a_.head_in, a_.final_norm, batch_.row_of + first, int(rows), config_.C, stream_);
-  return a_.head_in;
-}
-
-template <class A>
-void CudaGpt<A>::logits_product(int64_t rows, const A* x, A* logits) const {
-  machine_->matmul(linear_of(rows, table_.head, x, logits));
-}
-
-template <class A>
-void CudaGpt<A>::classify(int64_t first, int64_t rows, bool backward) const {
-  classifier(a_.logits, int64_t(config_.padded_V()), batch_.row_of + first, batch_.targets,
-             has_dlogp_ ? batch_.dlogp : nullptr, has_dentropy_ ? batch_.dentropy : nullptr,
-             batch_.logp, batch_.entropy, inverse_temperature_, config_.V, int(rows), backward,
-             stream_);
-}
-
-template <class A>
-void CudaGpt<A>::head_forward() {
-  if (config_.head == Head::scalar) {
-    value_forward(batch_.value, a_.final_norm, weights_->matrix(table_.head.weight), N_, config_.C,
-                  stream_);
-    return;
-  }
-  clear(batch_.logp, size_t(N_) * sizeof(float));  // of positions without a target
-  clear(batch_.entropy, size_t(N_) * sizeof(float));
-  for (int64_t first = 0; first < rows_; first += a_.logit_rows) {
-    const int64_t rows = std::min(a_.logit_rows, rows_ - first);
-    logits_product(rows, head_rows(first, rows), a_.logits);
-    classify(first, rows, false);
-  }
-}
-
-// From the per-token weights to dx, the gradient of the stream that leaves the last layer, through
-// the head and the final norm. Logits are made here unless forward left them.
-template <class A>
-void CudaGpt<A>::head_backward(bool logits_ready) {
-  const int C = config_.C, ld = config_.padded_V();
-  const Linear& head = table_.head;
-  if (config_.head == Head::scalar) {
-    if (has_dvalue_) {
-      value_backward(a_.dnorm, gradient(head.weight), batch_.dvalue, a_.final_norm,
-                     weights_->matrix(head.weight), N_, C, a_.scratch, stream_);
-    } else {
-      clear(a_.dnorm, size_t(N_) * size_t(C) * sizeof(A));
-    }
-  } else {
-    if (!logits_ready) {
-      clear(batch_.logp, size_t(N_) * sizeof(float));
-      clear(batch_.entropy, size_t(N_) * sizeof(float));
-    }
-    if (gathered_) clear(a_.dnorm, size_t(N_) * size_t(C) * sizeof(A));
-    for (int64_t first = 0; first < rows_; first += a_.logit_rows) {
-      const int64_t rows = std::min(a_.logit_rows, rows_ - first);
-      const A* x = logits_ready && gathered_ ? a_.head_in : head_rows(first, rows);
-      if (!logits_ready) logits_product(rows, x, a_.logits);
-      classify(first, rows, true);
-      A* dx = gathered_ ? a_.dhead_in : a_.dnorm + first * C;
-      machine_->matmul(Product{.M = rows,
-                               .N = C,
-                               .K = ld,
-                               .a = a_.logits,
-                               .b = weights_->matrix(head.weight),
-                               .d = dx,
-                               .in = kDataType<A>,
-                               .out = kDataType<A>,
-                               .lda = ld,
-                               .ldb = C,
-                               .ldd = C});
-      if (float* dweight = gradient(head.weight)) {
-        machine_->matmul(Product{.M = ld,
-                                 .N = C,
-                                 .K = rows,
-                                 .a = a_.logits,
-                                 .b = x,
-                                 .d = dweight,
-                                 .in = kDataType<A>,
-                                 .out = CUDA_R_32F,
-                                 .lda = ld,
-                                 .ldb = C,
-                                 .ldd = C,
-                                 .a_transposed = true,
-                                 .beta = 1});
-      }
-      if (gathered_) {
-        scatter_rows(a_.dnorm, dx, batch_.row_of + first, int(rows), C, stream_);
-      }
-    }
-  }
-  if (has_dlogp_) {
-    weighted_sum(&optimizer_->step.data()->loss_so_far, batch_.dlogp, batch_.logp, N_, stream_);
-  }
-  clear(a_.dx, size_t(N_) * size_t(C) * sizeof(A));
-  norm_back(table_.final_norm, a_.dnorm, a_.x, a_.final_mean, a_.final_rstd);
-}
-
-// dqkv holds gradients of the rotated q and k: turned back, and through qwen3's norm.
-template <class A>
-void CudaGpt<A>::rotate_backward(const Block& b, const LayerActivations<A>& a) {
-  if (config_.family == Family::gpt2) return;
-  const int64_t q = int64_t(config_.NH) * config_.HS, ld = config_.qkv();
-  qk_backward(a_.dqkv, a_.dqkv + q, ld, a.qkv, a.qkv + q, ld, weights_->vector(b.q_norm),
-              weights_->vector(b.k_norm), gradient(b.q_norm), gradient(b.k_norm), rope_.data(),
-              batch_.positions, eps(), N_, config_.NH, config_.NKV, config_.HS, a_.scratch,
-              stream_);
-}
-
-template <class A>
-void CudaGpt<A>::trunk_backward() {
-  const int C = config_.C;
-  const int64_t q = int64_t(config_.NH) * config_.HS, kv = int64_t(config_.NKV) * config_.HS;
-  for (int l = config_.L - 1; l >= 0; l--) {
-    const Block& b = table_.blocks[size_t(l)];
-    const LayerActivations<A>& a = a_.layers[size_t(l)];
-    if (recompute_ && l + 1 < config_.L) {  // the last layer's are still there
-      norm(N_, b.norm1, a.x, a.norm1, a.mean1, a.rstd1);
-      layer_forward(
-          N_, l, a_, batch_.positions,
-          [&](const Heads& h, const LayerActivations<A>& to, int) { attend_batch(h, to); });
-    }
-    if (config_.has_gate()) {
-      linear_backward(b.down, a.act, a_.dx, a_.dact);
-      swiglu_backward(a_.dup, a_.dact, a.up, N_, config_.F, stream_);
-    } else {
-      linear_gelu_backward(b.down, a.act, a.up, a_.dx, a_.dup);
-    }
-    linear_backward(b.up, a.norm2, a_.dup, a_.dnorm);
-    norm_back(b.norm2, a_.dnorm, a.mid, a.mean2, a.rstd2);
-    linear_backward(b.o, a.att, a_.dx, a_.dnorm);
-    const Heads h = heads_of(a.qkv, a.rotated);
-    attention_backward(a_.dqkv, config_.qkv(), a_.dqkv + q, a_.dqkv + q + kv, config_.qkv(),
-                       a_.dnorm, a.att, a.lse, a_.att_dot, h.q, h.q_ld, h.k, h.k_ld, h.v, h.v_ld,
-                       attention_shape(), stream_);
-    rotate_backward(b, a);
-    linear_backward(b.qkv, a.norm1, a_.dqkv, a_.dnorm);
-    norm_back(b.norm1, a_.dnorm, a.x, a.mean1, a.rstd1);
-  }
-  if (!gradient(table_.wte)) return;  // frozen, and the positions with it
-  embed_backward(gradient(table_.wte), a_.dx, batch_.tokens, N_, C, config_.V, a_.scratch, stream_);
-  if (table_.wpe >= 0) {
-    embed_backward(gradient(table_.wpe), a_.dx, batch_.positions, N_, C, config_.T, a_.scratch,
-                   stream_);
-  }
+template <class Work>
+void CudaGpt<A>::run_graph(const GraphKey& key, Work&& work) {
+  resources_->graphs.run(key, stream_, work);
 }
 
 // ---------------------------------------------------------------------------------------------
-// The optimizers
+// Products: cuBLASLt behind one function
+//
+// cuBLASLt counts in columns: to it, a row-major matrix is the transpose, so D = A B becomes D^T =
+// B^T A^T, and what it calls A is our B. The descriptors and the algorithm of a shape are made once
+// and kept. On a GPU, the candidates of its heuristic are timed at the first use of a shape, and
+// the fastest is stored in $XDG_CACHE_HOME/cake/products.json (~/.cache) by GPU, version of the
+// library and shape. Where this file cannot be read or written, the next run measures again. The
+// chosen algorithm of each shape is also saved in trainer_state.json (Gpt::tuned_plans), so that a
+// resumed run rounds the same way.
+
+static constexpr int64_t kWorkspace = int64_t(32) << 20;  // bytes, cuBLASLt's
+
+// The cuBLASLt algorithm of each product, and whether each fused epilogue is faster than a kernel,
+// as text by name: what this process uses, and what is stored on disk for this GPU.
+class TunedPlans {
+ public:
+  using Plans = std::map<std::string, std::string>;
+
+  explicit TunedPlans(std::string gpu) : gpu_(std::move(gpu)) {
+    const char *cache = std::getenv("XDG_CACHE_HOME"), *home = std::getenv("HOME");
+    if (cache && *cache) {
+      path_ = std::filesystem::path(cache) / "cake" / "products.json";
+    } else if (home && *home) {
+      path_ = std::filesystem::path(home) / ".cache" / "cake" / "products.json";
+    }
+    values_ = stored();
+  }
+  std::string find(const std::string& key) {  // empty when unknown
+    const auto in_use = in_use_.find(key);
+    if (in_use != in_use_.end()) return in_use->second;
+    if (!values_.contains(gpu_) || !values_[gpu_].is_object()) return "";
+    const auto& own = values_[gpu_];
+    if (!own.contains(key) || !own[key].is_string()) return "";
+    return in_use_[key] = own[key].template get<std::string>();
+  }
+  void set(const std::string& key, const std::string& value) { in_use_[key] = value; }
+  void save(const std::string& key, const std::string& value) {  // for other processes too
+    set(key, value);
+    if (path_.empty()) return;
+    values_.update(stored(), true);  // another process may have written meanwhile
+    values_[gpu_][key] = value;
+    try {
+      std::filesystem::create_directories(path_.parent_path());
+      write_json(path_, values_);
+    } catch (const std::exception&) {  // no cache then: the next run measures again
+    }
+  }
+  Plans in_use() const {
+    Plans all = in_use_;
+    all[kGpu] = gpu_;
+    return all;
+  }
+  void adopt(const Plans& plans) {  // they take precedence over those on disk; plans of another GPU
+                                    // are ignored
+    const auto gpu = plans.find(kGpu);
+    if (gpu == plans.end() || gpu->second != gpu_) return;
+    for (const auto& [key, value] : plans)
+      if (key != kGpu) set(key, value);
+  }
+
+ private:
+  static constexpr const char* kGpu = "gpu";
+  OrderedJson stored() const {
+    try {
+      OrderedJson json = OrderedJson::parse(read_file(path_));
+      if (json.is_object()) return json;
+    } catch (const std::exception&) {  // not there yet, or not ours
+    }
+    return OrderedJson::object();
+  }
+  std::string gpu_;
+  std::filesystem::path path_;
+  OrderedJson values_;  // by GPU, by name
+  Plans in_use_;
+};
+
+// Whether a product's epilogue does what a kernel after it could do: the faster way, or as a test
+// wants.
+enum class Fusion { measured, always, never };
+inline Fusion fusion = Fusion::measured;
+
+// Whether candidates are timed. The emulator has no speed to measure: there only a test asks for
+// it.
+#ifdef CAKE_CUDA_ON_CPU
+inline bool timing = false;
+#else
+static constexpr bool timing = true;
+#endif
+
+class Products {
+ public:
+  explicit Products(cudaStream_t stream)
+      : stream_(stream), workspace_("cuBLASLt's workspace", kWorkspace, "nothing else helps") {
+    check(cublasLtCreate(&handle_), "cublasLtCreate");
+    if (timing) {
+      int device = 0;
+      cudaDeviceProp properties{};
+      check(cudaGetDevice(&device), "the device");
+      check(cudaGetDeviceProperties(&properties, device), "its properties");
+      tuned_plans_ = std::make_unique<TunedPlans>(
+          concat(properties.name, ", cuBLASLt ", cublasLtGetVersion()));
+      for (cudaEvent_t& e : events_) check(cudaEventCreate(&e), "an event");
+    }
+  }
+  Products(const Products&) = delete;
+  Products& operator=(const Products&) = delete;
+  ~Products() {
+    for (auto& [key, plan] : plans_) {
+      for (const auto layout : {plan.a, plan.b, plan.c}) cublasLtMatrixLayoutDestroy(layout);
+      cublasLtMatmulDescDestroy(plan.description);
+    }
+    for (cudaEvent_t e : events_)
+      if (e) cudaEventDestroy(e);
+    cublasLtDestroy(handle_);
+  }
+
+  // False when the library cannot do this product with its epilogue; then nothing was done.
+  bool run(const Product& p) {
+    if (p.aux && p.ldd % 8 != 0) return false;  // the library's condition
+    Plan& plan = plan_of(p);
+    if (!plan.supported) return false;
+    multiply(p, plan, plan.algorithm);
+    return true;
+  }
+
+  // Whether work(true), with an epilogue (false: there is none), is faster than work(false), with
+  // a kernel in its place. Both are run to find out: they must overwrite what they write.
+  template <class Work>
+  bool fused_is_faster(const char* what, int64_t N, int64_t in, int64_t out, Work&& work) {
+    if (fusion != Fusion::measured || !tuned_plans_) return fusion != Fusion::never;
+    const std::string key = concat(what, " ", bucket(N), " ", in, " ", out);
+    const auto known = fused_.find(key);
+    if (known != fused_.end()) return known->second;
+    if (capturing()) return true;
+    std::string faster = tuned_plans_->find(key);
+    if (faster != "fused" && faster != "separate") {
+      try {
+        const bool fused = work(true) && time([&] { work(true); }) < time([&] { work(false); });
+        tuned_plans_->save(key, faster = fused ? "fused" : "separate");
+      } catch (const Error&) {  // there is no memory to measure in
+        tuned_plans_->set(key, faster = "separate");
+      }
+    }
+    return fused_[key] = faster == "fused";
+  }
+
+  TunedPlans* tuned_plans() const { return tuned_plans_.get(); }  // null: nothing is timed
+
+  // Seconds that `work` takes on the device: the best of a few runs.
+  template <class Work>
+  double time(Work&& work) {
+    constexpr int kRuns = 4;
+    float best = std::numeric_limits<float>::infinity();
+    work();
+    for (int repetition = 0; repetition < 3; repetition++) {
+      check(cudaEventRecord(events_[0], stream_), "an event");
+      for (int i = 0; i < kRuns; i++) work();
+      check(cudaEventRecord(events_[1], stream_), "an event");
+      check(cudaEventSynchronize(events_[1]), "timing");
+      float milliseconds = 0;
+      check(cudaEventElapsedTime(&milliseconds, events_[0], events_[1]), "timing");
+      best = std::min(best, milliseconds);
+    }
+    return best / kRuns / 1000;
+  }
+
+ private:
+  using Key = std::array<int64_t, 20>;
+  struct Plan {
+    cublasLtMatmulDesc_t description = nullptr;
+    cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr;  // C and D share one
+    cublasLtMatmulAlgo_t algorithm{};
+    bool supported = false;
+  };
+
+  bool capturing() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream_, &status), "the stream");
+    return status != cudaStreamCaptureStatusNone;
+  }
+  // Sizes are rounded up to one of four steps between powers of two, and a measurement serves all
+  // sizes of its step: packed batches rarely have the same number of tokens twice.
+  static int64_t bucket(int64_t n) {
+    return round_up(n, std::max<int64_t>(16, int64_t(std::bit_floor(uint64_t(n))) / 4));
+  }
+  static int64_t alignment(const void* p) {  // up to 16 bytes: what vector loads ask for
+    return p ? std::min<int64_t>(16, int64_t(reinterpret_cast<uintptr_t>(p) & -uintptr_t(p))) : 16;
+  }
+  static Key key_of(const Product& p) {
+    return {p.M,
+            p.N,
+            p.K,
+            p.in,
+            p.out,
+            p.lda,
+            p.ldb,
+            p.ldd,
+            p.a_transposed,
+            p.b_transposed,
+            p.beta != 0,
+            p.c != nullptr,
+            p.batch,
+            p.a_stride,
+            p.b_stride,
+            p.d_stride,
+            int64_t(p.epilogue) * 2 + (p.bias != nullptr),
+            alignment(p.a),
+            alignment(p.b),
+            std::min(alignment(p.d), alignment(p.c))};
+  }
+
+  void set_pointers(const Product& p, const Plan& plan) {
+    const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const void* value) {
+      check(cublasLtMatmulDescSetAttribute(plan.description, attribute, &value, sizeof value),
+            "a product's pointers");
+    };
+    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
+    if (p.aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, p.aux);
+  }
+  void multiply(const Product& p, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm) {
+    set_pointers(p, plan);
+    check(cublasLtMatmul(handle_, plan.description, &p.alpha, p.b, plan.b, p.a, plan.a, &p.beta,
+                         p.c ? p.c : p.d, plan.c, p.d, plan.c, &algorithm, workspace_.data(),
+                         workspace_.bytes(), stream_),
+          "cublasLtMatmul");
+  }
+
+  Plan& plan_of(const Product& p) {
+    const Key key = key_of(p);
+    const auto known = plans_.find(key);
+    if (known != plans_.end()) return known->second;
+    Plan& plan = plans_[key];
+    describe(p, plan);
+    if (!tuned_plans_) {
+      tune(p, plan, "");
+      return plan;
+    }
+    Key bucketed = key;
+    for (const int dimension : {0, 1, 2})
+      bucketed[size_t(dimension)] = bucket(key[size_t(dimension)]);
+    const std::string near = name_of(bucketed), exact = name_of(key);
+    if (!restore(tuned_plans_->find(exact), plan) && !restore(tuned_plans_->find(near), plan)) {
+      // A plan that serves neighbouring shapes but not this one is kept for them.
+      tune(p, plan, tuned_plans_->find(near).empty() ? near : exact);
+    }
+    return plan;
+  }
+  static std::string name_of(const Key& key) {
+    std::string name = "product";
+    for (const int64_t k : key) (name += ' ') += std::to_string(k);
+    return name;
+  }
+
+  void describe(const Product& p, Plan& plan) {
+    check(cublasLtMatmulDescCreate(&plan.description, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+          "a product's description");
+    const auto set = [&](cublasLtMatmulDescAttributes_t attribute, auto value) {
+      check(cublasLtMatmulDescSetAttribute(plan.description, attribute, &value, sizeof value),
+            "a product's description");
+    };
+    set(CUBLASLT_MATMUL_DESC_TRANSA, int32_t(p.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
+    set(CUBLASLT_MATMUL_DESC_TRANSB, int32_t(p.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
+    const cublasLtEpilogue_t epilogue =
+        p.epilogue == Epilogue::bias ? CUBLASLT_EPILOGUE_BIAS
+        : p.epilogue == Epilogue::gelu
+            ? (p.bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX)
+        : p.epilogue == Epilogue::dgelu         ? CUBLASLT_EPILOGUE_DGELU
+        : p.epilogue == Epilogue::bias_gradient ? CUBLASLT_EPILOGUE_BGRADB
+                                                : CUBLASLT_EPILOGUE_DEFAULT;
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(epilogue));
+    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, int32_t(p.out));
+    if (p.aux) set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.ldd);
+    set_pointers(p, plan);  // the heuristic looks at their alignment
+    const auto layout = [&](cublasLtMatrixLayout_t& handle, cudaDataType_t type, int64_t rows,
+                            int64_t columns, int64_t ld, int64_t stride) {
+      check(cublasLtMatrixLayoutCreate(&handle, type, uint64_t(columns), uint64_t(rows), ld),
+            "a matrix's layout");
+      if (p.batch == 1) return;
+      const int32_t count = p.batch;
+      check(cublasLtMatrixLayoutSetAttribute(handle, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+                                             sizeof count),
+            "a matrix's layout");
+      check(cublasLtMatrixLayoutSetAttribute(handle, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                             &stride, sizeof stride),
+            "a matrix's layout");
+    };
+    layout(plan.a, p.in, p.a_transposed ? p.K : p.M, p.a_transposed ? p.M : p.K, p.lda, p.a_stride);
+    layout(plan.b, p.in, p.b_transposed ? p.N : p.K, p.b_transposed ? p.K : p.N, p.ldb, p.b_stride);
+    layout(plan.c, p.out, p.M, p.N, p.ldd, p.d_stride);
+  }
+
+  // The heuristic's candidates, the fastest of which stays, under `name`.
+  void tune(const Product& p, Plan& plan, const std::string& name) {
+    cublasLtMatmulPreference_t preference = nullptr;
+    check(cublasLtMatmulPreferenceCreate(&preference), "a product's preference");
+    const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+      check(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value),
+            "a product's preference");
+    };
+    set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(kWorkspace));
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(p.b)));
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(p.a)));
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+        uint32_t(std::min(alignment(p.d), alignment(p.c))));
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(p.d)));
+    std::array<cublasLtMatmulHeuristicResult_t, 12> found{};
+    int count = 0;
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(handle_, plan.description, plan.b, plan.a, plan.c, plan.c,
+                                       preference, int(found.size()), found.data(), &count);
+    cublasLtMatmulPreferenceDestroy(preference);
+    plan.supported = status == CUBLAS_STATUS_SUCCESS && count > 0;
+    if (!plan.supported) {
+      if (p.epilogue != Epilogue::none && p.epilogue != Epilogue::bias) return;
+      fail("cuda: no product in cuBLASLt for (", p.M, ", ", p.K, ") (", p.K, ", ", p.N,
+           "), status ", int(status));
+    }
+    plan.algorithm = found[0].algo;
+    if (!tuned_plans_) return;
+    const auto hex = [&] {
+      std::string all;
+      for (const uint64_t word : plan.algorithm.data)
+        all += format("%016llx", (unsigned long long)word);
+      return all;
+    };
+    if (count == 1 || capturing()) return tuned_plans_->set(name, hex());
+    // A product that adds to D would add again each time it is timed: it is timed on scratch
+    // memory.
+    Product timed = p;
+    Buffer<char> scratch;
+    if (p.beta != 0 && (!p.c || p.c == p.d)) {
+      const int64_t elements = (p.batch - 1) * p.d_stride + (p.M - 1) * p.ldd + p.N;
+      try {
+        scratch = Buffer<char>("a product's result", elements * (p.out == CUDA_R_32F ? 4 : 2), "");
+      } catch (const Error&) {  // no memory to measure in: the first candidate stays
+        return tuned_plans_->set(name, hex());
+      }
+      timed.d = scratch.data(), timed.c = nullptr;
+    }
+    double best = std::numeric_limits<double>::infinity();
+    for (int i = 0; i < count; i++) {
+      if (found[size_t(i)].state != CUBLAS_STATUS_SUCCESS) continue;
+      const double seconds = time([&] { multiply(timed, plan, found[size_t(i)].algo); });
+      if (seconds < best) best = seconds, plan.algorithm = found[size_t(i)].algo;
+    }
+    tuned_plans_->save(name, hex());
+  }
+
+  // From the cache on disk; false when there is nothing usable.
+  bool restore(const std::string& hex, Plan& plan) {
+    constexpr size_t kWords = std::size(decltype(plan.algorithm.data){});
+    if (hex.size() != 16 * kWords) return false;
+    for (size_t i = 0; i < kWords; i++) {
+      plan.algorithm.data[i] = std::strtoull(hex.substr(16 * i, 16).c_str(), nullptr, 16);
+    }
+    cublasLtMatmulHeuristicResult_t result{};
+    plan.supported =
+        cublasLtMatmulAlgoCheck(handle_, plan.description, plan.b, plan.a, plan.c, plan.c,
+                                &plan.algorithm, &result) == CUBLAS_STATUS_SUCCESS &&
+        result.workspaceSize <= size_t(kWorkspace);
+    return plan.supported;
+  }
+
+  cudaStream_t stream_;
+  cublasLtHandle_t handle_ = nullptr;
+  Buffer<char> workspace_;
+  std::map<Key, Plan> plans_;
+  std::map<std::string, bool> fused_;
+  std::unique_ptr<TunedPlans> tuned_plans_;
+  cudaEvent_t events_[2] = {};
+};
+
+// What all engines of a process share: one stream, so that a model that reads another's weights
+// finds them as the last call left them. All engines of a process must be used by one thread.
+struct Machine {
+  cudaStream_t stream;
+  std::unique_ptr<Products> products;
+
+  Machine() {
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream");
+    products = std::make_unique<Products>(stream);
+  }
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
+  ~Machine() {
+    products.reset();
+    cudaStreamDestroy(stream);
+  }
+  static std::shared_ptr<Machine> get() {
+    static std::weak_ptr<Machine> shared;
+    std::shared_ptr<Machine> machine = shared.lock();
+    if (!machine) shared = machine = std::make_shared<Machine>();
+    return machine;
+  }
+  void matmul(const Product& p) const {
+    if (!products->run(p)) fail("cuda: this product has no such epilogue in cuBLASLt");
+  }
+  void wait() const { check(cudaStreamSynchronize(stream), "waiting for the device"); }
+};
+
+template <class A>
+void CudaGpt<A>::matmul(const Product& p) const {
+  machine_->matmul(p);
+}
+template <class A>
+bool CudaGpt<A>::try_matmul(const Product& p) const {
+  return machine_->products->run(p);
+}
+template <class A>
+void CudaGpt<A>::wait() const {
+  machine_->wait();
+}
+template <class A>
+std::map<std::string, std::string> CudaGpt<A>::tuned_plans() const {
+  const TunedPlans* tuned = machine_->products->tuned_plans();
+  return tuned ? tuned->in_use() : TunedPlans::Plans{};
+}
+template <class A>
+void CudaGpt<A>::set_tuned_plans(const std::map<std::string, std::string>& plans) {
+  if (TunedPlans* tuned = machine_->products->tuned_plans()) tuned->adopt(plans);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Fused epilogues: GELU, its gradient, and a bias's gradient within the product beside them
+
+// Under what a fused and a separate form are compared.
+template <class A>
+template <class Compute>
+bool CudaGpt<A>::fused_is_faster(const char* what, int64_t N, const Linear& l,
+                                 Compute&& compute) const {
+  return machine_->products->fused_is_faster(
+      std::is_same_v<A, float> ? concat(what, " in fp32").c_str() : what, N, l.in, l.out, compute);
+}
+// For weight_backward(l): compute(fused, dweight, dbias) adds to dbias, so both ways are timed on
+// scratch memory.
+template <class A>
+template <class Compute>
+bool CudaGpt<A>::bias_gradient_is_fused(const Linear& l, Compute&& compute) const {
+  Buffer<float> scratch;
+  return fused_is_faster("bias gradient", N_, l, [&](bool with_epilogue) {
+    if (scratch.size() == 0) {
+      scratch = Buffer<float>("a product's result", int64_t(l.out) * (l.in + 1), "");
+    }
+    return compute(with_epilogue, scratch.data(), scratch.data() + int64_t(l.out) * l.in);
+  });
+}
+
+// up = x W^T + b, act = GELU(up)
+template <class A>
+void CudaGpt<A>::linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* act,
+                             const Activations<A>& acts) const {
+  if (has_adapters(l)) {  // they come between
+    linear(N, l, x, up, acts);
+    return gelu_forward(act, up, N * l.out, stream_);
+  }
+  const auto compute = [&](bool fused) {
+    Product p = linear_product(N, l, x, fused ? act : up);
+    if (fused) {
+      p.epilogue = Epilogue::gelu, p.aux = up;
+      return try_matmul(p);
+    }
+    matmul(p);
+    gelu_forward(act, up, N * l.out, stream_);
+    return true;
+  };
+  const bool fused = fused_is_faster("GELU", N, l, compute);
+  if (!(fused && compute(true))) compute(false);
+}
+// The same through the GELU that made x: dup = dy W GELU'(up)
+template <class A>
+void CudaGpt<A>::linear_gelu_backward(const Linear& l, const A* x, const A* up, const A* dy,
+                                      A* dup) const {
+  if (has_adapters(l)) {
+    linear_backward(l, x, dy, a_.dact);
+    return gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
+  }
+  weight_backward(l, x, dy);
+  const auto compute = [&](bool fused) {
+    Product p = input_gradient_product(N_, l, dy, fused ? dup : a_.dact);
+    if (fused) {
+      p.epilogue = Epilogue::dgelu, p.aux = const_cast<A*>(up);  // read only
+      return try_matmul(p);
+    }
+    matmul(p);
+    gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
+    return true;
+  };
+  const bool fused = fused_is_faster("GELU'", N_, l, compute);
+  if (!(fused && compute(true))) compute(false);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Optimizer state and what decoding writes
 
 // AdamW goes over runs of tensors that lie side by side and are stepped alike; Muon over groups of
 // matrices of one shape, whose products are batches.
@@ -4294,9 +4690,9 @@ struct OptimizerLayout {
   };
   struct Group {
     int out, in, count;
-    int64_t first;  // its first matrix in `offsets`
-    int64_t x;      // of its first matrix among all of Muon's
-    int at_once;    // matrices that the scratch has room for
+    int64_t first_matrix;  // its first matrix in `offsets`
+    int64_t x;             // of its first matrix among all of Muon's
+    int batch_size;        // matrices that the scratch has room for
 
     int64_t size() const { return int64_t(out) * in; }
     int64_t gram() const { return int64_t(std::min(out, in)) * std::min(out, in); }
@@ -4304,14 +4700,14 @@ struct OptimizerLayout {
   static constexpr int64_t kScratch = 1 << 25;  // elements, at least one matrix
   std::vector<Run> runs;
   std::vector<Group> groups;
-  std::vector<int64_t> offsets;     // of Muon's matrices, group by group
-  std::vector<int64_t> moment2_at;  // of each tensor; -1: Muon's, or frozen
+  std::vector<int64_t> offsets;         // of Muon's matrices, group by group
+  std::vector<int64_t> moment2_offset;  // of each tensor; -1: Muon's, or frozen
   int64_t moment2_size = 0, x_size = 0, other_size = 0, gram_size = 0, squares_size = 0;
 
   explicit OptimizerLayout(const ParamTable& table) {
     std::map<std::pair<int, int>, std::vector<int64_t>> shapes;  // none where rows are frozen
     for (const Tensor& t : table.tensors) {
-      moment2_at.push_back(-1);
+      moment2_offset.push_back(-1);
       if (!t.trainable) continue;
       if (t.muon) {
         shapes[{t.out, t.in}].push_back(t.offset);
@@ -4322,22 +4718,22 @@ struct OptimizerLayout {
       if (run && run->kind == t.kind && run->decay == t.decay &&
           t.offset - run->offset - run->size < 16) {
         run->size = t.offset + t.size() - run->offset;
-        moment2_at.back() = run->moment2 + t.offset - run->offset;
+        moment2_offset.back() = run->moment2 + t.offset - run->offset;
         moment2_size = round_up(run->moment2 + run->size, 16);
         continue;
       }
-      moment2_at.back() = moment2_size;
+      moment2_offset.back() = moment2_size;
       runs.push_back({t.offset, t.size(), moment2_size, t.kind, t.decay});
       moment2_size = round_up(moment2_size + t.size(), 16);
     }
-    for (const auto& [shape, at] : shapes) {
-      Group g{shape.first, shape.second, int(at.size()), int64_t(offsets.size()), x_size, 1};
-      offsets.insert(offsets.end(), at.begin(), at.end());
-      g.at_once = int(std::clamp<int64_t>(kScratch / (g.size() + 2 * g.gram()), 1, g.count));
+    for (const auto& [shape, matrices] : shapes) {
+      Group g{shape.first, shape.second, int(matrices.size()), int64_t(offsets.size()), x_size, 1};
+      offsets.insert(offsets.end(), matrices.begin(), matrices.end());
+      g.batch_size = int(std::clamp<int64_t>(kScratch / (g.size() + 2 * g.gram()), 1, g.count));
       x_size += g.count * g.size();
-      other_size = std::max(other_size, g.at_once * g.size());
-      gram_size = std::max(gram_size, g.at_once * g.gram());
-      squares_size = std::max(squares_size, int64_t(muon_squares_scratch(g.at_once)));
+      other_size = std::max(other_size, g.batch_size * g.size());
+      gram_size = std::max(gram_size, g.batch_size * g.gram());
+      squares_size = std::max(squares_size, int64_t(muon_squares_scratch(g.batch_size)));
       groups.push_back(g);
     }
   }
@@ -4350,18 +4746,21 @@ struct OptimizerLayout {
 template <class A>
 struct CudaGpt<A>::Optimizer {
   const OptimizerLayout layout;
+  Buffer<float> gradients, moment1;  // of the trainable rows, in the table's order
   Buffer<float> moment2;
   Buffer<double> partials{"the gradient's norm", kSquarePartials, kModelFlags};
   Buffer<DeviceStep> step{"the gradient's norm", 1, kModelFlags};
   Buffer<int64_t> offsets;
-  Buffer<A> x;               // (all of Muon's matrices) the direction, transposed when tall
-  Buffer<A> other;           // (at_once matrices) X before each of the products that make the next
-  Buffer<A> gram, combined;  // (at_once, rows, rows) A = X X^T, b A + c A A
+  Buffer<A> x;      // (all of Muon's matrices) the direction, transposed when tall
+  Buffer<A> other;  // (batch_size matrices) X before each of the products that make the next
+  Buffer<A> gram, combined;  // (batch_size, rows, rows) A = X X^T, b A + c A A
   Buffer<unsigned char> squares;
   bool stepped = false;
 
   Optimizer(const ParamTable& table, cudaStream_t stream)
       : layout(table),
+        gradients("gradients", table.size - table.first_trainable(), kModelFlags),
+        moment1("first moments", table.size - table.first_trainable(), kModelFlags),
         moment2("second moments", layout.moment2_size, kModelFlags),
         offsets("Muon's matrices", int64_t(layout.offsets.size()), kModelFlags),
         x("Muon's directions", layout.x_size, kModelFlags),
@@ -4369,6 +4768,7 @@ struct CudaGpt<A>::Optimizer {
         gram("Muon's scratch", layout.gram_size, kModelFlags),
         combined("Muon's scratch", layout.gram_size, kModelFlags),
         squares("Muon's scratch", layout.squares_size, kModelFlags) {
+    check(cudaMemsetAsync(moment1.data(), 0, moment1.bytes(), stream), "clearing memory");
     if (moment2.size() > 0) {
       check(cudaMemsetAsync(moment2.data(), 0, moment2.bytes(), stream), "moments");
     }
@@ -4379,106 +4779,6 @@ struct CudaGpt<A>::Optimizer {
           "Muon's matrices");
   }
 };
-
-// Muon's directions of every group, into x: five times X <- a X + (b A + c A A) X, A = X X^T, as
-// muon() of train_gpt.cpp; a X and b A come in as the products' C.
-template <class A>
-void CudaGpt<A>::muon_directions(float momentum) const {
-  const Optimizer& o = *optimizer_;
-  for (const OptimizerLayout::Group& g : o.layout.groups) {
-    for (int first = 0; first < g.count; first += g.at_once) {
-      const MuonBatch batch{o.offsets.data() + g.first + first,
-                            std::min(g.at_once, g.count - first), g.out, g.in};
-      const int64_t rows = batch.rows(), columns = batch.columns();
-      auto* squares = reinterpret_cast<float*>(o.squares.data());
-      muon_momentum(moment1_.data(), squares, gradients_.data(), batch, momentum, o.step.data(),
-                    stream_);
-      A *x = o.other.data(), *next = o.x.data() + g.x + first * g.size();
-      muon_begin(x, squares, gradients_.data(), moment1_.data(), batch, momentum, o.step.data(),
-                 stream_);
-      const auto product = [&](const A* a, const A* b, bool b_transposed, A* d, int64_t N,
-                               int64_t K) {
-        return Product{.M = rows,
-                       .N = N,
-                       .K = K,
-                       .a = a,
-                       .b = b,
-                       .d = d,
-                       .in = kDataType<A>,
-                       .out = kDataType<A>,
-                       .lda = K,
-                       .ldb = b_transposed ? K : N,
-                       .ldd = N,
-                       .b_transposed = b_transposed,
-                       .batch = batch.count,
-                       .a_stride = rows * K,
-                       .b_stride = K * N,
-                       .d_stride = rows * N};
-      };
-      for (int iteration = 0; iteration < 5; iteration++) {
-        machine_->matmul(product(x, x, true, o.gram.data(), rows, columns));
-        Product square =
-            product(o.gram.data(), o.gram.data(), false, o.combined.data(), rows, rows);
-        square.alpha = 2.0315f, square.beta = -4.7750f, square.c = o.gram.data();
-        machine_->matmul(square);
-        Product step = product(o.combined.data(), x, false, next, columns, rows);
-        step.beta = 3.4445f, step.c = x;
-        machine_->matmul(step);
-        std::swap(x, next);
-      }
-    }
-  }
-}
-
-template <class A>
-void CudaGpt<A>::update(const OptimizerStep& step) {
-  if (!train_) fail("update: an inference model has no gradients");
-  clear_fresh();
-  Optimizer& o = *optimizer_;
-  // What changes from step to step, the learning rates, goes to the kernels that are not recorded.
-  graphs.run(
-      {kUpdate, std::bit_cast<int32_t>(step.max_norm), std::bit_cast<int32_t>(step.muon_momentum)},
-      stream_, [&] {
-        sum_of_squares(o.partials.data(), gradients_.data(), gradients_.size(), stream_);
-        finish_norm(o.step.data(), o.partials.data(), kSquarePartials, step.max_norm, stream_);
-        muon_directions(step.muon_momentum);
-      });
-  float* w = weights_->master.data();
-  bf16* copy = nullptr;
-  if constexpr (Weights<A>::kCopy) copy = weights_->copy.data();
-  for (const OptimizerLayout::Group& g : o.layout.groups) {
-    muon_update(w, copy, o.x.data() + g.x, {o.offsets.data() + g.first, g.count, g.out, g.in},
-                step.muon_lr, step.muon_decay, o.step.data(), stream_);
-  }
-  for (const OptimizerLayout::Run& r : o.layout.runs) {
-    const int64_t at = r.offset - frozen_;
-    adamw(w + r.offset, copy ? copy + r.offset : nullptr, gradients_.data() + at,
-          moment1_.data() + at, o.moment2.data() + r.moment2, r.size, step.lr[size_t(r.kind)],
-          r.decay ? step.decay : 0, step, o.step.data(), stream_);
-  }
-  fresh_ = true, live_ = false;
-  o.stepped = true;
-}
-
-template <class A>
-void CudaGpt<A>::zero_gradients() {
-  fresh_ = true;
-  if (train_) clear(&optimizer_->step.data()->loss_so_far, sizeof(double));
-}
-
-template <class A>
-UpdateStats CudaGpt<A>::stats() {
-  if (!optimizer_ || !optimizer_->stepped) return {};
-  DeviceStep step{};
-  check(
-      cudaMemcpyAsync(&step, optimizer_->step.data(), sizeof step, cudaMemcpyDeviceToHost, stream_),
-      "the gradient's norm");
-  machine_->wait();
-  return {step.grad_norm, step.skip != 0, step.loss};
-}
-
-// ---------------------------------------------------------------------------------------------
-// Decoding: rows' new tokens packed end to end; pages of keys and values in place of documents
 
 template <class A>
 struct CudaGpt<A>::Decoding {
@@ -4498,174 +4798,74 @@ struct CudaGpt<A>::Decoding {
   int* page_table;           // (R, max_pages)
   int* history;              // of all rows that have a repetition penalty
 
-  bool fits(int64_t N, int64_t R) const { return N <= capacity && R <= row_capacity; }
-  void reserve(const Config& c, int rank, int64_t N, int64_t R) {
-    if (fits(N, R)) return;
+  bool fits(int64_t N, int64_t R, int64_t table_size, int64_t past) const {
+    return N <= capacity && R <= row_capacity && table_size <= table_capacity &&
+           past <= history_capacity;
+  }
+  // N tokens of R rows, whose page tables and histories take so many ints
+  void reserve(const Config& c, int rank, int64_t N, int64_t R, int64_t table_size, int64_t past) {
+    grow(page_table, table_memory, table_capacity, table_size, "page table");
+    grow(history, history_memory, history_capacity, past, "tokens for the repetition penalty");
+    if (N <= capacity && R <= row_capacity) return;
     N = std::max(N, capacity), R = std::max(R, row_capacity);
     capacity = row_capacity = 0, memory = nullptr;
     memory = std::make_unique<Memory>("the number of sequences decoded at once", false);
     a = {};
-    a.lay_out(c, rank, N, R, Keep::none, *memory);
+    a.lay_out(c, rank, N, R, Saved::none, *memory);
     for (int** p : {&tokens, &positions, &doc_start, &doc_end, &row, &slot})
-      *p = memory->template take<int>("tokens to decode", N);
-    for (int** p : {&last, &ids}) *p = memory->template take<int>("rows to decode", R);
-    rows = memory->template take<SampleRow>("how to sample", R);
-    logp = memory->template take<float>("logp", R);
-    probabilities = memory->template take<float>("probabilities", a.logit_rows * c.V);
-    copies = memory->template take<int2>("pages to copy", R);
+      *p = memory->template allocate<int>("tokens to decode", N);
+    for (int** p : {&last, &ids}) *p = memory->template allocate<int>("rows to decode", R);
+    rows = memory->template allocate<SampleRow>("how to sample", R);
+    logp = memory->template allocate<float>("logp", R);
+    probabilities = memory->template allocate<float>("probabilities", a.logit_rows * c.V);
+    copies = memory->template allocate<int2>("pages to copy", R);
     capacity = N, row_capacity = R;
+  }
+
+ private:
+  void grow(int*& p, std::unique_ptr<Memory>& memory, int64_t& capacity, int64_t size,
+            const char* name) {
+    if (size <= capacity) return;
+    capacity = 0;
+    memory = std::make_unique<Memory>("the number of sequences decoded at once", false);
+    p = memory->template allocate<int>(name, round_up(2 * size, 64));
+    capacity = round_up(2 * size, 64);
   }
 };
 
+// ---------------------------------------------------------------------------------------------
+// A model is made; its tensors, in and out
+
 template <class A>
-void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
-                        bool want_logits) {
-  if (config_.head != Head::lm) fail("decode: a model with a scalar head samples nothing");
-  auto& pages = dynamic_cast<CudaKvCache<A>&>(cache);
-  const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
-  const auto R = int64_t(rows.size());
-  std::vector<int> tokens, positions, row_of, doc_start, doc_end, last;
-  std::vector<int> lengths;  // before this call
-  bool prefill = true;       // all rows begin here
-  for (const DecodeRow& row : rows) {
-    const int length = cache.length(row.sequence), n = int(row.tokens.size());
-    if (n == 0 || length + n > config_.T) {
-      fail("decode: found ", n, " tokens after ", length, ", expected 1 up to the context of ",
-           config_.T);
-    }
-    const int start = int(tokens.size());
-    for (int t = 0; t < n; t++) {
-      const int token = row.tokens[size_t(t)];
-      if (token < 0 || token >= V) fail("decode: found token ", token, ", expected below ", V);
-      tokens.push_back(token);
-      positions.push_back(length + t);
-      row_of.push_back(int(lengths.size()));
-      doc_start.push_back(start), doc_end.push_back(start + n);
-    }
-    lengths.push_back(length);
-    last.push_back(start + n - 1);
-    prefill = prefill && length == 0;
-  }
-  std::vector<int2> copies;
-  for (const DecodeRow& row : rows) {
-    cache.append(row.sequence, int(row.tokens.size()), [&](int from, int to) {
-      copies.push_back({from, to});
-    });
-  }
-  result.ids.assign(size_t(R), 0);
-  result.logp.assign(size_t(R), 0.f);
-  result.logits.resize(want_logits ? size_t(R * V) : 0);
-  if (R == 0) return;
-
-  const auto N = int64_t(tokens.size());
-  int max_pages = 0;
-  for (const DecodeRow& row : rows)
-    max_pages = std::max(max_pages, int(cache.pages(row.sequence).size()));
-  max_pages = int(round_up(max_pages, 8));  // shapes repeat for 512 tokens
-  std::vector<int> slot, page_table(size_t(R) * size_t(max_pages), 0), history;
-  std::vector<SampleRow> how;
-  for (size_t r = 0; r < rows.size(); r++) {
-    const std::vector<int>& list = cache.pages(rows[r].sequence);
-    std::copy(list.begin(), list.end(), page_table.begin() + int64_t(r) * max_pages);
-    for (int t = lengths[r]; t < cache.length(rows[r].sequence); t++)
-      slot.push_back(list[size_t(t / kPage)] * kPage + t % kPage);
-    const Sampling& s = rows[r].sampling;
-    SampleRow row{};
-    row.temperature = s.temperature, row.top_k = s.top_k, row.top_p = s.top_p;
-    row.min_p = s.min_p, row.vocab = s.vocab > 0 ? std::min(V, s.vocab) : V;
-    row.penalty = s.repetition_penalty, row.seed = s.seed, row.stream = s.stream;
-    row.position = uint64_t(lengths[r]) + rows[r].tokens.size();
-    row.history_begin = int(history.size());
-    if (s.repetition_penalty != 1) {
-      history.insert(history.end(), rows[r].history.begin(), rows[r].history.end());
-    }
-    row.history_end = int(history.size());
-    how.push_back(row);
-  }
-
-  // To the device
-  if (!decoding_) decoding_ = std::make_unique<Decoding>();
-  Decoding& d = *decoding_;
-  if (!d.fits(N, R)) graphs.clear();
-  d.reserve(config_, table_.lora.rank, N, R);
-  const auto grow = [&](int*& p, std::unique_ptr<Memory>& memory, int64_t& capacity, size_t size,
-                        const char* name) {
-    if (int64_t(size) <= capacity) return;
-    graphs.clear();
-    capacity = 0;
-    memory = std::make_unique<Memory>("the number of sequences decoded at once", false);
-    p = memory->template take<int>(name, round_up(2 * int64_t(size), 64));
-    capacity = round_up(2 * int64_t(size), 64);
-  };
-  grow(d.page_table, d.table_memory, d.table_capacity, page_table.size(), "page table");
-  grow(d.history, d.history_memory, d.history_capacity, std::max<size_t>(1, history.size()),
-       "tokens for the repetition penalty");
-  reach(1 + *std::max_element(positions.begin(), positions.end()));
-  d.staging.begin((7 * size_t(N) + page_table.size() + history.size()) * sizeof(int) +
-                  size_t(R) * sizeof(SampleRow) + copies.size() * sizeof(int2) + 11 * 16);
-  const auto send = [&](auto* to, const auto& from) {
-    d.staging.send(to, from.data(), from.size(), stream_);
-  };
-  send(d.tokens, tokens), send(d.positions, positions);
-  send(d.doc_start, doc_start), send(d.doc_end, doc_end);
-  send(d.row, row_of), send(d.slot, slot), send(d.last, last);
-  send(d.rows, how), send(d.copies, copies);
-  send(d.page_table, page_table), send(d.history, history);
-  d.staging.end(stream_);
-  if (!copies.empty()) {
-    launch("copy_pages", copy_pages_kernel<A>,
-           dim3(unsigned(copies.size()), unsigned(config_.L), 2), dim3(256), 0, stream_,
-           pages.keys.data(), pages.values.data(), d.copies, pages.pages, pages.page_size);
-  }
-
-  const int64_t ld = config_.padded_V();
-  const auto layers = [&] {
-    layers_forward(
-        N, d.a, d.tokens, d.positions, [&](const Heads& h, const LayerActivations<A>& a, int l) {
-          cache_append(pages.keys_of(l), pages.values_of(l), h.k, h.v, h.k_ld, d.slot, int(N), NKV,
-                       HS, stream_);
-          if (prefill) {
-            attention_forward(a.att, a.lse, h.q, h.q_ld, h.k, h.k_ld, h.v, h.v_ld,
-                              {int(N), NH, NKV, HS, d.doc_start, d.doc_end}, stream_);
-          } else {
-            cache_attention(a.att, h.q, h.q_ld, pages.keys_of(l), pages.values_of(l), d.row,
-                            d.positions, d.page_table, max_pages, int(N), NH, NKV, HS, stream_);
-          }
-        });
-  };
-  if (N == R && !prefill) {  // one token a row: a shape that repeats
-    graphs.run({kDecode, R, max_pages, pages.id, adapters_}, stream_, layers);
+CudaGpt<A>::CudaGpt(const Config& config, const GptOptions& options)
+    : Gpt(config, options.muon, options.lora),
+      machine_(Machine::get()),
+      stream_(machine_->stream),
+      train_(options.mode == Mode::train),
+      recompute_(options.recompute),
+      adapters_(options.lora.rank > 0),
+      frozen_(table_.first_trainable()),
+      resources_(std::make_unique<Resources>(config)) {
+  if (options.share) {
+    const auto* other = dynamic_cast<const CudaGpt*>(options.share);
+    if (!other) fail("share: the other model is on another device, or in another precision");
+    weights_ = other->weights_;
+    if (train_) fail("share: a model that trains needs weights of its own");
   } else {
-    layers();
+    weights_ = std::make_shared<Weights<A>>(table_, train_, stream_);
   }
-  std::vector<A> logits;
-  for (int64_t first = 0; first < R; first += d.a.logit_rows) {
-    const int64_t count = std::min(d.a.logit_rows, R - first);
-    gather_rows(d.a.head_in, d.a.final_norm, d.last + first, int(count), C, stream_);
-    logits_product(count, d.a.head_in, d.a.logits);
-    sample(d.ids + first, d.logp + first, d.a.logits, ld, V, d.rows + first, d.history, int(count),
-           d.probabilities, stream_);
-    if (!want_logits) continue;
-    logits.resize(size_t(count * V));
-    check(
-        cudaMemcpy2DAsync(logits.data(), size_t(V) * sizeof(A), d.a.logits, size_t(ld) * sizeof(A),
-                          size_t(V) * sizeof(A), size_t(count), cudaMemcpyDeviceToHost, stream_),
-        "logits");
-    machine_->wait();
-    for (size_t i = 0; i < logits.size(); i++)
-      result.logits[size_t(first * V) + i] = float(logits[i]);
-  }
-  check(cudaMemcpyAsync(result.ids.data(), d.ids, size_t(R) * sizeof(int), cudaMemcpyDeviceToHost,
-                        stream_),
-        "sampled tokens");
-  check(cudaMemcpyAsync(result.logp.data(), d.logp, size_t(R) * sizeof(float),
-                        cudaMemcpyDeviceToHost, stream_),
-        "sampled tokens");
-  machine_->wait();
+  if (train_) optimizer_ = std::make_unique<Optimizer>(table_, stream_);
+  if (options.batch_tokens > 0) reserve(options.batch_tokens);
+}
+template <class A>
+CudaGpt<A>::~CudaGpt() {
+  cudaStreamSynchronize(stream_);
 }
 
-// ---------------------------------------------------------------------------------------------
-// Tensors in and out
+template <class A>
+void CudaGpt<A>::clear(void* p, size_t bytes) const {
+  check(cudaMemsetAsync(p, 0, bytes, stream_), "clearing memory");
+}
 
 template <class A>
 typename CudaGpt<A>::Slice CudaGpt<A>::slice(int tensor, Slot slot) const {
@@ -4677,9 +4877,9 @@ typename CudaGpt<A>::Slice CudaGpt<A>::slice(int tensor, Slot slot) const {
   if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
   if (!t.trainable) return {nullptr, nullptr};
   if (slot == Slot::gradient) return {gradient(t.offset), nullptr};
-  if (slot == Slot::moment1) return {moment1_.data() + t.offset - frozen_, nullptr};
-  const int64_t at = optimizer_->layout.moment2_at[size_t(tensor)];
-  return {at < 0 ? nullptr : optimizer_->moment2.data() + at, nullptr};
+  if (slot == Slot::moment1) return {optimizer_->moment1.data() + t.offset - frozen_, nullptr};
+  const int64_t offset = optimizer_->layout.moment2_offset[size_t(tensor)];
+  return {offset < 0 ? nullptr : optimizer_->moment2.data() + offset, nullptr};
 }
 
 template <class A>
@@ -4688,19 +4888,19 @@ void CudaGpt<A>::read(int tensor, Slot slot, std::span<float> out) const {
   if (int64_t(out.size()) != t.size()) {
     fail(t.name, ": found room for ", out.size(), " floats, expected ", t.size());
   }
-  const Slice from = slice(tensor, slot);
-  if ((slot == Slot::gradient && fresh_) || (!from.data && !from.copy)) {
+  const Slice src = slice(tensor, slot);
+  if ((slot == Slot::gradient && gradients_zeroed_) || (!src.data && !src.copy)) {
     std::fill(out.begin(), out.end(), 0.f);  // Muon's tensors have one moment, frozen ones nothing
-  } else if (from.data) {
-    check(cudaMemcpyAsync(out.data(), from.data, out.size_bytes(), cudaMemcpyDeviceToHost, stream_),
+  } else if (src.data) {
+    check(cudaMemcpyAsync(out.data(), src.data, out.size_bytes(), cudaMemcpyDeviceToHost, stream_),
           t.name.c_str());
-    machine_->wait();
+    wait();
   } else {
     std::vector<A> values(out.size());
-    check(cudaMemcpyAsync(values.data(), from.copy, values.size() * sizeof(A),
+    check(cudaMemcpyAsync(values.data(), src.copy, values.size() * sizeof(A),
                           cudaMemcpyDeviceToHost, stream_),
           t.name.c_str());
-    machine_->wait();
+    wait();
     for (size_t i = 0; i < out.size(); i++) out[i] = float(values[i]);
   }
 }
@@ -4711,28 +4911,28 @@ void CudaGpt<A>::write(int tensor, Slot slot, std::span<const float> in) {
   if (int64_t(in.size()) != t.size()) {
     fail(t.name, ": found ", in.size(), " floats, expected ", t.size());
   }
-  const Slice to = slice(tensor, slot);
-  if (!to.data && !to.copy) {
+  const Slice dst = slice(tensor, slot);
+  if (!dst.data && !dst.copy) {
     fail(t.name,
          t.trainable ? ": Muon keeps no second moment" : ": it is frozen: it has weights alone");
   }
-  if (slot == Slot::gradient) clear_fresh();
-  if (to.data) {
-    check(cudaMemcpyAsync(to.data, in.data(), in.size_bytes(), cudaMemcpyHostToDevice, stream_),
+  if (slot == Slot::gradient) clear_zeroed_gradients();
+  if (dst.data) {
+    check(cudaMemcpyAsync(dst.data, in.data(), in.size_bytes(), cudaMemcpyHostToDevice, stream_),
           t.name.c_str());
   }
   std::vector<A> values;
-  if (to.copy) {
+  if (dst.copy) {
     for (const float x : in) values.push_back(A(x));
-    check(cudaMemcpyAsync(to.copy, values.data(), values.size() * sizeof(A), cudaMemcpyHostToDevice,
-                          stream_),
+    check(cudaMemcpyAsync(dst.copy, values.data(), values.size() * sizeof(A),
+                          cudaMemcpyHostToDevice, stream_),
           t.name.c_str());
   }
-  machine_->wait();
+  wait();
 }
 
-// ---------------------------------------------------------------------------------------------
-// The engine's part of the functions in cake/gpt.h
+// =============================================================================================
+// 7. Entry points: the functions that cake/gpt.h declares
 
 static bool wants_bf16(const GptOptions& options) { return options.precision != Precision::fp32; }
 
@@ -4783,7 +4983,8 @@ static MemoryPlan plan_of(const Config& c, const GptOptions& options) {
     DeviceBatch batch;
     Memory memory("", true);
     layout.lay_out(c, options.lora.rank, options.batch_tokens, round_up(options.batch_tokens, 128),
-                   train ? options.recompute ? Keep::inputs : Keep::all : Keep::none, memory);
+                   train ? options.recompute ? Saved::layer_inputs : Saved::all : Saved::none,
+                   memory);
     batch.lay_out(options.batch_tokens, train, memory);
     plan.items.push_back(
         {"activations", memory.bytes(),
@@ -4838,18 +5039,7 @@ static double product_peak() {
         check(cudaMemcpyAsync(x->data() + i, values.data(), values.size() * sizeof(A),
                               cudaMemcpyHostToDevice, machine->stream),
               "a product's matrix");
-    const Product p{.M = n,
-                    .N = n,
-                    .K = n,
-                    .a = a.data(),
-                    .b = b.data(),
-                    .d = d.data(),
-                    .in = kDataType<A>,
-                    .out = kDataType<A>,
-                    .lda = n,
-                    .ldb = n,
-                    .ldd = n,
-                    .b_transposed = true};
+    const Product p = product_abt(n, n, n, a.data(), b.data(), d.data());
     machine->matmul(p);
     peak = 2. * double(n) * double(n) * double(n) /
            machine->products->time([&] { machine->matmul(p); });

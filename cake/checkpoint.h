@@ -1119,7 +1119,7 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
     if (!options.tokenizer_from.empty()) copy_tokenizer(options.tokenizer_from, fresh);
     if (!options.trainer_state.is_null()) {
       Json state = options.trainer_state;
-      if (const auto choices = gpt.choices(); !choices.empty()) state["choices"] = choices;
+      if (const auto plans = gpt.tuned_plans(); !plans.empty()) state["tuned_plans"] = plans;
       write_file(fresh / "trainer_state.json", state.dump(2) + "\n");
     }
     if (options.optimizer) save_moments(fresh / "optimizer.safetensors", gpt);
@@ -1198,11 +1198,12 @@ inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
          ": resume with the optimizer that the run began with");
   }
   const Json json = read_json(state);
-  if (const auto choices = json.find("choices"); choices != json.end()) {
+  const char* key = json.contains("choices") ? "choices" : "tuned_plans";  // older versions' name
+  if (const auto plans = json.find(key); plans != json.end()) {
     try {
-      gpt.keep_choices(choices->get<std::map<std::string, std::string>>());
+      gpt.set_tuned_plans(plans->get<std::map<std::string, std::string>>());
     } catch (const Json::exception&) {
-      fail(state.string(), ": choices: found ", choices->type_name(), ", expected text by name");
+      fail(state.string(), ": ", key, ": found ", plans->type_name(), ", expected text by name");
     }
   }
   return json;

@@ -509,9 +509,9 @@ class KvCache {
     sequences_.push_back({.alive = true});
     return int(sequences_.size()) - 1;
   }
-  int fork(int from) {  // shares every page of `from`
+  int fork(int sequence) {  // a new sequence that shares every page of this one
     const int s = create();
-    sequences_[size_t(s)] = sequences_[size_t(from)];
+    sequences_[size_t(s)] = sequences_[size_t(sequence)];
     for (int p : sequences_[size_t(s)].pages) references_[size_t(p)]++;
     return s;
   }
@@ -538,21 +538,21 @@ class KvCache {
   }
 
   // For engines: makes room for n more positions. The first of them may stand in a page that a fork
-  // shares: then the page is replaced, and copy(from, to) must copy its memory.
+  // shares: then the page is replaced, and copy(src, dst) must copy its memory.
   template <class Copy>
   void append(int sequence, int n, Copy&& copy) {
     Sequence& s = sequences_[size_t(sequence)];
     if (s.length % kPage != 0) {
       int& last = s.pages.back();
       if (references_[size_t(last)] > 1) {
-        const int fresh = take();
+        const int fresh = pop_free_page();
         copy(last, fresh);
         release(last);
         last = fresh;
       }
     }
     s.length += n;
-    while (int(s.pages.size()) * kPage < s.length) s.pages.push_back(take());
+    while (int(s.pages.size()) * kPage < s.length) s.pages.push_back(pop_free_page());
   }
 
  private:
@@ -561,7 +561,7 @@ class KvCache {
     int length = 0;
     bool alive = false;
   };
-  int take() {
+  int pop_free_page() {
     if (free_.empty()) {
       fail("the KV cache is full: found all ", references_.size(), " pages of ", kPage,
            " positions in use, expected a free one");
@@ -618,11 +618,11 @@ class Gpt {
   virtual void read(int tensor, Slot, std::span<float> out) const = 0;
   virtual void write(int tensor, Slot, std::span<const float> in) = 0;
 
-  // What the device's speed has decided in this process, as which algorithm a product takes, and
-  // with it the last bits of results. A run's state keeps it, so that a run that goes on has the
-  // bits of one that never stopped; of another kind of device it is ignored.
-  virtual std::map<std::string, std::string> choices() const { return {}; }
-  virtual void keep_choices(const std::map<std::string, std::string>&) {}
+  // The plans that were chosen by timing on this device, for instance which algorithm computes each
+  // product, by name. They decide the last bits of results. A run saves them, so that a resumed run
+  // rounds as one that never stopped. An engine ignores plans of another kind of device.
+  virtual std::map<std::string, std::string> tuned_plans() const { return {}; }
+  virtual void set_tuned_plans(const std::map<std::string, std::string>&) {}
 
  protected:
   Gpt(Config config, bool muon, Lora lora = {})
@@ -703,9 +703,9 @@ double measure_peak(const Gpt&);
 
 inline Precision parse_precision(const std::string& name) {
   if (name == "auto") return Precision::automatic;
-  if (name == "fp32") return Precision::fp32;
+  if (name == "f32" || name == "fp32") return Precision::fp32;
   if (name == "bf16") return Precision::bf16;
-  fail("--precision: found ", name, ", expected auto, fp32 or bf16");
+  fail("--precision: found ", name, ", expected auto, f32 or bf16");
 }
 inline Device parse_device(const std::string& name) {
   if (name == "auto") return Device::automatic;

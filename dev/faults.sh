@@ -63,8 +63,9 @@ compile() { nice $CXX -I"$work" $FLAGS -O0 -w "$@"; }
 compile -x c++-header "$work/before.h" -o "$work/before.h.gch"
 
 # Nothing else is compiled than what is tested: of test_cuda.cpp the test cases whose names match
-# (those end with a brace in the first column), and of train_gpt.cu the kernels alone for a test of
-# kernels. Each file has its models behind a title between lines of =.
+# (those end with a brace in the first column), without its tests of models where a kernel is tested;
+# then train_gpt.cu goes without its entry points, so that the compiler makes no model of the
+# templates. Both parts begin with a title.
 tests_named() {  # doctest's pattern
   awk -v patterns="$1" -v engine_at="$engine_tests" '
     BEGIN {
@@ -97,7 +98,7 @@ build() {  # text of train_gpt.cu, doctest's pattern
   printf '%s\n' "$1" >"$work/train_gpt.cu"
   if ! tests_named "$2" >"$work/test.cpp"; then  # of kernels
     sed -i "/^\/\/ CudaGpt against CpuGpt/,\$d" "$work/test.cpp"
-    sed -i '/^\/\/ 5. CudaGpt/,$d' "$work/train_gpt.cu"
+    sed -i '/^\/\/ 7. Entry points/,$d' "$work/train_gpt.cu"
     echo '}  // namespace cake::gpu' >>"$work/train_gpt.cu"
   fi
   # shellcheck disable=SC2086

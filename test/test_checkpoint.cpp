@@ -609,9 +609,9 @@ TEST_CASE("what a device's speed decided comes back with the trainer's state") {
   struct Timed : FakeGpt {
     using FakeGpt::FakeGpt;
     std::map<std::string, std::string> chosen;
-    std::map<std::string, std::string> choices() const override { return chosen; }
-    void keep_choices(const std::map<std::string, std::string>& choices) override {
-      chosen = choices;
+    std::map<std::string, std::string> tuned_plans() const override { return chosen; }
+    void set_tuned_plans(const std::map<std::string, std::string>& plans) override {
+      chosen = plans;
     }
   };
   TempDir dir;

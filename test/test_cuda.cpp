@@ -82,18 +82,18 @@ class OnDevice {
   size_t n_;
 };
 
-// Runs body under every schedule of the emulator; on a GPU twice.
-template <class Body>
-void every_schedule(Body&& body) {
+// Calls `run` under every schedule of the emulator; on a GPU twice.
+template <class Run>
+void every_schedule(Run&& run) {
 #ifdef CAKE_CUDA_ON_CPU
   using cuda_on_cpu::Schedule;
   for (const Schedule schedule : {Schedule::reverse, Schedule::random, Schedule::forward}) {
     INFO("schedule " << int(schedule));
     cuda_on_cpu::set_schedule(schedule, 7);
-    body();
+    run();
   }
 #else
-  for (int i = 0; i < 2; i++) body();
+  for (int i = 0; i < 2; i++) run();
 #endif
 }
 
@@ -331,16 +331,16 @@ KERNEL_TEST("cuda: norms with and without a residual match the definition") {
         const OnDevice<A> x_(x), delta_(delta), sum_(int64_t(x.size())), y_(int64_t(x.size()));
         const OnDevice<float> w_(w), b_(b), mean_(N), rstd_(N);
         float *to_mean = mean_.only_if(layer), *bias_ = b_.only_if(layer);
-        norm_forward<A>(y_, to_mean, rstd_, x_, w_, bias_, float(eps), N, C, nullptr);
+        norm_forward<A>(nullptr, y_, to_mean, rstd_, x_, nullptr, w_, bias_, float(eps), N, C,
+                        nullptr);
         CHECK_CLOSE(y_.read(), y, tolerance<A>());
-        residual_norm_forward<A>(sum_, y_, to_mean, rstd_, x_, delta_, w_, bias_, float(eps), N, C,
-                                 nullptr);
+        norm_forward<A>(sum_, y_, to_mean, rstd_, x_, delta_, w_, bias_, float(eps), N, C, nullptr);
         CHECK(sum_.read() == sum);
         CHECK_CLOSE(y_.read(), y_sum, tolerance<A>());
         CHECK_CLOSE(rstd_.read(), rstd, kFloat);
         if (layer) CHECK_CLOSE(mean_.read(), mean, kFloat);
-        residual_norm_forward<A>(x_, y_, nullptr, nullptr, x_, delta_, w_, bias_, float(eps), N, C,
-                                 nullptr);  // in place, without statistics
+        norm_forward<A>(x_, y_, nullptr, nullptr, x_, delta_, w_, bias_, float(eps), N, C,
+                        nullptr);  // in place, without statistics
         CHECK(x_.read() == sum);
         CHECK_CLOSE(y_.read(), y_sum, tolerance<A>());
       });
@@ -502,7 +502,7 @@ KERNEL_TEST("cuda: a bias's gradient adds the sum over rows") {
       const OnDevice<float> db_(before);
       const OnDevice<char> scratch(int64_t(bias_backward_scratch(N, out)));
       for (int twice = 0; twice < 2; twice++) {
-        bias_backward<A>(db_, dy_, N, out, scratch, nullptr);
+        bias_backward<A>(db_, dy_, nullptr, N, out, scratch, nullptr);
       }
       CHECK_CLOSE(db_.read(), db, kFloat);
     });
@@ -554,7 +554,7 @@ KERNEL_TEST("cuda: the classifier matches the definition, padding apart") {
     const double kNan = std::numeric_limits<double>::quiet_NaN();
     Doubles logits = random<A>(rows * ld, "logits", 3);
     for (int r = 0; r < rows; r++)
-      for (int j = V; j < ld; j++) logits[size_t(r * ld + j)] = kNan;  // in no one's sum
+      for (int j = V; j < ld; j++) logits[size_t(r * ld + j)] = kNan;  // in no sum
     std::vector<int> row_of, targets = random_ids(N, V, "targets");
     for (int r = 0; r < rows; r++) row_of.push_back(r == 1 ? -1 : N - 1 - r);
     for (const int n : {0, 1}) targets[size_t(N - 1 - 2 * n)] = n ? V - 1 : 0;
@@ -942,7 +942,7 @@ struct Shape {
   std::vector<int> documents;  // their lengths
   int N() const { return std::accumulate(documents.begin(), documents.end(), 0); }
   int group() const { return NH / NKV; }
-  // Rows of q, k, v side by side, and a gap of 16 that belongs to no one
+  // Rows of q, k, v side by side, and a gap of 16 that nothing uses
   int ld() const { return (NH + 2 * NKV) * HS + 16; }
   std::string text() const {
     std::string s = "heads " + std::to_string(NH) + ":" + std::to_string(NKV) + ", head size " +
@@ -1005,9 +1005,10 @@ Expected expect(const Shape& s, const Input<A>& in) {
       for (int t = 0; t < T; t++)
         for (int d = 0; d < HS; d++)
           dout[t * HS + d] = as_double(in.dout[size_t(first + t) * C + h * HS + d]);
-      plain::attention_forward(T, HS, x[0].data(), x[1].data(), x[2].data(), out.data(), p.data());
-      plain::attention_backward(T, HS, x[0].data(), x[1].data(), x[2].data(), p.data(), dout.data(),
-                                dx[0].data(), dx[1].data(), dx[2].data());
+      plain::attention_forward(T, HS, x[0].data(), x[1].data(), x[2].data(), HS, out.data(), HS,
+                               p.data());
+      plain::attention_backward(T, HS, x[0].data(), x[1].data(), x[2].data(), HS, p.data(),
+                                dout.data(), HS, dx[0].data(), dx[1].data(), dx[2].data());
       for (int t = 0; t < T; t++) {
         const size_t row = size_t(first + t);
         double self = 0, mean = 0, delta_bound = 0;
@@ -1061,9 +1062,10 @@ Result<A> compute(const Shape& s, const Input<A>& in) {
   const OnDevice<float> delta(size_t(s.NH) * N);
   const OnDevice<int> start(in.start), end(in.end);
   const AttentionShape shape{N, s.NH, s.NKV, s.HS, start, end};
-  attention_forward<A>(out, lse, qkv, ld, qkv + k, ld, qkv + v, ld, shape, nullptr);
-  attention_backward<A>(dqkv, ld, dqkv + k, dqkv + v, ld, dout, out, lse, delta, qkv, ld, qkv + k,
-                        ld, qkv + v, ld, shape, nullptr);
+  const AttentionInput<A> heads{qkv, qkv + k, qkv + v, ld, ld, ld};
+  attention_forward<A>(out, lse, heads, shape, nullptr);
+  attention_backward<A>(dqkv, ld, dqkv + k, dqkv + v, ld, dout, out, lse, delta, heads, shape,
+                        nullptr);
   return {out.raw(), dqkv.raw(), lse.raw()};
 }
 
@@ -1236,8 +1238,8 @@ TEST_CASE("cuda: a head size or a grouping that attention cannot take is an erro
   using namespace cake::gpu::attention_test;
   const auto error = [](int NH, int NKV, int HS) {
     return cake::error_of([&] {
-      cake::gpu::attention_forward<float>(nullptr, nullptr, nullptr, 1, nullptr, 1, nullptr, 1,
-                                          {1, NH, NKV, HS, nullptr, nullptr}, nullptr);
+      cake::gpu::attention_forward<float>(nullptr, nullptr, {}, {1, NH, NKV, HS, nullptr, nullptr},
+                                          nullptr);
     });
   };
   CHECK(cake::contains(error(1, 1, 129), "head size 129, expected 1 to 128"));
@@ -1260,7 +1262,7 @@ struct Cached {
       max_pages = std::max(max_pages, (length + kPage - 1) / kPage);
       pages += (length + kPage - 1) / kPage;
     }
-    std::vector<int> order(size_t(pages) + 2);  // two pages are no one's
+    std::vector<int> order(size_t(pages) + 2);  // two pages are not used
     std::iota(order.begin(), order.end(), 0);
     Rng rng{11};
     for (size_t i = order.size(); i-- > 1;) std::swap(order[i], order[rng.next() % (i + 1)]);
@@ -1834,8 +1836,7 @@ TEST_CASE("cuda: the loss that an update reports is its batches', as the CPU eng
 }
 
 #ifdef CAKE_CUDA_ON_CPU
-TEST_CASE(
-    "cuda: what was timed is chosen again, from the disk and before that from a run's state") {
+TEST_CASE("cuda: tuned plans are used again: a run's own, then those on disk") {
   struct Timing {  // as on a GPU, with a cache of its own
     Timing() {
       if (const char* was = std::getenv("XDG_CACHE_HOME")) cache = was;
@@ -1850,15 +1851,15 @@ TEST_CASE(
     TempDir dir;
     std::string cache;
   } timing;
-  using Choices = std::map<std::string, std::string>;
+  using Plans = std::map<std::string, std::string>;
   const auto file = timing.dir / "cake/products.json";
   Config c = engine_config(Family::gpt2);
   c.L = 1;
-  // A process: nothing but the disk is left of the one before.
-  const auto run = [&](const Choices& kept, std::initializer_list<int> documents,
+  // As a new process would run it: of the one before only the file on disk is left.
+  const auto run = [&](const Plans& own, std::initializer_list<int> documents,
                        std::vector<float>* gradients = nullptr) {
     const auto gpt = gpu::make_gpt(c, kTrainBf16);
-    if (!kept.empty()) gpt->keep_choices(kept);
+    if (!own.empty()) gpt->set_tuned_plans(own);
     randomize(*gpt, 3);
     const Packed b = packed(c, documents, false);
     for (int times = 0; times < 3; times++) {
@@ -1866,12 +1867,12 @@ TEST_CASE(
       gpt->forward_backward(b.batch(), b.dlogp);
     }
     if (gradients) *gradients = all_of(*gpt, Slot::gradient);
-    return gpt->choices();
+    return gpt->tuned_plans();
   };
   std::vector<float> gradients;
-  const Choices first = run({}, {20, 14}, &gradients);
+  const Plans plans = run({}, {20, 14}, &gradients);
   int products = 0, fusions = 0;
-  for (const auto& [name, value] : first) {
+  for (const auto& [name, value] : plans) {
     if (name.starts_with("product ")) {
       products++;
       CHECK(value.size() == 128);
@@ -1883,47 +1884,48 @@ TEST_CASE(
   }
   CHECK(products > 8);
   CHECK(fusions >= 4);  // GELU, GELU', and gradients of biases in several shapes
-  CHECK(first.contains("gpu"));
-  const Json disk = read_json(file).at(first.at("gpu"));
-  for (const auto& [name, value] : first)
+  CHECK(plans.contains("gpu"));
+  const Json disk = read_json(file).at(plans.at("gpu"));
+  for (const auto& [name, value] : plans)
     if (name != "gpu") CHECK(disk.at(name) == value);
 
-  // The first has timed products with and without an epilogue; others need those chosen alone.
-  const auto part_of = [](const Choices& some, const Choices& all) {
+  // The run above timed products with and without an epilogue; later ones need the chosen ones
+  // only.
+  const auto part_of = [](const Plans& some, const Plans& all) {
     CHECK(some.size() > 8);
     return std::includes(all.begin(), all.end(), some.begin(), some.end());
   };
   std::vector<float> again;
-  CHECK(part_of(run({}, {20, 14}, &again), first));
+  CHECK(part_of(run({}, {20, 14}, &again), plans));
   CHECK(largest_difference(again, gradients) == 0);
-  CHECK(part_of(run({}, {21, 14}), first));  // a size near it
-  CHECK(read_json(file).at(first.at("gpu")) == disk);
+  CHECK(part_of(run({}, {21, 14}), plans));  // a size near it
+  CHECK(read_json(file).at(plans.at("gpu")) == disk);
 
-  Choices other = first;  // the second word of an algorithm is its number
+  Plans other = plans;  // the second word of an algorithm is its number
   for (auto& [name, value] : other)
     if (name.starts_with("product ")) value.replace(31, 1, value[31] == '2' ? "1" : "2");
   CHECK(run(other, {20, 14}) == other);
-  CHECK(part_of(run({}, {20, 14}), first));  // the disk was left alone
+  CHECK(part_of(run({}, {20, 14}), plans));  // the disk was left alone
   std::filesystem::remove(file);
-  CHECK(run(first, {20, 14}) == first);
+  CHECK(run(plans, {20, 14}) == plans);
   CHECK(!std::filesystem::exists(file));  // nothing was left to time
-  Choices elsewhere = other;
-  elsewhere["gpu"] = "another one";
-  CHECK(run(elsewhere, {20, 14}).at("gpu") == first.at("gpu"));
-  CHECK(std::filesystem::exists(file));  // all of it was
+  Plans foreign = other;
+  foreign["gpu"] = "another one";
+  CHECK(run(foreign, {20, 14}).at("gpu") == plans.at("gpu"));
+  CHECK(std::filesystem::exists(file));  // everything was timed again
 
-  // What the library does not take for a shape is measured for this shape, others keep theirs.
+  // A plan that the library refuses for a shape is measured for this shape; others keep theirs.
   OrderedJson bad = OrderedJson::parse(read_file(file));
-  auto& stored = bad[first.at("gpu")];
+  auto& stored = bad[plans.at("gpu")];
   for (auto& [name, value] : stored.items())
     if (name.starts_with("product ")) value = std::string(128, '0');
   const size_t before = stored.size();
   write_json(file, bad);
   run({}, {20, 14});
-  CHECK(read_json(file)[first.at("gpu")].size() > before + 8);
+  CHECK(read_json(file)[plans.at("gpu")].size() > before + 8);
   write_file(file, "{ torn");
-  CHECK(run({}, {20, 14}).size() == first.size());
-  CHECK(read_json(file).contains(first.at("gpu")));
+  CHECK(run({}, {20, 14}).size() == plans.size());
+  CHECK(read_json(file).contains(plans.at("gpu")));
 }
 
 TEST_CASE("cuda: the host follows no pointer into the device's memory") {
@@ -2014,7 +2016,7 @@ TEST_CASE("cuda: graphs change no bit, and are replayed where shapes repeat") {
     options.muon = muon;
     const Config c = engine_config(Family::qwen3);
     const auto graphs = [](Gpt& gpt) -> gpu::Graphs& {
-      return dynamic_cast<CudaGpt<gpu::bf16>&>(gpt).graphs;
+      return dynamic_cast<CudaGpt<gpu::bf16>&>(gpt).graphs();
     };
     const Everything launched =
         run_steps(c, options, [&](Gpt& gpt) { graphs(gpt).enabled = false; });
@@ -2055,7 +2057,7 @@ TEST_CASE("cuda: a graph is not replayed for weights of other kinds than it was 
   const auto check = [](Head head, std::initializer_list<std::array<bool, 3>> given) {
     const Config c = engine_config(Family::llama, head);
     const auto with = gpu::make_gpt(c, kTrainFp32), without = gpu::make_gpt(c, kTrainFp32);
-    dynamic_cast<CudaGpt<float>&>(*without).graphs.enabled = false;
+    dynamic_cast<CudaGpt<float>&>(*without).graphs().enabled = false;
     randomize(*with, 3), randomize(*without, 3);
     const Packed b = packed(c, {20, 14}, false);
     for (const std::array<bool, 3>& which : given) {
@@ -2079,7 +2081,7 @@ TEST_CASE("cuda: a graph is not replayed for weights of other kinds than it was 
               0);
       }
     }
-    CHECK(dynamic_cast<CudaGpt<float>&>(*with).graphs.replays > 0);
+    CHECK(dynamic_cast<CudaGpt<float>&>(*with).graphs().replays > 0);
   };
   check(Head::lm, {{true, false, true},
                    {false, false, true},

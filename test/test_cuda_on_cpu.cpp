@@ -80,9 +80,9 @@ std::vector<float> small_numbers(size_t n, unsigned seed) {
   return values;
 }
 
-// What a child process that runs `body` says on stderr before it aborts.
-template <class Body>
-std::string report_of(Body&& body) {
+// What a child process that calls `run` says on stderr before it aborts.
+template <class Run>
+std::string report_of(Run&& run) {
   int ends[2];
   REQUIRE(pipe(ends) == 0);
   std::fflush(nullptr);
@@ -92,7 +92,7 @@ std::string report_of(Body&& body) {
     for (int s : {SIGABRT, SIGSEGV, SIGBUS}) signal(s, SIG_DFL);
     dup2(ends[1], 2);
     set_workers(1);
-    body();
+    run();
     _exit(0);
   }
   close(ends[1]);

@@ -3,10 +3,11 @@
 // any number of threads, any packing, any chunking. PyTorch's goldens are in test_goldens.cpp.
 //
 // The engine's source is part of this file: its inner functions are what is tested.
-#define CAKE_NO_MAIN
+#define main cake_train_gpt_main
 #include <map>
 
 #include "train_gpt.cpp"
+#undef main
 //
 #include "test/support.h"
 
@@ -144,13 +145,13 @@ TEST_CASE("plain attention backward matches finite differences") {
              v = random_values<double>(T * HS, "v"), dout = random_values<double>(T * HS, "dout");
   std::vector<double> out(size_t(T * HS)), p(size_t(T * T));
   const auto loss = [&](const auto& q_, const auto& k_, const auto& v_) {
-    plain::attention_forward(T, HS, q_.data(), k_.data(), v_.data(), out.data(), p.data());
+    plain::attention_forward(T, HS, q_.data(), k_.data(), v_.data(), HS, out.data(), HS, p.data());
     return dot(out, dout);
   };
   loss(q, k, v);
   std::vector<double> dq(q.size()), dk(k.size()), dv(v.size()), probabilities = p;
-  plain::attention_backward(T, HS, q.data(), k.data(), v.data(), probabilities.data(), dout.data(),
-                            dq.data(), dk.data(), dv.data());
+  plain::attention_backward(T, HS, q.data(), k.data(), v.data(), HS, probabilities.data(),
+                            dout.data(), HS, dq.data(), dk.data(), dv.data());
   CHECK(rel_error(dq, differences(q, [&](auto& x) { return loss(x, k, v); })) <
         kDifferenceTolerance);
   CHECK(rel_error(dk, differences(k, [&](auto& x) { return loss(q, x, v); })) <
@@ -336,29 +337,14 @@ TEST_CASE("attention agrees with its plain definition over packed documents and 
     std::vector<float> out_plain(out.size()), dqkv_plain(qkv.size());
     for (size_t d = 0; d + 1 < starts.size(); d++) {
       for (int h = 0; h < NH; h++) {
-        const int begin = starts[d], T = starts[d + 1] - begin, kv = h / (NH / NKV);
-        const auto head = [&](const std::vector<float>& from, int row, int first) {
-          std::vector<float> x;
-          for (int t = 0; t < T; t++)
-            for (int i = 0; i < HS; i++) x.push_back(from[size_t((begin + t) * row + first + i)]);
-          return x;
-        };
-        const int q0 = h * HS, k0 = (NH + kv) * HS, v0 = (NH + NKV + kv) * HS;
-        const auto q = head(qkv, ld, q0), k = head(qkv, ld, k0), v = head(qkv, ld, v0),
-                   o = head(dout, NH * HS, q0);
-        std::vector<float> y(q.size()), p(size_t(T * T)), dq(q.size()), dk(q.size()), dv(q.size());
-        plain::attention_forward(T, HS, q.data(), k.data(), v.data(), y.data(), p.data());
-        plain::attention_backward(T, HS, q.data(), k.data(), v.data(), p.data(), o.data(),
-                                  dq.data(), dk.data(), dv.data());
-        for (int t = 0; t < T; t++) {
-          for (int i = 0; i < HS; i++) {
-            const size_t n = size_t(begin + t), from = size_t(t * HS + i);
-            out_plain[n * size_t(NH * HS) + size_t(q0 + i)] = y[from];
-            dqkv_plain[n * size_t(ld) + size_t(q0 + i)] = dq[from];
-            dqkv_plain[n * size_t(ld) + size_t(k0 + i)] += dk[from];  // heads of a group add up
-            dqkv_plain[n * size_t(ld) + size_t(v0 + i)] += dv[from];
-          }
-        }
+        const int T = starts[d + 1] - starts[d], row = starts[d] * ld;
+        const int q = row + h * HS, k = row + (NH + h / (NH / NKV)) * HS, v = k + NKV * HS;
+        const int o = (starts[d] * NH + h) * HS;
+        std::vector<float> p(size_t(T * T));
+        plain::attention_forward(T, HS, &qkv[q], &qkv[k], &qkv[v], ld, &out_plain[o], NH * HS,
+                                 p.data());
+        plain::attention_backward(T, HS, &qkv[q], &qkv[k], &qkv[v], ld, p.data(), &dout[o], NH * HS,
+                                  &dqkv_plain[q], &dqkv_plain[k], &dqkv_plain[v]);
       }
     }
     CAPTURE(HS);

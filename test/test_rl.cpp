@@ -3,11 +3,11 @@
 #include <fstream>
 #include <sstream>
 
-#define CAKE_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"
-#define main_rlhf main_rlhf_of_test_rl  // another test has the name
-#include "cake/sha256.h"
+#define main cake_rlhf_main_of_test_rl
 #include "rlhf.cpp"
+#undef main
+#include "cake/sha256.h"
 #include "test/scripted_model.h"
 #include "test/support.h"
 
@@ -40,7 +40,8 @@ TEST_CASE("what a tool inserts is read and never learned from") {
   ScriptedModel script;
   const Tokenizer& t = script.tokenizer();
   Conversation chat{{{"user", "What is 6*7?", {}}}, {kCalculatorTool}};
-  Prompt p{.ids = prompt_ids(t, chat), .tools = true};
+  Prompt p;
+  p.ids = prompt_ids(t, chat), p.tools = true;
   const std::string call = R"(<tool_call>
 {"name": "calculator", "arguments": {"expression": "6*7"}}
 </tool_call><|im_end|>)";
@@ -52,41 +53,66 @@ TEST_CASE("what a tool inserts is read and never learned from") {
   inserted.insert(inserted.end(), rest.begin(), rest.end());
   script.write(at + int(inserted.size()), "It is 42.<|im_end|>");
   const std::filesystem::path dir = script.save();
-  const auto gpt = make_gpt(load_config(dir), {.device = Device::cpu});
-  load_weights(dir, *gpt);
+  Models models{make_gpt(load_config(dir), {.device = Device::cpu})};
+  load_weights(dir, *models.policy);
 
   const Prompt* prompts[] = {&p};
-  RolloutOptions o;
-  o.temperature = .02f;  // the script, but for what is never drawn
-  std::vector<Rollout> rollouts = roll_out(*gpt, t, prompts, 1, o, 1);
-  Rollout& r = rollouts.at(0);
+  // At this temperature it follows the script.
+  const RolloutOptions o{.tokenizer = &t, .temperature = .02f};
+  std::vector<Rollout> rollouts = roll_out(models, o, prompts, 1, 1);
+  const Rollout& r = rollouts.at(0);
   CHECK(r.text == "It is 42.");
   CHECK(r.ended);
-  // The inserted ids stand where they were inserted, and are no actions.
+  // The inserted ids stand where they were inserted, and are not the model's.
   const int first = int(p.ids.size() + t.encode(call, true).size());
   CHECK(std::vector<int>(r.ids.begin() + first, r.ids.begin() + first + int(inserted.size())) ==
         inserted);
-  std::set<int> actions(r.actions.begin(), r.actions.end());
-  CHECK(actions.size() + inserted.size() + p.ids.size() == r.ids.size());
+  CHECK(size_t(r.length) + inserted.size() + p.ids.size() == r.ids.size());
   for (int i = 0; i < int(r.ids.size()); i++) {
     const bool of_tool = i >= first && i < first + int(inserted.size());
-    CHECK(bool(actions.count(i)) == (i >= int(p.ids.size()) && !of_tool));
+    CHECK(r.sampled[size_t(i)] == (i >= int(p.ids.size()) && !of_tool));
   }
-  // In a batch they are no targets, and weights of actions fall on no other place.
-  Rollout* all[] = {&r};
-  const auto batches = pack_rollouts(all, 4096);
-  REQUIRE(batches.size() == 1);
-  const RolloutBatch& b = batches[0];
-  REQUIRE(b.tokens.size() == r.ids.size() - 1);
-  const std::vector<float> weights = b.scatter(std::vector<float>(r.actions.size(), 1.f));
-  for (size_t n = 0; n < b.tokens.size(); n++) {
-    CHECK((b.targets[n] >= 0) == bool(actions.count(int(n) + 1)));
-    CHECK(weights[n] == (actions.count(int(n) + 1) ? 1.f : 0.f));
-    if (b.targets[n] >= 0) CHECK(b.targets[n] == r.ids[n + 1]);
+  // End to end they are no targets, and what is given to the rollout's tokens does not reach them.
+  Experience x = end_to_end(rollouts);
+  REQUIRE(x.packed.tokens.size() == r.ids.size() - 1);
+  std::vector<float> filled(x.mask.size());
+  fill(x, 0, 2, filled);
+  for (size_t n = 0; n < x.packed.tokens.size(); n++) {
+    CHECK((x.packed.targets[n] >= 0) == r.sampled[n + 1]);
+    CHECK(x.mask[n] == (r.sampled[n + 1] ? 1.f : 0.f));
+    CHECK(filled[n] == 2 * x.mask[n]);
+    if (x.packed.targets[n] >= 0) CHECK(x.packed.targets[n] == r.ids[n + 1]);
   }
   // The generator's log-probabilities are those of a forward pass over the same ids.
-  gpt->forward(b.batch(o.temperature), Pass::score);
-  CHECK(b.gather(gpt->logp()) == r.sampled_logp);
+  StepSettings s;
+  s.temperature = double(o.temperature);
+  CHECK(score(*models.policy, x, std::vector{0}, s, models) == x.sampled_logp);
+}
+
+TEST_CASE("micro-batches hold whole rollouts, and give their numbers back to the step's places") {
+  std::vector<Rollout> rollouts;
+  for (int i = 0; i < 4; i++) {
+    Rollout r{.group = i};
+    for (int k = 0; k < 3 + i; k++) {
+      r.ids.push_back(10 * i + k), r.sampled.push_back(k > 1), r.logp.push_back(float(-k));
+    }
+    rollouts.push_back(r);
+  }
+  const Experience x = end_to_end(rollouts);  // 2, 3, 4 and 5 positions
+  CHECK(x.packed.positions() == 14);
+  const std::vector<Experience> batches = micro_batches(x, std::vector{3, 0, 2}, 7);
+  REQUIRE(batches.size() == 2);
+  CHECK(batches[0].packed.members == std::vector<int>{3, 0});
+  CHECK(batches[0].packed.tokens == std::vector<int>{30, 31, 32, 33, 34, 0, 1});
+  CHECK(batches[0].mask == std::vector<float>{0, 1, 1, 1, 1, 0, 1});
+  CHECK(batches[0].old_logp.empty());  // it is not there yet
+  CHECK(batches[1].packed.doc_starts == std::vector<int>{0, 4});
+  std::vector<float> back(14, 7.f);
+  for (const Experience& b : batches) copy_back(b, b.sampled_logp, x, back);
+  for (size_t n = 0; n < 14; n++) {
+    CHECK(back[n] == (n == 2 || n == 3 || n == 4 ? 7.f : x.sampled_logp[n]));  // rollout 1
+  }
+  CHECK(micro_batches(x, std::vector{3, 3}, 2).size() == 2);  // longer than the limit: alone
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -106,20 +132,19 @@ class Bandit {
       gpt->write(int(i), Slot::weight, initial_values(t, 5));
     }
     // Taught until it answers in form: the four letters, then the end of turn.
-    RolloutBatch b;
     std::vector<Rollout> taught(4);
     for (int i = 0; i < 4; i++) {
       Rollout& r = taught[size_t(i)];
       r.ids = render_chat(tokenizer_, {{{"user", "Go", {}}}, {}}, true).ids;
-      r.actions = {int(r.ids.size()), int(r.ids.size()) + 1};
+      r.sampled.resize(r.ids.size());
       tokenizer_.encode(std::string(1, char('a' + i)), r.ids);
       r.ids.push_back(end_of_turn(tokenizer_));
-      b.add(r);
+      r.sampled.resize(r.ids.size(), true), r.logp.resize(r.ids.size());
     }
-    const std::vector<float> weights(b.places.size(), -.125f);
+    const Experience b = end_to_end(taught);
     for (int n = 1; n <= 120; n++) {
-      gpt->forward_backward(b.batch(1), b.scatter(weights));
-      OptimizerStep step = adamw(.01).at(n, 1);
+      gpt->forward_backward(b.packed.batch(1), b.packed.mean_loss_weights(b.packed.trained));
+      OptimizerStep step = optimizer_step({.lr = .01}, n, 1);
       step.lr[size_t(Kind::embedding)] = 0;  // what is learned goes through the block
       gpt->update(step);
     }
@@ -138,17 +163,17 @@ class Bandit {
   std::string path(const std::string& name) const { return dir_ / name; }
   const Tokenizer& tokenizer() const { return tokenizer_; }
 
-  RlSettings settings(bool ppo) const {
+  RlSettings settings(const Algorithm& algorithm) const {
     RlSettings s;
-    s.ppo = ppo;
-    s.model = path("model");
-    s.prompts = {path("same.jsonl")};
-    s.val = {path("same.jsonl")};
-    s.rewards = {"exact"};
-    s.steps = 20, s.rollouts = 64, s.max_tokens = 4;
-    s.lr = .004, s.beta = 0, s.keep = "last";
-    s.eval_samples = 4, s.eval_every = 1000;
-    if (ppo) s.truncated_reward = -1, s.critic_lr = .004;
+    s.data.model = path("model");
+    s.data.prompts = {path("same.jsonl")};
+    s.data.val = {path("same.jsonl")};
+    s.reward.rewards = {"exact"};
+    s.step.steps = 20, s.step.rollouts = 64, s.sampling.max_tokens = 4;
+    s.step.optimizer.lr = s.ppo.critic_lr = .004;
+    s.evaluation.keep = "last";
+    s.evaluation.eval_samples = 4, s.evaluation.eval_every = 1000;
+    if (algorithm.name == "ppo") s.reward.truncated_reward = -1;
     return s;
   }
 
@@ -176,10 +201,8 @@ struct Outcome {
   std::vector<Json> steps, held_out;  // lines of metrics.jsonl
 };
 
-Outcome run(const RlSettings& s, const std::filesystem::path& out) {
-  Watching w;
-  w.out = out, w.device = "cpu", w.save_minutes = 0;
-  RlRun(s, w).run();
+Outcome run(const Algorithm& algorithm, const RlSettings& s, const std::filesystem::path& out) {
+  run_rl(algorithm, s, {.out = out, .device = "cpu", .save_minutes = 0});
   Outcome o{read_json(out / "summary.json"), {}, {}};
   std::istringstream lines(read_file(out / "metrics.jsonl"));
   for (std::string line; std::getline(lines, line);) {
@@ -193,13 +216,13 @@ Outcome run(const RlSettings& s, const std::filesystem::path& out) {
 
 TEST_CASE("GRPO learns a bandit by each of its methods") {
   const TempDir dir;
-  for (const char* method : {"cake", "grpo", "dr_grpo", "dapo", "rloo", "gspo"}) {
+  for (const char* method : {"centered_token_mean", "grpo", "dr_grpo", "dapo", "rloo", "gspo"}) {
     CAPTURE(method);
-    RlSettings s = bandit().settings(false);
-    s.method = method;
-    if (std::string(method) == "rloo" || std::string(method) == "grpo") s.beta = .01;
-    if (std::string(method) == "gspo") s.minibatches = 2;
-    const Outcome o = run(s, dir / method);
+    RlSettings s = bandit().settings(kGrpo);
+    s.grpo.method = method;
+    if (std::string(method) == "rloo" || std::string(method) == "grpo") s.step.kl.beta = .01;
+    if (std::string(method) == "gspo") s.step.update.minibatches = 2;
+    const Outcome o = run(kGrpo, s, dir / method);
     // One in four at first, of 256 answers: 5 standard deviations are .14
     CHECK(std::abs(o.held_out.at(0).at("pass1").get<double>() - .25) < .14);
     CHECK(o.summary.at("pass1").get<double>() > .9);
@@ -215,9 +238,9 @@ TEST_CASE("GRPO learns a bandit by each of its methods") {
 
 TEST_CASE("GRPO learns nothing from rewards that are drawn by lot") {
   const TempDir dir;
-  RlSettings s = bandit().settings(false);
-  s.prompts = {bandit().path("lots.jsonl")}, s.lr = .002;
-  const Outcome o = run(s, dir / "run");
+  RlSettings s = bandit().settings(kGrpo);
+  s.data.prompts = {bandit().path("lots.jsonl")}, s.step.optimizer.lr = .002;
+  const Outcome o = run(kGrpo, s, dir / "run");
   double last = 0;
   for (size_t i = 10; i < 20; i++) last += o.steps[i].at("reward").get<double>() / 10;
   CHECK(std::abs(last - .25) < .2);  // 80 groups, each with its own lot: 4 standard deviations
@@ -225,10 +248,10 @@ TEST_CASE("GRPO learns nothing from rewards that are drawn by lot") {
 
 TEST_CASE("PPO learns a bandit, and its first ratios are 1") {
   const TempDir dir;
-  RlSettings s = bandit().settings(true);
-  s.minibatches = 1, s.epochs = 1;
-  s.beta = .01;
-  const Outcome o = run(s, dir / "run");
+  RlSettings s = bandit().settings(kPpo);
+  s.step.update.minibatches = 1, s.step.update.epochs = 1;
+  s.step.kl.beta = .01;
+  const Outcome o = run(kPpo, s, dir / "run");
   CHECK(o.summary.at("pass1").get<double>() > .9);
   for (const Json& step : o.steps) {  // each minibatch is a first one, and the same bits
     CHECK(step.at("ratio_off") == 0);
@@ -247,9 +270,9 @@ TEST_CASE("PPO learns a bandit, and its first ratios are 1") {
 
 TEST_CASE("PPO learns over minibatches and epochs, with ratios that move and are clipped") {
   const TempDir dir;
-  RlSettings s = bandit().settings(true);
-  s.minibatches = 4, s.epochs = 2, s.lr = .002;
-  const Outcome o = run(s, dir / "run");
+  RlSettings s = bandit().settings(kPpo);
+  s.step.update.minibatches = 4, s.step.update.epochs = 2, s.step.optimizer.lr = .002;
+  const Outcome o = run(kPpo, s, dir / "run");
   CHECK(o.summary.at("pass1").get<double>() > .9);
   double off = 0, clipped = 0;
   for (const Json& step : o.steps) {
@@ -262,10 +285,10 @@ TEST_CASE("PPO learns over minibatches and epochs, with ratios that move and are
 
 TEST_CASE("PPO learns nothing from rewards that are drawn by lot") {
   const TempDir dir;
-  RlSettings s = bandit().settings(true);
-  s.prompts = {bandit().path("lots.jsonl")};
-  s.minibatches = 1, s.epochs = 1, s.lr = .001;
-  const Outcome o = run(s, dir / "run");
+  RlSettings s = bandit().settings(kPpo);
+  s.data.prompts = {bandit().path("lots.jsonl")};
+  s.step.update.minibatches = 1, s.step.update.epochs = 1, s.step.optimizer.lr = .001;
+  const Outcome o = run(kPpo, s, dir / "run");
   double last = 0;
   for (size_t i = 10; i < 20; i++) last += o.steps[i].at("reward").get<double>() / 10;
   CHECK(std::abs(last - .25) < .1);  // 640 prompts: 5 standard deviations
@@ -273,7 +296,7 @@ TEST_CASE("PPO learns nothing from rewards that are drawn by lot") {
 
 TEST_CASE("pretraining text mixed in keeps its loss low") {
   const TempDir dir;
-  RlSettings s = bandit().settings(true);
+  RlSettings s = bandit().settings(kPpo);
   const auto loss = [&](const std::filesystem::path& model) {  // of the text, nats a token
     const auto gpt = make_gpt(load_config(model), {.device = Device::cpu});
     load_weights(model, *gpt);
@@ -286,46 +309,111 @@ TEST_CASE("pretraining text mixed in keeps its loss low") {
     for (const float logp : gpt->logp()) nats -= logp / double(targets.size());
     return nats;
   };
-  run(s, dir / "without");
-  s.ptx = bandit().path("shards"), s.ptx_tokens = 64, s.ptx_weight = 1;
-  const Outcome o = run(s, dir / "with");
+  run(kPpo, s, dir / "without");
+  s.data.ptx = bandit().path("shards"), s.data.ptx_tokens = 64, s.data.ptx_weight = 1;
+  const Outcome o = run(kPpo, s, dir / "with");
   CHECK(o.summary.at("pass1").get<double>() > .4);  // the price of the text
   CHECK(loss(dir / "with/model") < .5 * loss(dir / "without/model"));
 }
 
 TEST_CASE("a KL budget stops a run, which keeps the last good weights and says why") {
   const TempDir dir;
-  RlSettings s = bandit().settings(true);
-  s.kl_budget = .3, s.eval_every = 1;
-  const Outcome o = run(s, dir / "run");
+  RlSettings s = bandit().settings(kPpo);
+  s.step.kl.kl_budget = .3, s.evaluation.eval_every = 1;
+  const Outcome o = run(kPpo, s, dir / "run");
   CHECK(contains(o.summary.at("stopped"), "the KL to the reference is "));
   CHECK(o.summary.at("steps").get<int>() < 20);
   CHECK(o.summary.at("kl").get<double>() <= .3);
   CHECK(o.summary.at("pass1").get<double>() >= o.held_out[0].at("pass1").get<double>());
   CHECK(o.steps.back().at("kl").get<double>() > .3);
   // The other way to stay near: a high price
-  s.kl_budget = 0, s.beta = 2, s.eval_every = 1000;
-  const Outcome priced = run(s, dir / "priced");
+  s.step.kl.kl_budget = 0, s.step.kl.beta = 2, s.evaluation.eval_every = 1000;
+  const Outcome priced = run(kPpo, s, dir / "priced");
   CHECK(priced.summary.at("stopped").is_null());
   CHECK(priced.steps.back().at("kl").get<double>() < .3);
 }
 
 TEST_CASE("beta follows a target of the KL") {
   const TempDir dir;
-  RlSettings s = bandit().settings(true);
-  s.steps = 3, s.beta = .1, s.kl_target = 5, s.kl_horizon = 640;
-  const Outcome o = run(s, dir / "run");
+  RlSettings s = bandit().settings(kPpo);
+  s.step.steps = 3, s.step.kl.beta = .1, s.step.kl.kl_target = 5, s.step.kl.kl_horizon = 640;
+  const Outcome o = run(kPpo, s, dir / "run");
   // The KL is far below the target: beta falls by .2 x 64/640 a step.
   CHECK(std::abs(o.steps[2].at("beta").get<double>() - .1 * std::pow(.98, 3)) < 1e-9);
 }
 
+TEST_CASE("--eval-at-kl evaluates where the KL passes each point, and ends the run at the last") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(kPpo);
+  s.evaluation.eval_at_kl = {.1, .12, .5}, s.evaluation.eval_every = 5;
+  const Outcome o = run(kPpo, s, dir / "run");
+  std::vector<double> points;
+  std::set<int> regular;
+  for (const Json& e : o.held_out) {
+    const int step = e.at("step");
+    if (!e.contains("at_sqrt_kl")) {
+      regular.insert(step);
+      continue;
+    }
+    points.push_back(e.at("at_sqrt_kl"));
+    const double kl = points.back() * points.back();
+    for (const Json& m : o.steps) {  // of all steps it is the first behind the point
+      if (m.at("step") < step) CHECK(m.at("kl").get<double>() <= kl);
+      if (m.at("step") == step) CHECK(m.at("kl").get<double>() > kl);
+    }
+  }
+  CHECK(points == s.evaluation.eval_at_kl);
+  CHECK(contains(o.summary.at("stopped"), "--eval-at-kl"));
+  const int steps = o.summary.at("steps");
+  CHECK(steps < 20);
+  CHECK(steps == int(o.steps.size()));
+  CHECK(regular.count(0));
+  CHECK(bool(regular.count(5)) == (steps >= 5));
+  CHECK(regular.count(steps));  // at the end
+  s.data.val.clear();
+  CHECK(contains(error_of([&] { run(kPpo, s, dir / "none"); }), "--eval-at-kl: expected --val"));
+}
+
+TEST_CASE("settings survive the checkpoint, and those of older versions are read") {
+  RlSettings s = ppo_defaults();
+  s.reward.rewards = {"ended"}, s.step.update.clip_low = .1, s.ppo.lambda = .9, s.step.seed = 7;
+  s.step.optimizer.lr = 3e-5, s.evaluation.eval_at_kl = {1, 2};
+  const Json json = s;
+  CHECK(Json(with_parts(json).get<RlSettings>()) == json);
+  const Json old = {{"model", "m"},
+                    {"rewards", {"number"}},
+                    {"method", "cake"},
+                    {"clip_low", .3},
+                    {"lr", 1e-4},
+                    {"adam_eps", 1e-5},
+                    {"final_lr", .2},
+                    {"kl_budget", 25},
+                    {"search", "pages.jsonl"},
+                    {"eval_samples", 2},
+                    {"lambda", .8},
+                    {"ppo", true}};
+  const auto read = with_parts(old).get<RlSettings>();
+  CHECK(read.data.model == "m");
+  CHECK(read.data.search == "pages.jsonl");
+  CHECK(read.reward.rewards == std::vector<std::string>{"number"});
+  CHECK(parse_method(read.grpo.method) == GroupMethod::centered_token_mean);
+  CHECK(read.step.update.clip_low == .3);
+  CHECK(read.step.optimizer.lr == 1e-4);
+  CHECK(read.step.optimizer.eps == 1e-5);
+  CHECK(read.step.optimizer.final_lr == .2);
+  CHECK(read.step.kl.kl_budget == 25);
+  CHECK(read.ppo.lambda == .8);
+  CHECK(read.evaluation.eval_samples == 2);
+}
+
 TEST_CASE("rewards that are all equal teach nothing, and ten such steps end a run") {
   const TempDir dir;
-  for (const bool ppo : {false, true}) {
-    RlSettings s = bandit().settings(ppo);
-    s.rewards = {"ended"};
-    s.truncated_reward = 1;
-    const Outcome o = run(s, dir / (ppo ? "ppo" : "grpo"));
+  for (const Algorithm* algorithm : {&kGrpo, &kPpo}) {
+    const bool ppo = algorithm == &kPpo;
+    RlSettings s = bandit().settings(*algorithm);
+    s.reward.rewards = {"ended"};
+    s.reward.truncated_reward = 1;
+    const Outcome o = run(*algorithm, s, dir / (ppo ? "ppo" : "grpo"));
     CHECK(o.steps.size() == 10);
     CHECK(contains(o.summary.at("stopped"), "all rewards of ten steps in a row were equal"));
     CHECK(read_file(dir / (ppo ? "ppo" : "grpo") / "model/model.safetensors") ==
@@ -336,23 +424,24 @@ TEST_CASE("rewards that are all equal teach nothing, and ten such steps end a ru
 
 TEST_CASE("DAPO replaces groups without variance by others") {
   const TempDir dir;
-  RlSettings s = bandit().settings(false);
-  s.group = 2, s.method = "dapo", s.steps = 2;  // two answers differ in right and wrong: .375
-  const Outcome o = run(s, dir / "run");
+  RlSettings s = bandit().settings(kGrpo);
+  s.grpo.group = 2, s.grpo.method = "dapo",
+  s.step.steps = 2;  // two answers differ in right and wrong: .375
+  const Outcome o = run(kGrpo, s, dir / "run");
   CHECK(o.steps[0].at("resampled").get<int>() > 5);
   CHECK(o.steps[0].at("no_variance") == 0);
-  s.resample = 0;
-  const Outcome plain = run(s, dir / "plain");
+  s.grpo.resample = 0;
+  const Outcome plain = run(kGrpo, s, dir / "plain");
   CHECK(plain.steps[0].at("resampled") == 0);
   CHECK(plain.steps[0].at("no_variance").get<double>() > .3);
 }
 
 TEST_CASE("several rewards add up by their weights, and each is logged") {
   const TempDir dir;
-  RlSettings s = bandit().settings(false);
-  s.rewards = {"exact", ".5*ended", "-.25*format:a"};
-  s.steps = 1;
-  const Json step = run(s, dir / "run").steps.at(0);
+  RlSettings s = bandit().settings(kGrpo);
+  s.reward.rewards = {"exact", ".5*ended", "-.25*format:a"};
+  s.step.steps = 1;
+  const Json step = run(kGrpo, s, dir / "run").steps.at(0);
   const auto mean = [&](const char* name) {
     return step.at("rewards").at(name).at("mean").get<double>();
   };
@@ -366,36 +455,37 @@ TEST_CASE("several rewards add up by their weights, and each is logged") {
 
 TEST_CASE("answers that were cut off are penalised, count nowhere, or count as they are") {
   const TempDir dir;
-  RlSettings s = bandit().settings(false);
-  s.steps = 1, s.max_tokens = 1;  // no room for the end of turn
-  s.truncated = "keep";
-  const Json kept = run(s, dir / "keep").steps.at(0);
+  RlSettings s = bandit().settings(kGrpo);
+  s.step.steps = 1, s.sampling.max_tokens = 1;  // no room for the end of turn
+  s.reward.truncated = "keep";
+  const Json kept = run(kGrpo, s, dir / "keep").steps.at(0);
   CHECK(kept.at("truncated") == 1);
   CHECK(kept.at("reward").get<double>() > .05);
-  s.truncated = "mask";
-  const Json masked = run(s, dir / "mask").steps.at(0);
+  s.reward.truncated = "mask";
+  const Json masked = run(kGrpo, s, dir / "mask").steps.at(0);
   CHECK(masked.at("grad_norm") == 0);
-  s.truncated = "penalise", s.truncated_reward = -2;
-  const Json punished = run(s, dir / "penalise").steps.at(0);
+  s.reward.truncated = "penalise", s.reward.truncated_reward = -2;
+  const Json punished = run(kGrpo, s, dir / "penalise").steps.at(0);
   CHECK(punished.at("reward") == -2);
 }
 
 TEST_CASE("failures of a verifier leave their groups, and more than a fifth of them ends the run") {
   const TempDir dir;
-  RlSettings s = bandit().settings(false);
-  s.val.clear(), s.steps = 2;
-  const auto command = [](const std::string& on_a) {
-    return R"(command:while read -r l; do i=${l##*\"id\":}; i=${i%%[,\}]*}; )" +
-           std::string("n=$((n+1)); case $l in *'\"completion\":\"b\"'*) ") +
-           "r=1;; *) r=0;; esac; " + on_a + "echo \"{\\\"id\\\":$i,\\\"reward\\\":$r}\"; done";
+  RlSettings s = bandit().settings(kGrpo);
+  s.data.val.clear(), s.step.steps = 2;
+  const std::string id = R"(i=${l##*\"id\":}; i=${i%%[,\}]*}; )";  // of a line, in sh
+  const auto command = [&](const std::string& on_a) {
+    return "command:while read -r l; do " + id +
+           "n=$((n+1)); case $l in *'\"completion\":\"b\"'*) " + "r=1;; *) r=0;; esac; " + on_a +
+           "echo \"{\\\"id\\\":$i,\\\"reward\\\":$r}\"; done";
   };
   // Every twentieth process fails at once: three of 64
-  s.rewards = {command("case $i in 7|27|47) exit 1;; esac; ")};
-  const Outcome o = run(s, dir / "some");
+  s.reward.rewards = {command("case $i in 7|27|47) exit 1;; esac; ")};
+  const Outcome o = run(kGrpo, s, dir / "some");
   CHECK(o.steps.at(0).at("failed") == 3);
   CHECK(o.summary.at("failed") == 6);
-  s.rewards = {command("case $i in ?) exit 1;; 1?) exit 1;; esac; ")};
-  CHECK(contains(error_of([&] { run(s, dir / "many"); }),
+  s.reward.rewards = {command("case $i in ?) exit 1;; 1?) exit 1;; esac; ")};
+  CHECK(contains(error_of([&] { run(kGrpo, s, dir / "many"); }),
                  "--reward command: found 20 failures in 64 rollouts, expected a fifth at most"));
 }
 
@@ -404,20 +494,22 @@ TEST_CASE("problems are filtered by how often they are solved") {
   write_file(dir / "p.jsonl",
              "{\"question\":\"Go\",\"answer\":\"b\"}\n{\"question\":\"Go\",\"answer\":\"never\"}\n"
              "{\"question\":\"Go\",\"answer\":\"c\"}\n");
-  RlSettings s = bandit().settings(false);
-  s.prompts = {dir / "p.jsonl"}, s.steps = 1, s.pass_rate = ".01:.9", s.pass_samples = 32;
-  run(s, dir / "run");
+  RlSettings s = bandit().settings(kGrpo);
+  s.data.prompts = {dir / "p.jsonl"}, s.step.steps = 1, s.grpo.pass_rate = ".01:.9",
+  s.grpo.pass_samples = 32;
+  run(kGrpo, s, dir / "run");
   const Json state = read_json(dir / "run/model/trainer_state.json");
   CHECK(state.at("pool") == Json({0, 2}));
-  s.pass_rate = ".99:1";
-  CHECK(contains(error_of([&] { run(s, dir / "none"); }), "found none among 3 problems"));
+  s.grpo.pass_rate = ".99:1";
+  CHECK(contains(error_of([&] { run(kGrpo, s, dir / "none"); }), "found none among 3 problems"));
 }
 
 TEST_CASE("adapters learn beside a reference that is the policy without them") {
   const TempDir dir;
-  RlSettings s = bandit().settings(false);
-  s.lora = 4, s.lora_alpha = 8, s.lr = .01, s.beta = .01, s.method = "grpo";
-  const Outcome o = run(s, dir / "run");
+  RlSettings s = bandit().settings(kGrpo);
+  s.data.lora = 4, s.data.lora_alpha = 8, s.step.optimizer.lr = .01, s.step.kl.beta = .01,
+  s.grpo.method = "grpo";
+  const Outcome o = run(kGrpo, s, dir / "run");
   CHECK(o.summary.at("pass1").get<double>() > .9);
   CHECK(o.steps[0].at("kl") == 0);
   CHECK(o.steps.back().at("kl").get<double>() > .5);
@@ -427,10 +519,11 @@ TEST_CASE("adapters learn beside a reference that is the policy without them") {
 TEST_CASE("a text goes on for a fixed length, without a penalty for having no end") {
   const TempDir dir;
   write_file(dir / "p.jsonl", "{\"prompt\":\"Go a\"}\n{\"prompt\":\"Go b\"}\n");
-  RlSettings s = bandit().settings(true);
-  s.prompts = {dir / "p.jsonl"}, s.val.clear();
-  s.rewards = {"format:*a*"}, s.steps = 1, s.rollouts = 4, s.max_tokens = 6;
-  const Json fixed = run(s, dir / "fixed").steps.at(0);
+  RlSettings s = bandit().settings(kPpo);
+  s.data.prompts = {dir / "p.jsonl"}, s.data.val.clear();
+  s.reward.rewards = {"format:*a*"}, s.step.steps = 1, s.step.rollouts = 4,
+  s.sampling.max_tokens = 6;
+  const Json fixed = run(kPpo, s, dir / "fixed").steps.at(0);
   CHECK(fixed.at("length") == 6);
   CHECK(fixed.at("ended") == 1);
   CHECK(fixed.at("reward").get<double>() >= 0);  // no penalty
@@ -442,21 +535,21 @@ TEST_CASE("a form puts questions into a text, whose answers end at a stop string
   simdjson::dom::parser parser;
   const simdjson::dom::object line =
       parser.parse(std::string(R"({"question":"6*7?","answer":"42"})"));
-  const Prompt p = parse_prompt(line, "here", t, {.form = "Q: {question}\\nA:"});
+  const Prompt p = parse_prompt(line, "here", t, "Q: {question}\\nA:");
   CHECK(t.decode(p.ids) == "<|endoftext|>Q: 6*7?\nA:");
   CHECK(p.question == "6*7?");
   script.write(int(p.ids.size()), " 42.\n\nQ: and then");
-  const auto gpt = make_gpt(load_config(script.save()), {.device = Device::cpu});
-  load_weights(script.dir() / "model", *gpt);
+  Models models{make_gpt(load_config(script.save()), {.device = Device::cpu})};
+  load_weights(script.dir() / "model", *models.policy);
   const Prompt* prompts[] = {&p};
-  RolloutOptions o{.max_new = 40, .temperature = .02f, .stops = {"\n\n"}};
-  const Rollout r = roll_out(*gpt, t, prompts, 1, o, 1).at(0);
+  RolloutOptions o{.tokenizer = &t, .max_tokens = 40, .temperature = .02f, .stops = {"\n\n"}};
+  const Rollout r = roll_out(models, o, prompts, 1, 1).at(0);
   CHECK(r.text == " 42.");
   CHECK(r.ended);
   CHECK(right_number(p, r.text));
-  o.max_new = 2;
-  CHECK(!roll_out(*gpt, t, prompts, 1, o, 1).at(0).ended);
-  CHECK(contains(error_of([&] { parse_prompt(line, "here", t, {.form = "no place"}); }),
+  o.max_tokens = 2;
+  CHECK(!roll_out(models, o, prompts, 1, 1).at(0).ended);
+  CHECK(contains(error_of([&] { parse_prompt(line, "here", t, "no place"); }),
                  "--form: found no {question}"));
 }
 
@@ -470,7 +563,7 @@ std::string rl(const std::string& command, const std::filesystem::path& out,
   return concat("./rlhf ", command, " --model ", bandit().path("model"), " --prompts ",
                 bandit().path("lots.jsonl"), " --val ", bandit().path("same.jsonl"),
                 " --reward exact -o ", out.string(), " --device cpu --rollouts 16 --max-tokens 4 ",
-                "--eval-samples 2 --eval-some 8 --lr .001 ", flags);
+                "--samples 2 --eval-some 8 --lr .001 ", flags);
 }
 
 // Lines as they were written, but for the seconds.
@@ -563,8 +656,8 @@ TEST_CASE("a model of labels rewards with the probability of the good one") {
   std::vector<Rollout> rollouts(2);
   rollouts[0].ids = {1, 2, 3};
   rollouts[1].ids = {5, 4};
-  const auto scores = reward("model").rewards(rollouts);
-  const auto chances = reward("probability").rewards(rollouts);
+  const auto scores = reward("model").score(rollouts);
+  const auto chances = reward("probability").score(rollouts);
   CHECK(scores[0] != scores[1]);
   for (size_t i = 0; i < 2; i++) {
     CHECK(chances[i] == doctest::Approx(1 / (1 + std::exp(-double(scores[i])))).epsilon(1e-6));
@@ -572,7 +665,7 @@ TEST_CASE("a model of labels rewards with the probability of the good one") {
   std::vector<std::shared_ptr<RewardModel>> models;
   const std::string moved = "probability:" + (dir / "moved").string();
   CHECK(contains(error_of([&] { make_reward(parse_reward(moved), context, models); }),
-                 "its scores were normalised, expected ./rlhf reward --normalise-on none"));
+                 "its scores were normalised, expected ./reward train --normalise-on none"));
 }
 
 TEST_CASE("./rlhf ppo and grpo say in one line what is wrong") {
@@ -588,6 +681,16 @@ TEST_CASE("./rlhf ppo and grpo say in one line what is wrong") {
     std::string command, error;
   } cases[] = {
       {"grpo" + base + prompts, "--reward: missing"},
+      {"grpo" + base + prompts + "--reward exact --clip .1", "--clip-ratio"},
+      {"ppo" + base + prompts + "--reward exact --clip=.1", "--clip-norm"},
+      {"ppo" + base + prompts + "--reward exact --eval-at-kl 2,1 --val " +
+           bandit().path("same.jsonl"),
+       "expected rising numbers"},
+      {"ppo" + base + prompts + "--reward exact --tool search", "expected --documents"},
+      {"grpo" + base + prompts + "--reward exact --eval-samples 0", "--samples: found 0"},
+      {"reward" + base, "./reward train"},
+      {"dpo" + base, "./reward dpo"},
+      {"overoptimize" + base, "make overoptimize"},
       {"grpo" + base, "--prompts: missing"},
       {"grpo" + base + prompts + "--reward magic", "--reward: found magic, expected number"},
       {"grpo" + base + prompts + "--reward model:nowhere", "nowhere: not found"},

@@ -5,10 +5,10 @@
 #include <functional>
 #include <limits>
 
-#define CAKE_NO_MAIN  // all of rlhf.cpp but its command line, of which this file looks at
-                      // objectives
 #pragma GCC diagnostic ignored "-Wunused-function"
+#define main cake_rlhf_main_of_test_rlhf  // this file looks at the objectives
 #include "rlhf.cpp"
+#undef main
 #include "test/objectives.h"
 #include "test/support.h"
 
@@ -20,7 +20,9 @@ namespace {
 // Advantages
 
 TEST_CASE("generalised advantages are the known ones, and those of a plain loop") {
-  const auto known = gae<double>(Doubles{-.1, -.2, 1}, Doubles{.5, .4, .3}, 1, .95);
+  const std::vector<int> three{0, 3};
+  const Doubles ones(3, 1);
+  const auto known = gae<double>(Doubles{-.1, -.2, 1}, Doubles{.5, .4, .3}, ones, three, 1, .95);
   check_known(known.advantages, Doubles{.14675, .365, .7});
   check_known(known.returns, Doubles{.64675, .765, 1});
   // A_t = sum over k of (gamma lambda)^k delta_{t + k}
@@ -36,10 +38,15 @@ TEST_CASE("generalised advantages are the known ones, and those of a plain loop"
     advantages.push_back(sum);
     returns.push_back(sum + v[t]);
   }
-  const auto found = gae<double>(r, v, gamma, lambda);
+  const auto found = gae<double>(r, v, Doubles(9, 1), std::vector{0, 9}, gamma, lambda);
   CHECK(rel_error(found.advantages, advantages) < kExact);
   CHECK(rel_error(found.returns, returns) < kExact);
-  CHECK(gae(std::vector<float>{}, std::vector<float>{}, 1, .95).advantages.empty());
+  // Packed behind another rollout, with tokens between its own that are masked out: the same.
+  Doubles packed_r{7, kNan, -.1, kNan, -.2, 1}, packed_v{2, kNan, .5, 1e9, .4, .3};
+  const auto packed =
+      gae<double>(packed_r, packed_v, Doubles{1, 0, 1, 0, 1, 1}, std::vector{0, 2, 6}, 1, .95);
+  check_known(packed.advantages, Doubles{5, 0, .14675, 0, .365, .7});
+  check_known(packed.returns, Doubles{7, 0, .64675, 0, .765, 1});
 }
 
 TEST_CASE("whitening has mean 0 and variance 1 over what is not masked") {
@@ -64,13 +71,13 @@ TEST_CASE("a group's advantages are the known ones of each method") {
   for (const M m : {M::grpo, M::dapo, M::gspo}) {
     check_known(group_advantages(r, m), Doubles{1.095245, 1.095245, -.730163, -.730163, -.730163});
   }
-  for (const M m : {M::dr_grpo, M::cake})
+  for (const M m : {M::dr_grpo, M::centered_token_mean})
     check_known(group_advantages(r, m), Doubles{.6, .6, -.4, -.4, -.4});
   check_known(group_advantages(r, M::rloo), Doubles{.75, .75, -.5, -.5, -.5});
   // RLOO: r less the mean of the others
   const Doubles rewards{.3, 1.5, -2};
   check_known(group_advantages(rewards, M::rloo), Doubles{.3 + .25, 1.5 + .85, -2 - .9});
-  for (const M m : {M::cake, M::grpo, M::dr_grpo, M::dapo, M::rloo, M::gspo}) {
+  for (const M m : {M::centered_token_mean, M::grpo, M::dr_grpo, M::dapo, M::rloo, M::gspo}) {
     CHECK(group_advantages(Doubles{.1, .1, .1}, m) == Doubles{0, 0, 0});  // .1: no rounding either
     CHECK(group_advantages(Doubles{3}, m) == Doubles{0});
     CHECK(std::isnan(group_advantages(Doubles{1, kNan}, m)[0]));
@@ -103,7 +110,7 @@ TEST_CASE("tokens weigh what each method's reduction says") {
   CHECK(token_weights(M::gspo, lengths, 20) == token_weights(M::grpo, lengths, 20));
   check_known(token_weights(M::dr_grpo, lengths, 20), Doubles{1. / 80, 0, 1. / 80, 1. / 80});
   check_known(token_weights(M::rloo, lengths, 20), Doubles{.25, 0, .25, .25});
-  for (const M m : {M::dapo, M::cake})
+  for (const M m : {M::dapo, M::centered_token_mean})
     check_known(token_weights(m, lengths, 20), Doubles{1. / 16, 0, 1. / 16, 1. / 16});
 }
 
@@ -142,8 +149,8 @@ TEST_CASE("before the first update the ratio is 1 and a weight is its advantage"
   CHECK(a.ratios.largest == 0);
   CHECK(a.ratios.mean_k3() == 0);
   CHECK(a.dlogp == std::vector<float>{-.125f, .5f, -.5f});
-  const auto s =
-      clipped_sequence_policy(l, l, std::vector{0, 2, 3}, std::vector<float>{.5f, -2}, w, .2, .2);
+  const auto s = clipped_sequence_policy(l, l, std::vector{0, 2, 3},
+                                         std::vector<float>{.5f, .5f, -2}, w, .2, .2);
   CHECK(s.dlogp == std::vector<float>{-.125f, -.125f, 1});
   // another temperature or mask is seen
   CHECK(clipped_policy(std::vector<float>{-1.5f, -.26f, -7}, l, A, w, .2, .2).ratios.largest >
@@ -201,7 +208,7 @@ TEST_CASE("policy losses' gradients match finite differences through a softmax")
   for (const double first : {1., -1.}) {  // the first rollout's ratio is outside the clip
     Doubles far = old;
     for (size_t t = 0; t < 3; t++) far[t] = l[t] - .4;
-    const Doubles advantages{first, .5, -2};
+    const Doubles advantages{first, first, first, .5, .5, -2, -2, -2, -2};
     const auto run = [&](const Doubles& logp) {
       // within a rollout a weight is constant or 0
       const Doubles flat{.2, 0, .2, .5, .5, .1, .1, 0, .1};
@@ -341,15 +348,16 @@ TEST_CASE("NaN in is NaN out, but where it is masked") {
     }
   }
   const auto rollout =
-      clipped_sequence_policy<double>(bad, fine, std::vector{0, 2}, Doubles{1}, masked, .2, .2);
+      clipped_sequence_policy<double>(bad, fine, std::vector{0, 2}, Doubles{1, 1}, masked, .2, .2);
   CHECK(rollout.loss == -.5);
   CHECK(rollout.dlogp == Doubles{-.5, 0});
   RatioStats ratios, nan, more;
   nan.add(kNan, false), more.add(.5, false);
   ratios.add(nan), ratios.add(more);
   CHECK(std::isnan(ratios.largest));
-  CHECK(std::isnan(gae<double>(bad, fine, 1, .95).advantages[0]));
-  CHECK(std::isnan(gae<double>(fine, bad, 1, .95).advantages[0]));
+  const std::vector<int> two{0, 2};
+  CHECK(std::isnan(gae<double>(bad, fine, live, two, 1, .95).advantages[0]));
+  CHECK(std::isnan(gae<double>(fine, bad, live, two, 1, .95).advantages[0]));
   Doubles nans{1, kNan};
   whiten<double>(nans);
   CHECK(std::isnan(nans[0]));
@@ -386,41 +394,6 @@ TEST_CASE("the KL of the best of n is that of the highest of n uniform numbers")
   }
 }
 
-TEST_CASE("fits of overoptimisation find the curve, its optimum and its height") {
-  const Doubles d{0, .5, 1, 1.5, 2, 3, 4};
-  for (const Pressure p : {Pressure::best_of_n, Pressure::rl}) {
-    Doubles R;
-    for (const double x : d) {
-      R.push_back(x == 0                     ? 0
-                  : p == Pressure::best_of_n ? x * (2 - .4 * x)
-                                             : x * (1.2 - .6 * std::log(x)));
-    }
-    const Overoptimization fit = fit_overoptimization(p, d, R);
-    check_known(fit.alpha, p == Pressure::best_of_n ? 2 : 1.2);
-    check_known(fit.beta, p == Pressure::best_of_n ? .4 : .6);
-    check_known(fit.optimum, p == Pressure::best_of_n ? 2.5 : std::exp(1.));
-    check_known(fit.highest, p == Pressure::best_of_n ? 2.5 : .6 * std::exp(1.));
-    for (const double off : {-.01, .01})
-      CHECK(overoptimized(p, fit.alpha, fit.beta, fit.optimum + off) < fit.highest);
-    // least squares: no other curve is nearer to noisy points
-    const Doubles noisy = plus(R, noise("gold", d.size(), .2));
-    const auto squares = [&](const Doubles& x) {
-      double sum = 0;
-      for (size_t i = 0; i < d.size(); i++)
-        sum += std::pow(overoptimized(p, x[0], x[1], d[i]) - noisy[i], 2);
-      return sum;
-    };
-    const Overoptimization best = fit_overoptimization(p, d, noisy);
-    for (const double slope : differences({best.alpha, best.beta}, squares))
-      CHECK(std::abs(slope) < 1e-8);
-    const Doubles rising{0, .5, 1.1, 1.8, 2.6, 4.5, 7};
-    CHECK(std::isinf(fit_overoptimization(p, d, rising).optimum));
-    const Overoptimization none = fit_overoptimization(p, Doubles{0, 2, 2}, Doubles{0, 1, 1});
-    CHECK(std::isnan(none.alpha));
-    CHECK(std::isnan(none.optimum));
-  }
-}
-
 // ---------------------------------------------------------------------------------------------
 // Whole steps against PyTorch
 
@@ -429,19 +402,16 @@ TEST_CASE("a step of PPO has PyTorch's losses and gradients, of policy and criti
   const Golden& g = s.golden;
   const std::vector<float>&old_logp = g.at("old_logp"), &ref_logp = g.at("ref_logp"),
         &old_value = g.at("old_value"), &scores = g.at("scores");
-  std::vector<float> advantages(s.tokens.size()), returns(s.tokens.size());
+  std::vector<float> rewards(s.tokens.size());
   for (size_t i = 0; i < s.answers.size(); i++) {
     const auto [begin, end] = s.answers[i];
-    std::vector<float> rewards, values;
     for (size_t t = begin; t < end; t++) {
       const double kl = kl_estimate(KlEstimator::k1, double(old_logp[t]) - ref_logp[t]);
-      rewards.push_back(float(-s.setting("beta") * kl + (t + 1 == end ? scores[i] : 0)));
-      values.push_back(old_value[t]);
+      rewards[t] = float(-s.setting("beta") * kl + (t + 1 == end ? scores[i] : 0));
     }
-    const auto a = gae(rewards, values, s.setting("gamma"), s.setting("lam"));
-    std::copy(a.advantages.begin(), a.advantages.end(), advantages.begin() + std::ptrdiff_t(begin));
-    std::copy(a.returns.begin(), a.returns.end(), returns.begin() + std::ptrdiff_t(begin));
   }
+  auto [advantages, returns] =
+      gae(rewards, old_value, s.live, s.starts, s.setting("gamma"), s.setting("lam"));
   whiten(advantages, s.live);
   const auto packed = [&](const std::vector<float>& x) {
     std::vector<float> kept;
@@ -491,12 +461,16 @@ TEST_CASE(
   const auto policy = make_formula_gpt(g.config);
   policy->forward(s.batch(), Pass::train);
   const std::span<const float> logp = policy->logp();
-  const std::pair<const char*, GroupMethod> methods[] = {
-      {"grpo", GroupMethod::grpo}, {"dr_grpo", GroupMethod::dr_grpo}, {"dapo", GroupMethod::dapo},
-      {"rloo", GroupMethod::rloo}, {"cake", GroupMethod::cake},       {"gspo", GroupMethod::gspo}};
+  const std::pair<const char*, GroupMethod> methods[] = {{"grpo", GroupMethod::grpo},
+                                                         {"dr_grpo", GroupMethod::dr_grpo},
+                                                         {"dapo", GroupMethod::dapo},
+                                                         {"rloo", GroupMethod::rloo},
+                                                         {"cake", GroupMethod::centered_token_mean},
+                                                         {"gspo", GroupMethod::gspo}};
   for (const auto& [name, method] : methods) {
     const auto each = token_weights(method, lengths, int(s.setting("max_length")));
-    std::vector<float> rollout_advantages, advantages(logp.size()), weights(logp.size());
+    Doubles rollout_advantages;
+    std::vector<float> advantages(logp.size()), weights(logp.size());
     for (size_t first = 0; first < B; first += G) {
       Doubles rewards;
       for (size_t i = first; i < first + G; i++) {
@@ -504,21 +478,20 @@ TEST_CASE(
         if (method == GroupMethod::rloo)
           rewards.back() -= s.setting("beta") * (s.sum(old_logp, i) - s.sum(ref_logp, i));
       }
-      for (const double a : group_advantages(rewards, method))
-        rollout_advantages.push_back(float(a));
+      for (const double a : group_advantages(rewards, method)) rollout_advantages.push_back(a);
     }
     for (size_t i = 0; i < B; i++) {
       for (size_t t = s.answers[i].first; t < s.answers[i].second; t++) {
-        advantages[t] = rollout_advantages[i];
+        advantages[t] = float(rollout_advantages[i]);
         weights[t] = float(each[i]) * s.live[t];
       }
     }
     const double low = s.setting("low"),
                  high = method == GroupMethod::dapo ? s.setting("high") : low;
-    PolicyLoss<float> a = method == GroupMethod::gspo
-                              ? clipped_sequence_policy(logp, old_logp, s.starts,
-                                                        rollout_advantages, weights, low, high)
-                              : clipped_policy(logp, old_logp, advantages, weights, low, high);
+    PolicyLoss<float> a =
+        method == GroupMethod::gspo
+            ? clipped_sequence_policy(logp, old_logp, s.starts, advantages, weights, low, high)
+            : clipped_policy(logp, old_logp, advantages, weights, low, high);
     CHECK(a.ratios.clipped > 0);
     CHECK(a.ratios.count == (method == GroupMethod::gspo ? int64_t(B) : s.trained));
     if (method == GroupMethod::grpo) {

@@ -8,8 +8,9 @@
 // build/bench.json with one named figure a line.
 //
 // The engine's source is part of this file: its inner functions are what is measured.
-#define CAKE_NO_MAIN
+#define main cake_train_gpt_main
 #include "train_gpt.cpp"
+#undef main
 //
 #include <CLI/CLI.hpp>
 #include <functional>

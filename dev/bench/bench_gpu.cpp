@@ -100,18 +100,18 @@ class Bench {
     for (int n = 0; n < N; n++) begin.push_back(n / T * T), end.push_back(begin.back() + T);
     const Buffer<int> starts = sent(begin), ends = sent(end);
     const AttentionShape shape{N, NH, NKV, HS, starts.data(), ends.data()};
-    bf16 *q = qkv.data(), *k = q + C, *v = k + NKV * HS;
+    const bf16 *q = qkv.data(), *k = q + C, *v = k + NKV * HS;
+    const AttentionInput<bf16> in{q, k, v, ld, ld, ld};
     bf16 *dq = dqkv.data(), *dk = dq + C, *dv = dk + NKV * HS;
     // A query meets half the keys of its document: two products forward, five backward.
     const double product = double(N) * T * C;
     const std::string name = concat(".h", NH, ":", NKV, "x", HS, ".T", T);
-    const double forward = time([&] {
-      attention_forward(out.data(), lse.data(), q, ld, k, ld, v, ld, shape, machine_->stream);
-    });
+    const double forward =
+        time([&] { attention_forward(out.data(), lse.data(), in, shape, machine_->stream); });
     figure("attention.forward" + name, 2 * product / forward * 1e-12, "TFLOP/s");
     const double backward = time([&] {
-      attention_backward(dq, ld, dk, dv, ld, dout.data(), out.data(), lse.data(), dot.data(), q, ld,
-                         k, ld, v, ld, shape, machine_->stream);
+      attention_backward(dq, ld, dk, dv, ld, dout.data(), out.data(), lse.data(), dot.data(), in,
+                         shape, machine_->stream);
     });
     figure("attention.backward" + name, 5 * product / backward * 1e-12, "TFLOP/s");
   }

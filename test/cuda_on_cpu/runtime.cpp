@@ -128,7 +128,7 @@ int worker_count() {
   return cores;
 }
 
-// OS threads that sleep until there is work, and that no one waits for when they come too late: on
+// OS threads that sleep until there is work. Nothing waits for those that wake up too late: on
 // a busy machine OpenMP's threads, which wait for one another by spinning, took nine tenths of the
 // time.
 class Workers {
@@ -265,18 +265,18 @@ void protect(const Allocation& a, bool open) {
 }
 
 unsigned char* allocate(size_t bytes) {
-  const size_t body = round_up(std::max<size_t>(bytes, 1), page_bytes());
-  const size_t map_bytes = body + 2 * kGuard;
+  const size_t size = round_up(std::max<size_t>(bytes, 1), page_bytes());
+  const size_t map_bytes = size + 2 * kGuard;
   void* map =
       mmap(nullptr, map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (map == MAP_FAILED) return nullptr;
   unsigned char* begin = static_cast<unsigned char*>(map) + kGuard;
-  if (mprotect(begin, body, PROT_READ | PROT_WRITE) != 0) {
+  if (mprotect(begin, size, PROT_READ | PROT_WRITE) != 0) {
     munmap(map, map_bytes);
     return nullptr;
   }
-  std::memset(begin, kPoison, body);
-  unsigned char* pointer = begin + body - round_up(std::max<size_t>(bytes, 1), 16);
+  std::memset(begin, kPoison, size);
+  unsigned char* pointer = begin + size - round_up(std::max<size_t>(bytes, 1), 16);
   const Allocation allocation{bytes, static_cast<unsigned char*>(map), map_bytes};
   memory().live[uintptr_t(pointer)] = allocation;
   memory().in_use += bytes;
