@@ -732,10 +732,8 @@ CountedPieces count_pieces(const Corpus& corpus, Pattern pattern, ConsoleLog& lo
 
 Tokenizer train_tokenizer(const Corpus& corpus, int vocab_size, const std::string& pattern) {
   constexpr int kSmallest = 256 + kSpecials;
-  if (vocab_size < kSmallest || vocab_size > 1 << 24) {
-    fail("--vocab-size: found ", vocab_size, ", expected ", kSmallest, " (256 bytes and ",
-         kSpecials, " special tokens) to ", 1 << 24);
-  }
+  require(vocab_size >= kSmallest && vocab_size <= 1 << 24, "--vocab-size: found ", vocab_size,
+          ", expected ", kSmallest, " (256 bytes and ", kSpecials, " special tokens) to ", 1 << 24);
   auto data = std::make_shared<TokenizerData>();
   data->pattern = parse_pattern(pattern);
   ConsoleLog log(corpus.quiet);
@@ -936,9 +934,8 @@ std::vector<int> Tokenizer::encode(std::string_view text, bool allow_special) co
 std::string Tokenizer::decode(std::span<const int> ids) const {
   std::string text;
   for (const int id : ids) {
-    if (id < 0 || id >= vocab_size()) {
-      fail("decode: found token ", id, ", expected 0 to ", vocab_size() - 1);
-    }
+    require(id >= 0 && id < vocab_size(), "decode: found token ", id, ", expected 0 to ",
+            vocab_size() - 1);
     text += data_->bytes[size_t(id)];
   }
   return text;
@@ -1008,9 +1005,8 @@ DataInfo encode_corpus(const Corpus& corpus, const Tokenizer& tokenizer,
       split.tokens += int64_t(ids[i].size());
     }
   });
-  if (info.train.tokens + info.val.tokens == 0) {
-    fail("encoding: found documents without text, expected text");
-  }
+  require(info.train.tokens + info.val.tokens > 0,
+          "encoding: found documents without text, expected text");
   train.finish();
   val.finish();
   write_data_info(prefix, info);
@@ -1057,9 +1053,8 @@ class ValidationSplit {
   static constexpr size_t kFew = 64;
 
   ValidationSplit(const std::vector<Input>& inputs, double fraction) {
-    if (!(fraction >= 0 && fraction < 1)) {
-      fail("--val-fraction: found ", fraction, ", expected 0 or more and less than 1");
-    }
+    require(fraction >= 0 && fraction < 1, "--val-fraction: found ", fraction,
+            ", expected 0 or more and less than 1");
     if (fraction == 0) return;
     std::set<uint64_t> hashes;
     size_t documents = 0;
@@ -1112,10 +1107,8 @@ class ValidationSplit {
       while (cut < near.size() && (near[cut] & 0xC0) == 0x80) cut++;
     }
     tail_ = wanted + int64_t(cut);
-    if (tail_ <= 0 || tail_ >= bytes) {
-      fail("--val-fraction: found ", fraction, " of ", bytes,
-           " bytes, expected at least one byte on each side");
-    }
+    require(tail_ > 0 && tail_ < bytes, "--val-fraction: found ", fraction, " of ", bytes,
+            " bytes, expected at least one byte on each side");
   }
 
   int64_t tail_ = 0;
@@ -1509,9 +1502,8 @@ std::string without_possessive(std::string_view regex) {
 }
 
 Pattern read_pattern(const JsonNode& root) {
-  if (!root.has("pre_tokenizer")) {
-    fail(root.where(), ": pre_tokenizer: found null, expected ByteLevel, or Split and ByteLevel");
-  }
+  require(root.has("pre_tokenizer"), root.where(),
+          ": pre_tokenizer: found null, expected ByteLevel, or Split and ByteLevel");
   const JsonNode node = root.member("pre_tokenizer");
   const auto check_byte_level = [](const JsonNode& n, bool use_regex) {
     const std::string_view type = n.member("type").string();

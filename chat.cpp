@@ -84,10 +84,8 @@ Model load_model(const ModelOptions& options, int batch_tokens) {
   const std::filesystem::path dir = model_dir(options.path);
   const Config config = load_config_with_head(dir, Head::lm);
   Model m{.dir = dir, .tokenizer = Tokenizer::load(dir)};
-  if (m.tokenizer.vocab_size() > config.V) {
-    fail(dir.string(), ": found a tokenizer of ", m.tokenizer.vocab_size(),
-         " tokens, expected at most vocab_size ", config.V);
-  }
+  require(m.tokenizer.vocab_size() <= config.V, dir.string(), ": found a tokenizer of ",
+          m.tokenizer.vocab_size(), " tokens, expected at most vocab_size ", config.V);
   set_threads(options.threads);
   m.gpt = make_gpt(config, {.device = parse_device(options.device),
                             .mode = Mode::inference,
@@ -211,14 +209,10 @@ std::vector<int> encode_prompt(const Model& m, const Prompt& p) {
   if (m.document_start >= 0) ids.push_back(m.document_start);
   m.tokenizer.encode(p.text, ids);
   const int T = m.gpt->config().T;
-  if (ids.empty()) {
-    fail(p.where, ": found an empty prompt, expected text: the tokenizer of ", m.dir.string(),
-         " has no <|endoftext|> to begin a document with");
-  }
-  if (int64_t(ids.size()) > T - 1) {
-    fail(p.where, ": found ", ids.size(), " tokens, expected at most ", T - 1,
-         ", since the model's context is ", T);
-  }
+  require(!ids.empty(), p.where, ": found an empty prompt, expected text: the tokenizer of ",
+          m.dir.string(), " has no <|endoftext|> to begin a document with");
+  require(int64_t(ids.size()) <= T - 1, p.where, ": found ", ids.size(),
+          " tokens, expected at most ", T - 1, ", since the model's context is ", T);
   return ids;
 }
 
@@ -338,9 +332,7 @@ Template find_template(const Model& m, const std::string& name) {
   if (name == "chatml") return Template::chatml;
   if (name == "llama3") return Template::llama3;
   if (name == "plain") return Template::plain;
-  if (name != "auto") {
-    fail("--template: found ", name, ", expected auto, chatml, llama3 or plain");
-  }
+  require(name == "auto", "--template: found ", name, ", expected auto, chatml, llama3 or plain");
   const std::string text = chat_template(m.dir);
   // Known by the tokens that mark turns: templates of one kind differ in their default system
   // message.
@@ -493,10 +485,8 @@ class Talk {
     Conversation c{.tools = tools_};
     if (!system.empty()) c.messages.push_back({.role = "system", .content = system});
     std::vector<int> opening = render(model_, chat_, c, true, false);
-    if (int(opening.size()) > T_ / 2) {
-      fail("system: found ", opening.size(), " tokens, expected at most ", T_ / 2,
-           ", half of the model's context");
-    }
+    require(int(opening.size()) <= T_ / 2, "system: found ", opening.size(),
+            " tokens, expected at most ", T_ / 2, ", half of the model's context");
     opening_ = std::move(opening);
     system_ = system;
     turns_.clear();
@@ -859,9 +849,8 @@ int talk(const TalkOptions& o) {
   need(o.max_tokens >= 0, "--max-tokens", o.max_tokens, "at least 1, or 0");
   const Model model = load_model(o.model, GeneratorOptions{}.prefill_tokens);
   const Template chat = o.base ? Template::document : find_template(model, o.chat_template);
-  if (o.base && (o.calculator || !o.documents.empty() || !o.system.empty())) {
-    fail("--base: found --system, --calculator or --documents, expected them with an assistant");
-  }
+  require(!o.base || (!o.calculator && o.documents.empty() && o.system.empty()),
+          "--base: found --system, --calculator or --documents, expected them with an assistant");
   const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
   LineInput input;
   // Ctrl+C stops an answer, or clears the line that is being typed. It does not end the program.
@@ -992,10 +981,9 @@ int evaluate(const EvalOptions& o) {
     results.insert(results.end(), more.begin(), more.end());
     if (stop_signal != 0) return 128 + stop_signal;
   }
-  if (in_words && questions.empty()) {
-    fail("--tasks: found no item for ", o.base ? "a base model" : "an assistant", ", expected \"",
-         o.base ? "prompt" : "messages", "\" in some");
-  }
+  require(!in_words || !questions.empty(), "--tasks: found no item for ",
+          o.base ? "a base model" : "an assistant", ", expected \"", o.base ? "prompt" : "messages",
+          "\" in some");
   if (!questions.empty()) {
     for (Question& q : questions) {
       q.stop.insert(q.stop.end(), rules.stop_strings.begin(), rules.stop_strings.end());
@@ -1042,13 +1030,10 @@ std::vector<Task> parse_tasks(const EvalOptions& o) {
   for (const std::string& spec : o.tasks) {
     const auto [name, path] = split_task(spec);
     const bool choice = name == "hellaswag" || name == "mmlu" || is_arc(name);
-    if (!name.empty() && !choice && name != "gsm8k" && name != "bits_per_byte") {
-      fail("--tasks: found ", name,
-           ", expected hellaswag, arc..., mmlu, gsm8k or bits_per_byte before =");
-    }
-    if (!seen.insert(name.empty() ? path : name).second) {
-      fail("--tasks: found ", name.empty() ? path : name, " twice");
-    }
+    require(name.empty() || choice || name == "gsm8k" || name == "bits_per_byte", "--tasks: found ",
+            name, ", expected hellaswag, arc..., mmlu, gsm8k or bits_per_byte before =");
+    require(seen.insert(name.empty() ? path : name).second, "--tasks: found ",
+            name.empty() ? path : name, " twice");
     tasks.push_back({name, path, shots[name]});
   }
   return tasks;
@@ -1490,9 +1475,8 @@ MultipleChoice read_arc(const Json& json, const std::string& where) {
   }
   const auto key = json_get<std::string>(json, "answerKey", where);
   c.right = size_t(std::find(labels.begin(), labels.end(), key) - labels.begin());
-  if (c.right >= c.endings.size() || labels.size() != c.endings.size()) {
-    fail(where, ": answerKey: found ", key, ", expected a choice's label");
-  }
+  require(c.right < c.endings.size() && labels.size() == c.endings.size(), where,
+          ": answerKey: found ", key, ", expected a choice's label");
   c.context = "Question: " +
               json_get<std::string>(source, question.is_object() ? "stem" : "question", where) +
               "\nAnswer:";

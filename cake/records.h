@@ -109,9 +109,8 @@ class ByteSource {
         {"PAR1", "a Parquet file"}, {"%PDF-", "a PDF file"},    {"WARC/", "a WARC archive"},
         {"\x7f\x45LF", "a program"}};
     for (const auto& [magic, what] : others) {
-      if (head.starts_with(magic)) {
-        fail(name_, ": found ", what, ", expected text, JSON lines, .gz or .zst");
-      }
+      require(!head.starts_with(magic), name_, ": found ", what,
+              ", expected text, JSON lines, .gz or .zst");
     }
   }
 
@@ -361,10 +360,8 @@ class DocumentReader {
     // Text has at most a stray NUL byte. Programs, images and UTF-16 have many.
     const std::string_view sample = head.substr(0, 1 << 16);
     const size_t nuls = size_t(std::count(sample.begin(), sample.end(), '\0'));
-    if (nuls * 1000 > sample.size()) {
-      fail(name, ": found ", nuls, " NUL bytes in the first ", sample.size(),
-           ": binary data, expected text in UTF-8");
-    }
+    require(nuls * 1000 <= sample.size(), name, ": found ", nuls, " NUL bytes in the first ",
+            sample.size(), ": binary data, expected text in UTF-8");
   }
 
   void next_text(DocumentPart& part) {
@@ -568,9 +565,7 @@ inline std::vector<Message> messages_of(element list, const std::string& where) 
 inline void add_answer(Preference& p, element e, const std::string& where) {
   std::string_view text;
   if (!e.get(text)) {
-    if (text.find_first_not_of(" \t\r\n") == std::string_view::npos) {
-      fail(where, ": found nothing, expected an answer");
-    }
+    require(!strip_ascii(text).empty(), where, ": found nothing, expected an answer");
     if (p.is_chat) {
       p.answers.push_back({{"assistant", std::string(text), {}}});
     } else {
@@ -594,10 +589,8 @@ inline std::vector<int> parse_ranking(element e, size_t answers, const std::stri
     }
     ranking.push_back(int(r));
   }
-  if (ranking.size() != answers) {
-    fail(where, ": found ", ranking.size(), " ranks, expected ", answers,
-         ", one for each response");
-  }
+  require(ranking.size() == answers, where, ": found ", ranking.size(), " ranks, expected ",
+          answers, ", one for each response");
   return ranking;
 }
 
@@ -631,10 +624,9 @@ inline void check_preference(const Preference& p, const std::string& where) {
     for (size_t j = 0; j < i; j++) {
       const bool equal =
           p.is_chat ? p.answers[i] == p.answers[j] : p.continuations[i] == p.continuations[j];
-      if (equal && p.ranking[i] != p.ranking[j]) {
-        fail(where, ": found the same answer twice, as number ", j + 1, " and ", i + 1,
-             " with different ranks, expected different answers");
-      }
+      require(!equal || p.ranking[i] == p.ranking[j], where,
+              ": found the same answer twice, as number ", j + 1, " and ", i + 1,
+              " with different ranks, expected different answers");
     }
     if (!p.is_chat) continue;
     Conversation whole = p.prompt;
@@ -683,11 +675,9 @@ inline Preference parse_preference(simdjson::dom::object object, const std::stri
     return p;
   }
   const bool pair = has("chosen") && has("rejected");
-  if (!pair && !(has("prompt") && has("responses") && has("ranking"))) {
-    fail(where,
-         ": found neither \"chosen\" and \"rejected\", nor \"prompt\", \"responses\" and "
-         "\"ranking\", nor \"text\" and \"label\"");
-  }
+  require(pair || (has("prompt") && has("responses") && has("ranking")), where,
+          ": found neither \"chosen\" and \"rejected\", nor \"prompt\", \"responses\" and "
+          "\"ranking\", nor \"text\" and \"label\"");
   const bool whole = pair && !has("prompt");
   p.is_chat = whole;
   if (!whole) read_prompt(p, object, pair, where);

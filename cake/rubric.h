@@ -161,21 +161,17 @@ inline Rubric parse_rubric(const Json& json, const std::string& where) {
     const std::string key = concat(where, "[", rubric.size(), "]");
     const auto kind = json_get<std::string>(json_criterion, "kind", key);
     const auto* name = std::find(std::begin(kCriterionNames), std::end(kCriterionNames), kind);
-    if (name == std::end(kCriterionNames)) {
-      fail(key, ": kind: found ", json_text(kind),
-           ", expected mentions, begins, ends, varied or length");
-    }
+    require(name != std::end(kCriterionNames), key, ": kind: found ", json_text(kind),
+            ", expected mentions, begins, ends, varied or length");
     Criterion c{.kind = Criterion::Kind(name - std::begin(kCriterionNames)),
                 .weight = json_get<double>(json_criterion, "weight", key)};
-    if (!(c.weight > 0 && std::isfinite(c.weight))) {
-      fail(key, ": weight: found ", c.weight, ", expected more than 0");
-    }
+    require(c.weight > 0 && std::isfinite(c.weight), key, ": weight: found ", c.weight,
+            ", expected more than 0");
     if (c.kind == Criterion::Kind::length) {
       c.low = json_get<int>(json_criterion, "low", key),
       c.high = json_get<int>(json_criterion, "high", key);
-      if (c.low < 1 || c.high < c.low) {
-        fail(key, ": found low ", c.low, " and high ", c.high, ", expected 1 <= low <= high");
-      }
+      require(c.low >= 1 && c.high >= c.low, key, ": found low ", c.low, " and high ", c.high,
+              ", expected 1 <= low <= high");
     } else if (c.kind != Criterion::Kind::varied) {
       c.words = json_get<std::vector<std::string>>(json_criterion, "words", key);
       if (c.words.empty()) fail(key, ": words: found [], expected an array of strings");

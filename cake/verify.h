@@ -173,9 +173,8 @@ inline Check parse_check(const Json& json, const std::string& where) {
     if (!any && !none) fail(where, ": any: found no words, expected some");
   } else if (type == "number") {
     const auto value = json_get<std::string>(json, "value", where);
-    if (canonical_number(value).empty()) {
-      fail(where, ": value: found ", json_text(value), ", expected a number");
-    }
+    require(!canonical_number(value).empty(), where, ": value: found ", json_text(value),
+            ", expected a number");
   } else if (type == "exact") {
     json_get<std::string>(json, "text", where);
   } else if (type == "tool") {
