@@ -173,18 +173,10 @@ class Scanner {
   // The end of the piece that begins at byte `i` of the text. Each call continues where the last
   // one ended.
   size_t piece_end(size_t i) {
-    switch (pattern_) {
-      case Pattern::gpt2:
-        return gpt2(i);
-      case Pattern::gpt2_digits:
-        return gpt2_digits(i);
-      case Pattern::cl100k:
-        return cl100k(i, 3);
-      case Pattern::qwen2:
-        return cl100k(i, 1);
-      default:
-        return o200k(i);
-    }
+    if (pattern_ == Pattern::gpt2) return gpt2(i);
+    if (pattern_ == Pattern::gpt2_digits) return gpt2_digits(i);
+    if (pattern_ == Pattern::o200k) return o200k(i);
+    return cl100k(i, pattern_ == Pattern::qwen2 ? 1 : 3);
   }
 
  private:
@@ -576,14 +568,13 @@ class Trainer {
 
   // Replaces the pair by `token` in every word.
   void merge(int left, int right, int token) {
-    Pair& pair = pairs_[size_t(index_.find(pair_key(left, right)))];
-    const std::vector<uint32_t> words = std::move(pair.words);
-    pair.words = {};
+    const auto p = size_t(index_.find(pair_key(left, right)));
     std::vector<int> fresh;  // the pairs that hold the new token
-    for (const uint32_t w : words) merge_word(w, left, right, token, fresh);
-    pairs_[size_t(index_.find(pair_key(left, right)))].count =
-        0;  // `pair` may dangle: add() grows pairs_
-    for (const int p : fresh) enqueue(p);
+    for (const uint32_t w : std::exchange(pairs_[p].words, {})) {
+      merge_word(w, left, right, token, fresh);
+    }
+    pairs_[p].count = 0;
+    for (const int f : fresh) enqueue(f);
   }
 
   int64_t tokens() const {  // in the text
@@ -663,11 +654,10 @@ struct TokenizerData {
   bool nfc = false;            // text is brought to Normalization Form C first
   bool ignore_merges = false;  // a piece that is a token is that token, whatever the merges say
   Merges merges;
-  std::vector<int> ids;                                // of each token of `merges`
-  std::vector<std::string> bytes;                      // of each id; empty if no token has it
-  std::vector<std::pair<std::string, int>> specials;   // by id
-  std::vector<const std::string*> specials_by_length;  // longest first
-  std::unordered_map<std::string, int> special_ids;    // by name
+  std::vector<int> ids;                               // of each token of `merges`
+  std::vector<std::string> bytes;                     // of each id; empty if no token has it
+  std::vector<std::pair<std::string, int>> specials;  // by id
+  std::unordered_map<std::string, int> special_ids;   // by name
   FlatMap whole_pieces;      // hash of a piece -> the id that the whole piece becomes
   std::string json, config;  // the contents of the files it was read from; empty: none
   uint64_t hash = 0;
@@ -679,7 +669,6 @@ struct TokenizerData {
 
   // Fills what follows from the rest. `where` is a file, for errors.
   void complete(const std::string& where);
-  uint64_t compute_hash() const;
 };
 
 void TokenizerData::complete(const std::string& where) {
@@ -696,14 +685,7 @@ void TokenizerData::complete(const std::string& where) {
     if (name.empty()) fail(where, ": found a special token without text");
     add_token(id, name);
     special_ids[name] = id;
-    specials_by_length.push_back(&name);
   }
-  std::stable_sort(specials_by_length.begin(), specials_by_length.end(),
-                   [](const auto* a, const auto* b) { return a->size() > b->size(); });
-  hash = compute_hash();
-}
-
-uint64_t TokenizerData::compute_hash() const {
   std::string all =
       concat(pattern_info(pattern).name, nfc ? " nfc" : "", ignore_merges ? " ignore_merges" : "");
   const auto put = [&all](int x) { all.append(reinterpret_cast<const char*>(&x), sizeof x); };
@@ -712,7 +694,7 @@ uint64_t TokenizerData::compute_hash() const {
   }
   for (const auto& [name, id] : specials) put(id);
   for (const std::string& token : bytes) put(int(token.size())), all += token;
-  return hash64(all);
+  hash = hash64(all);
 }
 
 namespace {
@@ -750,10 +732,8 @@ CountedPieces count_pieces(const Corpus& corpus, Pattern pattern, ConsoleLog& lo
 
 Tokenizer train_tokenizer(const Corpus& corpus, int vocab_size, const std::string& pattern) {
   constexpr int kSmallest = 256 + kSpecials;
-  if (vocab_size < kSmallest || vocab_size > 1 << 24) {
-    fail("--vocab-size: found ", vocab_size, ", expected ", kSmallest, " (256 bytes and ",
-         kSpecials, " special tokens) to ", 1 << 24);
-  }
+  require(vocab_size >= kSmallest && vocab_size <= 1 << 24, "--vocab-size: found ", vocab_size,
+          ", expected ", kSmallest, " (256 bytes and ", kSpecials, " special tokens) to ", 1 << 24);
   auto data = std::make_shared<TokenizerData>();
   data->pattern = parse_pattern(pattern);
   ConsoleLog log(corpus.quiet);
@@ -921,9 +901,12 @@ std::pair<size_t, const std::string*> find_special(const TokenizerData& data, st
     can_begin[static_cast<unsigned char>(name[0])] = true;
   for (; begin < text.size(); begin++) {
     if (!can_begin[static_cast<unsigned char>(text[begin])]) continue;
-    for (const std::string* name : data.specials_by_length) {
-      if (text.compare(begin, name->size(), *name) == 0) return {begin, name};
+    const std::string* longest = nullptr;
+    for (const auto& [name, id] : data.specials) {
+      if (longest && longest->size() >= name.size()) continue;
+      if (text.substr(begin).starts_with(name)) longest = &name;
     }
+    if (longest) return {begin, longest};
   }
   return {text.size(), nullptr};
 }
@@ -951,9 +934,8 @@ std::vector<int> Tokenizer::encode(std::string_view text, bool allow_special) co
 std::string Tokenizer::decode(std::span<const int> ids) const {
   std::string text;
   for (const int id : ids) {
-    if (id < 0 || id >= vocab_size()) {
-      fail("decode: found token ", id, ", expected 0 to ", vocab_size() - 1);
-    }
+    require(id >= 0 && id < vocab_size(), "decode: found token ", id, ", expected 0 to ",
+            vocab_size() - 1);
     text += data_->bytes[size_t(id)];
   }
   return text;
@@ -1023,9 +1005,8 @@ DataInfo encode_corpus(const Corpus& corpus, const Tokenizer& tokenizer,
       split.tokens += int64_t(ids[i].size());
     }
   });
-  if (info.train.tokens + info.val.tokens == 0) {
-    fail("encoding: found documents without text, expected text");
-  }
+  require(info.train.tokens + info.val.tokens > 0,
+          "encoding: found documents without text, expected text");
   train.finish();
   val.finish();
   write_data_info(prefix, info);
@@ -1072,9 +1053,8 @@ class ValidationSplit {
   static constexpr size_t kFew = 64;
 
   ValidationSplit(const std::vector<Input>& inputs, double fraction) {
-    if (!(fraction >= 0 && fraction < 1)) {
-      fail("--val-fraction: found ", fraction, ", expected 0 or more and less than 1");
-    }
+    require(fraction >= 0 && fraction < 1, "--val-fraction: found ", fraction,
+            ", expected 0 or more and less than 1");
     if (fraction == 0) return;
     std::set<uint64_t> hashes;
     size_t documents = 0;
@@ -1127,10 +1107,8 @@ class ValidationSplit {
       while (cut < near.size() && (near[cut] & 0xC0) == 0x80) cut++;
     }
     tail_ = wanted + int64_t(cut);
-    if (tail_ <= 0 || tail_ >= bytes) {
-      fail("--val-fraction: found ", fraction, " of ", bytes,
-           " bytes, expected at least one byte on each side");
-    }
+    require(tail_ > 0 && tail_ < bytes, "--val-fraction: found ", fraction, " of ", bytes,
+            " bytes, expected at least one byte on each side");
   }
 
   int64_t tail_ = 0;
@@ -1164,15 +1142,12 @@ class CorpusReader {
       offset_ = 0;
     }
     const int64_t size = int64_t(part.text.size());
-    if (split_.has_tail() && offset_ < split_.tail() && split_.tail() < offset_ + size) {
+    if (split_.has_tail() && offset_ <= split_.tail() && split_.tail() < offset_ + size) {
       const size_t cut = size_t(split_.tail() - offset_);
       batch.text += part.text.substr(0, cut);
       end_document(batch);
       begin_document(batch, true);
       part.text.remove_prefix(cut);
-    } else if (split_.has_tail() && offset_ == split_.tail()) {
-      end_document(batch);
-      begin_document(batch, true);
     }
     offset_ += size;
     batch.text += part.text;
@@ -1239,12 +1214,8 @@ void for_each_batch(const Corpus& corpus, const char* verb, ConsoleLog& log,
   }
 }
 
-}  // namespace
-
 // ---------------------------------------------------------------------------------------------
 // Writing tokenizer.json
-
-namespace {
 
 // The files of Hugging Face and GPT-2 spell each byte as a printable character: most of Latin-1 as
 // itself, the other 68 bytes, in order, as U+0100 and the characters behind it.
@@ -1316,15 +1287,9 @@ std::string json_lines(const std::vector<std::string>& items, const std::string&
 std::vector<std::string> added_tokens(const TokenizerData& data) {
   std::vector<std::string> items;
   for (const auto& [name, id] : data.specials) {
-    items.push_back(OrderedJson{
-        {"id", id},
-        {"content", name},
-        {"single_word", false},
-        {"lstrip", false},
-        {"rstrip", false},
-        {"normalized", false},
-        {"special",
-         true}}.dump());
+    items.push_back(concat(R"({"id":)", id, R"(,"content":)", quoted(name),
+                           R"(,"single_word":false,"lstrip":false,"rstrip":false,)",
+                           R"("normalized":false,"special":true})"));
   }
   return items;
 }
@@ -1353,20 +1318,16 @@ std::vector<std::string> merge_list(const Merges& merges) {
 }
 
 std::string tokenizer_json(const TokenizerData& data) {
-  return R"({
+  constexpr const char* kForm = R"({
   "version": "1.0",
   "truncation": null,
   "padding": null,
-  "added_tokens": [)" +
-         json_lines(added_tokens(data), "    ") + R"(
+  "added_tokens": [%s
   ],
-  "normalizer": )" +
-         (data.nfc ? R"({"type":"NFC"})" : "null") + R"(,
-  "pre_tokenizer": )" +
-         pre_tokenizer_json(data.pattern).dump() + R"(,
+  "normalizer": %s,
+  "pre_tokenizer": %s,
   "post_processor": null,
-  "decoder": )" +
-         byte_level_json(true).dump() + R"(,
+  "decoder": %s,
   "model": {
     "type": "BPE",
     "dropout": null,
@@ -1375,17 +1336,20 @@ std::string tokenizer_json(const TokenizerData& data) {
     "end_of_word_suffix": null,
     "fuse_unk": false,
     "byte_fallback": false,
-    "ignore_merges": )" +
-         (data.ignore_merges ? "true" : "false") + R"(,
-    "vocab": {)" +
-         json_lines(vocabulary(data), "      ") + R"(
+    "ignore_merges": %s,
+    "vocab": {%s
     },
-    "merges": [)" +
-         json_lines(merge_list(data.merges), "      ") + R"(
+    "merges": [%s
     ]
   }
 }
 )";
+  return format(kForm, json_lines(added_tokens(data), "    ").c_str(),
+                data.nfc ? R"({"type":"NFC"})" : "null",
+                pre_tokenizer_json(data.pattern).dump().c_str(),
+                byte_level_json(true).dump().c_str(), data.ignore_merges ? "true" : "false",
+                json_lines(vocabulary(data), "      ").c_str(),
+                json_lines(merge_list(data.merges), "      ").c_str());
 }
 
 std::string tokenizer_config_json(const TokenizerData& data) {
@@ -1420,7 +1384,6 @@ Tokenizer with_chat_tokens(const Tokenizer& tokenizer, bool add) {
   }
   for (const auto& [name, id] : d.specials) d.bytes[size_t(id)].clear();  // complete() adds them
   d.special_ids.clear();
-  d.specials_by_length.clear();
   d.complete("tokenizer");
   const std::string fresh = tokenizer_config_json(d);
   if (d.config.empty()) {
@@ -1539,9 +1502,8 @@ std::string without_possessive(std::string_view regex) {
 }
 
 Pattern read_pattern(const JsonNode& root) {
-  if (!root.has("pre_tokenizer")) {
-    fail(root.where(), ": pre_tokenizer: found null, expected ByteLevel, or Split and ByteLevel");
-  }
+  require(root.has("pre_tokenizer"), root.where(),
+          ": pre_tokenizer: found null, expected ByteLevel, or Split and ByteLevel");
   const JsonNode node = root.member("pre_tokenizer");
   const auto check_byte_level = [](const JsonNode& n, bool use_regex) {
     const std::string_view type = n.member("type").string();
@@ -1698,19 +1660,16 @@ std::shared_ptr<TokenizerData> read_tokenizer_json(const std::filesystem::path& 
 // Reading .tiktoken and vocab.bpe
 
 std::string decode_base64(std::string_view spelling, const std::string& where) {
+  static constexpr std::string_view kDigits =
+      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
   std::string_view text = spelling;
   std::string out;
   uint32_t bits = 0;
   int n = 0;
   while (!text.empty() && text.back() == '=') text.remove_suffix(1);
   for (const char c : text) {
-    const int value = c >= 'A' && c <= 'Z'   ? c - 'A'
-                      : c >= 'a' && c <= 'z' ? c - 'a' + 26
-                      : c >= '0' && c <= '9' ? c - '0' + 52
-                      : c == '+'             ? 62
-                      : c == '/'             ? 63
-                                             : -1;
-    if (value < 0) fail(where, ": found ", spelling, ", expected base64 and a rank");
+    const size_t value = kDigits.find(c);
+    if (value == kDigits.npos) fail(where, ": found ", spelling, ", expected base64 and a rank");
     bits = bits << 6 | uint32_t(value);
     n += 6;
     if (n >= 8) n -= 8, out += char(bits >> n & 255);
@@ -1749,7 +1708,6 @@ std::vector<std::pair<int, std::string>> read_ranks(const std::string& path) {
   std::vector<std::pair<int, std::string>> ranks;
   LineReader lines{Input(path)};
   for (std::string_view line; lines.next(line);) {
-    if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
     if (line.empty()) continue;
     const size_t space = line.find(' ');
     const std::string_view digits = space == std::string_view::npos ? "" : line.substr(space + 1);
@@ -1810,7 +1768,6 @@ std::shared_ptr<TokenizerData> read_vocab_bpe(const std::filesystem::path& path)
   for (int b = 0; b < 256; b++) token_of[std::string(1, char(b))] = b;
   LineReader lines{Input(path.string())};
   for (std::string_view line; lines.next(line);) {
-    if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
     if (line.empty() || (lines.number() == 1 && line.substr(0, 8) == "#version")) continue;
     const size_t space = line.find(' ');
     std::string left, right;
@@ -1996,14 +1953,8 @@ std::string to_nfc(std::string_view text) {
   return nfc.normalize(text);
 }
 
-}  // namespace
-}  // namespace cake
-
 // ---------------------------------------------------------------------------------------------
 // Command line
-
-namespace cake {
-namespace {
 
 void print(std::string_view text) { std::fwrite(text.data(), 1, text.size(), stdout); }
 

@@ -29,6 +29,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cwchar>
+#include <fstream>
 #include <map>
 #include <string>
 #include <vector>
@@ -50,15 +51,15 @@
 namespace cake {
 namespace {
 
+using Strings = std::vector<std::string>;
+
 // ---------------------------------------------------------------------------------------------
 // Standard output. It is no error when its reader ends first, as in `./chat generate ... | head`.
-
-struct BrokenPipe {};
 
 void print(std::string_view text) {
   const bool good = std::fwrite(text.data(), 1, text.size(), stdout) == text.size();
   if (good && std::fflush(stdout) == 0) return;
-  if (errno == EPIPE) throw BrokenPipe{};
+  if (errno == EPIPE) std::exit(0);
   fail("standard output: cannot write: ", errno_text());
 }
 
@@ -81,16 +82,10 @@ struct Model {
 
 Model load_model(const ModelOptions& options, int batch_tokens) {
   const std::filesystem::path dir = model_dir(options.path);
-  const Config config = load_config(dir);
-  if (config.head != Head::lm) {
-    fail((dir / "config.json").string(), ": architectures: found ", architecture_name(config),
-         ", expected a language model");
-  }
+  const Config config = load_config_with_head(dir, Head::lm);
   Model m{.dir = dir, .tokenizer = Tokenizer::load(dir)};
-  if (m.tokenizer.vocab_size() > config.V) {
-    fail(dir.string(), ": found a tokenizer of ", m.tokenizer.vocab_size(),
-         " tokens, expected at most vocab_size ", config.V);
-  }
+  require(m.tokenizer.vocab_size() <= config.V, dir.string(), ": found a tokenizer of ",
+          m.tokenizer.vocab_size(), " tokens, expected at most vocab_size ", config.V);
   set_threads(options.threads);
   m.gpt = make_gpt(config, {.device = parse_device(options.device),
                             .mode = Mode::inference,
@@ -104,7 +99,7 @@ Model load_model(const ModelOptions& options, int batch_tokens) {
   return m;
 }
 
-void need(bool good, const char* flag, auto found, const char* expected) {
+void need(bool good, const std::string& flag, const auto& found, const char* expected) {
   if (!good) fail(flag, ": found ", found, ", expected ", expected);
 }
 
@@ -202,7 +197,6 @@ std::vector<Prompt> read_prompts(const std::string& path) {
   } else {
     LineReader lines(input);
     for (std::string_view line; lines.next(line);) {
-      if (line.ends_with('\r')) line.remove_suffix(1);
       prompts.push_back({lines.where(), std::string(line)});
     }
   }
@@ -215,14 +209,10 @@ std::vector<int> encode_prompt(const Model& m, const Prompt& p) {
   if (m.document_start >= 0) ids.push_back(m.document_start);
   m.tokenizer.encode(p.text, ids);
   const int T = m.gpt->config().T;
-  if (ids.empty()) {
-    fail(p.where, ": found an empty prompt, expected text: the tokenizer of ", m.dir.string(),
-         " has no <|endoftext|> to begin a document with");
-  }
-  if (int64_t(ids.size()) > T - 1) {
-    fail(p.where, ": found ", ids.size(), " tokens, expected at most ", T - 1,
-         ", since the model's context is ", T);
-  }
+  require(!ids.empty(), p.where, ": found an empty prompt, expected text: the tokenizer of ",
+          m.dir.string(), " has no <|endoftext|> to begin a document with");
+  require(int64_t(ids.size()) <= T - 1, p.where, ": found ", ids.size(),
+          " tokens, expected at most ", T - 1, ", since the model's context is ", T);
   return ids;
 }
 
@@ -234,7 +224,7 @@ std::string result_line(const Prompt& prompt, const Completion& c) {
                          {"tokens", c.ids},
                          {"logp", logp},
                          {"finish", finish_name(c.finish)}};
-  return json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
+  return json_line(json);
 }
 
 void print_stats(const GeneratorStats& s) {
@@ -342,9 +332,7 @@ Template find_template(const Model& m, const std::string& name) {
   if (name == "chatml") return Template::chatml;
   if (name == "llama3") return Template::llama3;
   if (name == "plain") return Template::plain;
-  if (name != "auto") {
-    fail("--template: found ", name, ", expected auto, chatml, llama3 or plain");
-  }
+  require(name == "auto", "--template: found ", name, ", expected auto, chatml, llama3 or plain");
   const std::string text = chat_template(m.dir);
   // Known by the tokens that mark turns: templates of one kind differ in their default system
   // message.
@@ -497,10 +485,8 @@ class Talk {
     Conversation c{.tools = tools_};
     if (!system.empty()) c.messages.push_back({.role = "system", .content = system});
     std::vector<int> opening = render(model_, chat_, c, true, false);
-    if (int(opening.size()) > T_ / 2) {
-      fail("system: found ", opening.size(), " tokens, expected at most ", T_ / 2,
-           ", half of the model's context");
-    }
+    require(int(opening.size()) <= T_ / 2, "system: found ", opening.size(),
+            " tokens, expected at most ", T_ / 2, ", half of the model's context");
     opening_ = std::move(opening);
     system_ = system;
     turns_.clear();
@@ -658,21 +644,25 @@ class Talk {
   }
 
   void help() const {
-    const bool base = chat_ == Template::document;
-    print(base ? "What you type is text, and the model continues it. An empty line adds nothing.\n"
-               : "Type and press Enter. A line that ends with a backslash continues on the next "
-                 "one.\n");
     print(
-        "Ctrl+C         stops the answer\n"
-        "Ctrl+D, /quit  ends the program\n");
-    print(base ? "/reset         begins a new document\n"
-               : "/reset         begins a new conversation\n");
-    if (!base)
-      print("/system TEXT   begins one with this system message; without TEXT, shows it\n");
-    print(base ? "/retry         continues in another way\n" : "/retry         answers again\n");
-    print(concat("/save FILE     appends the ", base ? "document" : "conversation",
-                 " to a .jsonl file\n",
-                 "/temperature X sets the temperature; 0: always the most likely token\n"));
+        chat_ == Template::document
+            ? R"(What you type is text, and the model continues it. An empty line adds nothing.
+Ctrl+C         stops the answer
+Ctrl+D, /quit  ends the program
+/reset         begins a new document
+/retry         continues in another way
+/save FILE     appends the document to a .jsonl file
+/temperature X sets the temperature; 0: always the most likely token
+)"
+            : R"(Type and press Enter. A line that ends with a backslash continues on the next one.
+Ctrl+C         stops the answer
+Ctrl+D, /quit  ends the program
+/reset         begins a new conversation
+/system TEXT   begins one with this system message; without TEXT, shows it
+/retry         answers again
+/save FILE     appends the conversation to a .jsonl file
+/temperature X sets the temperature; 0: always the most likely token
+)");
   }
 
   void retry() {
@@ -702,12 +692,9 @@ class Talk {
         json["tools"].push_back({{"type", "function"}, {"function", OrderedJson::parse(tool)}});
       }
     }
-    const std::string line =
-        json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
-    std::FILE* file = std::fopen(path.c_str(), "ab");
-    const bool good = file && std::fwrite(line.data(), 1, line.size(), file) == line.size();
-    const bool closed = file && std::fclose(file) == 0;
-    note(good && closed ? "saved in " + path : path + ": cannot write: " + errno_text());
+    std::ofstream file(path, std::ios::app);
+    file << json_line(json) << std::flush;
+    note(file ? "saved in " + path : path + ": cannot write: " + errno_text());
   }
   static OrderedJson message_json(const Message& m) {
     OrderedJson json{{"role", m.role}, {"content", m.content}};
@@ -862,9 +849,8 @@ int talk(const TalkOptions& o) {
   need(o.max_tokens >= 0, "--max-tokens", o.max_tokens, "at least 1, or 0");
   const Model model = load_model(o.model, GeneratorOptions{}.prefill_tokens);
   const Template chat = o.base ? Template::document : find_template(model, o.chat_template);
-  if (o.base && (o.calculator || !o.documents.empty() || !o.system.empty())) {
-    fail("--base: found --system, --calculator or --documents, expected them with an assistant");
-  }
+  require(!o.base || (!o.calculator && o.documents.empty() && o.system.empty()),
+          "--base: found --system, --calculator or --documents, expected them with an assistant");
   const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
   LineInput input;
   // Ctrl+C stops an answer, or clears the line that is being typed. It does not end the program.
@@ -995,10 +981,9 @@ int evaluate(const EvalOptions& o) {
     results.insert(results.end(), more.begin(), more.end());
     if (stop_signal != 0) return 128 + stop_signal;
   }
-  if (in_words && questions.empty()) {
-    fail("--tasks: found no item for ", o.base ? "a base model" : "an assistant", ", expected \"",
-         o.base ? "prompt" : "messages", "\" in some");
-  }
+  require(!in_words || !questions.empty(), "--tasks: found no item for ",
+          o.base ? "a base model" : "an assistant", ", expected \"", o.base ? "prompt" : "messages",
+          "\" in some");
   if (!questions.empty()) {
     for (Question& q : questions) {
       q.stop.insert(q.stop.end(), rules.stop_strings.begin(), rules.stop_strings.end());
@@ -1045,18 +1030,16 @@ std::vector<Task> parse_tasks(const EvalOptions& o) {
   for (const std::string& spec : o.tasks) {
     const auto [name, path] = split_task(spec);
     const bool choice = name == "hellaswag" || name == "mmlu" || is_arc(name);
-    if (!name.empty() && !choice && name != "gsm8k" && name != "bits_per_byte") {
-      fail("--tasks: found ", name,
-           ", expected hellaswag, arc..., mmlu, gsm8k or bits_per_byte before =");
-    }
-    if (!seen.insert(name.empty() ? path : name).second) {
-      fail("--tasks: found ", name.empty() ? path : name, " twice");
-    }
+    require(name.empty() || choice || name == "gsm8k" || name == "bits_per_byte", "--tasks: found ",
+            name, ", expected hellaswag, arc..., mmlu, gsm8k or bits_per_byte before =");
+    require(seen.insert(name.empty() ? path : name).second, "--tasks: found ",
+            name.empty() ? path : name, " twice");
     tasks.push_back({name, path, shots[name]});
   }
   return tasks;
 }
 
+// Calls read(json, where) for each line of the file, `limit` at most (0: all).
 template <class Read>
 void for_each_json(const std::string& path, int limit, Read&& read) {
   JsonLines lines{Input(path)};
@@ -1086,14 +1069,7 @@ void read_items(const Model& m, Template chat, const Task& task, const EvalOptio
     if (o.limit > 0 && counts[q.task]++ >= o.limit) continue;
     read_marking(json, where, o, q);
     if (chat == Template::document) {
-      q.stop = {"\n\n"};
-      if (const auto stop = json.find("stop"); stop != json.end()) {
-        if (!stop->is_array()) {
-          fail(where, ": stop: found ", json_text(*stop), ", expected an array");
-        }
-        q.stop.clear();
-        for (const Json& text : *stop) q.stop.push_back(json_as<std::string>(text, "stop", where));
-      }
+      q.stop = json_get_or<Strings>(json, "stop", {"\n\n"}, where);
       if (!json.contains("prompt") || json["prompt"].is_null()) continue;
       const Message message{.role = "user",
                             .content = json_get<std::string>(json, "prompt", where)};
@@ -1117,26 +1093,19 @@ void read_marking(const Json& json, const std::string& where, const EvalOptions&
   if (json.contains("rubric")) {
     q.rubric = parse_rubric(json["rubric"], where + ": rubric");
   } else {
-    if (!json.contains("check")) fail(where, ": check is missing");
-    q.check = parse_check(json["check"], where + ": check");
+    q.check = parse_check(json_get<Json>(json, "check", where), where + ": check");
   }
   q.max_tokens = o.max_tokens > 0 ? o.max_tokens : json_get_or<int>(json, "tokens", 128, where);
-  if (q.max_tokens < 1) fail(where, ": tokens: found ", q.max_tokens, ", expected at least 1");
+  need(q.max_tokens >= 1, where + ": tokens", q.max_tokens, "at least 1");
   q.samples = json_get_or<int>(json, "samples", 1, where);
-  if (q.samples < 1 || q.samples > 1024) {
-    fail(where, ": samples: found ", q.samples, ", expected 1 to 1024");
-  }
+  need(q.samples >= 1 && q.samples <= 1024, where + ": samples", q.samples, "1 to 1024");
   q.temperature = float(json_get_or<double>(json, "temperature", q.samples > 1 ? 1 : 0, where));
-  if (!(q.temperature >= 0 && q.temperature <= 100)) {
-    fail(where, ": temperature: found ", q.temperature, ", expected 0 to 100");
-  }
-  if (const auto shares = json.find("shares"); shares != json.end()) {
-    if (!shares->is_object()) {
-      fail(where, ": shares: found ", json_text(*shares), ", expected {\"task\": \"text\"}");
-    }
-    for (const auto& [name, text] : shares->items())
-      q.shares.emplace_back(name, json_as<std::string>(text, name, where + ": shares"));
-  }
+  need(q.temperature >= 0 && q.temperature <= 100, where + ": temperature", q.temperature,
+       "0 to 100");
+  const Json shares = json_get_or<Json>(json, "shares", Json::object(), where);
+  need(shares.is_object(), where + ": shares", json_text(shares), "{\"task\": \"text\"}");
+  for (const auto& [name, text] : shares.items())
+    q.shares.emplace_back(name, json_as<std::string>(text, name, where + ": shares"));
 }
 
 // {"question", "answer"}, where the answer ends in "#### 42". A base model reads the solved
@@ -1144,12 +1113,11 @@ void read_marking(const Json& json, const std::string& where, const EvalOptions&
 void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptions& o,
                 std::vector<Question>& out) {
   std::string before;
-  if (!task.shots.empty()) {
+  if (!task.shots.empty())
     for_each_json(task.shots, o.shots, [&](const Json& json, const std::string& where) {
       before += "Question: " + json_get<std::string>(json, "question", where) +
                 "\nAnswer: " + json_get<std::string>(json, "answer", where) + "\n\n";
     });
-  }
   for_each_json(task.path, o.limit, [&](const Json& json, const std::string& where) {
     const auto question = json_get<std::string>(json, "question", where);
     const std::string value = final_number(json_get<std::string>(json, "answer", where));
@@ -1161,7 +1129,7 @@ void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptio
     Question q{.task = task.name,
                .where = where,
                .prompt = render(m, chat, {.messages = {message}}, !o.no_start, !document),
-               .check = {.type = Check::Type::number, .text = value},
+               .check = {{"type", "number"}, {"value", value}},
                .max_tokens = o.max_tokens > 0 ? o.max_tokens : 256};
     if (document) q.stop = {"Question:"};
     out.push_back(std::move(q));
@@ -1343,7 +1311,7 @@ void write_answers(const std::string& path, const Tokenizer& tokenizer,
     } else {
       json["reward"] = answers[i].score;
     }
-    file.write(json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace) + "\n");
+    file.write(json_line(json));
   }
   file.commit();
 }
@@ -1429,16 +1397,14 @@ std::vector<Result> choose(const Model& m, const std::string& task,
   int64_t right = 0, right_norm = 0;
   size_t offset = 0;  // of the choice's first ending in `scored`
   for (const MultipleChoice& c : all) {
-    size_t best = 0, best_norm = 0;
-    const auto normed = [&](size_t i) {
-      return scored[offset + i].logp / double(characters(c.endings[i]));
-    };
-    for (size_t i = 1; i < c.endings.size(); i++) {
-      if (scored[offset + i].logp > scored[offset + best].logp) best = i;
-      if (normed(i) > normed(best_norm)) best_norm = i;
+    std::vector<double> logp, normed;
+    for (size_t i = 0; i < c.endings.size(); i++) {
+      logp.push_back(scored[offset + i].logp);
+      normed.push_back(logp[i] / double(characters(c.endings[i])));
     }
-    right += best == c.right;
-    right_norm += best_norm == c.right;
+    right += std::max_element(logp.begin(), logp.end()) == logp.begin() + int64_t(c.right);
+    right_norm +=
+        std::max_element(normed.begin(), normed.end()) == normed.begin() + int64_t(c.right);
     offset += c.endings.size();
   }
   std::vector<Result> results;
@@ -1478,14 +1444,10 @@ MultipleChoice read_hellaswag(const Json& json, const std::string& where) {
   MultipleChoice c;
   c.context = clean_hellaswag(json_get<std::string>(json, "activity_label", where) + ": " +
                               json_get<std::string>(json, "ctx_a", where) + " " + b);
-  if (!json.contains("endings") || !json["endings"].is_array()) {
-    fail(where, ": endings: found none, expected an array");
+  for (const std::string& e : json_get<Strings>(json, "endings", where)) {
+    c.endings.push_back(clean_hellaswag(e));
   }
-  for (const Json& e : json["endings"]) {
-    c.endings.push_back(clean_hellaswag(json_as<std::string>(e, "endings", where)));
-  }
-  if (!json.contains("label")) fail(where, ": label is missing");
-  const Json& label = json["label"];  // 3 or "3"
+  const Json label = json_get<Json>(json, "label", where);  // 3 or "3"
   const std::string digits = label.is_string() ? label.get<std::string>() : label.dump();
   c.right = digits.size() == 1 ? size_t(digits[0] - '0') : c.endings.size();
   if (c.right >= c.endings.size()) {
@@ -1497,61 +1459,48 @@ MultipleChoice read_hellaswag(const Json& json, const std::string& where) {
 // {"question", "choices": {"text": [...], "label": [...]}, "answerKey"}, or the first release's
 // {"question": {"stem", "choices": [{"text", "label"}...]}, "answerKey"}.
 MultipleChoice read_arc(const Json& json, const std::string& where) {
-  const auto question = json.find("question");
-  if (question == json.end()) fail(where, ": question is missing");
-  const Json& source = question->is_object() ? *question : json;
-  const auto choices = source.find("choices");
-  if (choices == source.end()) fail(where, ": choices is missing");
+  const Json question = json_get<Json>(json, "question", where);
+  const Json& source = question.is_object() ? question : json;
+  const Json choices = json_get<Json>(source, "choices", where);
   MultipleChoice c;
-  std::vector<std::string> labels;
-  if (choices->is_array()) {
-    for (const Json& item : *choices) {
+  Strings labels;
+  if (choices.is_array()) {
+    for (const Json& item : choices) {
       c.endings.push_back(json_get<std::string>(item, "text", where));
       labels.push_back(json_get<std::string>(item, "label", where));
     }
   } else {
-    for (const char* key : {"text", "label"}) {
-      const auto list = choices->find(key);
-      if (list == choices->end() || !list->is_array()) {
-        fail(where, ": choices: ", key, ": found none, expected an array");
-      }
-      for (const Json& item : *list) {
-        (key[0] == 't' ? c.endings : labels).push_back(json_as<std::string>(item, key, where));
-      }
-    }
+    c.endings = json_get<Strings>(choices, "text", where + ": choices");
+    labels = json_get<Strings>(choices, "label", where + ": choices");
   }
   const auto key = json_get<std::string>(json, "answerKey", where);
   c.right = size_t(std::find(labels.begin(), labels.end(), key) - labels.begin());
-  if (c.right >= c.endings.size() || labels.size() != c.endings.size()) {
-    fail(where, ": answerKey: found ", key, ", expected a choice's label");
-  }
+  require(c.right < c.endings.size() && labels.size() == c.endings.size(), where,
+          ": answerKey: found ", key, ", expected a choice's label");
   c.context = "Question: " +
-              json_get<std::string>(source, question->is_object() ? "stem" : "question", where) +
+              json_get<std::string>(source, question.is_object() ? "stem" : "question", where) +
               "\nAnswer:";
   return c;
 }
 
 // {"question", "subject", "choices": [...], "answer": 2 or "C"}. The endings are the letters.
 MultipleChoice read_mmlu(const Json& json, const std::string& where) {
-  if (!json.contains("choices") || !json["choices"].is_array() || json["choices"].size() > 26) {
-    fail(where, ": choices: found none, expected an array of at most 26");
-  }
+  const auto choices = json_get<Strings>(json, "choices", where);
+  need(choices.size() <= 26, where + ": choices", choices.size(), "at most 26");
   MultipleChoice c{.context = std::string(strip(json_get<std::string>(json, "question", where)))};
-  for (const Json& choice : json["choices"]) {
+  for (const std::string& choice : choices) {
     const char letter = char('A' + c.endings.size());
-    c.context += concat("\n", letter, ". ", json_as<std::string>(choice, "choices", where));
+    c.context += concat("\n", letter, ". ", choice);
     c.endings.emplace_back(1, letter);
   }
   c.context += "\nAnswer:";
-  if (!json.contains("answer")) fail(where, ": answer is missing");
-  const Json& answer = json["answer"];
+  const Json answer = json_get<Json>(json, "answer", where);
   const std::string letter = answer.is_string() ? answer.get<std::string>() : "";
   c.right = answer.is_number_unsigned() ? answer.get<size_t>()
             : letter.size() == 1        ? size_t(letter[0] - 'A')
                                         : c.endings.size();
-  if (c.right >= c.endings.size()) {
-    fail(where, ": answer: found ", json_text(answer), ", expected a choice's number or letter");
-  }
+  need(c.right < c.endings.size(), where + ": answer", json_text(answer),
+       "a choice's number or letter");
   return c;
 }
 
@@ -1559,12 +1508,11 @@ std::vector<Result> multiple_choice(const Model& m, const Task& task, const Eval
   const bool is_mmlu = task.name == "mmlu";
   const auto read = task.name == "hellaswag" ? read_hellaswag : is_mmlu ? read_mmlu : read_arc;
   std::string before;
-  if (!task.shots.empty()) {
+  if (!task.shots.empty())
     for_each_json(task.shots, o.shots, [&](const Json& json, const std::string& where) {
       const MultipleChoice c = read(json, where);
       before += c.context + " " + c.endings[c.right] + "\n\n";
     });
-  }
   std::vector<MultipleChoice> all;
   for_each_json(task.path, o.limit, [&](const Json& json, const std::string& where) {
     MultipleChoice c = read(json, where);
@@ -1756,11 +1704,5 @@ int main(int argc, char** argv) {
   cake::spin_briefly(argv);
   std::signal(SIGPIPE, SIG_IGN);  // print() sees the error instead
   cake::watch_signals();
-  return cake::guarded_main([&] {
-    try {
-      return cake::chat(argc, argv);
-    } catch (const cake::BrokenPipe&) {
-      return 0;
-    }
-  });
+  return cake::guarded_main([&] { return cake::chat(argc, argv); });
 }

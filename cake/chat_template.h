@@ -219,10 +219,10 @@ inline Rendered render_chat(const Tokenizer& tokenizer, const Conversation& conv
 
 inline int end_of_turn(const Tokenizer& tokenizer) {
   const int id = tokenizer.special("<|im_end|>");
-  if (id < 0 || tokenizer.special("<|im_start|>") < 0) {
-    fail("tokenizer: found no <|im_start|> and <|im_end|>, expected a tokenizer with chat tokens: ",
-         "./sft --add-chat-tokens adds them to a base model");
-  }
+  require(
+      id >= 0 && tokenizer.special("<|im_start|>") >= 0,
+      "tokenizer: found no <|im_start|> and <|im_end|>, expected a tokenizer with chat tokens: ",
+      "./sft --add-chat-tokens adds them to a base model");
   return id;
 }
 
@@ -242,9 +242,8 @@ inline std::set<std::string> tool_names(const std::vector<std::string>& tools,
 // Whether the message may follow the one before it (nullptr: it is the first one).
 inline void check_role(const Message& message, const Message* before, const std::string& where) {
   const std::string& role = message.role;
-  if (role != "system" && role != "user" && role != "assistant" && role != "tool") {
-    fail(where, ": role: found \"", role, "\", expected system, user, assistant or tool");
-  }
+  require(role == "system" || role == "user" || role == "assistant" || role == "tool", where,
+          ": role: found \"", role, "\", expected system, user, assistant or tool");
   const bool called = before && !before->tool_calls.empty();
   const std::string expected = !before                  ? "system or user"
                                : called                 ? "tool, the answer to a call"
@@ -259,10 +258,9 @@ inline void check_role(const Message& message, const Message* before, const std:
 
 inline void check_content(const Message& message, const std::set<std::string>& tools,
                           const std::string& where) {
-  if (!message.tool_calls.empty() && message.role != "assistant") {
-    fail(where, ": tool_calls: found calls by the ", message.role,
-         ", expected calls by the assistant only");
-  }
+  require(message.tool_calls.empty() || message.role == "assistant", where,
+          ": tool_calls: found calls by the ", message.role,
+          ", expected calls by the assistant only");
   const bool is_blank =
       message.role == "assistant" ? strip(message.content).empty() : message.content.empty();
   if (is_blank && message.tool_calls.empty() &&
@@ -270,41 +268,34 @@ inline void check_content(const Message& message, const std::set<std::string>& t
     fail(where, ": content: found nothing, expected text");
   }
   for (const ToolCall& call : message.tool_calls) {
-    if (!Json::parse(call.arguments, nullptr, false).is_object()) {
-      fail(where, ": tool_calls: ", call.name, ": arguments: found ", call.arguments,
-           ", expected a JSON object");
-    }
-    if (!tools.count(call.name)) {
-      fail(where, ": tool_calls: found a call of \"", call.name, "\", expected one of the ",
-           tools.size(), " declared tools");
-    }
+    require(Json::parse(call.arguments, nullptr, false).is_object(), where,
+            ": tool_calls: ", call.name, ": arguments: found ", call.arguments,
+            ", expected a JSON object");
+    require(tools.count(call.name), where, ": tool_calls: found a call of \"", call.name,
+            "\", expected one of the ", tools.size(), " declared tools");
   }
 }
 
 inline void check_conversation(const Conversation& conversation, const std::string& where,
                                bool prompt) {
   const std::vector<Message>& messages = conversation.messages;
-  if (messages.empty()) {
-    fail(where, ": messages: found none, expected a user's message and an assistant's");
-  }
+  require(!messages.empty(), where,
+          ": messages: found none, expected a user's message and an assistant's");
   const std::set<std::string> tools = tool_names(conversation.tools, where);
   bool answered = false;
   for (size_t i = 0; i < messages.size(); i++) {
     const std::string place = concat(where, ": messages[", i, "]");
-    if (i > 0 && messages[i].role == "system" && messages[0].role == "system") {
-      fail(place, ": role: found a second system message, expected at most one");
-    }
+    require(i == 0 || messages[i].role != "system" || messages[0].role != "system", place,
+            ": role: found a second system message, expected at most one");
     check_role(messages[i], i > 0 ? &messages[i - 1] : nullptr, place);
     check_content(messages[i], tools, place);
     answered |= messages[i].role == "assistant";
   }
-  if (!answered && !prompt) {
-    fail(where, ": messages: found none by the assistant, expected at least one to train on");
-  }
+  require(answered || prompt, where,
+          ": messages: found none by the assistant, expected at least one to train on");
   const std::string& last = messages.back().role;
-  if (prompt && last != "user" && last != "tool") {
-    fail(where, ": messages: found ", last, " last, expected user or tool");
-  }
+  require(!prompt || last == "user" || last == "tool", where, ": messages: found ", last,
+          " last, expected user or tool");
 }
 
 // A prompt as ids: a chat up to the header of the assistant's turn, or <|endoftext|> and a text.

@@ -84,20 +84,12 @@ class Utf8Stream {
 };
 
 // Finds the first of several strings that is complete, in bytes that come in pieces of any size.
-// Text that may be the beginning of a stop string is held back until that is decided. For each
-// string, `matched` is the length of its longest prefix that ends the text so far (Knuth, Morris,
-// Pratt 1977).
+// Text that may be the beginning of a stop string is held back until that is decided.
 class StopStrings {
  public:
-  explicit StopStrings(const std::vector<std::string>& strings = {}) {
-    for (const std::string& s : strings) {
+  explicit StopStrings(std::vector<std::string> strings = {}) : strings_(std::move(strings)) {
+    for (const std::string& s : strings_) {
       if (s.empty()) fail("a stop string: found an empty one, expected at least one byte");
-      Pattern p{s, std::vector<int>(s.size(), 0), 0};
-      for (size_t i = 1, k = 0; i < s.size(); i++) {
-        while (k > 0 && s[i] != s[k]) k = size_t(p.border[k - 1]);
-        p.border[i] = int(s[i] == s[k] ? ++k : k);
-      }
-      patterns_.push_back(std::move(p));
     }
   }
   // Appends to `text` the bytes that can be part of no stop string. True when a stop string is
@@ -107,13 +99,11 @@ class StopStrings {
     for (const char byte : bytes) {
       held_ += byte;
       size_t undecided = 0, found = 0;
-      for (Pattern& p : patterns_) {
-        while (p.matched > 0 && p.string[size_t(p.matched)] != byte) {
-          p.matched = p.border[size_t(p.matched) - 1];
-        }
-        if (p.string[size_t(p.matched)] == byte) p.matched++;
-        undecided = std::max(undecided, size_t(p.matched));
-        if (size_t(p.matched) == p.string.size()) found = std::max(found, p.string.size());
+      for (const std::string_view s : strings_) {
+        size_t n = std::min(s.size(), held_.size());
+        while (!held_.ends_with(s.substr(0, n))) n--;  // the longest beginning of s that ends held_
+        undecided = std::max(undecided, n);
+        if (n == s.size()) found = std::max(found, n);
       }
       if (found > 0) {
         text.append(held_, 0, held_.size() - found);
@@ -129,12 +119,7 @@ class StopStrings {
   void finish(std::string& text) { text += std::exchange(held_, {}); }
 
  private:
-  struct Pattern {
-    std::string string;
-    std::vector<int> border;  // [i]: longest proper prefix of string[0..i] that is also its suffix
-    int matched;              // less than the string's length between bytes
-  };
-  std::vector<Pattern> patterns_;
+  std::vector<std::string> strings_;
   std::string held_;
 };
 
@@ -223,36 +208,25 @@ class Generator {
         options_(options),
         cache_(gpt.make_cache(options.cache_positions)),
         pages_(free_pages()) {
-    if (options.rows < 1) fail("generator: rows: found ", options.rows, ", expected at least 1");
-    if (options.prefill_tokens < 1) {
-      fail("generator: prefill tokens: found ", options.prefill_tokens, ", expected at least 1");
-    }
+    require(options.rows >= 1, "generator: rows: found ", options.rows, ", expected at least 1");
+    require(options.prefill_tokens >= 1, "generator: prefill tokens: found ",
+            options.prefill_tokens, ", expected at least 1");
   }
 
   // Queues a request and returns its number: 0, 1, 2, ... Its samples depend on seed and number.
   int submit(Request request) {
     const int number = int(completions_.size()), T = gpt_.config().T;
     const int64_t n = int64_t(request.prompt.size());
-    if (n < 1 || n > T - 1) {
-      fail("request ", number, ": prompt: found ", n, " tokens, expected 1 to ", T - 1,
-           ", since the model's context is ", T);
-    }
-    for (const int id : request.prompt) {
-      if (id >= 0 && id < gpt_.config().V) continue;
-      fail("request ", number, ": prompt: found token ", id, ", expected 0 to ",
-           gpt_.config().V - 1);
-    }
-    if (request.max_new < 1) {
-      fail("request ", number, ": new tokens: found ", request.max_new, ", expected at least 1");
-    }
-    if (request.max_inserted < 0) {
-      fail("request ", number, ": inserted tokens: found ", request.max_inserted,
-           ", expected 0 or more");
-    }
-    if (pages_for(longest(request)) > pages_) {
-      fail("request ", number, ": found up to ", longest(request), " positions, expected at most ",
-           pages_ * kPage, ", the size of the KV cache");
-    }
+    require(n >= 1 && n <= T - 1, "request ", number, ": prompt: found ", n,
+            " tokens, expected 1 to ", T - 1, ", since the model's context is ", T);
+    require_ids(request.prompt, number, "prompt");
+    require(request.max_new >= 1, "request ", number, ": new tokens: found ", request.max_new,
+            ", expected at least 1");
+    require(request.max_inserted >= 0, "request ", number, ": inserted tokens: found ",
+            request.max_inserted, ", expected 0 or more");
+    require(pages_for(longest(request)) <= pages_, "request ", number, ": found up to ",
+            longest(request), " positions, expected at most ", pages_ * kPage,
+            ", the size of the KV cache");
     request.sampling.stream = uint64_t(number);
     auto job = std::make_unique<Job>();
     job->number = number;
@@ -347,6 +321,13 @@ class Generator {
     int finished = -1;  // index in finished_, -1 for the sequence of a row
   };
 
+  void require_ids(std::span<const int> ids, int request, const char* source) const {
+    const int V = gpt_.config().V;
+    for (const int id : ids) {
+      require(id >= 0 && id < V, "request ", request, ": ", source, ": found token ", id,
+              ", expected 0 to ", V - 1);
+    }
+  }
   static int64_t pages_for(int64_t n) { return (n + kPage - 1) / kPage; }
   int64_t free_pages() const { return cache_->free_positions() / kPage; }
   // How many positions a request may need. The token that is sampled last is never fed.
@@ -538,11 +519,7 @@ class Generator {
     const std::vector<int> ids =
         q.on_turn(job.number, std::span<const int>(c.ids).subspan(size_t(c.last_turn)));
     if (ids.empty()) return false;
-    for (const int id : ids) {
-      if (id >= 0 && id < gpt_.config().V) continue;
-      fail("request ", job.number, ": on_turn: found token ", id, ", expected 0 to ",
-           gpt_.config().V - 1);
-    }
+    require_ids(ids, job.number, "on_turn");
     const int64_t n = int64_t(ids.size());
     if (int64_t(job.tokens.size()) + n >= gpt_.config().T) {
       c.finish = Finish::context;

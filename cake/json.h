@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "cake/run.h"
 
@@ -33,20 +34,28 @@ inline void write_json(const std::filesystem::path& path, const OrderedJson& jso
   write_file(path, json.dump(2) + "\n");
 }
 
+// A line of a JSON Lines file. Bytes that are not UTF-8 become U+FFFD.
+template <class JsonType>
+std::string json_line(const JsonType& json) {
+  return json.dump(-1, ' ', false, JsonType::error_handler_t::replace) + "\n";
+}
+
 // A value in a message: its JSON, shortened.
 inline std::string json_text(const Json& value) {
   const std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
   return text.size() <= 60 ? text : text.substr(0, 57) + "...";
 }
 
-// The value as T (bool, an integer, a floating-point type or std::string), of exactly that kind:
-// no string is read as a number, no fraction as an integer.
+// The value as T (bool, an integer, a floating-point type, std::string, a vector of strings), of
+// exactly that kind: no string is read as a number, no fraction as an integer. Json: any kind.
 template <class T>
 T json_as(const Json& value, const std::string& key, const std::string& where) {
   const auto need = [&](bool good, const char* expected) {
     if (!good) fail(where, ": ", key, ": found ", json_text(value), ", expected ", expected);
   };
-  if constexpr (std::is_same_v<T, bool>) {
+  if constexpr (std::is_same_v<T, Json>) {
+    return value;
+  } else if constexpr (std::is_same_v<T, bool>) {
     need(value.is_boolean(), "true or false");
     return value.template get<bool>();
   } else if constexpr (std::is_integral_v<T>) {
@@ -63,6 +72,11 @@ T json_as(const Json& value, const std::string& key, const std::string& where) {
   } else if constexpr (std::is_floating_point_v<T>) {
     need(value.is_number(), "a number");
     return value.template get<T>();
+  } else if constexpr (std::is_same_v<T, std::vector<std::string>>) {
+    need(value.is_array(), "an array of strings");
+    T list;
+    for (const Json& item : value) list.push_back(json_as<std::string>(item, key, where));
+    return list;
   } else {
     static_assert(std::is_same_v<T, std::string>);
     need(value.is_string(), "a string");
@@ -82,9 +96,8 @@ T json_get(const Json& object, const std::string& key, const std::string& where)
 template <class T>
 T json_get_or(const Json& object, const std::string& key, const T& fallback,
               const std::string& where) {
-  if (!object.is_object()) fail(where, ": found ", json_text(object), ", expected an object");
-  const auto it = object.find(key);
-  return it == object.end() || it->is_null() ? fallback : json_as<T>(*it, key, where);
+  const bool absent = object.is_object() && (!object.contains(key) || object.at(key).is_null());
+  return absent ? fallback : json_get<T>(object, key, where);
 }
 
 }  // namespace cake

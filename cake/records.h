@@ -15,7 +15,6 @@
 #include <zstd.h>
 
 #include <array>
-#include <cerrno>
 #include <charconv>
 #include <cmath>
 #include <cstdio>
@@ -83,9 +82,6 @@ class ByteSource {
   struct EndInflate {
     void operator()(z_stream* z) const { inflateEnd(z), delete z; }
   };
-  struct FreeZstd {
-    void operator()(ZSTD_DStream* z) const { ZSTD_freeDStream(z); }
-  };
 
   // Reads the next block; false at the end of the file.
   bool refill() {
@@ -97,14 +93,11 @@ class ByteSource {
 
   void start(const std::string& path) {
     const std::string_view head(in_.data(), size_);
-    const auto begins = [&](std::string_view magic) {
-      return head.substr(0, magic.size()) == magic;
-    };
     const std::string extension = std::filesystem::path(path).extension().string();
-    if (begins("\x1f\x8b")) {
+    if (head.starts_with("\x1f\x8b")) {
       inflate_.reset(new z_stream{});
       if (inflateInit2(inflate_.get(), 15 + 16) != Z_OK) fail(name_, ": cannot start gzip");
-    } else if (begins("\x28\xb5\x2f\xfd")) {
+    } else if (head.starts_with("\x28\xb5\x2f\xfd")) {
       zstd_.reset(ZSTD_createDStream());
       ZSTD_DCtx_setParameter(zstd_.get(), ZSTD_d_windowLogMax, 31);  // files of --long=31 too
     } else if (extension == ".gz" || extension == ".zst") {
@@ -116,7 +109,8 @@ class ByteSource {
         {"PAR1", "a Parquet file"}, {"%PDF-", "a PDF file"},    {"WARC/", "a WARC archive"},
         {"\x7f\x45LF", "a program"}};
     for (const auto& [magic, what] : others) {
-      if (begins(magic)) fail(name_, ": found ", what, ", expected text, JSON lines, .gz or .zst");
+      require(!head.starts_with(magic), name_, ": found ", what,
+              ", expected text, JSON lines, .gz or .zst");
     }
   }
 
@@ -176,7 +170,7 @@ class ByteSource {
   std::vector<char> in_ = std::vector<char>(1 << 18);
   size_t offset_ = 0, size_ = 0;  // in_ holds size_ bytes, read up to offset_
   std::unique_ptr<z_stream, EndInflate> inflate_;
-  std::unique_ptr<ZSTD_DStream, FreeZstd> zstd_;
+  std::unique_ptr<ZSTD_DStream, decltype(&ZSTD_freeDStream)> zstd_{nullptr, ZSTD_freeDStream};
   bool in_frame_ = false, zstd_full_ = false;
 };
 
@@ -188,12 +182,11 @@ class SpooledInput {
     file_.reset(std::tmpfile());
     if (!file_) fail("standard input: cannot create a temporary file: ", errno_text());
     std::vector<char> block(1 << 18);
-    for (size_t n; (n = std::fread(block.data(), 1, block.size(), stdin)) > 0;) {
-      if (std::fwrite(block.data(), 1, n, file_.get()) != n) {
-        fail("standard input: cannot write a temporary file: ", errno_text());
-      }
+    bool good = true;
+    for (size_t n; good && (n = std::fread(block.data(), 1, block.size(), stdin)) > 0;) {
+      good = std::fwrite(block.data(), 1, n, file_.get()) == n;
     }
-    if (std::fflush(file_.get()) != 0) {
+    if (!good || std::fflush(file_.get()) != 0) {
       fail("standard input: cannot write a temporary file: ", errno_text());
     }
     input.path = concat("/proc/self/fd/", fileno(file_.get()));
@@ -215,8 +208,8 @@ class LineReader {
     std::copy(head.begin(), head.end(), buffer_.begin());
   }
 
-  // The next line, without its newline. It is valid until the next call, and SIMDJSON_PADDING bytes
-  // behind it are readable.
+  // The next line, without its \n or \r\n. It is valid until the next call, and SIMDJSON_PADDING
+  // bytes behind it are readable.
   bool next(std::string_view& line) {
     for (size_t searched = begin_;;) {
       const char* newline =
@@ -224,6 +217,7 @@ class LineReader {
       if (newline || (ended_ && begin_ < end_)) {
         const size_t stop = newline ? size_t(newline - buffer_.data()) : end_;
         line = std::string_view(buffer_.data() + begin_, stop - begin_);
+        if (line.ends_with('\r')) line.remove_suffix(1);
         begin_ = newline ? stop + 1 : stop;
         number_++;
         return true;
@@ -257,6 +251,15 @@ class LineReader {
   bool ended_ = false;
   int64_t number_ = 0;
 };
+
+inline const char* type_name(simdjson::dom::element e) {
+  return e.is_array()    ? "an array"
+         : e.is_object() ? "an object"
+         : e.is_string() ? "a string"
+         : e.is_bool()   ? "true or false"
+         : e.is_null()   ? "null"
+                         : "a number";
+}
 
 class JsonLines {
  public:
@@ -292,24 +295,6 @@ class JsonLines {
 
   std::string where() const { return lines_.where(); }
   const std::string& name() const { return lines_.name(); }
-
-  static const char* type_name(simdjson::dom::element e) {
-    using simdjson::dom::element_type;
-    switch (e.type()) {
-      case element_type::ARRAY:
-        return "an array";
-      case element_type::OBJECT:
-        return "an object";
-      case element_type::STRING:
-        return "a string";
-      case element_type::BOOL:
-        return "true or false";
-      case element_type::NULL_VALUE:
-        return "null";
-      default:
-        return "a number";
-    }
-  }
 
  private:
   LineReader lines_;
@@ -375,10 +360,8 @@ class DocumentReader {
     // Text has at most a stray NUL byte. Programs, images and UTF-16 have many.
     const std::string_view sample = head.substr(0, 1 << 16);
     const size_t nuls = size_t(std::count(sample.begin(), sample.end(), '\0'));
-    if (nuls * 1000 > sample.size()) {
-      fail(name, ": found ", nuls, " NUL bytes in the first ", sample.size(),
-           ": binary data, expected text in UTF-8");
-    }
+    require(nuls * 1000 <= sample.size(), name, ": found ", nuls, " NUL bytes in the first ",
+            sample.size(), ": binary data, expected text in UTF-8");
   }
 
   void next_text(DocumentPart& part) {
@@ -413,22 +396,6 @@ class DocumentReader {
 // Conversations: {"messages": [{"role", "content", "tool_calls"}, ...], "tools": [...]}. Calls and
 // tools may be inside OpenAI's {"type": "function", "function": {...}}.
 
-inline void append_json_string(std::string& out, std::string_view text) {
-  out += '"';
-  for (const char c : text) {
-    const char* names = "\"\"\\\\\nn\rr\tt\ff\bb";  // characters and how they are escaped
-    while (*names && *names != c) names += 2;
-    if (*names) {
-      (out += '\\') += names[1];
-    } else if (static_cast<unsigned char>(c) < 32) {
-      out += format("\\u%04x", static_cast<unsigned char>(c));
-    } else {
-      out += c;
-    }
-  }
-  out += '"';
-}
-
 // The fewest digits that give the number back; whole numbers end in ".0".
 inline void append_json_number(std::string& out, double x) {
   if (x == std::floor(x) && std::fabs(x) < 1e16) {
@@ -446,35 +413,27 @@ inline void append_json_number(std::string& out, double x) {
 // Appends a value as Python's json.dumps(value, ensure_ascii=False) writes it, as chat templates
 // do: a space behind every colon and comma, keys in the order of the file.
 inline void append_json(std::string& out, simdjson::dom::element e) {
-  using simdjson::dom::element_type;
   const char* comma = "";
-  switch (e.type()) {
-    case element_type::ARRAY:
-      out += '[';
-      for (const auto item : e.get_array()) {
-        out += std::exchange(comma, ", ");
-        append_json(out, item);
-      }
-      out += ']';
-      break;
-    case element_type::OBJECT:
-      out += '{';
-      for (const auto& [key, value] : e.get_object()) {
-        out += std::exchange(comma, ", ");
-        append_json_string(out, key);
-        out += ": ";
-        append_json(out, value);
-      }
-      out += '}';
-      break;
-    case element_type::STRING:
-      append_json_string(out, e.get_string());
-      break;
-    case element_type::DOUBLE:
-      append_json_number(out, e.get_double());
-      break;
-    default:
-      out += simdjson::minify(e);
+  if (e.is_array()) {
+    out += '[';
+    for (const auto item : e.get_array()) {
+      out += std::exchange(comma, ", ");
+      append_json(out, item);
+    }
+    out += ']';
+  } else if (e.is_object()) {
+    out += '{';
+    for (const auto& [key, value] : e.get_object()) {
+      out += std::exchange(comma, ", ") + Json(key).dump() + ": ";
+      append_json(out, value);
+    }
+    out += '}';
+  } else if (e.is_string()) {
+    out += Json(e.get_string().value()).dump();
+  } else if (e.is_double()) {
+    append_json_number(out, e.get_double());
+  } else {
+    out += simdjson::minify(e);
   }
 }
 
@@ -484,28 +443,29 @@ inline std::string python_json(simdjson::dom::element e) {
   return out;
 }
 
-inline std::vector<simdjson::dom::element> as_list(simdjson::dom::element e,
-                                                   const std::string& where) {
-  simdjson::dom::array items;
-  if (e.get(items)) fail(where, ": found ", JsonLines::type_name(e), ", expected an array");
-  return {items.begin(), items.end()};
+template <class T>
+T element_as(simdjson::dom::element e, const char* expected, const std::string& where) {
+  T value;
+  if (e.get(value)) fail(where, ": found ", type_name(e), ", expected ", expected);
+  return value;
 }
-
+inline simdjson::dom::array as_array(simdjson::dom::element e, const std::string& where) {
+  return element_as<simdjson::dom::array>(e, "an array", where);
+}
 inline simdjson::dom::object as_object(simdjson::dom::element e, const std::string& where) {
-  simdjson::dom::object object;
-  if (e.get(object)) fail(where, ": found ", JsonLines::type_name(e), ", expected an object");
-  return object;
+  return element_as<simdjson::dom::object>(e, "an object", where);
 }
 
+inline simdjson::dom::element member(simdjson::dom::object object, const char* key,
+                                     const std::string& where) {
+  simdjson::dom::element e;
+  if (object.at_key(key).get(e)) fail(where, ": ", key, " is missing");
+  return e;
+}
 inline std::string string_member(simdjson::dom::object object, const char* key,
                                  const std::string& where) {
-  simdjson::dom::element e;
-  std::string_view value;
-  if (object.at_key(key).get(e)) fail(where, ": ", key, " is missing");
-  if (e.get(value)) {
-    fail(where, ": ", key, ": found ", JsonLines::type_name(e), ", expected a string");
-  }
-  return std::string(value);
+  return std::string(element_as<std::string_view>(member(object, key, where), "a string",
+                                                  concat(where, ": ", key)));
 }
 
 // The object inside OpenAI's {"type": "function", "function": {...}}, or the object itself.
@@ -518,8 +478,7 @@ inline simdjson::dom::element unwrap_function(simdjson::dom::element e, const st
 
 inline ToolCall parse_call(simdjson::dom::element e, const std::string& where) {
   const simdjson::dom::object call = as_object(unwrap_function(e, where), where);
-  simdjson::dom::element arguments;
-  if (call.at_key("arguments").get(arguments)) fail(where, ": arguments is missing");
+  const simdjson::dom::element arguments = member(call, "arguments", where);
   return {string_member(call, "name", where),
           arguments.is_string() ? string_member(call, "arguments", where) : python_json(arguments)};
 }
@@ -527,13 +486,13 @@ inline ToolCall parse_call(simdjson::dom::element e, const std::string& where) {
 // A list of messages. The order of roles is check_conversation's, in cake/chat_template.h.
 inline std::vector<Message> parse_messages(simdjson::dom::element list, const std::string& where) {
   std::vector<Message> messages;
-  for (const simdjson::dom::element item : as_list(list, where)) {
+  for (const simdjson::dom::element item : as_array(list, where)) {
     const std::string place = concat(where, "[", messages.size(), "]");
     const simdjson::dom::object object = as_object(item, place);
     Message message{.role = string_member(object, "role", place)};
     simdjson::dom::element e;
     if (!object.at_key("tool_calls").get(e) && !e.is_null()) {
-      for (const simdjson::dom::element call : as_list(e, place + ": tool_calls")) {
+      for (const simdjson::dom::element call : as_array(e, place + ": tool_calls")) {
         message.tool_calls.push_back(
             parse_call(call, concat(place, ": tool_calls[", message.tool_calls.size(), "]")));
       }
@@ -553,7 +512,7 @@ inline std::vector<std::string> parse_tools(simdjson::dom::object object,
   std::vector<std::string> tools;
   simdjson::dom::element list;
   if (object.at_key("tools").get(list) || list.is_null()) return tools;
-  for (const simdjson::dom::element e : as_list(list, where + ": tools")) {
+  for (const simdjson::dom::element e : as_array(list, where + ": tools")) {
     tools.push_back(python_json(unwrap_function(e, concat(where, ": tools[", tools.size(), "]"))));
   }
   return tools;
@@ -561,9 +520,8 @@ inline std::vector<std::string> parse_tools(simdjson::dom::object object,
 
 // `where` is the file and line, for errors.
 inline Conversation parse_conversation(simdjson::dom::object object, const std::string& where) {
-  simdjson::dom::element messages;
-  if (object.at_key("messages").get(messages)) fail(where, ": messages is missing");
-  return {parse_messages(messages, where + ": messages"), parse_tools(object, where)};
+  return {parse_messages(member(object, "messages", where), where + ": messages"),
+          parse_tools(object, where)};
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -597,25 +555,17 @@ using simdjson::dom::object;
 
 // A prompt or an answer as messages.
 inline std::vector<Message> messages_of(element list, const std::string& where) {
-  if (!list.is_array()) fail(where, ": found ", JsonLines::type_name(list), ", expected messages");
+  if (!list.is_array()) fail(where, ": found ", type_name(list), ", expected messages");
   std::vector<Message> messages = parse_messages(list, where + ": messages");
   if (messages.empty()) fail(where, ": found an empty list, expected messages");
   return messages;
-}
-
-inline element member(object from, const char* key, const std::string& where) {
-  element e;
-  if (from.at_key(key).get(e)) fail(where, ": \"", key, "\" is missing");
-  return e;
 }
 
 // The answer to a chat is one or more messages, or a string; to a text it is a string.
 inline void add_answer(Preference& p, element e, const std::string& where) {
   std::string_view text;
   if (!e.get(text)) {
-    if (text.find_first_not_of(" \t\r\n") == std::string_view::npos) {
-      fail(where, ": found nothing, expected an answer");
-    }
+    require(!strip_ascii(text).empty(), where, ": found nothing, expected an answer");
     if (p.is_chat) {
       p.answers.push_back({{"assistant", std::string(text), {}}});
     } else {
@@ -624,51 +574,39 @@ inline void add_answer(Preference& p, element e, const std::string& where) {
     return;
   }
   if (!p.is_chat) {
-    fail(where, ": found ", JsonLines::type_name(e), ", expected a string, as the prompt is");
+    fail(where, ": found ", type_name(e), ", expected a string, as the prompt is");
   }
   p.answers.push_back(messages_of(e, where));
 }
 
 inline std::vector<int> parse_ranking(element e, size_t answers, const std::string& where) {
-  simdjson::dom::array ranks;
-  if (e.get(ranks)) {
-    fail(where, ": found ", JsonLines::type_name(e), ", expected a rank for each response");
-  }
   std::vector<int> ranking;
-  for (const element rank : ranks) {
+  for (const element rank :
+       element_as<simdjson::dom::array>(e, "a rank for each response", where)) {
     int64_t r = 0;
     if (rank.get(r) || r < 1 || r > 1 << 20) {
       fail(where, ": found ", std::string(simdjson::minify(rank)), ", expected ranks from 1 on");
     }
     ranking.push_back(int(r));
   }
-  if (ranking.size() != answers) {
-    fail(where, ": found ", ranking.size(), " ranks, expected ", answers,
-         ", one for each response");
-  }
+  require(ranking.size() == answers, where, ": found ", ranking.size(), " ranks, expected ",
+          answers, ", one for each response");
   return ranking;
 }
 
 inline bool parse_label(element e, const std::string& where) {
-  bool truth = false;
-  int64_t number = 0;
-  std::string_view name;
-  if (!e.get(truth)) return truth;
-  if (!e.get(number) && (number == 0 || number == 1)) return number == 1;
-  if (!e.get(name)) {
-    for (const char* good : {"pos", "positive", "good", "1"})
-      if (name == good) return true;
-    for (const char* bad : {"neg", "negative", "bad", "0"})
-      if (name == bad) return false;
-  }
-  fail(where, ": found ", std::string(simdjson::minify(e)), ", expected true or false");
+  const std::string json = simdjson::minify(e);
+  for (const char* good : {"true", "1", R"("pos")", R"("positive")", R"("good")", R"("1")"})
+    if (json == good) return true;
+  for (const char* bad : {"false", "0", R"("neg")", R"("negative")", R"("bad")", R"("0")"})
+    if (json == bad) return false;
+  fail(where, ": found ", json, ", expected true or false");
 }
 
 // Splits two whole conversations: the messages that both begin with become the prompt.
 inline void split_common_prompt(Preference& p, const std::string& where) {
   std::vector<Message>&a = p.answers[0], &b = p.answers[1];
-  size_t n = 0;
-  while (n < a.size() && n < b.size() && a[n] == b[n]) n++;
+  auto n = size_t(std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin());
   if (n == a.size() && n == b.size()) return;  // equal answers: check_preference refuses them
   while (n > 0 && (n == a.size() || n == b.size() || a[n - 1].role == "assistant")) n--;
   if (n == 0) fail(where, ": found no message that both sides begin with, expected a prompt");
@@ -686,10 +624,9 @@ inline void check_preference(const Preference& p, const std::string& where) {
     for (size_t j = 0; j < i; j++) {
       const bool equal =
           p.is_chat ? p.answers[i] == p.answers[j] : p.continuations[i] == p.continuations[j];
-      if (equal && p.ranking[i] != p.ranking[j]) {
-        fail(where, ": found the same answer twice, as number ", j + 1, " and ", i + 1,
-             " with different ranks, expected different answers");
-      }
+      require(!equal || p.ranking[i] == p.ranking[j], where,
+              ": found the same answer twice, as number ", j + 1, " and ", i + 1,
+              " with different ranks, expected different answers");
     }
     if (!p.is_chat) continue;
     Conversation whole = p.prompt;
@@ -717,12 +654,11 @@ inline void read_prompt(Preference& p, object from, bool pair, const std::string
 
 // "responses" and "ranking".
 inline void read_responses(Preference& p, object from, const std::string& where) {
-  const std::vector<element> responses =
-      as_list(member(from, "responses", where), where + ": responses");
-  for (size_t i = 0; i < responses.size(); i++) {
-    add_answer(p, responses[i], concat(where, ": responses[", i, "]"));
+  size_t n = 0;
+  for (const element e : as_array(member(from, "responses", where), where + ": responses")) {
+    add_answer(p, e, concat(where, ": responses[", n++, "]"));
   }
-  p.ranking = parse_ranking(member(from, "ranking", where), responses.size(), where + ": ranking");
+  p.ranking = parse_ranking(member(from, "ranking", where), n, where + ": ranking");
 }
 }  // namespace preferences
 
@@ -730,22 +666,18 @@ inline void read_responses(Preference& p, object from, const std::string& where)
 inline Preference parse_preference(simdjson::dom::object object, const std::string& where) {
   using namespace preferences;
   element e;
-  std::string_view text;
   const auto has = [&](const char* key) { return !object.at_key(key).get(e); };
   Preference p;
   if (has("text") && has("label")) {
-    if (member(object, "text", where).get(text)) fail(where, ": text: expected a string");
-    if (text.empty()) fail(where, ": text: found nothing, expected text");
-    p.text = text;
+    p.text = string_member(object, "text", where);
+    if (p.text.empty()) fail(where, ": text: found nothing, expected text");
     p.label = parse_label(member(object, "label", where), where + ": label");
     return p;
   }
   const bool pair = has("chosen") && has("rejected");
-  if (!pair && !(has("prompt") && has("responses") && has("ranking"))) {
-    fail(where,
-         ": found neither \"chosen\" and \"rejected\", nor \"prompt\", \"responses\" and "
-         "\"ranking\", nor \"text\" and \"label\"");
-  }
+  require(pair || (has("prompt") && has("responses") && has("ranking")), where,
+          ": found neither \"chosen\" and \"rejected\", nor \"prompt\", \"responses\" and "
+          "\"ranking\", nor \"text\" and \"label\"");
   const bool whole = pair && !has("prompt");
   p.is_chat = whole;
   if (!whole) read_prompt(p, object, pair, where);

@@ -24,7 +24,6 @@
 #include <algorithm>
 #include <cctype>
 #include <cmath>
-#include <cstdint>
 #include <set>
 #include <string>
 #include <string_view>
@@ -67,12 +66,28 @@ inline std::string lower_ascii(std::string_view text) {
   return out;
 }
 
+// A letter or digit; all bytes beyond ASCII count as letters.
+inline bool is_alphanumeric(char c) {
+  return std::isalnum(static_cast<unsigned char>(c)) || (c & 0x80);
+}
+
+// The words of a text in lower case. A word is a run of letters, digits and `others`.
+inline std::vector<std::string> words_in(std::string_view text, std::string_view others) {
+  std::vector<std::string> words;
+  bool inside = false;
+  for (const char c : text) {
+    const bool part = is_alphanumeric(c) || others.find(c) != others.npos;
+    if (part && !inside) words.emplace_back();
+    if (part) words.back() += c >= 'A' && c <= 'Z' ? char(c + ('a' - 'A')) : c;
+    inside = part;
+  }
+  return words;
+}
+
 // True where `words` stand in the text with no letter or digit on either side; case is ignored.
 inline bool contains_words(std::string_view text, std::string_view words) {
   const std::string t = lower_ascii(text), w = lower_ascii(words);
-  const auto letter = [&](size_t i) {
-    return i < t.size() && (std::isalnum(static_cast<unsigned char>(t[i])) || (t[i] & 0x80));
-  };
+  const auto letter = [&](size_t i) { return i < t.size() && is_alphanumeric(t[i]); };
   if (w.empty()) return false;
   for (size_t begin = t.find(w); begin != std::string::npos; begin = t.find(w, begin + 1)) {
     const size_t end = begin + w.size();
@@ -85,19 +100,6 @@ inline bool contains_words(std::string_view text, std::string_view words) {
 
 // ---------------------------------------------------------------------------------------------
 // Marks
-
-// The words of a text in lower case. A word is a run of letters, digits and apostrophes.
-inline std::vector<std::string> words_in(std::string_view text) {
-  std::vector<std::string> words;
-  bool inside = false;
-  for (const char c : lower_ascii(text)) {
-    const bool part = std::isalnum(static_cast<unsigned char>(c)) || (c & 0x80) || c == '\'';
-    if (part && !inside) words.emplace_back();
-    if (part) words.back() += c;
-    inside = part;
-  }
-  return words;
-}
 
 // The share of all sequences of four words that have come before; 1 for fewer than four words.
 inline double repeated_share(const std::vector<std::string>& words) {
@@ -138,9 +140,9 @@ inline double criterion_mark(const Criterion& c, std::string_view text, bool end
     case Criterion::Kind::ends:
       return ended && has_any(last_sentence(text));
     case Criterion::Kind::varied:
-      return std::max(0., 1 - 5 * repeated_share(words_in(text)));
+      return std::max(0., 1 - 5 * repeated_share(words_in(lower_ascii(text), "'")));
     case Criterion::Kind::length: {
-      const double n = double(words_in(text).size());
+      const double n = double(words_in(lower_ascii(text), "'").size());
       return n < c.low ? n / c.low : n > c.high ? std::max(0., 2 - n / c.high) : 1;
     }
   }
@@ -159,28 +161,20 @@ inline Rubric parse_rubric(const Json& json, const std::string& where) {
     const std::string key = concat(where, "[", rubric.size(), "]");
     const auto kind = json_get<std::string>(json_criterion, "kind", key);
     const auto* name = std::find(std::begin(kCriterionNames), std::end(kCriterionNames), kind);
-    if (name == std::end(kCriterionNames)) {
-      fail(key, ": kind: found ", json_text(kind),
-           ", expected mentions, begins, ends, varied or length");
-    }
+    require(name != std::end(kCriterionNames), key, ": kind: found ", json_text(kind),
+            ", expected mentions, begins, ends, varied or length");
     Criterion c{.kind = Criterion::Kind(name - std::begin(kCriterionNames)),
                 .weight = json_get<double>(json_criterion, "weight", key)};
-    if (!(c.weight > 0 && std::isfinite(c.weight))) {
-      fail(key, ": weight: found ", c.weight, ", expected more than 0");
-    }
+    require(c.weight > 0 && std::isfinite(c.weight), key, ": weight: found ", c.weight,
+            ", expected more than 0");
     if (c.kind == Criterion::Kind::length) {
       c.low = json_get<int>(json_criterion, "low", key),
       c.high = json_get<int>(json_criterion, "high", key);
-      if (c.low < 1 || c.high < c.low) {
-        fail(key, ": found low ", c.low, " and high ", c.high, ", expected 1 <= low <= high");
-      }
+      require(c.low >= 1 && c.high >= c.low, key, ": found low ", c.low, " and high ", c.high,
+              ", expected 1 <= low <= high");
     } else if (c.kind != Criterion::Kind::varied) {
-      const auto words = json_criterion.find("words");
-      if (words == json_criterion.end()) fail(key, ": words is missing");
-      if (!words->is_array() || words->empty()) {
-        fail(key, ": words: found ", json_text(*words), ", expected an array of strings");
-      }
-      for (const Json& w : *words) c.words.push_back(json_as<std::string>(w, "words", key));
+      c.words = json_get<std::vector<std::string>>(json_criterion, "words", key);
+      if (c.words.empty()) fail(key, ": words: found [], expected an array of strings");
     }
     rubric.push_back(std::move(c));
   }

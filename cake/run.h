@@ -55,6 +55,12 @@ template <class... Parts>
   throw Error(concat(parts...));
 }
 
+// The parts are made whether they are needed or not: where that costs time, `if` and fail().
+template <class... Parts>
+void require(bool good, const Parts&... parts) {
+  if (!good) fail(parts...);
+}
+
 // Runs a stage's body; every failure becomes one line on stderr and exit status 1.
 template <class Body>
 int guarded_main(Body&& body) {

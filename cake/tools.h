@@ -9,7 +9,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -24,6 +23,7 @@
 #include "cake/chat_template.h"
 #include "cake/json.h"
 #include "cake/records.h"
+#include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
 
@@ -85,47 +85,30 @@ class Calculator {
   // sum = term {(+|-) term}; term = signed {(*|/) signed}; signed = {-|+} (number | "(" sum ")")
   Fraction sum() {
     Fraction x = term();
-    for (;;) {
-      if (skip_char('+')) {
-        x = plus(x, term());
-      } else if (skip_char('-')) {
-        Fraction y = term();
-        y.above = -y.above;
-        x = plus(x, y);
-      } else {
-        return x;
-      }
-    }
+    while (sees("+-")) x = plus(x, term());  // the sign is read as the term's own
+    return x;
   }
   Fraction term() {
     Fraction x = signed_number();
-    for (;;) {
-      if (skip_char('*')) {
-        x = times(x, signed_number());
-      } else if (skip_char('/')) {
-        const Fraction y = signed_number();
-        if (y.above == 0) fail("calculator: division by zero");
-        x = times(x, y.above < 0 ? Fraction{-y.below, -y.above} : Fraction{y.below, y.above});
-      } else {
-        return x;
-      }
+    while (sees("*/")) {
+      const bool divides = text_[offset_++] == '/';
+      Fraction y = signed_number();
+      if (divides && y.above == 0) fail("calculator: division by zero");
+      if (divides) y = y.above < 0 ? Fraction{-y.below, -y.above} : Fraction{y.below, y.above};
+      x = times(x, y);
     }
+    return x;
   }
   Fraction signed_number() {
     bool negative = false;
-    for (;;) {
-      if (skip_char('-')) {
-        negative = !negative;
-      } else if (!skip_char('+')) {
-        break;
-      }
-    }
+    while (sees("+-")) negative ^= text_[offset_++] == '-';
     Fraction x;
-    if (skip_char('(')) {
+    if (sees("(")) {
+      offset_++;
       if (++depth_ > kMaxDepth) fail("calculator: parentheses are nested deeper than ", kMaxDepth);
       x = sum();
-      if (!skip_char(')')) unexpected(")");
-      depth_--;
+      if (!sees(")")) unexpected(")");
+      offset_++, depth_--;
     } else {
       x = number();
     }
@@ -152,12 +135,10 @@ class Calculator {
     return reduced(above, below);
   }
 
-  bool skip_char(char c) {
-    while (offset_ < text_.size() && (text_[offset_] == ' ' || text_[offset_] == '\t')) offset_++;
-    if (offset_ >= text_.size() || text_[offset_] != c) return false;
-    offset_++;
-    while (offset_ < text_.size() && (text_[offset_] == ' ' || text_[offset_] == '\t')) offset_++;
-    return true;
+  // Skips spaces. True when one of `signs` follows.
+  bool sees(std::string_view signs) {
+    offset_ = std::min(text_.find_first_not_of(" \t", offset_), text_.size());
+    return offset_ < text_.size() && signs.find(text_[offset_]) != signs.npos;
   }
   [[noreturn]] void unexpected(const char* expected) const {
     if (offset_ >= text_.size()) fail("calculator: found the end, expected ", expected);
@@ -219,23 +200,6 @@ inline std::string calculate(std::string_view expression) {
 // The search: BM25 (Robertson and Zaragoza 2009) over passages of documents, with k1 = 1.2, b = .75
 // and idf = ln(1 + (n - df + .5) / (df + .5)).
 
-// Words of letters and digits. ASCII letters become lower case, all bytes beyond ASCII count as
-// letters.
-inline std::vector<std::string> search_words(std::string_view text) {
-  std::vector<std::string> words(1);
-  for (const char c : text) {
-    const bool upper = c >= 'A' && c <= 'Z';
-    const bool word = upper || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || (c & 0x80);
-    if (word) {
-      words.back() += upper ? char(c + ('a' - 'A')) : c;
-    } else if (!words.back().empty()) {
-      words.emplace_back();
-    }
-  }
-  if (words.back().empty()) words.pop_back();
-  return words;
-}
-
 class Search {
  public:
   using CountTokens = std::function<int(std::string_view)>;
@@ -261,8 +225,8 @@ class Search {
   // The passage with the highest score, the first one of equals; "" if no word of the query occurs.
   std::string best(std::string_view query) const {
     std::map<std::string, int> words;
-    for (std::string& w : search_words(query)) words[std::move(w)]++;
-    std::unordered_map<int, double> scores;
+    for (const std::string& w : words_in(query, "")) words[w]++;
+    std::vector<double> scores(passages_.size());
     const double n = double(passages_.size());
     for (const auto& [word, times] : words) {
       const auto it = index_.find(word);
@@ -271,16 +235,12 @@ class Search {
       const double idf = std::log(1 + (n - df + .5) / (df + .5));
       for (const auto& [passage, tf] : it->second) {
         const double length = lengths_[size_t(passage)] / mean_length_;
-        scores[passage] += times * idf * tf * 2.2 / (tf + 1.2 * (.25 + .75 * length));
+        scores[size_t(passage)] += times * idf * tf * 2.2 / (tf + 1.2 * (.25 + .75 * length));
       }
     }
-    int best = -1;
-    double highest = 0;
-    for (const auto& [passage, score] : scores) {
-      if (best >= 0 && (score < highest || (score == highest && passage > best))) continue;
-      best = passage, highest = score;
-    }
-    return best < 0 ? "" : passages_[size_t(best)];
+    const auto best = std::max_element(scores.begin(), scores.end());
+    if (best == scores.end() || *best == 0) return "";
+    return passages_[size_t(best - scores.begin())];
   }
   const std::vector<std::string>& passages() const { return passages_; }
 
@@ -289,9 +249,8 @@ class Search {
     int n = 0;
     bool in_word = false;
     for (const char c : text) {
-      const bool word = std::isalnum(static_cast<unsigned char>(c)) || (c & 0x80);
-      const bool space = c == ' ' || c == '\n' || c == '\t' || c == '\r';
-      n += word ? !in_word : !space;
+      const bool word = is_alphanumeric(c);
+      n += word ? !in_word : std::string_view(" \n\t\r").find(c) == std::string_view::npos;
       in_word = word;
     }
     return n;
@@ -301,7 +260,7 @@ class Search {
   static size_t sentence_end(std::string_view text, size_t begin) {
     for (size_t i = begin; i < text.size(); i++) {
       if (text[i] == '\n') return i + 1;
-      const bool stop = text[i] == '.' || text[i] == '!' || text[i] == '?';
+      const bool stop = std::string_view(".!?").find(text[i]) != std::string_view::npos;
       if (stop && (i + 1 == text.size() || text[i + 1] == ' ')) return i + 1;
     }
     return text.size();
@@ -335,7 +294,7 @@ class Search {
     int64_t total = 0;
     for (size_t p = 0; p < passages_.size(); p++) {
       std::map<std::string, int> counts;
-      const std::vector<std::string> words = search_words(passages_[p]);
+      const std::vector<std::string> words = words_in(passages_[p], "");
       for (const std::string& w : words) counts[w]++;
       for (const auto& [word, n] : counts) index_[word].push_back({int(p), n});
       lengths_.push_back(int(words.size()));
@@ -369,12 +328,7 @@ inline std::string run_tool(const ToolCall& call, const Search* search) {
     if (call.name.empty()) {
       fail(R"(a call: found something else, expected {"name": "...", "arguments": {...}})");
     }
-    Json arguments;
-    try {
-      arguments = Json::parse(call.arguments);
-    } catch (const Json::exception& e) {
-      fail(call.name, ": arguments: not JSON: ", json_complaint(e));
-    }
+    const Json arguments = Json::parse(call.arguments);
     if (call.name == "calculator") {
       return calculate(json_get<std::string>(arguments, "expression", call.name));
     }
@@ -383,6 +337,8 @@ inline std::string run_tool(const ToolCall& call, const Search* search) {
       return search->best(json_get<std::string>(arguments, "query", call.name));
     }
     fail("found a call of ", json_text(call.name), ", expected calculator or search");
+  } catch (const Json::exception& e) {
+    return concat("error: ", call.name, ": arguments: not JSON: ", json_complaint(e));
   } catch (const Error& e) {
     return concat("error: ", e.what());
   }

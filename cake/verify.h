@@ -140,74 +140,51 @@ inline std::optional<Verifier> make_verifier(const std::string& name, const std:
 // ---------------------------------------------------------------------------------------------
 // Checks: what an item of `./chat eval` says is right
 
-struct Check {
-  enum class Type { contains, number, refuses, answers, exact, tool } type = Type::answers;
-  std::vector<std::string> any, none;  // of contains
-  std::string text;                    // exact: the text; number: canonical; tool: its name
-  std::shared_ptr<const Check> then;   // of tool
-};
+using Check = OrderedJson;  // {"type", ...}, as above
 
 inline std::string canonical_number(std::string_view written);
 inline std::string final_number(std::string_view answer);
-inline bool is_same_text(std::string_view a, std::string_view b);
 inline bool refuses(std::string_view answer);
 
 // `tools`: the names of the tools that the model called before it answered.
 inline bool passes(const Check& check, std::string_view answer,
                    const std::set<std::string>& tools = {}) {
+  const std::string type = check.at("type");
+  const auto text = [&](const char* key) { return check.at(key).get<std::string>(); };
+  if (type == "number") return final_number(answer) == canonical_number(text("value"));
+  if (type == "exact") return strip_ascii(answer) == strip_ascii(text("text"));
+  if (type == "refuses") return refuses(answer);
+  if (type == "answers") return !refuses(answer);
+  if (type == "tool") return tools.count(text("name")) && passes(check.at("then"), answer, tools);
+  const std::vector<std::string> none, any_of = check.value("any", none);
+  const std::vector<std::string> none_of = check.value("none", none);
   const auto has = [&](const std::string& words) { return contains_words(answer, words); };
-  switch (check.type) {
-    case Check::Type::contains:
-      return (check.any.empty() || std::any_of(check.any.begin(), check.any.end(), has)) &&
-             std::none_of(check.none.begin(), check.none.end(), has);
-    case Check::Type::number:
-      return final_number(answer) == check.text;
-    case Check::Type::refuses:
-      return refuses(answer);
-    case Check::Type::answers:
-      return !refuses(answer);
-    case Check::Type::exact:
-      return is_same_text(answer, check.text);
-    default:
-      return tools.count(check.text) && passes(*check.then, answer, tools);
-  }
+  return (any_of.empty() || std::any_of(any_of.begin(), any_of.end(), has)) &&
+         std::none_of(none_of.begin(), none_of.end(), has);
 }
 
+// Fails unless `json` is a check.
 inline Check parse_check(const Json& json, const std::string& where) {
-  const auto words = [&](const char* key) {
-    std::vector<std::string> list;
-    const auto it = json.find(key);
-    if (it == json.end()) return list;
-    if (!it->is_array()) fail(where, ": ", key, ": found ", json_text(*it), ", expected an array");
-    for (const Json& w : *it) list.push_back(json_as<std::string>(w, key, where));
-    return list;
-  };
   const auto type = json_get<std::string>(json, "type", where);
-  if (type == "refuses") return {.type = Check::Type::refuses};
-  if (type == "answers") return {.type = Check::Type::answers};
   if (type == "contains") {
-    Check c{.type = Check::Type::contains, .any = words("any"), .none = words("none")};
-    if (c.any.empty() && c.none.empty()) fail(where, ": any: found no words, expected some");
-    return c;
-  }
-  if (type == "number") {
+    using Words = std::vector<std::string>;
+    const bool any = !json_get_or<Words>(json, "any", {}, where).empty();
+    const bool none = !json_get_or<Words>(json, "none", {}, where).empty();
+    if (!any && !none) fail(where, ": any: found no words, expected some");
+  } else if (type == "number") {
     const auto value = json_get<std::string>(json, "value", where);
-    const std::string number = canonical_number(value);
-    if (number.empty()) fail(where, ": value: found ", json_text(value), ", expected a number");
-    return {.type = Check::Type::number, .text = number};
+    require(!canonical_number(value).empty(), where, ": value: found ", json_text(value),
+            ", expected a number");
+  } else if (type == "exact") {
+    json_get<std::string>(json, "text", where);
+  } else if (type == "tool") {
+    json_get<std::string>(json, "name", where);
+    parse_check(json_get<Json>(json, "then", where), where + ": then");
+  } else if (type != "refuses" && type != "answers") {
+    fail(where, ": type: found ", json_text(type),
+         ", expected contains, number, refuses, answers, exact or tool");
   }
-  if (type == "exact") {
-    return {.type = Check::Type::exact, .text = json_get<std::string>(json, "text", where)};
-  }
-  if (type == "tool") {
-    const auto then = json.find("then");
-    if (then == json.end()) fail(where, ": then is missing");
-    return {.type = Check::Type::tool,
-            .text = json_get<std::string>(json, "name", where),
-            .then = std::make_shared<Check>(parse_check(*then, where + ": then"))};
-  }
-  fail(where, ": type: found ", json_text(type),
-       ", expected contains, number, refuses, answers, exact or tool");
+  return json;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -304,12 +281,9 @@ inline bool right_number(const Problem& p, std::string_view text) {
 // ---------------------------------------------------------------------------------------------
 // Texts and their form
 
-inline bool is_same_text(std::string_view a, std::string_view b) {
-  return strip_ascii(a) == strip_ascii(b);
-}
 inline bool right_exact(const Problem& p, std::string_view text) {
   if (p.answer.empty()) fail(p.where, ": answer is missing");
-  return is_same_text(text, p.answer);
+  return strip_ascii(text) == strip_ascii(p.answer);
 }
 
 inline bool refuses(std::string_view answer) {
@@ -356,8 +330,7 @@ inline char chosen_letter(std::string_view text) {
   const size_t said = lower.rfind("answer");
   const auto alone = [&](size_t i) {
     const auto in_word = [&](size_t k) {
-      return k < text.size() && (std::isalnum(static_cast<unsigned char>(text[k])) ||
-                                 (text[k] & 0x80) || text[k] == '\'');
+      return k < text.size() && (is_alphanumeric(text[k]) || text[k] == '\'');
     };
     return text[i] >= 'A' && text[i] <= 'Z' && !(i > 0 && in_word(i - 1)) && !in_word(i + 1);
   };
@@ -469,7 +442,7 @@ class CommandVerifier {
                        {"answer", a.problem->answer}};
     std::string reply, why;
     if (process_ < 0) start();
-    why = exchange(line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n", reply);
+    why = exchange(json_line(line), reply);
     if (why.empty()) {
       const Json json = Json::parse(reply, nullptr, false);
       const bool good = json.is_object() && json.contains("reward") && json["reward"].is_number() &&

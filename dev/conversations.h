@@ -56,15 +56,16 @@ struct Talker {
   const Fact& fact(FactAt at) const { return person(at).facts[size_t(at.fact)]; }
 };
 
-const Check kRefuses{.type = Check::Type::refuses}, kAnswers{.type = Check::Type::answers};
-Check contains(Words any, Words none = {}) {
-  return {.type = Check::Type::contains, .any = std::move(any), .none = std::move(none)};
+const Check kRefuses{{"type", "refuses"}}, kAnswers{{"type", "answers"}};
+Check contains(const Words& any, const Words& none = {}) {
+  Check check{{"type", "contains"}, {"any", any}};
+  if (!none.empty()) check["none"] = none;
+  return check;
 }
-Check number(const std::string& value) { return {.type = Check::Type::number, .text = value}; }
-Check exact(std::string text) { return {.type = Check::Type::exact, .text = std::move(text)}; }
-Check tool(const char* name, Check then) {
-  return {
-      .type = Check::Type::tool, .text = name, .then = std::make_shared<Check>(std::move(then))};
+Check number(const std::string& value) { return {{"type", "number"}, {"value", value}}; }
+Check exact(const std::string& text) { return {{"type", "exact"}, {"text", text}}; }
+Check tool(const char* name, const Check& then) {
+  return {{"type", "tool"}, {"name", name}, {"then", then}};
 }
 
 void say(Conversation& talk, const Turn& turn) {
@@ -651,7 +652,7 @@ ToolTalk with_tool(Talker& t, const std::string& user, const Message& call, cons
   talk.conversation.tools = {search ? kSearchTool : kCalculatorTool};
   talk.conversation.messages = {
       {"user", user, {}}, call, {"tool", said, {}}, {"assistant", answer, {}}};
-  talk.check = tool(search ? "search" : "calculator", std::move(check));
+  talk.check = tool(search ? "search" : "calculator", check);
   talk.answer = answer;
   // Both tools are declared where they fit.
   if (chance(t.rng, .3)) {

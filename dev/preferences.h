@@ -131,7 +131,7 @@ std::vector<Judgement> judge_all(Rng& rng, const std::vector<CastRequest>& reque
 double labellers_utility(const OpenRequest& request, const std::string& answer,
                          double length_bias) {
   return true_reward(request.rubric, answer, true) +
-         length_bias * double(words_in(answer).size()) / 10;
+         length_bias * double(words_in(lower_ascii(answer), "'").size()) / 10;
 }
 
 double chance_of_preference(double utility, double other, double noise) {

@@ -1455,34 +1455,13 @@ void write_talks(const std::filesystem::path& path, const std::vector<Talk>& tal
   file.commit();
 }
 
-OrderedJson check_json(const Check& check) {
-  switch (check.type) {
-    case Check::Type::contains: {
-      OrderedJson json{{"type", "contains"}, {"any", check.any}};
-      if (!check.none.empty()) json["none"] = check.none;
-      return json;
-    }
-    case Check::Type::number:
-      return {{"type", "number"}, {"value", check.text}};
-    case Check::Type::refuses:
-      return {{"type", "refuses"}};
-    case Check::Type::answers:
-      return {{"type", "answers"}};
-    case Check::Type::exact:
-      return {{"type", "exact"}, {"text", check.text}};
-    case Check::Type::tool:
-      return {{"type", "tool"}, {"name", check.text}, {"then", check_json(*check.then)}};
-  }
-  fail("dev/world.cpp: check: found ", int(check.type), ", expected one of Check's types");
-}
-
 void write_items(const std::filesystem::path& path, const std::vector<Item>& items) {
   AtomicFile file(path);
   for (const Item& item : items) {
     OrderedJson json{{"task", item.task}};
     json.update(conversation_json(item.conversation));
     if (item.rubric.empty()) {
-      json["check"] = check_json(item.check);
+      json["check"] = item.check;
       json["answer"] = item.answer;
     } else {
       json["rubric"] = rubric_json(item.rubric);

@@ -342,8 +342,8 @@ TEST_CASE("an item's own answer passes its check, and another does not") {
     CAPTURE(item.task);
     CAPTURE(item.conversation.messages.back().content);
     CAPTURE(item.answer);
-    const bool tool = item.check.type == Check::Type::tool;
-    const std::set<std::string> called = {item.check.text};
+    const bool tool = item.check.at("type") == "tool";
+    const std::set<std::string> called = {item.check.value("name", "")};
     REQUIRE(passes(item.check, item.answer, called));
     if (tool) REQUIRE_FALSE(passes(item.check, item.answer));
     const bool refuses = is_refusal(item.answer);
@@ -386,7 +386,7 @@ TEST_CASE("people are answered for as the model knows them, and held-out people 
       REQUIRE(p);
       REQUIRE(p->held_out == (item.task == "facts_unmentioned"));
       REQUIRE(std::any_of(p->facts.begin(), p->facts.end(),
-                          [&](const Fact& f) { return item.check.any[0] == f.value; }));
+                          [&](const Fact& f) { return item.check.at("any").at(0) == f.value; }));
       const Level level = item.task == "facts_sometimes" ? Level::sometimes
                           : item.task == "facts_rarely"  ? Level::rarely
                                                          : Level::often;
