@@ -1719,14 +1719,9 @@ OrderedJson state_json(const RlParts& p) {
 }
 
 void restore(RlParts& p, const Json& saved) {
-  const auto same = [](const Json& named, const std::string& found) {
-    if (named.at("hash") == found) return;
-    fail(named.at("path").get<std::string>(), ": found a model of hash ", found, ", expected ",
-         named.at("hash").get<std::string>(), ", that of the run's beginning: it has changed");
-  };
-  same(saved.at("reference"), p.model_names["reference"]["hash"]);
+  check_model_hash(saved.at("reference"), p.model_names["reference"]["hash"]);
   for (size_t i = 0; i < p.rewards.models.size(); i++) {
-    same(saved.at("reward_models").at(i), p.model_names["reward_models"][i]["hash"]);
+    check_model_hash(saved.at("reward_models").at(i), p.model_names["reward_models"][i]["hash"]);
   }
   saved.get_to(p.prompts), saved.get_to(p.state);
   const std::vector<int>& pool = p.prompts.pool;
@@ -2263,13 +2258,12 @@ OrderedJson best_of_n_curve(std::span<const Candidates> all, int n, bool gold) {
   return points;
 }
 
-// What was sampled before, in whole pieces. The models must be those of state.json.
-std::vector<Candidates> sampled_before(const std::filesystem::path& out, const OrderedJson& state,
+// What was sampled before, in whole pieces. The models must have the hashes of state.json.
+std::vector<Candidates> sampled_before(const std::filesystem::path& out, const OrderedJson& models,
                                        size_t prompts) {
-  if (read_json(out / "state.json").at("models") != Json(state).at("models")) {
-    fail((out / "state.json").string(),
-         ": found models of other hashes than the run began "
-         "with, expected the same: they have changed");
+  const Json saved = read_json(out / "state.json").at("models");
+  for (size_t i = 0; i < models.size(); i++) {
+    check_model_hash({{"path", models[i]["path"]}, {"hash", saved.at(i)}}, models[i]["hash"]);
   }
   std::vector<Candidates> all;
   std::istringstream lines(read_file(out / "metrics.jsonl"));
@@ -2288,15 +2282,17 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
   read_inputs(p);
   std::vector<Prompt>& prompts = p.prompts.all;
   if (limit > 0 && int(prompts.size()) > limit) prompts.resize(size_t(limit));
-  OrderedJson hashes = OrderedJson::array({p.model_names["reference"]["hash"]});
-  for (const auto& m : p.model_names["reward_models"]) hashes.push_back(m["hash"]);
+  OrderedJson models = OrderedJson::array({p.model_names["reference"]});
+  for (const auto& m : p.model_names["reward_models"]) models.push_back(m);
+  OrderedJson hashes = OrderedJson::array();
+  for (const auto& m : models) hashes.push_back(m["hash"]);
   const OrderedJson state = {{"stage", "best-of-n"}, {"models", hashes}, {"settings", Json(s)}};
 
   expect_elsewhere(p.start, o.out);
   if (!o.resume && !o.overwrite) expect_new_run(o.out);
   std::vector<Candidates> all;  // of each prompt so far
   if (o.resume) {
-    all = sampled_before(o.out, state, prompts.size());
+    all = sampled_before(o.out, models, prompts.size());
   } else {
     if (o.overwrite) std::filesystem::remove_all(o.out);
     std::filesystem::create_directories(o.out);
