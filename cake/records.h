@@ -430,7 +430,7 @@ inline void append_json(std::string& out, simdjson::dom::element e) {
     out += '}';
   } else if (e.is_string()) {
     out += Json(e.get_string().value()).dump();
-  } else if (e.is_double()) {
+  } else if (e.type() == simdjson::dom::element_type::DOUBLE) {
     append_json_number(out, e.get_double());
   } else {
     out += simdjson::minify(e);
