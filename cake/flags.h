@@ -53,11 +53,11 @@ class ShortHelp : public CLI::Formatter {
     for (const std::string& option : shown_) {
       if (const auto* o = app->get_option_no_throw(option)) text += make_option(o, false);
     }
-    for (const CLI::App* sub : app->get_subcommands([](const CLI::App* a) {
-           return !a->get_name().empty();  // an option group has none
-         })) {
-      text += make_subcommand(sub);
-    }
+    const auto subcommands = app->get_subcommands([](const CLI::App* a) {
+      return !a->get_name().empty();  // an option group has none
+    });
+    if (!subcommands.empty()) text += "\nSubcommands:\n";
+    for (const CLI::App* sub : subcommands) text += make_subcommand(sub);
     return text + "\n  --help-all                  every flag\n";
   }
 
