@@ -245,7 +245,7 @@ struct RunHooks {
   std::function<void(int64_t n)> evaluate;
   std::function<OrderedJson()> finish;  // the last evaluation; returns what summary.json says
   std::function<Gpt&()> model;
-  // Settings, and whatever else `begin` wants back.
+  // Settings, and whatever else `begin` reads on resume.
   std::function<OrderedJson()> state;
   // Tokenizer, base of adapters, further files. `resumable`: a checkpoint to go on from, not the
   // end or the best weights.
@@ -274,7 +274,7 @@ struct Run {
   }
 };
 
-// Ends a run whose loss or gradient is no number, or explodes.
+// Ends a run whose loss or gradient is not finite, or explodes.
 [[noreturn]] inline void fail_diverged(const Run& run, const std::string& what) {
   const bool saved = std::filesystem::exists(run.model() / "config.json");
   fail("step ", run.state.step, ": ", what,
