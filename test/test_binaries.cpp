@@ -12,13 +12,13 @@ TEST_CASE("each binary's --help is its own") {
       {"build/world", "closed world"},      {"build/report", "Tells a run on one page"},
       {"build/overoptimize", "picture"},
   };
-  for (const auto& [binary, phrase] : binaries) {
-    CAPTURE(binary);
-    const Output help = shell(binary + " --help");
+  for (const auto& binary : binaries) {
+    CAPTURE(binary.first);
+    const Output help = shell(binary.first + " --help");
     CHECK(help.status == 0);
-    for (const auto& [other, its_phrase] : binaries) {
-      CAPTURE(its_phrase);
-      CHECK_MESSAGE(contains(help.text, its_phrase) == (other == binary), help.text);
+    for (const auto& other : binaries) {
+      CAPTURE(other.second);
+      CHECK_MESSAGE(contains(help.text, other.second) == (&other == &binary), help.text);
     }
   }
 }
