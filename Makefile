@@ -91,7 +91,7 @@ endif
 
 # In a folder of its own, which holds its binaries and, under build/, its objects: the tests run there.
 variant = $(MAKE) --no-print-directory BIN=build/$(1) BUILD=build/$(1)/build $(2) all build/$(1)/build/test && \
-  ln -sfn ../../test build/$(1)/test && cd build/$(1) && \
+  ln -sfn ../../dev ../../test build/$(1)/ && cd build/$(1) && \
   CAKE_DATA="$${CAKE_DATA:-$(CURDIR)/../shared/data}" build/test
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
