@@ -59,7 +59,8 @@ ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 endif
 ifneq ($(filter clean,$(MAKECMDGOALS)),)
-$(BUILD)/command: clean # `make clean all`: every object waits for it
+# `make clean all`, `make clean test`: every object and every other goal waits for it.
+$(BUILD)/command $(filter-out clean,$(MAKECMDGOALS)): clean
 endif
 
 all: $(STAGES:%=$(BIN)/%) $(TOOLS:%=$(BUILD)/%) ## all binaries (the default)
