@@ -1264,7 +1264,7 @@ int run_score(const ScoreOptions& o) {
     OrderedJson& score = records[i][several ? "scores" : "score"] = nullptr;
     if (reward.size() == 1) score = reward[0];
     if (reward.size() > 1) score = std::vector<float>(reward.begin(), reward.end());
-    out.write(records[i].dump(-1, ' ', false, Json::error_handler_t::replace) + "\n");
+    out.write(json_line(records[i]));
   }
   out.commit();
   const Spread spread = spread_of(seen.rewards);

@@ -2228,7 +2228,7 @@ void write_answers(const std::string& path, std::span<const Prompt> prompts,
       messages.push_back({{"role", "assistant"}, {"content", all[i].text}});
       json = {{"messages", messages}};
     }
-    lines += json.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+    lines += json_line(json);
   }
   write_file(path, lines);
   std::printf("%s: %s answers to %s prompts\n", path.c_str(),

@@ -95,9 +95,14 @@ inline void check_budget(const Budget& b) {
   expect_not_negative("--tokens", double(b.tokens));
   expect_not_negative("--epochs", b.epochs);
   expect_not_negative("--minutes", b.minutes);
-  if ((b.steps > 0) + (b.tokens > 0) + (b.epochs > 0) + (b.minutes > 0) > 1) {
-    fail("--steps, --tokens, --epochs, --minutes: found more than one, expected one budget");
-  }
+  std::string found;  // the flags given, so that the error names no flag that the stage has not
+  int count = 0;
+  const auto look_at = [&](const char* flag, bool given) {
+    if (given) found += concat(count++ > 0 ? ", " : "", flag);
+  };
+  look_at("--steps", b.steps > 0), look_at("--tokens", b.tokens > 0);
+  look_at("--epochs", b.epochs > 0), look_at("--minutes", b.minutes > 0);
+  if (count > 1) fail(found, ": found more than one, expected one budget");
 }
 
 // Seconds a token: the median of the steps that fit in a small part of the budget. `step(i)` makes
@@ -293,7 +298,8 @@ inline void watch_loss(Run& run, double loss) {
   }
 }
 
-inline void save(Run& run, bool finished) {
+// Writes RUN/model: to go on from or, `finished`, without what only a resumed run needs.
+inline void save_run(Run& run, bool finished) {
   SaveOptions options = run.hooks.save_options(!finished);
   options.optimizer = !finished;
   OrderedJson state = {{"stage", run.stage}, {"finished", finished}};
@@ -400,7 +406,7 @@ inline bool run_loop(Run& run, double began) {
     const bool due = (o.save_every > 0 && n % o.save_every == 0) ||
                      (o.save_minutes > 0 && now() - saved > 60 * o.save_minutes);
     if ((due || stop_signal) && !last && run.stopped.empty()) {
-      save(run, false);
+      save_run(run, false);
       saved = now();
     }
   }
@@ -443,7 +449,7 @@ inline int run_steps(Run& run) {
   summary.update(run.hooks.finish());
   summary["seconds"] = run.state.seconds = now() - began;
   write_json(o.out / "summary.json", summary);
-  save(run, true);
+  save_run(run, true);
   fs::remove_all(run.best());
   run.line.note(concat("model in ", run.model().string(), run.hint.empty() ? "" : ": ", run.hint));
   return stop_signal ? 128 + stop_signal : 0;
