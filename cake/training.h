@@ -108,7 +108,8 @@ inline GptOptions gpt_options(const RunOptions& o) {
 inline void expect_elsewhere(const std::filesystem::path& out,
                              const std::vector<std::filesystem::path>& inputs) {
   namespace fs = std::filesystem;
-  const fs::path root = fs::weakly_canonical(fs::absolute(out) / "").parent_path();
+  fs::path root = fs::weakly_canonical(fs::absolute(out));
+  if (!root.has_filename()) root = root.parent_path();  // "runs/" is "runs"
   for (const fs::path& input : inputs) {
     for (const fs::path& name : {input, input / "model"}) {  // `input` may itself be a run
       if (input.empty() || (name != input && !fs::exists(name))) continue;
