@@ -284,7 +284,6 @@ bool is_held_out(const Comparison& c, const PreferenceSettings& s) {
 PreferenceData read_data(PreferenceSettings& s, const RunOptions& options) {
   PreferenceData d;
   d.source = model_dir(options.resume ? options.out : std::filesystem::path(s.model));
-  if (!options.resume) expect_elsewhere(d.source, options.out);
   d.config = load_config(d.source);
   d.tokenizer = Tokenizer::load(d.source);
   d.config.eos = end_of_turn(d.tokenizer);
@@ -371,9 +370,10 @@ void update(Gpt& gpt, const PreferenceSettings& s, int64_t n, const Run& run, St
   const double loss = result.metrics.at("loss"),
                factor = make_schedule(s.optimizer, s.steps()).at(n);
   if (!std::isfinite(loss)) fail_diverged(run, format("the loss is %f", loss));
-  gpt.update(optimizer_step(s.optimizer, n, factor));
+  gpt.update(optimizer_step(s.optimizer, n - run.state.moments_since, factor));
   const UpdateStats stats = gpt.stats();
-  result.metrics.update({{"grad_norm", stats.grad_norm}, {"lr_factor", factor}});
+  result.metrics["grad_norm"] = stats.grad_norm;
+  result.learning_rate = peak_rate(s.optimizer) * factor;
   result.line += format("  grad %.2f", stats.grad_norm);
   result.skipped = stats.skipped;
 }
@@ -403,7 +403,7 @@ void check_state(const Training& t, const Json& saved) {
 // A run of steps over the free functions of a training (RewardTraining, DpoTraining): begin, step,
 // evaluate, finish and save_options.
 template <class Training, class Settings>
-int run_training(const char* stage, Settings settings, const RunOptions& options) {
+int run_training(const char* stage, Settings settings, RunOptions options) {
   begin_process(options);
   if (options.resume) settings = settings_of<Settings>(options, stage);
   check_inputs(settings.common);
@@ -631,10 +631,11 @@ StepResult step(RewardTraining& t, int64_t n, const Run& run) {
 
 void evaluate(RewardTraining& t, int64_t n, Run& run) {
   const Agreement a = pass_over(*t.gpt, t.settings, t.data.val, all_of(t.data.val), false);
-  run.write_metrics(n, {{"val_loss", a.mean_loss()},
-                        {"val_accuracy", a.accuracy()},
-                        {"val_margin", a.mean_margin()},
-                        {"val_pairs", a.pairs}});
+  run.write_metrics("eval", n,
+                    {{"val_loss", a.mean_loss()},
+                     {"val_accuracy", a.accuracy()},
+                     {"val_margin", a.mean_margin()},
+                     {"val_pairs", a.pairs}});
   run.line.note(format("step %lld  held-out accuracy %.1f%%, loss %.4f", (long long)n,
                        100 * a.accuracy(), a.mean_loss()));
 }
@@ -777,9 +778,8 @@ OrderedJson finish(RewardTraining& t, Run& run) {
       {"epochs", double(t.settings.common.comparisons) / double(t.data.train.size())}};
   if (!t.data.val.empty()) {
     const Agreement a = pass_over(*t.gpt, t.settings, t.data.val, all_of(t.data.val), false);
-    run.write_metrics(
-        run.state.step,
-        {{"final", true}, {"val_loss", a.mean_loss()}, {"val_accuracy", a.accuracy()}});
+    run.write_metrics("final", run.state.step,
+                      {{"val_loss", a.mean_loss()}, {"val_accuracy", a.accuracy()}});
     summary.update(agreement_json(a));
     run.line.note("held out: " + agreement_text(a));
   }
@@ -800,15 +800,15 @@ SaveOptions save_options(const RewardTraining& t) {
 // Cross-validation: a run for each fold, whose problems it has not seen; their agreement together
 // is that on all of the data. DIR/fold-1 and on hold the runs, DIR/summary.json the whole.
 
-int run_folds(const RewardSettings& settings, const RunOptions& options) {
+int run_folds(const RewardSettings& settings, RunOptions options) {
   const int parts = settings.common.folds;
   if (parts < 2 || parts > 100) fail("--folds: found ", parts, ", expected 2 to 100");
   begin_process(options);
   check_inputs(settings.common);
   const std::filesystem::path out = options.out;
-  expect_elsewhere(model_dir(settings.common.model), out);
+  expect_elsewhere(out, {settings.common.model});
   if (!options.resume && !options.overwrite) expect_new_run(out);
-  if (options.overwrite) std::filesystem::remove_all(out);
+  if (options.overwrite) remove_path(out);
   std::filesystem::create_directories(out);
   Agreement all;
   OrderedJson folds = OrderedJson::array();
@@ -817,7 +817,7 @@ int run_folds(const RewardSettings& settings, const RunOptions& options) {
     o.out = out / concat("fold-", fold);
     o.overwrite = false;
     o.resume = std::filesystem::exists(o.out / "model/trainer_state.json");
-    if (!o.resume) std::filesystem::remove_all(o.out);
+    if (!o.resume) remove_path(o.out);
     RewardSettings without_fold = settings;
     without_fold.common.fold = fold;
     std::printf("fold %d of %d\n", fold, parts);
@@ -1043,7 +1043,7 @@ StepResult step(DpoTraining& t, int64_t n, const Run& run) {
 
 DpoStats evaluate(DpoTraining& t, int64_t n, Run& run) {
   const DpoStats seen = pass_over(*t.gpt, t.settings, t.data.val, all_of(t.data.val), false);
-  run.write_metrics(n, seen.json("val_"));
+  run.write_metrics("eval", n, seen.json("val_"));
   run.line.note(format("step %lld  held out: %s", (long long)n, seen.text().c_str()));
   return seen;
 }

@@ -1389,8 +1389,11 @@ OrderedJson grpo_metrics(const Step& step) {
 }
 
 OrderedJson seconds_json(const Seconds& s) {
-  return {{"decode", s.decode}, {"forward", s.forward}, {"backward", s.backward},
-          {"update", s.update}, {"rewards", s.rewards}, {"all", s.all}};
+  return {{"seconds_decode", s.decode},
+          {"seconds_forward", s.forward},
+          {"seconds_backward", s.backward},
+          {"seconds_update", s.update},
+          {"seconds_rewards", s.rewards}};
 }
 
 // Of a step; `own`: those of PPO or GRPO alone.
@@ -1424,7 +1427,7 @@ StepResult step_result(const Step& step, const Rewards& rewards, double beta, co
   m["truncated"] = truncated / n, m["ended"] = c.ended;
   m["repetition"] = c.repetition, m["reward_length_correlation"] = c.correlation;
   m["failed"] = std::ranges::count_if(step.rollouts, &Rollout::failed);
-  m["seconds"] = seconds_json(s);
+  m.update(seconds_json(s));
 
   std::string line = format("reward %.3f  kl %.2f  entropy %.2f  length %.0f", step.reward.mean,
                             step.kl, entropy, c.length);
@@ -1738,7 +1741,6 @@ void restore(RlParts& p, const Json& saved) {
 int64_t begin_run(RlParts& p, const Algorithm& algorithm, const Json* saved) {
   algorithm.choose(p.s, p.config);
   check_settings(p.s);
-  if (!saved) expect_elsewhere(p.start, p.run.options.out);
   read_inputs(p);
   p.state.beta = p.s.step.beta;
   p.run.lr_scale = p.s.step.optimizer.lr_scale;
@@ -1922,11 +1924,11 @@ void evaluate_during(RlParts& p, int64_t n) {
   const std::string when = n == 0 ? "before" : format("step %lld", (long long)n);
   const Evaluation e = evaluate(p, s.eval_some);
   OrderedJson metrics = note_evaluation(p, e, when);
-  if (due) p.run.write_metrics(n, metrics);
+  if (due) p.run.write_metrics("eval", n, metrics);
   if (due) keep_if_best(p, e);
   while (passed()) {
     metrics["at_sqrt_kl"] = s.eval_at_kl[size_t(p.state.kl_evaluations++)];
-    p.run.write_metrics(n, metrics);
+    p.run.write_metrics("eval", n, metrics);
     if (size_t(p.state.kl_evaluations) < s.eval_at_kl.size()) continue;
     p.run.stopped = "the KL has passed the last point of --eval-at-kl";
   }
@@ -1949,7 +1951,7 @@ OrderedJson finish(RlParts& p) {
                          {"best_step", p.run.state.best_step}};
   if (!p.held_out.empty()) {
     const Evaluation e = evaluate(p, s.eval_prompts);
-    p.run.write_metrics(p.run.state.step, note_evaluation(p, e, "at the end"));
+    p.run.write_metrics("final", p.run.state.step, note_evaluation(p, e, "at the end"));
     summary.update({{"prompts", e.prompts}, {"samples", e.samples}});
     summary.update(evaluation_json(e, p.rewards, ""));
   }
@@ -2288,13 +2290,13 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
   for (const auto& m : models) hashes.push_back(m["hash"]);
   const OrderedJson state = {{"stage", "best-of-n"}, {"models", hashes}, {"settings", Json(s)}};
 
-  expect_elsewhere(p.start, o.out);
+  expect_elsewhere(o.out, {p.start});
   if (!o.resume && !o.overwrite) expect_new_run(o.out);
   std::vector<Candidates> all;  // of each prompt so far
   if (o.resume) {
     all = sampled_before(o.out, models, prompts.size());
   } else {
-    if (o.overwrite) std::filesystem::remove_all(o.out);
+    if (o.overwrite) remove_path(o.out);
     std::filesystem::create_directories(o.out);
     write_json(o.out / "state.json", state);
   }
@@ -2308,7 +2310,7 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
         std::span(prompts).subspan(begin, std::min<size_t>(kPiece, prompts.size() - begin));
     for (Candidates& c : sample_piece(p.models, p.options, p.rewards, piece, n,
                                       mix64(s.step.seed, hash64("best of n"), begin))) {
-      p.run.write_metrics(int64_t(all.size()) + 1, Json(c));
+      p.run.write_metrics("step", int64_t(all.size()) + 1, Json(c));
       all.push_back(std::move(c));
     }
     const double left = double(prompts.size() - all.size());

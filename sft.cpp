@@ -406,6 +406,10 @@ class FineTuning {
     run_.stage = "fine-tuning";
     run_.hint = "./chat " + options.out.string();
     run_.lr_scale = s_.optimizer.lr_scale;
+    run_.keeps_best = s_.patience > 0;
+    run_.inputs = {s_.model};
+    for (const std::string& source : s_.data) run_.inputs.push_back(parse_source(source).path);
+    for (const std::string& path : s_.val) run_.inputs.push_back(path);
     run_.options = std::move(options);
     prepare_tokenizer();
     read_data();
@@ -429,7 +433,11 @@ class FineTuning {
   void read_data();
   void plan_run();
   void plan_steps(double started);
+  void plan_more_steps(const Json& saved);
   void plan_adapters();
+  int64_t bins_a_step() const { return s_.batch_tokens / s_.context; }
+  int64_t bins_of(double epochs) const;
+  int64_t steps_of(int64_t bins) const { return (bins + bins_a_step() - 1) / bins_a_step(); }
   void print_plan(double reserved);
   void make_model(const std::filesystem::path& dir);
   void load_grown(const std::filesystem::path& dir);
@@ -442,10 +450,11 @@ class FineTuning {
   OrderedJson state() const;
   SaveOptions save_options() const;
   GptOptions options() const {
-    return {.device = parse_device(run_.options.device),
-            .muon = s_.optimizer.name == "muon",
-            .lora = {s_.lora, float(s_.lora_alpha)},
-            .batch_tokens = int(s_.micro_batch_tokens)};
+    GptOptions o = gpt_options(run_.options);
+    o.muon = s_.optimizer.name == "muon";
+    o.lora = {s_.lora, float(s_.lora_alpha)};
+    o.batch_tokens = int(s_.micro_batch_tokens);
+    return o;
   }
 
   Settings s_;
@@ -472,7 +481,7 @@ class FineTuning {
 // One step
 
 StepResult FineTuning::step(int64_t number) {
-  int64_t n = s_.batch_tokens / s_.context;
+  int64_t n = bins_a_step();
   if (s_.bins > 0) n = std::clamp<int64_t>(s_.bins - (number - 1) * n, 1, n);  // the last has fewer
   std::vector<std::vector<int>> bins;
   for (int64_t i = 0; i < n; i++) bins.push_back(stream_->next());
@@ -486,32 +495,31 @@ StepResult FineTuning::step(int64_t number) {
     for (const float logp : gpt_->logp()) nats -= logp;
     r.operations += training_operations(*gpt_, b.doc_starts);
   }
-  gpt_->update(optimizer_step(s_.optimizer, number, schedule_.at(number)));
+  const double factor = schedule_.at(number);
+  gpt_->update(optimizer_step(s_.optimizer, number - run_.state.moments_since, factor));
   const UpdateStats stats = gpt_->stats();
   positions_ += tokens, trained_ += trained;
   r.loss = nats / double(trained);
   r.tokens = double(tokens);
   r.skipped = stats.skipped;
-  r.metrics = {{"loss", *r.loss},
-               {"tokens", tokens},
-               {"trained", trained},
-               {"grad_norm", stats.grad_norm},
-               {"lr_factor", schedule_.at(number)}};
+  r.learning_rate = peak_rate(s_.optimizer) * factor;
+  r.metrics = {
+      {"loss", *r.loss}, {"tokens", tokens}, {"trained", trained}, {"grad_norm", stats.grad_norm}};
   r.line = format("loss %.3f  grad %.2f", *r.loss, stats.grad_norm);
   return r;
 }
 
-// The mean loss over the trained tokens of the first held-out examples, up to `positions`.
+// The mean loss over the trained tokens of held-out examples, of about `positions` tokens in all:
+// one of every so many, since files are often in the order of their sources.
 Score FineTuning::evaluate(int64_t positions) {
+  const int64_t one_of = std::max<int64_t>(1, (val_.all_positions() + positions - 1) / positions);
   std::vector<int> order;
-  for (int i = 0; i < val_.size() && (i == 0 || positions >= val_.positions(i)); i++) {
-    order.push_back(i);
-    positions -= val_.positions(i);
-  }
+  for (int64_t i = 0; i < val_.size(); i += one_of) order.push_back(int(i));
   double nats = 0;
   Score score;
   const auto bins = pack(std::move(order), val_, s_.context);
   for (const Packed& b : micro_batches(val_, bins, s_.micro_batch_tokens)) {
+    stop_if_signalled();
     gpt_->forward(b.batch(), Pass::score);
     for (const float logp : gpt_->logp()) nats -= logp;
     score.trained += b.trained;
@@ -526,7 +534,7 @@ void FineTuning::evaluate_and_sample(int64_t n) {
   const bool is_last = n == run_.steps;
   if (val_.size() > 0 && n % s_.eval_every == 0 && !is_last) {
     const Score score = evaluate(s_.eval_some);
-    run_.write_metrics(n, {{"val_loss", score.loss}, {"val_tokens", score.trained}});
+    run_.write_metrics("eval", n, {{"val_loss", score.loss}, {"val_tokens", score.trained}});
     run_.line.note(format("step %lld  held-out loss %.4f", (long long)n, score.loss));
     if (n > 0 && s_.patience > 0 && !save_if_best(run_, -score.loss) &&
         run_.state.worse_in_a_row >= s_.patience) {
@@ -668,18 +676,11 @@ void FineTuning::plan_run() {
   s_.batch_tokens = std::max<int64_t>(1, s_.batch_tokens / s_.context) * s_.context;
   if (s_.micro_batch_tokens == 0) s_.micro_batch_tokens = 4096;
   s_.micro_batch_tokens = std::clamp<int64_t>(s_.micro_batch_tokens, s_.context, s_.batch_tokens);
-  const int64_t bins_a_step = s_.batch_tokens / s_.context;
   if (budget.epochs > 0) {
-    double bins = 0;
-    const auto whole = int64_t(budget.epochs);
-    for (int64_t e = 0; e < whole; e++) bins += double(stream_->make_epoch(e).size());
-    if (budget.epochs > double(whole)) {
-      bins += (budget.epochs - double(whole)) * double(stream_->make_epoch(whole).size());
-    }
-    s_.bins = std::max<int64_t>(1, std::llround(bins));
-    budget.steps = (s_.bins + bins_a_step - 1) / bins_a_step;
+    s_.bins = bins_of(budget.epochs);
+    budget.steps = steps_of(s_.bins);
   } else if (budget.steps > 0) {
-    s_.bins = budget.steps * bins_a_step;
+    s_.bins = budget.steps * bins_a_step();
   }
 
   if (o.name.empty()) {
@@ -698,6 +699,29 @@ void FineTuning::plan_run() {
   for (double* lr : {&o.embedding_lr, &o.head_lr, &o.vector_lr}) {
     if (*lr == 0) *lr = muon ? adamw_lr : o.lr;
   }
+}
+
+int64_t FineTuning::bins_of(double epochs) const {
+  double bins = 0;
+  const auto whole = int64_t(epochs);
+  for (int64_t e = 0; e < whole; e++) bins += double(stream_->make_epoch(e).size());
+  if (epochs > double(whole)) {
+    bins += (epochs - double(whole)) * double(stream_->make_epoch(whole).size());
+  }
+  return std::max<int64_t>(1, std::llround(bins));
+}
+
+// The steps of a resumed run that got another budget.
+void FineTuning::plan_more_steps(const Json& saved) {
+  s_.bins = 0;
+  s_.budget.steps = resumed_steps(run_.state, s_.budget, [&](const Budget& budget) {
+    s_.bins = bins_of(budget.epochs);
+    return steps_of(s_.bins);
+  });
+  if (s_.bins == 0) s_.bins = s_.budget.steps * bins_a_step();
+  const int64_t before = saved.at("settings").at("budget").at("steps").get<int64_t>();
+  note_rate(run_, make_schedule(s_.optimizer, before), make_schedule(s_.optimizer, s_.budget.steps),
+            peak_rate(s_.optimizer));
 }
 
 void FineTuning::plan_adapters() {
@@ -827,16 +851,16 @@ int64_t FineTuning::begin(const Json* saved) {
     stream_ = std::make_unique<Stream>(train_, s_.context, s_.seed);
     stream_->set_state(saved->at("stream").get<StreamState>());
     make_model(run_.model());
-    load_trainer_state(run_.model(), *gpt_);
+    load_run(run_, *saved, *gpt_);
     positions_ = saved->at("positions").get<int64_t>();
     trained_ = saved->at("trained").get<int64_t>();
     if (const auto best = saved->find("best_loss"); best != saved->end()) {  // an older version's
       run_.state.best_quality = -best->get<double>();
       if (run_.state.best_step == 0) run_.state.best_step = -1;
     }
+    if (run_.options.new_budget) plan_more_steps(*saved);
     print_plan(0);
   } else {
-    expect_elsewhere(from_, run_.options.out);
     plan_run();
     plan_steps(started);
     if (run_.options.dry_run) return 0;
@@ -856,7 +880,7 @@ void FineTuning::plan_steps(double started) {
   const double last_eval = eval_seconds_ * double(std::min(s_.eval_tokens, val_.all_positions()));
   if (s_.budget.minutes > 0) {
     steps = steps_in_minutes(s_.budget, started, step_seconds_, last_eval);
-    s_.bins = steps * (s_.batch_tokens / s_.context);
+    s_.bins = steps * bins_a_step();
   }
   print_plan(last_eval);
   if (s_.optimizer.warmup < 0) s_.optimizer.warmup = std::clamp<int64_t>(steps / 20, 1, 40);
@@ -883,8 +907,8 @@ OrderedJson FineTuning::finish() {
   Score score;
   if (val_.size() > 0) {
     score = evaluate(s_.eval_tokens);
-    run_.write_metrics(last_step,
-                       {{"final", true}, {"val_loss", score.loss}, {"val_tokens", score.trained}});
+    run_.write_metrics("final", last_step,
+                       {{"val_loss", score.loss}, {"val_tokens", score.trained}});
   }
   const double seconds = run_.state.seconds, loss = run_.state.recent_loss;
   run_.line.note(format("fine-tuned on %s tokens, %s of them trained, in %s: training loss %.3f%s",
@@ -976,7 +1000,6 @@ int main_sft(int argc, char** argv) {
   add_data_flags(app, s);
   app.add_option("--show", show, "print so many examples, trained tokens marked, and stop");
   app.add_option("--merge", adapters, "write a run's adapters and their model as one, and stop");
-  app.add_flag("--dry-run", o.dry_run, "print the plan and stop");
   add_run_flags(app, o);
   add_budget_flags(app, s);
   add_optimizer_flags(app, s.optimizer, "learning rate of matrices or adapters; 0: chosen");
@@ -998,7 +1021,8 @@ int main_sft(int argc, char** argv) {
   }
   if (show == 0) begin_process(o);
   if (o.resume) {
-    s = saved_settings<Settings>(o, "fine-tuning");
+    resume_settings(app, s, s.budget, o, "fine-tuning",
+                    {"--patience", "--eval-every", "--eval-tokens"});
   } else if (s.model.empty() || s.data.empty()) {
     fail(s.model.empty() ? "--model: missing, expected the model to begin with"
                          : "--data: missing, expected JSON lines of conversations");

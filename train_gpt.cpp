@@ -2450,11 +2450,10 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Settings, data, tokenizer, init_
                                                 context, tied, batch_tokens, micro_batch_tokens,
                                                 budget, optimizer, seed)
 
-// What is looked at on the way, and how the engine computes.
+// What is looked at on the way.
 struct Watch {
   int64_t eval_every = 0, sample_every = 0, eval_tokens = 1 << 20;
-  std::string prompt, precision = "auto";
-  bool recompute = false;
+  std::string prompt;
 };
 
 struct Score {
@@ -2485,6 +2484,7 @@ class Pretraining {
           tokenizer_.is_special(id) ? 0 : int(tokenizer_.token_bytes(id).size());
     run_.stage = "pretraining";
     run_.hint = "./chat generate " + options.out.string() + " --prompt \"...\"";
+    run_.inputs = {s_.data, tokenizer_path_, s_.init_from};
     run_.options = std::move(options);
   }
 
@@ -2505,22 +2505,20 @@ class Pretraining {
   void plan_model();
   void plan_run();
   void plan_steps(double started);
+  void plan_more_steps(const Json& saved);
   void print_plan(double reserved);
   void make_model();
   void load_or_initialize();
   void calibrate_speed();
   StepResult step(int64_t number);
   Score evaluate(int64_t tokens);
-  void report(const Score& score);
+  void report(const char* kind, const Score& score);
   void evaluate_and_sample(int64_t number);
   OrderedJson finish();
   OrderedJson state() const;
   SaveOptions save_options() const;
   GptOptions options() const {
-    GptOptions o;
-    o.device = parse_device(run_.options.device);
-    o.precision = parse_precision(w_.precision);
-    o.recompute = w_.recompute;
+    GptOptions o = gpt_options(run_.options);
     o.muon = s_.optimizer.name == "muon";
     o.batch_tokens = int(s_.micro_batch_tokens);
     return o;
@@ -2562,15 +2560,15 @@ StepResult Pretraining::step(int64_t number) {
     for (int id : targets_) bytes += token_bytes_[size_t(id)];
     r.operations += training_operations(*gpt_, doc_starts_);
   }
-  gpt_->update(optimizer_step(s_.optimizer, number, schedule_.at(number)));
+  const double factor = schedule_.at(number);
+  gpt_->update(optimizer_step(s_.optimizer, number - run_.state.moments_since, factor));
   const UpdateStats stats = gpt_->stats();
   const double bits_per_byte =
       stats.loss * double(s_.batch_tokens) / (std::log(2.) * std::max(1., bytes));
   r.loss = stats.loss, r.skipped = stats.skipped;
-  r.metrics = {{"loss", stats.loss},
-               {"bits_per_byte", bits_per_byte},
-               {"grad_norm", stats.grad_norm},
-               {"lr_factor", schedule_.at(number)}};
+  r.learning_rate = peak_rate(s_.optimizer) * factor;
+  r.metrics = {
+      {"loss", stats.loss}, {"bits_per_byte", bits_per_byte}, {"grad_norm", stats.grad_norm}};
   r.line =
       format("loss %.3f  %.3f bits/byte  grad %.2f", stats.loss, bits_per_byte, stats.grad_norm);
   return r;
@@ -2585,6 +2583,7 @@ Score Pretraining::evaluate(int64_t tokens) {
   double nats = 0, bytes = 0;
   Score score;
   for (int64_t i = 0; i < used;) {
+    stop_if_signalled();
     tokens_.clear(), targets_.clear(), doc_starts_.clear();
     do {
       const int64_t begin = i * all / used * T;
@@ -2603,11 +2602,13 @@ Score Pretraining::evaluate(int64_t tokens) {
   return score;
 }
 
-void Pretraining::report(const Score& score) {
+// `kind`: of the line in the metrics.
+void Pretraining::report(const char* kind, const Score& score) {
   const int64_t n = run_.state.step;
-  run_.write_metrics(n, {{"val_loss", score.loss},
-                         {"val_bits_per_byte", score.bits_per_byte},
-                         {"val_tokens", score.tokens}});
+  run_.write_metrics(kind, n,
+                     {{"val_loss", score.loss},
+                      {"val_bits_per_byte", score.bits_per_byte},
+                      {"val_tokens", score.tokens}});
   run_.line.note(format("step %lld  validation loss %.4f  %.4f bits/byte", (long long)n, score.loss,
                         score.bits_per_byte));
 }
@@ -2623,7 +2624,7 @@ void Pretraining::evaluate_and_sample(int64_t n) {
     const int64_t tokens = eval_seconds_ > 0 && step_seconds_ > 0
                                ? int64_t(.003 * double(run_.steps) * step_seconds_ / eval_seconds_)
                                : s_.batch_tokens * run_.steps / 300;
-    report(evaluate(std::clamp<int64_t>(tokens, s_.context, w_.eval_tokens)));
+    report("eval", evaluate(std::clamp<int64_t>(tokens, s_.context, w_.eval_tokens)));
   }
   if (!every(w_.sample_every, 4)) return;
   std::vector<int> prompt = {end_of_text_};
@@ -2812,12 +2813,13 @@ int64_t Pretraining::begin(const Json* saved) {
   if (saved) {
     config_ = load_config(model_dir(run_.options.out));
     make_model();
-    load_weights(run_.model(), *gpt_);
-    load_trainer_state(run_.model(), *gpt_);
+    load_run(run_, *saved, *gpt_);
     loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, end_of_text_);
     const Json& loader = saved->at("loader");
     loader_->set_state({loader.at("epoch").get<int64_t>(), loader.at("window").get<int64_t>()});
     eval_seconds_ = saved->at("eval_seconds").get<double>();
+    step_seconds_ = saved->value("step_seconds", 0.);
+    if (run_.options.new_budget) plan_more_steps(*saved);
     print_plan(0);
   } else {
     plan_model();
@@ -2830,6 +2832,16 @@ int64_t Pretraining::begin(const Json* saved) {
   run_.lr_scale = s_.optimizer.lr_scale;
   schedule_ = make_schedule(s_.optimizer, s_.budget.steps);
   return s_.budget.steps;
+}
+
+// The steps of a resumed run that got another budget.
+void Pretraining::plan_more_steps(const Json& saved) {
+  s_.budget.steps = resumed_steps(run_.state, s_.budget, [&](const Budget& budget) {
+    return std::max<int64_t>(1, budget.tokens / s_.batch_tokens);
+  });
+  const int64_t before = saved.at("settings").at("budget").at("steps").get<int64_t>();
+  note_rate(run_, make_schedule(s_.optimizer, before), make_schedule(s_.optimizer, s_.budget.steps),
+            peak_rate(s_.optimizer));
 }
 
 // The number of steps, with --minutes from the speed; prints the plan.
@@ -2859,7 +2871,7 @@ void Pretraining::plan_steps(double started) {
 
 OrderedJson Pretraining::finish() {
   Score score;
-  if (val_) report(score = evaluate(w_.eval_tokens));
+  if (val_) report("final", score = evaluate(w_.eval_tokens));
   const double seconds = run_.state.seconds, loss = run_.state.recent_loss;
   const double tokens = double(run_.steps) * double(s_.batch_tokens);
   const auto parameters = gpt_->table().parameters();
@@ -2881,6 +2893,7 @@ OrderedJson Pretraining::finish() {
 OrderedJson Pretraining::state() const {
   const LoaderState loader = loader_->state();
   return {{"loader", {{"epoch", loader.epoch}, {"window", loader.window}}},
+          {"step_seconds", step_seconds_},
           {"eval_seconds", eval_seconds_},
           {"settings", Json(s_)}};
 }
@@ -2891,7 +2904,7 @@ SaveOptions Pretraining::save_options() const {
 }
 
 // The user's own model on both engines: the same batch, every gradient side by side.
-int check_engines(const std::string& model, const Watch& w) {
+int check_engines(const std::string& model, const RunOptions& o) {
   check_device(Device::cuda);
   const std::filesystem::path dir = model_dir(model);
   const Config c = load_config(dir);
@@ -2909,8 +2922,8 @@ int check_engines(const std::string& model, const Watch& w) {
   for (const int i : {0, 1}) {
     engines[i] =
         make_gpt(c, {.device = i == 0 ? Device::cpu : Device::cuda,
-                     .precision = i == 0 ? Precision::automatic : parse_precision(w.precision),
-                     .recompute = i == 1 && w.recompute,
+                     .precision = i == 0 ? Precision::automatic : parse_precision(o.precision),
+                     .recompute = i == 1 && o.recompute,
                      .batch_tokens = int(tokens.size())});
     load_weights(dir, *engines[i]);
     const bool lm = c.head == Head::lm;
@@ -2921,7 +2934,7 @@ int check_engines(const std::string& model, const Watch& w) {
   }
   // As in test/test_cuda.cpp: fp32 sums in another order, or some hundred roundings to 8 bits. Key
   // biases have a gradient of zero in exact arithmetic: what they hold is rounding alone.
-  const bool bf16 = parse_precision(w.precision) != Precision::fp32;
+  const bool bf16 = parse_precision(o.precision) != Precision::fp32;
   const double bound = bf16 ? 6e-2 : 1e-5;
   bool good = true;
   const auto row = [&](const std::string& name, const std::vector<float>& cpu,
@@ -2997,7 +3010,6 @@ int main_train(int argc, char** argv) {
   app.add_option("--tokenizer", s.tokenizer, "in place of the one that PREFIX.json names");
   app.add_option("--init-from", s.init_from,
                  "continue from a model: a run or Hugging Face directory");
-  app.add_flag("--dry-run", o.dry_run, "print the plan and stop");
   app.add_flag("--check", check,
                "compare the CPU and the CUDA engine on --model, tensor by tensor");
   app.add_option("--model", check_model, "a run or Hugging Face directory, for --check");
@@ -3012,9 +3024,6 @@ int main_train(int argc, char** argv) {
   watch->add_option("--eval-tokens", w.eval_tokens, "most tokens of the final validation");
   watch->add_option("--sample-every", w.sample_every, "steps; 0: a quarter of the run");
   watch->add_option("--prompt", w.prompt, "of the samples");
-  watch->add_option("--precision", w.precision, "auto, f32 or bf16 (auto: bf16 on CUDA)");
-  watch->add_flag("--recompute", w.recompute,
-                  "CUDA: keep each layer's input alone: less memory, one more forward pass");
   const RenamedFlag renamed[] = {{"--matrix-lr", "--lr"}, {"--clip", "--clip-norm"}};
   const std::vector<std::string> shown = {"--data",    "--out",    "--depth",     "--minutes",
                                           "--steps",   "--tokens", "--init-from", "--resume",
@@ -3023,16 +3032,13 @@ int main_train(int argc, char** argv) {
   if (check) {
     if (check_model.empty()) fail("--model: missing, expected the model to --check");
     set_threads(o.threads);
-    return check_engines(check_model, w);
+    return check_engines(check_model, o);
   }
   begin_process(o);
   if (o.resume) {
-    s = saved_settings<Settings>(o, "pretraining");
+    resume_settings(app, s, s.budget, o, "pretraining");
   } else if (s.data.empty()) {
     fail("--data: missing, expected the PREFIX of token shards");
-  }
-  if (parse_precision(w.precision) == Precision::bf16 && parse_device(o.device) == Device::cpu) {
-    fail("--precision bf16: the CPU engine computes in f32, expected f32 or auto");
   }
   return Pretraining(std::move(s), std::move(w), std::move(o)).run();
 }

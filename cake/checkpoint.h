@@ -1090,14 +1090,13 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
   if (!replaced.empty()) std::filesystem::remove_all(replaced, ignored);
 }
 
-// A run keeps its checkpoint while it writes the next one: the disk must have room for two.
-inline void check_disk(const std::filesystem::path& run, const ParamTable& table) {
-  const int64_t need = 2 * checkpoint_bytes(table, true);
+// A run needs `bytes` more on the disk: its checkpoint stays while it writes the next one.
+inline void check_disk(const std::filesystem::path& run, int64_t bytes) {
   std::error_code ec;
   const auto space = std::filesystem::space(run, ec);
-  if (!ec && int64_t(space.available) < need) {
+  if (!ec && int64_t(space.available) < bytes) {
     fail(run.string(), ": found ", bytes_text(double(space.available)),
-         " free on the disk, expected ", bytes_text(double(need)), " for two checkpoints");
+         " free on the disk, expected ", bytes_text(double(bytes)), " for its checkpoints");
   }
 }
 

@@ -7,6 +7,8 @@
 
 #include <fcntl.h>
 #include <sched.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -25,6 +27,7 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <new>
 #include <set>
 #include <sstream>
@@ -117,6 +120,13 @@ inline void spin_briefly(char** argv) {
 
 inline std::atomic<int> stop_signal{0};  // the signal's number, 0 for none
 
+struct Interrupted {};  // thrown where work that takes long was asked to stop
+
+// What takes long, and changes nothing that a run saves, calls this once in a while.
+inline void stop_if_signalled() {
+  if (stop_signal) throw Interrupted();
+}
+
 inline void watch_signals() {
   const auto handler = [](int signal) {
     if (stop_signal.exchange(signal)) {
@@ -183,13 +193,56 @@ inline std::string read_file(const std::filesystem::path& path) {
   return text;
 }
 
+// Four functions change what is on the disk: every write, sync, rename and removal of a run is one
+// of theirs. A test sets CAKE_EXIT_AT=n, and the process ends in place of the n-th change as if it
+// had been killed: nothing is flushed, nothing is cleaned up.
+
+inline constexpr int kKilled = 137;  // the exit status then: that of a process killed by SIGKILL
+
+inline void count_disk_change() {
+  static std::atomic<int64_t> left = [] {
+    const char* text = std::getenv("CAKE_EXIT_AT");
+    return text ? std::atoll(text) : int64_t(-1);
+  }();
+  if (left >= 0 && left-- == 1) _exit(kKilled);
+}
+
+// `path`: the name in the error.
+inline void write_bytes(std::FILE* file, const void* data, size_t bytes,
+                        const std::filesystem::path& path) {
+  count_disk_change();
+  if (bytes > 0 && std::fwrite(data, 1, bytes, file) != bytes) {
+    fail(path.string(), ": cannot write: ", errno_text());
+  }
+}
+
 // Flushes a file or directory to the disk.
 inline void sync_path(const std::filesystem::path& path) {
+  count_disk_change();
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (fd < 0) fail(path.string(), ": cannot open: ", errno_text());
   const int status = fsync(fd);
   close(fd);
   if (status != 0 && errno != EINVAL) fail(path.string(), ": cannot sync: ", errno_text());
+}
+
+// Replaces a file `dst`.
+inline void rename_path(const std::filesystem::path& src, const std::filesystem::path& dst) {
+  count_disk_change();
+  if (std::rename(src.c_str(), dst.c_str()) != 0) {
+    fail(dst.string(), ": cannot rename ", src.string(), ": ", errno_text());
+  }
+}
+
+// Removes a file, or a directory with all that is in it; nothing where there is nothing.
+inline void remove_path(const std::filesystem::path& path) {
+  std::error_code ec;
+  if (std::filesystem::is_directory(std::filesystem::symlink_status(path, ec))) {
+    for (const auto& entry : std::filesystem::directory_iterator(path)) remove_path(entry.path());
+  }
+  count_disk_change();
+  std::filesystem::remove(path, ec);
+  if (ec) fail(path.string(), ": cannot remove: ", ec.message());
 }
 
 // A file under construction: bytes go to PATH.partial, commit() syncs it and renames it to PATH;
@@ -208,26 +261,20 @@ class AtomicFile {
     std::error_code ignored;
     if (!committed_) std::filesystem::remove(partial_, ignored);
   }
-  void write(const void* data, size_t bytes) {
-    if (bytes > 0 && std::fwrite(data, 1, bytes, file_) != bytes) {
-      fail(path_.string(), ": cannot write: ", errno_text());
-    }
-  }
+  void write(const void* data, size_t bytes) { write_bytes(file_, data, bytes, path_); }
   void write(std::string_view text) { write(text.data(), text.size()); }
   void seek(int64_t offset) {
     if (fseeko(file_, offset, SEEK_SET) != 0) fail(path_.string(), ": cannot seek: ", errno_text());
   }
   void close() {  // complete and synced, but not yet under its name
-    bool good = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0;
-    const int error = errno;
-    good = std::fclose(std::exchange(file_, nullptr)) == 0 && good;
-    if (!good) fail(path_.string(), ": cannot write: ", std::strerror(error));
+    if (std::fclose(std::exchange(file_, nullptr)) != 0) {
+      fail(path_.string(), ": cannot write: ", errno_text());
+    }
+    sync_path(partial_);
   }
   void commit() {
     if (file_) close();
-    if (std::rename(partial_.c_str(), path_.c_str()) != 0) {
-      fail(path_.string(), ": cannot rename into place: ", errno_text());
-    }
+    rename_path(partial_, path_);
     committed_ = true;
   }
 
@@ -338,15 +385,32 @@ inline std::string count_text(double n) {  // 1,234 or 5.03M
   return digits;
 }
 
-// One line that is rewritten in place on a terminal; in a log, a line at most every `interval`
-// seconds, so that a file stays readable.
+// The first `columns` characters of a line.
+inline std::string cut_to_width(std::string line, int columns) {
+  int characters = 0;
+  for (size_t i = 0; i < line.size(); i++) {
+    const bool begins_character = (line[i] & 0xc0) != 0x80;  // of UTF-8
+    if (begins_character && characters++ == columns) line.resize(i);
+  }
+  return line;
+}
+
+inline int terminal_width() {  // columns of stdout; 0: unknown
+  struct winsize size = {};
+  return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 ? size.ws_col : 0;
+}
+
+// One line that is rewritten in place on a terminal, and cut to its width; in a log, a whole line
+// at most every `interval` seconds, so that a file stays readable.
 class ProgressLine {
  public:
   explicit ProgressLine(double interval = 10) : interval_(interval) {}
   void show(const std::string& line, bool last = false) {
     const double t = now();
     if (terminal_) {
-      std::printf("\r%s\033[K%s", line.c_str(), last ? "\n" : "");
+      const int width = terminal_width();
+      std::printf("\r%s\033[K%s", (width > 1 ? cut_to_width(line, width - 1) : line).c_str(),
+                  last ? "\n" : "");
       open_ = !last;
     } else if (last || t >= next_) {
       std::printf("%s\n", line.c_str());
@@ -367,6 +431,27 @@ class ProgressLine {
   double interval_, next_ = 0;
 };
 
+// One process at a time writes a run: holds its directory until the end of the process.
+class RunLock {
+ public:
+  explicit RunLock(const std::filesystem::path& dir)
+      : fd_(open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+    if (fd_ < 0) fail(dir.string(), ": cannot open: ", errno_text());
+    if (flock(fd_, LOCK_EX | LOCK_NB) == 0) return;
+    const bool taken = errno == EWOULDBLOCK;
+    const std::string error = errno_text();
+    close(fd_);
+    if (taken) fail(dir.string(), ": another process is writing this run");
+    fail(dir.string(), ": cannot lock: ", error);
+  }
+  RunLock(const RunLock&) = delete;
+  RunLock& operator=(const RunLock&) = delete;
+  ~RunLock() { close(fd_); }
+
+ private:
+  int fd_;
+};
+
 // Fails when a run's directory holds something already.
 inline void expect_new_run(const std::filesystem::path& dir) {
   namespace fs = std::filesystem;
@@ -376,36 +461,42 @@ inline void expect_new_run(const std::filesystem::path& dir) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// metrics.jsonl: one JSON object a step, appended, {"step": n, ...}
+// metrics.jsonl: one JSON object a line, {"step": n, ...}, appended
 
 class Metrics {
  public:
-  // Keeps the lines of earlier steps up to and including `keep_step`, drops what came after: a run
+  // Keeps the whole lines of steps up to and including `keep_step`, drops what came after: a run
   // that resumes at a checkpoint writes those steps again.
   void open(const std::filesystem::path& path, int64_t keep_step) {
     std::string kept;
-    if (keep_step > 0 && std::filesystem::exists(path)) {
+    if (keep_step >= 0 && std::filesystem::exists(path)) {
       std::istringstream lines(read_file(path));
       for (std::string line; std::getline(lines, line);) {
         long long step = 0;
-        if (std::sscanf(line.c_str(), "{\"step\":%lld", &step) == 1 && step <= keep_step) {
+        if (std::sscanf(line.c_str(), "{\"step\":%lld", &step) == 1 && step <= keep_step &&
+            line.ends_with("}")) {
           kept += line + "\n";
         }
       }
     }
     write_file(path, kept);
-    file_.open(path, std::ios::app);
+    file_.reset(std::fopen(path.c_str(), "ab"));
     if (!file_) fail(path.string(), ": cannot append: ", errno_text());
     path_ = path;
   }
   void write(const std::string& json_object) {
-    file_ << json_object << std::endl;
-    if (!file_) fail(path_.string(), ": cannot write: ", errno_text());
+    const std::string line = json_object + "\n";
+    write_bytes(file_.get(), line.data(), line.size(), path_);
+    if (std::fflush(file_.get()) != 0) fail(path_.string(), ": cannot write: ", errno_text());
   }
+  void sync() { sync_path(path_); }
 
  private:
   std::filesystem::path path_;
-  std::ofstream file_;
+  struct Close {
+    void operator()(std::FILE* file) const { std::fclose(file); }
+  };
+  std::unique_ptr<std::FILE, Close> file_;
 };
 
 }  // namespace cake

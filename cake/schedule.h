@@ -14,6 +14,7 @@ namespace cake {
 //   linear    stays at 1, and falls over the last `warmdown` of the steps to `floor` on a line
 //   cosine    falls to `floor` on half a cosine (Loshchilov, Hutter 2017)
 //   constant  stays at 1
+// The floor is reached one step after the last, so that every step moves the weights.
 struct Schedule {
   std::string shape = "linear";
   int64_t steps = 1, warmup = 0;
@@ -24,10 +25,10 @@ struct Schedule {
     if (step <= warmup) return double(step) / double(warmup);
     if (shape == "constant") return 1;
     if (shape == "cosine") {
-      const double t = double(step - warmup) / double(std::max<int64_t>(1, steps - warmup));
+      const double t = double(step - warmup) / double(std::max<int64_t>(1, steps + 1 - warmup));
       return floor + (1 - floor) * .5 * (1 + std::cos(3.141592653589793 * std::min(1., t)));
     }
-    const double left = double(steps - step) / std::max(1., warmdown * double(steps));
+    const double left = double(steps + 1 - step) / std::max(1., warmdown * double(steps));
     return floor + (1 - floor) * std::clamp(left, 0., 1.);
   }
 };

@@ -1,7 +1,8 @@
 // A run of steps, once: what pretraining, fine-tuning, reward models and RL share.
 //
-//     RUN/metrics.jsonl   one JSON object a line, {"step": n, ...}: each step, each evaluation
-//     RUN/model/          the last checkpoint: a model directory with the trainer's state
+//     RUN/metrics.jsonl   one JSON object a line, {"step": n, "kind": "step", "eval" or "final",
+//     ...} RUN/model/          the last checkpoint: a model directory with the trainer's state
+//     RUN/model-N/        earlier ones, of step N, with --keep-checkpoints
 //     RUN/best/           the best weights so far, where a stage keeps them; gone at the end
 //     RUN/summary.json    at the end
 //
@@ -11,6 +12,7 @@
 //
 // A run that was killed goes on from its last checkpoint, bit by bit as if it had not been. What
 // has to survive a kill is one struct, RunState, and what the stage's `state` function returns.
+// While a process writes a run it holds a lock on the directory.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +21,10 @@
 #include <filesystem>
 #include <functional>
 #include <limits>
+#include <map>
+#include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,39 +44,82 @@ namespace cake {
 
 struct RunOptions {
   std::filesystem::path out;
-  std::string device = "auto";
+  std::string device = "auto", precision = "auto";
+  bool recompute = false;
   int threads = 0;
   int64_t save_every = 0;    // steps; 0: by time alone
   double save_minutes = 10;  // 0: by steps alone
+  int keep_checkpoints = 0;  // beside the last one
   bool resume = false, overwrite = false, dry_run = false;
+  bool new_budget = false;        // a resumed run got another one: see resume_settings
+  std::shared_ptr<RunLock> lock;  // of `out`, from begin_process on where it exists
 };
 
 inline void add_run_flags(CLI::App& app, RunOptions& o) {
   app.add_option("-o,--out", o.out, "the run: DIR/metrics.jsonl, DIR/model, DIR/summary.json");
   app.add_flag("--resume", o.resume, "continue DIR from its last checkpoint");
-  app.add_flag("--overwrite", o.overwrite, "replace DIR");
+  app.add_flag("--overwrite", o.overwrite, "remove the run that is in DIR, and begin anew");
+  app.add_flag("--dry-run", o.dry_run, "print the plan and stop");
   auto* group = app.add_option_group("Run", "changes no update");
   group->add_option("--save-every", o.save_every, "steps between checkpoints; 0: by time alone");
   group->add_option("--save-minutes", o.save_minutes, "minutes between checkpoints; 0: never");
+  group->add_option("--keep-checkpoints", o.keep_checkpoints,
+                    "keep so many earlier checkpoints, each as DIR/model-STEP");
   group->add_option("--device", o.device, "auto, cpu or cuda");
+  group->add_option("--precision", o.precision, "auto, f32 or bf16 (auto: bf16 on CUDA)");
+  group->add_flag("--recompute", o.recompute,
+                  "CUDA: keep each layer's input alone: less memory, one more forward pass");
   group->add_option("--threads", o.threads, "0: the physical cores that the process may use");
 }
 
-// Checks the options and prepares the process: threads, signals. Comes before everything else.
-inline void begin_process(const RunOptions& o) {
+// Checks the options and prepares the process: threads, signals, and the lock of a run that exists.
+// Comes before everything else.
+inline void begin_process(RunOptions& o) {
   if (o.out.empty() && !o.dry_run) fail("-o: missing, expected a directory to write");
   if (o.resume && o.overwrite) fail("--resume and --overwrite: found both, expected one");
+  require(o.save_every >= 0, "--save-every: found ", o.save_every, ", expected 0 or more");
+  require(o.save_minutes >= 0, "--save-minutes: found ", o.save_minutes, ", expected 0 or more");
+  require(o.keep_checkpoints >= 0, "--keep-checkpoints: found ", o.keep_checkpoints,
+          ", expected 0 or more");
   check_device(parse_device(o.device));
+  if (parse_precision(o.precision) == Precision::bf16 && parse_device(o.device) == Device::cpu) {
+    fail("--precision bf16: the CPU engine computes in f32, expected f32 or auto");
+  }
   set_threads(o.threads);
   watch_signals();
+  if (o.out.empty() || o.dry_run) return;
+  if (o.resume && !std::filesystem::exists(o.out)) fail(o.out.string(), ": not found");
+  if (std::filesystem::is_directory(o.out)) o.lock = std::make_shared<RunLock>(o.out);
+  if (o.resume) {
+    repair_checkpoint(o.out / "model"), repair_checkpoint(o.out / "best");
+    require(std::filesystem::exists(o.out / "model"), o.out.string(),
+            ": found no checkpoint to go on from, expected one: --overwrite begins anew");
+  }
 }
 
-// A run never writes where the model is that it begins with.
-inline void expect_elsewhere(const std::filesystem::path& model, const std::filesystem::path& out) {
-  std::error_code ec;
-  if (std::filesystem::equivalent(model, out / "model", ec) ||
-      std::filesystem::equivalent(model, out, ec)) {
-    fail("-o ", out.string(), ": is the model to begin with, expected another directory");
+// What a stage's engine is made with, its own choices apart.
+inline GptOptions gpt_options(const RunOptions& o) {
+  return {.device = parse_device(o.device),
+          .precision = parse_precision(o.precision),
+          .recompute = o.recompute};
+}
+
+// A run never writes where it reads: `out` is none of the inputs and holds none of them.
+inline void expect_elsewhere(const std::filesystem::path& out,
+                             const std::vector<std::filesystem::path>& inputs) {
+  namespace fs = std::filesystem;
+  fs::path root = fs::weakly_canonical(fs::absolute(out));
+  if (!root.has_filename()) root = root.parent_path();  // "runs/" is "runs"
+  for (const fs::path& input : inputs) {
+    for (const fs::path& name : {input, input / "model"}) {  // `input` may itself be a run
+      if (input.empty() || (name != input && !fs::exists(name))) continue;
+      const fs::path path = fs::weakly_canonical(fs::absolute(name));
+      const auto differs = std::mismatch(root.begin(), root.end(), path.begin(), path.end());
+      if (differs.first == root.end()) {
+        fail("-o ", out.string(), ": is or holds ", name.string(),
+             ", which the run reads; expected another directory");
+      }
+    }
   }
 }
 
@@ -197,7 +245,9 @@ inline Schedule make_schedule(const OptimizerFlags& o, int64_t steps) {
   return {o.schedule, steps, o.warmup, o.warmdown, o.final_lr};
 }
 
-// Step number `step`; `factor`: the schedule's.
+inline double peak_rate(const OptimizerFlags& o) { return o.lr_scale * o.lr; }  // of matrices
+
+// Step number `step` of the optimizer; `factor`: the schedule's.
 inline OptimizerStep optimizer_step(const OptimizerFlags& o, int64_t step, double factor) {
   const auto rate = [&](double lr) { return factor * o.lr_scale * (lr > 0 ? lr : o.lr); };
   OptimizerStep s;
@@ -226,16 +276,19 @@ struct RunState {
   double best_quality = -1e30;                 // of the weights in RUN/best, higher is better
   int64_t best_step = -1;                      // -1: there are none
   int worse_in_a_row = 0;                      // evaluations since then
+  int64_t evaluated = -1;                      // the step of the last whole evaluation
+  int64_t moments_since = 0;                   // the optimizer's moments were zero after this step
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(RunState, step, seconds, skipped_in_a_row,
                                                 recent_loss, lowest_loss, best_quality, best_step,
-                                                worse_in_a_row)
+                                                worse_in_a_row, evaluated, moments_since)
 
 // What a step tells the run.
 struct StepResult {
   OrderedJson metrics;                // of the step, without its number
   std::string line;                   // for people
   std::optional<double> loss;         // a mean log-loss; given, its rise ends the run
+  double learning_rate = 0;           // of matrices, or of adapters
   double tokens = 0, operations = 0;  // for the speed; 0: not told
   bool skipped = false;               // the gradient was not finite, nothing was updated
 };
@@ -261,30 +314,42 @@ struct Run {
   std::string stage;  // its name in trainer_state.json
   RunOptions options;
   RunHooks hooks;
+  std::vector<std::filesystem::path> inputs;  // what it reads: models, data
+  std::vector<std::string> own_files;         // what its stage writes beside a run's usual files
+  bool keeps_best = false;                    // RUN/best takes room on the disk
+  int64_t also_bytes = 0;                     // of what save_options(true).also writes
   RunState state;
-  int64_t steps = 0;    // of the whole run
-  double peak = 0;      // operations a second, measured; 0: unknown
-  double lr_scale = 1;  // for the advice when a run diverges
-  std::string hint;     // a command to try the model with
-  std::string stopped;  // why it ends before its last step; empty: it does not
+  int64_t saved_step = -1;  // of the last checkpoint; -1: there is none
+  int64_t steps = 0;        // of the whole run
+  double peak = 0;          // operations a second, measured; 0: unknown
+  double lr_scale = 1;      // for the advice when a run diverges
+  std::string hint;         // a command to try the model with
+  std::string stopped;      // why it ends before its last step; empty: it does not
   ProgressLine line;
   Metrics metrics;
 
   std::filesystem::path model() const { return options.out / "model"; }
   std::filesystem::path best() const { return options.out / "best"; }
-  void write_metrics(int64_t step, const OrderedJson& fields) {
-    OrderedJson all = {{"step", step}};
+  // `kind`: eval or final; run_loop writes those of a step. What is not finite is written as null.
+  void write_metrics(const char* kind, int64_t step, const OrderedJson& fields) {
+    OrderedJson all = {{"step", step}, {"kind", kind}};
     all.update(fields);
     metrics.write(all.dump(-1, ' ', false, Json::error_handler_t::replace));
   }
 };
 
+struct Diverged : Error {
+  using Error::Error;
+};
+
 // Ends a run whose loss or gradient is not finite, or explodes.
 [[noreturn]] inline void fail_diverged(const Run& run, const std::string& what) {
-  const bool saved = std::filesystem::exists(run.model() / "config.json");
-  fail("step ", run.state.step, ": ", what,
-       "; stopped, nothing was saved after it. Try --lr-scale ", run.lr_scale / 2,
-       ", a longer --warmup, or --clip-norm .5", saved ? "; the last checkpoint is good" : "");
+  const std::string model = run.model().string();
+  throw Diverged(
+      concat("step ", run.state.step, ": ", what,
+             "; stopped, nothing was saved after it. Begin again with ", "--lr-scale ",
+             run.lr_scale / 2, ", a longer --warmup, or --clip-norm .5",
+             run.saved_step > 0 ? concat("; ", model, " is good, of step ", run.saved_step) : ""));
 }
 
 // Smooths the loss and ends a run in which it explodes.
@@ -298,15 +363,52 @@ inline void watch_loss(Run& run, double loss) {
   }
 }
 
+// The checkpoints of steps in RUN, RUN/model-STEP, by step.
+inline std::map<int64_t, std::filesystem::path> kept_checkpoints(const std::filesystem::path& out) {
+  std::map<int64_t, std::filesystem::path> kept;
+  for (const auto& entry : std::filesystem::directory_iterator(out)) {
+    const std::string name = entry.path().filename().string();
+    const bool numbered = name.starts_with("model-") && name.size() > 6 && name.size() < 20 &&
+                          name.find_first_not_of("0123456789", 6) == std::string::npos;
+    if (numbered) kept[std::stoll(name.substr(6))] = entry.path();
+  }
+  return kept;
+}
+
+// Keeps RUN/model under a second name too, and of those only the latest. The two share their files,
+// which no run ever changes.
+inline void keep_checkpoint(const Run& run) {
+  namespace fs = std::filesystem;
+  const fs::path dst = run.options.out / concat("model-", run.state.step),
+                 fresh = dst.string() + ".new";
+  remove_path(fresh), remove_path(dst);
+  fs::copy(run.model(), fresh, fs::copy_options::recursive | fs::copy_options::create_hard_links);
+  sync_path(fresh);
+  rename_path(fresh, dst);
+  auto kept = kept_checkpoints(run.options.out);
+  // The latest of them is RUN/model itself.
+  while (int64_t(kept.size()) > run.options.keep_checkpoints + 1) {
+    remove_path(kept.begin()->second);
+    kept.erase(kept.begin());
+  }
+}
+
+// What an older version of a run did otherwise. 1 (or none): its schedule reached the floor at the
+// last step.
+inline constexpr int kStateVersion = 2;
+
 // Writes RUN/model: to go on from or, `finished`, without what only a resumed run needs.
 inline void save_run(Run& run, bool finished) {
   SaveOptions options = run.hooks.save_options(!finished);
   options.optimizer = !finished;
-  OrderedJson state = {{"stage", run.stage}, {"finished", finished}};
+  OrderedJson state = {{"version", kStateVersion}, {"stage", run.stage}, {"finished", finished}};
   state.update(OrderedJson(Json(run.state)));
   state.update(run.hooks.state());
   options.trainer_state = Json(state);
+  run.metrics.sync();
   save_checkpoint(run.model(), run.hooks.model(), options);
+  run.saved_step = run.state.step;
+  if (!finished && run.options.keep_checkpoints > 0) keep_checkpoint(run);
 }
 
 // Keeps the weights in RUN/best when `quality` (higher is better) is above all before; else false.
@@ -360,7 +462,7 @@ inline Json with_parts(Json settings) {
   return settings;
 }
 
-// The settings that a run was begun with: those of a resumed run are not asked for again.
+// The settings that a run was begun with.
 template <class Settings>
 Settings saved_settings(const RunOptions& options, const std::string& stage) {
   const Json state = read_trainer_state(options.out, stage);
@@ -372,40 +474,142 @@ Settings saved_settings(const RunOptions& options, const std::string& stage) {
   }
 }
 
+// The flags that were given on the command line, those of groups too.
+inline std::vector<CLI::Option*> given_flags(CLI::App& app) {
+  std::vector<CLI::Option*> given;
+  for (CLI::Option* option : app.get_options({}))
+    if (option->count() > 0) given.push_back(option);
+  for (CLI::App* group : app.get_subcommands({})) {
+    if (!group->get_name().empty()) continue;  // a subcommand, not a group
+    for (CLI::Option* option : given_flags(*group)) given.push_back(option);
+  }
+  return given;
+}
+
+// The settings of a resumed run: those it was begun with, but for the budget and the flags of
+// `free`, which decide no update, where the command line gives others. Every other flag whose value
+// differs is refused. `settings`: what the flags of `app` write to; `budget` is a part of it.
+template <class Settings>
+void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptions& options,
+                     const std::string& stage, const std::set<std::string>& free = {}) {
+  const std::set<std::string> budgets = {"--steps", "--tokens", "--epochs", "--minutes"};
+  const Settings saved = saved_settings<Settings>(options, stage);
+  const Json before = saved;
+  std::vector<CLI::Option*> changed;
+  for (CLI::Option* flag : given_flags(app)) {
+    settings = saved;
+    flag->run_callback();  // writes the value of this flag alone
+    const Json patch = Json::diff(before, Json(settings));
+    if (patch.empty()) continue;
+    const std::string name = flag->get_name();
+    if (budgets.count(name)) {
+      options.new_budget = true;
+    } else if (!free.count(name)) {
+      const Json::json_pointer key(patch[0].at("path").template get<std::string>());
+      fail(name, ": found ", CLI::detail::join(flag->results(), " "),
+           " with --resume, expected none: the run was begun with ",
+           before.contains(key) ? json_text(before[key]) : "none");
+    }
+    changed.push_back(flag);
+  }
+  settings = saved;
+  if (options.new_budget) budget = {};
+  for (CLI::Option* flag : changed) flag->run_callback();
+  if (options.new_budget) check_budget(budget);
+}
+
+// The steps of a resumed run whose budget is new. `budget`: the new one, `saved` that of the
+// checkpoint; steps of --minutes follow from the pace so far. `steps_of(budget)` gives the steps of
+// the budgets that only the stage understands, tokens and epochs.
+template <class StepsOf>
+int64_t resumed_steps(const RunState& state, const Budget& budget, StepsOf steps_of) {
+  int64_t steps = budget.steps;
+  if (budget.minutes > 0) {
+    steps = int64_t(60 * budget.minutes / std::max(1e-9, state.seconds) * double(state.step));
+  } else if (budget.steps == 0) {
+    steps = steps_of(budget);
+  }
+  if (steps < state.step) {
+    fail("--resume: found a budget of ", steps, " steps, expected at least the ", state.step,
+         " that are done");
+  }
+  return steps;
+}
+
+// Says so where a new total of steps makes the learning rate rise.
+inline void note_rate(Run& run, const Schedule& before, const Schedule& after, double peak_rate) {
+  const int64_t n = run.state.step;
+  const double last = peak_rate * before.at(n), next = peak_rate * after.at(n + 1);
+  if (n + 1 > after.warmup && next > last * (1 + 1e-9)) {
+    run.line.note(
+        format("the learning rate rises from %.3g to %.3g: %lld steps were planned, now "
+               "%lld",
+               last, next, (long long)before.steps, (long long)after.steps));
+  }
+}
+
+// Reads RUN/model into a model that was made with the run's options. A finished run kept no
+// moments: going on, it begins with new ones.
+inline void load_run(Run& run, const Json& saved, Gpt& gpt) {
+  load_weights(run.model(), gpt);
+  if (!saved.at("finished").get<bool>()) {
+    load_trainer_state(run.model(), gpt);
+    return;
+  }
+  run.state.moments_since = run.state.step;
+  run.line.note("the run was finished: the optimizer's moments begin at zero");
+}
+
+// Evaluates after step n, if that was not done before the run was saved.
+inline void evaluate_once(Run& run) {
+  if (run.state.evaluated >= run.state.step) return;
+  run.hooks.evaluate(run.state.step);
+  run.state.evaluated = run.state.step;
+}
+
+// The line and the metrics of step n, which took `seconds`.
+inline void report_step(Run& run, int64_t n, StepResult& r, double seconds, double left) {
+  r.metrics["lr"] = r.learning_rate;
+  r.metrics["seconds"] = seconds;
+  if (r.tokens > 0) {
+    r.metrics["tokens_per_second"] = r.tokens / seconds;
+    r.line += format("  %s tokens/s", count_text(r.tokens / seconds).c_str());
+  }
+  if (r.operations > 0 && run.peak > 0) {
+    r.metrics["peak_share"] = r.operations / seconds / run.peak;
+    r.line += format("  %.0f%% of peak", 100 * r.operations / seconds / run.peak);
+  }
+  if (r.skipped) r.metrics["skipped"] = true;
+  run.write_metrics("step", n, r.metrics);
+  run.line.show(format("step %lld/%lld  %s  %s left", (long long)n, (long long)run.steps,
+                       r.line.c_str(), duration_text(left).c_str()),
+                n == run.steps);
+}
+
 // The steps until the last one, a signal, or a reason to stop. Returns whether the run is complete.
 inline bool run_loop(Run& run, double began) {
   RunState& s = run.state;
   const RunOptions& o = run.options;
-  double saved = now(), pace = 0;  // pace: seconds a step, smoothed
-  if (s.step == 0) run.hooks.evaluate(0);
-  for (int64_t n = s.step + 1; n <= run.steps && !stop_signal && run.stopped.empty(); n++) {
+  const double entered = now();
+  const int64_t first = s.step + 1;
+  double saved = now();
+  evaluate_once(run);
+  for (int64_t n = first; n <= run.steps && !stop_signal && run.stopped.empty(); n++) {
     const double t = now();
     StepResult r = run.hooks.step(n);
     const double took = now() - t;
     s.step = n;
-    pace = pace > 0 ? .95 * pace + .05 * took : took;
     s.skipped_in_a_row = r.skipped ? s.skipped_in_a_row + 1 : 0;
+    const double pace = (now() - entered) / double(n - first + 1);  // with evaluations
+    report_step(run, n, r, took, pace * double(run.steps - n));
     if (r.loss) watch_loss(run, *r.loss);
     if (s.skipped_in_a_row >= 3) fail_diverged(run, "three gradients in a row were not finite");
-    if (r.tokens > 0) {
-      r.metrics["tokens_per_second"] = r.tokens / took;
-      r.line += format("  %s tokens/s", count_text(r.tokens / pace).c_str());
-    }
-    if (r.operations > 0 && run.peak > 0) {
-      r.metrics["peak_share"] = r.operations / took / run.peak;
-      r.line += format("  %.0f%% of peak", 100 * r.operations / pace / run.peak);
-    }
-    if (r.skipped) r.metrics["skipped"] = true;
-    run.write_metrics(n, r.metrics);
-    const bool last = n == run.steps;
-    run.line.show(format("step %lld/%lld  %s  %s left", (long long)n, (long long)run.steps,
-                         r.line.c_str(), duration_text(pace * double(run.steps - n)).c_str()),
-                  last);
-    run.hooks.evaluate(n);
+    s.seconds = now() - began;
+    evaluate_once(run);
     s.seconds = now() - began;
     const bool due = (o.save_every > 0 && n % o.save_every == 0) ||
                      (o.save_minutes > 0 && now() - saved > 60 * o.save_minutes);
-    if ((due || stop_signal) && !last && run.stopped.empty()) {
+    if ((due || stop_signal) && n < run.steps && run.stopped.empty()) {
       save_run(run, false);
       saved = now();
     }
@@ -413,46 +617,124 @@ inline bool run_loop(Run& run, double began) {
   return s.step >= run.steps || !run.stopped.empty();
 }
 
+// Removes the run that is in `out`, and nothing else: files that no run of this stage writes stay.
+inline void remove_run(const Run& run) {
+  const std::filesystem::path& out = run.options.out;
+  for (const auto& kept : kept_checkpoints(out)) remove_path(kept.second);
+  for (const char* name : {"summary.json", "best", "model", "metrics.jsonl"}) {
+    for (const char* end : {".new", ".old", ".partial", ""}) remove_path(out / concat(name, end));
+  }
+  for (const std::string& name : run.own_files) remove_path(out / name);
+}
+
+// What is in `out` is a run of this stage, or nothing that --overwrite would remove.
+inline void expect_own_run(const Run& run) {
+  const std::filesystem::path& out = run.options.out;
+  if (!std::filesystem::exists(out)) return;
+  if (!std::filesystem::is_directory(out)) fail(out.string(), ": found a file, expected a run");
+  if (std::filesystem::exists(run.model())) read_trainer_state(out, run.stage);
+}
+
+// What is left where a run stopped: the checkpoint of now, or none before the first step.
+inline int stop_run(Run& run) {
+  const RunState& s = run.state;
+  if (s.step > 0 && run.saved_step < s.step) save_run(run, false);
+  if (s.step > 0) {
+    run.line.note(format("stopped and saved after step %lld of %lld: go on with --resume",
+                         (long long)s.step, (long long)run.steps));
+  } else {
+    run.line.note("stopped before the first step: nothing was saved, --overwrite begins anew");
+  }
+  return 128 + stop_signal;
+}
+
+// An error that is not the weights' fault costs no steps: what is done is saved first.
+[[noreturn]] inline void save_and_fail(Run& run, const std::exception& error) {
+  if (run.state.step <= run.saved_step || run.state.step == 0) throw Error(error.what());
+  try {
+    save_run(run, false);
+  } catch (const std::exception& second) {
+    fail(error.what(), "; what is done since the last checkpoint is lost: ", second.what());
+  }
+  fail(error.what(), "; saved after step ", run.state.step, ": --resume goes on");
+}
+
+// The steps, the last evaluation, the last checkpoint. Returns the process's exit status.
+inline int run_to_end(Run& run, double began) {
+  try {
+    if (!run_loop(run, began)) return stop_run(run);
+    OrderedJson summary = {{"stage", run.stage}, {"steps", run.state.step}};
+    summary.update(run.hooks.finish());
+    summary["seconds"] = run.state.seconds = now() - began;
+    write_json(run.options.out / "summary.json", summary);
+  } catch (const Interrupted&) {
+    return stop_run(run);
+  } catch (const Diverged&) {
+    throw;
+  } catch (const std::exception& e) {
+    save_and_fail(run, e);
+  }
+  save_run(run, true);
+  remove_path(run.best());
+  run.line.note(concat("model in ", run.model().string(), run.hint.empty() ? "" : ": ", run.hint));
+  return 0;
+}
+
+// Takes up the run of a checkpoint. Returns false where it is finished and stays so.
+inline bool take_up(Run& run, const Json& saved) {
+  run.state = saved.get<RunState>();
+  RunState& s = run.state;
+  run.saved_step = s.step;
+  if (!saved.contains("evaluated")) s.evaluated = s.step;  // older versions always had
+  const bool finished = saved.at("finished").get<bool>();
+  if (finished && !run.options.new_budget) {
+    remove_path(run.best());  // a kill may have left it
+    std::printf("%s is finished: %lld steps; --steps MORE goes on\n", run.options.out.c_str(),
+                (long long)s.step);
+    return false;
+  }
+  if (finished) {  // its best weights are its weights now
+    s.best_quality = -1e30, s.best_step = -1, s.worse_in_a_row = 0, s.evaluated = -1;
+  }
+  if (saved.value("version", 1) < 2) {
+    run.line.note(
+        "begun with an older version: the schedule now reaches its floor one step after the last");
+  }
+  return true;
+}
+
 // The whole run. Returns the process's exit status.
 inline int run_steps(Run& run) {
   namespace fs = std::filesystem;
   const double started = now();
-  const RunOptions& o = run.options;
-  if (!o.resume && !o.overwrite && !o.dry_run) expect_new_run(o.out);
-  Json saved;
-  if (o.resume) {
-    saved = read_trainer_state(o.out, run.stage);
-    run.state = saved.get<RunState>();
-    if (saved.at("finished").get<bool>()) {
-      std::printf("%s is finished: %lld steps\n", o.out.c_str(), (long long)run.state.step);
-      return 0;
-    }
+  RunOptions& o = run.options;
+  if (!o.resume && !o.dry_run) {
+    expect_elsewhere(o.out, run.inputs);
+    o.overwrite ? expect_own_run(run) : expect_new_run(o.out);
   }
-  run.steps = run.hooks.begin(o.resume ? &saved : nullptr);
+  const Json saved = o.resume ? read_trainer_state(o.out, run.stage) : Json();
+  if (o.resume && !take_up(run, saved)) return 0;
+  try {
+    run.steps = run.hooks.begin(o.resume ? &saved : nullptr);
+  } catch (const Interrupted&) {
+    std::printf("stopped before the first step: nothing was written\n");
+    return 128 + stop_signal;
+  }
   if (o.dry_run) return 0;
   if (o.resume) {
     run.line.note(
         format("resumes after step %lld of %lld", (long long)run.state.step, (long long)run.steps));
   } else {
-    if (o.overwrite) fs::remove_all(o.out);  // only now: another can take its place
     fs::create_directories(o.out);
+    if (!o.lock) o.lock = std::make_shared<RunLock>(o.out);
+    if (o.overwrite) remove_run(run);  // only now: the new run can take its place
   }
-  check_disk(o.out, run.hooks.model().table());
+  const ParamTable& table = run.hooks.model().table();
+  const int64_t checkpoint = checkpoint_bytes(table, true) + run.also_bytes;
+  check_disk(o.out, checkpoint * (o.resume ? 1 : 2) +
+                        (run.keeps_best ? checkpoint_bytes(table, false) : 0));
   run.metrics.open(o.out / "metrics.jsonl", run.state.step);
-  const double began = started - run.state.seconds;
-  if (!run_loop(run, began)) {
-    run.line.note(format("stopped and saved after step %lld of %lld: go on with --resume",
-                         (long long)run.state.step, (long long)run.steps));
-    return 128 + stop_signal;
-  }
-  OrderedJson summary = {{"stage", run.stage}, {"steps", run.state.step}};
-  summary.update(run.hooks.finish());
-  summary["seconds"] = run.state.seconds = now() - began;
-  write_json(o.out / "summary.json", summary);
-  save_run(run, true);
-  fs::remove_all(run.best());
-  run.line.note(concat("model in ", run.model().string(), run.hint.empty() ? "" : ": ", run.hint));
-  return stop_signal ? 128 + stop_signal : 0;
+  return run_to_end(run, started - run.state.seconds);
 }
 
 // ---------------------------------------------------------------------------------------------
