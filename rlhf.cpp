@@ -18,6 +18,9 @@
 // the rest. Read `ppo_step` and `grpo_step`: each stands below its objectives. The functions that
 // both call are declared above them and defined below them.
 //
+// Every rollout is a line of RUN/rollouts.jsonl: what was asked and answered, its rewards and its
+// advantage. Reading them is how one finds out what a reward rewards.
+//
 // All log-probabilities belong to one distribution: rollouts are sampled at the temperature at
 // which they are scored, without top-k, top-p or penalties, and those of the policy at sampling
 // (l_old), of the reference (l_ref) and of the policy in training (l) come from the same forward
@@ -1508,6 +1511,7 @@ struct DataSettings {
   std::string model, form, search;  // search: documents
   std::vector<std::string> prompts, val, tools;
   int max_tokens = 128, rows = 128;  // of an answer; answers decoded at once
+  int cache_mb = 2048;               // keys and values of the answers that are decoded
   std::vector<std::string> stops;
   std::vector<std::string> rewards;
   std::string gold, truncated = "penalise";
@@ -1521,8 +1525,8 @@ struct DataSettings {
   double lora_alpha = 32;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DataSettings, model, form, search, prompts, val,
-                                                tools, max_tokens, rows, stops, rewards, gold,
-                                                truncated, truncated_reward, command_seconds,
+                                                tools, max_tokens, rows, cache_mb, stops, rewards,
+                                                gold, truncated, truncated_reward, command_seconds,
                                                 command_memory, command_processes, ptx, ptx_weight,
                                                 ptx_tokens, lora, lora_alpha)
 
@@ -1532,9 +1536,11 @@ struct EvaluationSettings {
   int64_t eval_every = 0;                  // steps; 0: a fifth of the run
   std::vector<double> eval_at_kl;          // also when sqrt(KL) passes each of these
   std::string keep;                        // best or last weights; empty: the stage chooses
+  bool no_rollouts = false;                // RUN/rollouts.jsonl is not written
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(EvaluationSettings, eval_prompts, eval_samples,
-                                                eval_some, eval_every, eval_at_kl, keep)
+                                                eval_some, eval_every, eval_at_kl, keep,
+                                                no_rollouts)
 
 struct RlSettings {
   DataSettings data;
@@ -1555,6 +1561,8 @@ void from_json(const Json& json, RlSettings& s) {
   json.get_to(s.evaluation);
 }
 
+const char* kRollouts = "rollouts.jsonl";  // beside metrics.jsonl
+
 // What a run of PPO, GRPO or best-of-n holds.
 struct RlParts {
   RlSettings s;
@@ -1572,6 +1580,7 @@ struct RlParts {
   PretrainingText text;
   OrderedJson model_names;  // path and hash of the reference and the reward models
   RlState state;
+  std::optional<Metrics> rollouts;         // rollouts.jsonl, once it is open
   std::vector<std::vector<float>> within;  // the weights of state.within_step, of trained tensors
   double kl = 0;                           // of the last step
   Seconds seconds;                         // of the steps since the process began
@@ -1589,7 +1598,7 @@ RlParts make_parts(const RlSettings& s, const std::string& stage, const RunOptio
     fail("--reward: missing, expected a function or model:DIRECTORY");
   }
   at_least("--samples", s.evaluation.eval_samples, 1);
-  at_least("--max-tokens", s.data.max_tokens, 1);
+  at_least("--max-tokens", s.data.max_tokens, 1), at_least("--cache-mb", s.data.cache_mb, 1);
   if (!(s.step.temperature > 0)) {
     fail("--temperature: found ", s.step.temperature, ", expected above 0: answers are sampled");
   }
@@ -1599,7 +1608,7 @@ RlParts make_parts(const RlSettings& s, const std::string& stage, const RunOptio
             .start = dir,
             .config = load_config_with_head(dir, Head::lm),
             .tokenizer = Tokenizer::load(dir)};
-  p.run.stage = stage, p.run.options = options;
+  p.run.stage = stage, p.run.options = options, p.run.own_files = {kRollouts};
   return p;
 }
 
@@ -1679,7 +1688,8 @@ void read_inputs(RlParts& p) {
                .max_tokens = max_tokens,
                .rows = s.data.rows,
                .temperature = float(s.step.temperature),
-               .stops = s.data.stops};
+               .stops = s.data.stops,
+               .cache_bytes = int64_t(s.data.cache_mb) << 20};
   const DataSettings& d = s.data;
   const CommandLimits limits{d.command_seconds, int64_t(d.command_memory * 1e9),
                              d.command_processes};
@@ -1893,6 +1903,41 @@ Step step_within_budget(RlParts& p, const Algorithm& algorithm, int64_t n) {
   }
 }
 
+// A line of rollouts.jsonl. Its advantage is the mean over its sampled tokens; null: nothing was
+// learned from the step.
+OrderedJson rollout_json(int64_t n, const Step& step, size_t i, const RlParts& p) {
+  const Rollout& r = step.rollouts[i];
+  const Experience& x = step.experience;
+  OrderedJson rewards = OrderedJson::object();
+  for (size_t f = 0; f < r.rewards.size(); f++) {
+    rewards[p.rewards.functions[f].spec.label()] = r.rewards[f];
+  }
+  double advantage = x.advantage.empty() ? NAN : 0;
+  for (size_t t = x.packed.begin(i); t <= x.packed.last(i) && !x.advantage.empty(); t++) {
+    advantage += x.advantage[t] / double(std::max(1, r.length));
+  }
+  const auto answer = std::span(r.ids).subspan(r.prompt->ids.size());
+  return {{"step", n},
+          {"group", r.group},
+          {"problem", r.prompt->where},
+          {"prompt", r.prompt->question},
+          {"completion", r.prompt->tools ? p.tokenizer.decode(answer) : r.text},
+          {"rewards", rewards},
+          {"reward", r.reward},
+          {"advantage", advantage},
+          {"length", r.length},
+          {"ended", r.ended}};
+}
+
+void write_rollouts(RlParts& p, int64_t n, const Step& step) {
+  if (p.s.evaluation.no_rollouts) return;
+  if (!p.rollouts) p.rollouts.emplace().open(p.run.options.out / kRollouts, n - 1);
+  std::string lines;
+  for (size_t i = 0; i < step.rollouts.size(); i++) lines += json_line(rollout_json(n, step, i, p));
+  if (!lines.empty()) lines.pop_back();  // write adds the last line's end
+  p.rollouts->write(lines);
+}
+
 StepResult take_step(RlParts& p, const Algorithm& algorithm, int64_t n) {
   const double began = now();
   p.models.seconds = {};
@@ -1900,6 +1945,7 @@ StepResult take_step(RlParts& p, const Algorithm& algorithm, int64_t n) {
   p.models.seconds.all = now() - began;
   if (!step.generator) step.without_variance = step.groups;  // nothing was learned
   count_step(p, step);
+  write_rollouts(p, n, step);
   if (n == 1 || n % std::max<int64_t>(1, p.s.step.steps / 5) == 0) show(p.run.line, step.rollouts);
   return step_result(step, p.rewards, p.state.beta, p.models.seconds, algorithm.metrics(step));
 }
@@ -2498,6 +2544,8 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
                  "text with {question} in it, or its file, in place of the chat template");
   app.add_option("--stop", d.stops,
                  "strings that end an answer to --form; none: answers have --max-tokens tokens");
+  app.add_option("--cache-mb", d.cache_mb,
+                 "memory for keys and values of the answers that are decoded at once");
   app.add_option("--seed", f.s.step.seed, "of prompts, answers and minibatches");
   add_run_flags(app, f.options);
 }
@@ -2560,6 +2608,8 @@ void add_rl_flags(CLI::App& app, RlFlags& f) {
                    "these, and end the run after the last one")
       ->delimiter(',');
   group->add_option("--keep", e.keep, "best (by --val) or last weights; empty: chosen");
+  group->add_flag("--no-rollouts", e.no_rollouts,
+                  "do not write DIR/rollouts.jsonl, a line for each answer of a step");
 }
 
 void add_ppo_flags(CLI::App& app, RlFlags& f) {
