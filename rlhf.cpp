@@ -133,7 +133,6 @@ struct RolloutOptions {
   float temperature = 1;
   std::vector<std::string> stops;  // strings that end a raw text's continuation; none: fixed length
   int64_t cache_bytes = int64_t(2) << 30;
-  bool stops_at_signal = false;  // not within a step, which is whole or not at all
 };
 
 struct Prompts;          // all of them, and how far the steps have gone through them
@@ -178,13 +177,18 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(PpoSettings, critic, critic_lr, 
 struct RlState {
   int64_t updates = 0, critic_updates = 0;
   double beta = 0;
-  int equal_in_a_row = 0;  // steps in which all rewards were equal
-  int kl_evaluations = 0;  // of --eval-at-kl, done
+  int equal_in_a_row = 0;    // steps in which all rewards were equal
+  int kl_evaluations = 0;    // of --eval-at-kl, done
+  std::string stopped;       // why the run ends before its last step; empty: it does not
+  bool left_budget = false;  // the KL is above --kl-budget
+  int64_t within_step = -1;  // of the last weights whose KL was within it; -1: none yet
+  double within_kl = 0;      // theirs
   int64_t failed = 0, no_variance = 0, groups = 0, truncated = 0, rollouts = 0, tokens = 0;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(RlState, updates, critic_updates, beta,
-                                                equal_in_a_row, kl_evaluations, failed, no_variance,
-                                                groups, truncated, rollouts, tokens)
+                                                equal_in_a_row, kl_evaluations, stopped,
+                                                left_budget, within_step, within_kl, failed,
+                                                no_variance, groups, truncated, rollouts, tokens)
 
 // ---------------------------------------------------------------------------------------------
 // What a step has done
@@ -275,6 +279,9 @@ std::vector<float> reference_logp(const Experience& x, std::span<const int> roll
                                   const StepSettings& s, Models& models);
 double kl_of(const Experience& x, size_t rollout);  // sum of l_old - l_ref: the k1 estimator
 double mean_kl(const Experience& x, std::span<const int> rollouts);
+// Of these rollouts, which the policy as it is has sampled: over prompts, of a prompt's mean.
+MeanAndSpread kl_by_prompt(std::span<const Rollout> rollouts, const StepSettings& s,
+                           Models& models);
 // True where the KL or the entropy is a part of what is maximised: then a step teaches something
 // even if all its rewards are equal.
 bool has_kl_or_entropy(const StepSettings& s) { return s.beta > 0 || s.entropy > 0; }
@@ -974,9 +981,7 @@ std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
           rollout_request(*prompts[i], o, mix64(seed, i, uint64_t(k)), gpt.config().T));
     }
   }
-  while (generator.step()) {
-    if (o.stops_at_signal) stop_if_signalled();
-  }
+  while (generator.step()) stop_if_signalled();
   std::vector<Rollout> rollouts;
   for (int n = 0; n < all; n++) {
     rollouts.push_back(make_rollout(*prompts[size_t(n / copies)], n / copies, generator.pop(n), o));
@@ -1281,6 +1286,7 @@ std::vector<float> score(Gpt& gpt, const Experience& x, std::span<const int> rol
   const Timed timed{models.seconds.forward};
   std::vector<float> out(x.mask.size(), 0.f);  // (N)
   for (const Experience& b : micro_batches(x, rollouts, s.micro_batch_tokens)) {
+    stop_if_signalled();
     gpt.forward(b.packed.batch(float(s.temperature)), Pass::score);
     if (gpt.config().head == Head::scalar) {
       copy_back(b, shifted_values(models), x, out);
@@ -1311,6 +1317,19 @@ double mean_kl(const Experience& x, std::span<const int> rollouts) {
   double sum = 0;
   for (const int i : rollouts) sum += kl_of(x, size_t(i));
   return sum / double(std::max<size_t>(1, rollouts.size()));
+}
+
+MeanAndSpread kl_by_prompt(std::span<const Rollout> rollouts, const StepSettings& s,
+                           Models& models) {
+  Experience x = end_to_end(rollouts);
+  const std::vector<int> all = numbers_of(rollouts);
+  x.old_logp = score(*models.policy, x, all, s, models);
+  x.ref_logp = reference_logp(x, all, s, models);
+  std::map<int, std::vector<int>> groups;
+  for (const int i : all) groups[rollouts[size_t(i)].group].push_back(i);
+  std::vector<double> means;
+  for (const auto& of : groups) means.push_back(mean_kl(x, of.second));
+  return mean_and_spread(means);
 }
 
 // The generator and the forward pass must agree: equal on the CPU, near each other on a GPU. Other
@@ -1650,9 +1669,9 @@ struct RlParts {
   OrderedJson model_names;  // path and hash of the reference and the reward models
   OrderedJson data_hashes;  // of prompts, held-out prompts and documents
   RlState state;
-  double kl = 0;             // of the last step
-  bool left_budget = false;  // the KL is above --kl-budget
-  Seconds seconds;           // of the steps since the process began
+  std::vector<std::vector<float>> within;  // the weights of state.within_step, of trained tensors
+  double kl = 0;                           // of the last step
+  Seconds seconds;                         // of the steps since the process began
 };
 
 template <class T>
@@ -1927,6 +1946,8 @@ void restore(RlParts& p, const Json& saved) {
     check_model_hash(saved.at("reward_models").at(i), p.model_names["reward_models"][i]["hash"]);
   }
   saved.get_to(p.prompts), saved.get_to(p.state);
+  if (saved.at("finished").get<bool>()) p.state.stopped.clear(), p.state.left_budget = false;
+  p.run.stopped = p.state.stopped;
   const std::vector<int>& pool = p.prompts.pool;
   if (pool.empty() || *std::max_element(pool.begin(), pool.end()) >= int(p.prompts.all.size())) {
     fail(p.s.data.prompts[0], ": found other prompts than the run began with, expected the same");
@@ -1936,6 +1957,45 @@ void restore(RlParts& p, const Json& saved) {
   if (p.text.loader) {
     p.text.loader->set_state({saved.at("ptx").at("epoch"), saved.at("ptx").at("window")});
   }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The last weights within the KL budget: copied before each step, saved with each checkpoint
+
+// The weights of the tensors that are trained, in the order of the table.
+std::vector<std::vector<float>> copy_weights(const Gpt& gpt) {
+  std::vector<std::vector<float>> copies;
+  for (size_t i = 0; i < gpt.table().tensors.size(); i++) {
+    const Tensor& t = gpt.table().tensors[i];
+    if (!t.trainable) continue;
+    copies.emplace_back(size_t(t.size()));
+    gpt.read(int(i), Slot::weight, copies.back());
+  }
+  return copies;
+}
+void restore_weights(Gpt& gpt, const std::vector<std::vector<float>>& copies) {
+  size_t next = 0;
+  for (size_t i = 0; i < gpt.table().tensors.size(); i++) {
+    if (gpt.table().tensors[i].trainable) gpt.write(int(i), Slot::weight, copies.at(next++));
+  }
+}
+
+const char* kWithinBudget = "within_budget";  // weights of a checkpoint to resume from
+
+void save_within_budget(const RlParts& p, const std::filesystem::path& dir) {
+  Gpt& policy = *p.models.policy;
+  const std::vector<std::vector<float>> current = copy_weights(policy);
+  restore_weights(policy, p.within);
+  save_checkpoint(dir / kWithinBudget, policy, {.tokenizer_from = p.start, .base = p.base});
+  restore_weights(policy, current);
+}
+void load_within_budget(RlParts& p, const std::filesystem::path& dir) {
+  if (!std::filesystem::exists(dir / kWithinBudget)) return;
+  Gpt& policy = *p.models.policy;
+  const std::vector<std::vector<float>> current = copy_weights(policy);
+  load_weights(dir / kWithinBudget, policy);
+  p.within = copy_weights(policy);
+  restore_weights(policy, current);
 }
 
 double seconds_of_evaluation(RlParts& p, int prompts);
@@ -1963,6 +2023,7 @@ void make_run(RlParts& p, const Algorithm& algorithm, const Json* saved) {
   if (saved) restore(p, *saved);
   const std::filesystem::path dir = saved ? p.run.model() : p.start;
   make_models(p, dir);
+  if (saved) load_within_budget(p, dir);
   const bool finished = saved && saved->at("finished").get<bool>();
   if (saved) load_run(p.run, *saved, *p.models.policy);
   if (finished) p.state.updates = p.state.critic_updates = 0;
@@ -2050,24 +2111,44 @@ void count_step(RlParts& p, const Step& step) {
   for (const Rollout& r : step.rollouts) t.tokens += r.length;
   const bool taught = step.reward.spread > 0 || has_kl_or_entropy(s);
   t.equal_in_a_row = taught ? 0 : t.equal_in_a_row + 1;
-  p.left_budget = !std::isfinite(step.kl) || !is_within(s, step.kl);
-  if (p.left_budget) {
-    p.run.stopped =
+  t.left_budget = !std::isfinite(step.kl) || !is_within(s, step.kl);
+  if (t.left_budget) {
+    t.stopped =
         format("the KL to the reference is %.3g per response, the budget %g", step.kl, s.kl_budget);
   } else if (t.equal_in_a_row >= 10) {
-    p.run.stopped =
-        "all rewards of ten steps in a row were equal: nothing can be learned from them";
+    t.stopped = "all rewards of ten steps in a row were equal: nothing can be learned from them";
   }
+  p.run.stopped = t.stopped;
   const Seconds& c = p.models.seconds;
   Seconds& all = p.seconds;
   all.decode += c.decode, all.forward += c.forward, all.backward += c.backward;
   all.update += c.update, all.rewards += c.rewards, all.all += c.all;
 }
 
+// The algorithm's step. Its rollouts measure the KL of the weights from before its update: where
+// that is within --kl-budget, or nothing is known of earlier ones, they are kept. A step that fails
+// leaves the order of the prompts as it was.
+Step step_within_budget(RlParts& p, const Algorithm& algorithm, int64_t n) {
+  const StepSettings& s = p.s.step;
+  std::vector<std::vector<float>> before;
+  if (s.kl_budget > 0) before = copy_weights(*p.models.policy);
+  const int64_t epoch = p.prompts.epoch, cursor = p.prompts.cursor;
+  try {
+    Step step = algorithm.step(n, p);
+    if (s.kl_budget > 0 && (is_within(s, step.kl) || p.within.empty())) {
+      p.within = std::move(before), p.state.within_step = n - 1, p.state.within_kl = step.kl;
+    }
+    return step;
+  } catch (...) {
+    p.prompts.epoch = epoch, p.prompts.cursor = cursor;
+    throw;
+  }
+}
+
 StepResult take_step(RlParts& p, const Algorithm& algorithm, int64_t n) {
   const double began = now();
   p.models.seconds = {};
-  Step step = algorithm.step(n, p);
+  Step step = step_within_budget(p, algorithm, n);
   p.models.seconds.all = now() - began;
   if (!step.generator) step.without_variance = step.groups;  // nothing was learned
   count_step(p, step);
@@ -2096,8 +2177,7 @@ struct Evaluation {
   double pass = 0, pass_k = 0, greedy = 0;  // pass@1 at --temperature, pass@k, pass@1 of greedy
   int k = 1;
   int64_t prompts = 0, samples = 0;  // samples: answers to each prompt
-  MeanAndSpread reward, gold;        // over prompts, of a prompt's mean
-  double kl = 0;                     // per response
+  MeanAndSpread reward, gold, kl;    // over prompts, of a prompt's mean; KL per response
   Canaries canaries;
 };
 
@@ -2113,9 +2193,7 @@ Evaluation evaluate(RlParts& p, int prompts) {
     asked.push_back(&prompt);
   }
   const uint64_t seed = mix64(p.s.step.seed, hash64("held out"));
-  RolloutOptions options = p.options;
-  options.stops_at_signal = true;
-  std::vector<Rollout> rollouts = roll_out(p.models, options, asked, samples, seed);
+  std::vector<Rollout> rollouts = roll_out(p.models, p.options, asked, samples, seed);
   give_rewards(rollouts, rewards, p.models.seconds);
   std::vector<float> gold;
   if (rewards.gold) gold = rewards.gold->score(rollouts);
@@ -2138,6 +2216,7 @@ Evaluation evaluate(RlParts& p, int prompts) {
   }
   e.reward = mean_and_spread(mean_rewards), e.gold = mean_and_spread(mean_golds);
   if (rewards.verifier >= 0) {
+    RolloutOptions options = p.options;
     options.temperature = 0;
     const std::vector<Rollout> greedy = roll_out(p.models, options, asked, 1, seed);
     const std::vector<float> right = rewards.functions[size_t(rewards.verifier)].score(greedy);
@@ -2145,12 +2224,7 @@ Evaluation evaluate(RlParts& p, int prompts) {
       e.greedy += (right[i] > .5 && greedy[i].ended) / double(greedy.size());
     }
   }
-  if (p.s.step.kl_budget <= 0 && rollouts.size() > 64) rollouts.resize(64);
-  Experience x = end_to_end(rollouts);
-  const std::vector<int> all = numbers_of(rollouts);
-  x.old_logp = score(*p.models.policy, x, all, p.s.step, p.models);
-  x.ref_logp = reference_logp(x, all, p.s.step, p.models);
-  e.kl = mean_kl(x, all);
+  e.kl = kl_by_prompt(rollouts, p.s.step, p.models);
   return e;
 }
 
@@ -2160,16 +2234,17 @@ double seconds_of_evaluation(RlParts& p, int prompts) {
   return now() - began;
 }
 
-double ci95(const MeanAndSpread& m, int64_t n) {
-  return 1.96 * m.spread / std::sqrt(double(std::max<int64_t>(1, n)));
+double ci95(const MeanAndSpread& m) {
+  return 1.96 * m.spread / std::sqrt(double(std::max<int64_t>(1, m.n)));
 }
 
 // An evaluation as metrics.jsonl has it, and, without the prefix val_ in its names, summary.json.
 OrderedJson evaluation_json(const Evaluation& e, const Rewards& rewards,
                             const std::string& prefix) {
   OrderedJson m = {{prefix + "reward", e.reward.mean},
-                   {prefix + "reward_ci95", ci95(e.reward, e.prompts)},
-                   {prefix + "kl", e.kl},
+                   {prefix + "reward_ci95", ci95(e.reward)},
+                   {prefix + "kl", e.kl.mean},
+                   {prefix + "kl_ci95", ci95(e.kl)},
                    {prefix + "length", e.canaries.length},
                    {prefix + "ended", e.canaries.ended},
                    {prefix + "repetition", e.canaries.repetition},
@@ -2178,33 +2253,33 @@ OrderedJson evaluation_json(const Evaluation& e, const Rewards& rewards,
     m.update({{"pass1", e.pass}, {format("pass%d", e.k), e.pass_k}, {"greedy", e.greedy}});
   }
   if (rewards.gold) {
-    m.update({{prefix + "gold", e.gold.mean}, {prefix + "gold_ci95", ci95(e.gold, e.prompts)}});
+    m.update({{prefix + "gold", e.gold.mean}, {prefix + "gold_ci95", ci95(e.gold)}});
   }
   return m;
 }
 
 // Tells people of an evaluation; returns its line of metrics.jsonl.
 OrderedJson note_evaluation(RlParts& p, const Evaluation& e, const std::string& when) {
-  std::string line = format("%s  held-out reward %.3f +- %.3f", when.c_str(), e.reward.mean,
-                            ci95(e.reward, e.prompts));
+  std::string line =
+      format("%s  held-out reward %.3f +- %.3f", when.c_str(), e.reward.mean, ci95(e.reward));
   if (p.rewards.verifier >= 0) {
     line = format("%s  held-out pass@1 %.1f%%, pass@%d %.1f%%, greedy %.1f%%", when.c_str(),
                   100 * e.pass, e.k, 100 * e.pass_k, 100 * e.greedy);
   }
-  if (p.rewards.gold) line += format(", gold %.3f +- %.3f", e.gold.mean, ci95(e.gold, e.prompts));
-  p.run.line.note(line + format(", KL %.2f, length %.0f  (%s x %d)", e.kl, e.canaries.length,
-                                count_text(double(e.prompts)).c_str(), int(e.samples)));
+  if (p.rewards.gold) line += format(", gold %.3f +- %.3f", e.gold.mean, ci95(e.gold));
+  p.run.line.note(line + format(", KL %.2f +- %.2f, length %.0f  (%s x %d)", e.kl.mean, ci95(e.kl),
+                                e.canaries.length, count_text(double(e.prompts)).c_str(),
+                                int(e.samples)));
   OrderedJson m = {{"held_out", when}, {"prompts", e.prompts}, {"answers", e.prompts * e.samples}};
   m.update(evaluation_json(e, p.rewards, "val_"));
   return m;
 }
 
-// Keeps the weights when they are the best so far, by the reward that is not trained on, where
-// there is one.
+// Keeps the weights when they are within the KL budget and the best so far, by the reward that they
+// are trained on: --gold only watches, so that it is an honest judge of the weights that are kept.
 void keep_if_best(RlParts& p, const Evaluation& e) {
   const bool is_pass_fail = p.rewards.verifier >= 0;
-  const double quality = p.rewards.gold ? e.gold.mean : is_pass_fail ? e.pass : e.reward.mean;
-  if (is_within(p.s.step, e.kl)) save_if_best(p.run, quality);
+  if (is_within(p.s.step, e.kl.mean)) save_if_best(p.run, is_pass_fail ? e.pass : e.reward.mean);
 }
 
 // After step n: when it is time to, and where the KL has passed a point of --eval-at-kl.
@@ -2225,25 +2300,61 @@ void evaluate_during(RlParts& p, int64_t n) {
     metrics["at_sqrt_kl"] = s.eval_at_kl[size_t(p.state.kl_evaluations++)];
     p.run.write_metrics("eval", n, metrics);
     if (size_t(p.state.kl_evaluations) < s.eval_at_kl.size()) continue;
-    p.run.stopped = "the KL has passed the last point of --eval-at-kl";
+    p.run.stopped = p.state.stopped = "the KL has passed the last point of --eval-at-kl";
   }
+}
+
+// The KL per response of the weights as they are, on the prompts that a further step would have.
+double kl_of_own_prompts(RlParts& p) {
+  const StepSettings& s = p.s.step;
+  const int64_t epoch = p.prompts.epoch, cursor = p.prompts.cursor;
+  const std::vector<const Prompt*> asked = next_prompts(p.prompts, s.rollouts, s.seed);
+  p.prompts.epoch = epoch, p.prompts.cursor = cursor;
+  const uint64_t seed = seed_of_rollouts(s.seed, p.run.state.step + 1, 0);
+  return kl_by_prompt(roll_out(p.models, p.options, asked, 1, seed), s, p.models).mean;
+}
+
+// Gives the policy the weights of the last step that was within --kl-budget, if it is not, or
+// within any more. Returns the step of its weights.
+int64_t keep_last_within_budget(RlParts& p) {
+  RlState& t = p.state;
+  const int64_t step = p.run.state.step;
+  if (p.s.step.kl_budget <= 0) return step;
+  if (!t.left_budget) {  // the KL of the last update has not been measured
+    const double kl = kl_of_own_prompts(p);
+    t.left_budget = !is_within(p.s.step, kl);
+    if (!t.left_budget) t.within_step = step, t.within_kl = kl;
+  }
+  if (!t.left_budget) return step;
+  restore_weights(*p.models.policy, p.within);
+  p.run.line.note(format("keeps the weights of step %lld, the last ones within the KL budget",
+                         (long long)t.within_step));
+  return t.within_step;
+}
+
+// The weights that the run hands on: the best, or the last ones within the KL budget. Returns their
+// step.
+int64_t choose_weights(RlParts& p) {
+  const bool keeps_best = p.s.evaluation.keep == "best";
+  if (keeps_best && p.run.stopped.empty()) keep_if_best(p, evaluate(p, p.s.evaluation.eval_some));
+  if (!keeps_best || p.run.state.best_step < 0) return keep_last_within_budget(p);
+  if (load_best(p.run)) {
+    p.run.line.note(format("keeps the weights of step %lld", (long long)p.run.state.best_step));
+  }
+  return p.run.state.best_step;
 }
 
 OrderedJson finish(RlParts& p) {
   const EvaluationSettings& s = p.s.evaluation;
   const std::string& stopped = p.run.stopped;
-  if (!p.held_out.empty() && stopped.empty() && s.keep == "best") {
-    keep_if_best(p, evaluate(p, s.eval_some));
-  }
-  if (p.left_budget && p.run.state.best_step < 0) {
-    fail(stopped, "; found no checkpoint within the budget: --val FILE keeps one");
-  }
-  if ((s.keep == "best" || p.left_budget) && load_best(p.run)) {
-    p.run.line.note(format("keeps the weights of step %lld", (long long)p.run.state.best_step));
-  }
   if (!stopped.empty()) p.run.line.note("stopped: " + stopped);
+  const int64_t kept_step = choose_weights(p);
   OrderedJson summary = {{"stopped", stopped.empty() ? Json() : Json(stopped)},
-                         {"best_step", p.run.state.best_step}};
+                         {"best_step", p.run.state.best_step},
+                         {"kept_step", kept_step}};
+  if (p.s.step.kl_budget > 0 && kept_step == p.state.within_step) {
+    summary["kl"] = p.state.within_kl;  // on the run's own prompts; that of held-out ones is better
+  }
   if (!p.held_out.empty()) {
     const Evaluation e = evaluate(p, s.eval_prompts);
     p.run.write_metrics("final", p.run.state.step, note_evaluation(p, e, "at the end"));
@@ -2268,11 +2379,14 @@ OrderedJson finish(RlParts& p) {
   return summary;
 }
 
-// Tokenizer and base of adapters; a checkpoint to resume from holds the critic too.
+// Tokenizer and base of adapters. A checkpoint to resume from holds the critic too, and the last
+// weights within the KL budget.
 SaveOptions save_options(const RlParts& p, bool resumable) {
   SaveOptions o{.tokenizer_from = p.start, .base = p.base};
-  if (!p.models.critic || !resumable) return o;
+  if (!resumable) return o;
   o.also = [&p](const std::filesystem::path& dir) {
+    if (!p.within.empty()) save_within_budget(p, dir);
+    if (!p.models.critic) return;
     save_checkpoint(
         dir / "critic", *p.models.critic,
         {.tokenizer_from = p.start, .trainer_state = Json{{"stage", "critic"}}, .optimizer = true});
@@ -2394,15 +2508,13 @@ void filter_problems(RlParts& p) {
   Rng rng{mix64(seed, hash64("pass rate"))};
   shuffle(pool, rng);
   const int64_t piece = 256;
-  RolloutOptions options = p.options;
-  options.stops_at_signal = true;
   for (int64_t begin = 0; begin < n; begin += piece) {
     std::vector<const Prompt*> tried;
     for (int64_t i = begin; i < std::min(n, begin + piece); i++) {
       tried.push_back(&p.prompts.all[size_t(pool[size_t(i)])]);
     }
     const std::vector<Rollout> rollouts =
-        roll_out(p.models, options, tried, s.pass_samples,
+        roll_out(p.models, p.options, tried, s.pass_samples,
                  mix64(seed, hash64("pass rate"), uint64_t(begin)));
     const std::vector<float> right = reward.score(rollouts);
     for (size_t i = 0; i < tried.size(); i++) {
@@ -2529,7 +2641,8 @@ std::vector<Candidates> sample_piece(Models& models, const RolloutOptions& optio
 
 // Conversations, or prompts with completions, as ./sft reads them.
 void write_answers(const std::string& path, std::span<const Prompt> prompts,
-                   std::span<const Candidates> all, const Tokenizer& tokenizer) {
+                   std::span<const Candidates> all, const Tokenizer& tokenizer,
+                   const std::string& system) {
   std::string lines;
   for (size_t i = 0; i < all.size(); i++) {
     if (all[i].chosen < 0) continue;
@@ -2540,8 +2653,13 @@ void write_answers(const std::string& path, std::span<const Prompt> prompts,
               {"completion", all[i].text}};
     } else {
       Json messages = p.line.contains("messages") ? p.line.at("messages") : Json::array();
-      if (p.line.contains("prompt")) messages = p.line.at("prompt");
+      if (p.line.contains("prompt") && p.line.at("prompt").is_array()) {
+        messages = p.line.at("prompt");
+      }
       if (messages.empty()) messages.push_back({{"role", "user"}, {"content", p.question}});
+      if (!system.empty() && messages[0].at("role") != "system") {
+        messages.insert(messages.begin(), {{"role", "system"}, {"content", system}});
+      }
       messages.push_back({{"role", "assistant"}, {"content", all[i].text}});
       json = {{"messages", messages}};
     }
@@ -2642,11 +2760,10 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
   options.mode = Mode::inference;
   p.models.policy = make_gpt(p.config, options);
   load_weights(p.start, *p.models.policy);
-  p.options.stops_at_signal = true;
   p.run.metrics.open(o.out / "metrics.jsonl", int64_t(all.size()));
   const double began = now();
   const size_t before = all.size();
-  const auto sample = [&](size_t begin) {
+  for (size_t begin = before; begin < prompts.size(); begin += kPiece) {
     const auto piece =
         std::span(prompts).subspan(begin, std::min<size_t>(kPiece, prompts.size() - begin));
     for (Candidates& c : sample_piece(p.models, p.options, p.rewards, piece, n,
@@ -2659,20 +2776,11 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
         format("prompt %zu/%zu  %s left", all.size(), prompts.size(),
                duration_text((now() - began) / double(all.size() - before) * left).c_str()),
         all.size() == prompts.size());
-  };
-  try {
-    for (size_t begin = before; begin < prompts.size(); begin += kPiece) {
-      stop_if_signalled();
-      sample(begin);
-    }
-  } catch (const Interrupted&) {
-    p.run.line.note(concat("stopped after ", all.size(), " prompts: continue with --resume"));
-    return 128 + stop_signal;
   }
   OrderedJson summary = {{"stage", "best-of-n"}, {"prompts", prompts.size()}, {"n", n}};
   summary["curve"] = best_of_n_curve(all, n, bool(p.rewards.gold));
   write_json(o.out / "summary.json", summary);
-  if (!write.empty()) write_answers(write, prompts, all, p.tokenizer);
+  if (!write.empty()) write_answers(write, prompts, all, p.tokenizer, s.data.system);
   return 0;
 }
 
@@ -2712,7 +2820,8 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
                  "countdown:all, check:COMMAND, command:COMMAND, rubric, format:PATTERN, "
                  "length:TOKENS, ended, model:DIRECTORY, probability:DIRECTORY (of a model of "
                  "labels); several make a sum");
-  app.add_option("--gold", d.gold, "a reward that judges answers and is never trained on");
+  app.add_option("--gold", d.gold,
+                 "a reward that judges answers: never trained on, and it chooses no weights");
   app.add_option("--max-tokens", d.max_tokens, "sampled tokens of an answer");
   app.add_option("--temperature", f.s.step.temperature, "of the distribution that is sampled");
   app.add_option("--system", d.system, "system message of chats that have none");
@@ -2763,7 +2872,8 @@ void add_step_flags(CLI::App& app, StepSettings& s, Budget& budget) {
                       "and at 1 plus this; -1: as --clip-ratio; with --method dapo .28");
   updates->add_option("--beta", s.beta, "price of the KL to the reference");
   updates->add_option("--kl-budget", s.kl_budget,
-                      "KL to the reference per response at which the run ends; 0: any");
+                      "KL to the reference per response above which the run ends, with the last "
+                      "weights that were within it, or the best; 0: any");
   updates->add_option("--entropy", s.entropy, "weight of an entropy bonus");
   updates->add_option("--micro-batch-tokens", s.micro_batch_tokens, "tokens in memory at once");
   add_optimizer_flags(app, s.optimizer, "the policy's peak learning rate; 0: by the model's width");
@@ -2902,7 +3012,12 @@ int main_rlhf(int argc, char** argv) {
                       {"--limit", "--verifiers", "--command-seconds", "--command-start-seconds",
                        "--command-memory", "--command-processes"});
     }
-    return best_of_n(f.s, f.options, f.write);
+    try {
+      return best_of_n(f.s, f.options, f.write);
+    } catch (const Interrupted&) {
+      std::printf("stopped: go on with --resume\n");
+      return 128 + stop_signal;
+    }
   }
   begin_process(f.options);
   const Algorithm& algorithm = app.got_subcommand(ppo) ? kPpo : kGrpo;

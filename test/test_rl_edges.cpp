@@ -180,8 +180,7 @@ TEST_CASE("--verifiers changes the time of a run and nothing else, and rewards h
   const TempDir dir;
   // Its reward is a function of the answer; it takes longer for some.
   const std::string slow = program("r=${#l}; [ $((r%3)) = 0 ] && sleep .01", "");
-  const std::string seen =
-      program("r=0; case $l in *record*rubric*) r=1;; esac", "");
+  const std::string seen = program("r=0; case $l in *record*rubric*) r=1;; esac", "");
   const std::string flags =
       kGrpo + "--steps 2 --reward command:" + quoted(slow) + " --reward .5*command:" + quoted(seen);
   good(stage("rlhf grpo", dir / "one", flags));
@@ -261,17 +260,18 @@ TEST_CASE("--dry-run prints the plan and writes nothing, --minutes fits its step
     CHECK(!std::filesystem::exists(out));
   }
   const double began = now();
-  const Output o = good(stage(
-      "rlhf grpo", out, kGrpo + "--reward rubric --entropy .01 --minutes .03 --val-fraction .3 --samples 1"));
+  const Output o = good(
+      stage("rlhf grpo", out,
+            kGrpo + "--reward rubric --entropy .01 --minutes .03 --val-fraction .3 --samples 1"));
   CHECK(now() - began < 6);
   const Json summary = read_json(dir / "run/summary.json");
   const int steps = summary.at("steps");
   CHECK(steps > 2);
   CHECK_MESSAGE(contains(o.text, concat(steps, " steps, each of")), o.text);
   // The clock decided their number and nothing else.
-  good(stage(
-      "rlhf grpo", dir / "same",
-      kGrpo + "--reward rubric --entropy .01 --val-fraction .3 --samples 1 --steps " + std::to_string(steps)));
+  good(stage("rlhf grpo", dir / "same",
+             kGrpo + "--reward rubric --entropy .01 --val-fraction .3 --samples 1 --steps " +
+                 std::to_string(steps)));
   CHECK(read_file(dir / "same/model/model.safetensors") ==
         read_file(dir / "run/model/model.safetensors"));
 }
