@@ -649,7 +649,7 @@ TEST_CASE("failures of a verifier leave their groups, and more than a fifth of t
   CHECK(o.summary.at("failed") == 6);
   s.data.rewards = {command("case $i in ?) exit 1;; 1?) exit 1;; esac; ")};
   CHECK(contains(error_of([&] { run(kGrpo, s, dir / "many"); }),
-                 "--reward command: found 20 failures in 64 rollouts, expected a fifth at most"));
+                 "--reward command: found 13 failures in 64 rollouts, expected a fifth at most"));
 }
 
 TEST_CASE("problems are filtered by how often they are solved") {
@@ -697,7 +697,7 @@ TEST_CASE("a form puts questions into a text, whose answers end at a stop string
   simdjson::dom::parser parser;
   const simdjson::dom::object line =
       parser.parse(std::string(R"({"question":"6*7?","answer":"42"})"));
-  const Prompt p = parse_prompt(line, "here", t, "Q: {question}\\nA:");
+  const Prompt p = parse_prompt(line, "here", t, {.form = "Q: {question}\\nA:"});
   CHECK(t.decode(p.ids) == "<|endoftext|>Q: 6*7?\nA:");
   CHECK(p.question == "6*7?");
   script.write(int(p.ids.size()), " 42.\n\nQ: and then");
@@ -711,7 +711,7 @@ TEST_CASE("a form puts questions into a text, whose answers end at a stop string
   CHECK(right_number(p, r.text));
   o.max_tokens = 2;
   CHECK(!roll_out(models, o, prompts, 1, 1).at(0).ended);
-  CHECK(contains(error_of([&] { parse_prompt(line, "here", t, "no place"); }),
+  CHECK(contains(error_of([&] { parse_prompt(line, "here", t, {.form = "no place"}); }),
                  "--form: found no {question}"));
 }
 
@@ -878,7 +878,7 @@ TEST_CASE("./rlhf ppo and grpo say in one line what is wrong") {
       {"grpo" + base + "--reward exact --max-tokens 4 --prompts " + (dir / "bad.jsonl").string(),
        "bad.jsonl:2: found neither"},
       {"grpo" + base + "--reward number --max-tokens 4 --prompts " + (dir / "words.jsonl").string(),
-       "words.jsonl:1: answer: found \"many\", expected a number"},
+       "words.jsonl:1: answer: found \"many\", expected one number"},
       {"ppo" + base + prompts + "--reward exact --critic " + bandit().path("model"),
        "expected a reward model"},
   };
