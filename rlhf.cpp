@@ -18,6 +18,9 @@
 // the rest. Read `ppo_step` and `grpo_step`: each stands below its objectives. The functions that
 // both call are declared above them and defined below them.
 //
+// Every rollout is a line of RUN/rollouts.jsonl: what was asked and answered, its rewards and its
+// advantage. Reading them is how one finds out what a reward rewards.
+//
 // All log-probabilities belong to one distribution: rollouts are sampled at the temperature at
 // which they are scored, without top-k, top-p or penalties, and those of the policy at sampling
 // (l_old), of the reference (l_ref) and of the policy in training (l) come from the same forward
@@ -1596,6 +1599,7 @@ struct DataSettings {
   double val_fraction = 0;  // of the prompts, held out in place of `val`
   std::vector<std::string> prompts, val, tools;
   int max_tokens = 128, rows = 128;  // of an answer; answers decoded at once
+  int cache_mb = 2048;               // keys and values of the answers that are decoded
   std::vector<std::string> stops;
   std::vector<std::string> rewards;
   std::string gold, truncated = "penalise";
@@ -1611,10 +1615,11 @@ struct DataSettings {
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DataSettings, model, form, system, search, as_chat,
                                                 val_fraction, prompts, val, tools, max_tokens, rows,
-                                                stops, rewards, gold, truncated, truncated_reward,
-                                                command_seconds, command_start_seconds,
-                                                command_memory, command_processes, verifiers, ptx,
-                                                ptx_weight, ptx_tokens, lora, lora_alpha)
+                                                cache_mb, stops, rewards, gold, truncated,
+                                                truncated_reward, command_seconds,
+                                                command_start_seconds, command_memory,
+                                                command_processes, verifiers, ptx, ptx_weight,
+                                                ptx_tokens, lora, lora_alpha)
 
 struct EvaluationSettings {
   int eval_prompts = 0, eval_samples = 8;  // held-out prompts at the end, 0: all; answers to each
@@ -1622,9 +1627,11 @@ struct EvaluationSettings {
   int64_t eval_every = 0;                  // steps; 0: a fifth of the run
   std::vector<double> eval_at_kl;          // also when sqrt(KL) passes each of these
   std::string keep;                        // best or last weights; empty: the stage chooses
+  bool no_rollouts = false;                // RUN/rollouts.jsonl is not written
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(EvaluationSettings, eval_prompts, eval_samples,
-                                                eval_some, eval_every, eval_at_kl, keep)
+                                                eval_some, eval_every, eval_at_kl, keep,
+                                                no_rollouts)
 
 struct RlSettings {
   DataSettings data;
@@ -1651,6 +1658,8 @@ void from_json(const Json& json, RlSettings& s) {
   }
 }
 
+const char* kRollouts = "rollouts.jsonl";  // beside metrics.jsonl
+
 // What a run of PPO, GRPO or best-of-n holds.
 struct RlParts {
   RlSettings s;
@@ -1669,6 +1678,8 @@ struct RlParts {
   OrderedJson model_names;  // path and hash of the reference and the reward models
   OrderedJson data_hashes;  // of prompts, held-out prompts and documents
   RlState state;
+  std::optional<Metrics> rollouts;         // rollouts.jsonl, once it is open
+  std::string rollout_lines;               // of the last step, to be written
   std::vector<std::vector<float>> within;  // the weights of state.within_step, of trained tensors
   double kl = 0;                           // of the last step
   Seconds seconds;                         // of the steps since the process began
@@ -1687,6 +1698,7 @@ void is_positive(const char* flag, double found) {
 
 void check_data(const DataSettings& d) {
   at_least("--max-tokens", d.max_tokens, 1), at_least("--rows", d.rows, 1);
+  at_least("--cache-mb", d.cache_mb, 1);
   at_least("--verifiers", d.verifiers, 1), is_positive("--command-seconds", d.command_seconds);
   at_least("--command-start-seconds", d.command_start_seconds, 0);
   at_least("--command-memory", d.command_memory, 0);
@@ -1728,7 +1740,7 @@ RlParts make_parts(const RlSettings& s, const std::string& stage, const RunOptio
             .start = dir,
             .config = load_config_with_head(dir, Head::lm),
             .tokenizer = Tokenizer::load(dir)};
-  p.run.stage = stage, p.run.options = options;
+  p.run.stage = stage, p.run.options = options, p.run.own_files = {kRollouts};
   return p;
 }
 
@@ -1832,7 +1844,8 @@ void read_inputs(RlParts& p) {
                .search = p.search ? &*p.search : nullptr,
                .max_tokens = max_tokens,
                .rows = s.data.rows,
-               .temperature = float(s.step.temperature)};
+               .temperature = float(s.step.temperature),
+               .cache_bytes = int64_t(s.data.cache_mb) << 20};
   for (const std::string& stop : s.data.stops) p.options.stops.push_back(with_line_breaks(stop));
   const DataSettings& d = s.data;
   const CommandLimits limits{d.command_seconds, d.command_start_seconds,
@@ -2085,13 +2098,16 @@ int64_t begin_run(RlParts& p, const Algorithm& algorithm, const Json* saved) {
   check_settings(p.s);
   read_inputs(p);
   p.run.lr_scale = p.s.step.optimizer.lr_scale;
-  p.run.keeps_best = p.s.evaluation.keep == "best" || p.s.step.kl_budget > 0;
+  p.run.keeps_best = p.s.evaluation.keep == "best";
   try {
     make_run(p, algorithm, saved);
   } catch (const Json::exception& e) {
     fail((p.run.model() / "trainer_state.json").string(), ": ", json_complaint(e));
   }
   if (p.models.critic) p.run.also_bytes = checkpoint_bytes(p.models.critic->table(), true);
+  if (p.s.step.kl_budget > 0) {
+    p.run.also_bytes += checkpoint_bytes(p.models.policy->table(), false);
+  }
   plan_steps(p, algorithm, saved, started);
   print_plan(p, p.models.critic ? algorithm.name : p.s.grpo.method);
   if (!saved && !p.run.options.dry_run && !p.s.grpo.pass_rate.empty()) filter_problems(p);
@@ -2150,6 +2166,46 @@ Step step_within_budget(RlParts& p, const Algorithm& algorithm, int64_t n) {
   }
 }
 
+// A line of rollouts.jsonl. Its advantage is the mean over its sampled tokens; null: nothing was
+// learned from the step.
+OrderedJson rollout_json(int64_t n, const Step& step, size_t i, const RlParts& p) {
+  const Rollout& r = step.rollouts[i];
+  const Experience& x = step.experience;
+  OrderedJson rewards = OrderedJson::object();
+  for (size_t f = 0; f < r.rewards.size(); f++) {
+    rewards[p.rewards.functions[f].label] = r.rewards[f];
+  }
+  double advantage = x.advantage.empty() ? NAN : 0;
+  for (size_t t = x.packed.begin(i); t <= x.packed.last(i) && !x.advantage.empty(); t++) {
+    advantage += x.advantage[t] / double(std::max(1, r.length));
+  }
+  const auto answer = std::span(r.ids).subspan(r.prompt->ids.size());
+  return {{"step", n},
+          {"group", r.group},
+          {"problem", r.prompt->where},
+          {"prompt", r.prompt->question},
+          {"completion", r.prompt->tools ? p.tokenizer.decode(answer) : r.text},
+          {"rewards", rewards},
+          {"reward", r.reward},
+          {"advantage", advantage},
+          {"length", r.length},
+          {"ended", r.ended}};
+}
+
+std::string rollout_lines(int64_t n, const Step& step, const RlParts& p) {
+  std::string lines;
+  for (size_t i = 0; i < step.rollouts.size(); i++) lines += json_line(rollout_json(n, step, i, p));
+  if (!lines.empty()) lines.pop_back();  // Metrics adds the last line's end
+  return lines;
+}
+
+// After step n, when the run's state is that of the weights again: a full disk ends a run here.
+void write_rollouts(RlParts& p, int64_t n) {
+  if (p.rollout_lines.empty()) return;
+  if (!p.rollouts) p.rollouts.emplace().open(p.run.options.out / kRollouts, n - 1);
+  p.rollouts->write(std::exchange(p.rollout_lines, {}));
+}
+
 StepResult take_step(RlParts& p, const Algorithm& algorithm, int64_t n) {
   const double began = now();
   p.models.seconds = {};
@@ -2157,6 +2213,7 @@ StepResult take_step(RlParts& p, const Algorithm& algorithm, int64_t n) {
   p.models.seconds.all = now() - began;
   if (!step.generator) step.without_variance = step.groups;  // nothing was learned
   count_step(p, step);
+  if (!p.s.evaluation.no_rollouts) p.rollout_lines = rollout_lines(n, step, p);
   if (n == 1 || n % std::max<int64_t>(1, p.s.step.steps / 5) == 0) show(p.run.line, step.rollouts);
   StepResult r =
       step_result(step, p.rewards, p.state.beta, p.models.seconds, algorithm.metrics(step));
@@ -2405,7 +2462,11 @@ int run_rl(const Algorithm& algorithm, const RlSettings& s, const RunOptions& op
   p.run.inputs = inputs_of(s);
   p.run.hooks = {.begin = [&](const Json* saved) { return begin_run(p, algorithm, saved); },
                  .step = [&](int64_t n) { return take_step(p, algorithm, n); },
-                 .evaluate = [&](int64_t n) { evaluate_during(p, n); },
+                 .evaluate =
+                     [&](int64_t n) {
+                       write_rollouts(p, n);
+                       evaluate_during(p, n);
+                     },
                  .finish = [&] { return finish(p); },
                  .model = [&]() -> Gpt& { return *p.models.policy; },
                  .state = [&] { return state_json(p); },
@@ -2845,6 +2906,8 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
   app.add_option("--stop", d.stops,
                  "strings that end an answer to --form, \\n is a line break; none: answers have "
                  "--max-tokens tokens");
+  app.add_option("--cache-mb", d.cache_mb,
+                 "memory for keys and values of the answers that are decoded at once");
   app.add_option("--seed", f.s.step.seed, "of prompts, answers and minibatches");
   add_program_flags(app, d);
   add_run_flags(app, f.options);
@@ -2907,6 +2970,8 @@ void add_rl_flags(CLI::App& app, RlFlags& f) {
                    "these, and end the run after the last one")
       ->delimiter(',');
   group->add_option("--keep", e.keep, "best (by --val) or last weights; empty: chosen");
+  group->add_flag("--no-rollouts", e.no_rollouts,
+                  "do not write DIR/rollouts.jsonl, a line for each answer of a step");
 }
 
 void add_ppo_flags(CLI::App& app, RlFlags& f) {
@@ -3022,8 +3087,8 @@ int main_rlhf(int argc, char** argv) {
     f.options.resume = resume;
     if (resume) {
       resume_settings(*best, f.s, f.s.budget, f.options, saved_best_of_n_settings(f.options),
-                      {"--limit", "--verifiers", "--command-seconds", "--command-start-seconds",
-                       "--command-memory", "--command-processes"});
+                      {"--limit", "--cache-mb", "--verifiers", "--command-seconds",
+                       "--command-start-seconds", "--command-memory", "--command-processes"});
     }
     try {
       return best_of_n(f.s, f.options, f.write);
@@ -3037,9 +3102,9 @@ int main_rlhf(int argc, char** argv) {
   if (f.options.resume) {
     resume_settings(app.got_subcommand(ppo) ? *ppo : *grpo, f.s, f.s.budget, f.options,
                     algorithm.name,
-                    {"--eval-every", "--eval-some", "--limit", "--samples", "--rows", "--verifiers",
-                     "--command-seconds", "--command-start-seconds", "--command-memory",
-                     "--command-processes"});
+                    {"--eval-every", "--eval-some", "--limit", "--samples", "--rows", "--cache-mb",
+                     "--no-rollouts", "--verifiers", "--command-seconds", "--command-start-seconds",
+                     "--command-memory", "--command-processes"});
   } else {
     check_budget(f.s.budget);
   }

@@ -315,7 +315,7 @@ TEST_CASE("pretraining text mixed in keeps its loss low") {
 TEST_CASE("a KL budget stops a run, which keeps the last weights within it and says why") {
   const TempDir dir;
   RlSettings s = bandit().settings(kPpo);
-  s.step.kl_budget = .3, s.evaluation.eval_every = 1;
+  s.step.kl_budget = .3;
   const Outcome o = run(kPpo, s, dir / "run");
   CHECK(contains(o.summary.at("stopped"), "the KL to the reference is "));
   CHECK(o.summary.at("steps").get<int>() < 20);
@@ -324,7 +324,7 @@ TEST_CASE("a KL budget stops a run, which keeps the last weights within it and s
   CHECK(o.steps.at(kept).at("kl").get<double>() <= .3);
   CHECK(o.steps.at(kept + 1).at("kl").get<double>() > .3);
   // --keep best: the best of the evaluations within it
-  s.evaluation.keep = "best";
+  s.evaluation.keep = "best", s.evaluation.eval_every = 1;
   const Outcome best = run(kPpo, s, dir / "best");
   CHECK(best.summary.at("kept_step") == best.summary.at("best_step"));
   CHECK(best.summary.at("kl").get<double>() <= .3);
