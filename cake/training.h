@@ -180,9 +180,8 @@ double calibrate(const Budget& budget, Step step) {
     const double t = now();
     const double tokens = step(i + 1);
     if (i > 0) seconds.push_back((now() - t) / tokens);
-    if (stop_signal) break;
+    stop_if_signalled();
   }
-  if (seconds.empty()) return 0;
   const auto middle = seconds.begin() + long(seconds.size()) / 2;
   std::nth_element(seconds.begin(), middle, seconds.end());
   return *middle;
