@@ -229,10 +229,10 @@ TEST_CASE("the clipped value loss is the known one, and its gradient a differenc
   const auto open = clipped_value<double>(Doubles{.8}, Doubles{.5}, Doubles{1}, Doubles{1}, 0);
   check_known(open.loss, .02);
   check_known(open.dvalue[0], -.2);
-  // Within the clip's range the gradient stays, although .3 + (.1 - .3) is not .1 in double.
-  const auto inside = clipped_value<double>(Doubles{.1}, Doubles{.3}, Doubles{1}, Doubles{1}, 1);
+  // Within the clip's range the gradient stays, although .2 + (.9 - .2) is not .9 in double.
+  const auto inside = clipped_value<double>(Doubles{.9}, Doubles{.2}, Doubles{1}, Doubles{1}, 1);
   CHECK(inside.clipped == 0);
-  check_known(inside.dvalue[0], -.9);
+  check_known(inside.dvalue[0], -.1);
   const Doubles v = noise("v", 12), old = plus(v, noise("old", 12, .3)), R = noise("R", 12);
   Doubles w(12, .1);
   w[5] = 0;
