@@ -914,6 +914,18 @@ Rollout make_rollout(const Prompt& p, int group, Completion c, const RolloutOpti
   return r;
 }
 
+// The most tokens that an answer to the prompt may have, the prompt among them.
+int64_t longest_answer(const Prompt& p, const RolloutOptions& o) {
+  return int64_t(p.ids.size()) + o.max_tokens + (p.tools ? o.tool_tokens : 0);
+}
+// For answers of up to `longest` tokens, `all` in number.
+GeneratorOptions rollout_generator(const RolloutOptions& o, const Config& c, int64_t longest,
+                                   int all) {
+  GeneratorOptions options{.rows = std::min(o.rows, all)};
+  options.cache_positions = cache_positions(c, options.rows, longest, o.cache_bytes);
+  return options;
+}
+
 // A draw is a function of the seed, the prompt's place, the copy and the position alone.
 std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
                               std::span<const Prompt* const> prompts, int copies, uint64_t seed) {
@@ -921,14 +933,10 @@ std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
   Gpt& gpt = *models.policy;
   const int all = int(prompts.size()) * copies;
   int64_t longest = 1;
-  for (const Prompt* p : prompts) {
-    longest =
-        std::max(longest, int64_t(p->ids.size()) + o.max_tokens + (p->tools ? o.tool_tokens : 0));
-  }
-  GeneratorOptions options{.rows = std::min(o.rows, all)};
-  options.cache_positions = cache_positions(gpt.config(), options.rows, longest, o.cache_bytes);
+  for (const Prompt* p : prompts) longest = std::max(longest, longest_answer(*p, o));
   Generator generator(
-      gpt, [&](int id) { return o.tokenizer->token_bytes(id); }, options);
+      gpt, [&](int id) { return o.tokenizer->token_bytes(id); },
+      rollout_generator(o, gpt.config(), longest, all));
   for (size_t i = 0; i < prompts.size(); i++) {
     for (int k = 0; k < copies; k++) {
       generator.submit(
@@ -1687,19 +1695,38 @@ void read_inputs(RlParts& p) {
                                s.step.seed, tokenizer.end_of_text());
 }
 
+// What the engine is asked for when all rows hold the longest answers.
+DecodePlan rollout_plan(const RlParts& p) {
+  int64_t longest = 1;
+  for (const Prompt& prompt : p.prompts.all)
+    longest = std::max(longest, longest_answer(prompt, p.options));
+  for (const Prompt& prompt : p.held_out)
+    longest = std::max(longest, longest_answer(prompt, p.options));
+  return decode_plan(rollout_generator(p.options, p.config, longest, p.options.rows));
+}
+
+GptOptions training_options(const RlParts& p) {
+  GptOptions o = gpt_options(p.run.options);
+  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  return o;
+}
+GptOptions policy_options(const RlParts& p) {
+  GptOptions o = training_options(p);
+  if (p.s.data.lora > 0) o.lora = {p.s.data.lora, float(p.s.data.lora_alpha)};
+  o.decode = rollout_plan(p);
+  return o;
+}
+
 // The policy as `dir` holds it, and the reference as the run began.
 void make_models(RlParts& p, const std::filesystem::path& dir) {
-  const DataSettings& d = p.s.data;
-  GptOptions o{.device = parse_device(p.run.options.device)};
-  if (d.lora > 0) o.lora = {d.lora, float(d.lora_alpha)};
-  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  GptOptions o = policy_options(p);
   p.models.policy = make_gpt(p.config, o);
   load_weights(dir, *p.models.policy, {.seed = p.s.step.seed});
-  if (d.lora > 0) {
+  if (o.lora.rank > 0) {
     p.base = adapter_base(dir);
     return;  // with its adapters off the policy is the reference: its weights are there once
   }
-  o.mode = Mode::inference;
+  o.mode = Mode::inference, o.decode = {};
   p.models.reference = make_gpt(p.config, o);
   load_weights(p.start, *p.models.reference);
 }
@@ -1726,12 +1753,17 @@ void print_plan(const RlParts& p, const std::string& algorithm) {
               budget > 0 ? format("at most %g", budget).c_str() : "without a budget");
   std::printf("updates %s: %d minibatches x %d epochs, learning rate %g\n", algorithm.c_str(),
               s.step.minibatches, s.step.epochs, s.step.optimizer.lr);
-  const int64_t models = m.policy->table().size * (lora ? 1 : 4) +
-                         (m.reference ? m.reference->table().size : 0) +
-                         (m.critic ? m.critic->table().size * 4 : 0);
-  std::printf("memory  %s of weights, gradients and moments, and activations of %s tokens\n",
-              bytes_text(4. * double(models)).c_str(),
-              count_text(double(s.step.micro_batch_tokens)).c_str());
+  const MemoryPlan memory = plan_memory(c, policy_options(p));
+  std::printf("memory  policy %s (%s)", bytes_text(double(memory.total())).c_str(),
+              memory.text().c_str());
+  const auto add_memory = [](const char* model, const Config& config, const GptOptions& o) {
+    std::printf(", %s %s", model, bytes_text(double(plan_memory(config, o).total())).c_str());
+  };
+  GptOptions inference = training_options(p);
+  inference.mode = Mode::inference;
+  if (m.reference) add_memory("reference", c, inference);
+  if (m.critic) add_memory("critic", m.critic->config(), training_options(p));
+  std::printf("\n");
   std::fflush(stdout);
 }
 
@@ -2048,8 +2080,7 @@ void begin_ppo(RlParts& p, const std::filesystem::path& saved) {
   Config config = from_policy ? p.config : load_config_with_head(dir, Head::scalar);
   config.head = Head::scalar;
   p.models.critic_shift = float(config.reward_shift);
-  p.models.critic = make_gpt(config, {.device = parse_device(p.run.options.device),
-                                      .batch_tokens = int(p.s.step.micro_batch_tokens)});
+  p.models.critic = make_gpt(config, training_options(p));
   Gpt& critic = *p.models.critic;
   load_weights(from_policy ? p.start : dir, critic, {.new_score = from_policy});
   if (from_policy) {
@@ -2320,6 +2351,10 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
   expect_elsewhere(o.out, {p.start});
   if (!o.resume && !o.overwrite) expect_new_run(o.out);
   std::vector<Candidates> all;  // of each prompt so far
+  GptOptions options = gpt_options(o);
+  options.mode = Mode::inference, options.decode = rollout_plan(p);
+  p.models.policy = make_gpt(p.config, options);
+  load_weights(p.start, *p.models.policy);
   if (o.resume) {
     all = sampled_before(o.out, models, prompts.size());
   } else {
@@ -2327,8 +2362,6 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
     std::filesystem::create_directories(o.out);
     write_json(o.out / "state.json", state);
   }
-  p.models.policy = make_gpt(p.config, {.device = parse_device(o.device), .mode = Mode::inference});
-  load_weights(p.start, *p.models.policy);
   p.run.metrics.open(o.out / "metrics.jsonl", int64_t(all.size()));
   const double began = now();
   const size_t before = all.size();

@@ -1577,16 +1577,7 @@ class CpuKvCache : public KvCache {
   Arena memory_;
 };
 
-// Bytes a process may still take: what the system has, or what the container's limit leaves.
-static int64_t available_memory();
-
 std::unique_ptr<KvCache> CpuGpt::make_cache(int64_t positions) {
-  const double bytes = 4. * double(CpuKvCache::floats(config_, positions));
-  const auto available = double(available_memory());
-  if (bytes > available) {  // the system would kill the process when the pages are written to
-    fail("out of memory: a KV cache of ", positions, " positions takes ", bytes_text(bytes),
-         ", found ", bytes_text(available), " available; lower ", kDecodeFlags);
-  }
   return std::make_unique<CpuKvCache>(config_, positions);
 }
 
@@ -1906,6 +1897,7 @@ void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
 
 void set_threads(int threads) { omp_set_num_threads(threads > 0 ? threads : usable_cores()); }
 
+// Bytes a process may still take: what the system has, or what the container's limit leaves.
 static int64_t available_memory() {
   int64_t available = std::numeric_limits<int64_t>::max();
   std::ifstream meminfo("/proc/meminfo");
