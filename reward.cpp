@@ -533,11 +533,11 @@ struct Agreement {
     return n > 0 ? sum / n : 0;
   }
 
-  void add_pair(double difference) {  // r_w - r_l
-    const double is_right = difference > 0 ? 1 : difference == 0 ? .5 : 0;
+  void add_pair(double difference) {  // r_w - r_l; NaN makes the sums NaN
+    const bool is_nan = std::isnan(difference);
+    const double is_right = is_nan ? difference : difference > 0 ? 1 : difference == 0 ? .5 : 0;
     pairs++, right += is_right, margin += difference;
-    if (std::isnan(difference)) return;
-    const double sure = sigmoid(std::abs(difference)), place = (sure - .5) * 2;
+    const double sure = sigmoid(std::abs(difference)), place = is_nan ? 0 : (sure - .5) * 2;
     Bin& bin = bins[std::min(size_t(place * double(bins.size())), bins.size() - 1)];
     bin.pairs++, bin.predicted += sure, bin.right += is_right;
   }

@@ -33,6 +33,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -273,8 +274,11 @@ std::vector<float> reference_logp(const Experience& x, std::span<const int> roll
                                   const StepSettings& s, Models& models);
 double kl_of(const Experience& x, size_t rollout);  // sum of l_old - l_ref: the k1 estimator
 double mean_kl(const Experience& x, std::span<const int> rollouts);
-// False where the rewards are all equal, or the policy has left the KL budget.
-bool can_learn(const Step& step, const StepSettings& kl);
+// True where the KL or the entropy is a part of what is maximised: then a step teaches something
+// even if all its rewards are equal.
+bool has_kl_or_entropy(const StepSettings& s) { return s.beta > 0 || s.entropy > 0; }
+// False where there is nothing to learn from, or the policy has left the KL budget.
+bool can_learn(const Step& step, const StepSettings& s);
 
 // The rollouts of each update of step n: the trained ones in `minibatches` parts, `epochs` times.
 std::vector<std::vector<int>> minibatches(Experience& x, const StepSettings& s, int64_t n);
@@ -438,9 +442,9 @@ ValueLoss<T> clipped_value(In<T> value, In<T> old_value, In<T> returns, In<T> we
     if (weights[t] == 0) continue;
     const double w = weights[t], error = double(value[t]) - returns[t];
     const double step = double(value[t]) - old_value[t];
-    const double held =
-        clip > 0 ? old_value[t] + std::clamp(step, -clip, clip) - returns[t] : error;
-    const bool clipped = !(held * held <= error * error);  // and then the loss does not follow v
+    const bool outside = clip > 0 && !(std::abs(step) <= clip);
+    const double held = outside ? old_value[t] + std::clamp(step, -clip, clip) - returns[t] : error;
+    const bool clipped = outside && !(held * held <= error * error);  // the loss does not follow v
     out.loss += .5 * w * (clipped ? held * held : error * error);
     out.dvalue[t] = T(clipped ? 0 * held : w * error);
     out.count++;
@@ -510,7 +514,8 @@ Step ppo_step(int64_t n, const StepSettings& s, const PpoSettings& ppo, Prompts&
 //
 // A step samples several rollouts of each prompt, a group. All tokens of a rollout have one
 // advantage, which compares its reward with those of its group: no critic is needed. Where all
-// rewards of a group are equal, nothing can be learned from it.
+// rewards of a group are equal, it teaches the policy nothing, but for the KL and the entropy in
+// the loss.
 
 enum class GroupMethod {
   centered_token_mean,  // r - mean; every token of the step has the same weight
@@ -555,8 +560,8 @@ bool has_variance(std::span<const double> rewards) {
 
 bool varies(std::span<const Rollout> group) { return has_variance(rewards_of(group)); }
 
-// The rollouts of step n with their rewards. With `resample`, groups without variance are replaced
-// by those of other prompts while rounds are left (Yu et al. 2025).
+// The rollouts of step n with their rewards. With `resample`, groups whose rewards are all equal
+// are replaced by those of other prompts while rounds are left (Yu et al. 2025).
 void sample_groups(Step& step, int64_t n, const StepSettings& s, const GrpoSettings& grpo,
                    Prompts& prompts, const RolloutOptions& options, const Rewards& rewards,
                    Models& models) {
@@ -617,26 +622,28 @@ std::vector<double> token_weights(GroupMethod method, std::span<const int> lengt
   return weights;
 }
 
-// The step's (N) advantages and weights, from each group's rewards. Returns the groups without
-// variance, which get weight 0. `kl_price`: of a response's KL, in its reward (RLOO).
+// The step's (N) advantages and weights, from each group's rewards. Returns the number of groups
+// without variance: their advantages are 0, and their weights too, unless `has_other_terms`: the
+// KL and the entropy of their tokens are in the loss. `kl_price`: of a response's KL, in its reward
+// (RLOO).
 int64_t group_by_group(Experience& x, std::span<const Rollout> rollouts, int group_size,
-                       GroupMethod method, int max_length, double kl_price) {
+                       GroupMethod method, int max_length, double kl_price, bool has_other_terms) {
   std::vector<int> lengths;
   for (const Rollout& r : rollouts) lengths.push_back(r.counts ? r.length : 0);
   const std::vector<double> each = token_weights(method, lengths, max_length);
   x.advantage.assign(x.mask.size(), 0), x.weight.assign(x.mask.size(), 0);
   int64_t without_variance = 0;
   for (size_t begin = 0; begin < rollouts.size(); begin += size_t(group_size)) {
-    if (!varies(rollouts.subspan(begin, size_t(group_size)))) {
-      without_variance++;
-      continue;
-    }
     std::vector<size_t> members;
     std::vector<double> rewards;
     for (size_t i = begin; i < begin + size_t(group_size); i++) {
       if (!rollouts[i].counts) continue;
       members.push_back(i);
       rewards.push_back(rollouts[i].reward - (kl_price > 0 ? kl_price * kl_of(x, i) : 0));
+    }
+    if (!has_variance(rewards)) {
+      without_variance++;
+      if (!has_other_terms) continue;
     }
     const std::vector<double> advantages = group_advantages(rewards, method);
     for (size_t k = 0; k < members.size(); k++) {
@@ -731,8 +738,8 @@ Step grpo_step(int64_t n, const StepSettings& s, const GrpoSettings& grpo, Promp
   if (!can_learn(step, s)) return step;
 
   // Advantages: how much better than its group an answer was.
-  step.without_variance =
-      group_by_group(x, step.rollouts, grpo.group, method, options.max_tokens, kl_price_in_reward);
+  step.without_variance = group_by_group(x, step.rollouts, grpo.group, method, options.max_tokens,
+                                         kl_price_in_reward, kl_price_in_loss > 0 || s.entropy > 0);
 
   // Update the policy, a minibatch at a time.
   for (const std::vector<int>& minibatch : minibatches(x, s, n)) {
@@ -907,6 +914,18 @@ Rollout make_rollout(const Prompt& p, int group, Completion c, const RolloutOpti
   return r;
 }
 
+// The most tokens that an answer to the prompt may have, the prompt among them.
+int64_t longest_answer(const Prompt& p, const RolloutOptions& o) {
+  return int64_t(p.ids.size()) + o.max_tokens + (p.tools ? o.tool_tokens : 0);
+}
+// For answers of up to `longest` tokens, `all` in number.
+GeneratorOptions rollout_generator(const RolloutOptions& o, const Config& c, int64_t longest,
+                                   int all) {
+  GeneratorOptions options{.rows = std::min(o.rows, all)};
+  options.cache_positions = cache_positions(c, options.rows, longest, o.cache_bytes);
+  return options;
+}
+
 // A draw is a function of the seed, the prompt's place, the copy and the position alone.
 std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
                               std::span<const Prompt* const> prompts, int copies, uint64_t seed) {
@@ -914,14 +933,10 @@ std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
   Gpt& gpt = *models.policy;
   const int all = int(prompts.size()) * copies;
   int64_t longest = 1;
-  for (const Prompt* p : prompts) {
-    longest =
-        std::max(longest, int64_t(p->ids.size()) + o.max_tokens + (p->tools ? o.tool_tokens : 0));
-  }
-  GeneratorOptions options{.rows = std::min(o.rows, all)};
-  options.cache_positions = cache_positions(gpt.config(), options.rows, longest, o.cache_bytes);
+  for (const Prompt* p : prompts) longest = std::max(longest, longest_answer(*p, o));
   Generator generator(
-      gpt, [&](int id) { return o.tokenizer->token_bytes(id); }, options);
+      gpt, [&](int id) { return o.tokenizer->token_bytes(id); },
+      rollout_generator(o, gpt.config(), longest, all));
   for (size_t i = 0; i < prompts.size(); i++) {
     for (int k = 0; k < copies; k++) {
       generator.submit(
@@ -1056,6 +1071,25 @@ RewardFunction make_reward(const RewardSpec& spec, const RewardContext& context,
        "length:TOKENS, ended, model:DIRECTORY or probability:DIRECTORY");
 }
 
+// An answer that was cut off gets its own reward, `most`, or the lowest reward of the finished
+// answers to the same prompt, whichever is lowest: to go on without an end never pays. Where each
+// prompt has one rollout, it is compared with all finished answers.
+void penalise_truncated(std::span<Rollout> rollouts, double most) {
+  const bool is_alone = !rollouts.empty() && size_t(rollouts.back().group) + 1 == rollouts.size();
+  std::map<int, double> lowest;  // of the finished answers of each group
+  for (const Rollout& r : rollouts) {
+    if (!r.ended || r.failed()) continue;
+    const auto it = lowest.try_emplace(is_alone ? 0 : r.group, r.reward).first;
+    it->second = std::min(it->second, r.reward);
+  }
+  for (Rollout& r : rollouts) {
+    if (r.ended || r.failed()) continue;
+    r.reward = std::min(r.reward, most);
+    const auto it = lowest.find(is_alone ? 0 : r.group);
+    if (it != lowest.end()) r.reward = std::min(r.reward, it->second);
+  }
+}
+
 void give_rewards(std::span<Rollout> rollouts, const Rewards& rewards, Seconds& seconds) {
   const Timed timed{seconds.rewards};
   for (Rollout& r : rollouts) r.reward = 0, r.rewards.clear();
@@ -1066,10 +1100,8 @@ void give_rewards(std::span<Rollout> rollouts, const Rewards& rewards, Seconds& 
       rollouts[i].reward += f.spec.weight * values[i];
     }
   }
+  if (rewards.truncated == "penalise") penalise_truncated(rollouts, rewards.truncated_reward);
   for (Rollout& r : rollouts) {
-    if (!r.ended && !r.failed() && rewards.truncated == "penalise") {
-      r.reward = rewards.truncated_reward;
-    }
     r.counts = !r.failed() && (r.ended || rewards.truncated != "mask");
   }
 }
@@ -1222,7 +1254,8 @@ Difference generator_difference(int64_t n, const Experience& x, std::span<const 
 bool is_within(const StepSettings& s, double kl) { return s.kl_budget <= 0 || kl <= s.kl_budget; }
 
 bool can_learn(const Step& step, const StepSettings& s) {
-  return step.reward.spread > 0 && std::isfinite(step.kl) && is_within(s, step.kl);
+  const bool teaches = step.reward.spread > 0 || (step.reward.n > 0 && has_kl_or_entropy(s));
+  return teaches && std::isfinite(step.kl) && is_within(s, step.kl);
 }
 
 std::vector<std::vector<int>> minibatches(Experience& x, const StepSettings& s, int64_t n) {
@@ -1362,13 +1395,14 @@ Canaries canaries_of(std::span<const Rollout> rollouts) {
 }
 
 // 1 - Var(R - V) / Var(R) over what has a weight: 1 for a perfect critic, 0 for one that always
-// predicts the mean.
+// predicts the mean. NaN where a return or a value is not finite.
 template <class T = float>
 double explained_variance(In<T> values, In<T> returns, In<T> weights) {
   std::vector<double> all, rest;
   for (size_t t = 0; t < values.size(); t++) {
     if (weights[t] == 0) continue;
     all.push_back(returns[t]), rest.push_back(double(returns[t]) - values[t]);
+    if (!std::isfinite(rest.back())) return std::numeric_limits<double>::quiet_NaN();
   }
   const double squares = mean_and_spread(all).squares;
   return squares > 0 ? 1 - mean_and_spread(rest).squares / squares : 0;
@@ -1661,19 +1695,38 @@ void read_inputs(RlParts& p) {
                                s.step.seed, tokenizer.end_of_text());
 }
 
+// What the engine is asked for when all rows hold the longest answers.
+DecodePlan rollout_plan(const RlParts& p) {
+  int64_t longest = 1;
+  for (const Prompt& prompt : p.prompts.all)
+    longest = std::max(longest, longest_answer(prompt, p.options));
+  for (const Prompt& prompt : p.held_out)
+    longest = std::max(longest, longest_answer(prompt, p.options));
+  return decode_plan(rollout_generator(p.options, p.config, longest, p.options.rows));
+}
+
+GptOptions training_options(const RlParts& p) {
+  GptOptions o = gpt_options(p.run.options);
+  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  return o;
+}
+GptOptions policy_options(const RlParts& p) {
+  GptOptions o = training_options(p);
+  if (p.s.data.lora > 0) o.lora = {p.s.data.lora, float(p.s.data.lora_alpha)};
+  o.decode = rollout_plan(p);
+  return o;
+}
+
 // The policy as `dir` holds it, and the reference as the run began.
 void make_models(RlParts& p, const std::filesystem::path& dir) {
-  const DataSettings& d = p.s.data;
-  GptOptions o{.device = parse_device(p.run.options.device)};
-  if (d.lora > 0) o.lora = {d.lora, float(d.lora_alpha)};
-  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  GptOptions o = policy_options(p);
   p.models.policy = make_gpt(p.config, o);
   load_weights(dir, *p.models.policy, {.seed = p.s.step.seed});
-  if (d.lora > 0) {
+  if (o.lora.rank > 0) {
     p.base = adapter_base(dir);
     return;  // with its adapters off the policy is the reference: its weights are there once
   }
-  o.mode = Mode::inference;
+  o.mode = Mode::inference, o.decode = {};
   p.models.reference = make_gpt(p.config, o);
   load_weights(p.start, *p.models.reference);
 }
@@ -1700,12 +1753,17 @@ void print_plan(const RlParts& p, const std::string& algorithm) {
               budget > 0 ? format("at most %g", budget).c_str() : "without a budget");
   std::printf("updates %s: %d minibatches x %d epochs, learning rate %g\n", algorithm.c_str(),
               s.step.minibatches, s.step.epochs, s.step.optimizer.lr);
-  const int64_t models = m.policy->table().size * (lora ? 1 : 4) +
-                         (m.reference ? m.reference->table().size : 0) +
-                         (m.critic ? m.critic->table().size * 4 : 0);
-  std::printf("memory  %s of weights, gradients and moments, and activations of %s tokens\n",
-              bytes_text(4. * double(models)).c_str(),
-              count_text(double(s.step.micro_batch_tokens)).c_str());
+  const MemoryPlan memory = plan_memory(c, policy_options(p));
+  std::printf("memory  policy %s (%s)", bytes_text(double(memory.total())).c_str(),
+              memory.text().c_str());
+  const auto add_memory = [](const char* model, const Config& config, const GptOptions& o) {
+    std::printf(", %s %s", model, bytes_text(double(plan_memory(config, o).total())).c_str());
+  };
+  GptOptions inference = training_options(p);
+  inference.mode = Mode::inference;
+  if (m.reference) add_memory("reference", c, inference);
+  if (m.critic) add_memory("critic", m.critic->config(), training_options(p));
+  std::printf("\n");
   std::fflush(stdout);
 }
 
@@ -1767,7 +1825,8 @@ void count_step(RlParts& p, const Step& step) {
   t.truncated += std::ranges::count(step.rollouts, false, &Rollout::ended);
   t.rollouts += int64_t(step.rollouts.size());
   for (const Rollout& r : step.rollouts) t.tokens += r.length;
-  t.equal_in_a_row = step.reward.spread > 0 ? 0 : t.equal_in_a_row + 1;
+  const bool taught = step.reward.spread > 0 || has_kl_or_entropy(s);
+  t.equal_in_a_row = taught ? 0 : t.equal_in_a_row + 1;
   p.left_budget = !std::isfinite(step.kl) || !is_within(s, step.kl);
   if (p.left_budget) {
     p.run.stopped =
@@ -2021,8 +2080,7 @@ void begin_ppo(RlParts& p, const std::filesystem::path& saved) {
   Config config = from_policy ? p.config : load_config_with_head(dir, Head::scalar);
   config.head = Head::scalar;
   p.models.critic_shift = float(config.reward_shift);
-  p.models.critic = make_gpt(config, {.device = parse_device(p.run.options.device),
-                                      .batch_tokens = int(p.s.step.micro_batch_tokens)});
+  p.models.critic = make_gpt(config, training_options(p));
   Gpt& critic = *p.models.critic;
   load_weights(from_policy ? p.start : dir, critic, {.new_score = from_policy});
   if (from_policy) {
@@ -2293,6 +2351,10 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
   expect_elsewhere(o.out, {p.start});
   if (!o.resume && !o.overwrite) expect_new_run(o.out);
   std::vector<Candidates> all;  // of each prompt so far
+  GptOptions options = gpt_options(o);
+  options.mode = Mode::inference, options.decode = rollout_plan(p);
+  p.models.policy = make_gpt(p.config, options);
+  load_weights(p.start, *p.models.policy);
   if (o.resume) {
     all = sampled_before(o.out, models, prompts.size());
   } else {
@@ -2300,8 +2362,6 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
     std::filesystem::create_directories(o.out);
     write_json(o.out / "state.json", state);
   }
-  p.models.policy = make_gpt(p.config, {.device = parse_device(o.device), .mode = Mode::inference});
-  load_weights(p.start, *p.models.policy);
   p.run.metrics.open(o.out / "metrics.jsonl", int64_t(all.size()));
   const double began = now();
   const size_t before = all.size();
@@ -2371,10 +2431,11 @@ void add_data_flags(CLI::App& app, DataSettings& d) {
   data->add_option("--ptx-weight", d.ptx_weight, "weight of that loss");
   data->add_option("--ptx-tokens", d.ptx_tokens, "tokens of it in an update");
   data->add_option("--truncated", d.truncated,
-                   "an answer that was cut off: penalise (gets --truncated-reward), mask (is not "
-                   "trained on) or keep (gets its own reward)");
+                   "an answer that was cut off: penalise (gets --truncated-reward at most), mask "
+                   "(is not trained on) or keep (gets its own reward)");
   data->add_option("--truncated-reward", d.truncated_reward,
-                   "reward of an answer that was cut off, in place of its own");
+                   "largest reward of an answer that was cut off; it gets less where its own "
+                   "reward, or that of a finished answer to the same prompt, is less");
   data->add_option("--command-seconds", d.command_seconds, "seconds for a line of command:COMMAND");
   data->add_option("--command-memory", d.command_memory, "its memory, GB of addresses");
   data->add_option("--command-processes", d.command_processes, "its processes");

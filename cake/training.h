@@ -68,7 +68,7 @@ inline void add_run_flags(CLI::App& app, RunOptions& o) {
   group->add_option("--device", o.device, "auto, cpu or cuda");
   group->add_option("--precision", o.precision, "auto, f32 or bf16 (auto: bf16 on CUDA)");
   group->add_flag("--recompute", o.recompute,
-                  "CUDA: keep each layer's input alone: less memory, one more forward pass");
+                  "keep each layer's input alone: less memory, one more forward pass");
   group->add_option("--threads", o.threads, "0: the physical cores that the process may use");
 }
 
@@ -757,8 +757,9 @@ inline int run_steps(Run& run) {
 // One continuation of `prompt`, of at most `max_new` ids.
 inline Completion sample_one(Gpt& gpt, const Tokenizer& tokenizer, std::vector<int> prompt,
                              int max_new, Sampling sampling, std::vector<int> stop_ids) {
-  Generator generator(gpt, [&](int id) { return tokenizer.token_bytes(id); },
-                      {.rows = 1, .cache_positions = gpt.config().T});
+  Generator generator(
+      gpt, [&](int id) { return tokenizer.token_bytes(id); },
+      options_for_one(gpt.config(), int64_t(prompt.size()), max_new));
   Request request;
   request.prompt = std::move(prompt);
   request.max_new = std::min(max_new, gpt.config().T - int(request.prompt.size()));
@@ -768,6 +769,17 @@ inline Completion sample_one(Gpt& gpt, const Tokenizer& tokenizer, std::vector<i
   const int number = generator.submit(request);
   generator.run();
   return generator.pop(number);
+}
+
+// Runs `sample`, which shows one. A sample that fails, as when its KV cache finds no memory, is a
+// note: the run goes on.
+template <class Sample>
+void try_sample(ProgressLine& line, Sample&& sample) {
+  try {
+    sample();
+  } catch (const std::exception& e) {
+    line.note(concat("sample  failed: ", e.what()));
+  }
 }
 
 }  // namespace cake

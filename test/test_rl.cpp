@@ -12,6 +12,10 @@
 
 using namespace cake;
 
+namespace {
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+}
+
 TEST_CASE("rewards are named with weights and arguments") {
   const RewardSpec plain = parse_reward("number"), weighted = parse_reward("-.5*length:40"),
                    command = parse_reward("command:awk '{print 2*3}'");
@@ -403,7 +407,7 @@ TEST_CASE("rewards that are all equal teach nothing, and ten such steps end a ru
   for (const Algorithm* algorithm : {&kGrpo, &kPpo}) {
     const bool ppo = algorithm == &kPpo;
     RlSettings s = bandit().settings(*algorithm);
-    s.data.rewards = {"ended"};
+    s.data.rewards = {"format:*"};  // 1, whatever the answer
     s.data.truncated_reward = 1;
     const Outcome o = run(*algorithm, s, dir / (ppo ? "ppo" : "grpo"));
     CHECK(o.steps.size() == 10);
@@ -412,6 +416,106 @@ TEST_CASE("rewards that are all equal teach nothing, and ten such steps end a ru
           read_file(bandit().path("model/model.safetensors")));
     if (!ppo) CHECK(o.summary.at("groups_without_variance") == 80);
   }
+}
+
+TEST_CASE("where all rewards are equal, the entropy bonus and PPO's critic still learn") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(kGrpo);
+  s.data.rewards = {"format:*"}, s.data.truncated_reward = 1, s.step.steps = 12;
+  s.step.entropy = .1;
+  const Outcome grpo = run(kGrpo, s, dir / "grpo");
+  CHECK(grpo.summary.at("stopped").is_null());
+  CHECK(grpo.steps.size() == 12);
+  CHECK(grpo.summary.at("groups_without_variance") == 96);
+  CHECK(grpo.steps.back().at("entropy").get<double>() >
+        grpo.steps.front().at("entropy").get<double>() + .004);
+  RlSettings priced = bandit().settings(kPpo);
+  priced.data.rewards = s.data.rewards, priced.data.truncated_reward = 1, priced.step.steps = 12;
+  priced.step.beta = .05;
+  const Outcome ppo = run(kPpo, priced, dir / "ppo");
+  CHECK(ppo.summary.at("stopped").is_null());
+  CHECK(ppo.steps.size() == 12);
+  CHECK(ppo.steps.back().at("value_loss").get<double>() <
+        .5 * ppo.steps.front().at("value_loss").get<double>());
+}
+
+namespace {
+
+// Rollouts of one prompt token and one sampled token each, in groups of `group_size`.
+std::vector<Rollout> made_rollouts(const std::vector<double>& rewards, int group_size) {
+  std::vector<Rollout> rollouts;
+  for (size_t i = 0; i < rewards.size(); i++) {
+    Rollout r{.group = int(i) / group_size, .ids = {1, 2}, .sampled = {false, true}};
+    r.logp = {0, -1}, r.length = 1, r.ended = true;
+    r.reward = rewards[i];
+    rollouts.push_back(r);
+  }
+  return rollouts;
+}
+
+}  // namespace
+
+TEST_CASE("groups without variance keep their weight where KL or entropy are in the loss") {
+  const std::vector<Rollout> rollouts = made_rollouts({1, 1, 1, 0}, 2);
+  Experience x = end_to_end(rollouts);
+  x.old_logp = {-1, -1, -1, -1}, x.ref_logp = {-1, -1, -1, -1};
+  const GroupMethod grpo = GroupMethod::grpo, rloo = GroupMethod::rloo;
+  CHECK(group_by_group(x, rollouts, 2, grpo, 4, 0, false) == 1);
+  CHECK(x.weight == std::vector<float>{0, 0, .25, .25});
+  CHECK(group_by_group(x, rollouts, 2, grpo, 4, 0, true) == 1);
+  CHECK(x.weight == std::vector<float>{.25, .25, .25, .25});
+  CHECK(x.advantage[0] == 0);
+  CHECK(x.advantage[1] == 0);
+  // RLOO compares rewards less the price of the KL: equal scores differ where their KL does.
+  x.old_logp = {-1, -.5, -1, -1};
+  CHECK(group_by_group(x, rollouts, 2, rloo, 4, .1, false) == 0);
+  CHECK(x.advantage[0] == doctest::Approx(.05));
+  CHECK(x.advantage[1] == doctest::Approx(-.05));
+}
+
+TEST_CASE("an answer that was cut off is never better than the worst finished one to its prompt") {
+  const auto rewarded = [](std::vector<Rollout> rollouts, const std::vector<float>& scores,
+                           double truncated_reward) {
+    Rewards rewards;
+    rewards.functions.push_back({{.name = "scores"}, false, [&](auto) { return scores; }});
+    rewards.truncated_reward = truncated_reward;
+    Seconds seconds;
+    give_rewards(rollouts, rewards, seconds);
+    std::vector<double> found;
+    for (const Rollout& r : rollouts) found.push_back(r.reward);
+    return found;
+  };
+  std::vector<Rollout> rollouts = made_rollouts({0, 0, 0, 0, 0, 0, 0, 0}, 4);
+  for (const size_t i : {2, 5, 6}) rollouts[i].ended = false;
+  const std::vector<float> scores{-2, 1, 3, kNan, .5, -.5, .75, .25};
+  const auto of_groups = rewarded(rollouts, scores, 0);
+  CHECK(of_groups[2] == -2);  // as the worst finished one
+  CHECK(std::isnan(of_groups[3]));
+  CHECK(of_groups[5] == -.5);  // its own
+  CHECK(of_groups[6] == 0);    // --truncated-reward
+  // Each prompt has one rollout: the worst of all finished ones.
+  for (size_t i = 0; i < rollouts.size(); i++) rollouts[i].group = int(i);
+  CHECK(rewarded(rollouts, scores, 0)[6] == -2);
+  CHECK(rewarded(rollouts, scores, -3)[6] == -3);
+}
+
+TEST_CASE("DAPO's penalty of long answers holds for those that were cut off") {
+  const RewardContext context{bandit().tokenizer(), {}, 128, Device::cpu, {}};
+  Rewards rewards;
+  for (const char* text : {"exact", ".5*length:64"}) {
+    rewards.functions.push_back(make_reward(parse_reward(text), context, rewards.models));
+  }
+  Prompt p;
+  p.answer = "b";
+  std::vector<Rollout> rollouts = made_rollouts({0, 0, 0}, 3);
+  for (Rollout& r : rollouts) r.prompt = &p, r.text = "a";
+  rollouts[0].length = 10, rollouts[1].length = 96;
+  rollouts[2].length = 128, rollouts[2].ended = false;
+  Seconds seconds;
+  give_rewards(rollouts, rewards, seconds);
+  CHECK(rollouts[0].reward == 0);
+  CHECK(rollouts[1].reward == -.25);
+  CHECK(rollouts[2].reward == -.5);
 }
 
 TEST_CASE("DAPO replaces groups without variance by others") {
