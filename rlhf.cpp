@@ -2356,8 +2356,9 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
   app.add_option("--temperature", f.s.step.temperature, "of the distribution that is sampled");
   app.add_option("--form", d.form,
                  "text with {question} in it, or its file, in place of the chat template");
-  app.add_option("--stop", d.stops,
-                 "strings that end an answer to --form; none: answers have --max-tokens tokens");
+  app.add_option(
+      "--stop", d.stops,
+      "strings that end an answer to --form, as <|endoftext|> does; none: --max-tokens do too");
   app.add_option("--seed", f.s.step.seed, "of prompts, answers and minibatches");
   add_run_flags(app, f.options);
 }
