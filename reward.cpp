@@ -1010,16 +1010,19 @@ struct DpoStats {
   double comparisons = 0, loss = 0, right = 0, margin = 0;
   double chosen = 0, rejected = 0;                // log-probabilities of answers
   double chosen_reward = 0, rejected_reward = 0;  // beta (l - l_ref)
+  std::optional<double> kl;                       // KTO's baseline
 
   OrderedJson json(const std::string& prefix = "") const {
     const double n = std::max(1., comparisons);
-    return {{prefix + "loss", loss / n},
-            {prefix + "accuracy", right / n},
-            {prefix + "margin", margin / n},
-            {prefix + "logp_chosen", chosen / n},
-            {prefix + "logp_rejected", rejected / n},
-            {prefix + "reward_chosen", chosen_reward / n},
-            {prefix + "reward_rejected", rejected_reward / n}};
+    OrderedJson json = {{prefix + "loss", loss / n},
+                        {prefix + "accuracy", right / n},
+                        {prefix + "margin", margin / n},
+                        {prefix + "logp_chosen", chosen / n},
+                        {prefix + "logp_rejected", rejected / n},
+                        {prefix + "reward_chosen", chosen_reward / n},
+                        {prefix + "reward_rejected", rejected_reward / n}};
+    if (kl) json[prefix + "kl"] = *kl;
+    return json;
   }
   std::string text() const {
     const double n = std::max(1., comparisons);
@@ -1133,6 +1136,7 @@ DpoStats pass_over(Gpt& gpt, const DpoSettings& s, std::span<const Comparison> a
   }
   const double kl = kto_baseline(differences), scale = 1. / double(chosen.size());
   DpoStats seen;
+  if (s.loss == "kto") seen.kl = kl;
   for (const Packed& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
     if (!train) stop_if_signalled();
     gpt.forward(b.batch(), train ? Pass::train : Pass::score);
