@@ -72,6 +72,21 @@ inline void add_run_flags(CLI::App& app, RunOptions& o) {
   group->add_option("--threads", o.threads, "0: the physical cores that the process may use");
 }
 
+// What a run writes in its directory; a stage may write more.
+inline const std::set<std::string> kRunFiles = {"model", "best", "metrics.jsonl", "summary.json"};
+
+// Removes what a process that was killed had not finished writing.
+inline void remove_leftovers(const std::filesystem::path& out) {
+  std::vector<std::filesystem::path> found;
+  for (const auto& entry : std::filesystem::directory_iterator(out)) {
+    const std::string end = entry.path().extension();
+    const std::string name = entry.path().stem();
+    const bool own = kRunFiles.count(name) || name.starts_with("model-");
+    if (own && (end == ".new" || end == ".old" || end == ".partial")) found.push_back(entry.path());
+  }
+  for (const auto& path : found) remove_path(path);
+}
+
 // Checks the options and prepares the process: threads, signals, and the lock of a run that exists.
 // Comes before everything else.
 inline void begin_process(RunOptions& o) {
@@ -91,7 +106,8 @@ inline void begin_process(RunOptions& o) {
   if (o.resume && !std::filesystem::exists(o.out)) fail(o.out.string(), ": not found");
   if (std::filesystem::is_directory(o.out)) o.lock = std::make_shared<RunLock>(o.out);
   if (o.resume) {
-    repair_checkpoint(o.out / "model"), repair_checkpoint(o.out / "best");
+    for (const char* name : {"model", "best"}) repair_checkpoint(o.out / name);
+    remove_leftovers(o.out);
     require(std::filesystem::exists(o.out / "model"), o.out.string(),
             ": found no checkpoint to go on from, expected one: --overwrite begins anew");
   }
@@ -560,7 +576,6 @@ inline void load_run(Run& run, const Json& saved, Gpt& gpt) {
     return;
   }
   run.state.moments_since = run.state.step;
-  run.line.note("the run was finished: the optimizer's moments begin at zero");
 }
 
 // Evaluates after step n, if that was not done before the run was saved.
@@ -623,11 +638,10 @@ inline bool run_loop(Run& run, double began) {
 // Removes the run that is in `out`, and nothing else: files that no run of this stage writes stay.
 inline void remove_run(const Run& run) {
   const std::filesystem::path& out = run.options.out;
+  remove_leftovers(out);
   for (const auto& kept : kept_checkpoints(out)) remove_path(kept.second);
-  for (const char* name : {"summary.json", "best", "model", "metrics.jsonl"}) {
-    for (const char* end : {".new", ".old", ".partial", ""}) remove_path(out / concat(name, end));
-  }
   for (const std::string& name : run.own_files) remove_path(out / name);
+  for (const std::string& name : kRunFiles) remove_path(out / name);
 }
 
 // What is in `out` is a run of this stage, or nothing that --overwrite would remove.
@@ -726,7 +740,8 @@ inline int run_steps(Run& run) {
   if (o.dry_run) return 0;
   if (o.resume) {
     run.line.note(
-        format("resumes after step %lld of %lld", (long long)run.state.step, (long long)run.steps));
+        format("resumes after step %lld of %lld%s", (long long)run.state.step, (long long)run.steps,
+               saved.at("finished").get<bool>() ? "; the optimizer's moments begin at zero" : ""));
   } else {
     fs::create_directories(o.out);
     if (!o.lock) o.lock = std::make_shared<RunLock>(o.out);
