@@ -131,7 +131,8 @@ struct RolloutOptions {
   int tool_tokens = 256;           // ids that tools may insert in a rollout
   int rows = 64;                   // decoded at once
   float temperature = 1;
-  std::vector<std::string> stops;  // strings that end a raw text's continuation; none: fixed length
+  std::vector<std::string> stops;  // that end a raw text's continuation, as its
+                                   // document separator does; none: --max-tokens do too
   int64_t cache_bytes = int64_t(2) << 30;
 };
 
@@ -883,14 +884,11 @@ Request rollout_request(const Prompt& p, const RolloutOptions& o, uint64_t seed,
   Request r{.prompt = p.ids, .max_new = std::min(o.max_tokens, context - int(p.ids.size()))};
   r.sampling.temperature = o.temperature;  // and nothing else: what is scored is what is sampled
   r.sampling.seed = seed;
-  if (!p.raw) {
-    r.stop_ids = {end_of_turn(*o.tokenizer)};
-    if (o.tokenizer->special("<|endoftext|>") >= 0) {
-      r.stop_ids.push_back(o.tokenizer->end_of_text());
-    }
-  } else if (!o.stops.empty()) {
-    r.stop_ids = {o.tokenizer->end_of_text()};
+  r.stop_ids = {end_token(*o.tokenizer, !p.raw)};
+  if (p.raw) {
     r.stop_strings = o.stops;
+  } else if (o.tokenizer->special("<|endoftext|>") >= 0) {
+    r.stop_ids.push_back(o.tokenizer->end_of_text());
   }
   if (p.tools) {
     r.max_inserted = o.tool_tokens;
@@ -1001,8 +999,9 @@ struct RewardContext {
 };
 
 // What a reward model reads of a rollout, within its context.
-std::vector<int> ids_to_score(const Rollout& r, int end, int context) {
-  std::vector<int> ids = with_end_of_turn(r.ids, end);
+std::vector<int> ids_to_score(const Rollout& r, const Tokenizer& tokenizer, int context) {
+  const int end = end_token(tokenizer, !r.prompt->raw);
+  std::vector<int> ids = with_end(r.ids, end);
   if (int(ids.size()) > context) ids.resize(size_t(context)), ids.back() = end;
   return ids;
 }
@@ -1013,22 +1012,24 @@ RewardFunction model_reward(const RewardSpec& spec, const RewardContext& context
   const auto model = std::make_shared<RewardModel>(spec.argument, context.device);
   model->check_tokenizer(context.tokenizer, context.policy_dir);
   models.push_back(model);
-  const int end = end_of_turn(context.tokenizer), T = model->gpt().config().T;
+  const int T = model->gpt().config().T;
   // A score is the log-odds of a label unless it was moved to mean 0.
   const bool probability = spec.name == "probability";
   if (probability && model->shifted()) {
     fail("--reward probability: ", spec.argument, ": its scores were normalised, expected ",
          "./reward train --normalise-on none");
   }
-  return {spec, false, [model, end, T, probability](std::span<const Rollout> rollouts) {
-            std::vector<std::vector<int>> sequences;
-            for (const Rollout& r : rollouts) sequences.push_back(ids_to_score(r, end, T));
-            std::vector<float> scores = model->score(sequences);
-            if (probability) {
-              for (float& x : scores) x = 1 / (1 + std::exp(-x));
-            }
-            return scores;
-          }};
+  return {
+      spec, false,
+      [model, tokenizer = context.tokenizer, T, probability](std::span<const Rollout> rollouts) {
+        std::vector<std::vector<int>> sequences;
+        for (const Rollout& r : rollouts) sequences.push_back(ids_to_score(r, tokenizer, T));
+        std::vector<float> scores = model->score(sequences);
+        if (probability) {
+          for (float& x : scores) x = 1 / (1 + std::exp(-x));
+        }
+        return scores;
+      }};
 }
 
 // `models`: every reward model that is loaded is added to them.
@@ -2415,8 +2416,9 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
   app.add_option("--temperature", f.s.step.temperature, "of the distribution that is sampled");
   app.add_option("--form", d.form,
                  "text with {question} in it, or its file, in place of the chat template");
-  app.add_option("--stop", d.stops,
-                 "strings that end an answer to --form; none: answers have --max-tokens tokens");
+  app.add_option(
+      "--stop", d.stops,
+      "strings that end an answer to --form, as <|endoftext|> does; none: --max-tokens do too");
   app.add_option("--seed", f.s.step.seed, "of prompts, answers and minibatches");
   add_run_flags(app, f.options);
 }

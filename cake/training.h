@@ -477,12 +477,14 @@ inline Json with_parts(Json settings) {
   return settings;
 }
 
-// The settings that a run was begun with.
+// The settings that a run was begun with. `with_new_names`: a stage's own for those of older
+// versions.
 template <class Settings>
-Settings saved_settings(const RunOptions& options, const std::string& stage) {
+Settings saved_settings(const RunOptions& options, const std::string& stage,
+                        Json with_new_names(Json) = with_parts) {
   const Json state = read_trainer_state(options.out, stage);
   try {
-    return with_parts(state.at("settings")).get<Settings>();
+    return with_new_names(state.at("settings")).template get<Settings>();
   } catch (const Json::exception& e) {
     fail((model_dir(options.out) / "trainer_state.json").string(),
          ": settings: ", json_complaint(e));
@@ -506,9 +508,10 @@ inline std::vector<CLI::Option*> given_flags(CLI::App& app) {
 // differs is refused. `settings`: what the flags of `app` write to; `budget` is a part of it.
 template <class Settings>
 void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptions& options,
-                     const std::string& stage, const std::set<std::string>& free = {}) {
+                     const std::string& stage, const std::set<std::string>& free = {},
+                     Json with_new_names(Json) = with_parts) {
   const std::set<std::string> budgets = {"--steps", "--tokens", "--epochs", "--minutes"};
-  const Settings saved = saved_settings<Settings>(options, stage);
+  const Settings saved = saved_settings<Settings>(options, stage, with_new_names);
   const Json before = saved;
   std::vector<CLI::Option*> changed;
   for (CLI::Option* flag : given_flags(app)) {
