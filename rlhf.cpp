@@ -134,7 +134,8 @@ struct RolloutOptions {
   int tool_tokens = 256;           // ids that tools may insert in a rollout
   int rows = 64;                   // decoded at once
   float temperature = 1;
-  std::vector<std::string> stops;  // strings that end a raw text's continuation; none: fixed length
+  std::vector<std::string> stops;  // that end a raw text's continuation, as its
+                                   // document separator does; none: --max-tokens do too
   int64_t cache_bytes = int64_t(2) << 30;
 };
 
@@ -932,14 +933,11 @@ Request rollout_request(const Prompt& p, const RolloutOptions& o, uint64_t seed,
   Request r{.prompt = p.ids, .max_new = std::min(o.max_tokens, context - int(p.ids.size()))};
   r.sampling.temperature = o.temperature;  // and nothing else: what is scored is what is sampled
   r.sampling.seed = seed;
-  if (!p.raw) {
-    r.stop_ids = {end_of_turn(*o.tokenizer)};
-    if (o.tokenizer->special("<|endoftext|>") >= 0) {
-      r.stop_ids.push_back(o.tokenizer->end_of_text());
-    }
-  } else if (!o.stops.empty()) {
-    r.stop_ids = {o.tokenizer->end_of_text()};
+  r.stop_ids = {end_token(*o.tokenizer, !p.raw)};
+  if (p.raw) {
     r.stop_strings = o.stops;
+  } else if (o.tokenizer->special("<|endoftext|>") >= 0) {
+    r.stop_ids.push_back(o.tokenizer->end_of_text());
   }
   if (p.tools) {
     r.max_inserted = o.tool_tokens;
@@ -963,6 +961,18 @@ Rollout make_rollout(const Prompt& p, int group, Completion c, const RolloutOpti
   return r;
 }
 
+// The most tokens that an answer to the prompt may have, the prompt among them.
+int64_t longest_answer(const Prompt& p, const RolloutOptions& o) {
+  return int64_t(p.ids.size()) + o.max_tokens + (p.tools ? o.tool_tokens : 0);
+}
+// For answers of up to `longest` tokens, `all` in number.
+GeneratorOptions rollout_generator(const RolloutOptions& o, const Config& c, int64_t longest,
+                                   int all) {
+  GeneratorOptions options{.rows = std::min(o.rows, all)};
+  options.cache_positions = cache_positions(c, options.rows, longest, o.cache_bytes);
+  return options;
+}
+
 // A draw is a function of the seed, the prompt's place, the copy and the position alone.
 std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
                               std::span<const Prompt* const> prompts, int copies, uint64_t seed) {
@@ -970,14 +980,10 @@ std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
   Gpt& gpt = *models.policy;
   const int all = int(prompts.size()) * copies;
   int64_t longest = 1;
-  for (const Prompt* p : prompts) {
-    longest =
-        std::max(longest, int64_t(p->ids.size()) + o.max_tokens + (p->tools ? o.tool_tokens : 0));
-  }
-  GeneratorOptions options{.rows = std::min(o.rows, all)};
-  options.cache_positions = cache_positions(gpt.config(), options.rows, longest, o.cache_bytes);
+  for (const Prompt* p : prompts) longest = std::max(longest, longest_answer(*p, o));
   Generator generator(
-      gpt, [&](int id) { return o.tokenizer->token_bytes(id); }, options);
+      gpt, [&](int id) { return o.tokenizer->token_bytes(id); },
+      rollout_generator(o, gpt.config(), longest, all));
   for (size_t i = 0; i < prompts.size(); i++) {
     for (int k = 0; k < copies; k++) {
       generator.submit(
@@ -1051,8 +1057,9 @@ struct RewardContext {
 };
 
 // What a reward model reads of a rollout, within its context.
-std::vector<int> ids_to_score(const Rollout& r, int end, int context) {
-  std::vector<int> ids = with_end_of_turn(r.ids, end);
+std::vector<int> ids_to_score(const Rollout& r, const Tokenizer& tokenizer, int context) {
+  const int end = end_token(tokenizer, !r.prompt->raw);
+  std::vector<int> ids = with_end(r.ids, end);
   if (int(ids.size()) > context) ids.resize(size_t(context)), ids.back() = end;
   return ids;
 }
@@ -1063,22 +1070,24 @@ RewardFunction model_reward(const RewardSpec& spec, const RewardContext& context
   const auto model = std::make_shared<RewardModel>(spec.argument, context.device);
   model->check_tokenizer(context.tokenizer, context.policy_dir);
   models.push_back(model);
-  const int end = end_of_turn(context.tokenizer), T = model->gpt().config().T;
+  const int T = model->gpt().config().T;
   // A score is the log-odds of a label unless it was moved to mean 0.
   const bool probability = spec.name == "probability";
   if (probability && model->shifted()) {
     fail("--reward probability: ", spec.argument, ": its scores were normalised, expected ",
          "./reward train --normalise-on none");
   }
-  return {spec, false, [model, end, T, probability](std::span<const Rollout> rollouts) {
-            std::vector<std::vector<int>> sequences;
-            for (const Rollout& r : rollouts) sequences.push_back(ids_to_score(r, end, T));
-            std::vector<float> scores = model->score(sequences);
-            if (probability) {
-              for (float& x : scores) x = 1 / (1 + std::exp(-x));
-            }
-            return scores;
-          }};
+  return {
+      spec, false,
+      [model, tokenizer = context.tokenizer, T, probability](std::span<const Rollout> rollouts) {
+        std::vector<std::vector<int>> sequences;
+        for (const Rollout& r : rollouts) sequences.push_back(ids_to_score(r, tokenizer, T));
+        std::vector<float> scores = model->score(sequences);
+        if (probability) {
+          for (float& x : scores) x = 1 / (1 + std::exp(-x));
+        }
+        return scores;
+      }};
 }
 
 // `models`: every reward model that is loaded is added to them.
@@ -1792,21 +1801,20 @@ double chosen_lr(const RlSettings& s, const Config& config, double at_128_channe
          (s.data.lora > 0 ? 10 : 1);
 }
 
-// Ids of the longest rollout, prompt included.
-int longest_rollout(const RlParts& p) {
-  int longest = 0;
+// The tokens of the longest answer that the run may meet, its prompt among them.
+int64_t longest_answer(const RlParts& p) {
+  int64_t longest = 1;
   for (const auto* prompts : {&p.prompts.all, &p.held_out}) {
     for (const Prompt& prompt : *prompts) {
-      const int tools = prompt.tools ? p.options.tool_tokens : 0;
-      longest = std::max(longest, int(prompt.ids.size()) + p.options.max_tokens + tools);
+      longest = std::max(longest, longest_answer(prompt, p.options));
     }
   }
-  return std::min(longest, p.config.T);
+  return longest;
 }
 
 // A model that reads rollouts has room for the longest.
 void check_context(const RlParts& p, const char* flag, const std::filesystem::path& dir, int T) {
-  const int longest = longest_rollout(p);
+  const int64_t longest = std::min<int64_t>(longest_answer(p), p.config.T);
   if (T >= longest) return;
   fail(flag, " ", dir.string(), ": found a context of ", T, " tokens, expected at least ", longest,
        ", those of the longest prompt with an answer of --max-tokens");
@@ -1881,19 +1889,33 @@ void read_inputs(RlParts& p) {
                                s.step.seed, tokenizer.end_of_text());
 }
 
+// What the engine is asked for when all rows hold the longest answers.
+DecodePlan rollout_plan(const RlParts& p) {
+  return decode_plan(rollout_generator(p.options, p.config, longest_answer(p), p.options.rows));
+}
+
+GptOptions training_options(const RlParts& p) {
+  GptOptions o = gpt_options(p.run.options);
+  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  return o;
+}
+GptOptions policy_options(const RlParts& p) {
+  GptOptions o = training_options(p);
+  if (p.s.data.lora > 0) o.lora = {p.s.data.lora, float(p.s.data.lora_alpha)};
+  o.decode = rollout_plan(p);
+  return o;
+}
+
 // The policy as `dir` holds it, and the reference as the run began.
 void make_models(RlParts& p, const std::filesystem::path& dir) {
-  const DataSettings& d = p.s.data;
-  GptOptions o = gpt_options(p.run.options);
-  if (d.lora > 0) o.lora = {d.lora, float(d.lora_alpha)};
-  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  GptOptions o = policy_options(p);
   p.models.policy = make_gpt(p.config, o);
   load_weights(dir, *p.models.policy, {.seed = p.s.step.seed});
-  if (d.lora > 0) {
+  if (o.lora.rank > 0) {
     p.base = adapter_base(dir);
     return;  // with its adapters off the policy is the reference: its weights are there once
   }
-  o.mode = Mode::inference;
+  o.mode = Mode::inference, o.decode = {};
   p.models.reference = make_gpt(p.config, o);
   load_weights(p.start, *p.models.reference);
 }
@@ -1923,12 +1945,17 @@ void print_plan(const RlParts& p, const std::string& algorithm) {
   std::printf("updates %s: %lld steps, each of %d minibatches x %d epochs, learning rate %g\n",
               algorithm.c_str(), (long long)s.step.steps, s.step.minibatches, s.step.epochs,
               s.step.optimizer.lr);
-  const int64_t models = m.policy->table().size * (lora ? 1 : 4) +
-                         (m.reference ? m.reference->table().size : 0) +
-                         (m.critic ? m.critic->table().size * 4 : 0);
-  std::printf("memory  %s of weights, gradients and moments, and activations of %s tokens\n",
-              bytes_text(4. * double(models)).c_str(),
-              count_text(double(s.step.micro_batch_tokens)).c_str());
+  const MemoryPlan memory = plan_memory(c, policy_options(p));
+  std::printf("memory  policy %s (%s)", bytes_text(double(memory.total())).c_str(),
+              memory.text().c_str());
+  const auto add_memory = [](const char* model, const Config& config, const GptOptions& o) {
+    std::printf(", %s %s", model, bytes_text(double(plan_memory(config, o).total())).c_str());
+  };
+  GptOptions inference = training_options(p);
+  inference.mode = Mode::inference;
+  if (m.reference) add_memory("reference", c, inference);
+  if (m.critic) add_memory("critic", m.critic->config(), training_options(p));
+  std::printf("\n");
   std::fflush(stdout);
 }
 
@@ -2517,9 +2544,7 @@ void begin_ppo(RlParts& p, const std::filesystem::path& saved) {
   config.head = Head::scalar;
   check_context(p, "critic", dir, config.T);
   p.models.critic_shift = float(config.reward_shift);
-  GptOptions options = gpt_options(p.run.options);
-  options.batch_tokens = int(p.s.step.micro_batch_tokens);
-  p.models.critic = make_gpt(config, options);
+  p.models.critic = make_gpt(config, training_options(p));
   Gpt& critic = *p.models.critic;
   load_weights(from_policy ? p.start : dir, critic, {.new_score = from_policy});
   if (from_policy) {
@@ -2817,6 +2842,10 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
       {"stage", "best-of-n"}, {"models", hashes}, {"data", p.data_hashes}, {"settings", Json(s)}};
   std::printf("policy  %s; %zu prompts, %d answers to each\n", p.start.c_str(), prompts.size(), n);
   std::vector<Candidates> all;  // of each prompt so far
+  GptOptions options = gpt_options(o);
+  options.mode = Mode::inference, options.decode = rollout_plan(p);
+  p.models.policy = make_gpt(p.config, options);
+  load_weights(p.start, *p.models.policy);
   if (o.resume) {
     try {
       all = sampled_before(p, models);
@@ -2830,10 +2859,6 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
   }
   const auto lock = o.lock ? o.lock : std::make_shared<RunLock>(o.out);
   write_json(o.out / "state.json", state);
-  GptOptions options = gpt_options(o);
-  options.mode = Mode::inference;
-  p.models.policy = make_gpt(p.config, options);
-  load_weights(p.start, *p.models.policy);
   p.run.metrics.open(o.out / "metrics.jsonl", int64_t(all.size()));
   const double began = now();
   const size_t before = all.size();
@@ -2903,9 +2928,10 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
                "a \"prompt\" that is a string is a user's message, not a text to continue");
   app.add_option("--form", d.form,
                  "text with {question} in it, or its file, in place of the chat template");
-  app.add_option("--stop", d.stops,
-                 "strings that end an answer to --form, \\n is a line break; none: answers have "
-                 "--max-tokens tokens");
+  app.add_option(
+      "--stop", d.stops,
+      "strings that end an answer to --form, as <|endoftext|> does, \\n is a line break; "
+      "none: --max-tokens do too");
   app.add_option("--cache-mb", d.cache_mb,
                  "memory for keys and values of the answers that are decoded at once");
   app.add_option("--seed", f.s.step.seed, "of prompts, answers and minibatches");

@@ -820,9 +820,20 @@ TEST_CASE("a model of labels rewards with the probability of the good one") {
     std::vector<std::shared_ptr<RewardModel>> models;
     return make_reward(parse_reward(name + ":" + (dir / "plain").string()), context, models);
   };
+  Prompt chat, text;
+  text.raw = true;
   std::vector<Rollout> rollouts(2);
-  rollouts[0].ids = {1, 2, 3};
-  rollouts[1].ids = {5, 4};
+  rollouts[0].ids = {1, 2, 3}, rollouts[0].prompt = &chat;
+  rollouts[1].ids = {5, 4}, rollouts[1].prompt = &text;
+  // A chat is scored at its end of turn, a raw text at the document separator.
+  const int turn = end_of_turn(tokenizer), separator = tokenizer.end_of_text();
+  CHECK(ids_to_score(rollouts[0], tokenizer, 64) == std::vector{1, 2, 3, turn});
+  CHECK(ids_to_score(rollouts[0], tokenizer, 2) == std::vector{1, turn});
+  CHECK(ids_to_score(rollouts[1], tokenizer, 64) == std::vector{5, 4, separator});
+  rollouts[1].ids.push_back(separator);
+  CHECK(ids_to_score(rollouts[1], tokenizer, 64) == std::vector{5, 4, separator});
+  CHECK(rollout_request(text, {.tokenizer = &tokenizer}, 1, 64).stop_ids == std::vector{separator});
+  CHECK(rollout_request(chat, {.tokenizer = &tokenizer}, 1, 64).stop_ids[0] == turn);
   const auto scores = reward("model").score(rollouts);
   const auto chances = reward("probability").score(rollouts);
   CHECK(scores[0] != scores[1]);
