@@ -135,7 +135,8 @@ struct RolloutOptions {
   int tool_tokens = 256;           // ids that tools may insert in a rollout
   int rows = 64;                   // decoded at once
   float temperature = 1;
-  std::vector<std::string> stops;  // strings that end a raw text's continuation; none: fixed length
+  std::vector<std::string> stops;  // that end a raw text's continuation, as its
+                                   // document separator does; none: --max-tokens do too
   int64_t cache_bytes = int64_t(2) << 30;
 };
 
@@ -945,14 +946,11 @@ Request rollout_request(const Prompt& p, const RolloutOptions& o, uint64_t seed,
   Request r{.prompt = p.ids, .max_new = std::min(o.max_tokens, context - int(p.ids.size()))};
   r.sampling.temperature = o.temperature;  // and nothing else: what is scored is what is sampled
   r.sampling.seed = seed;
-  if (!p.raw) {
-    r.stop_ids = {end_of_turn(*o.tokenizer)};
-    if (o.tokenizer->special("<|endoftext|>") >= 0) {
-      r.stop_ids.push_back(o.tokenizer->end_of_text());
-    }
-  } else if (!o.stops.empty()) {
-    r.stop_ids = {o.tokenizer->end_of_text()};
+  r.stop_ids = {end_token(*o.tokenizer, !p.raw)};
+  if (p.raw) {
     r.stop_strings = o.stops;
+  } else if (o.tokenizer->special("<|endoftext|>") >= 0) {
+    r.stop_ids.push_back(o.tokenizer->end_of_text());
   }
   if (p.tools) {
     r.max_inserted = o.tool_tokens;
@@ -976,6 +974,18 @@ Rollout make_rollout(const Prompt& p, int group, Completion c, const RolloutOpti
   return r;
 }
 
+// The most tokens that an answer to the prompt may have, the prompt among them.
+int64_t longest_answer(const Prompt& p, const RolloutOptions& o) {
+  return int64_t(p.ids.size()) + o.max_tokens + (p.tools ? o.tool_tokens : 0);
+}
+// For answers of up to `longest` tokens, `all` in number.
+GeneratorOptions rollout_generator(const RolloutOptions& o, const Config& c, int64_t longest,
+                                   int all) {
+  GeneratorOptions options{.rows = std::min(o.rows, all)};
+  options.cache_positions = cache_positions(c, options.rows, longest, o.cache_bytes);
+  return options;
+}
+
 // A draw is a function of the seed, the prompt's place, the copy and the position alone.
 std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
                               std::span<const Prompt* const> prompts, int copies, uint64_t seed) {
@@ -983,14 +993,10 @@ std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
   Gpt& gpt = *models.policy;
   const int all = int(prompts.size()) * copies;
   int64_t longest = 1;
-  for (const Prompt* p : prompts) {
-    longest =
-        std::max(longest, int64_t(p->ids.size()) + o.max_tokens + (p->tools ? o.tool_tokens : 0));
-  }
-  GeneratorOptions options{.rows = std::min(o.rows, all)};
-  options.cache_positions = cache_positions(gpt.config(), options.rows, longest, o.cache_bytes);
+  for (const Prompt* p : prompts) longest = std::max(longest, longest_answer(*p, o));
   Generator generator(
-      gpt, [&](int id) { return o.tokenizer->token_bytes(id); }, options);
+      gpt, [&](int id) { return o.tokenizer->token_bytes(id); },
+      rollout_generator(o, gpt.config(), longest, all));
   for (size_t i = 0; i < prompts.size(); i++) {
     for (int k = 0; k < copies; k++) {
       generator.submit(
@@ -1065,8 +1071,9 @@ struct RewardContext {
 };
 
 // What a reward model reads of a rollout, within its context.
-std::vector<int> ids_to_score(const Rollout& r, int end, int context) {
-  std::vector<int> ids = with_end_of_turn(r.ids, end);
+std::vector<int> ids_to_score(const Rollout& r, const Tokenizer& tokenizer, int context) {
+  const int end = end_token(tokenizer, !r.prompt->raw);
+  std::vector<int> ids = with_end(r.ids, end);
   if (int(ids.size()) > context) ids.resize(size_t(context)), ids.back() = end;
   return ids;
 }
@@ -1078,22 +1085,24 @@ RewardFunction model_reward(const RewardSpec& spec, const RewardContext& context
       std::make_shared<RewardModel>(spec.argument, context.device, context.micro_batch_tokens);
   model->check_tokenizer(context.tokenizer, context.policy_dir);
   models.push_back(model);
-  const int end = end_of_turn(context.tokenizer), T = model->gpt().config().T;
+  const int T = model->gpt().config().T;
   // A score is the log-odds of a label unless it was moved to mean 0.
   const bool probability = spec.name == "probability";
   if (probability && model->shifted()) {
     fail("--reward probability: ", spec.argument, ": its scores were normalised, expected ",
          "./reward train --normalise-on none");
   }
-  return {spec, false, [model, end, T, probability](std::span<const Rollout> rollouts) {
-            std::vector<std::vector<int>> sequences;
-            for (const Rollout& r : rollouts) sequences.push_back(ids_to_score(r, end, T));
-            std::vector<float> scores = model->score(sequences);
-            if (probability) {
-              for (float& x : scores) x = 1 / (1 + std::exp(-x));
-            }
-            return scores;
-          }};
+  return {
+      spec, false,
+      [model, tokenizer = context.tokenizer, T, probability](std::span<const Rollout> rollouts) {
+        std::vector<std::vector<int>> sequences;
+        for (const Rollout& r : rollouts) sequences.push_back(ids_to_score(r, tokenizer, T));
+        std::vector<float> scores = model->score(sequences);
+        if (probability) {
+          for (float& x : scores) x = 1 / (1 + std::exp(-x));
+        }
+        return scores;
+      }};
 }
 
 // `models`: every reward model that is loaded is added to them.
@@ -1823,21 +1832,20 @@ double chosen_lr(const RlSettings& s, const Config& config, double at_128_channe
          (s.data.lora > 0 ? 10 : 1);
 }
 
-// Ids of the longest rollout, prompt included.
-int longest_rollout(const RlParts& p) {
-  int longest = 0;
+// The tokens of the longest answer that the run may meet, its prompt among them.
+int64_t longest_answer(const RlParts& p) {
+  int64_t longest = 1;
   for (const auto* prompts : {&p.prompts.all, &p.held_out}) {
     for (const Prompt& prompt : *prompts) {
-      const int tools = prompt.tools ? p.options.tool_tokens : 0;
-      longest = std::max(longest, int(prompt.ids.size()) + p.options.max_tokens + tools);
+      longest = std::max(longest, longest_answer(prompt, p.options));
     }
   }
-  return std::min(longest, p.config.T);
+  return longest;
 }
 
 // A model that reads rollouts has room for the longest.
 void check_context(const RlParts& p, const char* flag, const std::filesystem::path& dir, int T) {
-  const int longest = longest_rollout(p);
+  const int64_t longest = std::min<int64_t>(longest_answer(p), p.config.T);
   if (T >= longest) return;
   fail(flag, " ", dir.string(), ": found a context of ", T, " tokens, expected at least ", longest,
        ", those of the longest prompt with an answer of --max-tokens");
@@ -1913,19 +1921,33 @@ void read_inputs(RlParts& p) {
                                s.step.seed, tokenizer.end_of_text());
 }
 
+// What the engine is asked for when all rows hold the longest answers.
+DecodePlan rollout_plan(const RlParts& p) {
+  return decode_plan(rollout_generator(p.options, p.config, longest_answer(p), p.options.rows));
+}
+
+GptOptions training_options(const RlParts& p) {
+  GptOptions o = gpt_options(p.run.options);
+  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  return o;
+}
+GptOptions policy_options(const RlParts& p) {
+  GptOptions o = training_options(p);
+  if (p.s.data.lora > 0) o.lora = {p.s.data.lora, float(p.s.data.lora_alpha)};
+  o.decode = rollout_plan(p);
+  return o;
+}
+
 // The policy as `dir` holds it, and the reference as the run began.
 void make_models(RlParts& p, const std::filesystem::path& dir) {
-  const DataSettings& d = p.s.data;
-  GptOptions o = gpt_options(p.run.options);
-  if (d.lora > 0) o.lora = {d.lora, float(d.lora_alpha)};
-  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  GptOptions o = policy_options(p);
   p.models.policy = make_gpt(p.config, o);
   load_weights(dir, *p.models.policy, {.seed = p.s.step.seed});
-  if (d.lora > 0) {
+  if (o.lora.rank > 0) {
     p.base = adapter_base(dir);
     return;  // with its adapters off the policy is the reference: its weights are there once
   }
-  o.mode = Mode::inference;
+  o.mode = Mode::inference, o.decode = {};
   p.models.reference = make_gpt(p.config, o);
   load_weights(p.start, *p.models.reference);
 }
@@ -1938,8 +1960,10 @@ void print_plan(const RlParts& p, const std::string& algorithm) {
   std::printf("policy  %s: %d layers, %d channels, %s parameters%s\n", p.start.c_str(), c.L, c.C,
               count_text(double(m.policy->table().parameters())).c_str(),
               lora ? format(", adapters of rank %d", s.data.lora).c_str() : "");
-  std::printf("prompts %s, held out %s; %d rollouts a step%s, up to %d tokens each\n",
+  const auto raw = std::ranges::count(p.prompts.all, true, &Prompt::raw);
+  std::printf("prompts %s%s, held out %s; %d rollouts a step%s, up to %d tokens each\n",
               count_text(double(p.prompts.all.size())).c_str(),
+              raw > 0 ? format(" (%lld of them texts to continue)", (long long)raw).c_str() : "",
               count_text(double(p.held_out.size())).c_str(), s.step.rollouts,
               m.critic ? "" : format(" in groups of %d", s.grpo.group).c_str(), s.data.max_tokens);
   std::string rewards;
@@ -1953,12 +1977,17 @@ void print_plan(const RlParts& p, const std::string& algorithm) {
   std::printf("updates %s: %lld steps, each of %d minibatches x %d epochs, learning rate %g\n",
               algorithm.c_str(), (long long)s.step.steps, s.step.minibatches, s.step.epochs,
               s.step.optimizer.lr);
-  const int64_t models = m.policy->table().size * (lora ? 1 : 4) +
-                         (m.reference ? m.reference->table().size : 0) +
-                         (m.critic ? m.critic->table().size * 4 : 0);
-  std::printf("memory  %s of weights, gradients and moments, and activations of %s tokens\n",
-              bytes_text(4. * double(models)).c_str(),
-              count_text(double(s.step.micro_batch_tokens)).c_str());
+  const MemoryPlan memory = plan_memory(c, policy_options(p));
+  std::printf("memory  policy %s (%s)", bytes_text(double(memory.total())).c_str(),
+              memory.text().c_str());
+  const auto add_memory = [](const char* model, const Config& config, const GptOptions& o) {
+    std::printf(", %s %s", model, bytes_text(double(plan_memory(config, o).total())).c_str());
+  };
+  GptOptions inference = training_options(p);
+  inference.mode = Mode::inference;
+  if (m.reference) add_memory("reference", c, inference);
+  if (m.critic) add_memory("critic", m.critic->config(), training_options(p));
+  std::printf("\n");
   std::fflush(stdout);
 }
 
@@ -2073,6 +2102,9 @@ void make_run(RlParts& p, const Algorithm& algorithm, const Json* saved) {
   if (saved) load_run(p.run, *saved, *p.models.policy);
   if (finished) p.state.updates = p.state.critic_updates = 0;
   algorithm.begin(p, saved && !finished ? dir : std::filesystem::path());
+  if (finished && p.models.critic) {
+    p.run.line.note("a finished run keeps no critic: another one begins");
+  }
 }
 
 // The steps that fit in --minutes, from the time of some that are made with a learning rate of 0
@@ -2555,9 +2587,7 @@ void begin_ppo(RlParts& p, const std::filesystem::path& saved) {
   config.head = Head::scalar;
   check_context(p, "critic", dir, config.T);
   p.models.critic_shift = float(config.reward_shift);
-  GptOptions options = gpt_options(p.run.options);
-  options.batch_tokens = int(p.s.step.micro_batch_tokens);
-  p.models.critic = make_gpt(config, options);
+  p.models.critic = make_gpt(config, training_options(p));
   Gpt& critic = *p.models.critic;
   load_weights(from_policy ? p.start : dir, critic, {.new_score = from_policy});
   if (from_policy) {
@@ -2577,11 +2607,22 @@ const Algorithm kPpo = {"ppo", choose_ppo, begin_ppo,
 // ---------------------------------------------------------------------------------------------
 // GRPO's own
 
+std::pair<double, double> parse_pass_rate(const std::string& text) {
+  const size_t colon = std::min(text.find(':'), text.size());
+  const double low = parse_number(text.substr(0, colon)),
+               high = parse_number(text.substr(std::min(colon + 1, text.size())));
+  if (!(low >= 0 && low <= high && high <= 1)) {
+    fail("--pass-rate: found ", text, ", expected LOW:HIGH, as in .2:.8");
+  }
+  return {low, high};
+}
+
 void choose_grpo(RlSettings& s, const Config& config) {
   const bool dapo = parse_method(s.grpo.method) == GroupMethod::dapo;
   at_least("--group", s.grpo.group, 2), at_least("--resample", s.grpo.resample, -1);
   at_least("--pass-samples", s.grpo.pass_samples, 1);
   at_least("--pass-problems", s.grpo.pass_problems, 0);
+  if (!s.grpo.pass_rate.empty()) parse_pass_rate(s.grpo.pass_rate);
   if (s.step.rollouts % s.grpo.group != 0) {
     fail("--rollouts: found ", s.step.rollouts, ", expected a multiple of --group ", s.grpo.group);
   }
@@ -2597,10 +2638,7 @@ void choose_grpo(RlSettings& s, const Config& config) {
 void filter_problems(RlParts& p) {
   const GrpoSettings& s = p.s.grpo;
   const uint64_t seed = p.s.step.seed;
-  double low = 0, high = 1;
-  if (std::sscanf(s.pass_rate.c_str(), "%lf:%lf", &low, &high) != 2 || !(low <= high)) {
-    fail("--pass-rate: found ", s.pass_rate, ", expected LOW:HIGH, as in .2:.8");
-  }
+  const std::pair<double, double> range = parse_pass_rate(s.pass_rate);
   if (p.rewards.verifier < 0) {
     fail("--pass-rate: expected a --reward of right or wrong with the largest weight");
   }
@@ -2627,7 +2665,7 @@ void filter_problems(RlParts& p) {
         passed += right[k] > .5 && rollouts[k].ended;
       }
       const double rate = double(passed) / s.pass_samples;
-      if (rate >= low && rate <= high) kept.push_back(pool[size_t(begin) + i]);
+      if (rate >= range.first && rate <= range.second) kept.push_back(pool[size_t(begin) + i]);
     }
     p.run.line.show(format("pass rates: %lld of %lld problems tried, %zu kept",
                            (long long)std::min(n, begin + piece), (long long)n, kept.size()),
@@ -2879,6 +2917,10 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
       {"stage", "best-of-n"}, {"models", hashes}, {"data", p.data_hashes}, {"settings", Json(s)}};
   std::printf("policy  %s; %zu prompts, %d answers to each\n", p.start.c_str(), prompts.size(), n);
   std::vector<Candidates> all;  // of each prompt so far
+  GptOptions options = gpt_options(o);
+  options.mode = Mode::inference, options.decode = rollout_plan(p);
+  p.models.policy = make_gpt(p.config, options);
+  load_weights(p.start, *p.models.policy);
   if (o.resume) {
     try {
       all = sampled_before(p, models);
@@ -2892,10 +2934,6 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
   }
   const auto lock = o.lock ? o.lock : std::make_shared<RunLock>(o.out);
   write_json(o.out / "state.json", state);
-  GptOptions options = gpt_options(o);
-  options.mode = Mode::inference;
-  p.models.policy = make_gpt(p.config, options);
-  load_weights(p.start, *p.models.policy);
   p.run.metrics.open(o.out / "metrics.jsonl", int64_t(all.size()));
   const double began = now();
   const size_t before = all.size();
@@ -2965,9 +3003,10 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
                "a \"prompt\" that is a string is a user's message, not a text to continue");
   app.add_option("--form", d.form,
                  "text with {question} in it, or its file, in place of the chat template");
-  app.add_option("--stop", d.stops,
-                 "strings that end an answer to --form, \\n is a line break; none: answers have "
-                 "--max-tokens tokens");
+  app.add_option(
+      "--stop", d.stops,
+      "strings that end an answer to --form, as <|endoftext|> does, \\n is a line break; "
+      "none: --max-tokens do too");
   app.add_option("--cache-mb", d.cache_mb,
                  "memory for keys and values of the answers that are decoded at once");
   app.add_option("--seed", f.s.step.seed, "of prompts, answers and minibatches");

@@ -647,7 +647,7 @@ TEST_CASE("failures of a verifier leave their groups, and more than a fifth of t
   const Outcome o = run(kGrpo, s, dir / "some");
   CHECK(o.steps.at(0).at("failed") == 3);
   CHECK(o.summary.at("failed") == 6);
-  s.data.rewards = {command("case $i in ?) exit 1;; 1?) exit 1;; esac; ")};
+  s.data.rewards = {command("case $i in 2?) exit 1;; 3?) exit 1;; esac; ")};
   CHECK(contains(error_of([&] { run(kGrpo, s, dir / "many"); }),
                  "--reward command: found 13 failures in 64 rollouts, expected a fifth at most"));
 }
@@ -853,12 +853,13 @@ std::vector<Json> metrics(const std::filesystem::path& run_dir) {
   std::vector<Json> result;
   std::istringstream lines(read_file(run_dir / "metrics.jsonl"));
   for (std::string line; std::getline(lines, line);) {
-    const Json written = Json::parse(line);
-    Json& kept = result.emplace_back(written);
-    for (const auto& item : written.items()) {
-      const bool is_time = item.key().starts_with("seconds") || item.key() == "tokens_per_second";
-      if (is_time) kept.erase(item.key());
+    Json written = Json::parse(line);
+    const Json all = written;
+    for (const auto& field : all.items()) {
+      const std::string key = field.key();
+      if (key.starts_with("seconds") || key == "tokens_per_second") written.erase(key);
     }
+    result.push_back(written);
   }
   return result;
 }
@@ -939,9 +940,20 @@ TEST_CASE("a model of labels rewards with the probability of the good one") {
     std::vector<std::shared_ptr<RewardModel>> models;
     return make_reward(parse_reward(name + ":" + (dir / "plain").string()), context, models);
   };
+  Prompt chat, text;
+  text.raw = true;
   std::vector<Rollout> rollouts(2);
-  rollouts[0].ids = {1, 2, 3};
-  rollouts[1].ids = {5, 4};
+  rollouts[0].ids = {1, 2, 3}, rollouts[0].prompt = &chat;
+  rollouts[1].ids = {5, 4}, rollouts[1].prompt = &text;
+  // A chat is scored at its end of turn, a raw text at the document separator.
+  const int turn = end_of_turn(tokenizer), separator = tokenizer.end_of_text();
+  CHECK(ids_to_score(rollouts[0], tokenizer, 64) == std::vector{1, 2, 3, turn});
+  CHECK(ids_to_score(rollouts[0], tokenizer, 2) == std::vector{1, turn});
+  CHECK(ids_to_score(rollouts[1], tokenizer, 64) == std::vector{5, 4, separator});
+  rollouts[1].ids.push_back(separator);
+  CHECK(ids_to_score(rollouts[1], tokenizer, 64) == std::vector{5, 4, separator});
+  CHECK(rollout_request(text, {.tokenizer = &tokenizer}, 1, 64).stop_ids == std::vector{separator});
+  CHECK(rollout_request(chat, {.tokenizer = &tokenizer}, 1, 64).stop_ids[0] == turn);
   const auto scores = reward("model").score(rollouts);
   const auto chances = reward("probability").score(rollouts);
   CHECK(scores[0] != scores[1]);
