@@ -1934,8 +1934,10 @@ void print_plan(const RlParts& p, const std::string& algorithm) {
   std::printf("policy  %s: %d layers, %d channels, %s parameters%s\n", p.start.c_str(), c.L, c.C,
               count_text(double(m.policy->table().parameters())).c_str(),
               lora ? format(", adapters of rank %d", s.data.lora).c_str() : "");
-  std::printf("prompts %s, held out %s; %d rollouts a step%s, up to %d tokens each\n",
+  const auto raw = std::ranges::count(p.prompts.all, true, &Prompt::raw);
+  std::printf("prompts %s%s, held out %s; %d rollouts a step%s, up to %d tokens each\n",
               count_text(double(p.prompts.all.size())).c_str(),
+              raw > 0 ? format(" (%lld of them texts to continue)", (long long)raw).c_str() : "",
               count_text(double(p.held_out.size())).c_str(), s.step.rollouts,
               m.critic ? "" : format(" in groups of %d", s.grpo.group).c_str(), s.data.max_tokens);
   std::string rewards;
@@ -2074,6 +2076,9 @@ void make_run(RlParts& p, const Algorithm& algorithm, const Json* saved) {
   if (saved) load_run(p.run, *saved, *p.models.policy);
   if (finished) p.state.updates = p.state.critic_updates = 0;
   algorithm.begin(p, saved && !finished ? dir : std::filesystem::path());
+  if (finished && p.models.critic) {
+    p.run.line.note("a finished run keeps no critic: another one begins");
+  }
 }
 
 // The steps that fit in --minutes, from the time of some that are made with a learning rate of 0
@@ -2565,11 +2570,22 @@ const Algorithm kPpo = {"ppo", choose_ppo, begin_ppo,
 // ---------------------------------------------------------------------------------------------
 // GRPO's own
 
+std::pair<double, double> parse_pass_rate(const std::string& text) {
+  const size_t colon = std::min(text.find(':'), text.size());
+  const double low = parse_number(text.substr(0, colon)),
+               high = parse_number(text.substr(std::min(colon + 1, text.size())));
+  if (!(low >= 0 && low <= high && high <= 1)) {
+    fail("--pass-rate: found ", text, ", expected LOW:HIGH, as in .2:.8");
+  }
+  return {low, high};
+}
+
 void choose_grpo(RlSettings& s, const Config& config) {
   const bool dapo = parse_method(s.grpo.method) == GroupMethod::dapo;
   at_least("--group", s.grpo.group, 2), at_least("--resample", s.grpo.resample, -1);
   at_least("--pass-samples", s.grpo.pass_samples, 1);
   at_least("--pass-problems", s.grpo.pass_problems, 0);
+  if (!s.grpo.pass_rate.empty()) parse_pass_rate(s.grpo.pass_rate);
   if (s.step.rollouts % s.grpo.group != 0) {
     fail("--rollouts: found ", s.step.rollouts, ", expected a multiple of --group ", s.grpo.group);
   }
@@ -2585,10 +2601,7 @@ void choose_grpo(RlSettings& s, const Config& config) {
 void filter_problems(RlParts& p) {
   const GrpoSettings& s = p.s.grpo;
   const uint64_t seed = p.s.step.seed;
-  double low = 0, high = 1;
-  if (std::sscanf(s.pass_rate.c_str(), "%lf:%lf", &low, &high) != 2 || !(low <= high)) {
-    fail("--pass-rate: found ", s.pass_rate, ", expected LOW:HIGH, as in .2:.8");
-  }
+  const std::pair<double, double> range = parse_pass_rate(s.pass_rate);
   if (p.rewards.verifier < 0) {
     fail("--pass-rate: expected a --reward of right or wrong with the largest weight");
   }
@@ -2615,7 +2628,7 @@ void filter_problems(RlParts& p) {
         passed += right[k] > .5 && rollouts[k].ended;
       }
       const double rate = double(passed) / s.pass_samples;
-      if (rate >= low && rate <= high) kept.push_back(pool[size_t(begin) + i]);
+      if (rate >= range.first && rate <= range.second) kept.push_back(pool[size_t(begin) + i]);
     }
     p.run.line.show(format("pass rates: %lld of %lld problems tried, %zu kept",
                            (long long)std::min(n, begin + piece), (long long)n, kept.size()),

@@ -647,7 +647,7 @@ TEST_CASE("failures of a verifier leave their groups, and more than a fifth of t
   const Outcome o = run(kGrpo, s, dir / "some");
   CHECK(o.steps.at(0).at("failed") == 3);
   CHECK(o.summary.at("failed") == 6);
-  s.data.rewards = {command("case $i in ?) exit 1;; 1?) exit 1;; esac; ")};
+  s.data.rewards = {command("case $i in 2?) exit 1;; 3?) exit 1;; esac; ")};
   CHECK(contains(error_of([&] { run(kGrpo, s, dir / "many"); }),
                  "--reward command: found 13 failures in 64 rollouts, expected a fifth at most"));
 }
@@ -734,7 +734,9 @@ std::vector<Json> metrics(const std::filesystem::path& run_dir) {
   std::istringstream lines(read_file(run_dir / "metrics.jsonl"));
   for (std::string line; std::getline(lines, line);) {
     Json written = Json::parse(line);
-    for (const auto& [key, value] : Json(written).items()) {
+    const Json all = written;
+    for (const auto& field : all.items()) {
+      const std::string key = field.key();
       if (key.starts_with("seconds") || key == "tokens_per_second") written.erase(key);
     }
     result.push_back(written);

@@ -78,6 +78,7 @@ TEST_CASE("./rlhf refuses numbers out of their range before it reads a model") {
       {"--val-fraction 1", "--val-fraction: found 1"},
       {"--val-fraction .0001", "which leaves 24 prompts and holds 0 out"},
       {"--reward length:abc", "--reward length: found abc, expected 0 to 6"},
+      {"--pass-rate .8:.2 --dry-run", "--pass-rate: found .8:.2"},
       {"--reward countdown:few", "expected countdown or countdown:all"},
       {"--form {question} --as-chat", "--form: found --as-chat too"}};
   for (const auto& c : both) {
@@ -274,6 +275,32 @@ TEST_CASE("--dry-run prints the plan and writes nothing, --minutes fits its step
                  std::to_string(steps)));
   CHECK(read_file(dir / "same/model/model.safetensors") ==
         read_file(dir / "run/model/model.safetensors"));
+}
+
+TEST_CASE("a run of RL that diverges names flags that it has") {
+  const TempDir dir;
+  const std::string huge = program("r=$((i%2))");
+  const Output o = shell(stage("rlhf grpo", dir / "run",
+                               kGrpo + "--truncated keep --reward 1e300*command:" + quoted(huge)));
+  CHECK(o.status == 1);
+  CHECK_MESSAGE(contains(o.text, "three gradients in a row were not finite"), o.text);
+  CHECK_MESSAGE(contains(o.text, "--lr-scale 0.5, a longer --warmup, or --clip-norm .5"), o.text);
+  const std::string help = good("./rlhf grpo --help-all").text;
+  for (const char* flag : {"--lr-scale", "--warmup", "--clip-norm", "--verifiers", "no sandbox"}) {
+    CHECK_MESSAGE(contains(help, flag), flag);
+  }
+}
+
+TEST_CASE("a checkpoint without a key is named, with the key") {
+  const TempDir dir;
+  good(stage("rlhf grpo", dir / "run", kGrpo + "--steps 1 --reward ended"));
+  const std::filesystem::path path = dir / "run/model/trainer_state.json";
+  Json state = read_json(path);
+  state.erase("reference");
+  write_file(path, state.dump());
+  const Output o = shell("./rlhf grpo --resume --steps 2 -o " + (dir / "run").string());
+  CHECK(o.status == 1);
+  CHECK_MESSAGE(contains(o.text, "model/trainer_state.json: key 'reference' not found"), o.text);
 }
 
 TEST_CASE("--val-fraction holds prompts out, equal ones together") {
