@@ -450,8 +450,8 @@ template <class Training, class Settings>
 int run_training(CLI::App& app, const char* stage, Settings& settings, RunOptions options) {
   begin_process(options);
   if (options.resume) {
-    resume_settings(app, settings, settings.common.budget, options, stage, {"--eval-every"},
-                    with_new_names);
+    resume_settings(app, settings, settings.common.budget, options,
+                    saved_settings<Settings>(options, stage, with_new_names), {"--eval-every"});
   }
   check_inputs(settings.common);
   Training t{.settings = settings};

@@ -3202,7 +3202,7 @@ int main_rlhf(int argc, char** argv) {
   const Algorithm& algorithm = app.got_subcommand(ppo) ? kPpo : kGrpo;
   if (f.options.resume) {
     resume_settings(app.got_subcommand(ppo) ? *ppo : *grpo, f.s, f.s.budget, f.options,
-                    algorithm.name,
+                    saved_settings<RlSettings>(f.options, algorithm.name),
                     {"--eval-every", "--eval-some", "--limit", "--samples", "--rows", "--cache-mb",
                      "--no-rollouts", "--verifiers", "--command-seconds", "--command-start-seconds",
                      "--command-memory", "--command-processes"});

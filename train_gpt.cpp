@@ -3111,7 +3111,7 @@ int main_train(int argc, char** argv) {
   }
   begin_process(o);
   if (o.resume) {
-    resume_settings(app, s, s.budget, o, "pretraining");
+    resume_settings(app, s, s.budget, o, saved_settings<Settings>(o, "pretraining"));
   } else if (s.data.empty()) {
     fail("--data: missing, expected the PREFIX of token shards");
   }

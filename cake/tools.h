@@ -346,11 +346,14 @@ inline std::string run_tool(const ToolCall& call, const Search* search) {
 inline OrderedJson message_json(const Message& m) {
   OrderedJson json{{"role", m.role}, {"content", m.content}};
   for (const ToolCall& call : m.tool_calls) {
-    const bool is_call = !call.name.empty();  // else the arguments are what the model wrote
-    const auto arguments =
-        is_call ? OrderedJson::parse(call.arguments) : OrderedJson(call.arguments);
+    // Without a name it is no call: the arguments are what the model wrote.
+    const std::string text = call.name.empty() ? "" : call.arguments;
+    const OrderedJson arguments = OrderedJson::parse(text, nullptr, false);
     json["tool_calls"].push_back(
-        {{"type", "function"}, {"function", {{"name", call.name}, {"arguments", arguments}}}});
+        {{"type", "function"},
+         {"function",
+          {{"name", call.name},
+           {"arguments", arguments.is_discarded() ? OrderedJson(call.arguments) : arguments}}}});
   }
   return json;
 }

@@ -519,7 +519,7 @@ inline std::vector<CLI::Option*> given_flags(CLI::App& app) {
 // differs is refused. `settings`: what the flags of `app` write to; `budget` is a part of it.
 template <class Settings>
 void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptions& options,
-                     const Settings& saved, const std::set<std::string>& free) {
+                     const Settings& saved, const std::set<std::string>& free = {}) {
   const Json before = saved;
   std::vector<CLI::Option*> changed;
   for (CLI::Option* flag : given_flags(app)) {
@@ -543,13 +543,6 @@ void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptio
   if (options.new_budget) budget = {};
   for (CLI::Option* flag : changed) flag->run_callback();
   if (options.new_budget) check_budget(budget);
-}
-template <class Settings>
-void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptions& options,
-                     const std::string& stage, const std::set<std::string>& free = {},
-                     Json with_new_names(Json) = with_parts) {
-  const Settings saved = saved_settings<Settings>(options, stage, with_new_names);
-  resume_settings(app, settings, budget, options, saved, free);
 }
 
 // The steps of a resumed run whose budget is new. `budget`: the new one, `saved` that of the

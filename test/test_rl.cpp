@@ -853,13 +853,12 @@ std::vector<Json> metrics(const std::filesystem::path& run_dir) {
   std::vector<Json> result;
   std::istringstream lines(read_file(run_dir / "metrics.jsonl"));
   for (std::string line; std::getline(lines, line);) {
-    Json written = Json::parse(line);
-    const Json all = written;
-    for (const auto& field : all.items()) {
-      const std::string key = field.key();
-      if (key.starts_with("seconds") || key == "tokens_per_second") written.erase(key);
+    const Json written = Json::parse(line);
+    Json& kept = result.emplace_back(written);
+    for (const auto& item : written.items()) {
+      const bool is_time = item.key().starts_with("seconds") || item.key() == "tokens_per_second";
+      if (is_time) kept.erase(item.key());
     }
-    result.push_back(written);
   }
   return result;
 }
