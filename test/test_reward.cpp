@@ -618,6 +618,18 @@ TEST_CASE("a run over preferences killed at any moment and resumed equals one th
   }
 }
 
+TEST_CASE("a preference run ended at any change of the disk goes on to the same bytes") {
+  for (const std::string command : {"reward train", "reward dpo --lora 2"}) {
+    const TempDir dir;
+    const std::string name = command.substr(0, command.find(" --"));
+    end_at_every_change(dir.path(), "./" + name + " --resume -o", [&](const std::string& out) {
+      return stage(
+          command, out,
+          "--data " + file("pairs.jsonl") + " --as-chat --steps 3 --batch 8 --save-every 1");
+    });
+  }
+}
+
 TEST_CASE("a resumed preference run takes another budget, and no other flag") {
   const TempDir dir;
   const std::string pairs = "--data " + file("pairs.jsonl") + " --as-chat --batch 8 ";
