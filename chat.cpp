@@ -74,29 +74,37 @@ struct ModelOptions {
 
 struct Model {
   std::filesystem::path dir;
+  Config config;
   Tokenizer tokenizer;
-  std::unique_ptr<Gpt> gpt;
+  std::unique_ptr<Gpt> gpt;   // null: without its weights
   int document_start = -1;    // the id that documents begin with, -1 for none
   std::vector<int> stop_ids;  // ids that end a document
 };
 
-Model load_model(const ModelOptions& options, int batch_tokens) {
+Model open_model(const ModelOptions& options) {
   const std::filesystem::path dir = model_dir(options.path);
-  const Config config = load_config_with_head(dir, Head::lm);
-  Model m{.dir = dir, .tokenizer = Tokenizer::load(dir)};
-  require(m.tokenizer.vocab_size() <= config.V, dir.string(), ": found a tokenizer of ",
-          m.tokenizer.vocab_size(), " tokens, expected at most vocab_size ", config.V);
-  set_threads(options.threads);
-  m.gpt = make_gpt(config, {.device = parse_device(options.device),
-                            .mode = Mode::inference,
-                            .batch_tokens = batch_tokens});
-  load_weights(dir, *m.gpt);
+  Model m{.dir = dir,
+          .config = load_config_with_head(dir, Head::lm),
+          .tokenizer = Tokenizer::load(dir)};
+  require(m.tokenizer.vocab_size() <= m.config.V, dir.string(), ": found a tokenizer of ",
+          m.tokenizer.vocab_size(), " tokens, expected at most vocab_size ", m.config.V);
   const int end_of_text = m.tokenizer.special("<|endoftext|>");
-  m.document_start = end_of_text >= 0 ? end_of_text : config.bos;
-  for (const int id : {end_of_text, config.eos}) {
+  m.document_start = end_of_text >= 0 ? end_of_text : m.config.bos;
+  for (const int id : {end_of_text, m.config.eos}) {
     if (id >= 0) m.stop_ids.push_back(id);
   }
   return m;
+}
+
+// For scoring `batch_tokens` at a time (0: none), and for decoding.
+void load_engine(Model& m, const ModelOptions& options, int batch_tokens,
+                 const DecodePlan& decode) {
+  set_threads(options.threads);
+  m.gpt = make_gpt(m.config, {.device = parse_device(options.device),
+                              .mode = Mode::inference,
+                              .batch_tokens = batch_tokens,
+                              .decode = decode});
+  load_weights(m.dir, *m.gpt);
 }
 
 void need(bool good, const std::string& flag, const auto& found, const char* expected) {
@@ -136,8 +144,8 @@ int generate(const GenerateOptions& o) {
   const int64_t total = int64_t(prompts.size()) * o.samples;
   if (total > 1 << 30) fail("--samples: found ", total, " texts to write, expected fewer");
   GeneratorOptions options{.rows = int(std::min<int64_t>(o.rows, total))};
-  const Model model = load_model(o.model, std::max(options.prefill_tokens, options.rows));
-  const Config& config = model.gpt->config();
+  Model model = open_model(o.model);
+  const Config& config = model.config;
   std::vector<std::vector<int>> ids;
   int64_t longest = 0;
   for (const Prompt& p : prompts) {
@@ -146,6 +154,7 @@ int generate(const GenerateOptions& o) {
   }
   options.cache_positions =
       cache_positions(config, options.rows, longest, int64_t(o.cache_mb) << 20);
+  load_engine(model, o.model, 0, decode_plan(options));
   Generator generator(
       *model.gpt, [&](int id) { return model.tokenizer.token_bytes(id); }, options);
 
@@ -185,19 +194,23 @@ void check(const GenerateOptions& o) {
   for (const std::string& stop : o.stop) need(!stop.empty(), "--stop", "\"\"", "some text");
 }
 
-// One prompt a line: a text, or, in a .jsonl file, an object with "prompt".
+// One prompt a line: a text, or, in JSON lines, an object with "prompt".
 std::vector<Prompt> read_prompts(const std::string& path) {
   const Input input(path);
   std::vector<Prompt> prompts;
-  if (DocumentReader::is_jsonl(input, {})) {
-    JsonLines lines(input);
+  ByteSource source(input);
+  std::string head(1 << 16, '\0');
+  head.resize(source.read(head.data(), head.size()));
+  const bool is_jsonl = DocumentReader::is_jsonl(input, head);
+  LineReader reader(std::move(source), head);
+  if (is_jsonl) {
+    JsonLines lines(std::move(reader));
     for (simdjson::dom::object object; lines.next(object);) {
       prompts.push_back({lines.where(), std::string(lines.get_string(object, "prompt"))});
     }
   } else {
-    LineReader lines(input);
-    for (std::string_view line; lines.next(line);) {
-      prompts.push_back({lines.where(), std::string(line)});
+    for (std::string_view line; reader.next(line);) {
+      prompts.push_back({reader.where(), std::string(line)});
     }
   }
   if (prompts.empty()) fail(input.name, ": found no prompt, expected one a line");
@@ -208,7 +221,7 @@ std::vector<int> encode_prompt(const Model& m, const Prompt& p) {
   std::vector<int> ids;
   if (m.document_start >= 0) ids.push_back(m.document_start);
   m.tokenizer.encode(p.text, ids);
-  const int T = m.gpt->config().T;
+  const int T = m.config.T;
   require(!ids.empty(), p.where, ": found an empty prompt, expected text: the tokenizer of ",
           m.dir.string(), " has no <|endoftext|> to begin a document with");
   require(int64_t(ids.size()) <= T - 1, p.where, ": found ", ids.size(),
@@ -493,7 +506,6 @@ class Talk {
   }
 
   void add_message(const std::string& text) {
-    if (std::exchange(ended_, false)) turns_.clear();
     Turn turn;
     turn.messages.push_back({.role = "user", .content = text});
     if (chat_ != Template::document) {
@@ -501,11 +513,17 @@ class Talk {
       turn.asked = render(model_, chat_, {.messages = turn.messages}, false, true);
     } else {
       // A new line of the document, unless the document begins here. An empty line adds nothing.
-      const bool begun = !turns_.empty();
+      const bool begun = !turns_.empty() && !ended_;
       if (!text.empty()) turn.asked = model_.tokenizer.encode((begun ? "\n" : "") + text);
       if (!begun && turn.asked.empty() && opening_.empty())
         return note("type the beginning of the document");
     }
+    const int room = T_ - 1 - int(opening_.size());
+    if (int(turn.asked.size()) > room) {
+      return note(concat("that is ", turn.asked.size(), " tokens, expected at most ", room,
+                         " in the model's context of ", T_, ": the message was not added"));
+    }
+    if (std::exchange(ended_, false)) turns_.clear();
     answer(std::move(turn));
   }
 
@@ -542,11 +560,7 @@ class Talk {
 
   void answer(Turn turn) {
     Request request{.prompt = prompt_for(turn)};
-    const int room = T_ - int(request.prompt.size());
-    if (room < 1) {
-      return note(concat("that is ", turn.asked.size(), " tokens, and the model's context is ", T_,
-                         ": the message was not added"));
-    }
+    const int room = T_ - int(request.prompt.size());  // at least 1: add_message saw to it
     const int wanted = options_.max_tokens > 0       ? options_.max_tokens
                        : chat_ == Template::document ? 100
                                                      : T_;
@@ -556,14 +570,21 @@ class Talk {
     request.stop_ids = rules_.stop_ids;
     request.stop_strings = rules_.stop_strings;
 
+    // Newlines wait for the text behind them: those at a turn's ends and before a call are not
+    // shown.
+    std::string waiting;
     bool line_open = false, in_call = false;
     const int call_begin = model_.tokenizer.special("<tool_call>");
     const int call_end = model_.tokenizer.special("</tool_call>");
     request.on_token = [&](const Token& t) {
       if (t.id == call_begin && chat_ == Template::chatml) in_call = true;
-      if (!in_call && !t.text.empty() && (line_open || t.text != "\n")) {
-        print(t.text);
-        line_open = t.text.back() != '\n';
+      waiting = in_call ? "" : waiting + std::string(t.text);
+      const size_t end = waiting.find_last_not_of('\n') + 1;
+      if (end > 0) {
+        const size_t begin = line_open ? 0 : waiting.find_first_not_of('\n');
+        print(waiting.substr(begin, end - begin));
+        waiting.erase(0, end);
+        line_open = true;
       }
       if (t.id == call_end || t.last) in_call = false;
     };
@@ -571,6 +592,7 @@ class Talk {
       request.on_turn = [&](int, std::span<const int> ids) {
         turn.messages.push_back(read_turn(model_.tokenizer, ids));
         if (std::exchange(line_open, false)) print("\n");
+        waiting.clear();
         return run_calls(turn.messages);
       };
     }
@@ -699,12 +721,11 @@ Ctrl+D, /quit  ends the program
   static OrderedJson message_json(const Message& m) {
     OrderedJson json{{"role", m.role}, {"content", m.content}};
     for (const ToolCall& call : m.tool_calls) {
-      const OrderedJson arguments = OrderedJson::parse(call.arguments, nullptr, false);
+      const bool is_call = !call.name.empty();  // else the arguments are what the model wrote
+      const auto arguments =
+          is_call ? OrderedJson::parse(call.arguments) : OrderedJson(call.arguments);
       json["tool_calls"].push_back(
-          {{"type", "function"},
-           {"function",
-            {{"name", call.name},
-             {"arguments", arguments.is_discarded() ? OrderedJson(call.arguments) : arguments}}}});
+          {{"type", "function"}, {"function", {{"name", call.name}, {"arguments", arguments}}}});
     }
     return json;
   }
@@ -847,7 +868,10 @@ std::optional<Search> load_documents(const std::string& path, const Tokenizer& t
 int talk(const TalkOptions& o) {
   check(o.model, o.sampling);
   need(o.max_tokens >= 0, "--max-tokens", o.max_tokens, "at least 1, or 0");
-  const Model model = load_model(o.model, GeneratorOptions{}.prefill_tokens);
+  Model model = open_model(o.model);
+  // The cache has room for the whole context. The plan leaves it out: on the CPU it takes memory as
+  // the conversation grows.
+  load_engine(model, o.model, 0, decode_plan({.rows = 1}));
   const Template chat = o.base ? Template::document : find_template(model, o.chat_template);
   require(!o.base || (!o.calculator && o.documents.empty() && o.system.empty()),
           "--base: found --system, --calculator or --documents, expected them with an assistant");
@@ -956,7 +980,8 @@ void write_answers(const std::string& path, const Tokenizer& tokenizer,
 int evaluate(const EvalOptions& o) {
   check(o);
   const std::vector<Task> tasks = parse_tasks(o);
-  const Model model = load_model(o.model, kScoreTokens);
+  Model model = open_model(o.model);
+  load_engine(model, o.model, kScoreTokens, decode_plan({.rows = o.rows}));
   // Only answers in words need a template.
   const bool in_words =
       std::any_of(tasks.begin(), tasks.end(), [](const Task& t) { return t.is_in_words(); });
@@ -1046,7 +1071,7 @@ void for_each_json(const std::string& path, int limit, Read&& read) {
   int n = 0;
   simdjson::dom::object object;
   for (; (limit == 0 || n < limit) && lines.next(object); n++) {
-    read(Json::parse(simdjson::minify(object)), lines.where());
+    read(parse_json(simdjson::minify(object), lines.where()), lines.where());
   }
   if (n == 0) fail(path, ": found no item, expected one a line");
 }
@@ -1064,7 +1089,7 @@ void read_items(const Model& m, Template chat, const Task& task, const EvalOptio
   std::map<std::string, int> counts;
   for (simdjson::dom::object object; lines.next(object); n++) {
     const std::string where = lines.where();
-    const Json json = Json::parse(simdjson::minify(object));
+    const Json json = parse_json(simdjson::minify(object), where);
     Question q{.task = json_get<std::string>(json, "task", where), .where = where};
     if (o.limit > 0 && counts[q.task]++ >= o.limit) continue;
     read_marking(json, where, o, q);
@@ -1624,7 +1649,8 @@ void add_generate_flags(CLI::App& app, GenerateOptions& g) {
       app.add_option("--prompt", g.prompt, "text to continue; empty: begin a new document");
   app.add_option(
          "--prompts", g.prompts,
-         "file of prompts, one a line, or .jsonl objects with \"prompt\"; -: standard input")
+         "file of prompts, one a line, or .jsonl objects with \"prompt\"; -: standard input, "
+         "JSON lines if it begins with {")
       ->excludes(prompt);
   app.add_option("-o,--output", g.output,
                  "file for the results, JSONL: prompt, completion, tokens, logp, finish; empty: "

@@ -464,8 +464,8 @@ template <class Training, class Settings>
 int run_training(CLI::App& app, const char* stage, Settings& settings, RunOptions options) {
   begin_process(options);
   if (options.resume) {
-    resume_settings(app, settings, settings.common.budget, options, stage, {"--eval-every"},
-                    with_new_names);
+    resume_settings(app, settings, settings.common.budget, options,
+                    saved_settings<Settings>(options, stage, with_new_names), {"--eval-every"});
   }
   check_inputs(settings.common);
   Training t{.settings = settings};
@@ -599,11 +599,11 @@ struct Agreement {
     return n > 0 ? sum / n : 0;
   }
 
-  void add_pair(double difference) {  // r_w - r_l
-    const double is_right = difference > 0 ? 1 : difference == 0 ? .5 : 0;
+  void add_pair(double difference) {  // r_w - r_l; NaN makes the sums NaN
+    const bool is_nan = std::isnan(difference);
+    const double is_right = is_nan ? difference : difference > 0 ? 1 : difference == 0 ? .5 : 0;
     pairs++, right += is_right, margin += difference;
-    if (std::isnan(difference)) return;
-    const double sure = sigmoid(std::abs(difference)), place = (sure - .5) * 2;
+    const double sure = sigmoid(std::abs(difference)), place = is_nan ? 0 : (sure - .5) * 2;
     Bin& bin = bins[std::min(size_t(place * double(bins.size())), bins.size() - 1)];
     bin.pairs++, bin.predicted += sure, bin.right += is_right;
   }

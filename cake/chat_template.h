@@ -239,10 +239,8 @@ inline std::set<std::string> tool_names(const std::vector<std::string>& tools,
                                         const std::string& where) {
   std::set<std::string> names;
   for (size_t i = 0; i < tools.size(); i++) {
-    const Json tool = Json::parse(tools[i], nullptr, false);
     const std::string place = concat(where, ": tools[", i, "]");
-    if (tool.is_discarded()) fail(place, ": not JSON");
-    names.insert(json_get<std::string>(tool, "name", place));
+    names.insert(json_get<std::string>(parse_json(tools[i], place), "name", place));
   }
   return names;
 }
@@ -277,7 +275,7 @@ inline void check_content(const Message& message, const std::set<std::string>& t
   }
   for (const ToolCall& call : message.tool_calls) {
     require(Json::parse(call.arguments, nullptr, false).is_object(), where,
-            ": tool_calls: ", call.name, ": arguments: found ", call.arguments,
+            ": tool_calls: ", call.name, ": arguments: found ", call.arguments.substr(0, 60),
             ", expected a JSON object");
     require(tools.count(call.name), where, ": tool_calls: found a call of \"", call.name,
             "\", expected one of the ", tools.size(), " declared tools");

@@ -68,7 +68,7 @@ inline void add_run_flags(CLI::App& app, RunOptions& o) {
   group->add_option("--device", o.device, "auto, cpu or cuda");
   group->add_option("--precision", o.precision, "auto, f32 or bf16 (auto: bf16 on CUDA)");
   group->add_flag("--recompute", o.recompute,
-                  "CUDA: keep each layer's input alone: less memory, one more forward pass");
+                  "keep each layer's input alone: less memory, one more forward pass");
   group->add_option("--threads", o.threads, "0: the physical cores that the process may use");
 }
 
@@ -180,9 +180,8 @@ double calibrate(const Budget& budget, Step step) {
     const double t = now();
     const double tokens = step(i + 1);
     if (i > 0) seconds.push_back((now() - t) / tokens);
-    if (stop_signal) break;
+    stop_if_signalled();
   }
-  if (seconds.empty()) return 0;
   const auto middle = seconds.begin() + long(seconds.size()) / 2;
   std::nth_element(seconds.begin(), middle, seconds.end());
   return *middle;
@@ -249,6 +248,17 @@ inline void check_optimizer(const OptimizerFlags& o) {
   expect_not_negative("--lr", o.lr), expect_not_negative("--head-lr", o.head_lr);
   expect_not_negative("--embedding-lr", o.embedding_lr);
   expect_not_negative("--vector-lr", o.vector_lr), expect_not_negative("--lr-scale", o.lr_scale);
+  // -1: the stage chooses
+  const auto expect = [](const char* flag, double found, double most, bool is_chosen = false) {
+    if ((found >= 0 && found <= most) || (is_chosen && found == -1)) return;
+    fail(flag, ": found ", found, ", expected ", most == 1 ? "0 to 1" : "0 or more");
+  };
+  constexpr double kAny = std::numeric_limits<double>::max();
+  expect("--warmup", double(o.warmup), kAny, true);
+  expect("--weight-decay", o.weight_decay, kAny, true), expect("--clip-norm", o.clip_norm, kAny);
+  expect("--warmdown", o.warmdown, 1, true), expect("--final-lr", o.final_lr, 1, true);
+  expect("--beta1", o.beta1, 1), expect("--beta2", o.beta2, 1), expect("--momentum", o.momentum, 1);
+  if (!(o.eps > 0)) fail("--adam-eps: found ", o.eps, ", expected above 0");
   if (o.schedule != "linear" && o.schedule != "cosine" && o.schedule != "constant") {
     fail("--schedule: found ", o.schedule, ", expected linear, cosine or constant");
   }
@@ -509,19 +519,17 @@ inline std::vector<CLI::Option*> given_flags(CLI::App& app) {
 // differs is refused. `settings`: what the flags of `app` write to; `budget` is a part of it.
 template <class Settings>
 void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptions& options,
-                     const std::string& stage, const std::set<std::string>& free = {},
-                     Json with_new_names(Json) = with_parts) {
-  const std::set<std::string> budgets = {"--steps", "--tokens", "--epochs", "--minutes"};
-  const Settings saved = saved_settings<Settings>(options, stage, with_new_names);
+                     const Settings& saved, const std::set<std::string>& free = {}) {
   const Json before = saved;
   std::vector<CLI::Option*> changed;
   for (CLI::Option* flag : given_flags(app)) {
     settings = saved;
+    const Json saved_budget = budget;
     flag->run_callback();  // writes the value of this flag alone
     const Json patch = Json::diff(before, Json(settings));
     if (patch.empty()) continue;
     const std::string name = flag->get_name();
-    if (budgets.count(name)) {
+    if (Json(budget) != saved_budget) {
       options.new_budget = true;
     } else if (!free.count(name)) {
       const Json::json_pointer key(patch[0].at("path").template get<std::string>());
@@ -761,8 +769,9 @@ inline int run_steps(Run& run) {
 // One continuation of `prompt`, of at most `max_new` ids.
 inline Completion sample_one(Gpt& gpt, const Tokenizer& tokenizer, std::vector<int> prompt,
                              int max_new, Sampling sampling, std::vector<int> stop_ids) {
-  Generator generator(gpt, [&](int id) { return tokenizer.token_bytes(id); },
-                      {.rows = 1, .cache_positions = gpt.config().T});
+  Generator generator(
+      gpt, [&](int id) { return tokenizer.token_bytes(id); },
+      options_for_one(gpt.config(), int64_t(prompt.size()), max_new));
   Request request;
   request.prompt = std::move(prompt);
   request.max_new = std::min(max_new, gpt.config().T - int(request.prompt.size()));
@@ -772,6 +781,17 @@ inline Completion sample_one(Gpt& gpt, const Tokenizer& tokenizer, std::vector<i
   const int number = generator.submit(request);
   generator.run();
   return generator.pop(number);
+}
+
+// Runs `sample`, which shows one. A sample that fails, as when its KV cache finds no memory, is a
+// note: the run goes on.
+template <class Sample>
+void try_sample(ProgressLine& line, Sample&& sample) {
+  try {
+    sample();
+  } catch (const std::exception& e) {
+    line.note(concat("sample  failed: ", e.what()));
+  }
 }
 
 }  // namespace cake

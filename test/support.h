@@ -192,7 +192,6 @@ class FakeGpt : public Gpt {
   void update(const OptimizerStep&) override { none(); }
   UpdateStats stats() override { none(); }
   void zero_gradients() override { none(); }
-  void use_adapters(bool) override { none(); }
   std::span<const float> logp() override { none(); }
   std::span<const float> entropy() override { none(); }
   std::span<const float> value() override { none(); }

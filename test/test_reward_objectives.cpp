@@ -114,12 +114,13 @@ TEST_CASE("calibration puts pairs into bins of certainty and measures how far th
   a.add_pair(-40), a.add_pair(-40);  // sure, and wrong
   CHECK(a.bins[9].pairs == 2);
   CHECK(a.calibration_error() == doctest::Approx(2. / 7));
-  a.add_pair(kNan);  // no comparison
-  CHECK(a.calibration_error() == doctest::Approx(2. / 7));
   Agreement both;
   both.add(a), both.add(a);
   CHECK(both.bins[9].pairs == 4);
   CHECK(both.calibration_error() == doctest::Approx(a.calibration_error()));
+  a.add_pair(kNan);
+  CHECK(std::isnan(a.calibration_error()));
+  CHECK(std::isnan(a.accuracy()));
 }
 
 // ---------------------------------------------------------------------------------------------
