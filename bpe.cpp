@@ -1389,7 +1389,7 @@ Tokenizer with_chat_tokens(const Tokenizer& tokenizer, bool add) {
   if (d.config.empty()) {
     d.config = fresh;
   } else {
-    OrderedJson config = OrderedJson::parse(d.config, nullptr, false);
+    auto config = parse_json<OrderedJson>(d.config, "tokenizer_config.json");
     if (!config.is_object()) fail("tokenizer_config.json: not a JSON object");
     const auto old = config.find("chat_template");
     if (old == config.end() || *old != kChatTemplate) {
@@ -1793,7 +1793,7 @@ std::shared_ptr<TokenizerData> read_vocab_bpe(const std::filesystem::path& path)
 
 }  // namespace
 
-Tokenizer Tokenizer::load(const std::filesystem::path& path) {
+std::filesystem::path Tokenizer::find(const std::filesystem::path& path) {
   std::filesystem::path file = path;
   if (std::filesystem::is_directory(path)) {
     file = path / "tokenizer.json";
@@ -1803,6 +1803,11 @@ Tokenizer Tokenizer::load(const std::filesystem::path& path) {
     }
   }
   if (!std::filesystem::exists(file)) fail(file.string(), ": not found, expected a tokenizer");
+  return file;
+}
+
+Tokenizer Tokenizer::load(const std::filesystem::path& path) {
+  const std::filesystem::path file = find(path);
   const std::string extension = file.extension().string();
   if (extension == ".json") return Tokenizer(read_tokenizer_json(file));
   if (extension == ".tiktoken") return Tokenizer(read_tiktoken(file));

@@ -194,19 +194,23 @@ void check(const GenerateOptions& o) {
   for (const std::string& stop : o.stop) need(!stop.empty(), "--stop", "\"\"", "some text");
 }
 
-// One prompt a line: a text, or, in a .jsonl file, an object with "prompt".
+// One prompt a line: a text, or, in JSON lines, an object with "prompt".
 std::vector<Prompt> read_prompts(const std::string& path) {
   const Input input(path);
   std::vector<Prompt> prompts;
-  if (DocumentReader::is_jsonl(input, {})) {
-    JsonLines lines(input);
+  ByteSource source(input);
+  std::string head(1 << 16, '\0');
+  head.resize(source.read(head.data(), head.size()));
+  const bool is_jsonl = DocumentReader::is_jsonl(input, head);
+  LineReader reader(std::move(source), head);
+  if (is_jsonl) {
+    JsonLines lines(std::move(reader));
     for (simdjson::dom::object object; lines.next(object);) {
       prompts.push_back({lines.where(), std::string(lines.get_string(object, "prompt"))});
     }
   } else {
-    LineReader lines(input);
-    for (std::string_view line; lines.next(line);) {
-      prompts.push_back({lines.where(), std::string(line)});
+    for (std::string_view line; reader.next(line);) {
+      prompts.push_back({reader.where(), std::string(line)});
     }
   }
   if (prompts.empty()) fail(input.name, ": found no prompt, expected one a line");
@@ -502,7 +506,6 @@ class Talk {
   }
 
   void add_message(const std::string& text) {
-    if (std::exchange(ended_, false)) turns_.clear();
     Turn turn;
     turn.messages.push_back({.role = "user", .content = text});
     if (chat_ != Template::document) {
@@ -510,11 +513,17 @@ class Talk {
       turn.asked = render(model_, chat_, {.messages = turn.messages}, false, true);
     } else {
       // A new line of the document, unless the document begins here. An empty line adds nothing.
-      const bool begun = !turns_.empty();
+      const bool begun = !turns_.empty() && !ended_;
       if (!text.empty()) turn.asked = model_.tokenizer.encode((begun ? "\n" : "") + text);
       if (!begun && turn.asked.empty() && opening_.empty())
         return note("type the beginning of the document");
     }
+    const int room = T_ - 1 - int(opening_.size());
+    if (int(turn.asked.size()) > room) {
+      return note(concat("that is ", turn.asked.size(), " tokens, expected at most ", room,
+                         " in the model's context of ", T_, ": the message was not added"));
+    }
+    if (std::exchange(ended_, false)) turns_.clear();
     answer(std::move(turn));
   }
 
@@ -551,11 +560,7 @@ class Talk {
 
   void answer(Turn turn) {
     Request request{.prompt = prompt_for(turn)};
-    const int room = T_ - int(request.prompt.size());
-    if (room < 1) {
-      return note(concat("that is ", turn.asked.size(), " tokens, and the model's context is ", T_,
-                         ": the message was not added"));
-    }
+    const int room = T_ - int(request.prompt.size());  // at least 1: add_message saw to it
     const int wanted = options_.max_tokens > 0       ? options_.max_tokens
                        : chat_ == Template::document ? 100
                                                      : T_;
@@ -565,14 +570,21 @@ class Talk {
     request.stop_ids = rules_.stop_ids;
     request.stop_strings = rules_.stop_strings;
 
+    // Newlines wait for the text behind them: those at a turn's ends and before a call are not
+    // shown.
+    std::string waiting;
     bool line_open = false, in_call = false;
     const int call_begin = model_.tokenizer.special("<tool_call>");
     const int call_end = model_.tokenizer.special("</tool_call>");
     request.on_token = [&](const Token& t) {
       if (t.id == call_begin && chat_ == Template::chatml) in_call = true;
-      if (!in_call && !t.text.empty() && (line_open || t.text != "\n")) {
-        print(t.text);
-        line_open = t.text.back() != '\n';
+      waiting = in_call ? "" : waiting + std::string(t.text);
+      const size_t end = waiting.find_last_not_of('\n') + 1;
+      if (end > 0) {
+        const size_t begin = line_open ? 0 : waiting.find_first_not_of('\n');
+        print(waiting.substr(begin, end - begin));
+        waiting.erase(0, end);
+        line_open = true;
       }
       if (t.id == call_end || t.last) in_call = false;
     };
@@ -580,6 +592,7 @@ class Talk {
       request.on_turn = [&](int, std::span<const int> ids) {
         turn.messages.push_back(read_turn(model_.tokenizer, ids));
         if (std::exchange(line_open, false)) print("\n");
+        waiting.clear();
         return run_calls(turn.messages);
       };
     }
@@ -708,12 +721,11 @@ Ctrl+D, /quit  ends the program
   static OrderedJson message_json(const Message& m) {
     OrderedJson json{{"role", m.role}, {"content", m.content}};
     for (const ToolCall& call : m.tool_calls) {
-      const OrderedJson arguments = OrderedJson::parse(call.arguments, nullptr, false);
+      const bool is_call = !call.name.empty();  // else the arguments are what the model wrote
+      const auto arguments =
+          is_call ? OrderedJson::parse(call.arguments) : OrderedJson(call.arguments);
       json["tool_calls"].push_back(
-          {{"type", "function"},
-           {"function",
-            {{"name", call.name},
-             {"arguments", arguments.is_discarded() ? OrderedJson(call.arguments) : arguments}}}});
+          {{"type", "function"}, {"function", {{"name", call.name}, {"arguments", arguments}}}});
     }
     return json;
   }
@@ -1059,7 +1071,7 @@ void for_each_json(const std::string& path, int limit, Read&& read) {
   int n = 0;
   simdjson::dom::object object;
   for (; (limit == 0 || n < limit) && lines.next(object); n++) {
-    read(Json::parse(simdjson::minify(object)), lines.where());
+    read(parse_json(simdjson::minify(object), lines.where()), lines.where());
   }
   if (n == 0) fail(path, ": found no item, expected one a line");
 }
@@ -1077,7 +1089,7 @@ void read_items(const Model& m, Template chat, const Task& task, const EvalOptio
   std::map<std::string, int> counts;
   for (simdjson::dom::object object; lines.next(object); n++) {
     const std::string where = lines.where();
-    const Json json = Json::parse(simdjson::minify(object));
+    const Json json = parse_json(simdjson::minify(object), where);
     Question q{.task = json_get<std::string>(json, "task", where), .where = where};
     if (o.limit > 0 && counts[q.task]++ >= o.limit) continue;
     read_marking(json, where, o, q);
@@ -1637,7 +1649,8 @@ void add_generate_flags(CLI::App& app, GenerateOptions& g) {
       app.add_option("--prompt", g.prompt, "text to continue; empty: begin a new document");
   app.add_option(
          "--prompts", g.prompts,
-         "file of prompts, one a line, or .jsonl objects with \"prompt\"; -: standard input")
+         "file of prompts, one a line, or .jsonl objects with \"prompt\"; -: standard input, "
+         "JSON lines if it begins with {")
       ->excludes(prompt);
   app.add_option("-o,--output", g.output,
                  "file for the results, JSONL: prompt, completion, tokens, logp, finish; empty: "

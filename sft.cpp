@@ -1025,7 +1025,7 @@ int main_sft(int argc, char** argv) {
   }
   if (show == 0) begin_process(o);
   if (o.resume) {
-    resume_settings(app, s, s.budget, o, "fine-tuning",
+    resume_settings(app, s, s.budget, o, saved_settings<Settings>(o, "fine-tuning"),
                     {"--patience", "--eval-every", "--eval-tokens"});
   } else if (s.model.empty() || s.data.empty()) {
     fail(s.model.empty() ? "--model: missing, expected the model to begin with"

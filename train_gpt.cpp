@@ -2485,6 +2485,7 @@ struct Settings {
   int depth = 0, layers = 0, channels = 0, heads = 0, kv_heads = 0, head_size = 0, ffn = 0;
   int context = 0;
   int tied = -1;
+  bool tokenizer_differs = false;
   int64_t batch_tokens = 0, micro_batch_tokens = 0;
   Budget budget;
   OptimizerFlags optimizer{
@@ -2493,8 +2494,8 @@ struct Settings {
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Settings, data, tokenizer, init_from, family, depth,
                                                 layers, channels, heads, kv_heads, head_size, ffn,
-                                                context, tied, batch_tokens, micro_batch_tokens,
-                                                budget, optimizer, seed)
+                                                context, tied, tokenizer_differs, batch_tokens,
+                                                micro_batch_tokens, budget, optimizer, seed)
 
 // What is looked at on the way.
 struct Watch {
@@ -2549,6 +2550,7 @@ class Pretraining {
   bool small_text() const { return train_.size() < 2'000'000; }  // tokens
   int64_t begin(const Json* saved);
   void plan_model();
+  void check_same_tokenizer(const std::filesystem::path& dir) const;
   void plan_run();
   void plan_steps(double started);
   void plan_more_steps(const Json& saved);
@@ -2696,11 +2698,21 @@ void Pretraining::sample(const std::vector<int>& prompt) {
 // ---------------------------------------------------------------------------------------------
 // What the flags left open
 
+// Ids of one tokenizer are noise to a model that learned those of another.
+void Pretraining::check_same_tokenizer(const std::filesystem::path& dir) const {
+  const bool found = std::filesystem::exists(dir / "tokenizer.json");
+  if (found && Tokenizer::load(dir).hash() == info_.hash) return;
+  fail("--init-from ", dir.string(), ": found ", found ? "another" : "no",
+       " tokenizer, expected the one that made ", s_.data,
+       "; --tokenizer-differs trains the model on the ids of the data all the same");
+}
+
 // The model: from a directory, or from --depth with every size overridable.
 void Pretraining::plan_model() {
   const int V = tokenizer_.vocab_size();
   if (!s_.init_from.empty()) {
     config_ = load_config(model_dir(s_.init_from));
+    if (!s_.tokenizer_differs) check_same_tokenizer(model_dir(s_.init_from));
     if (config_.head != Head::lm)
       fail(s_.init_from, ": has a scalar head, expected a language model");
     if (config_.V < V) {
@@ -2956,9 +2968,12 @@ OrderedJson Pretraining::state() const {
           {"settings", Json(s_)}};
 }
 
+// A tokenizer.json is copied with the files that belong to it. One of another name or kind is
+// written as a tokenizer.json.
 SaveOptions Pretraining::save_options() const {
-  const bool directory = std::filesystem::is_directory(tokenizer_path_);
-  return {.tokenizer_from = directory ? tokenizer_path_ : tokenizer_path_.parent_path()};
+  const auto file = std::filesystem::absolute(Tokenizer::find(tokenizer_path_));
+  if (file.filename() == "tokenizer.json") return {.tokenizer_from = file.parent_path()};
+  return {.also = [this](const std::filesystem::path& dir) { tokenizer_.save(dir); }};
 }
 
 // The user's own model on both engines: the same batch, every gradient side by side.
@@ -3068,6 +3083,8 @@ int main_train(int argc, char** argv) {
   app.add_option("--tokenizer", s.tokenizer, "in place of the one that PREFIX.json names");
   app.add_option("--init-from", s.init_from,
                  "continue from a model: a run or Hugging Face directory");
+  app.add_flag("--tokenizer-differs", s.tokenizer_differs,
+               "train the model of --init-from on data that another tokenizer made");
   app.add_flag("--check", check,
                "compare the CPU and the CUDA engine on --model, tensor by tensor");
   app.add_option("--model", check_model, "a run or Hugging Face directory, for --check");
@@ -3094,7 +3111,7 @@ int main_train(int argc, char** argv) {
   }
   begin_process(o);
   if (o.resume) {
-    resume_settings(app, s, s.budget, o, "pretraining");
+    resume_settings(app, s, s.budget, o, saved_settings<Settings>(o, "pretraining"));
   } else if (s.data.empty()) {
     fail("--data: missing, expected the PREFIX of token shards");
   }

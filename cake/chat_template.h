@@ -55,6 +55,10 @@ struct Rendered {
 inline Rendered render_chat(const Tokenizer&, const Conversation&, bool generation_prompt = false);
 inline int end_of_turn(const Tokenizer&);  // <|im_end|>; throws Error when absent
 
+// The id that ends what is trained on and scored: <|im_end|> of a chat, the tokenizer's document
+// separator <|endoftext|> of a raw text. Throws Error when the tokenizer lacks it.
+inline int end_token(const Tokenizer&, bool is_chat);
+
 // Throws Error with `where` (file:line) and the message's number unless
 // - the roles are known; only the first message may be the system's; then user and assistant
 //   alternate, and the user begins; a tool's messages follow an assistant's calls, and the
@@ -226,15 +230,17 @@ inline int end_of_turn(const Tokenizer& tokenizer) {
   return id;
 }
 
+inline int end_token(const Tokenizer& tokenizer, bool is_chat) {
+  return is_chat ? end_of_turn(tokenizer) : tokenizer.end_of_text();
+}
+
 // The names of the tools that are declared.
 inline std::set<std::string> tool_names(const std::vector<std::string>& tools,
                                         const std::string& where) {
   std::set<std::string> names;
   for (size_t i = 0; i < tools.size(); i++) {
-    const Json tool = Json::parse(tools[i], nullptr, false);
     const std::string place = concat(where, ": tools[", i, "]");
-    if (tool.is_discarded()) fail(place, ": not JSON");
-    names.insert(json_get<std::string>(tool, "name", place));
+    names.insert(json_get<std::string>(parse_json(tools[i], place), "name", place));
   }
   return names;
 }
@@ -269,7 +275,7 @@ inline void check_content(const Message& message, const std::set<std::string>& t
   }
   for (const ToolCall& call : message.tool_calls) {
     require(Json::parse(call.arguments, nullptr, false).is_object(), where,
-            ": tool_calls: ", call.name, ": arguments: found ", call.arguments,
+            ": tool_calls: ", call.name, ": arguments: found ", call.arguments.substr(0, 60),
             ", expected a JSON object");
     require(tools.count(call.name), where, ": tool_calls: found a call of \"", call.name,
             "\", expected one of the ", tools.size(), " declared tools");

@@ -593,14 +593,10 @@ class SafeTensors {
       }
       return true;
     };
-    try {
-      const unsigned char* begin = file.data() + 8;
-      Json header = Json::parse(begin, begin + length, unique);
-      if (!header.is_object()) fail(where, ": found no JSON object as header");
-      return header;
-    } catch (const Json::exception& e) {
-      fail(where, ": the header is no JSON: ", json_complaint(e));
-    }
+    const std::string_view text(reinterpret_cast<const char*>(file.data()) + 8, size_t(length));
+    Json header = parse_json(text, where + ": header", unique);
+    if (!header.is_object()) fail(where, ": found no JSON object as header");
+    return header;
   }
 
   // Checks one entry and returns its extent in the data.
@@ -728,6 +724,16 @@ inline void scatter_row(const Tensor& t, std::span<const float> row, std::span<f
             row[size_t(o) * size_t(t.in) + size_t(i)];
 }
 
+inline void check_finite(const std::string& what, std::span<const float> values,
+                         const char* consequence = "") {
+  int64_t bad = 0;
+#pragma omp parallel for simd reduction(+ : bad)
+  for (size_t i = 0; i < values.size(); i++) bad += !(std::fabs(values[i]) <= FLT_MAX);
+  if (bad > 0) {
+    fail(what, ": found ", bad, " values that are not finite, expected none", consequence);
+  }
+}
+
 // The model that adapters are added to.
 struct AdapterBase {
   std::filesystem::path dir;
@@ -774,6 +780,7 @@ struct Adapters {
     std::vector<float> a(rank * in), b(size_t(t.out) * rank);
     stored_a->read(0, a);
     stored_b->read(int64_t(t.disk_begin) * config.lora.rank, b);
+    check_finite(stored_a->where, a), check_finite(stored_b->where, b);
     const float scale = config.lora.scale();
 #pragma omp parallel for schedule(static)
     for (int o = 0; o < t.out; o++) {
@@ -843,6 +850,7 @@ inline void load_whole_model(const std::filesystem::path& dir, Gpt& gpt, const A
     used.insert(stored);
     values.resize(size_t(t.size()));
     gather_row(t, *stored, values);
+    check_finite(stored->where, values);
     if (adapters && !rows && t.kind == Kind::matrix) adapters->add_to(t, values);
     gpt.write(int(i), Slot::weight, values);
   }
@@ -874,8 +882,9 @@ inline void load_whole_model(const std::filesystem::path& dir, Gpt& gpt, const A
 }
 
 // Fills every weight from a model directory. Throws an Error that names the tensor which is
-// missing, unexpected, or of another shape or type than the Config says. Where `gpt` has adapters
-// and `dir` has none, they get initial values, and `gpt` computes the same as the model in `dir`.
+// missing, unexpected, not finite, or of another shape or type than the Config says. Where `gpt`
+// has adapters and `dir` has none, they get initial values, and `gpt` computes the same as the
+// model in `dir`.
 inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
                          const LoadOptions& options = {}) {
   if (!has_adapters(dir)) return load_whole_model(dir, gpt, nullptr, options);
@@ -914,14 +923,6 @@ inline int64_t checkpoint_bytes(const ParamTable& table, bool optimizer, bool bf
   return bytes + 4096;
 }
 
-inline void check_finite(const std::string& what, std::span<const float> values) {
-  int64_t bad = 0;  // counted without a branch: as fast as memory is read
-  for (const float x : values) bad += !(std::fabs(x) <= FLT_MAX);
-  if (bad > 0) {
-    fail(what, ": found ", bad, " values that are not finite, expected none: not saved");
-  }
-}
-
 // Writes all weights; of a model with adapters, only the adapters.
 inline void save_weights(const std::filesystem::path& path, const Gpt& gpt, bool bf16,
                          const std::map<std::string, std::string>& metadata = {}) {
@@ -943,7 +944,7 @@ inline void save_weights(const std::filesystem::path& path, const Gpt& gpt, bool
     for (const size_t i : rows) {
       row.resize(size_t(tensors[i].size()));
       gpt.read(int(i), Slot::weight, row);
-      check_finite(tensors[i].name, row);
+      check_finite(tensors[i].name, row, ": not saved");
       scatter_row(tensors[i], row, whole);
     }
     writer.write(whole);
@@ -969,7 +970,7 @@ inline void save_moments(const std::filesystem::path& path, const Gpt& gpt) {
     for (const auto& moment : moments(tensors[i])) {
       values.resize(size_t(tensors[i].size()));
       gpt.read(int(i), moment.first, values);
-      check_finite(moment.second, values);
+      check_finite(moment.second, values, ": not saved");
       writer.write(values);
     }
   }
@@ -987,12 +988,6 @@ inline void copy_tokenizer(const std::filesystem::path& src, const std::filesyst
   }
 }
 
-inline void rename_directory(const std::filesystem::path& src, const std::filesystem::path& dst) {
-  if (std::rename(src.c_str(), dst.c_str()) != 0) {
-    fail(dst.string(), ": cannot rename ", src.string(), ": ", errno_text());
-  }
-}
-
 // Gives `fresh` the name `dir`. Returns where the directory that had this name is now; empty: there
 // was none. On a file system that cannot exchange two names in one step, the old directory becomes
 // DIR.old first, and repair_checkpoint brings it back if the process ends between the two renames.
@@ -1000,11 +995,12 @@ inline std::filesystem::path exchange_directories(const std::filesystem::path& f
                                                   const std::filesystem::path& dir,
                                                   bool one_step = true) {
   if (!std::filesystem::exists(dir)) {
-    rename_directory(fresh, dir);
+    rename_path(fresh, dir);
     return {};
   }
   constexpr unsigned kExchange = 2;  // RENAME_EXCHANGE of <linux/fs.h>
   if (one_step) {
+    count_disk_change();
     if (syscall(SYS_renameat2, AT_FDCWD, fresh.c_str(), AT_FDCWD, dir.c_str(), kExchange) == 0) {
       return fresh;
     }
@@ -1013,21 +1009,22 @@ inline std::filesystem::path exchange_directories(const std::filesystem::path& f
     }
   }
   const std::filesystem::path old = dir.string() + ".old";
-  rename_directory(dir, old);
+  rename_path(dir, old);
   try {
-    rename_directory(fresh, dir);
+    rename_path(fresh, dir);
   } catch (const Error&) {
-    rename_directory(old, dir);
+    rename_path(old, dir);
     throw;
   }
   return old;
 }
 
-// Brings back DIR from DIR.old when a run ended between the two renames.
+// Brings back DIR from DIR.old when a run ended between the two renames. Only for who writes DIR: a
+// reader would take the name from a writer that is between the two. Readers call model_dir.
 inline void repair_checkpoint(const std::filesystem::path& dir) {
   const std::filesystem::path old = dir.string() + ".old";
   if (!std::filesystem::exists(dir) && std::filesystem::exists(old / "config.json")) {
-    rename_directory(old, dir);
+    rename_path(old, dir);
   }
 }
 
@@ -1049,14 +1046,15 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
   }
   repair_checkpoint(dir);
   const std::filesystem::path fresh = dir.string() + ".new";  // the checkpoint being written
-  const auto discard = [&] {
-    std::error_code ignored;
-    std::filesystem::remove_all(fresh, ignored);
+  const auto discard = [](const std::filesystem::path& path) {
+    try {
+      remove_path(path);
+    } catch (const std::exception&) {  // the next checkpoint removes what cannot be removed now
+    }
   };
-  discard();  // what a killed run left
   std::filesystem::path replaced;
   try {
-    std::filesystem::remove_all(dir.string() + ".old");
+    remove_path(fresh), remove_path(dir.string() + ".old");  // what a killed run left
     std::filesystem::create_directories(fresh);
     write_json(fresh / "config.json", config_json(gpt.config(), options.bf16));
     write_json(fresh / "generation_config.json", generation_config_json(gpt.config()));
@@ -1081,13 +1079,12 @@ inline void save_checkpoint(std::filesystem::path dir, const Gpt& gpt, const Sav
     sync_path(fresh);
     replaced = exchange_directories(fresh, dir);
   } catch (const std::exception& e) {
-    discard();
+    discard(fresh);
     const bool had = std::filesystem::exists(dir);
     fail(e.what(), had ? "; the checkpoint that was there is untouched" : "");
   }
   sync_path(dir.has_parent_path() ? dir.parent_path() : ".");
-  std::error_code ignored;  // what cannot be removed now is removed by the next checkpoint
-  if (!replaced.empty()) std::filesystem::remove_all(replaced, ignored);
+  if (!replaced.empty()) discard(replaced);
 }
 
 // A run needs `bytes` more on the disk: its checkpoint stays while it writes the next one.
@@ -1128,6 +1125,7 @@ inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
       if (t->dtype != "F32") fail(t->where, ": found type ", t->dtype, ", expected F32");
       values.resize(size_t(t->count));
       t->read(0, values);
+      check_finite(t->where, values);
       gpt.write(int(i), moment.first, values);
       used++;
     }
@@ -1148,12 +1146,12 @@ inline Json load_trainer_state(const std::filesystem::path& dir, Gpt& gpt) {
   return json;
 }
 
-// The model directory that `path` means: `path` itself, or RUN/model where it is a run.
+// The model directory that `path` means: `path` itself, or RUN/model where it is a run. Changes
+// nothing on the disk: while a writer is between its two renames, the model is in DIR.old.
 inline std::filesystem::path model_dir(std::filesystem::path path) {
   if (path.has_parent_path() && !path.has_filename()) path = path.parent_path();
-  repair_checkpoint(path);
-  repair_checkpoint(path / "model");
-  for (const std::filesystem::path& dir : {path, path / "model"}) {
+  for (std::filesystem::path dir : {path, path / "model"}) {
+    if (!std::filesystem::exists(dir)) dir += ".old";
     if (std::filesystem::exists(dir / "config.json") || has_adapters(dir)) return dir;
   }
   if (!std::filesystem::exists(path)) fail(path.string(), ": not found");

@@ -44,6 +44,29 @@ inline std::vector<std::string> rename_flags(int argc, char** argv,
   return words;
 }
 
+// Of a flag that may be given several times, CLI11 takes a value in square brackets for a printed
+// list: it would read '[1,2]' as two values and '[END]' as END. Such a value is parsed with a mark
+// before it, which read_brackets takes off again.
+inline constexpr std::string_view kBracketMark = "\x01[";
+
+inline void mark_brackets(std::vector<std::string>& words) {
+  for (std::string& word : words) {
+    if (!word.ends_with(']')) continue;
+    const bool short_flag = word.size() > 2 && word[0] == '-' && word[1] != '-';  // -o[x]
+    const size_t begin = word.starts_with("--") ? word.find('=') + 1 : short_flag ? 2 : 0;
+    if (word[begin] == '[') word.insert(begin, 1, kBracketMark[0]);
+  }
+}
+
+inline void read_brackets(CLI::App& app) {
+  for (CLI::Option* option : app.get_options({})) {
+    if (option->get_items_expected_max() == 0) continue;  // a flag without a value
+    option->transform(
+        [](std::string value) { return value.substr(value.starts_with(kBracketMark)); });
+  }
+  for (CLI::App* sub : app.get_subcommands({})) read_brackets(*sub);
+}
+
 // The help of the flags that matter, in one list.
 class ShortHelp : public CLI::Formatter {
  public:
@@ -94,6 +117,8 @@ inline bool parse_flags(CLI::App& app, int argc, char** argv, std::vector<HelpPa
     }
   }
   hide_empty_defaults(app);
+  mark_brackets(words);
+  read_brackets(app);
   if (argc > 0) app.name(argv[0]);
   std::reverse(words.begin(), words.end());  // CLI11 takes them from the back
   try {
@@ -102,7 +127,9 @@ inline bool parse_flags(CLI::App& app, int argc, char** argv, std::vector<HelpPa
     app.exit(e);
     return false;
   } catch (const CLI::ParseError& e) {
-    fail(e.what(), " (see --help)");
+    std::string what = e.what();
+    std::erase(what, kBracketMark[0]);
+    fail(what, " (see --help)");
   }
   return true;
 }

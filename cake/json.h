@@ -1,10 +1,12 @@
 // Small JSON files, with errors that name the file and the key.
 #pragma once
 
+#include <cmath>
 #include <filesystem>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -22,12 +24,31 @@ inline std::string json_complaint(const std::exception& e) {
   return end == std::string::npos ? text : text.substr(end + 2);
 }
 
-inline Json read_json(const std::filesystem::path& path) {
+// More levels of brackets than any record has. The library copies and prints with one call a level,
+// so that a hostile file of deeper JSON would overflow the stack.
+inline constexpr int kMaxJsonDepth = 512;
+
+// `where` names the file or the place in errors. `check(depth, event, value)`: the parser's
+// callback.
+template <class JsonType = Json, class Check>
+JsonType parse_json(std::string_view text, const std::string& where, Check check) {
   try {
-    return Json::parse(read_file(path));
+    return JsonType::parse(text, [&](int depth, auto event, JsonType& value) {
+      if (depth <= kMaxJsonDepth) return check(depth, event, value);
+      fail(where, ": found more than ", kMaxJsonDepth, " levels of brackets, expected fewer");
+    });
   } catch (const Json::exception& e) {
-    fail(path.string(), ": not JSON: ", json_complaint(e));
+    fail(where, ": not JSON: ", json_complaint(e));
   }
+}
+
+template <class JsonType = Json>
+JsonType parse_json(std::string_view text, const std::string& where) {
+  return parse_json<JsonType>(text, where, [](int, auto, auto&) { return true; });
+}
+
+inline Json read_json(const std::filesystem::path& path) {
+  return parse_json(read_file(path), path.string());
 }
 
 inline void write_json(const std::filesystem::path& path, const OrderedJson& json) {
@@ -70,7 +91,7 @@ T json_as(const Json& value, const std::string& key, const std::string& where) {
     need(x < 0 || uint64_t(x) <= uint64_t(std::numeric_limits<T>::max()), "a smaller integer");
     return T(x);
   } else if constexpr (std::is_floating_point_v<T>) {
-    need(value.is_number(), "a number");
+    need(value.is_number() && std::isfinite(value.template get<T>()), "a number");
     return value.template get<T>();
   } else if constexpr (std::is_same_v<T, std::vector<std::string>>) {
     need(value.is_array(), "an array of strings");

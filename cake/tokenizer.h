@@ -20,6 +20,7 @@ class Tokenizer {
  public:
   // A model, run or tokenizer directory, or a tokenizer.json, .tiktoken or vocab.bpe file.
   static Tokenizer load(const std::filesystem::path& path);
+  static std::filesystem::path find(const std::filesystem::path& path);  // the file load reads
   // Writes tokenizer.json and tokenizer_config.json into a directory: the files that were loaded,
   // byte for byte, if there were any.
   void save(const std::filesystem::path& directory) const;

@@ -328,7 +328,7 @@ inline std::string run_tool(const ToolCall& call, const Search* search) {
     if (call.name.empty()) {
       fail(R"(a call: found something else, expected {"name": "...", "arguments": {...}})");
     }
-    const Json arguments = Json::parse(call.arguments);
+    const Json arguments = parse_json(call.arguments, call.name + ": arguments");
     if (call.name == "calculator") {
       return calculate(json_get<std::string>(arguments, "expression", call.name));
     }
@@ -337,8 +337,6 @@ inline std::string run_tool(const ToolCall& call, const Search* search) {
       return search->best(json_get<std::string>(arguments, "query", call.name));
     }
     fail("found a call of ", json_text(call.name), ", expected calculator or search");
-  } catch (const Json::exception& e) {
-    return concat("error: ", call.name, ": arguments: not JSON: ", json_complaint(e));
   } catch (const Error& e) {
     return concat("error: ", e.what());
   }
@@ -362,7 +360,11 @@ inline Message read_turn(const Tokenizer& tokenizer, std::span<const int> turn) 
     std::vector<int> inside;
     while (++i < turn.size() && turn[i] != end && !last(turn[i])) inside.push_back(turn[i]);
     ToolCall call{.arguments = tokenizer.decode(inside)};
-    const OrderedJson json = OrderedJson::parse(call.arguments, nullptr, false);
+    OrderedJson json;  // null: no JSON
+    try {
+      json = parse_json<OrderedJson>(call.arguments, "a call");
+    } catch (const Error&) {
+    }
     if (json.is_object() && json.contains("name") && json["name"].is_string() &&
         json.contains("arguments") && json["arguments"].is_object()) {
       call = {json["name"], json["arguments"].dump()};

@@ -180,9 +180,8 @@ double calibrate(const Budget& budget, Step step) {
     const double t = now();
     const double tokens = step(i + 1);
     if (i > 0) seconds.push_back((now() - t) / tokens);
-    if (stop_signal) break;
+    stop_if_signalled();
   }
-  if (seconds.empty()) return 0;
   const auto middle = seconds.begin() + long(seconds.size()) / 2;
   std::nth_element(seconds.begin(), middle, seconds.end());
   return *middle;
@@ -249,6 +248,17 @@ inline void check_optimizer(const OptimizerFlags& o) {
   expect_not_negative("--lr", o.lr), expect_not_negative("--head-lr", o.head_lr);
   expect_not_negative("--embedding-lr", o.embedding_lr);
   expect_not_negative("--vector-lr", o.vector_lr), expect_not_negative("--lr-scale", o.lr_scale);
+  // -1: the stage chooses
+  const auto expect = [](const char* flag, double found, double most, bool is_chosen = false) {
+    if ((found >= 0 && found <= most) || (is_chosen && found == -1)) return;
+    fail(flag, ": found ", found, ", expected ", most == 1 ? "0 to 1" : "0 or more");
+  };
+  constexpr double kAny = std::numeric_limits<double>::max();
+  expect("--warmup", double(o.warmup), kAny, true);
+  expect("--weight-decay", o.weight_decay, kAny, true), expect("--clip-norm", o.clip_norm, kAny);
+  expect("--warmdown", o.warmdown, 1, true), expect("--final-lr", o.final_lr, 1, true);
+  expect("--beta1", o.beta1, 1), expect("--beta2", o.beta2, 1), expect("--momentum", o.momentum, 1);
+  if (!(o.eps > 0)) fail("--adam-eps: found ", o.eps, ", expected above 0");
   if (o.schedule != "linear" && o.schedule != "cosine" && o.schedule != "constant") {
     fail("--schedule: found ", o.schedule, ", expected linear, cosine or constant");
   }
@@ -478,12 +488,14 @@ inline Json with_parts(Json settings) {
   return settings;
 }
 
-// The settings that a run was begun with.
+// The settings that a run was begun with. `with_new_names`: a stage's own for those of older
+// versions.
 template <class Settings>
-Settings saved_settings(const RunOptions& options, const std::string& stage) {
+Settings saved_settings(const RunOptions& options, const std::string& stage,
+                        Json with_new_names(Json) = with_parts) {
   const Json state = read_trainer_state(options.out, stage);
   try {
-    return with_parts(state.at("settings")).get<Settings>();
+    return with_new_names(state.at("settings")).template get<Settings>();
   } catch (const Json::exception& e) {
     fail((model_dir(options.out) / "trainer_state.json").string(),
          ": settings: ", json_complaint(e));
@@ -507,18 +519,17 @@ inline std::vector<CLI::Option*> given_flags(CLI::App& app) {
 // differs is refused. `settings`: what the flags of `app` write to; `budget` is a part of it.
 template <class Settings>
 void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptions& options,
-                     const std::string& stage, const std::set<std::string>& free = {}) {
-  const std::set<std::string> budgets = {"--steps", "--tokens", "--epochs", "--minutes"};
-  const Settings saved = saved_settings<Settings>(options, stage);
+                     const Settings& saved, const std::set<std::string>& free = {}) {
   const Json before = saved;
   std::vector<CLI::Option*> changed;
   for (CLI::Option* flag : given_flags(app)) {
     settings = saved;
+    const Json saved_budget = budget;
     flag->run_callback();  // writes the value of this flag alone
     const Json patch = Json::diff(before, Json(settings));
     if (patch.empty()) continue;
     const std::string name = flag->get_name();
-    if (budgets.count(name)) {
+    if (Json(budget) != saved_budget) {
       options.new_budget = true;
     } else if (!free.count(name)) {
       const Json::json_pointer key(patch[0].at("path").template get<std::string>());

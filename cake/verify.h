@@ -796,6 +796,7 @@ class CommandVerifier {
     }
     size_t asked = 0, done = 0;
     for (failures_ = 0; done < attempts.size() && failures_ <= most_failures;) {
+      stop_if_signalled();
       std::vector<pollfd> polled;
       double seconds = 1;
       for (const auto& p : processes_) {

@@ -1,8 +1,24 @@
 // Every binary has its own main: two stages are libraries too, and a link line in the wrong order
 // would give a program their main.
+#include "test/scripted_model.h"
 #include "test/support.h"
 
 using namespace cake;
+
+namespace {
+
+// Exit status 1 and one line, which has `part`.
+void check_refused(const std::string& command, const std::string& part) {
+  const Output o = shell(command);
+  CAPTURE(command);
+  CHECK(o.status == 1);
+  CHECK_MESSAGE(o.text.rfind("error: ", 0) == 0, o.text.substr(0, 400));
+  CHECK_MESSAGE(contains(o.text, part), o.text.substr(0, 400));
+  CHECK(std::count(o.text.begin(), o.text.end(), '\n') == 1);
+  CHECK(o.text.size() < 600);
+}
+
+}  // namespace
 
 TEST_CASE("each binary's --help is its own") {
   const std::pair<std::string, std::string> binaries[] = {
@@ -21,4 +37,66 @@ TEST_CASE("each binary's --help is its own") {
       CHECK_MESSAGE(contains(help.text, other.second) == (&other == &binary), help.text);
     }
   }
+}
+
+TEST_CASE("JSON of 200,000 brackets is one line in every file that a stage reads") {
+  ScriptedModel m;
+  const std::string model = m.save(), d = m.dir().path().string() + "/";
+  const std::string deep = std::string(200'000, '[') + std::string(200'000, ']');
+  const auto deep_object = [&](const std::string& key) { return "{\"" + key + "\":" + deep + "}"; };
+  const auto refused_with = [&](const std::string& file, const std::string& text,
+                                const std::string& command) {
+    const std::string before = read_file(file);
+    write_file(file, text);
+    check_refused(command, file);
+    write_file(file, before);
+  };
+  const std::string generate = "./chat generate " + model;
+  refused_with(model + "/config.json", deep_object("model_type"), generate);
+  refused_with(model + "/tokenizer.json", deep_object("model"), generate);
+  refused_with(model + "/tokenizer_config.json", deep_object("chat_template"), "./chat " + model);
+  std::string header = "{\"x\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":" + deep + "}}";
+  header.resize((header.size() + 7) / 8 * 8, ' ');
+  const uint64_t length = header.size();
+  const std::string bytes(reinterpret_cast<const char*>(&length), sizeof length);
+  refused_with(model + "/model.safetensors", bytes + header + "1234", generate);
+
+  // A run that would be resumed, and token shards.
+  std::filesystem::create_directories(d + "run");
+  std::filesystem::copy(model, d + "run/model");
+  write_file(d + "run/model/trainer_state.json", deep_object("stage"));
+  check_refused("./sft --resume -o " + d + "run", d + "run/model/trainer_state.json");
+  write_file(d + "shards.json", deep_object("tokenizer"));
+  check_refused("./train_gpt --data " + d + "shards -o " + d + "new", d + "shards.json");
+
+  // JSON lines. In the last file a string of a record is JSON itself.
+  const std::string lines = d + "lines.jsonl", flags = " --model " + model + " -o " + d + "new";
+  for (const std::string& command :
+       {generate + " --prompts " + lines, "./chat eval " + model + " --tasks " + lines,
+        "./bpe encode " + model + " " + lines + " -o " + d + "new", "./sft --data " + lines + flags,
+        "./reward train --data " + lines + flags, "./reward dpo --data " + lines + flags,
+        "./rlhf grpo --reward number --prompts " + lines + flags}) {
+    write_file(lines, deep_object("messages"));
+    check_refused(command, lines + ":1");
+  }
+  std::string call = R"({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", )"
+                     R"("content": "", "tool_calls": [{"name": "f", "arguments": ")";
+  write_file(lines, call + deep + "\"}]}], \"tools\": [{\"name\": \"f\"}]}\n");
+  check_refused("./sft --data " + lines + flags, lines + ":1");
+  CHECK(!std::filesystem::exists(d + "new"));
+}
+
+TEST_CASE("a text in square brackets is one text on every command line") {
+  ScriptedModel m;
+  const std::string model = m.save();
+  for (const std::string text : {"[1,2]", "[INST] hi [/INST]", "[]", "[[x]]", "[", "a [b]"}) {
+    CAPTURE(text);
+    const Output o = shell("./bpe show " + model + " '" + text + "'");
+    CHECK(o.status == 0);
+    CHECK(contains(o.text, concat("\n", text.size(), " bytes, ")));
+  }
+  // The model writes "x" for ever: only a stop string of that letter ends it.
+  const std::string generate = "./chat generate " + model + " --prompt a --max-tokens 9 --stop ";
+  CHECK(contains(shell(generate + "'[x]'").text, "axxxxxxxxx\n"));
+  CHECK(contains(shell(generate + "x").text, "a\n"));
 }

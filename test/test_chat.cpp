@@ -292,8 +292,40 @@ TEST_CASE("chat drops the oldest turns when the context is full, and says so") {
   CHECK(contains(out.text, "the context of 128 tokens is full: the oldest "));
   CHECK(contains(out.text, " are dropped\n"));
   CHECK(contains(out.text, "xxxxxxxxxx\n(the answer is as long as --max-tokens allows)\n"));
-  CHECK(contains(out.text, "tokens, and the model's context is 128: the message was not added"));
+  CHECK(contains(out.text, " in the model's context of 128: the message was not added"));
   CHECK(out.text.ends_with("allows)\n"));
+}
+
+TEST_CASE("a message that is too long is refused, and the conversation stays") {
+  ScriptedModel m(256);
+  Plan(m).user("hello").assistant("The answer is 1.").user("more").assistant("The answer is 2.");
+  const std::string dir = m.save(), saved = m.dir() / "saved.jsonl";
+  const std::string too_long(300, 'z');
+  const Output out = say(dir, "", "hello\n" + too_long + "\nmore\n/save " + saved + "\n");
+  CHECK(out.status == 0);
+  CHECK(contains(out.text,
+                 "expected at most 255 in the model's context of 256: the message was not"));
+  CHECK(!contains(out.text, "dropped"));
+  CHECK(contains(out.text, "not added\nThe answer is 2.\n"));
+  CHECK(Json::parse(read_file(saved))["messages"].size() == 4);
+
+  // A document that has ended stays too, until another one begins.
+  ScriptedModel b(256);
+  b.write(1 + int(b.tokenizer().encode("Once").size()), " a cat.<|endoftext|>");
+  const std::string base = b.save(), text = b.dir() / "saved.jsonl";
+  const Output document = say(base, "--base", "Once\n" + too_long + "\n/save " + text + "\n");
+  CHECK(contains(document.text, "the message was not added"));
+  CHECK(contains(read_file(text), "Once a cat."));
+}
+
+TEST_CASE("blank lines inside an answer are printed, newlines around it are not") {
+  ScriptedModel m(512);
+  Plan(m)
+      .user("a poem")
+      .assistant("\n\nRoses:\n\n\n  red\n\nViolets\n\n")
+      .user("more")
+      .assistant("No.");
+  CHECK(say(m.save(), "", "a poem\nmore\n").text == "Roses:\n\n\n  red\n\nViolets\nNo.\n");
 }
 
 TEST_CASE("a base model continues what is typed until the document ends") {

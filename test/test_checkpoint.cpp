@@ -349,9 +349,9 @@ TEST_CASE("a damaged safetensors file is an error that names the file and the te
   CHECK(contains(error(entry("F32", "[2,3]", "[0,24]"), 28), "found 28 bytes of tensors"));
   CHECK(contains(error("{}", 4), "found 4 bytes of tensors, expected the 0"));
   // header
-  CHECK(contains(error("{\"a\":", 0), "the header is no JSON: parse error"));
+  CHECK(contains(error("{\"a\":", 0), "header: not JSON: parse error"));
   CHECK(contains(error("[]", 0), "found no JSON object"));
-  CHECK(contains(error("", 0), "no JSON"));
+  CHECK(contains(error("", 0), "not JSON"));
   CHECK(contains(error(R"({"a":3})", 0), "a: found 3, expected an object"));
   CHECK(contains(error(R"({"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},
                            "a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}})",
@@ -806,6 +806,35 @@ TEST_CASE("adapters whose base is gone or another, or that do not fit, are error
   CHECK(!std::filesystem::exists(dir / "new"));
 }
 
+TEST_CASE("what is not finite is refused at load: weights, adapters, moments, each by its tensor") {
+  TempDir dir;
+  FakeGpt a(tiny(Family::gpt2)), b(tiny(Family::gpt2));
+  a.randomize(1);
+  save_checkpoint(dir / "m", a, {.trainer_state = {{"step", 1}}, .optimizer = true});
+  const auto spoil = [](const std::filesystem::path& file, const std::string& name) {
+    LooseTensors tensors = read_loose(file);
+    tensors.at(name).values.at(5) = NAN;
+    write_loose(file, tensors);
+  };
+  // q, k and v are columns of one tensor.
+  spoil(dir / "m/model.safetensors", "transformer.h.1.attn.c_attn.weight");
+  CHECK(contains(load_error(dir / "m", b),
+                 "model.safetensors: transformer.h.1.attn.c_attn.weight: found 1 values that are "
+                 "not finite, expected none"));
+  spoil(dir / "m/optimizer.safetensors", "moment2.blocks.0.q.weight");
+  CHECK(contains(error_of([&] { load_trainer_state(dir / "m", b); }),
+                 "optimizer.safetensors: moment2.blocks.0.q.weight: found 1 values that are not"));
+
+  save_base(dir / "base", tiny(Family::qwen3));
+  const FakeGpt adapted = with_adapters(dir / "base", 7);
+  save_checkpoint(dir / "adapters", adapted, {.base = adapter_base(dir / "base")});
+  const std::string name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight";
+  spoil(dir / "adapters/adapter_model.safetensors", name);
+  FakeGpt merged(tiny(Family::qwen3)), rows(tiny(Family::qwen3), false, kLora);
+  CHECK(contains(load_error(dir / "adapters", merged), name + ": found 1 values that are not"));
+  CHECK(contains(load_error(dir / "adapters", rows), name + ": found 1 values that are not"));
+}
+
 // -------------------------------------------------------------------------------------------------
 // All or nothing
 
@@ -925,12 +954,18 @@ TEST_CASE("an exchange in two steps that was interrupted is repaired") {
   CHECK(contents(dir / "run/model") == new_files);
   CHECK(contents(replaced) == old_files);
 
-  // Ended after the first rename: the old checkpoint comes back, whichever way it is named.
+  // Ended after the first rename. A reader finds the old checkpoint, whichever way it is named, and
+  // leaves it where a writer that is still at work needs it; a writer that goes on brings it back.
   std::filesystem::rename(dir / "run/model", dir / "run/model.new");
+  CHECK(model_dir(dir / "run") == dir / "run/model.old");
+  CHECK(model_dir(dir / "run/model/") == dir / "run/model.old");
+  CHECK(contents(dir / "run/model.old") == old_files);
+  FakeGpt reader(tiny(Family::llama));
+  load_weights(model_dir(dir / "run"), reader);
+  CHECK(reader.values(0) == a.values(0));
+  CHECK(contents(dir / "run").count("model") == 0);
+  repair_checkpoint(dir / "run/model");
   CHECK(model_dir(dir / "run") == dir / "run/model");
-  CHECK(contents(dir / "run/model") == old_files);
-  std::filesystem::rename(dir / "run/model", dir / "run/model.old");
-  CHECK(model_dir(dir / "run/model/") == dir / "run/model");
   CHECK(contents(dir / "run/model") == old_files);
   // A save repairs first, so that its own failure costs nothing, and cleans up what is left.
   std::filesystem::rename(dir / "run/model", dir / "run/model.old");

@@ -1423,7 +1423,8 @@ TEST_CASE("chat generate writes the results of many prompts in their order") {
   std::vector<std::string> results;
   for (const std::string& arguments :
        {"--rows 1 --prompts " + prompts, "--rows 8 --prompts " + prompts,
-        "--rows 3 --cache-mb 1 --prompts " + lines, "--prompts - < " + lines}) {
+        "--rows 3 --cache-mb 1 --prompts " + lines, "--prompts - < " + lines,
+        "--prompts - < " + prompts}) {
     const std::string path = dir / "results.jsonl";
     const Output out = generate(arguments + " --samples 3 --max-tokens 30 -o " + path);
     REQUIRE_MESSAGE(out.status == 0, out.text);
@@ -1485,6 +1486,26 @@ TEST_CASE("chat generate answers bad input with one line and status 1") {
   CHECK(full.status == 1);
   CHECK(contains(full.text, "standard output: cannot write: No space left on device"));
   CHECK(shell("./chat generate --help").status == 0);
+}
+
+TEST_CASE("chat generate refuses weights that are not finite, by their tensor") {
+  const TempDir dir;
+  const std::string model = dir / "model";
+  std::filesystem::copy(model_of(128), model);
+  std::string bytes = read_file(model + "/model.safetensors");
+  uint64_t header;
+  std::memcpy(&header, bytes.data(), sizeof header);
+  const Json entries = Json::parse(bytes.substr(8, header));
+  const size_t begin = entries.at("model.norm.weight").at("data_offsets").at(0).get<size_t>();
+  for (const float bad : {NAN, -INFINITY}) {
+    std::memcpy(bytes.data() + 8 + header + begin + 4, &bad, sizeof bad);
+    write_file(model + "/model.safetensors", bytes);
+    const Output out = shell("./chat generate " + model + " --prompt the --max-tokens 8");
+    CHECK(out.status == 1);
+    CHECK(out.text == "error: " + model +
+                          "/model.safetensors: model.norm.weight: found 1 values that are not "
+                          "finite, expected none\n");
+  }
 }
 
 TEST_CASE("chat generate ends quietly when its reader does, and with 130 at Ctrl+C") {

@@ -216,6 +216,95 @@ TEST_CASE("--init-from goes on from a model") {
   CHECK(std::abs(after - before) < .1);  // three small steps; an untrained model stands at 4 bits
 }
 
+TEST_CASE("--init-from refuses a model of another tokenizer, unless --tokenizer-differs") {
+  const TempDir dir;
+  const std::string other = dir / "other", model = dir / "model", out = dir / "run";
+  REQUIRE(shell(train_command(model, "", 2)).status == 0);
+  // A tokenizer of the same size in which one token has other bytes.
+  std::filesystem::copy(model + "/model", other);
+  Json tokenizer = read_json(other + "/tokenizer.json");
+  for (Json& token : tokenizer.at("added_tokens")) {
+    if (token.at("content") != "<|spare_7|>") continue;
+    tokenizer.at("model").at("vocab").erase("<|spare_7|>");
+    tokenizer.at("model").at("vocab")["<|other|>"] = token.at("id");
+    token["content"] = "<|other|>";
+  }
+  write_file(other + "/tokenizer.json", tokenizer.dump());
+  const std::string go_on = concat("./train_gpt --data ", data_prefix(), " --steps 2 -o ", out);
+  const Output refused = shell(go_on + " --init-from " + other);
+  CHECK(refused.status == 1);
+  CHECK(contains(refused.text, "other: found another tokenizer, expected the one that made "));
+  CHECK(std::count(refused.text.begin(), refused.text.end(), '\n') == 1);
+  CHECK(!std::filesystem::exists(out));
+  const Output allowed = shell(go_on + " --tokenizer-differs --init-from " + other);
+  CHECK_MESSAGE(allowed.status == 0, allowed.text);
+  CHECK(read_file(out + "/model/tokenizer.json") == read_file(model + "/model/tokenizer.json"));
+
+  std::filesystem::remove(other + "/tokenizer.json");
+  const Output none = shell(go_on + "2 --init-from " + other);
+  CHECK(none.status == 1);
+  CHECK(contains(none.text, "found no tokenizer, expected the one that made "));
+}
+
+TEST_CASE("a model has a working tokenizer, whatever file the data's came from") {
+  const TempDir dir;
+  const std::string d = dir.path().string() + "/";
+  const auto own = std::filesystem::path(data_prefix()).parent_path() / "tokenizer";
+  write_file(d + "text.txt", "hello well hell, the tall hill\n");
+  // 256 bytes and 50,000 pairs of bytes: as many ranks as r50k has. Their base64, three bytes at
+  // once.
+  std::string ranks;
+  const char* digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  for (int i = 0; i < 50256; i++) {
+    const bool pair = i >= 256;
+    const int bits = (pair ? i - 256 : i << 8) << 8;
+    for (int k = 0; k < 2 + pair; k++) ranks += digits[bits >> (18 - 6 * k) & 63];
+    ranks += concat(pair ? "= " : "== ", i, "\n");
+  }
+  // Beside each lies a tokenizer.json that did not make the data.
+  for (const char* name : {"bpe", "tiktoken", "renamed"}) {
+    std::filesystem::create_directories(d + name);
+    std::filesystem::copy(own / "tokenizer.json", d + name + "/tokenizer.json");
+  }
+  write_file(d + "bpe/vocab.bpe", "#version: 0.2\nh e\nl l\n");
+  write_file(d + "tiktoken/r.tiktoken", ranks);
+  Json renamed = read_json(own / "tokenizer.json");
+  renamed.at("model").at("merges").erase(renamed.at("model").at("merges").size() - 1);
+  write_file(d + "renamed/my_tok.json", renamed.dump());
+  REQUIRE(shell("./bpe encode " + d + "bpe/vocab.bpe " + d + "text.txt -o " + d + "first").status ==
+          0);
+  const std::string flags = " --layers 1 --channels 16 --heads 1 --context 16 --batch-tokens 16 ";
+  REQUIRE(
+      shell("./train_gpt --steps 1 --data " + d + "first -o " + d + "first_run" + flags).status ==
+      0);
+  for (const char* tokenizer : {"bpe/vocab.bpe", "tiktoken/r.tiktoken", "renamed/my_tok.json",
+                                "renamed/tokenizer.json", "first_run"}) {
+    CAPTURE(tokenizer);
+    const Output encode =
+        shell("./bpe encode " + d + tokenizer + " " + d + "text.txt -o " + d + "t");
+    REQUIRE_MESSAGE(encode.status == 0, encode.text);
+    const Output train = shell("./train_gpt --overwrite --steps 2 --save-every 1 --data " + d +
+                               "t -o " + d + "run" + flags);
+    CHECK_MESSAGE(train.status == 0, train.text);
+    const std::string show = " 'hello well, hill'";
+    CHECK(shell("./bpe show " + d + "run" + show).text ==
+          shell("./bpe show " + d + tokenizer + show).text);
+    CHECK(shell("./chat generate " + d + "run --prompt hell --max-tokens 2").status == 0);
+  }
+  // A name without a directory.
+  const std::string here = std::filesystem::current_path().string();
+  const Output bare =
+      shell("cd " + d + "renamed && " + here + "/train_gpt --overwrite --steps 1 --data " + d +
+            "t --tokenizer my_tok.json -o " + d + "run" + flags);
+  CHECK(contains(bare.text, "is not the tokenizer that made"));
+  shell("./bpe encode " + d + "renamed/tokenizer.json " + d + "text.txt -o " + d + "t");
+  const Output local =
+      shell("cd " + d + "renamed && " + here + "/train_gpt --overwrite --steps 1 --data " + d +
+            "t --tokenizer tokenizer.json -o " + d + "run" + flags);
+  CHECK_MESSAGE(local.status == 0, local.text);
+  CHECK(std::filesystem::exists(d + "run/model/tokenizer.json"));
+}
+
 TEST_CASE("a loss that explodes stops the run, says what to try, and saves no NaN") {
   const TempDir dir;
   const std::string out = dir / "run";
