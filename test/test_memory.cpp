@@ -95,9 +95,10 @@ TEST_CASE(
   for (const char* planned : {"panels ", "decoding ", "KV cache "}) {
     CHECK(contains(pretraining.text, planned));
   }
-  const Output tuning = shell(concat(
-      "./sft --device cpu --model ", world() / "model", " --data ", world() / "conversations.jsonl",
-      " --context 64 --steps 2 --sample-every 1 -o ", world() / "sft"));
+  const Output tuning =
+      shell(concat("./sft --device cpu --threads 1 --model ", world() / "model", " --data ",
+                   world() / "conversations.jsonl", " --context 64 --steps 2 --sample-every 1 -o ",
+                   world() / "sft"));
   CAPTURE(tuning.text);
   CHECK(tuning.status == 0);
   CHECK(contains(tuning.text, "answer  "));
