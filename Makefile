@@ -99,7 +99,7 @@ SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sa
 test-all: ## sanitized, for x86-64-v3, and test-faults: takes an hour, and dev/setup.sh --all
 	@dev/setup.sh --all
 	@$(MAKE) --no-print-directory test-sanitized
-	@$(MAKE) --no-print-directory test-v3
+	@CAKE_TEST_ALL=1 $(MAKE) --no-print-directory test-v3
 	@$(MAKE) --no-print-directory test-faults
 
 test-sanitized: ## every test under AddressSanitizer and UBSan, in build/sanitized

@@ -74,29 +74,37 @@ struct ModelOptions {
 
 struct Model {
   std::filesystem::path dir;
+  Config config;
   Tokenizer tokenizer;
-  std::unique_ptr<Gpt> gpt;
+  std::unique_ptr<Gpt> gpt;   // null: without its weights
   int document_start = -1;    // the id that documents begin with, -1 for none
   std::vector<int> stop_ids;  // ids that end a document
 };
 
-Model load_model(const ModelOptions& options, int batch_tokens) {
+Model open_model(const ModelOptions& options) {
   const std::filesystem::path dir = model_dir(options.path);
-  const Config config = load_config_with_head(dir, Head::lm);
-  Model m{.dir = dir, .tokenizer = Tokenizer::load(dir)};
-  require(m.tokenizer.vocab_size() <= config.V, dir.string(), ": found a tokenizer of ",
-          m.tokenizer.vocab_size(), " tokens, expected at most vocab_size ", config.V);
-  set_threads(options.threads);
-  m.gpt = make_gpt(config, {.device = parse_device(options.device),
-                            .mode = Mode::inference,
-                            .batch_tokens = batch_tokens});
-  load_weights(dir, *m.gpt);
+  Model m{.dir = dir,
+          .config = load_config_with_head(dir, Head::lm),
+          .tokenizer = Tokenizer::load(dir)};
+  require(m.tokenizer.vocab_size() <= m.config.V, dir.string(), ": found a tokenizer of ",
+          m.tokenizer.vocab_size(), " tokens, expected at most vocab_size ", m.config.V);
   const int end_of_text = m.tokenizer.special("<|endoftext|>");
-  m.document_start = end_of_text >= 0 ? end_of_text : config.bos;
-  for (const int id : {end_of_text, config.eos}) {
+  m.document_start = end_of_text >= 0 ? end_of_text : m.config.bos;
+  for (const int id : {end_of_text, m.config.eos}) {
     if (id >= 0) m.stop_ids.push_back(id);
   }
   return m;
+}
+
+// For scoring `batch_tokens` at a time (0: none), and for decoding.
+void load_engine(Model& m, const ModelOptions& options, int batch_tokens,
+                 const DecodePlan& decode) {
+  set_threads(options.threads);
+  m.gpt = make_gpt(m.config, {.device = parse_device(options.device),
+                              .mode = Mode::inference,
+                              .batch_tokens = batch_tokens,
+                              .decode = decode});
+  load_weights(m.dir, *m.gpt);
 }
 
 void need(bool good, const std::string& flag, const auto& found, const char* expected) {
@@ -136,8 +144,8 @@ int generate(const GenerateOptions& o) {
   const int64_t total = int64_t(prompts.size()) * o.samples;
   if (total > 1 << 30) fail("--samples: found ", total, " texts to write, expected fewer");
   GeneratorOptions options{.rows = int(std::min<int64_t>(o.rows, total))};
-  const Model model = load_model(o.model, std::max(options.prefill_tokens, options.rows));
-  const Config& config = model.gpt->config();
+  Model model = open_model(o.model);
+  const Config& config = model.config;
   std::vector<std::vector<int>> ids;
   int64_t longest = 0;
   for (const Prompt& p : prompts) {
@@ -146,6 +154,7 @@ int generate(const GenerateOptions& o) {
   }
   options.cache_positions =
       cache_positions(config, options.rows, longest, int64_t(o.cache_mb) << 20);
+  load_engine(model, o.model, 0, decode_plan(options));
   Generator generator(
       *model.gpt, [&](int id) { return model.tokenizer.token_bytes(id); }, options);
 
@@ -212,7 +221,7 @@ std::vector<int> encode_prompt(const Model& m, const Prompt& p) {
   std::vector<int> ids;
   if (m.document_start >= 0) ids.push_back(m.document_start);
   m.tokenizer.encode(p.text, ids);
-  const int T = m.gpt->config().T;
+  const int T = m.config.T;
   require(!ids.empty(), p.where, ": found an empty prompt, expected text: the tokenizer of ",
           m.dir.string(), " has no <|endoftext|> to begin a document with");
   require(int64_t(ids.size()) <= T - 1, p.where, ": found ", ids.size(),
@@ -859,7 +868,10 @@ std::optional<Search> load_documents(const std::string& path, const Tokenizer& t
 int talk(const TalkOptions& o) {
   check(o.model, o.sampling);
   need(o.max_tokens >= 0, "--max-tokens", o.max_tokens, "at least 1, or 0");
-  const Model model = load_model(o.model, GeneratorOptions{}.prefill_tokens);
+  Model model = open_model(o.model);
+  // The cache has room for the whole context. The plan leaves it out: on the CPU it takes memory as
+  // the conversation grows.
+  load_engine(model, o.model, 0, decode_plan({.rows = 1}));
   const Template chat = o.base ? Template::document : find_template(model, o.chat_template);
   require(!o.base || (!o.calculator && o.documents.empty() && o.system.empty()),
           "--base: found --system, --calculator or --documents, expected them with an assistant");
@@ -968,7 +980,8 @@ void write_answers(const std::string& path, const Tokenizer& tokenizer,
 int evaluate(const EvalOptions& o) {
   check(o);
   const std::vector<Task> tasks = parse_tasks(o);
-  const Model model = load_model(o.model, kScoreTokens);
+  Model model = open_model(o.model);
+  load_engine(model, o.model, kScoreTokens, decode_plan({.rows = o.rows}));
   // Only answers in words need a template.
   const bool in_words =
       std::any_of(tasks.begin(), tasks.end(), [](const Task& t) { return t.is_in_words(); });

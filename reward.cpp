@@ -12,7 +12,7 @@
 //
 // Here, too, a stage is a few lines that turn what a forward pass gives into one number per token:
 //
-//     train:  value at <|im_end|> of each answer -> rank_loss -> dL/dvalue -> backward
+//     train:  value at the end of each answer    -> rank_loss -> dL/dvalue -> backward
 //     dpo:    log p of each answer's tokens      -> dpo_loss  -> dL/dlogp  -> backward
 //
 // The file follows the data: comparisons as ids; what both runs share; the reward model (objective,
@@ -57,8 +57,15 @@ struct AnswerLogp {
   double mean() const { return tokens > 0 ? sum / tokens : 0; }
 };
 
-// Answers to one prompt, each as the ids of the whole: prompt, answer, <|im_end|>. A labelled text
-// is a comparison of its own, of one answer and no prompt.
+// An answer to another prompt, for KTO's estimate of KL(policy, reference): see kto_baseline.
+struct Mismatch {
+  int comparison = -1;   // whose answer it is; -1: there is no other prompt
+  size_t answer = 0;     // its number there
+  AnswerLogp reference;  // in answer to this prompt, under the reference
+};
+
+// Answers to one prompt, each as the ids of the whole: prompt, answer, and the end_token of its
+// kind. A labelled text is a comparison of its own, of one answer and no prompt.
 struct Comparison {
   std::vector<std::vector<int>> sequences;  // (K) of each answer
   std::vector<std::vector<bool>> written;   // (K) of a chat's ids: by the assistant, not by a tool
@@ -68,8 +75,9 @@ struct Comparison {
   double chance = 0;     // that labellers choose as they did, where it is known; else 0
   uint64_t problem = 0;  // a hash of the prompt: comparisons of one problem stay together
   std::vector<AnswerLogp> reference;  // (K) of DPO: under the reference
-  AnswerLogp mismatched;              // of KTO: see mismatched_logp
+  Mismatch mismatch;                  // of KTO
 
+  bool is_chat() const { return !written.empty(); }
   int64_t tokens() const {
     int64_t n = 0;
     for (const auto& s : sequences) n += int64_t(s.size());
@@ -94,18 +102,18 @@ std::vector<std::pair<size_t, size_t>> pairs_of(std::span<const int> ranking) { 
 // Strings are a text and what continues it, or with `as_chat` a user's message and the assistant's
 // answer. A preference without answers is a text alone.
 Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_chat) {
-  const int end = end_of_turn(tokenizer);
   if (as_chat && !p.is_chat && !p.continuations.empty()) {
     p.is_chat = true;
     p.prompt.messages = {{"user", p.text, {}}};
     for (const std::string& c : p.continuations) p.answers.push_back({{"assistant", c, {}}});
     p.continuations.clear();
   }
+  const int end = end_token(tokenizer, p.is_chat);
   Comparison c{.ranking = p.ranking, .label = p.label, .chance = p.chance};
   const std::vector<int> prompt =
       p.is_chat ? prompt_ids(tokenizer, p.prompt) : prompt_ids(tokenizer, p.text);
   if (!p.is_chat && p.continuations.empty()) {
-    c.sequences.push_back(with_end_of_turn(prompt, end));
+    c.sequences.push_back(with_end(prompt, end));
   } else {
     c.prompt_length = int(prompt.size());
   }
@@ -121,7 +129,7 @@ Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_cha
   for (const std::string& text : p.continuations) {
     std::vector<int> ids = prompt;
     tokenizer.encode(text, ids);
-    c.sequences.push_back(with_end_of_turn(std::move(ids), end));
+    c.sequences.push_back(with_end(std::move(ids), end));
   }
   for (const int id : prompt) c.problem = mix64(c.problem ^ uint64_t(id));
   return c;
@@ -145,6 +153,7 @@ std::vector<Comparison> read_comparisons(const std::vector<std::string>& paths,
     int64_t read = 0;
     while (lines.next(object)) {
       read++;
+      stop_if_signalled();
       Comparison c = make_comparison(tokenizer, parse_preference(object, lines.where()), as_chat);
       const int longest = c.longest();
       counts.longest = std::max(counts.longest, longest);
@@ -250,14 +259,12 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(PreferenceSettings, model, data,
                                                 batch, micro_batch_tokens, eval_every, comparisons,
                                                 optimizer, seed)
 
-// Settings of a saved run. Older versions had other names for some.
-template <class Settings>
-Settings settings_of(const RunOptions& options, const std::string& stage) {
-  Json s = read_trainer_state(options.out, stage).at("settings");
+// The saved settings of a run. Older versions had other names for some.
+Json with_new_names(Json s) {
   rename_keys(s, {{"groups", "common"}, {"centring", "center"}, {"normalise", "normalize_on"}});
   Json& common = s["common"] = with_parts(s.at("common"));
   rename_keys(common, {{"most", "limit"}, {"groups", "comparisons"}});
-  return s.get<Settings>();
+  return s;
 }
 
 struct PreferenceData {
@@ -281,13 +288,26 @@ bool is_held_out(const Comparison& c, const PreferenceSettings& s) {
   return s.folds > 0 ? int(u * s.folds) + 1 == s.fold : u < s.val_fraction;
 }
 
+// eos_token_id ends what the model learns to write. pad_token_id must end nothing: transformers
+// reads a reward model's score at the last token that is another one. -1: there is none.
+void choose_special_tokens(PreferenceData& d) {
+  bool chats = false, texts = false;
+  for (const std::vector<Comparison>* all : {&d.train, &d.val})
+    for (const Comparison& c : *all) (c.is_chat() ? chats : texts) = true;
+  d.config.eos = end_token(d.tokenizer, chats);
+  const int text_end = d.tokenizer.special("<|endoftext|>");
+  const auto ends = [&](int id) { return id == d.config.eos || id == text_end; };
+  if (d.config.pad >= 0 && !ends(d.config.pad)) return;
+  d.config.pad = texts ? -1 : text_end;
+  for (const char* spare : {"<|fim_pad|>", "<|spare_0|>"})
+    if (d.tokenizer.special(spare) >= 0) d.config.pad = d.tokenizer.special(spare);
+}
+
 PreferenceData read_data(PreferenceSettings& s, const RunOptions& options) {
   PreferenceData d;
   d.source = model_dir(options.resume ? options.out : std::filesystem::path(s.model));
   d.config = load_config(d.source);
   d.tokenizer = Tokenizer::load(d.source);
-  d.config.eos = end_of_turn(d.tokenizer);
-  if (d.config.pad < 0 || d.config.pad == d.config.eos) d.config.pad = d.tokenizer.end_of_text();
   if (s.context == 0) s.context = d.config.T;
   if (s.context < 2 || s.context > d.config.T) {
     fail("--context: found ", s.context, ", expected 2 to the model's ", d.config.T);
@@ -304,16 +324,21 @@ PreferenceData read_data(PreferenceSettings& s, const RunOptions& options) {
                     std::back_inserter(d.val));
   if (s.limit > 0 && int64_t(d.train.size()) > s.limit) d.train.resize(size_t(s.limit));
   if (d.train.empty()) fail(s.data[0], ": found all of it held out, expected some to train on");
+  choose_special_tokens(d);
   return d;
 }
 
-// Fixes what was left open. `lr`: the peak that a model of 128 channels gets.
-void plan(PreferenceSettings& s, const PreferenceData& d, double lr) {
+// Fixes what was left open. `lr`: the peak that a model of 128 channels gets. Of a resumed run all
+// is fixed but the budget, if it got another.
+void plan(PreferenceSettings& s, const PreferenceData& d, Run& run, double lr) {
   check_optimizer(s.optimizer);
-  if (s.comparisons > 0) return;  // of a resumed run: all is fixed
-  check_budget(s.budget);
-  expect_not_negative("--batch", double(s.batch));
+  expect_not_negative("--limit", double(s.limit)), expect_not_negative("--batch", double(s.batch));
   expect_not_negative("--micro-batch-tokens", double(s.micro_batch_tokens));
+  expect_not_negative("--eval-every", double(s.eval_every));
+  const int64_t planned = s.comparisons;
+  if (planned > 0 && !run.options.new_budget) return;
+  check_budget(s.budget);
+  const Schedule before = make_schedule(s.optimizer, planned > 0 ? s.steps() : 1);
   const auto all = double(d.train.size());
   const double epochs = s.budget.epochs > 0 ? s.budget.epochs : 1;
   if (s.batch == 0) s.batch = std::clamp<int64_t>(int64_t(all * epochs / 40), 8, 64);
@@ -324,6 +349,9 @@ void plan(PreferenceSettings& s, const PreferenceData& d, double lr) {
   if (s.optimizer.warmup < 0) s.optimizer.warmup = std::clamp<int64_t>(s.steps() / 20, 1, 40);
   // A model of a million parameters wants hundreds of times what InstructGPT gave billions.
   if (s.optimizer.lr == 0) s.optimizer.lr = lr * std::min(1., std::pow(128. / d.config.C, 2));
+  if (planned == 0) return;
+  resumed_steps(run.state, s.budget, [&](const Budget&) { return s.steps(); });
+  note_rate(run, before, make_schedule(s.optimizer, s.steps()), peak_rate(s.optimizer));
 }
 
 void print_plan(const PreferenceSettings& s, const PreferenceData& d) {
@@ -365,15 +393,21 @@ std::vector<int> chosen_in_step(const PreferenceSettings& s, const PreferenceDat
   return chosen;
 }
 
-// The update that ends step n, whose gradients are there: adds what it did to the step's result.
-void update(Gpt& gpt, const PreferenceSettings& s, int64_t n, const Run& run, StepResult& result) {
+// The update that ends step n, which went over the chosen comparisons: the gradients are there.
+// Adds what it did to the step's result.
+void update(Gpt& gpt, const PreferenceSettings& s, const PreferenceData& d,
+            std::span<const int> chosen, int64_t n, const Run& run, StepResult& result) {
   const double loss = result.metrics.at("loss"),
                factor = make_schedule(s.optimizer, s.steps()).at(n);
   if (!std::isfinite(loss)) fail_diverged(run, format("the loss is %f", loss));
   gpt.update(optimizer_step(s.optimizer, n - run.state.moments_since, factor));
   const UpdateStats stats = gpt.stats();
-  result.metrics["grad_norm"] = stats.grad_norm;
+  for (const Packed& b : comparison_batches(d.train, chosen, s.micro_batch_tokens)) {
+    result.tokens += double(b.positions());
+    result.operations += training_operations(gpt, b.doc_starts);
+  }
   result.learning_rate = peak_rate(s.optimizer) * factor;
+  result.metrics.update({{"grad_norm", stats.grad_norm}, {"tokens", int64_t(result.tokens)}});
   result.line += format("  grad %.2f", stats.grad_norm);
   result.skipped = stats.skipped;
 }
@@ -390,30 +424,44 @@ OrderedJson state_of(const Training& t) {
 template <class Training>
 void check_state(const Training& t, const Json& saved) {
   const Json found = state_of(t);
-  if (saved.at("data_hash") != found.at("data_hash") ||
-      saved.at("val_hash") != found.at("val_hash")) {
+  for (const char* key : {"data_hash", "val_hash"}) {
+    if (json_get<uint64_t>(saved, key, "trainer_state.json") == found.at(key)) continue;
+    const bool is_old = saved.value("version", 1) < 2;
     fail(t.settings.common.data[0],
-         ": found other preferences than the run began with, expected the same files");
+         ": found other preferences than the run began with, expected the same files",
+         is_old ? " (since its version raw texts end with <|endoftext|>)" : "");
   }
   for (const auto& [name, model] : t.data.models.items()) {
-    check_model_hash(saved.at(name), model.at("hash"));
+    check_model_hash(json_get<Json>(saved, name, "trainer_state.json"), model.at("hash"));
   }
 }
 
+// What a run reads.
+std::vector<std::filesystem::path> inputs_of(const PreferenceSettings& s, const std::string& more) {
+  std::vector<std::filesystem::path> inputs = {s.model, more};
+  inputs.insert(inputs.end(), s.data.begin(), s.data.end());
+  inputs.insert(inputs.end(), s.val.begin(), s.val.end());
+  return inputs;
+}
+
 // A run of steps over the free functions of a training (RewardTraining, DpoTraining): begin, step,
-// evaluate, finish and save_options.
+// evaluate, finish and save_options. `settings`: what the flags of `app` write to.
 template <class Training, class Settings>
-int run_training(const char* stage, Settings settings, RunOptions options) {
+int run_training(CLI::App& app, const char* stage, Settings& settings, RunOptions options) {
   begin_process(options);
-  if (options.resume) settings = settings_of<Settings>(options, stage);
+  if (options.resume) {
+    resume_settings(app, settings, settings.common.budget, options,
+                    saved_settings<Settings>(options, stage, with_new_names), {"--eval-every"});
+  }
   check_inputs(settings.common);
   Training t{.settings = settings};
   Run run;
-  run.stage = stage, run.options = options;
+  run.stage = stage, run.options = std::move(options);
+  run.inputs = inputs_of(settings.common, settings.further_input());
   run.hooks = {
       .begin =
           [&](const Json* saved) {
-            begin(t, options, saved);
+            begin(t, run, saved);
             run.lr_scale = t.settings.common.optimizer.lr_scale;
             return t.settings.common.steps();
           },
@@ -490,6 +538,10 @@ struct RewardSettings {
   double margin = 0, center = 0;  // see rank_loss
   // Mean 0 and standard deviation 1 on: "training" answers, a file of answers, or "none".
   std::string normalize_on = "training";
+
+  std::string further_input() const {  // a file, or nothing
+    return normalize_on == "training" || normalize_on == "none" ? "" : normalize_on;
+  }
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(RewardSettings, common, margin, center,
                                                 normalize_on)
@@ -533,11 +585,11 @@ struct Agreement {
     return n > 0 ? sum / n : 0;
   }
 
-  void add_pair(double difference) {  // r_w - r_l
-    const double is_right = difference > 0 ? 1 : difference == 0 ? .5 : 0;
+  void add_pair(double difference) {  // r_w - r_l; NaN makes the sums NaN
+    const bool is_nan = std::isnan(difference);
+    const double is_right = is_nan ? difference : difference > 0 ? 1 : difference == 0 ? .5 : 0;
     pairs++, right += is_right, margin += difference;
-    if (std::isnan(difference)) return;
-    const double sure = sigmoid(std::abs(difference)), place = (sure - .5) * 2;
+    const double sure = sigmoid(std::abs(difference)), place = is_nan ? 0 : (sure - .5) * 2;
     Bin& bin = bins[std::min(size_t(place * double(bins.size())), bins.size() - 1)];
     bin.pairs++, bin.predicted += sure, bin.right += is_right;
   }
@@ -587,12 +639,13 @@ Spread spread_of(std::span<const float> values) {
 // ---------------------------------------------------------------------------------------------
 // A step, and an evaluation
 
-// Goes over the chosen comparisons; `train` adds their gradients.
+// Goes over the chosen comparisons; `train` adds their gradients, and nothing interrupts it.
 Agreement pass_over(Gpt& gpt, const RewardSettings& s, std::span<const Comparison> all,
                     std::span<const int> chosen, bool train) {
   const double scale = train ? 1 / double(chosen.size()) : 1;
   Agreement seen;
   for (const Packed& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
+    if (!train) stop_if_signalled();
     gpt.forward(b.batch(), train ? Pass::train : Pass::score);
     const std::span<const float> value = gpt.value();
     std::vector<float> dvalue(b.positions());
@@ -613,8 +666,6 @@ Agreement pass_over(Gpt& gpt, const RewardSettings& s, std::span<const Compariso
 StepResult step(RewardTraining& t, int64_t n, const Run& run) {
   const std::vector<int> chosen = chosen_in_step(t.settings.common, t.data, n);
   const Agreement seen = pass_over(*t.gpt, t.settings, t.data.train, chosen, true);
-  int64_t tokens = 0;
-  for (const int i : chosen) tokens += t.data.train[size_t(i)].tokens();
   const Spread spread = spread_of(seen.rewards);
   StepResult result;
   result.metrics = {{"loss", seen.mean_loss()},
@@ -624,8 +675,7 @@ StepResult step(RewardTraining& t, int64_t n, const Run& run) {
                     {"reward_std", spread.std}};
   result.line = format("loss %.4f  accuracy %3.0f%%  margin %+.3f", seen.mean_loss(),
                        100 * seen.accuracy(), seen.mean_margin());
-  update(*t.gpt, t.settings.common, n, run, result);
-  result.metrics["tokens"] = tokens;
+  update(*t.gpt, t.settings.common, t.data, chosen, n, run, result);
   return result;
 }
 
@@ -671,8 +721,8 @@ OrderedJson agreement_json(const Agreement& a) {
   return json;
 }
 
-// The inverse, without the rewards of single answers.
-Agreement agreement_of(const Json& json) {
+// The inverse, without the rewards of single answers. `where`: the file, for errors.
+Agreement agreement_of(const Json& json, const std::string& where) try {
   Agreement a;
   a.comparisons = json.at("held_out").get<int64_t>();
   a.pairs = json.at("pairs").get<int64_t>();
@@ -689,6 +739,8 @@ Agreement agreement_of(const Json& json) {
                  double(n) * bin.at("right").get<double>()};
   }
   return a;
+} catch (const Json::exception& e) {
+  fail(where, ": ", json_complaint(e));
 }
 
 // The same for people.
@@ -722,7 +774,8 @@ std::vector<std::vector<int>> read_reference_answers(const RewardSettings& s,
     JsonLines lines{Input(s.normalize_on)};
     simdjson::dom::object object;
     while (lines.next(object)) {
-      const Comparison c = make_comparison(d.tokenizer, parse_answers(object, lines), false);
+      const Comparison c =
+          make_comparison(d.tokenizer, parse_answers(object, lines), s.common.as_chat);
       for (const auto& ids : c.sequences)
         if (int(ids.size()) <= s.common.context) answers.push_back(ids);
     }
@@ -730,46 +783,71 @@ std::vector<std::vector<int>> read_reference_answers(const RewardSettings& s,
       fail(s.normalize_on, ": found no answer within the context of ", s.common.context, " tokens");
     }
   }
-  answers.resize(std::min(answers.size(), kReferenceAnswers));
-  return answers;
+  if (s.normalize_on == "none") return answers;
+  if (std::set<std::vector<int>>(answers.begin(), answers.end()).size() < 2) {
+    fail("--normalize-on ", s.normalize_on, ": found ", answers.size(),
+         " answers that are all the same, expected different ones");
+  }
+  std::vector<std::vector<int>> spread;  // over the whole file, whose parts may differ
+  const size_t n = std::min(answers.size(), kReferenceAnswers);
+  for (size_t i = 0; i < n; i++) spread.push_back(answers[i * answers.size() / n]);
+  return spread;
+}
+
+void scale_scores(RewardTraining& t, double factor) {
+  const int score = t.gpt->table().find("score");
+  std::vector<float> row(size_t(t.data.config.C));
+  t.gpt->read(score, Slot::weight, row);
+  for (float& w : row) w = float(w * factor);
+  t.gpt->write(score, Slot::weight, row);
 }
 
 // r = value / std - mean / std. The scale goes into the head's row of weights, the shift beside the
-// model. Returns what mean and standard deviation were.
-Spread normalize(RewardTraining& t) {
+// model. Returns what mean and standard deviation were. Equal scores are left as they are.
+Spread normalize(RewardTraining& t, Run& run) {
   if (t.reference_answers.empty()) return {0, 1};
   const std::vector<float> scores =
       values_at_end(*t.gpt, t.reference_answers, t.settings.common.micro_batch_tokens);
   const Spread spread = spread_of(scores);
-  if (!(spread.std > 1e-6)) {
-    fail("the reward model gives all ", scores.size(), " reference answers the score ", spread.mean,
-         ", expected some spread: --normalize-on none leaves it as it is");
+  if (spread.std <= 1e-6) {
+    run.line.note(format("all %zu reference answers have the score %g: not normalized",
+                         scores.size(), spread.mean));
+    return {0, 1};
   }
-  const int score = t.gpt->table().find("score");
-  std::vector<float> row(size_t(t.data.config.C));
-  t.gpt->read(score, Slot::weight, row);
-  for (float& w : row) w = float(w / spread.std);
-  t.gpt->write(score, Slot::weight, row);
+  scale_scores(t, 1 / spread.std);
   t.shift = -spread.mean / spread.std;
   return spread;
 }
 
-void begin(RewardTraining& t, const RunOptions& options, const Json* saved) {
+void check_settings(const RewardSettings& s) {
+  if (!(s.center >= 0)) fail("--center: found ", s.center, ", expected 0 or more");
+  if (!std::isfinite(s.margin)) fail("--margin: found ", s.margin, ", expected a number");
+}
+
+void begin(RewardTraining& t, Run& run, const Json* saved) {
   PreferenceSettings& s = t.settings.common;
-  t.data = read_data(s, options);
+  t.data = read_data(s, run.options);
   // Measured on the demo's assistant and 1,500 prompts once over: 82 % right, at 5e-4 78 %.
-  plan(s, t.data, 2e-3);
-  if (!(t.settings.center >= 0)) {
-    fail("--center: found ", t.settings.center, ", expected 0 or more");
-  }
+  plan(s, t.data, run, 2e-3);
+  check_settings(t.settings);
+  t.reference_answers = read_reference_answers(t.settings, t.data);  // an error in them shows now
   t.data.config.head = Head::scalar;
+  if (t.data.config.pad < 0) {
+    fail(t.data.source.string(), ": found no <|spare_0|> among the special tokens, expected one ",
+         "for pad_token_id: raw texts end with <|endoftext|>, where their score is read");
+  }
   print_plan(s, t.data);
   if (saved) check_state(t, *saved);
-  t.reference_answers = read_reference_answers(t.settings, t.data);  // an error in them shows now
-  t.gpt = make_gpt(t.data.config, {.device = parse_device(options.device),
-                                   .batch_tokens = int(s.micro_batch_tokens)});
-  load_weights(t.data.source, *t.gpt, {.new_score = true, .seed = s.seed});
-  if (saved) load_trainer_state(t.data.source, *t.gpt);
+  if (run.options.dry_run) return;
+  GptOptions o = gpt_options(run.options);
+  o.batch_tokens = int(s.micro_batch_tokens);
+  t.gpt = make_gpt(t.data.config, o);
+  if (!saved) return load_weights(t.data.source, *t.gpt, {.new_score = true, .seed = s.seed});
+  load_run(run, *saved, *t.gpt);
+  if (!json_get<bool>(*saved, "finished", "trainer_state.json")) return;
+  const auto path = run.options.out / "summary.json";  // its scores were normalized at the end
+  const Json from = json_get<Json>(read_json(path), "normalised_from", path.string());
+  scale_scores(t, json_get<double>(from, "std", path.string()));
 }
 
 OrderedJson finish(RewardTraining& t, Run& run) {
@@ -783,7 +861,7 @@ OrderedJson finish(RewardTraining& t, Run& run) {
     summary.update(agreement_json(a));
     run.line.note("held out: " + agreement_text(a));
   }
-  const Spread before = normalize(t);
+  const Spread before = normalize(t, run);
   summary["normalised_from"] = {{"mean", before.mean}, {"std", before.std}};
   return summary;
 }
@@ -800,33 +878,37 @@ SaveOptions save_options(const RewardTraining& t) {
 // Cross-validation: a run for each fold, whose problems it has not seen; their agreement together
 // is that on all of the data. DIR/fold-1 and on hold the runs, DIR/summary.json the whole.
 
-int run_folds(const RewardSettings& settings, RunOptions options) {
-  const int parts = settings.common.folds;
+int run_folds(CLI::App& app, RewardSettings& settings, const RunOptions& options) {
+  const RewardSettings given = settings;
+  const int parts = given.common.folds;
   if (parts < 2 || parts > 100) fail("--folds: found ", parts, ", expected 2 to 100");
-  begin_process(options);
-  check_inputs(settings.common);
   const std::filesystem::path out = options.out;
-  expect_elsewhere(out, {settings.common.model});
-  if (!options.resume && !options.overwrite) expect_new_run(out);
-  if (options.overwrite) remove_path(out);
-  std::filesystem::create_directories(out);
+  check_inputs(given.common);
+  if (options.resume && options.overwrite)
+    fail("--resume and --overwrite: found both, expected one");
+  if (!out.empty()) expect_elsewhere(out, inputs_of(given.common, given.further_input()));
+  if (!options.resume && !options.overwrite && !options.dry_run) expect_new_run(out);
   Agreement all;
   OrderedJson folds = OrderedJson::array();
   for (int fold = 1; fold <= parts; fold++) {
     RunOptions o = options;
-    o.out = out / concat("fold-", fold);
-    o.overwrite = false;
-    o.resume = std::filesystem::exists(o.out / "model/trainer_state.json");
-    if (!o.resume) remove_path(o.out);
-    RewardSettings without_fold = settings;
-    without_fold.common.fold = fold;
+    if (!out.empty()) o.out = out / concat("fold-", fold);
+    repair_checkpoint(o.out / "model");
+    o.resume = options.resume && std::filesystem::exists(o.out / "model/trainer_state.json");
+    o.overwrite = options.overwrite || (options.resume && !o.resume);
+    settings = given;
+    settings.common.fold = fold;
     std::printf("fold %d of %d\n", fold, parts);
-    if (const int status = run_training<RewardTraining>("reward", without_fold, o)) return status;
-    const Json summary = read_json(o.out / "summary.json");
+    if (const int status = run_training<RewardTraining>(app, "reward", settings, o)) return status;
+    if (options.dry_run) continue;
+    remove_path(out / "summary.json");  // of earlier folds
+    const auto path = o.out / "summary.json";
+    const Json summary = read_json(path);
     if (!summary.contains("accuracy")) fail(o.out.string(), ": found nothing held out");
-    folds.push_back(summary.at("accuracy").get<double>());
-    all.add(agreement_of(summary));
+    folds.push_back(json_get<double>(summary, "accuracy", path.string()));
+    all.add(agreement_of(summary, path.string()));
   }
+  if (options.dry_run) return 0;
   OrderedJson summary = {{"stage", "reward"}, {"folds", folds}};
   summary.update(agreement_json(all));
   write_json(out / "summary.json", summary);
@@ -887,7 +969,8 @@ KtoLoss kto_loss(double logp, double reference, bool good, double baseline, doub
   const double sign = good ? 1 : -1, s = sigmoid(sign * beta * (logp - reference - baseline));
   return {weight * (1 - s), -sign * beta * weight * s * (1 - s)};
 }
-// The KL as KTO estimates it, from l - ref of answers to other prompts: their mean, not below 0.
+// The KL as KTO estimates it, from l - ref of answers to other prompts (the paper's x_i with y_j, i
+// != j, chosen and rejected alike): their mean, not below 0. Without any it is 0.
 double kto_baseline(std::span<const double> differences) {
   double sum = 0;
   for (const double d : differences) sum += d;
@@ -902,6 +985,7 @@ struct DpoSettings {
   double lora_alpha = 32;
 
   bool of_means() const { return loss == "ipo" || loss == "orpo"; }  // log p per token, not sums
+  const std::string& further_input() const { return reference; }     // a model, or nothing
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DpoSettings, common, loss, reference, beta,
                                                 smoothing, lora, lora_alpha)
@@ -926,16 +1010,19 @@ struct DpoStats {
   double comparisons = 0, loss = 0, right = 0, margin = 0;
   double chosen = 0, rejected = 0;                // log-probabilities of answers
   double chosen_reward = 0, rejected_reward = 0;  // beta (l - l_ref)
+  std::optional<double> kl;                       // KTO's baseline
 
   OrderedJson json(const std::string& prefix = "") const {
     const double n = std::max(1., comparisons);
-    return {{prefix + "loss", loss / n},
-            {prefix + "accuracy", right / n},
-            {prefix + "margin", margin / n},
-            {prefix + "logp_chosen", chosen / n},
-            {prefix + "logp_rejected", rejected / n},
-            {prefix + "reward_chosen", chosen_reward / n},
-            {prefix + "reward_rejected", rejected_reward / n}};
+    OrderedJson json = {{prefix + "loss", loss / n},
+                        {prefix + "accuracy", right / n},
+                        {prefix + "margin", margin / n},
+                        {prefix + "logp_chosen", chosen / n},
+                        {prefix + "logp_rejected", rejected / n},
+                        {prefix + "reward_chosen", chosen_reward / n},
+                        {prefix + "reward_rejected", rejected_reward / n}};
+    if (kl) json[prefix + "kl"] = *kl;
+    return json;
   }
   std::string text() const {
     const double n = std::max(1., comparisons);
@@ -989,32 +1076,69 @@ struct DpoTraining {
   AdapterBase base;  // of adapters
 };
 
-// For KTO's estimate of KL(policy, reference): log p of the next prompt's first answer, in answer
-// to prompt i.
-AnswerLogp mismatched_logp(Gpt& gpt, std::span<const Comparison> all, size_t i, int context) {
-  const Comparison &own = all[i], &other = all[(i + 1) % all.size()];
-  const auto &a = own.sequences[0], &b = other.sequences[0];
-  std::vector<int> ids(a.begin(), a.begin() + own.prompt_length);
-  ids.insert(ids.end(), b.begin() + other.prompt_length, b.end());
-  ids.resize(std::min(ids.size(), size_t(context)));
-  Packed one;
-  one.add(0, ids, ids.size(), [&](size_t p) { return int(p) >= own.prompt_length; });
-  gpt.forward(one.batch(), Pass::score);
-  return answer_logps(gpt.logp(), one)[0];
+// Gives each comparison an answer to another prompt; chosen and rejected ones take turns. In an
+// order by problem, the comparison as many places further on as the most frequent problem fills is
+// of another problem, and each comparison serves once.
+void match_with_other_prompts(std::span<Comparison> all) {
+  std::vector<int> order = all_of(all);
+  std::ranges::stable_sort(order, {}, [&](int i) { return all[size_t(i)].problem; });
+  const auto at = [&](size_t place) -> Comparison& {
+    return all[size_t(order[place % order.size()])];
+  };
+  size_t most = 0;  // places that one problem fills
+  for (size_t place = 0, begin = 0; place < order.size(); place++) {
+    if (at(place).problem != at(begin).problem) begin = place;
+    most = std::max(most, place + 1 - begin);
+  }
+  for (size_t place = 0; place < order.size(); place++) {
+    const Comparison& other = at(place + most);
+    if (other.problem == at(place).problem) continue;  // it fills more than half
+    at(place).mismatch = {order[(place + most) % order.size()], place % other.sequences.size()};
+  }
 }
 
-// Goes over the chosen comparisons; `train` adds their gradients.
+// The numbers of those of the chosen comparisons that have a mismatch, and its log p under `gpt`.
+std::vector<std::pair<int, AnswerLogp>> mismatched_logps(Gpt& gpt, const PreferenceSettings& s,
+                                                         std::span<const Comparison> all,
+                                                         std::span<const int> chosen) {
+  std::vector<Packed> batches;
+  for (const int number : chosen) {
+    const Comparison& own = all[size_t(number)];
+    if (own.mismatch.comparison < 0) continue;
+    const Comparison& other = all[size_t(own.mismatch.comparison)];
+    const size_t k = own.mismatch.answer, prompt = size_t(own.prompt_length);
+    const auto &a = own.sequences[0], &b = other.sequences[k];
+    std::vector<int> ids(a.begin(), a.begin() + own.prompt_length);
+    ids.insert(ids.end(), b.begin() + other.prompt_length, b.end());
+    ids.resize(std::min(ids.size(), size_t(s.context)));
+    batch_with_room(batches, int64_t(ids.size()), s.micro_batch_tokens)
+        .add(number, ids, ids.size(), [&](size_t p) {
+          return p >= prompt &&
+                 (!other.is_chat() || other.written[k][p - prompt + size_t(other.prompt_length)]);
+        });
+  }
+  std::vector<std::pair<int, AnswerLogp>> logps;
+  for (const Packed& b : batches) {
+    gpt.forward(b.batch(), Pass::score);
+    const std::vector<AnswerLogp> of_batch = answer_logps(gpt.logp(), b);
+    for (size_t i = 0; i < of_batch.size(); i++) logps.emplace_back(b.members[i], of_batch[i]);
+  }
+  return logps;
+}
+
+// Goes over the chosen comparisons; `train` adds their gradients, and nothing interrupts it.
 DpoStats pass_over(Gpt& gpt, const DpoSettings& s, std::span<const Comparison> all,
                    std::span<const int> chosen, bool train) {
   std::vector<double> differences;
-  for (const int i : chosen) {
-    if (s.loss != "kto") break;
-    const AnswerLogp logp = mismatched_logp(gpt, all, size_t(i), s.common.context);
-    differences.push_back(logp.sum - all[size_t(i)].mismatched.sum);
+  if (s.loss == "kto") {
+    for (const auto& [i, logp] : mismatched_logps(gpt, s.common, all, chosen))
+      differences.push_back(logp.sum - all[size_t(i)].mismatch.reference.sum);
   }
   const double kl = kto_baseline(differences), scale = 1. / double(chosen.size());
   DpoStats seen;
+  if (s.loss == "kto") seen.kl = kl;
   for (const Packed& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
+    if (!train) stop_if_signalled();
     gpt.forward(b.batch(), train ? Pass::train : Pass::score);
     const std::vector<AnswerLogp> logps = answer_logps(gpt.logp(), b);
     std::vector<float> dlogp(b.tokens.size());
@@ -1037,13 +1161,13 @@ StepResult step(DpoTraining& t, int64_t n, const Run& run) {
   const std::vector<int> chosen = chosen_in_step(t.settings.common, t.data, n);
   const DpoStats seen = pass_over(*t.gpt, t.settings, t.data.train, chosen, true);
   StepResult result{.metrics = seen.json(), .line = seen.text()};
-  update(*t.gpt, t.settings.common, n, run, result);
+  update(*t.gpt, t.settings.common, t.data, chosen, n, run, result);
   return result;
 }
 
-DpoStats evaluate(DpoTraining& t, int64_t n, Run& run) {
+DpoStats evaluate(DpoTraining& t, int64_t n, Run& run, const char* kind = "eval") {
   const DpoStats seen = pass_over(*t.gpt, t.settings, t.data.val, all_of(t.data.val), false);
-  run.write_metrics("eval", n, seen.json("val_"));
+  run.write_metrics(kind, n, seen.json("val_"));
   run.line.note(format("step %lld  held out: %s", (long long)n, seen.text().c_str()));
   return seen;
 }
@@ -1058,6 +1182,7 @@ std::vector<std::vector<AnswerLogp>> logps_of(Gpt* gpt, std::span<const Comparis
   for (const Comparison& c : all) logps.emplace_back(c.sequences.size());
   if (!gpt) return logps;
   for (const Packed& b : comparison_batches(all, all_of(all), micro_batch_tokens)) {
+    stop_if_signalled();
     gpt->forward(b.batch(), Pass::score);
     const std::vector<AnswerLogp> of_batch = answer_logps(gpt->logp(), b);
     for (size_t i = 0; i < of_batch.size();) {
@@ -1068,34 +1193,43 @@ std::vector<std::vector<AnswerLogp>> logps_of(Gpt* gpt, std::span<const Comparis
 }
 
 // A language model to score with; none in no directory.
-std::unique_ptr<Gpt> load_scorer(const std::filesystem::path& dir, Device device) {
+std::unique_ptr<Gpt> load_scorer(const std::filesystem::path& dir, GptOptions options) {
   if (dir.empty()) return nullptr;
-  auto gpt =
-      make_gpt(load_config_with_head(dir, Head::lm), {.device = device, .mode = Mode::inference});
+  options.mode = Mode::inference;
+  auto gpt = make_gpt(load_config_with_head(dir, Head::lm), options);
   load_weights(dir, *gpt);
   return gpt;
 }
 
-// With adapters, the reference is the policy without them; else a model of its own, which goes when
-// its log-probabilities are known.
-void load_references(DpoTraining& t, const std::filesystem::path& dir, Device device) {
-  const bool adapters = t.settings.lora > 0;
+// With --lora the reference is the policy as training begins with it, adapters of `dir` included;
+// else a model of its own, which goes when its log-probabilities are known.
+void load_references(DpoTraining& t, const std::filesystem::path& dir, const RunOptions& options) {
+  const PreferenceSettings& s = t.settings.common;
   std::unique_ptr<Gpt> own;
-  if (adapters) {
-    t.gpt->use_adapters(false);
-  } else if (t.settings.loss != "orpo") {
-    own = load_scorer(dir, device);
-  }
-  Gpt* reference = adapters ? t.gpt.get() : own.get();
+  if (t.settings.lora == 0 && t.settings.loss != "orpo")
+    own = load_scorer(dir, gpt_options(options));
+  Gpt* reference = t.settings.lora > 0 ? t.gpt.get() : own.get();
   for (std::vector<Comparison>* all : {&t.data.train, &t.data.val}) {
-    const auto logps = logps_of(reference, *all, t.settings.common.micro_batch_tokens);
-    for (size_t i = 0; i < all->size(); i++) {
-      (*all)[i].reference = logps[i];
-      if (t.settings.loss != "kto") continue;
-      (*all)[i].mismatched = mismatched_logp(*reference, *all, i, t.settings.common.context);
+    const auto logps = logps_of(reference, *all, s.micro_batch_tokens);
+    for (size_t i = 0; i < all->size(); i++) (*all)[i].reference = logps[i];
+    if (t.settings.loss != "kto") continue;
+    match_with_other_prompts(*all);
+    for (const auto& [i, logp] : mismatched_logps(*reference, s, *all, all_of(*all)))
+      (*all)[size_t(i)].mismatch.reference = logp;
+  }
+}
+
+// What a reference other than --model must have in common with the policy.
+void check_reference(const DpoTraining& t, const std::filesystem::path& dir) {
+  expect_same_vocabulary(dir, t.data.tokenizer, t.data.source);
+  const int context = load_config_with_head(dir, Head::lm).T;
+  for (const std::vector<Comparison>* all : {&t.data.train, &t.data.val}) {
+    for (const Comparison& c : *all) {
+      if (c.longest() <= context) continue;
+      fail("--reference ", dir.string(), ": found a context of ", context, ", and an answer of ",
+           c.longest(), " tokens with its prompt: --context ", context, " drops longer ones");
     }
   }
-  if (adapters) t.gpt->use_adapters(true);
 }
 
 void check_settings(const DpoSettings& s) {
@@ -1110,17 +1244,18 @@ void check_settings(const DpoSettings& s) {
     fail("--label-smoothing: found with --loss ", s.loss, ", expected dpo");
   }
   if (s.lora < 0) fail("--lora: found ", s.lora, ", expected a rank");
+  if (!(s.lora_alpha > 0)) fail("--lora-alpha: found ", s.lora_alpha, ", expected above 0");
   if (s.lora > 0 && !s.reference.empty()) {
-    fail("--reference: found with --lora, whose reference is the model without its adapters");
+    fail("--reference: found with --lora, whose reference is the model that training begins with");
   }
 }
 
-void begin(DpoTraining& t, const RunOptions& options, const Json* saved) {
+void begin(DpoTraining& t, Run& run, const Json* saved) {
   PreferenceSettings& s = t.settings.common;
   const int lora = t.settings.lora;
   check_settings(t.settings);
-  t.data = read_data(s, options);
-  plan(s, t.data, lora > 0 ? 1e-3 : 1e-4);
+  t.data = read_data(s, run.options);
+  plan(s, t.data, run, lora > 0 ? 1e-3 : 1e-4);
   if (t.data.config.head != Head::lm) {
     fail(t.data.source.string(), ": has a scalar head, expected a language model");
   }
@@ -1130,16 +1265,22 @@ void begin(DpoTraining& t, const RunOptions& options, const Json* saved) {
     }
   }
   const auto reference = model_dir(t.settings.reference.empty() ? s.model : t.settings.reference);
+  if (!t.settings.reference.empty()) check_reference(t, reference);
   t.data.models["reference"] = {{"path", reference.string()}, {"hash", model_hash(reference)}};
   print_plan(s, t.data);
   if (saved) check_state(t, *saved);
-  GptOptions o{.device = parse_device(options.device), .batch_tokens = int(s.micro_batch_tokens)};
+  if (run.options.dry_run) return;
+  GptOptions o = gpt_options(run.options);
+  o.batch_tokens = int(s.micro_batch_tokens);
   if (lora > 0) o.lora = {lora, float(t.settings.lora_alpha)};
   t.gpt = make_gpt(t.data.config, o);
-  load_weights(t.data.source, *t.gpt, {.seed = s.seed});
-  if (lora > 0) t.base = adapter_base(t.data.source);
-  if (saved) load_trainer_state(t.data.source, *t.gpt);
-  load_references(t, reference, o.device);
+  if (lora > 0) {
+    t.base = adapter_base(t.data.source);
+    load_weights(reference, *t.gpt, {.seed = s.seed});
+  }
+  load_references(t, reference, run.options);
+  if (saved) return load_run(run, *saved, *t.gpt);
+  if (lora == 0) load_weights(t.data.source, *t.gpt);
 }
 
 OrderedJson finish(DpoTraining& t, Run& run) {
@@ -1148,7 +1289,7 @@ OrderedJson finish(DpoTraining& t, Run& run) {
       {"prompts", int64_t(t.data.train.size())},
       {"held_out", int64_t(t.data.val.size())},
       {"epochs", double(t.settings.common.comparisons) / double(t.data.train.size())}};
-  if (!t.data.val.empty()) summary.update(evaluate(t, run.state.step, run).json("val_"));
+  if (!t.data.val.empty()) summary.update(evaluate(t, run.state.step, run, "final").json("val_"));
   return summary;
 }
 
@@ -1176,10 +1317,14 @@ DpoSettings implicit_reward_of(const std::filesystem::path& dir, const ScoreOpti
   const auto path = dir / "trainer_state.json";
   const Json state = std::filesystem::exists(path) ? read_json(path) : Json::object();
   if (state.value("stage", "") == "dpo") {
-    s.loss = state.at("settings").at("loss"), s.beta = state.at("settings").at("beta");
+    const std::string where = path.string();
+    const auto settings = json_get<Json>(state, "settings", where);
+    s.loss = json_get<std::string>(settings, "loss", where + ": settings");
+    s.beta = json_get<double>(settings, "beta", where + ": settings");
     if (s.reference.empty() && s.loss != "orpo") {
-      s.reference = state.at("reference").at("path");
-      check_model_hash(state.at("reference"), model_hash(model_dir(s.reference)));
+      const auto reference = json_get<Json>(state, "reference", where);
+      s.reference = json_get<std::string>(reference, "path", where + ": reference");
+      check_model_hash(reference, model_hash(model_dir(s.reference)));
     }
   } else if (s.reference.empty()) {
     fail("--reference: missing, expected the model that the training of ", dir.string(),
@@ -1195,8 +1340,10 @@ DpoSettings implicit_reward_of(const std::filesystem::path& dir, const ScoreOpti
 std::vector<float> implicit_rewards(const DpoSettings& s, const std::filesystem::path& policy,
                                     Device device, std::span<const Comparison> all) {
   constexpr int64_t kMicroBatchTokens = 4096;
-  const auto logps = logps_of(load_scorer(policy, device).get(), all, kMicroBatchTokens);
-  const auto refs = logps_of(load_scorer(s.reference, device).get(), all, kMicroBatchTokens);
+  const auto logps =
+      logps_of(load_scorer(policy, {.device = device}).get(), all, kMicroBatchTokens);
+  const auto refs =
+      logps_of(load_scorer(s.reference, {.device = device}).get(), all, kMicroBatchTokens);
   std::vector<float> rewards;
   for (size_t i = 0; i < all.size(); i++) {
     for (size_t k = 0; k < logps[i].size(); k++) {
@@ -1222,10 +1369,7 @@ int run_score(const ScoreOptions& o) {
   if (config.head == Head::lm) dpo = implicit_reward_of(dir, o);
   if (!dpo.reference.empty()) {
     context = std::min(context, load_config(dpo.reference).T);
-    if (Tokenizer::load(dpo.reference).hash() != tokenizer.hash()) {
-      fail(dpo.reference, ": found another vocabulary than that of ", dir.string(),
-           ", expected the same");
-    }
+    expect_same_vocabulary(dpo.reference, tokenizer, dir);
   }
 
   std::vector<OrderedJson> records;
@@ -1369,9 +1513,9 @@ int main_reward(int argc, char** argv) {
                    renamed)) {
     return 0;
   }
-  if (*train && reward.common.folds != 0) return run_folds(reward, options);
-  if (*train) return run_training<RewardTraining>("reward", reward, options);
-  if (*direct) return run_training<DpoTraining>("dpo", dpo, options);
+  if (*train && reward.common.folds != 0) return run_folds(*train, reward, options);
+  if (*train) return run_training<RewardTraining>(*train, "reward", reward, options);
+  if (*direct) return run_training<DpoTraining>(*direct, "dpo", dpo, options);
   return run_score(score);
 }
 

@@ -18,6 +18,9 @@
 // the rest. Read `ppo_step` and `grpo_step`: each stands below its objectives. The functions that
 // both call are declared above them and defined below them.
 //
+// Every rollout is a line of RUN/rollouts.jsonl: what was asked and answered, its rewards and its
+// advantage. Reading them is how one finds out what a reward rewards.
+//
 // All log-probabilities belong to one distribution: rollouts are sampled at the temperature at
 // which they are scored, without top-k, top-p or penalties, and those of the policy at sampling
 // (l_old), of the reference (l_ref) and of the policy in training (l) come from the same forward
@@ -33,6 +36,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -130,7 +134,8 @@ struct RolloutOptions {
   int tool_tokens = 256;           // ids that tools may insert in a rollout
   int rows = 64;                   // decoded at once
   float temperature = 1;
-  std::vector<std::string> stops;  // strings that end a raw text's continuation; none: fixed length
+  std::vector<std::string> stops;  // that end a raw text's continuation, as its
+                                   // document separator does; none: --max-tokens do too
   int64_t cache_bytes = int64_t(2) << 30;
 };
 
@@ -176,13 +181,18 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(PpoSettings, critic, critic_lr, 
 struct RlState {
   int64_t updates = 0, critic_updates = 0;
   double beta = 0;
-  int equal_in_a_row = 0;  // steps in which all rewards were equal
-  int kl_evaluations = 0;  // of --eval-at-kl, done
+  int equal_in_a_row = 0;    // steps in which all rewards were equal
+  int kl_evaluations = 0;    // of --eval-at-kl, done
+  std::string stopped;       // why the run ends before its last step; empty: it does not
+  bool left_budget = false;  // the KL is above --kl-budget
+  int64_t within_step = -1;  // of the last weights whose KL was within it; -1: none yet
+  double within_kl = 0;      // theirs
   int64_t failed = 0, no_variance = 0, groups = 0, truncated = 0, rollouts = 0, tokens = 0;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(RlState, updates, critic_updates, beta,
-                                                equal_in_a_row, kl_evaluations, failed, no_variance,
-                                                groups, truncated, rollouts, tokens)
+                                                equal_in_a_row, kl_evaluations, stopped,
+                                                left_budget, within_step, within_kl, failed,
+                                                no_variance, groups, truncated, rollouts, tokens)
 
 // ---------------------------------------------------------------------------------------------
 // What a step has done
@@ -273,8 +283,14 @@ std::vector<float> reference_logp(const Experience& x, std::span<const int> roll
                                   const StepSettings& s, Models& models);
 double kl_of(const Experience& x, size_t rollout);  // sum of l_old - l_ref: the k1 estimator
 double mean_kl(const Experience& x, std::span<const int> rollouts);
-// False where the rewards are all equal, or the policy has left the KL budget.
-bool can_learn(const Step& step, const StepSettings& kl);
+// Of these rollouts, which the policy as it is has sampled: over prompts, of a prompt's mean.
+MeanAndSpread kl_by_prompt(std::span<const Rollout> rollouts, const StepSettings& s,
+                           Models& models);
+// True where the KL or the entropy is a part of what is maximised: then a step teaches something
+// even if all its rewards are equal.
+bool has_kl_or_entropy(const StepSettings& s) { return s.beta > 0 || s.entropy > 0; }
+// False where there is nothing to learn from, or the policy has left the KL budget.
+bool can_learn(const Step& step, const StepSettings& s);
 
 // The rollouts of each update of step n: the trained ones in `minibatches` parts, `epochs` times.
 std::vector<std::vector<int>> minibatches(Experience& x, const StepSettings& s, int64_t n);
@@ -438,9 +454,9 @@ ValueLoss<T> clipped_value(In<T> value, In<T> old_value, In<T> returns, In<T> we
     if (weights[t] == 0) continue;
     const double w = weights[t], error = double(value[t]) - returns[t];
     const double step = double(value[t]) - old_value[t];
-    const double held =
-        clip > 0 ? old_value[t] + std::clamp(step, -clip, clip) - returns[t] : error;
-    const bool clipped = !(held * held <= error * error);  // and then the loss does not follow v
+    const bool outside = clip > 0 && !(std::abs(step) <= clip);
+    const double held = outside ? old_value[t] + std::clamp(step, -clip, clip) - returns[t] : error;
+    const bool clipped = outside && !(held * held <= error * error);  // the loss does not follow v
     out.loss += .5 * w * (clipped ? held * held : error * error);
     out.dvalue[t] = T(clipped ? 0 * held : w * error);
     out.count++;
@@ -510,7 +526,8 @@ Step ppo_step(int64_t n, const StepSettings& s, const PpoSettings& ppo, Prompts&
 //
 // A step samples several rollouts of each prompt, a group. All tokens of a rollout have one
 // advantage, which compares its reward with those of its group: no critic is needed. Where all
-// rewards of a group are equal, nothing can be learned from it.
+// rewards of a group are equal, it teaches the policy nothing, but for the KL and the entropy in
+// the loss.
 
 enum class GroupMethod {
   centered_token_mean,  // r - mean; every token of the step has the same weight
@@ -555,8 +572,8 @@ bool has_variance(std::span<const double> rewards) {
 
 bool varies(std::span<const Rollout> group) { return has_variance(rewards_of(group)); }
 
-// The rollouts of step n with their rewards. With `resample`, groups without variance are replaced
-// by those of other prompts while rounds are left (Yu et al. 2025).
+// The rollouts of step n with their rewards. With `resample`, groups whose rewards are all equal
+// are replaced by those of other prompts while rounds are left (Yu et al. 2025).
 void sample_groups(Step& step, int64_t n, const StepSettings& s, const GrpoSettings& grpo,
                    Prompts& prompts, const RolloutOptions& options, const Rewards& rewards,
                    Models& models) {
@@ -617,26 +634,28 @@ std::vector<double> token_weights(GroupMethod method, std::span<const int> lengt
   return weights;
 }
 
-// The step's (N) advantages and weights, from each group's rewards. Returns the groups without
-// variance, which get weight 0. `kl_price`: of a response's KL, in its reward (RLOO).
+// The step's (N) advantages and weights, from each group's rewards. Returns the number of groups
+// without variance: their advantages are 0, and their weights too, unless `has_other_terms`: the
+// KL and the entropy of their tokens are in the loss. `kl_price`: of a response's KL, in its reward
+// (RLOO).
 int64_t group_by_group(Experience& x, std::span<const Rollout> rollouts, int group_size,
-                       GroupMethod method, int max_length, double kl_price) {
+                       GroupMethod method, int max_length, double kl_price, bool has_other_terms) {
   std::vector<int> lengths;
   for (const Rollout& r : rollouts) lengths.push_back(r.counts ? r.length : 0);
   const std::vector<double> each = token_weights(method, lengths, max_length);
   x.advantage.assign(x.mask.size(), 0), x.weight.assign(x.mask.size(), 0);
   int64_t without_variance = 0;
   for (size_t begin = 0; begin < rollouts.size(); begin += size_t(group_size)) {
-    if (!varies(rollouts.subspan(begin, size_t(group_size)))) {
-      without_variance++;
-      continue;
-    }
     std::vector<size_t> members;
     std::vector<double> rewards;
     for (size_t i = begin; i < begin + size_t(group_size); i++) {
       if (!rollouts[i].counts) continue;
       members.push_back(i);
       rewards.push_back(rollouts[i].reward - (kl_price > 0 ? kl_price * kl_of(x, i) : 0));
+    }
+    if (!has_variance(rewards)) {
+      without_variance++;
+      if (!has_other_terms) continue;
     }
     const std::vector<double> advantages = group_advantages(rewards, method);
     for (size_t k = 0; k < members.size(); k++) {
@@ -731,8 +750,8 @@ Step grpo_step(int64_t n, const StepSettings& s, const GrpoSettings& grpo, Promp
   if (!can_learn(step, s)) return step;
 
   // Advantages: how much better than its group an answer was.
-  step.without_variance =
-      group_by_group(x, step.rollouts, grpo.group, method, options.max_tokens, kl_price_in_reward);
+  step.without_variance = group_by_group(x, step.rollouts, grpo.group, method, options.max_tokens,
+                                         kl_price_in_reward, kl_price_in_loss > 0 || s.entropy > 0);
 
   // Update the policy, a minibatch at a time.
   for (const std::vector<int>& minibatch : minibatches(x, s, n)) {
@@ -767,12 +786,17 @@ Step grpo_step(int64_t n, const StepSettings& s, const GrpoSettings& grpo, Promp
 // =============================================================================================
 // The pieces: prompts
 
+// How a line of a prompts file is asked.
+struct PromptForm {
+  std::string form;                // a text with {question} in place of the chat template
+  std::vector<std::string> tools;  // declared to every question
+  std::string system;              // the system message of chats that have none
+  bool as_chat = false;            // a "prompt" that is a string is a user's message
+};
+
 // {"question", "answer"}, {"messages"}, or {"prompt"}: a string (a text to continue) or messages.
-// `form`: a text with {question} in place of the chat template. `tools`: declared to every
-// question.
 Prompt parse_prompt(simdjson::dom::object object, const std::string& where,
-                    const Tokenizer& tokenizer, const std::string& form,
-                    const std::vector<std::string>& tools = {}) {
+                    const Tokenizer& tokenizer, const PromptForm& how) {
   simdjson::dom::element e;
   const auto has = [&](const char* key) { return !object.at_key(key).get(e); };
   const auto string_of = [&](const char* key) {
@@ -782,24 +806,27 @@ Prompt parse_prompt(simdjson::dom::object object, const std::string& where,
   };
   Prompt p;
   p.line = Json::parse(simdjson::minify(object)), p.where = where;
-  if (has("answer")) p.answer = e.is_string() ? string_of("answer") : simdjson::minify(e);
+  if (has("answer") && !e.is_null()) {
+    p.answer = e.is_string() ? string_of("answer") : simdjson::minify(e);
+  }
   if (has("rubric")) p.rubric = parse_rubric(p.line.at("rubric"), where + ": rubric");
   Conversation chat;
   if (has("question")) {
     p.question = string_of("question");
     if (p.question.empty()) fail(where, ": question: found nothing, expected text");
-    chat = {{{"user", p.question, {}}}, tools};
+    chat = {{{"user", p.question, {}}}, how.tools};
   } else if (has("messages")) {
     chat = parse_conversation(object, where);
   } else if (has("prompt") && e.is_string()) {
-    p.question = string_of("prompt"), p.raw = true;
+    p.question = string_of("prompt"), p.raw = !how.as_chat;
+    if (how.as_chat) chat = {{{"user", p.question, {}}}, how.tools};
   } else if (has("prompt")) {
     chat.messages = preferences::messages_of(e, where + ": prompt");
   } else {
     fail(where, ": found neither \"question\", \"messages\" nor \"prompt\"");
   }
-  if (!form.empty()) {
-    std::string text = form_text(form);
+  if (!how.form.empty()) {
+    std::string text = form_text(how.form);
     const size_t place = text.find("{question}");
     if (place == std::string::npos) fail("--form: found no {question} in it");
     if (p.question.empty()) p.question = chat.messages.back().content;
@@ -808,6 +835,9 @@ Prompt parse_prompt(simdjson::dom::object object, const std::string& where,
   } else if (p.raw) {
     p.ids = prompt_ids(tokenizer, p.question);
   } else {
+    if (!how.system.empty() && chat.messages.front().role != "system") {
+      chat.messages.insert(chat.messages.begin(), {"system", how.system, {}});
+    }
     check_conversation(chat, where, true);
     if (p.question.empty()) p.question = chat.messages.back().content;
     p.tools = !chat.tools.empty();
@@ -818,8 +848,7 @@ Prompt parse_prompt(simdjson::dom::object object, const std::string& where,
 
 // Of every line, except those that leave no room for an answer of `max_tokens` in the context.
 std::vector<Prompt> read_prompts(const std::vector<std::string>& paths, const Tokenizer& tokenizer,
-                                 const std::string& form, const std::vector<std::string>& tools,
-                                 int context, int max_tokens) {
+                                 const PromptForm& how, int context, int max_tokens) {
   std::vector<Prompt> prompts;
   int64_t read = 0;
   for (const std::string& path : paths) {
@@ -827,7 +856,7 @@ std::vector<Prompt> read_prompts(const std::vector<std::string>& paths, const To
     simdjson::dom::object object;
     while (lines.next(object)) {
       read++;
-      prompts.push_back(parse_prompt(object, lines.where(), tokenizer, form, tools));
+      prompts.push_back(parse_prompt(object, lines.where(), tokenizer, how));
       if (int(prompts.back().ids.size()) + max_tokens > context) prompts.pop_back();
     }
   }
@@ -836,6 +865,34 @@ std::vector<Prompt> read_prompts(const std::vector<std::string>& paths, const To
          " tokens within the context of ", context, ", among ", read, " lines");
   }
   return prompts;
+}
+
+uint64_t hash_of(std::span<const int> ids) {
+  uint64_t h = mix64(0x5f7);
+  for (const int id : ids) h = mix64(h ^ uint64_t(id));
+  return h;
+}
+// Of everything that a prompt brings into a run: its ids, its tools, the line that judges read.
+uint64_t hash_of(std::span<const Prompt> prompts) {
+  uint64_t h = prompts.size();
+  for (const Prompt& p : prompts) {
+    h = mix64(h, hash_of(std::span(p.ids)), hash64(p.line.dump()) + p.tools);
+  }
+  return h;
+}
+
+// Moves the share `fraction` of the prompts to `held_out`, equal ones together.
+void hold_out(std::vector<Prompt>& prompts, double fraction, std::vector<Prompt>& held_out) {
+  const auto stays = [&](const Prompt& p) {
+    return uniform01(hash_of(std::span(p.ids))) >= fraction;
+  };
+  const auto middle = std::stable_partition(prompts.begin(), prompts.end(), stays);
+  held_out.assign(std::move_iterator(middle), std::move_iterator(prompts.end()));
+  prompts.erase(middle, prompts.end());
+  if (prompts.empty() || held_out.empty()) {
+    fail("--val-fraction: found ", fraction, ", which leaves ", prompts.size(),
+         " prompts and holds ", held_out.size(), " out, expected some of both");
+  }
 }
 
 struct Prompts {
@@ -876,14 +933,11 @@ Request rollout_request(const Prompt& p, const RolloutOptions& o, uint64_t seed,
   Request r{.prompt = p.ids, .max_new = std::min(o.max_tokens, context - int(p.ids.size()))};
   r.sampling.temperature = o.temperature;  // and nothing else: what is scored is what is sampled
   r.sampling.seed = seed;
-  if (!p.raw) {
-    r.stop_ids = {end_of_turn(*o.tokenizer)};
-    if (o.tokenizer->special("<|endoftext|>") >= 0) {
-      r.stop_ids.push_back(o.tokenizer->end_of_text());
-    }
-  } else if (!o.stops.empty()) {
-    r.stop_ids = {o.tokenizer->end_of_text()};
+  r.stop_ids = {end_token(*o.tokenizer, !p.raw)};
+  if (p.raw) {
     r.stop_strings = o.stops;
+  } else if (o.tokenizer->special("<|endoftext|>") >= 0) {
+    r.stop_ids.push_back(o.tokenizer->end_of_text());
   }
   if (p.tools) {
     r.max_inserted = o.tool_tokens;
@@ -907,6 +961,18 @@ Rollout make_rollout(const Prompt& p, int group, Completion c, const RolloutOpti
   return r;
 }
 
+// The most tokens that an answer to the prompt may have, the prompt among them.
+int64_t longest_answer(const Prompt& p, const RolloutOptions& o) {
+  return int64_t(p.ids.size()) + o.max_tokens + (p.tools ? o.tool_tokens : 0);
+}
+// For answers of up to `longest` tokens, `all` in number.
+GeneratorOptions rollout_generator(const RolloutOptions& o, const Config& c, int64_t longest,
+                                   int all) {
+  GeneratorOptions options{.rows = std::min(o.rows, all)};
+  options.cache_positions = cache_positions(c, options.rows, longest, o.cache_bytes);
+  return options;
+}
+
 // A draw is a function of the seed, the prompt's place, the copy and the position alone.
 std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
                               std::span<const Prompt* const> prompts, int copies, uint64_t seed) {
@@ -914,21 +980,17 @@ std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
   Gpt& gpt = *models.policy;
   const int all = int(prompts.size()) * copies;
   int64_t longest = 1;
-  for (const Prompt* p : prompts) {
-    longest =
-        std::max(longest, int64_t(p->ids.size()) + o.max_tokens + (p->tools ? o.tool_tokens : 0));
-  }
-  GeneratorOptions options{.rows = std::min(o.rows, all)};
-  options.cache_positions = cache_positions(gpt.config(), options.rows, longest, o.cache_bytes);
+  for (const Prompt* p : prompts) longest = std::max(longest, longest_answer(*p, o));
   Generator generator(
-      gpt, [&](int id) { return o.tokenizer->token_bytes(id); }, options);
+      gpt, [&](int id) { return o.tokenizer->token_bytes(id); },
+      rollout_generator(o, gpt.config(), longest, all));
   for (size_t i = 0; i < prompts.size(); i++) {
     for (int k = 0; k < copies; k++) {
       generator.submit(
           rollout_request(*prompts[i], o, mix64(seed, i, uint64_t(k)), gpt.config().T));
     }
   }
-  generator.run();
+  while (generator.step()) stop_if_signalled();
   std::vector<Rollout> rollouts;
   for (int n = 0; n < all; n++) {
     rollouts.push_back(make_rollout(*prompts[size_t(n / copies)], n / copies, generator.pop(n), o));
@@ -944,29 +1006,38 @@ struct RewardSpec {
   std::string name, argument;
   double weight = 1;
 
-  std::string label() const {  // in metrics
-    return argument.empty() || name == "command" ? name : name + ":" + argument;
-  }
+  bool is_program() const { return name == "command" || name == "check"; }
 };
 struct RewardFunction {
   RewardSpec spec;
   bool is_pass_fail = false;  // 1 is right, 0 wrong: what pass@k counts
   std::function<std::vector<float>(std::span<const Rollout>)> score;  // NaN: failed
+  std::function<void(const Problem&)> check_problem, try_out;         // see Verifier
+  std::string label;                                                  // in metrics
 };
 struct Rewards {
   std::vector<RewardFunction> functions;
+  int verifier = -1;  // the function of the largest weight, if it is pass or fail; -1: it is not
   std::optional<RewardFunction> gold;                // judges held-out answers, is never trained on
   std::vector<std::shared_ptr<RewardModel>> models;  // all that are loaded
   std::string truncated = "penalise";                // answers that were cut off: see --truncated
   double truncated_reward = 0;
 };
 
+// The number that is the whole text; NaN: it is none.
+double parse_number(std::string_view text) {
+  double x = 0;
+  const char* end = text.data() + text.size();
+  const auto read = std::from_chars(text.data(), end, x);
+  const bool is_number = read.ec == std::errc() && read.ptr == end && std::isfinite(x);
+  return is_number ? x : std::numeric_limits<double>::quiet_NaN();
+}
+
 RewardSpec parse_reward(std::string text) {
   RewardSpec spec;
   if (const size_t star = text.find('*'); star != std::string::npos && star < text.find(':')) {
-    const char* end = text.data() + star;
-    const auto read = std::from_chars(text.data(), end, spec.weight);
-    if (read.ec != std::errc() || read.ptr != end || !std::isfinite(spec.weight)) {
+    spec.weight = parse_number(text.substr(0, star));
+    if (std::isnan(spec.weight)) {
       fail("--reward ", text, ": found weight \"", text.substr(0, star), "\", expected a number");
     }
     text.erase(0, star + 1);
@@ -986,8 +1057,9 @@ struct RewardContext {
 };
 
 // What a reward model reads of a rollout, within its context.
-std::vector<int> ids_to_score(const Rollout& r, int end, int context) {
-  std::vector<int> ids = with_end_of_turn(r.ids, end);
+std::vector<int> ids_to_score(const Rollout& r, const Tokenizer& tokenizer, int context) {
+  const int end = end_token(tokenizer, !r.prompt->raw);
+  std::vector<int> ids = with_end(r.ids, end);
   if (int(ids.size()) > context) ids.resize(size_t(context)), ids.back() = end;
   return ids;
 }
@@ -998,22 +1070,24 @@ RewardFunction model_reward(const RewardSpec& spec, const RewardContext& context
   const auto model = std::make_shared<RewardModel>(spec.argument, context.device);
   model->check_tokenizer(context.tokenizer, context.policy_dir);
   models.push_back(model);
-  const int end = end_of_turn(context.tokenizer), T = model->gpt().config().T;
+  const int T = model->gpt().config().T;
   // A score is the log-odds of a label unless it was moved to mean 0.
   const bool probability = spec.name == "probability";
   if (probability && model->shifted()) {
     fail("--reward probability: ", spec.argument, ": its scores were normalised, expected ",
          "./reward train --normalise-on none");
   }
-  return {spec, false, [model, end, T, probability](std::span<const Rollout> rollouts) {
-            std::vector<std::vector<int>> sequences;
-            for (const Rollout& r : rollouts) sequences.push_back(ids_to_score(r, end, T));
-            std::vector<float> scores = model->score(sequences);
-            if (probability) {
-              for (float& x : scores) x = 1 / (1 + std::exp(-x));
-            }
-            return scores;
-          }};
+  return {
+      spec, false,
+      [model, tokenizer = context.tokenizer, T, probability](std::span<const Rollout> rollouts) {
+        std::vector<std::vector<int>> sequences;
+        for (const Rollout& r : rollouts) sequences.push_back(ids_to_score(r, tokenizer, T));
+        std::vector<float> scores = model->score(sequences);
+        if (probability) {
+          for (float& x : scores) x = 1 / (1 + std::exp(-x));
+        }
+        return scores;
+      }};
 }
 
 // `models`: every reward model that is loaded is added to them.
@@ -1030,15 +1104,17 @@ RewardFunction make_reward(const RewardSpec& spec, const RewardContext& context,
     if (spec.argument.empty()) fail("--reward ", spec.name, ": expected ", spec.name, ":", what);
   };
   if (const auto v = make_verifier(spec.name, spec.argument, context.limits)) {
-    return {spec, v->is_pass_fail, [score = v->score](std::span<const Rollout> rollouts) {
+    return {spec, v->is_pass_fail,
+            [score = v->score](std::span<const Rollout> rollouts) {
               std::vector<Attempt> attempts;
               for (const Rollout& r : rollouts) attempts.push_back({r.prompt, r.text, r.ended});
               return score(attempts);
-            }};
+            },
+            v->check_problem, v->try_out};
   }
   if (spec.name == "length") {  // 0 up to so many tokens, then down to -1 at the longest (DAPO)
     need_argument("TOKENS that are free");
-    const double free = std::atof(spec.argument.c_str()), most = context.max_tokens;
+    const double free = parse_number(spec.argument), most = context.max_tokens;
     if (!(free >= 0 && free < most)) {
       fail("--reward length: found ", spec.argument, ", expected 0 to ", most, " (--max-tokens)");
     }
@@ -1052,8 +1128,64 @@ RewardFunction make_reward(const RewardSpec& spec, const RewardContext& context,
     return model_reward(spec, context, models);
   }
   fail("--reward: found ", spec.name,
-       ", expected number, exact, choice, countdown, command:COMMAND, rubric, format:PATTERN, "
-       "length:TOKENS, ended, model:DIRECTORY or probability:DIRECTORY");
+       ", expected number, exact, choice, countdown, check:COMMAND, command:COMMAND, rubric, "
+       "format:PATTERN, length:TOKENS, ended, model:DIRECTORY or probability:DIRECTORY");
+}
+
+// Adds a function, under a label that no other has.
+void add_reward(Rewards& rewards, RewardFunction f) {
+  const RewardSpec& spec = f.spec;
+  f.label =
+      spec.argument.empty() || spec.is_program() ? spec.name : spec.name + ":" + spec.argument;
+  const auto is_same = [&](const RewardFunction& g) {
+    return g.label == f.label || g.label.starts_with(f.label + " ");
+  };
+  const auto n = std::ranges::count_if(rewards.functions, is_same);
+  if (n > 0) f.label += concat(" ", n + 1);
+  rewards.functions.push_back(std::move(f));
+}
+
+int verifier_of(std::span<const RewardFunction> functions) {
+  size_t heaviest = 0;
+  for (size_t i = 1; i < functions.size(); i++) {
+    const double most = std::abs(functions[heaviest].spec.weight);
+    if (std::abs(functions[i].spec.weight) > most) heaviest = i;
+  }
+  return !functions.empty() && functions[heaviest].is_pass_fail ? int(heaviest) : -1;
+}
+
+// Before the run: every problem has what its judges need, and a user's program works.
+void check_problems(const Rewards& rewards, std::span<const Prompt> prompts,
+                    std::span<const Prompt> held_out) {
+  const auto check = [&](const RewardFunction& f) {
+    for (const auto& problems : {prompts, held_out}) {
+      for (const Prompt& p : problems) {
+        if (f.check_problem) f.check_problem(p);
+      }
+    }
+    if (f.try_out) f.try_out(prompts[0]);
+  };
+  for (const RewardFunction& f : rewards.functions) check(f);
+  if (rewards.gold) check(*rewards.gold);
+}
+
+// An answer that was cut off gets its own reward, `most`, or the lowest reward of the finished
+// answers to the same prompt, whichever is lowest: to go on without an end never pays. Where each
+// prompt has one rollout, it is compared with all finished answers.
+void penalise_truncated(std::span<Rollout> rollouts, double most) {
+  const bool is_alone = !rollouts.empty() && size_t(rollouts.back().group) + 1 == rollouts.size();
+  std::map<int, double> lowest;  // of the finished answers of each group
+  for (const Rollout& r : rollouts) {
+    if (!r.ended || r.failed()) continue;
+    const auto it = lowest.try_emplace(is_alone ? 0 : r.group, r.reward).first;
+    it->second = std::min(it->second, r.reward);
+  }
+  for (Rollout& r : rollouts) {
+    if (r.ended || r.failed()) continue;
+    r.reward = std::min(r.reward, most);
+    const auto it = lowest.find(is_alone ? 0 : r.group);
+    if (it != lowest.end()) r.reward = std::min(r.reward, it->second);
+  }
 }
 
 void give_rewards(std::span<Rollout> rollouts, const Rewards& rewards, Seconds& seconds) {
@@ -1066,10 +1198,8 @@ void give_rewards(std::span<Rollout> rollouts, const Rewards& rewards, Seconds& 
       rollouts[i].reward += f.spec.weight * values[i];
     }
   }
+  if (rewards.truncated == "penalise") penalise_truncated(rollouts, rewards.truncated_reward);
   for (Rollout& r : rollouts) {
-    if (!r.ended && !r.failed() && rewards.truncated == "penalise") {
-      r.reward = rewards.truncated_reward;
-    }
     r.counts = !r.failed() && (r.ended || rewards.truncated != "mask");
   }
 }
@@ -1168,6 +1298,7 @@ std::vector<float> score(Gpt& gpt, const Experience& x, std::span<const int> rol
   const Timed timed{models.seconds.forward};
   std::vector<float> out(x.mask.size(), 0.f);  // (N)
   for (const Experience& b : micro_batches(x, rollouts, s.micro_batch_tokens)) {
+    stop_if_signalled();
     gpt.forward(b.packed.batch(float(s.temperature)), Pass::score);
     if (gpt.config().head == Head::scalar) {
       copy_back(b, shifted_values(models), x, out);
@@ -1200,6 +1331,19 @@ double mean_kl(const Experience& x, std::span<const int> rollouts) {
   return sum / double(std::max<size_t>(1, rollouts.size()));
 }
 
+MeanAndSpread kl_by_prompt(std::span<const Rollout> rollouts, const StepSettings& s,
+                           Models& models) {
+  Experience x = end_to_end(rollouts);
+  const std::vector<int> all = numbers_of(rollouts);
+  x.old_logp = score(*models.policy, x, all, s, models);
+  x.ref_logp = reference_logp(x, all, s, models);
+  std::map<int, std::vector<int>> groups;
+  for (const int i : all) groups[rollouts[size_t(i)].group].push_back(i);
+  std::vector<double> means;
+  for (const auto& of : groups) means.push_back(mean_kl(x, of.second));
+  return mean_and_spread(means);
+}
+
 // The generator and the forward pass must agree: equal on the CPU, near each other on a GPU. Other
 // settings in one than in the other would bias every gradient.
 Difference generator_difference(int64_t n, const Experience& x, std::span<const float> weight) {
@@ -1222,7 +1366,8 @@ Difference generator_difference(int64_t n, const Experience& x, std::span<const 
 bool is_within(const StepSettings& s, double kl) { return s.kl_budget <= 0 || kl <= s.kl_budget; }
 
 bool can_learn(const Step& step, const StepSettings& s) {
-  return step.reward.spread > 0 && std::isfinite(step.kl) && is_within(s, step.kl);
+  const bool teaches = step.reward.spread > 0 || (step.reward.n > 0 && has_kl_or_entropy(s));
+  return teaches && std::isfinite(step.kl) && is_within(s, step.kl);
 }
 
 std::vector<std::vector<int>> minibatches(Experience& x, const StepSettings& s, int64_t n) {
@@ -1362,13 +1507,14 @@ Canaries canaries_of(std::span<const Rollout> rollouts) {
 }
 
 // 1 - Var(R - V) / Var(R) over what has a weight: 1 for a perfect critic, 0 for one that always
-// predicts the mean.
+// predicts the mean. NaN where a return or a value is not finite.
 template <class T = float>
 double explained_variance(In<T> values, In<T> returns, In<T> weights) {
   std::vector<double> all, rest;
   for (size_t t = 0; t < values.size(); t++) {
     if (weights[t] == 0) continue;
     all.push_back(returns[t]), rest.push_back(double(returns[t]) - values[t]);
+    if (!std::isfinite(rest.back())) return std::numeric_limits<double>::quiet_NaN();
   }
   const double squares = mean_and_spread(all).squares;
   return squares > 0 ? 1 - mean_and_spread(rest).squares / squares : 0;
@@ -1414,7 +1560,7 @@ StepResult step_result(const Step& step, const Rewards& rewards, double beta, co
     std::vector<float> values;
     for (const Rollout& r : step.rollouts) values.push_back(r.rewards[f]);
     const MeanAndSpread of = mean_and_spread(values);
-    m["rewards"][rewards.functions[f].spec.label()] = {{"mean", of.mean}, {"std", of.spread}};
+    m["rewards"][rewards.functions[f].label] = {{"mean", of.mean}, {"std", of.spread}};
   }
   m["kl"] = step.kl, m["kl_token"] = c.length > 0 ? step.kl / c.length : 0;
   m["beta"] = beta;
@@ -1457,25 +1603,31 @@ void show(ProgressLine& line, std::span<const Rollout> rollouts) {
 // The run: reads, plans, makes the models, takes the steps (cake/training.h), evaluates
 
 struct DataSettings {
-  std::string model, form, search;  // search: documents
+  std::string model, form, system, search;  // search: documents
+  bool as_chat = false;
+  double val_fraction = 0;  // of the prompts, held out in place of `val`
   std::vector<std::string> prompts, val, tools;
   int max_tokens = 128, rows = 128;  // of an answer; answers decoded at once
+  int cache_mb = 2048;               // keys and values of the answers that are decoded
   std::vector<std::string> stops;
   std::vector<std::string> rewards;
   std::string gold, truncated = "penalise";
   double truncated_reward = 0;
-  double command_seconds = 10, command_memory = 4;  // a line; GB
-  int command_processes = 64;
+  double command_seconds = 10, command_start_seconds = 60;  // a line; more for the first
+  double command_memory = 4;                                // GB; 0: any
+  int command_processes = 64, verifiers = 1;
   std::string ptx;  // prefix of token shards
   double ptx_weight = 27.8;
   int64_t ptx_tokens = 2048;
   int lora = 0;
   double lora_alpha = 32;
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DataSettings, model, form, search, prompts, val,
-                                                tools, max_tokens, rows, stops, rewards, gold,
-                                                truncated, truncated_reward, command_seconds,
-                                                command_memory, command_processes, ptx, ptx_weight,
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DataSettings, model, form, system, search, as_chat,
+                                                val_fraction, prompts, val, tools, max_tokens, rows,
+                                                cache_mb, stops, rewards, gold, truncated,
+                                                truncated_reward, command_seconds,
+                                                command_start_seconds, command_memory,
+                                                command_processes, verifiers, ptx, ptx_weight,
                                                 ptx_tokens, lora, lora_alpha)
 
 struct EvaluationSettings {
@@ -1484,9 +1636,11 @@ struct EvaluationSettings {
   int64_t eval_every = 0;                  // steps; 0: a fifth of the run
   std::vector<double> eval_at_kl;          // also when sqrt(KL) passes each of these
   std::string keep;                        // best or last weights; empty: the stage chooses
+  bool no_rollouts = false;                // RUN/rollouts.jsonl is not written
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(EvaluationSettings, eval_prompts, eval_samples,
-                                                eval_some, eval_every, eval_at_kl, keep)
+                                                eval_some, eval_every, eval_at_kl, keep,
+                                                no_rollouts)
 
 struct RlSettings {
   DataSettings data;
@@ -1494,6 +1648,7 @@ struct RlSettings {
   PpoSettings ppo;
   GrpoSettings grpo;
   EvaluationSettings evaluation;
+  Budget budget;  // --steps or --minutes; step.steps follows from it
 };
 // In JSON the parts lie side by side in one object.
 void to_json(Json& json, const RlSettings& s) {
@@ -1501,11 +1656,18 @@ void to_json(Json& json, const RlSettings& s) {
   for (const Json& part : {Json(s.step), Json(s.ppo), Json(s.grpo), Json(s.evaluation)}) {
     json.update(part);
   }
+  json["budget"] = s.budget;
 }
 void from_json(const Json& json, RlSettings& s) {
   json.get_to(s.data), json.get_to(s.step), json.get_to(s.ppo), json.get_to(s.grpo);
   json.get_to(s.evaluation);
+  s.budget = {.steps = s.step.steps};  // all that older versions knew
+  if (const auto it = json.find("budget"); it != json.end()) {
+    s.budget.steps = it->value("steps", s.step.steps), s.budget.minutes = it->value("minutes", 0.);
+  }
 }
+
+const char* kRollouts = "rollouts.jsonl";  // beside metrics.jsonl
 
 // What a run of PPO, GRPO or best-of-n holds.
 struct RlParts {
@@ -1523,15 +1685,50 @@ struct RlParts {
   AdapterBase base;  // of the policy's adapters
   PretrainingText text;
   OrderedJson model_names;  // path and hash of the reference and the reward models
+  OrderedJson data_hashes;  // of prompts, held-out prompts and documents
   RlState state;
-  double kl = 0;             // of the last step
-  bool left_budget = false;  // the KL is above --kl-budget
-  Seconds seconds;           // of the steps since the process began
+  std::optional<Metrics> rollouts;         // rollouts.jsonl, once it is open
+  std::string rollout_lines;               // of the last step, to be written
+  std::vector<std::vector<float>> within;  // the weights of state.within_step, of trained tensors
+  double kl = 0;                           // of the last step
+  Seconds seconds;                         // of the steps since the process began
 };
 
 template <class T>
-void at_least(const char* flag, T found, T least) {
+void at_least(const char* flag, T found, std::type_identity_t<T> least) {
   if (!(found >= least)) fail(flag, ": found ", found, ", expected at least ", least);
+}
+void is_share(const char* flag, double found) {
+  if (!(found >= 0 && found <= 1)) fail(flag, ": found ", found, ", expected 0 to 1");
+}
+void is_positive(const char* flag, double found) {
+  if (!(found > 0)) fail(flag, ": found ", found, ", expected above 0");
+}
+
+void check_data(const DataSettings& d) {
+  at_least("--max-tokens", d.max_tokens, 1), at_least("--rows", d.rows, 1);
+  at_least("--cache-mb", d.cache_mb, 1);
+  at_least("--verifiers", d.verifiers, 1), is_positive("--command-seconds", d.command_seconds);
+  at_least("--command-start-seconds", d.command_start_seconds, 0);
+  at_least("--command-memory", d.command_memory, 0);
+  at_least("--command-processes", d.command_processes, 1);
+  at_least("--lora", d.lora, 0), is_positive("--lora-alpha", d.lora_alpha);
+  at_least("--ptx-weight", d.ptx_weight, 0), at_least("--ptx-tokens", d.ptx_tokens, 1);
+  if (d.truncated != "penalise" && d.truncated != "mask" && d.truncated != "keep") {
+    fail("--truncated: found ", d.truncated, ", expected penalise, mask or keep");
+  }
+  if (!(d.val_fraction >= 0 && d.val_fraction < 1)) {
+    fail("--val-fraction: found ", d.val_fraction, ", expected 0 or more and less than 1");
+  }
+  if (d.val_fraction > 0 && !d.val.empty()) {
+    fail("--val and --val-fraction: found both, expected one");
+  }
+  if (!d.form.empty() && (d.as_chat || !d.system.empty())) {
+    fail("--form: found ", d.as_chat ? "--as-chat" : "--system", " too, expected it without");
+  }
+  if (!std::isfinite(d.truncated_reward)) {
+    fail("--truncated-reward: found ", d.truncated_reward, ", expected a number");
+  }
 }
 
 RlParts make_parts(const RlSettings& s, const std::string& stage, const RunOptions& options) {
@@ -1541,8 +1738,9 @@ RlParts make_parts(const RlSettings& s, const std::string& stage, const RunOptio
     fail("--reward: missing, expected a function or model:DIRECTORY");
   }
   at_least("--samples", s.evaluation.eval_samples, 1);
-  at_least("--max-tokens", s.data.max_tokens, 1);
-  if (!(s.step.temperature > 0)) {
+  at_least("--limit", s.evaluation.eval_prompts, 0);
+  check_data(s.data);
+  if (!(s.step.temperature > 0 && std::isfinite(s.step.temperature))) {
     fail("--temperature: found ", s.step.temperature, ", expected above 0: answers are sampled");
   }
   const std::filesystem::path dir = model_dir(s.data.model);
@@ -1551,7 +1749,7 @@ RlParts make_parts(const RlSettings& s, const std::string& stage, const RunOptio
             .start = dir,
             .config = load_config_with_head(dir, Head::lm),
             .tokenizer = Tokenizer::load(dir)};
-  p.run.stage = stage, p.run.options = options;
+  p.run.stage = stage, p.run.options = options, p.run.own_files = {kRollouts};
   return p;
 }
 
@@ -1568,31 +1766,29 @@ struct Algorithm {
 void check_settings(RlSettings& s) {
   StepSettings& t = s.step;
   EvaluationSettings& e = s.evaluation;
-  at_least<int64_t>("--steps", t.steps, 1), at_least("--rollouts", t.rollouts, 1);
-  at_least("--rows", s.data.rows, 1), at_least("--clip-ratio", t.clip_low, 0.);
+  at_least("--rollouts", t.rollouts, 1);
+  at_least("--clip-ratio", t.clip_low, 0), at_least("--entropy", t.entropy, 0);
+  if (t.clip_high != -1) at_least("--clip-ratio-high", t.clip_high, 0);
   at_least("--minibatches", t.minibatches, 1), at_least("--epochs", t.epochs, 1);
-  at_least("--kl-budget", t.kl_budget, 0.), at_least("--kl-target", t.kl_target, 0.);
-  at_least("--lora", s.data.lora, 0), at_least("--beta", t.beta, 0.);
-  at_least<int64_t>("--micro-batch-tokens", t.micro_batch_tokens, 1);
+  at_least("--kl-budget", t.kl_budget, 0), at_least("--kl-target", t.kl_target, 0);
+  is_positive("--kl-horizon", t.kl_horizon), at_least("--beta", t.beta, 0);
+  at_least("--micro-batch-tokens", t.micro_batch_tokens, 1);
+  at_least("--eval-every", e.eval_every, 0), at_least("--eval-some", e.eval_some, 0);
   OptimizerFlags& o = t.optimizer;
   check_optimizer(o);
   o.warmup = std::max<int64_t>(0, o.warmup), o.weight_decay = std::max(0., o.weight_decay);
   if (o.warmdown < 0) o.warmdown = .5;
   if (o.final_lr < 0) o.final_lr = .1;
-  const std::string& truncated = s.data.truncated;
-  if (truncated != "penalise" && truncated != "mask" && truncated != "keep") {
-    fail("--truncated: found ", truncated, ", expected penalise, mask or keep");
-  }
   if (e.keep != "best" && e.keep != "last") {
     fail("--keep: found ", e.keep, ", expected best or last");
   }
-  if (e.keep == "best" && s.data.val.empty()) fail("--keep best: expected --val FILE to judge by");
-  if (!e.eval_at_kl.empty() && s.data.val.empty()) fail("--eval-at-kl: expected --val FILE");
+  const bool has_val = !s.data.val.empty() || s.data.val_fraction > 0;
+  if (e.keep == "best" && !has_val) fail("--keep best: expected --val FILE to judge by");
+  if (!e.eval_at_kl.empty() && !has_val) fail("--eval-at-kl: expected --val FILE");
   if (!std::is_sorted(e.eval_at_kl.begin(), e.eval_at_kl.end())) {
     fail("--eval-at-kl: expected rising numbers");
   }
   if (t.clip_high < 0) t.clip_high = t.clip_low;
-  if (e.eval_every == 0) e.eval_every = std::max<int64_t>(1, t.steps / 5);
   if (e.eval_some == 0) e.eval_some = 64;
 }
 
@@ -1600,9 +1796,34 @@ void check_settings(RlSettings& s) {
 // and held-out problems stay where they are, at 1e-4 they rise. Larger models want less: 1e-6 at
 // 4,096 channels is usual.
 double chosen_lr(const RlSettings& s, const Config& config, double at_128_channels) {
-  if (s.step.optimizer.lr > 0) return s.step.optimizer.lr;
+  if (s.step.optimizer.lr != 0) return s.step.optimizer.lr;
   return at_128_channels * std::min(1., std::pow(128. / config.C, 1.5)) *
          (s.data.lora > 0 ? 10 : 1);
+}
+
+// Ids of the longest rollout, prompt included.
+int longest_rollout(const RlParts& p) {
+  int longest = 0;
+  for (const auto* prompts : {&p.prompts.all, &p.held_out}) {
+    for (const Prompt& prompt : *prompts) {
+      const int tools = prompt.tools ? p.options.tool_tokens : 0;
+      longest = std::max(longest, int(prompt.ids.size()) + p.options.max_tokens + tools);
+    }
+  }
+  return std::min(longest, p.config.T);
+}
+
+// A model that reads rollouts has room for the longest.
+void check_context(const RlParts& p, const char* flag, const std::filesystem::path& dir, int T) {
+  const int longest = longest_rollout(p);
+  if (T >= longest) return;
+  fail(flag, " ", dir.string(), ": found a context of ", T, " tokens, expected at least ", longest,
+       ", those of the longest prompt with an answer of --max-tokens");
+}
+void check_contexts(const RlParts& p) {
+  for (const auto& m : p.rewards.models) {
+    check_context(p, "reward model", m->dir(), m->gpt().config().T);
+  }
 }
 
 void read_inputs(RlParts& p) {
@@ -1619,11 +1840,13 @@ void read_inputs(RlParts& p) {
     tools.push_back(tool == "search" ? kSearchTool : kCalculatorTool);
   }
   const int T = p.config.T, max_tokens = s.data.max_tokens;
-  p.prompts.all = read_prompts(s.data.prompts, tokenizer, s.data.form, tools, T, max_tokens);
+  const PromptForm how{s.data.form, tools, s.data.system, s.data.as_chat};
+  p.prompts.all = read_prompts(s.data.prompts, tokenizer, how, T, max_tokens);
+  if (s.data.val_fraction > 0) hold_out(p.prompts.all, s.data.val_fraction, p.held_out);
   p.prompts.pool.resize(p.prompts.all.size());
   std::iota(p.prompts.pool.begin(), p.prompts.pool.end(), 0);
   if (!s.data.val.empty()) {
-    p.held_out = read_prompts(s.data.val, tokenizer, s.data.form, tools, T, max_tokens);
+    p.held_out = read_prompts(s.data.val, tokenizer, how, T, max_tokens);
   }
   if (!s.data.search.empty()) p.search = Search::load(s.data.search);
   p.options = {.tokenizer = &tokenizer,
@@ -1631,18 +1854,24 @@ void read_inputs(RlParts& p) {
                .max_tokens = max_tokens,
                .rows = s.data.rows,
                .temperature = float(s.step.temperature),
-               .stops = s.data.stops};
+               .cache_bytes = int64_t(s.data.cache_mb) << 20};
+  for (const std::string& stop : s.data.stops) p.options.stops.push_back(with_line_breaks(stop));
   const DataSettings& d = s.data;
-  const CommandLimits limits{d.command_seconds, int64_t(d.command_memory * 1e9),
-                             d.command_processes};
+  const CommandLimits limits{d.command_seconds, d.command_start_seconds,
+                             int64_t(d.command_memory * 1e9), d.command_processes, d.verifiers};
   const RewardContext context{tokenizer, p.start, d.max_tokens, parse_device(p.run.options.device),
                               limits};
   const auto reward = [&](const std::string& text) {
     return make_reward(parse_reward(text), context, p.rewards.models);
   };
-  for (const std::string& text : d.rewards) p.rewards.functions.push_back(reward(text));
+  for (const std::string& text : d.rewards) add_reward(p.rewards, reward(text));
+  p.rewards.verifier = verifier_of(p.rewards.functions);
   if (!d.gold.empty()) p.rewards.gold = reward(d.gold);
   p.rewards.truncated = d.truncated, p.rewards.truncated_reward = d.truncated_reward;
+  check_problems(p.rewards, p.prompts.all, p.held_out);
+  check_contexts(p);
+  p.data_hashes = {{"prompts", hash_of(p.prompts.all)}, {"val", hash_of(p.held_out)}};
+  if (!d.search.empty()) p.data_hashes["documents"] = hash64(read_file(d.search));
   OrderedJson models = OrderedJson::array();
   for (const auto& m : p.rewards.models) {
     models.push_back({{"path", m->dir().string()}, {"hash", m->hash()}});
@@ -1661,19 +1890,38 @@ void read_inputs(RlParts& p) {
                                s.step.seed, tokenizer.end_of_text());
 }
 
+// What the engine is asked for when all rows hold the longest answers.
+DecodePlan rollout_plan(const RlParts& p) {
+  int64_t longest = 1;
+  for (const Prompt& prompt : p.prompts.all)
+    longest = std::max(longest, longest_answer(prompt, p.options));
+  for (const Prompt& prompt : p.held_out)
+    longest = std::max(longest, longest_answer(prompt, p.options));
+  return decode_plan(rollout_generator(p.options, p.config, longest, p.options.rows));
+}
+
+GptOptions training_options(const RlParts& p) {
+  GptOptions o = gpt_options(p.run.options);
+  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  return o;
+}
+GptOptions policy_options(const RlParts& p) {
+  GptOptions o = training_options(p);
+  if (p.s.data.lora > 0) o.lora = {p.s.data.lora, float(p.s.data.lora_alpha)};
+  o.decode = rollout_plan(p);
+  return o;
+}
+
 // The policy as `dir` holds it, and the reference as the run began.
 void make_models(RlParts& p, const std::filesystem::path& dir) {
-  const DataSettings& d = p.s.data;
-  GptOptions o{.device = parse_device(p.run.options.device)};
-  if (d.lora > 0) o.lora = {d.lora, float(d.lora_alpha)};
-  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  GptOptions o = policy_options(p);
   p.models.policy = make_gpt(p.config, o);
   load_weights(dir, *p.models.policy, {.seed = p.s.step.seed});
-  if (d.lora > 0) {
+  if (o.lora.rank > 0) {
     p.base = adapter_base(dir);
     return;  // with its adapters off the policy is the reference: its weights are there once
   }
-  o.mode = Mode::inference;
+  o.mode = Mode::inference, o.decode = {};
   p.models.reference = make_gpt(p.config, o);
   load_weights(p.start, *p.models.reference);
 }
@@ -1686,8 +1934,10 @@ void print_plan(const RlParts& p, const std::string& algorithm) {
   std::printf("policy  %s: %d layers, %d channels, %s parameters%s\n", p.start.c_str(), c.L, c.C,
               count_text(double(m.policy->table().parameters())).c_str(),
               lora ? format(", adapters of rank %d", s.data.lora).c_str() : "");
-  std::printf("prompts %s, held out %s; %d rollouts a step%s, up to %d tokens each\n",
+  const auto raw = std::ranges::count(p.prompts.all, true, &Prompt::raw);
+  std::printf("prompts %s%s, held out %s; %d rollouts a step%s, up to %d tokens each\n",
               count_text(double(p.prompts.all.size())).c_str(),
+              raw > 0 ? format(" (%lld of them texts to continue)", (long long)raw).c_str() : "",
               count_text(double(p.held_out.size())).c_str(), s.step.rollouts,
               m.critic ? "" : format(" in groups of %d", s.grpo.group).c_str(), s.data.max_tokens);
   std::string rewards;
@@ -1698,19 +1948,25 @@ void print_plan(const RlParts& p, const std::string& algorithm) {
   const double budget = s.step.kl_budget;
   std::printf("reward  %s; beta %g, KL per response %s\n", rewards.c_str(), s.step.beta,
               budget > 0 ? format("at most %g", budget).c_str() : "without a budget");
-  std::printf("updates %s: %d minibatches x %d epochs, learning rate %g\n", algorithm.c_str(),
-              s.step.minibatches, s.step.epochs, s.step.optimizer.lr);
-  const int64_t models = m.policy->table().size * (lora ? 1 : 4) +
-                         (m.reference ? m.reference->table().size : 0) +
-                         (m.critic ? m.critic->table().size * 4 : 0);
-  std::printf("memory  %s of weights, gradients and moments, and activations of %s tokens\n",
-              bytes_text(4. * double(models)).c_str(),
-              count_text(double(s.step.micro_batch_tokens)).c_str());
+  std::printf("updates %s: %lld steps, each of %d minibatches x %d epochs, learning rate %g\n",
+              algorithm.c_str(), (long long)s.step.steps, s.step.minibatches, s.step.epochs,
+              s.step.optimizer.lr);
+  const MemoryPlan memory = plan_memory(c, policy_options(p));
+  std::printf("memory  policy %s (%s)", bytes_text(double(memory.total())).c_str(),
+              memory.text().c_str());
+  const auto add_memory = [](const char* model, const Config& config, const GptOptions& o) {
+    std::printf(", %s %s", model, bytes_text(double(plan_memory(config, o).total())).c_str());
+  };
+  GptOptions inference = training_options(p);
+  inference.mode = Mode::inference;
+  if (m.reference) add_memory("reference", c, inference);
+  if (m.critic) add_memory("critic", m.critic->config(), training_options(p));
+  std::printf("\n");
   std::fflush(stdout);
 }
 
 OrderedJson state_json(const RlParts& p) {
-  OrderedJson json = {{"settings", Json(p.s)}};
+  OrderedJson json = {{"settings", Json(p.s)}, {"data", p.data_hashes}};
   json.update(p.model_names);
   json.update(OrderedJson(Json(p.prompts)));
   json.update(OrderedJson(Json(p.state)));
@@ -1721,12 +1977,25 @@ OrderedJson state_json(const RlParts& p) {
   return json;
 }
 
+// Fails where a file's prompts are not those of the hashes in `saved`; older versions had none.
+void check_data_hashes(const RlParts& p, const Json& saved) {
+  for (const auto& [key, hash] : p.data_hashes.items()) {
+    if (!saved.contains("data") || saved.at("data").at(key) == hash) continue;
+    fail("--resume: found other ", key, " than the run began with, expected the same --",
+         key == "val" ? "val or --val-fraction" : key,
+         key == "documents" ? "" : ", with the same --form, --tool and --system");
+  }
+}
+
 void restore(RlParts& p, const Json& saved) {
+  check_data_hashes(p, saved);
   check_model_hash(saved.at("reference"), p.model_names["reference"]["hash"]);
   for (size_t i = 0; i < p.rewards.models.size(); i++) {
     check_model_hash(saved.at("reward_models").at(i), p.model_names["reward_models"][i]["hash"]);
   }
   saved.get_to(p.prompts), saved.get_to(p.state);
+  if (saved.at("finished").get<bool>()) p.state.stopped.clear(), p.state.left_budget = false;
+  p.run.stopped = p.state.stopped;
   const std::vector<int>& pool = p.prompts.pool;
   if (pool.empty() || *std::max_element(pool.begin(), pool.end()) >= int(p.prompts.all.size())) {
     fail(p.s.data.prompts[0], ": found other prompts than the run began with, expected the same");
@@ -1738,16 +2007,143 @@ void restore(RlParts& p, const Json& saved) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------
+// The last weights within the KL budget: copied before each step, saved with each checkpoint
+
+// The weights of the tensors that are trained, in the order of the table.
+std::vector<std::vector<float>> copy_weights(const Gpt& gpt) {
+  std::vector<std::vector<float>> copies;
+  for (size_t i = 0; i < gpt.table().tensors.size(); i++) {
+    const Tensor& t = gpt.table().tensors[i];
+    if (!t.trainable) continue;
+    copies.emplace_back(size_t(t.size()));
+    gpt.read(int(i), Slot::weight, copies.back());
+  }
+  return copies;
+}
+void restore_weights(Gpt& gpt, const std::vector<std::vector<float>>& copies) {
+  size_t next = 0;
+  for (size_t i = 0; i < gpt.table().tensors.size(); i++) {
+    if (gpt.table().tensors[i].trainable) gpt.write(int(i), Slot::weight, copies.at(next++));
+  }
+}
+
+const char* kWithinBudget = "within_budget";  // weights of a checkpoint to resume from
+
+void save_within_budget(const RlParts& p, const std::filesystem::path& dir) {
+  Gpt& policy = *p.models.policy;
+  const std::vector<std::vector<float>> current = copy_weights(policy);
+  restore_weights(policy, p.within);
+  save_checkpoint(dir / kWithinBudget, policy, {.tokenizer_from = p.start, .base = p.base});
+  restore_weights(policy, current);
+}
+void load_within_budget(RlParts& p, const std::filesystem::path& dir) {
+  if (!std::filesystem::exists(dir / kWithinBudget)) return;
+  Gpt& policy = *p.models.policy;
+  const std::vector<std::vector<float>> current = copy_weights(policy);
+  load_weights(dir / kWithinBudget, policy);
+  p.within = copy_weights(policy);
+  restore_weights(policy, current);
+}
+
+double seconds_of_evaluation(RlParts& p, int prompts);
+void filter_problems(RlParts& p);
+
+// Everything that a run reads: none of it may lie where it writes.
+std::vector<std::filesystem::path> inputs_of(const RlSettings& s) {
+  const DataSettings& d = s.data;
+  std::vector<std::filesystem::path> inputs{d.model, d.form, d.search, d.ptx, s.ppo.critic};
+  for (const auto* paths : {&d.prompts, &d.val}) {
+    inputs.insert(inputs.end(), paths->begin(), paths->end());
+  }
+  std::vector<std::string> rewards = d.rewards;
+  if (!d.gold.empty()) rewards.push_back(d.gold);
+  for (const std::string& text : rewards) {
+    const RewardSpec spec = parse_reward(text);
+    if (spec.name == "model" || spec.name == "probability") inputs.push_back(spec.argument);
+  }
+  return inputs;
+}
+
+// Makes what the run works with: as it began or, with `saved`, as its last checkpoint has it.
+void make_run(RlParts& p, const Algorithm& algorithm, const Json* saved) {
+  p.state = {.beta = p.s.step.beta};
+  if (saved) restore(p, *saved);
+  const std::filesystem::path dir = saved ? p.run.model() : p.start;
+  make_models(p, dir);
+  if (saved) load_within_budget(p, dir);
+  const bool finished = saved && saved->at("finished").get<bool>();
+  if (saved) load_run(p.run, *saved, *p.models.policy);
+  if (finished) p.state.updates = p.state.critic_updates = 0;
+  algorithm.begin(p, saved && !finished ? dir : std::filesystem::path());
+  if (finished && p.models.critic) {
+    p.run.line.note("a finished run keeps no critic: another one begins");
+  }
+}
+
+// The steps that fit in --minutes, from the time of some that are made with a learning rate of 0
+// and undone afterwards: the clock decides the number of steps and nothing else.
+int64_t steps_of_minutes(RlParts& p, const Algorithm& algorithm, double started) {
+  const EvaluationSettings& e = p.s.evaluation;
+  const double lr_scale = std::exchange(p.s.step.optimizer.lr_scale, 0);
+  p.s.step.steps = 1 << 20;
+  double step_seconds = calibrate(p.s.budget, [&](int64_t n) {
+    algorithm.step(n, p);
+    return 1.;
+  });
+  stop_if_signalled();
+  double last_evaluation = 0;
+  if (const auto held_out = int(p.held_out.size()); held_out > 0) {
+    const int some = std::min(held_out, 8), during = std::min(held_out, e.eval_some),
+              last = e.eval_prompts > 0 ? std::min(held_out, e.eval_prompts) : held_out;
+    const double a_prompt = seconds_of_evaluation(p, some) / some;
+    if (e.eval_every > 0) step_seconds += a_prompt * during / double(e.eval_every);
+    last_evaluation = a_prompt * (last + during * (e.eval_every > 0 ? 1 : 6));
+  }
+  p.s.step.optimizer.lr_scale = lr_scale;
+  p.prompts.epoch = p.prompts.cursor = 0;
+  if (p.text.loader) p.text.loader->set_state({});
+  p.models = {};
+  make_run(p, algorithm, nullptr);
+  return steps_in_minutes(p.s.budget, started, step_seconds, last_evaluation);
+}
+
+// The number of steps: of --steps, of --minutes, or 60. A resumed run keeps its own unless it got
+// another budget.
+void plan_steps(RlParts& p, const Algorithm& algorithm, const Json* saved, double started) {
+  StepSettings& t = p.s.step;
+  const Budget& budget = p.s.budget;
+  if (!saved) {
+    if (budget.steps > 0) t.steps = budget.steps;
+    if (budget.minutes > 0) t.steps = steps_of_minutes(p, algorithm, started);
+  } else if (p.run.options.new_budget) {
+    const Schedule before = make_schedule(t.optimizer, t.steps);
+    t.steps = resumed_steps(p.run.state, budget, [](const Budget&) { return int64_t(60); });
+    note_rate(p.run, before, make_schedule(t.optimizer, t.steps), peak_rate(t.optimizer));
+  }
+  int64_t& eval_every = p.s.evaluation.eval_every;
+  if (eval_every == 0) eval_every = std::max<int64_t>(1, t.steps / 5);
+}
+
 int64_t begin_run(RlParts& p, const Algorithm& algorithm, const Json* saved) {
+  const double started = now();
   algorithm.choose(p.s, p.config);
   check_settings(p.s);
   read_inputs(p);
-  p.state.beta = p.s.step.beta;
   p.run.lr_scale = p.s.step.optimizer.lr_scale;
-  if (saved) restore(p, *saved);
-  make_models(p, saved ? p.run.model() : p.start);
-  if (saved) load_trainer_state(p.run.model(), *p.models.policy);
-  algorithm.begin(p, saved ? p.run.model() : std::filesystem::path());
+  p.run.keeps_best = p.s.evaluation.keep == "best";
+  try {
+    make_run(p, algorithm, saved);
+  } catch (const Json::exception& e) {
+    fail((p.run.model() / "trainer_state.json").string(), ": ", json_complaint(e));
+  }
+  if (p.models.critic) p.run.also_bytes = checkpoint_bytes(p.models.critic->table(), true);
+  if (p.s.step.kl_budget > 0) {
+    p.run.also_bytes += checkpoint_bytes(p.models.policy->table(), false);
+  }
+  plan_steps(p, algorithm, saved, started);
+  print_plan(p, p.models.critic ? algorithm.name : p.s.grpo.method);
+  if (!saved && !p.run.options.dry_run && !p.s.grpo.pass_rate.empty()) filter_problems(p);
   return p.s.step.steps;
 }
 
@@ -1767,30 +2163,97 @@ void count_step(RlParts& p, const Step& step) {
   t.truncated += std::ranges::count(step.rollouts, false, &Rollout::ended);
   t.rollouts += int64_t(step.rollouts.size());
   for (const Rollout& r : step.rollouts) t.tokens += r.length;
-  t.equal_in_a_row = step.reward.spread > 0 ? 0 : t.equal_in_a_row + 1;
-  p.left_budget = !std::isfinite(step.kl) || !is_within(s, step.kl);
-  if (p.left_budget) {
-    p.run.stopped =
+  const bool taught = step.reward.spread > 0 || has_kl_or_entropy(s);
+  t.equal_in_a_row = taught ? 0 : t.equal_in_a_row + 1;
+  t.left_budget = !std::isfinite(step.kl) || !is_within(s, step.kl);
+  if (t.left_budget) {
+    t.stopped =
         format("the KL to the reference is %.3g per response, the budget %g", step.kl, s.kl_budget);
   } else if (t.equal_in_a_row >= 10) {
-    p.run.stopped =
-        "all rewards of ten steps in a row were equal: nothing can be learned from them";
+    t.stopped = "all rewards of ten steps in a row were equal: nothing can be learned from them";
   }
+  p.run.stopped = t.stopped;
   const Seconds& c = p.models.seconds;
   Seconds& all = p.seconds;
   all.decode += c.decode, all.forward += c.forward, all.backward += c.backward;
   all.update += c.update, all.rewards += c.rewards, all.all += c.all;
 }
 
+// The algorithm's step. Its rollouts measure the KL of the weights from before its update: where
+// that is within --kl-budget, or nothing is known of earlier ones, they are kept. A step that fails
+// leaves the order of the prompts as it was.
+Step step_within_budget(RlParts& p, const Algorithm& algorithm, int64_t n) {
+  const StepSettings& s = p.s.step;
+  std::vector<std::vector<float>> before;
+  if (s.kl_budget > 0) before = copy_weights(*p.models.policy);
+  const int64_t epoch = p.prompts.epoch, cursor = p.prompts.cursor;
+  try {
+    Step step = algorithm.step(n, p);
+    if (s.kl_budget > 0 && (is_within(s, step.kl) || p.within.empty())) {
+      p.within = std::move(before), p.state.within_step = n - 1, p.state.within_kl = step.kl;
+    }
+    return step;
+  } catch (...) {
+    p.prompts.epoch = epoch, p.prompts.cursor = cursor;
+    throw;
+  }
+}
+
+// A line of rollouts.jsonl. Its advantage is the mean over its sampled tokens; null: nothing was
+// learned from the step.
+OrderedJson rollout_json(int64_t n, const Step& step, size_t i, const RlParts& p) {
+  const Rollout& r = step.rollouts[i];
+  const Experience& x = step.experience;
+  OrderedJson rewards = OrderedJson::object();
+  for (size_t f = 0; f < r.rewards.size(); f++) {
+    rewards[p.rewards.functions[f].label] = r.rewards[f];
+  }
+  double advantage = x.advantage.empty() ? NAN : 0;
+  for (size_t t = x.packed.begin(i); t <= x.packed.last(i) && !x.advantage.empty(); t++) {
+    advantage += x.advantage[t] / double(std::max(1, r.length));
+  }
+  const auto answer = std::span(r.ids).subspan(r.prompt->ids.size());
+  return {{"step", n},
+          {"group", r.group},
+          {"problem", r.prompt->where},
+          {"prompt", r.prompt->question},
+          {"completion", r.prompt->tools ? p.tokenizer.decode(answer) : r.text},
+          {"rewards", rewards},
+          {"reward", r.reward},
+          {"advantage", advantage},
+          {"length", r.length},
+          {"ended", r.ended}};
+}
+
+std::string rollout_lines(int64_t n, const Step& step, const RlParts& p) {
+  std::string lines;
+  for (size_t i = 0; i < step.rollouts.size(); i++) lines += json_line(rollout_json(n, step, i, p));
+  if (!lines.empty()) lines.pop_back();  // Metrics adds the last line's end
+  return lines;
+}
+
+// After step n, when the run's state is that of the weights again: a full disk ends a run here.
+void write_rollouts(RlParts& p, int64_t n) {
+  if (p.rollout_lines.empty()) return;
+  if (!p.rollouts) p.rollouts.emplace().open(p.run.options.out / kRollouts, n - 1);
+  p.rollouts->write(std::exchange(p.rollout_lines, {}));
+}
+
 StepResult take_step(RlParts& p, const Algorithm& algorithm, int64_t n) {
   const double began = now();
   p.models.seconds = {};
-  Step step = algorithm.step(n, p);
+  Step step = step_within_budget(p, algorithm, n);
   p.models.seconds.all = now() - began;
   if (!step.generator) step.without_variance = step.groups;  // nothing was learned
   count_step(p, step);
+  if (!p.s.evaluation.no_rollouts) p.rollout_lines = rollout_lines(n, step, p);
   if (n == 1 || n % std::max<int64_t>(1, p.s.step.steps / 5) == 0) show(p.run.line, step.rollouts);
-  return step_result(step, p.rewards, p.state.beta, p.models.seconds, algorithm.metrics(step));
+  StepResult r =
+      step_result(step, p.rewards, p.state.beta, p.models.seconds, algorithm.metrics(step));
+  const OptimizerFlags& o = p.s.step.optimizer;
+  r.learning_rate = peak_rate(o) * make_schedule(o, p.s.step.steps).at(n);
+  for (const Rollout& rollout : step.rollouts) r.tokens += rollout.length;
+  return r;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1809,8 +2272,7 @@ struct Evaluation {
   double pass = 0, pass_k = 0, greedy = 0;  // pass@1 at --temperature, pass@k, pass@1 of greedy
   int k = 1;
   int64_t prompts = 0, samples = 0;  // samples: answers to each prompt
-  MeanAndSpread reward, gold;        // over prompts, of a prompt's mean
-  double kl = 0;                     // per response
+  MeanAndSpread reward, gold, kl;    // over prompts, of a prompt's mean; KL per response
   Canaries canaries;
 };
 
@@ -1840,76 +2302,79 @@ Evaluation evaluate(RlParts& p, int prompts) {
     for (size_t k = i * size_t(samples); k < (i + 1) * size_t(samples); k++) {
       reward += rollouts[k].reward / samples;
       of_gold += gold.empty() ? 0 : gold[k] / samples;
-      right += rollouts[k].rewards[0] > .5 && rollouts[k].ended;
+      right += rewards.verifier >= 0 && rollouts[k].ended &&
+               rollouts[k].rewards[size_t(rewards.verifier)] > .5;
     }
     mean_rewards.push_back(reward), mean_golds.push_back(of_gold);
     e.pass += double(right) / samples / double(asked.size());
     e.pass_k += pass_at_k(samples, right, e.k) / double(asked.size());
   }
   e.reward = mean_and_spread(mean_rewards), e.gold = mean_and_spread(mean_golds);
-  if (rewards.functions[0].is_pass_fail) {
+  if (rewards.verifier >= 0) {
     RolloutOptions options = p.options;
     options.temperature = 0;
     const std::vector<Rollout> greedy = roll_out(p.models, options, asked, 1, seed);
-    const std::vector<float> right = rewards.functions[0].score(greedy);
+    const std::vector<float> right = rewards.functions[size_t(rewards.verifier)].score(greedy);
     for (size_t i = 0; i < greedy.size(); i++) {
       e.greedy += (right[i] > .5 && greedy[i].ended) / double(greedy.size());
     }
   }
-  if (p.s.step.kl_budget <= 0 && rollouts.size() > 64) rollouts.resize(64);
-  Experience x = end_to_end(rollouts);
-  const std::vector<int> all = numbers_of(rollouts);
-  x.old_logp = score(*p.models.policy, x, all, p.s.step, p.models);
-  x.ref_logp = reference_logp(x, all, p.s.step, p.models);
-  e.kl = mean_kl(x, all);
+  e.kl = kl_by_prompt(rollouts, p.s.step, p.models);
   return e;
 }
 
-double ci95(const MeanAndSpread& m, int64_t n) {
-  return 1.96 * m.spread / std::sqrt(double(std::max<int64_t>(1, n)));
+double seconds_of_evaluation(RlParts& p, int prompts) {
+  const double began = now();
+  evaluate(p, prompts);
+  return now() - began;
+}
+
+double ci95(const MeanAndSpread& m) {
+  return 1.96 * m.spread / std::sqrt(double(std::max<int64_t>(1, m.n)));
 }
 
 // An evaluation as metrics.jsonl has it, and, without the prefix val_ in its names, summary.json.
 OrderedJson evaluation_json(const Evaluation& e, const Rewards& rewards,
                             const std::string& prefix) {
   OrderedJson m = {{prefix + "reward", e.reward.mean},
-                   {prefix + "reward_ci95", ci95(e.reward, e.prompts)},
-                   {prefix + "kl", e.kl},
+                   {prefix + "reward_ci95", ci95(e.reward)},
+                   {prefix + "kl", e.kl.mean},
+                   {prefix + "kl_ci95", ci95(e.kl)},
                    {prefix + "length", e.canaries.length},
                    {prefix + "ended", e.canaries.ended},
                    {prefix + "repetition", e.canaries.repetition},
                    {prefix + "reward_length_correlation", e.canaries.correlation}};
-  if (rewards.functions[0].is_pass_fail) {
+  if (rewards.verifier >= 0) {
     m.update({{"pass1", e.pass}, {format("pass%d", e.k), e.pass_k}, {"greedy", e.greedy}});
   }
   if (rewards.gold) {
-    m.update({{prefix + "gold", e.gold.mean}, {prefix + "gold_ci95", ci95(e.gold, e.prompts)}});
+    m.update({{prefix + "gold", e.gold.mean}, {prefix + "gold_ci95", ci95(e.gold)}});
   }
   return m;
 }
 
 // Tells people of an evaluation; returns its line of metrics.jsonl.
 OrderedJson note_evaluation(RlParts& p, const Evaluation& e, const std::string& when) {
-  std::string line = format("%s  held-out reward %.3f +- %.3f", when.c_str(), e.reward.mean,
-                            ci95(e.reward, e.prompts));
-  if (p.rewards.functions[0].is_pass_fail) {
+  std::string line =
+      format("%s  held-out reward %.3f +- %.3f", when.c_str(), e.reward.mean, ci95(e.reward));
+  if (p.rewards.verifier >= 0) {
     line = format("%s  held-out pass@1 %.1f%%, pass@%d %.1f%%, greedy %.1f%%", when.c_str(),
                   100 * e.pass, e.k, 100 * e.pass_k, 100 * e.greedy);
   }
-  if (p.rewards.gold) line += format(", gold %.3f +- %.3f", e.gold.mean, ci95(e.gold, e.prompts));
-  p.run.line.note(line + format(", KL %.2f, length %.0f  (%s x %d)", e.kl, e.canaries.length,
-                                count_text(double(e.prompts)).c_str(), int(e.samples)));
+  if (p.rewards.gold) line += format(", gold %.3f +- %.3f", e.gold.mean, ci95(e.gold));
+  p.run.line.note(line + format(", KL %.2f +- %.2f, length %.0f  (%s x %d)", e.kl.mean, ci95(e.kl),
+                                e.canaries.length, count_text(double(e.prompts)).c_str(),
+                                int(e.samples)));
   OrderedJson m = {{"held_out", when}, {"prompts", e.prompts}, {"answers", e.prompts * e.samples}};
   m.update(evaluation_json(e, p.rewards, "val_"));
   return m;
 }
 
-// Keeps the weights when they are the best so far, by the reward that is not trained on, where
-// there is one.
+// Keeps the weights when they are within the KL budget and the best so far, by the reward that they
+// are trained on: --gold only watches, so that it is an honest judge of the weights that are kept.
 void keep_if_best(RlParts& p, const Evaluation& e) {
-  const bool is_pass_fail = p.rewards.functions[0].is_pass_fail;
-  const double quality = p.rewards.gold ? e.gold.mean : is_pass_fail ? e.pass : e.reward.mean;
-  if (is_within(p.s.step, e.kl)) save_if_best(p.run, quality);
+  const bool is_pass_fail = p.rewards.verifier >= 0;
+  if (is_within(p.s.step, e.kl.mean)) save_if_best(p.run, is_pass_fail ? e.pass : e.reward.mean);
 }
 
 // After step n: when it is time to, and where the KL has passed a point of --eval-at-kl.
@@ -1930,25 +2395,61 @@ void evaluate_during(RlParts& p, int64_t n) {
     metrics["at_sqrt_kl"] = s.eval_at_kl[size_t(p.state.kl_evaluations++)];
     p.run.write_metrics("eval", n, metrics);
     if (size_t(p.state.kl_evaluations) < s.eval_at_kl.size()) continue;
-    p.run.stopped = "the KL has passed the last point of --eval-at-kl";
+    p.run.stopped = p.state.stopped = "the KL has passed the last point of --eval-at-kl";
   }
+}
+
+// The KL per response of the weights as they are, on the prompts that a further step would have.
+double kl_of_own_prompts(RlParts& p) {
+  const StepSettings& s = p.s.step;
+  const int64_t epoch = p.prompts.epoch, cursor = p.prompts.cursor;
+  const std::vector<const Prompt*> asked = next_prompts(p.prompts, s.rollouts, s.seed);
+  p.prompts.epoch = epoch, p.prompts.cursor = cursor;
+  const uint64_t seed = seed_of_rollouts(s.seed, p.run.state.step + 1, 0);
+  return kl_by_prompt(roll_out(p.models, p.options, asked, 1, seed), s, p.models).mean;
+}
+
+// Gives the policy the weights of the last step that was within --kl-budget, if it is not, or
+// within any more. Returns the step of its weights.
+int64_t keep_last_within_budget(RlParts& p) {
+  RlState& t = p.state;
+  const int64_t step = p.run.state.step;
+  if (p.s.step.kl_budget <= 0) return step;
+  if (!t.left_budget) {  // the KL of the last update has not been measured
+    const double kl = kl_of_own_prompts(p);
+    t.left_budget = !is_within(p.s.step, kl);
+    if (!t.left_budget) t.within_step = step, t.within_kl = kl;
+  }
+  if (!t.left_budget) return step;
+  restore_weights(*p.models.policy, p.within);
+  p.run.line.note(format("keeps the weights of step %lld, the last ones within the KL budget",
+                         (long long)t.within_step));
+  return t.within_step;
+}
+
+// The weights that the run hands on: the best, or the last ones within the KL budget. Returns their
+// step.
+int64_t choose_weights(RlParts& p) {
+  const bool keeps_best = p.s.evaluation.keep == "best";
+  if (keeps_best && p.run.stopped.empty()) keep_if_best(p, evaluate(p, p.s.evaluation.eval_some));
+  if (!keeps_best || p.run.state.best_step < 0) return keep_last_within_budget(p);
+  if (load_best(p.run)) {
+    p.run.line.note(format("keeps the weights of step %lld", (long long)p.run.state.best_step));
+  }
+  return p.run.state.best_step;
 }
 
 OrderedJson finish(RlParts& p) {
   const EvaluationSettings& s = p.s.evaluation;
   const std::string& stopped = p.run.stopped;
-  if (!p.held_out.empty() && stopped.empty() && s.keep == "best") {
-    keep_if_best(p, evaluate(p, s.eval_some));
-  }
-  if (p.left_budget && p.run.state.best_step < 0) {
-    fail(stopped, "; found no checkpoint within the budget: --val FILE keeps one");
-  }
-  if ((s.keep == "best" || p.left_budget) && load_best(p.run)) {
-    p.run.line.note(format("keeps the weights of step %lld", (long long)p.run.state.best_step));
-  }
   if (!stopped.empty()) p.run.line.note("stopped: " + stopped);
+  const int64_t kept_step = choose_weights(p);
   OrderedJson summary = {{"stopped", stopped.empty() ? Json() : Json(stopped)},
-                         {"best_step", p.run.state.best_step}};
+                         {"best_step", p.run.state.best_step},
+                         {"kept_step", kept_step}};
+  if (p.s.step.kl_budget > 0 && kept_step == p.state.within_step) {
+    summary["kl"] = p.state.within_kl;  // on the run's own prompts; that of held-out ones is better
+  }
   if (!p.held_out.empty()) {
     const Evaluation e = evaluate(p, s.eval_prompts);
     p.run.write_metrics("final", p.run.state.step, note_evaluation(p, e, "at the end"));
@@ -1973,11 +2474,14 @@ OrderedJson finish(RlParts& p) {
   return summary;
 }
 
-// Tokenizer and base of adapters; a checkpoint to resume from holds the critic too.
+// Tokenizer and base of adapters. A checkpoint to resume from holds the critic too, and the last
+// weights within the KL budget.
 SaveOptions save_options(const RlParts& p, bool resumable) {
   SaveOptions o{.tokenizer_from = p.start, .base = p.base};
-  if (!p.models.critic || !resumable) return o;
+  if (!resumable) return o;
   o.also = [&p](const std::filesystem::path& dir) {
+    if (!p.within.empty()) save_within_budget(p, dir);
+    if (!p.models.critic) return;
     save_checkpoint(
         dir / "critic", *p.models.critic,
         {.tokenizer_from = p.start, .trainer_state = Json{{"stage", "critic"}}, .optimizer = true});
@@ -1988,9 +2492,14 @@ SaveOptions save_options(const RlParts& p, bool resumable) {
 // The process's exit status.
 int run_rl(const Algorithm& algorithm, const RlSettings& s, const RunOptions& options) {
   RlParts p = make_parts(s, algorithm.name, options);
+  p.run.inputs = inputs_of(s);
   p.run.hooks = {.begin = [&](const Json* saved) { return begin_run(p, algorithm, saved); },
                  .step = [&](int64_t n) { return take_step(p, algorithm, n); },
-                 .evaluate = [&](int64_t n) { evaluate_during(p, n); },
+                 .evaluate =
+                     [&](int64_t n) {
+                       write_rollouts(p, n);
+                       evaluate_during(p, n);
+                     },
                  .finish = [&] { return finish(p); },
                  .model = [&]() -> Gpt& { return *p.models.policy; },
                  .state = [&] { return state_json(p); },
@@ -2003,26 +2512,45 @@ int run_rl(const Algorithm& algorithm, const RlSettings& s, const RunOptions& op
 
 void choose_ppo(RlSettings& s, const Config& config) {
   EvaluationSettings& e = s.evaluation;
-  if (e.keep.empty()) e.keep = s.data.val.empty() ? "last" : "best";
-  at_least<int64_t>("--critic-warmup", s.ppo.critic_warmup, 0);
+  if (e.keep.empty()) e.keep = s.data.val.empty() && s.data.val_fraction == 0 ? "last" : "best";
+  at_least("--critic-warmup", s.ppo.critic_warmup, 0), at_least("--critic-lr", s.ppo.critic_lr, 0);
+  is_share("--gamma", s.ppo.gamma), is_share("--lambda", s.ppo.lambda);
+  at_least("--value-clip", s.ppo.value_clip, 0);
   s.step.optimizer.lr = chosen_lr(s, config, 2e-4);
   if (s.ppo.critic_lr == 0) {
     s.ppo.critic_lr = 5 * s.step.optimizer.lr / (s.data.lora > 0 ? 10 : 1);
   }
 }
 
-// The critic begins as the reward model that it predicts, or as the policy with a head of zeros:
-// then its first values are 0.
+// Where the critic begins: --critic, or the reward model whose scores it predicts; empty: as the
+// policy. Never as --gold, from which nothing is learned, nor as a model of a probability, whose
+// values are the log-odds.
+std::filesystem::path start_of_critic(const RlParts& p) {
+  if (!p.s.ppo.critic.empty()) return model_dir(p.s.ppo.critic);
+  for (const RewardFunction& f : p.rewards.functions) {
+    if (f.spec.name == "model") return model_dir(f.spec.argument);
+  }
+  return {};
+}
+
+// The critic begins as a reward model, or as the policy with a head of zeros: then its first values
+// are 0.
 void begin_ppo(RlParts& p, const std::filesystem::path& saved) {
-  std::filesystem::path dir = saved.empty() ? "" : saved / "critic";
-  if (dir.empty() && !p.s.ppo.critic.empty()) dir = model_dir(p.s.ppo.critic);
-  if (dir.empty() && !p.rewards.models.empty()) dir = p.rewards.models[0]->dir();
+  const std::filesystem::path dir = saved.empty() ? start_of_critic(p) : saved / "critic";
   const bool from_policy = dir.empty();
+  if (saved.empty() && !p.s.ppo.critic.empty()) {
+    const Tokenizer own = Tokenizer::load(dir);
+    if (own.hash() != p.tokenizer.hash()) {
+      fail("--critic ", dir.string(), ": found another vocabulary (", own.vocab_size(),
+           " tokens) than that of ", p.start.string(), " (", p.tokenizer.vocab_size(),
+           "), expected the same");
+    }
+  }
   Config config = from_policy ? p.config : load_config_with_head(dir, Head::scalar);
   config.head = Head::scalar;
+  check_context(p, "critic", dir, config.T);
   p.models.critic_shift = float(config.reward_shift);
-  p.models.critic = make_gpt(config, {.device = parse_device(p.run.options.device),
-                                      .batch_tokens = int(p.s.step.micro_batch_tokens)});
+  p.models.critic = make_gpt(config, training_options(p));
   Gpt& critic = *p.models.critic;
   load_weights(from_policy ? p.start : dir, critic, {.new_score = from_policy});
   if (from_policy) {
@@ -2030,7 +2558,6 @@ void begin_ppo(RlParts& p, const std::filesystem::path& saved) {
                  std::vector<float>(size_t(config.C), 0.f));
   }
   if (!saved.empty()) load_trainer_state(dir, critic);
-  print_plan(p, "ppo");
 }
 
 const Algorithm kPpo = {"ppo", choose_ppo, begin_ppo,
@@ -2043,9 +2570,22 @@ const Algorithm kPpo = {"ppo", choose_ppo, begin_ppo,
 // ---------------------------------------------------------------------------------------------
 // GRPO's own
 
+std::pair<double, double> parse_pass_rate(const std::string& text) {
+  const size_t colon = std::min(text.find(':'), text.size());
+  const double low = parse_number(text.substr(0, colon)),
+               high = parse_number(text.substr(std::min(colon + 1, text.size())));
+  if (!(low >= 0 && low <= high && high <= 1)) {
+    fail("--pass-rate: found ", text, ", expected LOW:HIGH, as in .2:.8");
+  }
+  return {low, high};
+}
+
 void choose_grpo(RlSettings& s, const Config& config) {
   const bool dapo = parse_method(s.grpo.method) == GroupMethod::dapo;
-  at_least("--group", s.grpo.group, 2);
+  at_least("--group", s.grpo.group, 2), at_least("--resample", s.grpo.resample, -1);
+  at_least("--pass-samples", s.grpo.pass_samples, 1);
+  at_least("--pass-problems", s.grpo.pass_problems, 0);
+  if (!s.grpo.pass_rate.empty()) parse_pass_rate(s.grpo.pass_rate);
   if (s.step.rollouts % s.grpo.group != 0) {
     fail("--rollouts: found ", s.step.rollouts, ", expected a multiple of --group ", s.grpo.group);
   }
@@ -2060,15 +2600,12 @@ void choose_grpo(RlSettings& s, const Config& config) {
 // learns.
 void filter_problems(RlParts& p) {
   const GrpoSettings& s = p.s.grpo;
-  const RewardFunction& reward = p.rewards.functions[0];
   const uint64_t seed = p.s.step.seed;
-  double low = 0, high = 1;
-  if (std::sscanf(s.pass_rate.c_str(), "%lf:%lf", &low, &high) != 2 || !(low <= high)) {
-    fail("--pass-rate: found ", s.pass_rate, ", expected LOW:HIGH, as in .2:.8");
+  const std::pair<double, double> range = parse_pass_rate(s.pass_rate);
+  if (p.rewards.verifier < 0) {
+    fail("--pass-rate: expected a --reward of right or wrong with the largest weight");
   }
-  if (!reward.is_pass_fail) {
-    fail("--pass-rate: found --reward ", reward.spec.name, " first, expected a verifier");
-  }
+  const RewardFunction& reward = p.rewards.functions[size_t(p.rewards.verifier)];
   std::vector<int>& pool = p.prompts.pool;
   std::vector<int> kept;
   const int64_t n =
@@ -2076,7 +2613,7 @@ void filter_problems(RlParts& p) {
   Rng rng{mix64(seed, hash64("pass rate"))};
   shuffle(pool, rng);
   const int64_t piece = 256;
-  for (int64_t begin = 0; begin < n && stop_signal == 0; begin += piece) {
+  for (int64_t begin = 0; begin < n; begin += piece) {
     std::vector<const Prompt*> tried;
     for (int64_t i = begin; i < std::min(n, begin + piece); i++) {
       tried.push_back(&p.prompts.all[size_t(pool[size_t(i)])]);
@@ -2091,13 +2628,12 @@ void filter_problems(RlParts& p) {
         passed += right[k] > .5 && rollouts[k].ended;
       }
       const double rate = double(passed) / s.pass_samples;
-      if (rate >= low && rate <= high) kept.push_back(pool[size_t(begin) + i]);
+      if (rate >= range.first && rate <= range.second) kept.push_back(pool[size_t(begin) + i]);
     }
     p.run.line.show(format("pass rates: %lld of %lld problems tried, %zu kept",
                            (long long)std::min(n, begin + piece), (long long)n, kept.size()),
                     begin + piece >= n);
   }
-  if (stop_signal) fail("--pass-rate: stopped before all problems were tried; nothing was saved");
   if (kept.empty()) {
     fail("--pass-rate ", s.pass_rate, ": found none among ", n, " problems, expected some");
   }
@@ -2105,12 +2641,7 @@ void filter_problems(RlParts& p) {
   pool = std::move(kept);
 }
 
-void begin_grpo(RlParts& p, const std::filesystem::path& saved) {
-  print_plan(p, p.s.grpo.method);
-  if (saved.empty() && !p.s.grpo.pass_rate.empty()) filter_problems(p);
-}
-
-const Algorithm kGrpo = {"grpo", choose_grpo, begin_grpo,
+const Algorithm kGrpo = {"grpo", choose_grpo, [](RlParts&, const std::filesystem::path&) {},
                          [](int64_t n, RlParts& p) {
                            return grpo_step(n, p.s.step, p.s.grpo, p.prompts, p.options, p.rewards,
                                             p.models, p.text, p.state);
@@ -2164,10 +2695,11 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Candidates, rewards, reward, gold, lengths, e
 
 // The highest reward; of a verifier's right answers, which all have the same, the shortest. An
 // answer that was cut off is not chosen.
-int choose(const Candidates& c, bool is_pass_fail) {
+int choose(const Candidates& c, int verifier) {
+  const bool is_pass_fail = verifier >= 0;
   int best = -1;
   for (size_t i = 0; i < c.reward.size(); i++) {
-    const bool is_wrong = is_pass_fail && c.rewards[0][i] <= .5;
+    const bool is_wrong = is_pass_fail && c.rewards[size_t(verifier)][i] <= .5;
     if (!c.ended[i] || !std::isfinite(c.reward[i]) || is_wrong) continue;
     const bool better = best < 0 || (is_pass_fail ? c.lengths[i] < c.lengths[size_t(best)]
                                                   : c.reward[i] > c.reward[size_t(best)]);
@@ -2206,7 +2738,7 @@ std::vector<Candidates> sample_piece(Models& models, const RolloutOptions& optio
   }
   for (size_t i = 0; i < found.size(); i++) {
     Candidates& c = found[i];
-    c.chosen = choose(c, rewards.functions[0].is_pass_fail);
+    c.chosen = choose(c, rewards.verifier);
     c.text = rollouts[i * size_t(n) + size_t(std::max(0, c.chosen))].text;
   }
   return found;
@@ -2214,7 +2746,8 @@ std::vector<Candidates> sample_piece(Models& models, const RolloutOptions& optio
 
 // Conversations, or prompts with completions, as ./sft reads them.
 void write_answers(const std::string& path, std::span<const Prompt> prompts,
-                   std::span<const Candidates> all, const Tokenizer& tokenizer) {
+                   std::span<const Candidates> all, const Tokenizer& tokenizer,
+                   const std::string& system) {
   std::string lines;
   for (size_t i = 0; i < all.size(); i++) {
     if (all[i].chosen < 0) continue;
@@ -2225,8 +2758,13 @@ void write_answers(const std::string& path, std::span<const Prompt> prompts,
               {"completion", all[i].text}};
     } else {
       Json messages = p.line.contains("messages") ? p.line.at("messages") : Json::array();
-      if (p.line.contains("prompt")) messages = p.line.at("prompt");
+      if (p.line.contains("prompt") && p.line.at("prompt").is_array()) {
+        messages = p.line.at("prompt");
+      }
       if (messages.empty()) messages.push_back({{"role", "user"}, {"content", p.question}});
+      if (!system.empty() && messages[0].at("role") != "system") {
+        messages.insert(messages.begin(), {{"role", "system"}, {"content", system}});
+      }
       messages.push_back({{"role", "assistant"}, {"content", all[i].text}});
       json = {{"messages", messages}};
     }
@@ -2260,13 +2798,17 @@ OrderedJson best_of_n_curve(std::span<const Candidates> all, int n, bool gold) {
   return points;
 }
 
-// What was sampled before, in whole pieces. The models must have the hashes of state.json.
-std::vector<Candidates> sampled_before(const std::filesystem::path& out, const OrderedJson& models,
-                                       size_t prompts) {
-  const Json saved = read_json(out / "state.json").at("models");
+// What was sampled before, in whole pieces. The models and prompts must have the hashes of
+// state.json.
+std::vector<Candidates> sampled_before(const RlParts& p, const OrderedJson& models) {
+  const std::filesystem::path& out = p.run.options.out;
+  const Json saved = read_json(out / "state.json");
+  check_data_hashes(p, saved);
   for (size_t i = 0; i < models.size(); i++) {
-    check_model_hash({{"path", models[i]["path"]}, {"hash", saved.at(i)}}, models[i]["hash"]);
+    check_model_hash({{"path", models[i]["path"]}, {"hash", saved.at("models").at(i)}},
+                     models[i]["hash"]);
   }
+  const size_t prompts = p.prompts.all.size();
   std::vector<Candidates> all;
   std::istringstream lines(read_file(out / "metrics.jsonl"));
   for (std::string line; std::getline(lines, line);) {
@@ -2276,6 +2818,20 @@ std::vector<Candidates> sampled_before(const std::filesystem::path& out, const O
   }
   if (all.size() < prompts) all.resize(all.size() / kPiece * kPiece);
   return all;
+}
+
+// Makes the directory of a run of best-of-n; --overwrite removes what such a run wrote, alone.
+void begin_directory(const RunOptions& o) {
+  if (!o.overwrite) expect_new_run(o.out);
+  for (const char* name : {"model", "best"}) {
+    if (std::filesystem::exists(o.out / name)) {
+      fail(o.out.string(), ": found ", name, ", which no run of best-of-n writes; expected one");
+    }
+  }
+  std::filesystem::create_directories(o.out);
+  for (const char* name : {"summary.json", "metrics.jsonl", "state.json"}) {
+    remove_path(o.out / name);
+  }
 }
 
 int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write) {
@@ -2288,24 +2844,31 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
   for (const auto& m : p.model_names["reward_models"]) models.push_back(m);
   OrderedJson hashes = OrderedJson::array();
   for (const auto& m : models) hashes.push_back(m["hash"]);
-  const OrderedJson state = {{"stage", "best-of-n"}, {"models", hashes}, {"settings", Json(s)}};
-
-  expect_elsewhere(o.out, {p.start});
-  if (!o.resume && !o.overwrite) expect_new_run(o.out);
+  const OrderedJson state = {
+      {"stage", "best-of-n"}, {"models", hashes}, {"data", p.data_hashes}, {"settings", Json(s)}};
+  std::printf("policy  %s; %zu prompts, %d answers to each\n", p.start.c_str(), prompts.size(), n);
   std::vector<Candidates> all;  // of each prompt so far
-  if (o.resume) {
-    all = sampled_before(o.out, models, prompts.size());
-  } else {
-    if (o.overwrite) remove_path(o.out);
-    std::filesystem::create_directories(o.out);
-    write_json(o.out / "state.json", state);
-  }
-  p.models.policy = make_gpt(p.config, {.device = parse_device(o.device), .mode = Mode::inference});
+  GptOptions options = gpt_options(o);
+  options.mode = Mode::inference, options.decode = rollout_plan(p);
+  p.models.policy = make_gpt(p.config, options);
   load_weights(p.start, *p.models.policy);
+  if (o.resume) {
+    try {
+      all = sampled_before(p, models);
+    } catch (const Json::exception& e) {
+      fail(o.out.string(), ": state.json or metrics.jsonl: ", json_complaint(e));
+    }
+  } else {
+    if (o.dry_run) return 0;
+    expect_elsewhere(o.out, inputs_of(s));
+    begin_directory(o);
+  }
+  const auto lock = o.lock ? o.lock : std::make_shared<RunLock>(o.out);
+  write_json(o.out / "state.json", state);
   p.run.metrics.open(o.out / "metrics.jsonl", int64_t(all.size()));
   const double began = now();
   const size_t before = all.size();
-  for (size_t begin = before; begin < prompts.size() && !stop_signal; begin += kPiece) {
+  for (size_t begin = before; begin < prompts.size(); begin += kPiece) {
     const auto piece =
         std::span(prompts).subspan(begin, std::min<size_t>(kPiece, prompts.size() - begin));
     for (Candidates& c : sample_piece(p.models, p.options, p.rewards, piece, n,
@@ -2319,14 +2882,10 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
                duration_text((now() - began) / double(all.size() - before) * left).c_str()),
         all.size() == prompts.size());
   }
-  if (stop_signal) {
-    p.run.line.note("stopped: continue with --resume");
-    return 128 + stop_signal;
-  }
   OrderedJson summary = {{"stage", "best-of-n"}, {"prompts", prompts.size()}, {"n", n}};
   summary["curve"] = best_of_n_curve(all, n, bool(p.rewards.gold));
   write_json(o.out / "summary.json", summary);
-  if (!write.empty()) write_answers(write, prompts, all, p.tokenizer);
+  if (!write.empty()) write_answers(write, prompts, all, p.tokenizer, s.data.system);
   return 0;
 }
 
@@ -2339,6 +2898,21 @@ struct RlFlags {
   std::string write;  // best-of-n: file for the chosen answers
 };
 
+void add_program_flags(CLI::App& app, DataSettings& d) {
+  auto* group = app.add_option_group(
+      "Program",
+      "check:COMMAND says 1 (right) or 0 (wrong), command:COMMAND any number. For each answer the "
+      "program reads a line {\"id\", \"prompt\", \"completion\", \"answer\", \"record\": the "
+      "problem's line} and writes a line {\"id\", \"reward\"}. It has all your rights: the limits "
+      "are no sandbox.");
+  group->add_option("--verifiers", d.verifiers, "processes of the program at once");
+  group->add_option("--command-seconds", d.command_seconds, "seconds for an answer");
+  group->add_option("--command-start-seconds", d.command_start_seconds,
+                    "more seconds for the first answer, which include the program's start");
+  group->add_option("--command-memory", d.command_memory, "GB of addresses; 0: any");
+  group->add_option("--command-processes", d.command_processes, "processes that it may start");
+}
+
 // Those of all three subcommands.
 void add_rollout_flags(CLI::App& app, RlFlags& f) {
   DataSettings& d = f.s.data;
@@ -2347,23 +2921,33 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
   app.add_option("--prompts", d.prompts,
                  "JSON lines: {\"question\", \"answer\"}, {\"messages\"} or {\"prompt\"}");
   app.add_option("--reward", d.rewards,
-                 "[WEIGHT*]number, exact, choice, countdown, command:COMMAND, rubric, "
-                 "format:PATTERN, length:TOKENS, ended, model:DIRECTORY, probability:DIRECTORY (of "
-                 "a model of labels); several make a sum");
-  app.add_option("--gold", d.gold, "a reward that judges answers and is never trained on");
+                 "[WEIGHT*]number, exact, choice, countdown (some of the numbers make the target), "
+                 "countdown:all, check:COMMAND, command:COMMAND, rubric, format:PATTERN, "
+                 "length:TOKENS, ended, model:DIRECTORY, probability:DIRECTORY (of a model of "
+                 "labels); several make a sum");
+  app.add_option("--gold", d.gold,
+                 "a reward that judges answers: never trained on, and it chooses no weights");
   app.add_option("--max-tokens", d.max_tokens, "sampled tokens of an answer");
   app.add_option("--temperature", f.s.step.temperature, "of the distribution that is sampled");
+  app.add_option("--system", d.system, "system message of chats that have none");
+  app.add_flag("--as-chat", d.as_chat,
+               "a \"prompt\" that is a string is a user's message, not a text to continue");
   app.add_option("--form", d.form,
                  "text with {question} in it, or its file, in place of the chat template");
   app.add_option("--stop", d.stops,
-                 "strings that end an answer to --form; none: answers have --max-tokens tokens");
+                 "strings that end an answer to --form, \\n is a line break; none: answers have "
+                 "--max-tokens tokens");
+  app.add_option("--cache-mb", d.cache_mb,
+                 "memory for keys and values of the answers that are decoded at once");
   app.add_option("--seed", f.s.step.seed, "of prompts, answers and minibatches");
+  add_program_flags(app, d);
   add_run_flags(app, f.options);
 }
 
 // Those of PPO and GRPO.
 void add_data_flags(CLI::App& app, DataSettings& d) {
   app.add_option("--val", d.val, "held-out prompts, for evaluations");
+  app.add_option("--val-fraction", d.val_fraction, "or this share of --prompts");
   auto* data = app.add_option_group("Data", "");
   data->add_option("--tool", d.tools, "calculator, search: tools declared with every question");
   data->add_option("--documents", d.search, "documents of the search tool");
@@ -2371,13 +2955,11 @@ void add_data_flags(CLI::App& app, DataSettings& d) {
   data->add_option("--ptx-weight", d.ptx_weight, "weight of that loss");
   data->add_option("--ptx-tokens", d.ptx_tokens, "tokens of it in an update");
   data->add_option("--truncated", d.truncated,
-                   "an answer that was cut off: penalise (gets --truncated-reward), mask (is not "
-                   "trained on) or keep (gets its own reward)");
+                   "an answer that was cut off: penalise (gets --truncated-reward at most), mask "
+                   "(is not trained on) or keep (gets its own reward)");
   data->add_option("--truncated-reward", d.truncated_reward,
-                   "reward of an answer that was cut off, in place of its own");
-  data->add_option("--command-seconds", d.command_seconds, "seconds for a line of command:COMMAND");
-  data->add_option("--command-memory", d.command_memory, "its memory, GB of addresses");
-  data->add_option("--command-processes", d.command_processes, "its processes");
+                   "largest reward of an answer that was cut off; it gets less where its own "
+                   "reward, or that of a finished answer to the same prompt, is less");
   data->add_option("--rows", d.rows, "answers decoded at once");
   data->add_option("--lora", d.lora,
                    "rank of adapters, which are trained in place of the model; 0: none");
@@ -2385,9 +2967,10 @@ void add_data_flags(CLI::App& app, DataSettings& d) {
                    "the adapters' output is multiplied by alpha / rank");
 }
 
-void add_step_flags(CLI::App& app, StepSettings& s) {
+void add_step_flags(CLI::App& app, StepSettings& s, Budget& budget) {
   auto* updates = app.add_option_group("Updates", "");
-  updates->add_option("--steps", s.steps, "steps of the run");
+  updates->add_option("--steps", budget.steps, "steps of the run; 0: 60, or by --minutes");
+  updates->add_option("--minutes", budget.minutes, "minutes of the run, evaluations included");
   updates->add_option("--rollouts", s.rollouts, "rollouts of a step");
   updates->add_option("--minibatches", s.minibatches, "parts of a step's rollouts, one an update");
   updates->add_option("--epochs", s.epochs, "times that a step's rollouts are used");
@@ -2396,7 +2979,8 @@ void add_step_flags(CLI::App& app, StepSettings& s) {
                       "and at 1 plus this; -1: as --clip-ratio; with --method dapo .28");
   updates->add_option("--beta", s.beta, "price of the KL to the reference");
   updates->add_option("--kl-budget", s.kl_budget,
-                      "KL to the reference per response at which the run ends; 0: any");
+                      "KL to the reference per response above which the run ends, with the last "
+                      "weights that were within it, or the best; 0: any");
   updates->add_option("--entropy", s.entropy, "weight of an entropy bonus");
   updates->add_option("--micro-batch-tokens", s.micro_batch_tokens, "tokens in memory at once");
   add_optimizer_flags(app, s.optimizer, "the policy's peak learning rate; 0: by the model's width");
@@ -2404,7 +2988,7 @@ void add_step_flags(CLI::App& app, StepSettings& s) {
 
 void add_rl_flags(CLI::App& app, RlFlags& f) {
   add_rollout_flags(app, f), add_data_flags(app, f.s.data);
-  add_step_flags(app, f.s.step);
+  add_step_flags(app, f.s.step, f.s.budget);
   EvaluationSettings& e = f.s.evaluation;
   auto* group = app.add_option_group("Evaluation", "");
   group->add_option("--eval-every", e.eval_every, "steps; 0: a fifth of the run");
@@ -2417,6 +3001,8 @@ void add_rl_flags(CLI::App& app, RlFlags& f) {
                    "these, and end the run after the last one")
       ->delimiter(',');
   group->add_option("--keep", e.keep, "best (by --val) or last weights; empty: chosen");
+  group->add_flag("--no-rollouts", e.no_rollouts,
+                  "do not write DIR/rollouts.jsonl, a line for each answer of a step");
 }
 
 void add_ppo_flags(CLI::App& app, RlFlags& f) {
@@ -2467,14 +3053,17 @@ void add_best_of_n_flags(CLI::App& app, RlFlags& f) {
 
 // The settings of a run of best-of-n that is resumed. Older versions had other names for some.
 RlSettings saved_best_of_n_settings(const RunOptions& o) {
-  Json saved = read_json(o.out / "state.json").at("settings");
-  for (const auto& [old_key, key] : {std::pair("n", "eval_samples"),
-                                     {"samples", "eval_samples"},
-                                     {"most", "eval_prompts"},
-                                     {"limit", "eval_prompts"}}) {
-    if (saved.contains(old_key)) saved[key] = saved[old_key];
+  const std::filesystem::path path = o.out / "state.json";
+  Json saved = json_get<Json>(read_json(path), "settings", path.string());
+  rename_keys(saved, {{"n", "eval_samples"},
+                      {"samples", "eval_samples"},
+                      {"most", "eval_prompts"},
+                      {"limit", "eval_prompts"}});
+  try {
+    return saved.get<RlSettings>();
+  } catch (const Json::exception& e) {
+    fail(path.string(), ": settings: ", json_complaint(e));
   }
-  return saved.get<RlSettings>();
 }
 
 const char* kClip = "expected --clip-ratio (of PPO's ratio) or --clip-norm (of the gradient)";
@@ -2522,13 +3111,34 @@ int main_rlhf(int argc, char** argv) {
   pages[1].shown.back() = "--group";
   if (!parse_flags(app, argc, argv, pages, kRenamed)) return 0;
   RlFlags& f = app.got_subcommand(ppo) ? of_ppo : app.got_subcommand(grpo) ? of_grpo : of_best;
-  begin_process(f.options);
   if (app.got_subcommand(best)) {
-    if (f.options.resume) f.s = saved_best_of_n_settings(f.options);
-    return best_of_n(f.s, f.options, f.write);
+    const bool resume = std::exchange(f.options.resume, false);  // its run holds no model
+    if (resume && f.options.overwrite) fail("--resume and --overwrite: found both, expected one");
+    begin_process(f.options);
+    f.options.resume = resume;
+    if (resume) {
+      resume_settings(*best, f.s, f.s.budget, f.options, saved_best_of_n_settings(f.options),
+                      {"--limit", "--cache-mb", "--verifiers", "--command-seconds",
+                       "--command-start-seconds", "--command-memory", "--command-processes"});
+    }
+    try {
+      return best_of_n(f.s, f.options, f.write);
+    } catch (const Interrupted&) {
+      std::printf("stopped: go on with --resume\n");
+      return 128 + stop_signal;
+    }
   }
+  begin_process(f.options);
   const Algorithm& algorithm = app.got_subcommand(ppo) ? kPpo : kGrpo;
-  if (f.options.resume) f.s = saved_settings<RlSettings>(f.options, algorithm.name);
+  if (f.options.resume) {
+    resume_settings(app.got_subcommand(ppo) ? *ppo : *grpo, f.s, f.s.budget, f.options,
+                    saved_settings<RlSettings>(f.options, algorithm.name),
+                    {"--eval-every", "--eval-some", "--limit", "--samples", "--rows", "--cache-mb",
+                     "--no-rollouts", "--verifiers", "--command-seconds", "--command-start-seconds",
+                     "--command-memory", "--command-processes"});
+  } else {
+    check_budget(f.s.budget);
+  }
   return run_rl(algorithm, f.s, f.options);
 }
 

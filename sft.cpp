@@ -454,8 +454,12 @@ class FineTuning {
     o.muon = s_.optimizer.name == "muon";
     o.lora = {s_.lora, float(s_.lora_alpha)};
     o.batch_tokens = int(s_.micro_batch_tokens);
+    // A sample's prompt is the beginning of an example, or --prompt: a token has a byte or more.
+    const auto prompt = int64_t(s_.context) + int64_t(w_.prompt.size());
+    o.decode = decode_plan(options_for_one(config_, prompt, kSampleTokens));
     return o;
   }
+  static constexpr int kSampleTokens = 96;
 
   Settings s_;
   Watch w_;
@@ -543,7 +547,7 @@ void FineTuning::evaluate_and_sample(int64_t n) {
   }
   const int64_t every =
       w_.sample_every > 0 ? w_.sample_every : std::max<int64_t>(1, run_.steps / 4);
-  if (n > 0 && n % every == 0) sample(n / every);
+  if (n > 0 && n % every == 0) try_sample(run_.line, [&] { sample(n / every); });
 }
 
 // An answer to --prompt, or to what comes before the answer of a held-out example.
@@ -563,7 +567,7 @@ void FineTuning::sample(int64_t number) {
   }
   if (prompt.empty() || int(prompt.size()) >= config_.T) return;
   const Completion done =
-      sample_one(*gpt_, tokenizer_, prompt, 96, {.temperature = 0},
+      sample_one(*gpt_, tokenizer_, prompt, kSampleTokens, {.temperature = 0},
                  {tokenizer_.special("<|im_end|>"), tokenizer_.special("<|endoftext|>")});
   // The last turn before the answer, then the answer and how it ended.
   std::string asked = tokenizer_.decode(prompt);
@@ -1021,7 +1025,7 @@ int main_sft(int argc, char** argv) {
   }
   if (show == 0) begin_process(o);
   if (o.resume) {
-    resume_settings(app, s, s.budget, o, "fine-tuning",
+    resume_settings(app, s, s.budget, o, saved_settings<Settings>(o, "fine-tuning"),
                     {"--patience", "--eval-every", "--eval-tokens"});
   } else if (s.model.empty() || s.data.empty()) {
     fail(s.model.empty() ? "--model: missing, expected the model to begin with"

@@ -103,11 +103,10 @@ struct Activations {
   float* partials;
 
   Arena arena;
-  int64_t capacity = 0;                                  // tokens
-  void reserve(const Config& c, int64_t N, bool train);  // contents are lost when it grows
-  // Returns the number of floats; with `base`, also sets the pointers. Without `train` all layers
-  // use the same buffers.
-  int64_t lay_out(const Config& c, int64_t N, bool train, float* base);
+  int64_t capacity = 0;                                   // tokens
+  void reserve(const Config& c, int64_t N, Saved saved);  // contents are lost when it grows
+  // Returns the number of floats; with `base`, also sets the pointers.
+  int64_t lay_out(const Config& c, int64_t N, Saved saved, float* base);
 };
 
 struct RowSoftmax {  // of softmax(x / temperature) over one row
@@ -161,15 +160,16 @@ class CpuGpt final : public Gpt {
   CpuGpt(const Config& config, const GptOptions& options);
 
   void forward(const Batch& batch, Pass pass) override {
+    if (pass == Pass::train) expect_trainable("forward", train_);
     begin(batch);
     trunk_forward();
-    forward_is_live_ = pass == Pass::train;
-    if (forward_is_live_ && !train_) fail("forward: an inference model keeps nothing for backward");
     head_forward();
+    forward_is_live_ = pass == Pass::train;
   }
 
   void backward(std::span<const float> dlogp, std::span<const float> dvalue,
                 std::span<const float> dentropy) override {
+    expect_trainable("backward", train_);
     if (!forward_is_live_) fail("backward: no forward with Pass::train came before");
     check_weights(config_, N_, dlogp, dvalue, dentropy);
     head_backward(dlogp, dvalue, dentropy, logits_kept_);
@@ -179,7 +179,7 @@ class CpuGpt final : public Gpt {
 
   void forward_backward(const Batch& batch, std::span<const float> dlogp,
                         std::span<const float> dvalue, std::span<const float> dentropy) override {
-    if (!train_) fail("forward_backward: an inference model has no gradients");
+    expect_trainable("forward_backward", train_);
     begin(batch);
     check_weights(config_, N_, dlogp, dvalue, dentropy);
     trunk_forward();
@@ -215,7 +215,6 @@ class CpuGpt final : public Gpt {
 
   UpdateStats stats() override { return stats_; }
   void zero_gradients() override { gradients_are_zero_ = true, loss_ = 0; }
-  void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
 
   std::span<const float> logp() override { return logp_; }
   std::span<const float> entropy() override { return entropy_; }
@@ -232,11 +231,12 @@ class CpuGpt final : public Gpt {
   template <class Copy>
   void visit_tensor(const Tensor& t, Slot slot, Copy&& copy) const;
 
+  void attend_batch(LayerActivations& a) const {
+    attention_forward(attention_of(a.qkv, a.rotated), a.att, a.lse);
+  }
   void trunk_forward() {
-    const auto attend = [&](int, LayerActivations& a) {
-      attention_forward(attention_of(a.qkv, a.rotated), a.att, a.lse);
-    };
-    blocks_forward(a_, N_, tokens_.data(), positions_.data(), weights_in_panels_only(), attend);
+    blocks_forward(a_, N_, tokens_.data(), positions_.data(), weights_in_panels_only(),
+                   [&](int, LayerActivations& a) { attend_batch(a); });
     norm(N_, table_.final_norm, a_.x, a_.final_norm, a_.final_stats);
   }
 
@@ -249,28 +249,41 @@ class CpuGpt final : public Gpt {
       rope_.extend(1 + *std::max_element(positions, positions + N));
     embed(N, tokens, positions, acts.layers[0].x);
     for (int l = 0; l < config_.L; l++) {
-      const Block& b = table_.blocks[size_t(l)];
-      LayerActivations& a = acts.layers[size_t(l)];
-      norm(N, b.norm1, a.x, a.norm1, a.stats1);
-      linear(N, b.qkv, a.norm1, a.qkv, nullptr, panels);
-      rotate(N, positions, b, a.qkv, a.rotated);
-      attend(l, a);
-      linear(N, b.o, a.att, a.mid, a.x, panels);  // mid = x + o(att)
-      norm(N, b.norm2, a.mid, a.norm2, a.stats2);
-      linear(N, b.up, a.norm2, a.up, nullptr, panels);
-      activate(N, a.up, a.act);
+      const LayerActivations& a = acts.layers[size_t(l)];
+      block_forward(l, acts, N, positions, panels, attend);
       float* next_x = l + 1 < config_.L ? acts.layers[size_t(l) + 1].x : acts.x;
-      linear(N, b.down, a.act, next_x, a.mid, panels);  // next x = mid + down(act)
+      // next x = mid + down(act)
+      linear(N, table_.blocks[size_t(l)].down, a.act, next_x, a.mid, panels);
     }
   }
 
+  // One block from a.x to a.act.
+  template <class Attend>
+  void block_forward(int l, Activations& acts, int N, const int* positions, bool panels,
+                     Attend&& attend) {
+    const Block& b = table_.blocks[size_t(l)];
+    LayerActivations& a = acts.layers[size_t(l)];
+    norm(N, b.norm1, a.x, a.norm1, a.stats1);
+    linear(N, b.qkv, a.norm1, a.qkv, nullptr, panels);
+    rotate(N, positions, b, a.qkv, a.rotated);
+    attend(l, a);
+    linear(N, b.o, a.att, a.mid, a.x, panels);  // mid = x + o(att)
+    norm(N, b.norm2, a.mid, a.norm2, a.stats2);
+    linear(N, b.up, a.norm2, a.up, nullptr, panels);
+    activate(N, a.up, a.act);
+  }
+
   // From a_.dx, the gradient of the stream that leaves the last block, down to the embedding. The
-  // same lines as blocks_forward's, from the last to the first.
+  // same lines as the forward pass has, from the last to the first.
   void trunk_backward() {
     const int HS = config_.HS;
     for (int l = config_.L - 1; l >= 0; l--) {
       const Block& b = table_.blocks[size_t(l)];
       LayerActivations& a = a_.layers[size_t(l)];
+      if (saved_ == Saved::layer_inputs && l + 1 < config_.L) {  // the last block's are there
+        block_forward(l, a_, N_, positions_.data(), false,
+                      [&](int, LayerActivations& made) { attend_batch(made); });
+      }
       linear_backward(N_, b.down, a.act, a_.dx, a_.dact);
       activate_backward(a.up, a_.dact);  // a.up becomes its gradient
       linear_backward(N_, b.up, a.norm2, a.up, a_.dnorm);
@@ -326,7 +339,7 @@ class CpuGpt final : public Gpt {
   void weights_changed();
 
   bool train_;
-  bool adapters_;                     // LoRA's take part
+  Saved saved_;
   int64_t frozen_;                    // where the table's trainable rows begin
   mutable std::vector<float> inner_;  // (N, rank) scratch of one adapter
   std::shared_ptr<Weights> weights_;
@@ -551,16 +564,23 @@ struct Weights {
   Weights(const Config& c, const ParamTable& table, bool inference) : panels_only(inference) {
     rows.reset(table.size);
     int64_t size = 0;
-    const auto add = [&](const Linear& l) {
+    for (const Linear& l : linears(c, table)) {
       groups.push_back({l.weight, l.out, l.in, size});
       size += packed_size(l.out, l.in);
-    };
-    for (const Block& b : table.blocks) add(b.qkv), add(b.o), add(b.up), add(b.down);
-    if (c.head == Head::lm) add(table.head);
-    panels_size = size;
+    }
     if (inference) panels.reset(size);
   }
-  int64_t panels_size = 0;
+  static std::vector<Linear> linears(const Config& c, const ParamTable& table) {
+    std::vector<Linear> all;
+    for (const Block& b : table.blocks) all.insert(all.end(), {b.qkv, b.o, b.up, b.down});
+    if (c.head == Head::lm) all.push_back(table.head);
+    return all;
+  }
+  static int64_t panels_size(const Config& c, const ParamTable& table) {
+    int64_t size = 0;
+    for (const Linear& l : linears(c, table)) size += packed_size(l.out, l.in);
+    return size;
+  }
 
   const Group* group_of(int64_t offset) const {  // that holds this arena offset
     for (const Group& g : groups)
@@ -569,7 +589,7 @@ struct Weights {
   }
   void make_panels() {
     if (panels_only || panels_current) return;
-    panels.grow(panels_size);
+    panels.grow(groups.back().panels + packed_size(groups.back().out, groups.back().in));
     for (const Group& g : groups)
       pack_weights(rows.data() + g.weight, g.out, g.in, panels.data() + g.panels);
     panels_current = true;
@@ -617,7 +637,7 @@ void CpuGpt::begin(const Batch& batch) {
   entropy_.assign(lm ? size_t(N) : 0, 0.f);
   value_.assign(lm ? 0 : size_t(N), 0.f);
   softmax_.resize(head_rows_.size());
-  a_.reserve(config_, N, train_);
+  a_.reserve(config_, N, saved_);
   forward_is_live_ = logits_kept_ = false;
 }
 
@@ -1537,7 +1557,10 @@ class CpuKvCache : public KvCache {
         page_floats_(key_floats_ + int64_t(to_lanes(c.HS)) * kPage),
         layer_floats_(c.NKV * page_floats_),
         L_(c.L),
-        memory_((positions + kPage - 1) / kPage * c.L * layer_floats_) {}
+        memory_(floats(c, positions)) {}
+  static int64_t floats(const Config& c, int64_t positions) {  // of the keys and values
+    return (positions + kPage - 1) / kPage * kPage * c.L * c.NKV * (c.HS + to_lanes(c.HS));
+  }
   float* keys(int page, int layer, int head) const {  // [HS][kPage]
     return memory_.data() + (int64_t(page) * L_ + layer) * layer_floats_ + head * page_floats_;
   }
@@ -1636,23 +1659,26 @@ static int sample_row(int V, const float* logits, const Sampling& sampling,
   return last;
 }
 
+static bool all_finite(int n, const float* x) {
+  vec zeros{};  // x - x is 0, and NaN where x is not finite
+  for_vectors(n, [&](int64_t i, int count) { zeros += load(x + i, count) - load(x + i, count); });
+  return sum_lanes(zeros) == 0;
+}
+
 void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
                     bool want_logits) {
   auto& pages = dynamic_cast<CpuKvCache&>(cache);
-  weights_->make_panels();
   const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
   const auto R = int64_t(rows.size());
   const NewTokens added = pack_new_tokens(config_, cache, rows);
-  for (const DecodeRow& row : rows) {
-    cache.append(row.sequence, int(row.tokens.size()),
-                 [&](int src, int dst) { pages.copy(src, dst); });
-  }
+  NewPositions room(cache, rows, [&](int src, int dst) { pages.copy(src, dst); });
   result.ids.assign(size_t(R), 0);
   result.logp.assign(size_t(R), 0.f);
   result.logits.resize(want_logits ? size_t(R * V) : 0);
   if (R == 0) return;
   const int N = int(added.tokens.size());
-  decode_.reserve(config_, N, false);
+  weights_->make_panels();
+  decode_.reserve(config_, N, Saved::none);
   const float scale = 1 / std::sqrt(float(HS));
   const auto attend_cache = [&](int l, LayerActivations& a) {
     const Attention qkv = attention_of(a.qkv, a.rotated);
@@ -1704,6 +1730,10 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
       const float* x = decode_.logits + i * ld;
       const Sampling& sampling = rows[r].sampling;
       thread_local std::vector<float> scratch;
+      if (!all_finite(V, x)) {
+        result.ids[r] = -1;
+        return;
+      }
       const int id =
           sample_row(sampling.vocab > 0 ? std::min(V, sampling.vocab) : V, x, sampling,
                      rows[r].history, uint64_t(added.lengths[r]) + rows[r].tokens.size(), scratch);
@@ -1713,6 +1743,8 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
       if (want_logits) std::copy_n(x, V, result.logits.data() + int64_t(r) * V);
     });
   }
+  expect_sampled(result, added);
+  room.keep();
 }
 
 // =============================================================================================
@@ -1739,13 +1771,14 @@ void Arena::release() {
   data_ = nullptr, bytes_ = 0, size_ = 0;
 }
 
-void Activations::reserve(const Config& c, int64_t N, bool train) {
+void Activations::reserve(const Config& c, int64_t N, Saved saved) {
   if (N <= capacity) return;
-  arena.reset(lay_out(c, N, train, nullptr));
-  lay_out(c, N, train, arena.data());
+  capacity = 0;
+  arena.reset(lay_out(c, N, saved, nullptr));
+  lay_out(c, N, saved, arena.data());
   capacity = N;
 }
-int64_t Activations::lay_out(const Config& c, int64_t N, bool train, float* base) {
+int64_t Activations::lay_out(const Config& c, int64_t N, Saved saved, float* base) {
   int64_t used = 0;
   const auto allocate = [&](int64_t floats) {
     float* p = base ? base + used : nullptr;
@@ -1758,9 +1791,11 @@ int64_t Activations::lay_out(const Config& c, int64_t N, bool train, float* base
   layers.resize(size_t(c.L));
   for (int l = 0; l < c.L; l++) {
     LayerActivations& a = layers[size_t(l)];
-    if (!train && l > 0) {  // one layer's memory serves all; two streams take turns
+    if (saved != Saved::all && l > 0) {  // one layer's memory serves all
       a = layers[0];
-      a.x = l == 1 ? allocate(N * c.C) : layers[size_t(l) - 2].x;
+      // Inputs that nobody needs again take turns in two places.
+      const bool own = saved == Saved::layer_inputs || l == 1;
+      a.x = own ? allocate(N * c.C) : layers[size_t(l) - 2].x;
       continue;
     }
     a.x = allocate(N * c.C);
@@ -1783,7 +1818,7 @@ int64_t Activations::lay_out(const Config& c, int64_t N, bool train, float* base
     head_in = allocate(N * c.C);
     logits = allocate(logit_rows(c, N) * c.padded_V());
   }
-  if (train) {
+  if (saved != Saved::none) {
     dhead_in = allocate(N * c.C);
     dx = allocate(N * c.C);
     dnorm = allocate(N * std::max<int64_t>(c.C, heads));
@@ -1797,7 +1832,7 @@ int64_t Activations::lay_out(const Config& c, int64_t N, bool train, float* base
 CpuGpt::CpuGpt(const Config& config, const GptOptions& options)
     : Gpt(config, options.muon, options.lora),
       train_(options.mode == Mode::train),
-      adapters_(options.lora.rank > 0),
+      saved_(saved_activations(options)),
       frozen_(table_.first_trainable()),
       rope_(config) {
   if (options.share) {
@@ -1813,7 +1848,7 @@ CpuGpt::CpuGpt(const Config& config, const GptOptions& options)
     moment1_.reset(table_.size);
     moment2_.reset(table_.size);
   }
-  if (options.batch_tokens > 0) a_.reserve(config, options.batch_tokens, train_);
+  if (options.batch_tokens > 0) a_.reserve(config, options.batch_tokens, saved_);
 }
 
 // copy(place, i, n) moves n floats between `place` and the tensor's elements from i on.
@@ -1870,10 +1905,14 @@ static int64_t available_memory() {
     long long kib = 0;
     if (std::sscanf(line.c_str(), "MemAvailable: %lld kB", &kib) == 1) available = kib * 1024;
   }
-  int64_t limit = 0, used = 0;
+  int64_t limit = 0, used = 0, cached = 0;  // cached: files that the system drops when it must
   if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit &&
       std::ifstream("/sys/fs/cgroup/memory.current") >> used) {
-    available = std::min(available, std::max<int64_t>(0, limit - used));
+    std::ifstream stat("/sys/fs/cgroup/memory.stat");
+    int64_t bytes = 0;
+    for (std::string key; stat >> key >> bytes;)
+      if (key == "active_file" || key == "inactive_file") cached += bytes;
+    available = std::min(available, std::max<int64_t>(0, limit - used + cached));
   }
   return available;
 }
@@ -1904,11 +1943,18 @@ MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
     plan.items.push_back({"gradients", table.trainable_parameters() * 4, model});
     plan.items.push_back({"optimizer state", moments * 4, model});
   }
+  Activations layout;
   if (options.batch_tokens > 0) {
-    Activations layout;
+    const Saved saved = saved_activations(options);
     plan.items.push_back({"activations",
-                          layout.lay_out(c, options.batch_tokens, train, nullptr) * 4,
-                          "--micro-batch-tokens, --context"});
+                          layout.lay_out(c, options.batch_tokens, saved, nullptr) * 4,
+                          saved == Saved::all ? kBatchFlags : "--micro-batch-tokens, --context"});
+  }
+  if (const DecodePlan& d = options.decode; d.rows > 0) {
+    if (train) plan.items.push_back({"panels", Weights::panels_size(c, table) * 4, model});
+    const int64_t decoding = layout.lay_out(c, std::max(d.rows, d.tokens), Saved::none, nullptr);
+    plan.items.push_back({"decoding", decoding * 4, kDecodeFlags});
+    plan.items.push_back({"KV cache", CpuKvCache::floats(c, d.positions) * 4, kDecodeFlags});
   }
   return plan;
 }
@@ -2523,8 +2569,18 @@ class Pretraining {
     GptOptions o = gpt_options(run_.options);
     o.muon = s_.optimizer.name == "muon";
     o.batch_tokens = int(s_.micro_batch_tokens);
+    const auto prompt = int64_t(sample_prompt().size());
+    o.decode = decode_plan(options_for_one(config_, prompt, kSampleTokens));
     return o;
   }
+  std::vector<int> sample_prompt() const {
+    std::vector<int> prompt = {end_of_text_};
+    tokenizer_.encode(w_.prompt, prompt);
+    return prompt;
+  }
+  void sample(const std::vector<int>& prompt);
+
+  static constexpr int kSampleTokens = 64;
 
   Settings s_;
   Watch w_;
@@ -2629,12 +2685,14 @@ void Pretraining::evaluate_and_sample(int64_t n) {
     report("eval", evaluate(std::clamp<int64_t>(tokens, s_.context, w_.eval_tokens)));
   }
   if (!every(w_.sample_every, 4)) return;
-  std::vector<int> prompt = {end_of_text_};
-  tokenizer_.encode(w_.prompt, prompt);
+  const std::vector<int> prompt = sample_prompt();
   if (int(prompt.size()) >= config_.T) return;
-  const Completion sample = sample_one(*gpt_, tokenizer_, prompt, 64,
-                                       {.temperature = .8f, .seed = s_.seed}, {end_of_text_});
-  run_.line.note("sample  " + indented(w_.prompt + sample.text));
+  try_sample(run_.line, [&] { sample(prompt); });
+}
+void Pretraining::sample(const std::vector<int>& prompt) {
+  const Completion c = sample_one(*gpt_, tokenizer_, prompt, kSampleTokens,
+                                  {.temperature = .8f, .seed = s_.seed}, {end_of_text_});
+  run_.line.note("sample  " + indented(w_.prompt + c.text));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -3053,7 +3111,7 @@ int main_train(int argc, char** argv) {
   }
   begin_process(o);
   if (o.resume) {
-    resume_settings(app, s, s.budget, o, "pretraining");
+    resume_settings(app, s, s.budget, o, saved_settings<Settings>(o, "pretraining"));
   } else if (s.data.empty()) {
     fail("--data: missing, expected the PREFIX of token shards");
   }

@@ -112,9 +112,7 @@ class CudaGpt final : public Gpt {
 
   // The whole forward pass, to log-probabilities of the targets or to the scalar head's values.
   void forward(const Batch& batch, Pass pass) override {
-    if (pass == Pass::train && !train_) {
-      fail("forward: an inference model keeps nothing for backward");
-    }
+    if (pass == Pass::train) expect_trainable("forward", train_);
     begin(batch);  // checks it and copies it to the device
     run_graph(key(kForward), [&] {
       trunk_forward();
@@ -127,6 +125,7 @@ class CudaGpt final : public Gpt {
   // dL/dlogp, dL/dvalue and dL/dentropy of each position go back through the last forward pass.
   void backward(std::span<const float> dlogp, std::span<const float> dvalue,
                 std::span<const float> dentropy) override {
+    expect_trainable("backward", train_);
     if (!forward_is_live_) fail("backward: no forward with Pass::train came before");
     begin_backward(dlogp, dvalue, dentropy);
     run_graph(key(logits_kept_ ? kBackwardOfLogits : kBackward), [&] {
@@ -139,7 +138,7 @@ class CudaGpt final : public Gpt {
   // The same two for weights that are known beforehand: the logits are made once.
   void forward_backward(const Batch& batch, std::span<const float> dlogp,
                         std::span<const float> dvalue, std::span<const float> dentropy) override {
-    if (!train_) fail("forward_backward: an inference model has no gradients");
+    expect_trainable("forward_backward", train_);
     begin(batch);
     begin_backward(dlogp, dvalue, dentropy);
     run_graph(key(kForwardBackward), [&] {
@@ -224,7 +223,7 @@ class CudaGpt final : public Gpt {
     for (int l = config_.L - 1; l >= 0; l--) {
       const Block& b = table_.blocks[size_t(l)];
       const LayerActivations<A>& a = a_.layers[size_t(l)];
-      if (recompute_ && l + 1 < config_.L) {  // the last layer's are still there
+      if (saved_ == Saved::layer_inputs && l + 1 < config_.L) {  // the last layer's are still there
         norm(N_, b.norm1, a.x, a.norm1, a.mean1, a.rstd1);
         layer_forward(N_, l, a_, batch_.positions,
                       [&](const auto& in, auto& acts, int) { attend_batch(in, acts); });
@@ -357,7 +356,6 @@ class CudaGpt final : public Gpt {
     gradients_zeroed_ = true;
     if (train_) clear(&optimizer_->step.data()->loss_so_far, sizeof(double));
   }
-  void use_adapters(bool on) override { adapters_ = on && table_.lora.rank > 0; }
   std::map<std::string, std::string> tuned_plans() const override;
   void set_tuned_plans(const std::map<std::string, std::string>& plans) override;
 
@@ -374,11 +372,16 @@ class CudaGpt final : public Gpt {
 
   Graphs& graphs() { return resources_->graphs; }  // of this model
 
+  // What decode allocates for calls of the size that the options name.
+  static int64_t decoding_bytes(const Config& config, const GptOptions& options);
+
+  double datasheet_operations() const override;
+
  private:
   std::shared_ptr<Machine> machine_;
   cudaStream_t stream_;
-  bool train_, recompute_;
-  bool adapters_;   // LoRA's take part
+  bool train_;
+  Saved saved_;
   int64_t frozen_;  // where the table's trainable rows begin
   std::shared_ptr<Weights<A>> weights_;
   // The gradients count as zero: the next backward pass clears the arena before it adds.
@@ -414,6 +417,13 @@ static void check(cudaError_t status, const char* what) {
 }
 static void check(cublasStatus_t status, const char* what) {
   if (status != CUBLAS_STATUS_SUCCESS) fail("cuda: ", what, ": cuBLASLt's status ", int(status));
+}
+static cudaDeviceProp device_properties() {
+  int device = 0;
+  cudaDeviceProp properties{};
+  check(cudaGetDevice(&device), "the device");
+  check(cudaGetDeviceProperties(&properties, device), "its properties");
+  return properties;
 }
 
 // `count` elements on the device under a name; when there is no room, the error says what lowers
@@ -667,12 +677,6 @@ static void column_sums(float* out0, float* out1, const float* in, int count, in
 
 // ---------------------------------------------------------------------------------------------
 // A batch, and where gradients go
-
-enum class Saved {
-  all,           // every layer's activations, for backward
-  layer_inputs,  // each layer's x: recomputation
-  none,          // inference
-};
 
 // Everything a pass over N tokens writes.
 template <class A>
@@ -3060,8 +3064,11 @@ class CudaKvCache : public KvCache {  // [layer][page][NKV][kPage][HS], keys and
         id(++last_id),
         pages((positions + kPage - 1) / kPage),
         page_size(int64_t(c.NKV) * kPage * c.HS),
-        keys("keys of the KV cache", c.L * pages * page_size, kFlags),
-        values("values of the KV cache", c.L * pages * page_size, kFlags) {}
+        keys("keys of the KV cache", c.L * pages * page_size, kDecodeFlags),
+        values("values of the KV cache", c.L * pages * page_size, kDecodeFlags) {}
+  static int64_t bytes(const Config& c, int64_t positions) {
+    return 2 * round_up(positions, kPage) * c.L * c.NKV * c.HS * int64_t(sizeof(A));
+  }
   A* keys_of(int layer) const { return keys.data() + layer * pages * page_size; }
   A* values_of(int layer) const { return values.data() + layer * pages * page_size; }
 
@@ -3070,7 +3077,6 @@ class CudaKvCache : public KvCache {  // [layer][page][NKV][kPage][HS], keys and
   const Buffer<A> keys, values;
 
  private:
-  static constexpr const char* kFlags = "the number of sequences decoded at once, or their length";
   static inline int64_t last_id = 0;
 };
 
@@ -3350,9 +3356,9 @@ __device__ inline int draw(const float* p, int V, Word floor, double u, int best
 }
 
 // One id a row: penalty, temperature, min_p, top_k, top_p in this order, then a draw by (seed,
-// stream, position); temperature 0: the likeliest. logp: of the id under softmax(logits /
-// temperature). ids, logp (count); logits (count, ld) with V tokens; rows (count), history: on the
-// device; scratch (count, V). V up to 2^20.
+// stream, position); temperature 0: the likeliest; -1: a logit is not finite. logp: of the id under
+// softmax(logits / temperature). ids, logp (count); logits (count, ld) with V tokens; rows (count),
+// history: on the device; scratch (count, V). V up to 2^20.
 template <class A>
 __global__ void __launch_bounds__(kBlockThreads)
     sample_kernel(int* ids, float* logp, const A* logits, int64_t ld, int all,
@@ -3365,6 +3371,16 @@ __global__ void __launch_bounds__(kBlockThreads)
   const A* x = logits + blockIdx.x * ld;
   float* p = scratch + int64_t(blockIdx.x) * all;
 
+  float highest_logit = -INFINITY;  // infinity when a logit is not finite
+  for (int j = threadIdx.x; j < all; j += blockDim.x) {
+    const float v = to_float(x[j]);
+    highest_logit = fmaxf(highest_logit, isfinite(v) ? v : INFINITY);
+  }
+  highest_logit = block_max(highest_logit, floats);
+  if (highest_logit == INFINITY) {
+    if (threadIdx.x == 0) ids[blockIdx.x] = -1, logp[blockIdx.x] = 0;
+    return;
+  }
   for (int j = threadIdx.x; j < V; j += blockDim.x) p[j] = to_float(x[j]) + 0.f;  // no -0
   __syncthreads();
   if (how.repetition_penalty != 1) {  // of each id once: from the logit, not from p
@@ -3410,16 +3426,14 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
   // log p of the id, under softmax(logits / temperature) of all tokens, without penalty
   const float k = (how.temperature > 0 ? 1 / how.temperature : 1) * kLog2E;
-  float highest = -INFINITY, sum = 0;
-  for (int j = threadIdx.x; j < all; j += blockDim.x) highest = fmaxf(highest, to_float(x[j]));
-  highest = block_max(highest, floats);
+  float sum = 0;
   for (int j = threadIdx.x; j < all; j += blockDim.x) {
-    sum += exp2_approx((to_float(x[j]) - highest) * k);
+    sum += exp2_approx((to_float(x[j]) - highest_logit) * k);
   }
   sum = block_sum(sum, floats);
   if (threadIdx.x > 0) return;
   ids[blockIdx.x] = id;
-  logp[blockIdx.x] = ((to_float(x[id]) - highest) * k - log2f(sum)) * kLn2;
+  logp[blockIdx.x] = ((to_float(x[id]) - highest_logit) * k - log2f(sum)) * kLn2;
 }
 template <class A>
 static void sample(int* ids, float* logp, const A* logits, int64_t ld, int V, const SampleRow* rows,
@@ -3445,9 +3459,11 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   auto& pages = dynamic_cast<CudaKvCache<A>&>(cache);
   const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
   const auto R = int64_t(rows.size());
-  const auto [tokens, positions, starts, lengths] = pack_new_tokens(config_, cache, rows);
+  const NewTokens added = pack_new_tokens(config_, cache, rows);
+  const std::vector<int>&starts = added.starts, &lengths = added.lengths;
   std::vector<int> row_of, doc_start, doc_end, last;
-  bool prefill = true;  // all rows begin here
+  bool prefill = true;            // all rows begin here
+  int64_t longest = 0, past = 1;  // of the rows' sequences; tokens for repetition penalties
   for (size_t r = 0; r < rows.size(); r++) {
     const size_t n = rows[r].tokens.size();
     row_of.insert(row_of.end(), n, int(r));
@@ -3455,23 +3471,28 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
         doc_end.insert(doc_end.end(), n, starts[r + 1]);
     last.push_back(starts[r + 1] - 1);
     prefill = prefill && lengths[r] == 0;
-  }
-  std::vector<int2> copies;
-  for (const DecodeRow& row : rows) {
-    cache.append(row.sequence, int(row.tokens.size()), [&](int src, int dst) {
-      copies.push_back({src, dst});
-    });
+    longest = std::max(longest, int64_t(lengths[r]) + int64_t(n));
+    if (rows[r].sampling.repetition_penalty != 1) past += int64_t(rows[r].history.size());
   }
   result.ids.assign(size_t(R), 0);
   result.logp.assign(size_t(R), 0.f);
   result.logits.resize(want_logits ? size_t(R * V) : 0);
   if (R == 0) return;
 
-  const auto N = int64_t(tokens.size());
-  int max_pages = 0;
-  for (const DecodeRow& row : rows)
-    max_pages = std::max(max_pages, int(cache.pages(row.sequence).size()));
-  max_pages = int(round_up(max_pages, 8));  // shapes repeat for 512 tokens
+  // All memory comes before the cache grows: a page that was replaced has been copied, then, or
+  // nothing has changed.
+  const auto N = int64_t(added.tokens.size());
+  const auto max_pages = int(round_up(longest, 8 * kPage) / kPage);  // shapes repeat for 512 tokens
+  if (!decoding_) decoding_ = std::make_unique<Decoding>();
+  Decoding& d = *decoding_;
+  if (!d.fits(N, R, R * max_pages, past)) resources_->graphs.clear();
+  d.reserve(config_, table_.lora.rank, N, R, R * max_pages, past);
+  extend_rope(1 + *std::max_element(added.positions.begin(), added.positions.end()));
+  d.staging.begin((7 * size_t(N) + size_t(R * max_pages) + size_t(past)) * sizeof(int) +
+                  size_t(R) * (sizeof(SampleRow) + sizeof(int2)) + 11 * 16);
+
+  std::vector<int2> copies;
+  NewPositions room(cache, rows, [&](int src, int dst) { copies.push_back({src, dst}); });
   std::vector<int> slot, page_table(size_t(R) * size_t(max_pages), 0), history;
   std::vector<SampleRow> how;
   for (size_t r = 0; r < rows.size(); r++) {
@@ -3488,19 +3509,10 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   }
 
   // To the device
-  if (!decoding_) decoding_ = std::make_unique<Decoding>();
-  Decoding& d = *decoding_;
-  const auto table_size = int64_t(page_table.size()),
-             past = std::max<int64_t>(1, int64_t(history.size()));
-  if (!d.fits(N, R, table_size, past)) resources_->graphs.clear();
-  d.reserve(config_, table_.lora.rank, N, R, table_size, past);
-  extend_rope(1 + *std::max_element(positions.begin(), positions.end()));
-  d.staging.begin((7 * size_t(N) + page_table.size() + history.size()) * sizeof(int) +
-                  size_t(R) * sizeof(SampleRow) + copies.size() * sizeof(int2) + 11 * 16);
   const auto upload = [&](auto* dst, const auto& src) {
     d.staging.upload(dst, src.data(), src.size(), stream_);
   };
-  upload(d.tokens, tokens), upload(d.positions, positions);
+  upload(d.tokens, added.tokens), upload(d.positions, added.positions);
   upload(d.doc_start, doc_start), upload(d.doc_end, doc_end);
   upload(d.row, row_of), upload(d.slot, slot), upload(d.last, last);
   upload(d.rows, how), upload(d.copies, copies);
@@ -3553,6 +3565,8 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   copy_to_host(result.ids.data(), d.ids, size_t(R), stream_, "sampled tokens");
   copy_to_host(result.logp.data(), d.logp, size_t(R), stream_, "sampled tokens");
   wait();
+  expect_sampled(result, added);
+  room.keep();
 }
 
 // =============================================================================================
@@ -3772,7 +3786,6 @@ static void embed_backward(float* dtable, const A* dx, const int* ids, int N, in
 // Memory
 
 static constexpr const char* kModelFlags = "--depth, --layers, --channels";
-static constexpr const char* kBatchFlags = "--micro-batch-tokens, --context, or --recompute";
 inline int64_t most_logit_rows = 8192;  // of logits made at a time; tests lower it
 
 // Device memory for a list of named arrays. With `measure` it only adds up their sizes, for the
@@ -3977,9 +3990,7 @@ void CudaGpt<A>::reserve(int64_t N) {
   resources_->graphs.clear();
   a_ = {}, batch_ = {}, capacity_ = 0;
   resources_->memory = std::make_unique<Memory>(kBatchFlags, false);
-  a_.lay_out(config_, table_.lora.rank, N, round_up(N, 128),
-             train_ ? recompute_ ? Saved::layer_inputs : Saved::all : Saved::none,
-             *resources_->memory);
+  a_.lay_out(config_, table_.lora.rank, N, round_up(N, 128), saved_, *resources_->memory);
   batch_.lay_out(N, train_, *resources_->memory);
   capacity_ = N;
 }
@@ -4144,12 +4155,8 @@ class Products {
       : stream_(stream), workspace_("cuBLASLt's workspace", kWorkspace, "nothing else helps") {
     check(cublasLtCreate(&handle_), "cublasLtCreate");
     if (timing) {
-      int device = 0;
-      cudaDeviceProp properties{};
-      check(cudaGetDevice(&device), "the device");
-      check(cudaGetDeviceProperties(&properties, device), "its properties");
       tuned_plans_ = std::make_unique<TunedPlans>(
-          concat(properties.name, ", cuBLASLt ", cublasLtGetVersion()));
+          concat(device_properties().name, ", cuBLASLt ", cublasLtGetVersion()));
       for (cudaEvent_t& e : events_) check(cudaEventCreate(&e), "an event");
     }
   }
@@ -4654,27 +4661,37 @@ struct CudaGpt<A>::Decoding {
     if (N <= capacity && R <= row_capacity) return;
     N = std::max(N, capacity), R = std::max(R, row_capacity);
     capacity = row_capacity = 0, memory = nullptr;
-    memory = std::make_unique<Memory>(kFlags, false);
+    memory = std::make_unique<Memory>(kDecodeFlags, false);
     a = {};
-    a.lay_out(c, rank, N, R, Saved::none, *memory);
-    for (int** p : {&tokens, &positions, &doc_start, &doc_end, &row, &slot})
-      memory->allocate(*p, "tokens to decode", N);
-    for (int** p : {&last, &ids}) memory->allocate(*p, "rows to decode", R);
-    memory->allocate(rows, "how to sample", R);
-    memory->allocate(logp, "logp", R);
-    memory->allocate(probabilities, "probabilities", a.logit_rows * c.V);
-    memory->allocate(copies, "pages to copy", R);
+    lay_out(c, rank, N, R, *memory);
     capacity = N, row_capacity = R;
+  }
+  void lay_out(const Config& c, int rank, int64_t N, int64_t R, Memory& all) {
+    a.lay_out(c, rank, N, R, Saved::none, all);
+    for (int** p : {&tokens, &positions, &doc_start, &doc_end, &row, &slot})
+      all.allocate(*p, "tokens to decode", N);
+    for (int** p : {&last, &ids}) all.allocate(*p, "rows to decode", R);
+    all.allocate(rows, "how to sample", R);
+    all.allocate(logp, "logp", R);
+    all.allocate(probabilities, "probabilities", a.logit_rows * c.V);
+    all.allocate(copies, "pages to copy", R);
   }
 
  private:
-  static constexpr const char* kFlags = "the number of sequences decoded at once";
   static void grow(Buffer<int>& buffer, int64_t size, const char* name) {
     if (size <= buffer.size()) return;
     buffer = {};
-    buffer = Buffer<int>(name, round_up(2 * size, 64), kFlags);
+    buffer = Buffer<int>(name, round_up(2 * size, 64), kDecodeFlags);
   }
 };
+
+template <class A>
+int64_t CudaGpt<A>::decoding_bytes(const Config& config, const GptOptions& options) {
+  const DecodePlan& d = options.decode;
+  Memory memory("", true);
+  Decoding().lay_out(config, options.lora.rank, std::max(d.rows, d.tokens), d.rows, memory);
+  return memory.bytes();
+}
 
 // ---------------------------------------------------------------------------------------------
 // A model is made; its tensors, in and out
@@ -4685,8 +4702,7 @@ CudaGpt<A>::CudaGpt(const Config& config, const GptOptions& options)
       machine_(Machine::get()),
       stream_(machine_->stream),
       train_(options.mode == Mode::train),
-      recompute_(options.recompute),
-      adapters_(options.lora.rank > 0),
+      saved_(saved_activations(options)),
       frozen_(table_.first_trainable()),
       resources_(std::make_unique<Resources>(config)) {
   if (options.share) {
@@ -4787,10 +4803,7 @@ std::string unavailable() {
     return "found no CUDA device";
   }
   if (status != cudaSuccess) return cudaGetErrorString(status);
-  int device = 0;
-  cudaDeviceProp properties{};
-  check(cudaGetDevice(&device), "the device");
-  check(cudaGetDeviceProperties(&properties, device), "its properties");
+  const cudaDeviceProp properties = device_properties();
   if (properties.major < 8) {
     return concat(properties.name, " has compute capability ", properties.major, ".",
                   properties.minor, ", expected 8.0 or newer");
@@ -4818,12 +4831,15 @@ static MemoryPlan plan_of(const Config& c, const GptOptions& options) {
     DeviceBatch batch;
     Memory memory("", true);
     layout.lay_out(c, options.lora.rank, options.batch_tokens, round_up(options.batch_tokens, 128),
-                   train ? options.recompute ? Saved::layer_inputs : Saved::all : Saved::none,
-                   memory);
+                   saved_activations(options), memory);
     batch.lay_out(options.batch_tokens, train, memory);
     plan.items.push_back(
         {"activations", memory.bytes(),
          train && !options.recompute ? kBatchFlags : "--micro-batch-tokens, --context"});
+  }
+  if (const DecodePlan& d = options.decode; d.rows > 0) {
+    plan.items.push_back({"decoding", CudaGpt<A>::decoding_bytes(c, options), kDecodeFlags});
+    plan.items.push_back({"KV cache", CudaKvCache<A>::bytes(c, d.positions), kDecodeFlags});
   }
   plan.items.push_back({"cuBLASLt's workspace", kWorkspace, kModelFlags});
   return plan;
@@ -4879,6 +4895,34 @@ static double product_peak() {
            machine->products->time([&] { machine->matmul(p); });
   }
   return peak;
+}
+
+// By NVIDIA's datasheets, dense: tensor cores with bf16 operands, and fp32 without them.
+struct DatasheetRates {
+  const char* gpu;             // as its driver names it
+  double bf16_tera, f32_tera;  // operations a second
+};
+static constexpr DatasheetRates kDatasheets[] = {
+    {"NVIDIA H200", 989, 67},
+    {"NVIDIA H100 80GB HBM3", 989, 67},
+    {"NVIDIA H100 PCIe", 756, 51},
+    {"NVIDIA A100-SXM4-40GB", 312, 19.5},
+    {"NVIDIA A100-SXM4-80GB", 312, 19.5},
+    {"NVIDIA A100-PCIE-40GB", 312, 19.5},
+    {"NVIDIA A100 80GB PCIe", 312, 19.5},
+    {"NVIDIA L40S", 362, 91.6},
+    {"NVIDIA L4", 121, 30.3},
+    {"NVIDIA A10", 125, 31.2},
+    {"NVIDIA GeForce RTX 4090", 165, 82.6},
+};
+static double datasheet_operations(const std::string& gpu, bool in_bf16) {
+  for (const DatasheetRates& d : kDatasheets)
+    if (gpu == d.gpu) return 1e12 * (in_bf16 ? d.bf16_tera : d.f32_tera);
+  return 0;
+}
+template <class A>
+double CudaGpt<A>::datasheet_operations() const {
+  return gpu::datasheet_operations(device_properties().name, Weights<A>::kCopy);
 }
 
 double measure_peak(const Gpt& gpt) {

@@ -55,6 +55,10 @@ struct Rendered {
 inline Rendered render_chat(const Tokenizer&, const Conversation&, bool generation_prompt = false);
 inline int end_of_turn(const Tokenizer&);  // <|im_end|>; throws Error when absent
 
+// The id that ends what is trained on and scored: <|im_end|> of a chat, the tokenizer's document
+// separator <|endoftext|> of a raw text. Throws Error when the tokenizer lacks it.
+inline int end_token(const Tokenizer&, bool is_chat);
+
 // Throws Error with `where` (file:line) and the message's number unless
 // - the roles are known; only the first message may be the system's; then user and assistant
 //   alternate, and the user begins; a tool's messages follow an assistant's calls, and the
@@ -224,6 +228,10 @@ inline int end_of_turn(const Tokenizer& tokenizer) {
       "tokenizer: found no <|im_start|> and <|im_end|>, expected a tokenizer with chat tokens: ",
       "./sft --add-chat-tokens adds them to a base model");
   return id;
+}
+
+inline int end_token(const Tokenizer& tokenizer, bool is_chat) {
+  return is_chat ? end_of_turn(tokenizer) : tokenizer.end_of_text();
 }
 
 // The names of the tools that are declared.

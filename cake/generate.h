@@ -186,6 +186,16 @@ inline int64_t cache_positions(const Config& c, int rows, int64_t longest, int64
   return std::max(sequence, std::min(rows * sequence, max_bytes / bytes / kPage * kPage));
 }
 
+// For one continuation of a prompt.
+inline GeneratorOptions options_for_one(const Config& c, int64_t prompt_tokens, int64_t max_new) {
+  return {.rows = 1, .cache_positions = std::min<int64_t>(c.T, prompt_tokens + max_new)};
+}
+
+// What a generator takes of the engine.
+inline DecodePlan decode_plan(const GeneratorOptions& o) {
+  return {o.rows, std::max(o.rows, o.prefill_tokens), o.cache_positions};
+}
+
 struct GeneratorStats {
   int64_t prompt_tokens = 0;  // fed; those of preempted rows count again
   int64_t reused_tokens = 0;  // found in the cache by a fork

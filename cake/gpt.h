@@ -397,6 +397,13 @@ enum class Pass {
   score,  // keeps no activations
 };
 
+// The activations that an engine's memory holds after a forward pass.
+enum class Saved {
+  all,           // of every layer, for the backward pass
+  layer_inputs,  // and those of the last layer; a layer's others are made again when it comes to it
+  none,          // one layer's memory serves all
+};
+
 // What an engine asks of a batch before it goes through a model.
 inline void check_batch(const Config& c, const Batch& batch) {
   const auto N = int64_t(batch.tokens.size());
@@ -476,8 +483,8 @@ struct DecodeRow {
   std::span<const int> history;  // for the repetition penalty: all tokens of the sequence so far
 };
 
-struct DecodeResult {  // one entry a row, for the position after its last token
-  std::vector<int> ids;
+struct DecodeResult {         // one entry a row, for the position after its last token
+  std::vector<int> ids;       // -1 where a logit is not finite: then decode throws Error
   std::vector<float> logp;    // of the id under softmax(logits / temperature) (temperature 0: 1)
   std::vector<float> logits;  // (rows, V), on request
 };
@@ -529,6 +536,28 @@ class KvCache {
     return (s.length + n + kPage - 1) / kPage - int(s.pages.size()) + (n > 0 && copied);
   }
 
+  // Throws Error unless each sequence is in one row alone, and all rows' new tokens have room.
+  void expect_room(std::span<const DecodeRow> rows) const {
+    std::vector<bool> in_call(sequences_.size());
+    std::map<int, int> writers;  // of a page that ends several sequences
+    int64_t need = 0;
+    for (const DecodeRow& row : rows) {
+      if (in_call.at(size_t(row.sequence))) {
+        fail("decode: found sequence ", row.sequence, " in two rows, expected it in one");
+      }
+      in_call[size_t(row.sequence)] = true;
+      need += pages_needed(row.sequence, int(row.tokens.size()));
+      // When every holder of a page replaces it by a copy, the last one writes in place instead.
+      const Sequence& s = sequences_[size_t(row.sequence)];
+      if (s.length % kPage == 0 || references_[size_t(s.pages.back())] == 1) continue;
+      need -= ++writers[s.pages.back()] == references_[size_t(s.pages.back())];
+    }
+    if (need > int64_t(free_.size())) {
+      fail("the KV cache is full: found ", free_.size(), " of its ", references_.size(),
+           " pages of ", kPage, " positions free, expected ", need);
+    }
+  }
+
   // For engines: makes room for n more positions. The first of them may stand in a page that a fork
   // shares: then the page is replaced, and copy(src, dst) must copy its memory.
   template <class Copy>
@@ -567,6 +596,34 @@ class KvCache {
   std::vector<Sequence> sequences_;
 };
 
+// The room that a call to decode makes for its new tokens in the cache. When the call fails, its
+// sequences get their old lengths back: no position is left without its key and value.
+class NewPositions {
+ public:
+  template <class Copy>
+  NewPositions(KvCache& cache, std::span<const DecodeRow> rows, Copy&& copy)
+      : cache_(cache), rows_(rows) {
+    cache.expect_room(rows);
+    for (const DecodeRow& row : rows) {
+      lengths_.push_back(cache.length(row.sequence));
+      cache.append(row.sequence, int(row.tokens.size()), copy);
+    }
+  }
+  NewPositions(const NewPositions&) = delete;
+  NewPositions& operator=(const NewPositions&) = delete;
+  ~NewPositions() {
+    for (size_t r = 0; r < lengths_.size(); r++) {
+      cache_.truncate(rows_[r].sequence, lengths_[r]);
+    }
+  }
+  void keep() { lengths_.clear(); }  // the call succeeded
+
+ private:
+  KvCache& cache_;
+  std::span<const DecodeRow> rows_;
+  std::vector<int> lengths_;  // before the call
+};
+
 // The new tokens of a call to decode, checked and packed end to end.
 struct NewTokens {
   std::vector<int> tokens, positions;  // (N) ids, and positions in their sequences
@@ -596,6 +653,16 @@ inline NewTokens pack_new_tokens(const Config& c, const KvCache& cache,
   return all;
 }
 
+// What decode sampled, or Error: logits that are not finite have no distribution.
+inline void expect_sampled(const DecodeResult& result, const NewTokens& added) {
+  for (size_t r = 0; r < result.ids.size(); r++) {
+    if (result.ids[r] >= 0) continue;
+    const int n = added.lengths[r] + added.starts[r + 1] - added.starts[r];
+    fail("decode: after ", n, " tokens: found logits that are not finite, expected numbers; ",
+         "the model diverged while it was trained, or its weights are damaged");
+  }
+}
+
 // ---------------------------------------------------------------------------------------------
 // The engine
 
@@ -620,7 +687,8 @@ class Gpt {
   virtual UpdateStats stats() = 0;
   virtual void zero_gradients() = 0;
   // LoRA: off, the model computes as if it had no adapters, which is the model they were added to.
-  virtual void use_adapters(bool) = 0;
+  // It only scores and decodes then: with Pass::train and in backward passes that is an Error.
+  void use_adapters(bool on) { adapters_ = on && table_.lora.rank > 0; }
 
   // Of the last forward, (N) each; positions without a target hold 0.
   virtual std::span<const float> logp() = 0;
@@ -629,7 +697,8 @@ class Gpt {
 
   // `positions` are shared by all sequences of the cache, rounded up to pages.
   virtual std::unique_ptr<KvCache> make_cache(int64_t positions) = 0;
-  // Appends each row's tokens to its sequence and samples the token that follows.
+  // Appends each row's tokens to its sequence and samples the token that follows. A call that
+  // throws leaves every sequence as it was.
   virtual void decode(KvCache&, std::span<const DecodeRow>, DecodeResult&, bool logits = false) = 0;
 
   // Any tensor, (out, in) row-major as float. moment1 and moment2 exist in training only.
@@ -642,11 +711,23 @@ class Gpt {
   virtual std::map<std::string, std::string> tuned_plans() const { return {}; }
   virtual void set_tuned_plans(const std::map<std::string, std::string>&) {}
 
+  // Operations a second that the device's datasheet promises products in this precision, without
+  // sparsity: what MFU (model FLOPs utilization) is a share of. 0: unknown, as for every CPU.
+  virtual double datasheet_operations() const { return 0; }
+
  protected:
   Gpt(Config config, bool muon, Lora lora = {})
-      : config_(config), table_(make_table(config, muon, lora)) {}
+      : config_(config), table_(make_table(config, muon, lora)), adapters_(lora.rank > 0) {}
+  // `trains`: the model has gradients.
+  void expect_trainable(const char* call, bool trains) const {
+    if (!trains) fail(call, ": an inference model has no gradients");
+    if (table_.lora.rank > 0 && !adapters_) {
+      fail(call, ": found the adapters off, expected them on: nothing else is trained");
+    }
+  }
   Config config_;
   ParamTable table_;
+  bool adapters_;  // LoRA's take part
 };
 
 // For every engine of this process; 0: usable_cores().
@@ -661,16 +742,34 @@ enum class Precision {
   bf16,  // activations and products; master weights, gradients and moments stay fp32. CUDA alone
 };
 
+// The largest call to decode that a stage expects. The memory plan counts what it takes; nothing is
+// allocated before the first call.
+struct DecodePlan {
+  int rows = 0;           // sequences decoded together; 0: the model does not decode
+  int tokens = 0;         // new tokens in a call
+  int64_t positions = 0;  // of the KV cache
+};
+// What lowers the memory that decoding and training take.
+inline constexpr const char* kDecodeFlags =
+    "the number of sequences decoded together, or their length";
+inline constexpr const char* kBatchFlags = "--micro-batch-tokens, --context, or --recompute";
+
 struct GptOptions {
   Device device = Device::automatic;
   Mode mode = Mode::train;
   Precision precision = Precision::automatic;
-  bool recompute = false;  // CUDA: keep each layer's input alone, run its forward again in backward
+  bool recompute = false;  // keep each layer's input alone, run its forward again in backward
   bool muon = false;       // Muon owns the block matrices
   Lora lora;               // adapters, which are then all that is trained
   int batch_tokens = 0;    // the largest N expected: sizes the activations, which grow when needed
-  Gpt* share = nullptr;    // read this model's weights, of the same Config, in place of own ones
+  DecodePlan decode;
+  Gpt* share = nullptr;  // read this model's weights, of the same Config, in place of own ones
 };
+
+inline Saved saved_activations(const GptOptions& o) {
+  if (o.mode == Mode::inference) return Saved::none;
+  return o.recompute ? Saved::layer_inputs : Saved::all;
+}
 
 // Memory an engine will take, item by item, in bytes; known before anything is allocated.
 struct MemoryPlan {

@@ -1,5 +1,5 @@
 // A reward model at work: a language model whose head was exchanged for one row gives a whole
-// sequence, which ends at the end of a turn, one number.
+// sequence one number, read at its last id: end_token() of cake/chat_template.h.
 //
 // `./reward train` makes one, `./reward score` and the rewards of `./rlhf` use it.
 #pragma once
@@ -20,11 +20,20 @@
 
 namespace cake {
 
-// What a reward model reads: the ids with <|im_end|> behind them, which a text that was cut off
-// lacks.
-inline std::vector<int> with_end_of_turn(std::vector<int> ids, int end_of_turn) {
-  if (ids.empty() || ids.back() != end_of_turn) ids.push_back(end_of_turn);
+// What a reward model reads: the ids with `end` behind them, which a text that was cut off lacks.
+// `end`: end_token() of the text's kind.
+inline std::vector<int> with_end(std::vector<int> ids, int end) {
+  if (ids.empty() || ids.back() != end) ids.push_back(end);
   return ids;
+}
+
+// Fails where ids do not mean the same to the model in `dir` and to that of `tokenizer`.
+inline void expect_same_vocabulary(const std::filesystem::path& dir, const Tokenizer& tokenizer,
+                                   const std::filesystem::path& tokenizer_dir) {
+  const Tokenizer found = Tokenizer::load(dir);
+  if (found.hash() == tokenizer.hash()) return;
+  fail(dir.string(), ": found another vocabulary (", found.vocab_size(), " tokens) than that of ",
+       tokenizer_dir.string(), " (", tokenizer.vocab_size(), "), expected the same");
 }
 
 // The hash of a model's weights, with that of its adapters. A checkpoint names the models that it
@@ -37,10 +46,11 @@ inline std::string model_hash(const std::filesystem::path& dir) {
 // Fails where a model has another hash than the run's checkpoint has `saved` of it, {"path",
 // "hash"}. Older versions saved a SHA-256, 64 digits, which cannot be compared and passes.
 inline void check_model_hash(const Json& saved, const std::string& found) {
-  const auto expected = saved.at("hash").get<std::string>();
+  const auto path = json_get<std::string>(saved, "path", "trainer_state.json"),
+             expected = json_get<std::string>(saved, "hash", "trainer_state.json: " + path);
   if (found == expected || expected.size() >= 64) return;
-  fail(saved.at("path").get<std::string>(), ": found a model of hash ", found, ", expected ",
-       expected, ", that of the run's beginning: it has changed");
+  fail(path, ": found a model of hash ", found, ", expected ", expected,
+       ", that of the run's beginning: it has changed");
 }
 
 // The value after the last id of each sequence.
@@ -73,8 +83,15 @@ class RewardModel {
   }
 
   // The reward of each sequence: the value after its last id, plus the config's reward_shift.
+  // transformers reads the score at the last token that is not pad_token_id, so that a text must
+  // not end with it.
   std::vector<float> score(std::span<const std::vector<int>> sequences) {
     for (const std::vector<int>& ids : sequences) {
+      if (!ids.empty() && ids.back() == gpt_->config().pad) {
+        fail(dir_.string(), ": found a raw text to score, which ends with token ", ids.back(),
+             ", the model's pad_token_id: it was trained on chats alone, or by an older version; ",
+             "expected a model that ./reward train made of raw texts");
+      }
       if (ids.empty() || int(ids.size()) > gpt_->config().T) {
         fail(dir_.string(), ": found a sequence of ", ids.size(),
              " tokens to score, expected 1 to ", gpt_->config().T, ", the reward model's context");
@@ -87,10 +104,7 @@ class RewardModel {
 
   // Fails where ids do not mean the same to this model and to the policy.
   void check_tokenizer(const Tokenizer& policy, const std::filesystem::path& policy_dir) const {
-    const Tokenizer own = Tokenizer::load(dir_);
-    if (own.hash() == policy.hash()) return;
-    fail(dir_.string(), ": found another vocabulary (", own.vocab_size(), " tokens) than that of ",
-         policy_dir.string(), " (", policy.vocab_size(), "), expected the same");
+    expect_same_vocabulary(dir_, policy, policy_dir);
   }
   const std::filesystem::path& dir() const { return dir_; }
   Gpt& gpt() { return *gpt_; }

@@ -68,8 +68,23 @@ inline void add_run_flags(CLI::App& app, RunOptions& o) {
   group->add_option("--device", o.device, "auto, cpu or cuda");
   group->add_option("--precision", o.precision, "auto, f32 or bf16 (auto: bf16 on CUDA)");
   group->add_flag("--recompute", o.recompute,
-                  "CUDA: keep each layer's input alone: less memory, one more forward pass");
+                  "keep each layer's input alone: less memory, one more forward pass");
   group->add_option("--threads", o.threads, "0: the physical cores that the process may use");
+}
+
+// What a run writes in its directory; a stage may write more.
+inline const std::set<std::string> kRunFiles = {"model", "best", "metrics.jsonl", "summary.json"};
+
+// Removes what a process that was killed had not finished writing.
+inline void remove_leftovers(const std::filesystem::path& out) {
+  std::vector<std::filesystem::path> found;
+  for (const auto& entry : std::filesystem::directory_iterator(out)) {
+    const std::string end = entry.path().extension();
+    const std::string name = entry.path().stem();
+    const bool own = kRunFiles.count(name) || name.starts_with("model-");
+    if (own && (end == ".new" || end == ".old" || end == ".partial")) found.push_back(entry.path());
+  }
+  for (const auto& path : found) remove_path(path);
 }
 
 // Checks the options and prepares the process: threads, signals, and the lock of a run that exists.
@@ -91,7 +106,8 @@ inline void begin_process(RunOptions& o) {
   if (o.resume && !std::filesystem::exists(o.out)) fail(o.out.string(), ": not found");
   if (std::filesystem::is_directory(o.out)) o.lock = std::make_shared<RunLock>(o.out);
   if (o.resume) {
-    repair_checkpoint(o.out / "model"), repair_checkpoint(o.out / "best");
+    for (const char* name : {"model", "best"}) repair_checkpoint(o.out / name);
+    remove_leftovers(o.out);
     require(std::filesystem::exists(o.out / "model"), o.out.string(),
             ": found no checkpoint to go on from, expected one: --overwrite begins anew");
   }
@@ -164,9 +180,8 @@ double calibrate(const Budget& budget, Step step) {
     const double t = now();
     const double tokens = step(i + 1);
     if (i > 0) seconds.push_back((now() - t) / tokens);
-    if (stop_signal) break;
+    stop_if_signalled();
   }
-  if (seconds.empty()) return 0;
   const auto middle = seconds.begin() + long(seconds.size()) / 2;
   std::nth_element(seconds.begin(), middle, seconds.end());
   return *middle;
@@ -233,6 +248,17 @@ inline void check_optimizer(const OptimizerFlags& o) {
   expect_not_negative("--lr", o.lr), expect_not_negative("--head-lr", o.head_lr);
   expect_not_negative("--embedding-lr", o.embedding_lr);
   expect_not_negative("--vector-lr", o.vector_lr), expect_not_negative("--lr-scale", o.lr_scale);
+  // -1: the stage chooses
+  const auto expect = [](const char* flag, double found, double most, bool is_chosen = false) {
+    if ((found >= 0 && found <= most) || (is_chosen && found == -1)) return;
+    fail(flag, ": found ", found, ", expected ", most == 1 ? "0 to 1" : "0 or more");
+  };
+  constexpr double kAny = std::numeric_limits<double>::max();
+  expect("--warmup", double(o.warmup), kAny, true);
+  expect("--weight-decay", o.weight_decay, kAny, true), expect("--clip-norm", o.clip_norm, kAny);
+  expect("--warmdown", o.warmdown, 1, true), expect("--final-lr", o.final_lr, 1, true);
+  expect("--beta1", o.beta1, 1), expect("--beta2", o.beta2, 1), expect("--momentum", o.momentum, 1);
+  if (!(o.eps > 0)) fail("--adam-eps: found ", o.eps, ", expected above 0");
   if (o.schedule != "linear" && o.schedule != "cosine" && o.schedule != "constant") {
     fail("--schedule: found ", o.schedule, ", expected linear, cosine or constant");
   }
@@ -462,12 +488,14 @@ inline Json with_parts(Json settings) {
   return settings;
 }
 
-// The settings that a run was begun with.
+// The settings that a run was begun with. `with_new_names`: a stage's own for those of older
+// versions.
 template <class Settings>
-Settings saved_settings(const RunOptions& options, const std::string& stage) {
+Settings saved_settings(const RunOptions& options, const std::string& stage,
+                        Json with_new_names(Json) = with_parts) {
   const Json state = read_trainer_state(options.out, stage);
   try {
-    return with_parts(state.at("settings")).get<Settings>();
+    return with_new_names(state.at("settings")).template get<Settings>();
   } catch (const Json::exception& e) {
     fail((model_dir(options.out) / "trainer_state.json").string(),
          ": settings: ", json_complaint(e));
@@ -491,18 +519,17 @@ inline std::vector<CLI::Option*> given_flags(CLI::App& app) {
 // differs is refused. `settings`: what the flags of `app` write to; `budget` is a part of it.
 template <class Settings>
 void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptions& options,
-                     const std::string& stage, const std::set<std::string>& free = {}) {
-  const std::set<std::string> budgets = {"--steps", "--tokens", "--epochs", "--minutes"};
-  const Settings saved = saved_settings<Settings>(options, stage);
+                     const Settings& saved, const std::set<std::string>& free = {}) {
   const Json before = saved;
   std::vector<CLI::Option*> changed;
   for (CLI::Option* flag : given_flags(app)) {
     settings = saved;
+    const Json saved_budget = budget;
     flag->run_callback();  // writes the value of this flag alone
     const Json patch = Json::diff(before, Json(settings));
     if (patch.empty()) continue;
     const std::string name = flag->get_name();
-    if (budgets.count(name)) {
+    if (Json(budget) != saved_budget) {
       options.new_budget = true;
     } else if (!free.count(name)) {
       const Json::json_pointer key(patch[0].at("path").template get<std::string>());
@@ -557,7 +584,6 @@ inline void load_run(Run& run, const Json& saved, Gpt& gpt) {
     return;
   }
   run.state.moments_since = run.state.step;
-  run.line.note("the run was finished: the optimizer's moments begin at zero");
 }
 
 // Evaluates after step n, if that was not done before the run was saved.
@@ -620,11 +646,10 @@ inline bool run_loop(Run& run, double began) {
 // Removes the run that is in `out`, and nothing else: files that no run of this stage writes stay.
 inline void remove_run(const Run& run) {
   const std::filesystem::path& out = run.options.out;
+  remove_leftovers(out);
   for (const auto& kept : kept_checkpoints(out)) remove_path(kept.second);
-  for (const char* name : {"summary.json", "best", "model", "metrics.jsonl"}) {
-    for (const char* end : {".new", ".old", ".partial", ""}) remove_path(out / concat(name, end));
-  }
   for (const std::string& name : run.own_files) remove_path(out / name);
+  for (const std::string& name : kRunFiles) remove_path(out / name);
 }
 
 // What is in `out` is a run of this stage, or nothing that --overwrite would remove.
@@ -723,7 +748,8 @@ inline int run_steps(Run& run) {
   if (o.dry_run) return 0;
   if (o.resume) {
     run.line.note(
-        format("resumes after step %lld of %lld", (long long)run.state.step, (long long)run.steps));
+        format("resumes after step %lld of %lld%s", (long long)run.state.step, (long long)run.steps,
+               saved.at("finished").get<bool>() ? "; the optimizer's moments begin at zero" : ""));
   } else {
     fs::create_directories(o.out);
     if (!o.lock) o.lock = std::make_shared<RunLock>(o.out);
@@ -743,8 +769,9 @@ inline int run_steps(Run& run) {
 // One continuation of `prompt`, of at most `max_new` ids.
 inline Completion sample_one(Gpt& gpt, const Tokenizer& tokenizer, std::vector<int> prompt,
                              int max_new, Sampling sampling, std::vector<int> stop_ids) {
-  Generator generator(gpt, [&](int id) { return tokenizer.token_bytes(id); },
-                      {.rows = 1, .cache_positions = gpt.config().T});
+  Generator generator(
+      gpt, [&](int id) { return tokenizer.token_bytes(id); },
+      options_for_one(gpt.config(), int64_t(prompt.size()), max_new));
   Request request;
   request.prompt = std::move(prompt);
   request.max_new = std::min(max_new, gpt.config().T - int(request.prompt.size()));
@@ -754,6 +781,17 @@ inline Completion sample_one(Gpt& gpt, const Tokenizer& tokenizer, std::vector<i
   const int number = generator.submit(request);
   generator.run();
   return generator.pop(number);
+}
+
+// Runs `sample`, which shows one. A sample that fails, as when its KV cache finds no memory, is a
+// note: the run goes on.
+template <class Sample>
+void try_sample(ProgressLine& line, Sample&& sample) {
+  try {
+    sample();
+  } catch (const std::exception& e) {
+    line.note(concat("sample  failed: ", e.what()));
+  }
 }
 
 }  // namespace cake

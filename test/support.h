@@ -14,8 +14,10 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <memory>
 #include <set>
 #include <span>
@@ -190,7 +192,6 @@ class FakeGpt : public Gpt {
   void update(const OptimizerStep&) override { none(); }
   UpdateStats stats() override { none(); }
   void zero_gradients() override { none(); }
-  void use_adapters(bool) override { none(); }
   std::span<const float> logp() override { none(); }
   std::span<const float> entropy() override { none(); }
   std::span<const float> value() override { none(); }
@@ -216,6 +217,70 @@ inline std::vector<std::string> losses(const std::filesystem::path& run_dir) {
       if (j.contains(key)) result.push_back(concat(j.at("step"), " ", key, " ", j.at(key)));
   }
   return result;
+}
+
+// Every file below a directory, by its path there.
+inline std::map<std::string, std::string> files_below(const std::filesystem::path& dir) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(dir))
+    if (entry.is_regular_file()) {
+      files[std::filesystem::relative(entry.path(), dir)] = read_file(entry.path());
+    }
+  return files;
+}
+
+// What a run leaves: its files, those that hold times by their names alone, without the earlier
+// checkpoints that it kept.
+inline std::map<std::string, std::string> result_of_run(const std::filesystem::path& run) {
+  auto files = files_below(run);
+  std::erase_if(files, [](const auto& file) {
+    return file.first.starts_with("model-") && !contains(file.first, ".new");
+  });
+  for (auto& [name, bytes] : files) {
+    if (name.ends_with("trainer_state.json") || name == "summary.json") bytes.clear();
+    if (name == "metrics.jsonl") {
+      bytes.clear();
+      for (const std::string& loss : losses(run)) bytes += loss + "\n";
+    }
+  }
+  return files;
+}
+
+// Ends a run in place of its first, second, .. change of the disk, as a kill would, goes on with
+// it, and expects what the run leaves that nothing ended. `begin(OUT)`: the command that begins the
+// run in a directory; `resume`: "./stage --resume -o". A kill before the first checkpoint begins
+// anew. `make test` tries one change of 17, from a place that changes, `make test-all` every one.
+inline void end_at_every_change(const std::filesystem::path& dir, const std::string& resume,
+                                const std::function<std::string(const std::string& out)>& begin) {
+  const std::string whole = dir / "whole";
+  const Output o = shell(begin(whole));
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  const auto expected = result_of_run(whole);
+  const int stride = std::getenv("CAKE_TEST_ALL") ? 1 : 17;
+  for (int change = 1 + int(now()) % stride;; change += stride) {
+    CAPTURE(change);
+    const std::string out = dir / concat("ended_", change);
+    const Output ended = shell(concat("CAKE_EXIT_AT=", change, " ", begin(out)));
+    if (ended.status == 0) {
+      REQUIRE(change > 50);  // the run has that many
+      return;
+    }
+    REQUIRE_MESSAGE(ended.status == kKilled, ended.text);
+    Output rest = shell(concat(resume, " ", out));
+    if (rest.status == 1) {
+      REQUIRE_MESSAGE(contains(rest.text, "found no checkpoint to go on from"), rest.text);
+      rest = shell(begin(out) + " --overwrite");
+    }
+    REQUIRE_MESSAGE(rest.status == 0, rest.text);
+    const auto found = result_of_run(out);
+    for (const auto& file : found) CHECK_MESSAGE(expected.count(file.first), file.first);
+    for (const auto& file : expected) {
+      CAPTURE(file.first);
+      REQUIRE(found.count(file.first));
+      CHECK(found.at(file.first) == file.second);
+    }
+    std::filesystem::remove_all(out);
+  }
 }
 
 }  // namespace cake

@@ -1810,6 +1810,21 @@ TEST_CASE("cuda: adapters switched off leave the model they were added to, graph
   }
 }
 
+TEST_CASE("cuda: a model whose adapters are off scores and decodes, and never trains") {
+  GptOptions options = kTrainBf16;
+  options.lora = {2, 4};
+  const Config c = engine_config(Family::llama);
+  const auto gpt = gpu::make_gpt(c, options);
+  randomize(*gpt, 7);
+  const Packed b = packed(c, {20, 14}, false);
+  const std::string refused = "found the adapters off, expected them on";
+  gpt->forward(b.batch(), Pass::train);
+  gpt->use_adapters(false);
+  CHECK(contains(error_of([&] { gpt->backward(b.dlogp); }), "backward: " + refused));
+  CHECK(contains(error_of([&] { gpt->forward_backward(b.batch(), b.dlogp); }), refused));
+  CHECK(contains(error_of([&] { gpt->forward(b.batch(), Pass::train); }), refused));
+}
+
 TEST_CASE("cuda: the loss that an update reports is its batches', as the CPU engine's") {
   const Config c = engine_config(Family::llama);
   Pair p(c, kTrainFp32);
@@ -2182,6 +2197,92 @@ TEST_CASE("cuda: decoding, by prompts, forks and single tokens, makes the CPU en
       }
     }
   }
+}
+
+TEST_CASE("cuda: a call to decode that fails leaves every sequence as it was") {
+  const Config c = engine_config(Family::qwen3);
+  const auto gpt = gpu::make_gpt(c, kTrainBf16);
+  randomize(*gpt, 7);
+  const Packed prompts = packed(c, {70, 64}, false, 4);
+  const auto cache = gpt->make_cache(64 * 3);
+  const int a = cache->create(), b = cache->create();
+  const auto some = [&](int n) { return std::span(prompts.tokens).first(size_t(n)); };
+  DecodeResult result;
+  const auto decode = [&](const std::vector<DecodeRow>& rows) {
+    return error_of([&] { gpt->decode(*cache, rows, result, true); });
+  };
+  CHECK(decode({{a, some(60), {}, {}}, {b, some(64), {}, {}}}) == "no error");
+  CHECK(contains(decode({{a, some(5), {}, {}}, {b, some(5), {}, {}}}),
+                 "the KV cache is full: found 1 of its 3 pages of 64 positions free, expected 2"));
+  CHECK(contains(decode({{a, some(1), {}, {}}, {a, some(1), {}, {}}}), "in two rows"));
+  CHECK(cache->length(a) == 60);
+  CHECK(cache->length(b) == 64);
+  CHECK(cache->free_positions() == 64);
+}
+
+TEST_CASE("cuda: logits that are not finite end a call to decode") {
+  const Config c = engine_config(Family::qwen3);
+  for (const GptOptions& options : {kTrainBf16, kTrainFp32}) {
+    for (const float bad : {NAN, INFINITY, -INFINITY}) {
+      const auto gpt = gpu::make_gpt(c, options);
+      randomize(*gpt, 7);
+      const int head = gpt->table().find(c.tied ? "wte" : "head");
+      std::vector<float> w = tensor_of(*gpt, head, Slot::weight);
+      w[size_t(c.V - 1) * size_t(c.C)] = bad;
+      gpt->write(head, Slot::weight, w);
+      const auto cache = gpt->make_cache(64);
+      const std::vector<int> tokens = {3, 1, 4};
+      DecodeResult result;
+      for (const float temperature : {0.f, 1.f}) {
+        const DecodeRow row{cache->create(), tokens, {.temperature = temperature}, {}};
+        CHECK(contains(error_of([&] { gpt->decode(*cache, std::span(&row, 1), result); }),
+                       "after 3 tokens: found logits that are not finite"));
+        CHECK(cache->length(row.sequence) == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("cuda: the memory plan counts what decoding takes") {
+  const auto in_use = [] {
+    size_t free = 0, total = 0;
+    gpu::check(cudaMemGetInfo(&free, &total), "test");
+    return int64_t(total - free);
+  };
+  for (const Family family : kEngineFamilies) {
+    for (GptOptions options : {kTrainBf16, kTrainFp32}) {
+      const Config c = engine_config(family);
+      const int64_t without = gpu::plan_memory(c, options).total();
+      options.decode = {.rows = 3, .tokens = 60, .positions = 200};
+      const int64_t planned = gpu::plan_memory(c, options).total() - without;
+      const auto gpt = gpu::make_gpt(c, options);
+      randomize(*gpt, 7);
+      const Packed prompts = packed(c, {20, 20, 20}, false, 4);
+      const int64_t before = in_use();
+      const auto cache = gpt->make_cache(200);
+      std::vector<DecodeRow> rows;
+      for (size_t r = 0; r < 3; r++) {
+        rows.push_back({cache->create(), std::span(prompts.tokens).subspan(20 * r, 20), {}, {}});
+      }
+      DecodeResult result;
+      gpt->decode(*cache, rows, result);
+      const int64_t taken = in_use() - before;
+      CAPTURE(planned);
+      CAPTURE(taken);
+      CHECK(taken >= planned);
+      CHECK(taken < planned * 1.1);  // page tables, cosines and sines come to it
+    }
+  }
+}
+
+TEST_CASE("cuda: MFU is a share of the datasheet's rate for the precision, where it is known") {
+  CHECK(gpu::datasheet_operations("NVIDIA H200", true) == 989e12);
+  CHECK(gpu::datasheet_operations("NVIDIA H100 80GB HBM3", false) == 67e12);
+  CHECK(gpu::datasheet_operations("NVIDIA H100 PCIe", true) == 756e12);
+  CHECK(gpu::datasheet_operations("NVIDIA H100 80GB HBM3 MIG 1g.10gb", true) == 0);
+  const auto gpt = gpu::make_gpt(engine_config(Family::gpt2), kTrainBf16);
+  CHECK(gpt->datasheet_operations() ==
+        gpu::datasheet_operations(gpu::device_properties().name, true));
 }
 
 TEST_CASE("cuda, fp32: sampling draws the CPU engine's tokens and leaves a live forward alone") {

@@ -1160,6 +1160,84 @@ TEST_CASE("decoding past the context is an error that leaves the sequence as it 
                   logits_after(*gpt, std::span(tokens).first(32))));
 }
 
+TEST_CASE("a call to decode that fails leaves every sequence as it was") {
+  const Threads one(1);
+  const auto gpt = tiny_engine(Family::qwen3);
+  Rng rng{12};
+  const std::vector<int> tokens = random_tokens(rng, 140, 137);
+  const auto cache = gpt->make_cache(64 * 4);
+  const int a = cache->create(), b = cache->create();
+  append(*gpt, *cache, a, std::span(tokens).first(60));
+  append(*gpt, *cache, b, std::span(tokens).first(64));
+  DecodeResult result;
+  const auto decode = [&](const std::vector<DecodeRow>& rows) {
+    return error_of([&] { gpt->decode(*cache, rows, result); });
+  };
+  const auto as_they_were = [&] {
+    CHECK(cache->length(a) == 60);
+    CHECK(cache->length(b) == 64);
+    CHECK(cache->free_positions() == 2 * 64);
+  };
+  const auto some = [&](int n) { return std::span(tokens).first(size_t(n)); };
+  CHECK(contains(decode({{a, some(5), {}, {}}, {b, some(70), {}, {}}}),
+                 "the KV cache is full: found 2 of its 4 pages of 64 positions free, expected 3"));
+  as_they_were();
+  CHECK(contains(decode({{a, some(1), {}, {}}, {b, some(1), {}, {}}, {a, some(1), {}, {}}}),
+                 "found sequence 0 in two rows"));
+  as_they_were();
+  CHECK(same_bits(append(*gpt, *cache, a, std::span(tokens).subspan(60, 4)),
+                  logits_after(*gpt, std::span(tokens).first(64))));
+}
+
+TEST_CASE("two forks that write to their last page in one call need one page more") {
+  const Threads one(1);
+  const auto gpt = tiny_engine(Family::llama);
+  const auto cache = gpt->make_cache(64 * 2);
+  const std::vector<int> tokens = {5, 6, 7};
+  const int a = cache->create();
+  append(*gpt, *cache, a, tokens);
+  const int b = cache->fork(a);
+  DecodeResult result;
+  const std::vector<DecodeRow> rows = {{a, std::span(tokens).first(1), {}, {}},
+                                       {b, std::span(tokens).last(1), {}, {}}};
+  gpt->decode(*cache, rows, result, true);
+  const auto V = size_t(gpt->config().V);
+  CHECK(same_bits(std::span(result.logits).first(V), logits_after(*gpt, std::vector{5, 6, 7, 5})));
+  CHECK(same_bits(std::span(result.logits).last(V), logits_after(*gpt, std::vector{5, 6, 7, 7})));
+}
+
+TEST_CASE("logits that are not finite end a call to decode, and a generation") {
+  const Threads one(1);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const float bad : {NAN, kInfinity, -kInfinity}) {
+    for (const int id : {0, 70, 136}) {
+      CAPTURE(bad);
+      CAPTURE(id);
+      const auto gpt = tiny_engine(Family::qwen3);
+      const int head = gpt->table().find("head");
+      std::vector<float> w(size_t(137 * 40));
+      gpt->read(head, Slot::weight, w);
+      w[size_t(id) * 40] = bad;
+      gpt->write(head, Slot::weight, w);
+      const auto cache = gpt->make_cache(64);
+      const int s = cache->create();
+      CHECK(contains(error_of([&] {
+                       append(*gpt, *cache, s, std::vector{1, 2, 3});
+                     }),
+                     "after 3 tokens: found logits that are not finite"));
+      CHECK(cache->length(s) == 0);
+      Generator g(*gpt, bytes_of(std::vector<std::string>(137, "x")), {2, 256, 512});
+      Request request;
+      request.prompt = {4, 5};
+      for (const float temperature : {0.f, 1.f}) {
+        request.sampling.temperature = temperature;
+        g.submit(request);
+        CHECK(contains(error_of([&] { g.run(); }), "logits that are not finite"));
+      }
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------
 // The engine's sampling against its plain definition
 

@@ -579,6 +579,81 @@ TEST_CASE("inference and a shared model score as training does, bit for bit") {
   }
 }
 
+TEST_CASE("recomputation changes no bit, and keeps a layer's input alone") {
+  for (const Family family : kFamilies) {
+    for (const Lora lora : {Lora{}, Lora{.rank = 3, .alpha = 5}}) {
+      Config c = tiny(family);
+      c.L = 4;
+      const auto kept = random_model(c, {.lora = lora}),
+                 made = random_model(c, {.recompute = true, .lora = lora});
+      const Sample s = make_sample(c, {70, 1, 33});
+      for (Gpt* gpt : {kept.get(), made.get()}) {
+        gpt->forward(s.batch(), Pass::train);
+        gpt->backward(s.dlogp, {}, s.dentropy);
+        gpt->forward_backward(s.batch(), s.dlogp);
+      }
+      CHECK(all(*kept, Slot::gradient) == all(*made, Slot::gradient));
+      CHECK(copy(kept->logp()) == copy(made->logp()));
+    }
+  }
+  GptOptions options{.batch_tokens = 4096};
+  Config c = tiny(Family::qwen3);
+  c.L = 8;
+  const int64_t kept = plan_memory(c, options).total();
+  options.recompute = true;
+  CHECK(plan_memory(c, options).total() < kept / 2);
+}
+
+TEST_CASE("the plan of a model that decodes has its panels, its cache and its activations") {
+  for (const Family family : kFamilies) {
+    const Config c = tiny(family);
+    GptOptions options{.decode = {.rows = 5, .tokens = 40, .positions = 1000}};
+    const MemoryPlan plan = plan_memory(c, options);
+    const auto item = [&](const std::string& what) {
+      int64_t bytes = -1;
+      for (const MemoryPlan::Item& i : plan.items)
+        if (i.what == what) bytes = i.bytes;
+      return bytes;
+    };
+    Weights weights(c, make_table(c), false);
+    weights.make_panels();
+    CHECK(item("panels") == weights.panels.size() * 4);
+    const CpuKvCache cache(c, 1000);
+    const float* end = cache.values(15, c.L - 1, c.NKV - 1) + kPage * to_lanes(c.HS);
+    CHECK(item("KV cache") == (end - cache.keys(0, 0, 0)) * 4);
+    Activations activations{};
+    activations.reserve(c, 40, Saved::none);
+    CHECK(item("decoding") == activations.arena.size() * 4);
+    options.mode = Mode::inference;  // its only weights are panels
+    for (const MemoryPlan::Item& i : plan_memory(c, options).items) CHECK(i.what != "panels");
+  }
+}
+
+TEST_CASE("a KV cache that no memory can hold is refused with the model, in one clear line") {
+  Config c = tiny(Family::llama);
+  c.T = 1 << 30, c.HS = 256, c.NKV = 4;
+  const GptOptions options{.decode = {.rows = 1, .tokens = 1, .positions = c.T}};
+  const std::string error = error_of([&] { make_gpt(c, options); });
+  CHECK(contains(error, "KV cache 17.6 TB"));
+  CHECK(contains(error, "lower the number of sequences decoded together, or their length"));
+}
+
+TEST_CASE("a model whose adapters are off scores and decodes, and never trains") {
+  const auto gpt = random_model(tiny(Family::llama), {.lora = {.rank = 2, .alpha = 4}});
+  const Sample s = make_sample(gpt->config(), {33});
+  const std::string refused = "found the adapters off, expected them on";
+  gpt->forward(s.batch(), Pass::train);
+  gpt->use_adapters(false);
+  CHECK(contains(error_of([&] { gpt->backward(s.dlogp); }), "backward: " + refused));
+  CHECK(contains(error_of([&] { gpt->forward_backward(s.batch(), s.dlogp); }), refused));
+  CHECK(contains(error_of([&] { gpt->forward(s.batch(), Pass::train); }), refused));
+  gpt->forward(s.batch(), Pass::score);
+  gpt->use_adapters(true);
+  gpt->forward_backward(s.batch(), s.dlogp);
+  gpt->update({});
+  CHECK(gpt->stats().grad_norm > 0);
+}
+
 TEST_CASE("decoding does not disturb a live forward") {
   const auto a = random_model(tiny(Family::qwen3)), b = random_model(tiny(Family::qwen3));
   const Sample s = make_sample(a->config(), {70, 33});

@@ -50,17 +50,33 @@ std::string train_command(const std::string& out, const std::string& flags, int 
 
 }  // namespace
 
-TEST_CASE("the linear schedule rises, stays, and falls to its floor on a line") {
+TEST_CASE("the linear schedule rises, stays, and falls on a line, one step short of its floor") {
   const Schedule s{"linear", 100, 10, .5, .1};
   CHECK(s.at(1) == .1);
   CHECK(s.at(10) == 1);
-  CHECK(s.at(50) == 1);
-  CHECK(s.at(75) == doctest::Approx(.1 + .9 * .5));
-  CHECK(s.at(100) == doctest::Approx(.1));
+  CHECK(s.at(51) == 1);
+  CHECK(s.at(76) == doctest::Approx(.1 + .9 * .5));
+  CHECK(s.at(100) == doctest::Approx(.1 + .9 * .02));
+  CHECK(s.at(101) == doctest::Approx(.1));
+}
+
+TEST_CASE("no step has the rate 0, in runs of any length") {
+  for (const char* shape : {"linear", "cosine", "constant"}) {
+    for (const int64_t steps : {1, 2, 3, 100, 100000}) {
+      for (const double warmdown : {.01, .4, 1.}) {
+        for (const int64_t warmup : {int64_t(0), int64_t(1), steps / 2, steps}) {
+          const Schedule s{shape, steps, warmup, warmdown, 0};
+          for (int64_t n = 1; n <= steps; n += std::max<int64_t>(1, steps / 200))
+            CHECK(s.at(n) > 0);
+          CHECK(s.at(steps) > 0);
+        }
+      }
+    }
+  }
 }
 
 TEST_CASE("the cosine schedule is halfway at half of its steps, the constant one never moves") {
-  const Schedule s{"cosine", 110, 10, 0, .2};
+  const Schedule s{"cosine", 109, 10, 0, .2};
   CHECK(s.at(10) == 1);
   CHECK(s.at(60) == doctest::Approx(.6));
   CHECK(s.at(110) == doctest::Approx(.2));

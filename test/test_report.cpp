@@ -47,7 +47,8 @@ void write_run(const std::filesystem::path& run) {
                {"facts_often", cell("accuracy", .874, .842, .9)}},
               answer(prompt, "I & <b>you</b> ```", .25));
   write_stage(run / "grpo", {{"stage", "grpo"}, {"rollouts", 128}, {"tokens", 900}},
-              "{\"step\":1,\"reward\":0.25,\"loss\":1}\n{\"step\":2,\"reward\":null,\"loss\":1}\n"
+              "{\"step\":1,\"kind\":\"step\",\"reward\":0.25,\"loss\":1}\n"
+              "{\"step\":2,\"kind\":\"step\",\"reward\":null,\"loss\":1}\n"
               "{\"step\":3,\"reward\":0.75,\"loss\":1}\n",
               {{"true_reward", cell("reward", .875, .86, .89)}},
               answer(prompt, "Once & for all", 1) + answer(prompt, "another sample", 0));

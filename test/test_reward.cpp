@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <map>
 #include <sstream>
 
 #include "cake/checkpoint.h"
@@ -33,6 +34,26 @@ std::vector<int> turn(const Tokenizer& t, const std::string& asked, const std::s
   std::vector<int> ids = render_chat(t, {{{"user", asked, {}}, {"assistant", answer, {}}}, {}}).ids;
   while (ids.back() != end_of_turn(t)) ids.pop_back();
   return ids;
+}
+
+// A raw text, or a text and what continues it: <|endoftext|> before and behind.
+std::vector<int> document(const Tokenizer& t, const std::string& prompt,
+                          const std::string& completion = "") {
+  std::vector<int> ids = {t.end_of_text()};
+  t.encode(prompt, ids), t.encode(completion, ids);
+  ids.push_back(t.end_of_text());
+  return ids;
+}
+
+// log p of the ids from `prompt` on.
+double logp_of(Gpt& gpt, const std::vector<int>& ids, size_t prompt) {
+  std::vector<int> targets(ids.size(), -1);
+  for (size_t p = prompt - 1; p + 1 < ids.size(); p++) targets[p] = ids[p + 1];
+  const std::vector<int> starts = {0, int(ids.size())};
+  gpt.forward({ids, targets, starts}, Pass::score);
+  double sum = 0;
+  for (const float l : gpt.logp()) sum += l;
+  return sum;
 }
 
 double value_at_end(Gpt& gpt, const std::vector<int>& ids) {
@@ -168,6 +189,74 @@ TEST_CASE("the first loss of a reward model is that of its pairs one by one") {
   CHECK(std::abs(first.at("accuracy").get<double>() - right) < 1e-9);
 }
 
+TEST_CASE("raw texts end with the document separator, which a reward model reads") {
+  const TempDir dir;
+  const std::string data = "--data " + file("pairs.jsonl"), run = dir / "run";
+  good(stage("reward train", run,
+             data + " --val-fraction 0 --steps 1 --batch 160 --normalize-on none --seed 3"));
+  Config c = load_config(world() / "model");
+  c.head = Head::scalar;
+  const auto gpt = load(world() / "model", c, 3);
+  const Tokenizer t = Tokenizer::load(world() / "model");
+  double loss = 0;
+  for (const Line& l : lines_of("pairs.jsonl")) {
+    const double d = value_at_end(*gpt, document(t, l.prompt, l.chosen)) -
+                     value_at_end(*gpt, document(t, l.prompt, l.rejected));
+    loss += std::log1p(std::exp(-d)) / 160;
+  }
+  CHECK(std::abs(metrics(run, "loss").at(0).at("loss").get<double>() - loss) < 1e-9);
+  // transformers reads the score at the last token that is not pad_token_id.
+  Json config = read_json(run + "/model/config.json");
+  CHECK(config.at("eos_token_id") == t.end_of_text());
+  CHECK(config.at("pad_token_id") == t.special("<|spare_0|>"));
+  // The models of older versions padded with the separator, and were not trained to read it.
+  config["pad_token_id"] = t.end_of_text();
+  write_file(run + "/model/config.json", config.dump());
+  const std::string score = "./reward score " + run + " -o " + (dir / "out").string() + " " + data;
+  good(score + " --as-chat");
+  const Output refused = shell(score);
+  CHECK(refused.status == 1);
+  CHECK_MESSAGE(contains(refused.text, "found a raw text to score"), refused.text);
+
+  good(stage("reward dpo", dir / "dpo", data + " --val-fraction 0 --steps 1 --batch 160"));
+  const auto policy = load(world() / "model", load_config(world() / "model"));
+  double chosen = 0;
+  for (const Line& l : lines_of("pairs.jsonl")) {
+    const size_t prompt = document(t, l.prompt).size() - 1;
+    chosen += logp_of(*policy, document(t, l.prompt, l.chosen), prompt) / 160;
+  }
+  const Json first = metrics(dir / "dpo", "logp_chosen").at(0);
+  CHECK(std::abs(first.at("logp_chosen").get<double>() - chosen) < 1e-9);
+}
+
+TEST_CASE("a tokenizer without chat tokens: DPO of raw texts, and no reward model of them") {
+  const TempDir dir;
+  const std::string flags = " --model test/golden/eval_model --data " + file("pairs.jsonl") +
+                            " --steps 1 --batch 8 -o " + (dir / "run").string();
+  const Output refused = shell("./reward train" + flags);
+  CHECK(refused.status == 1);
+  CHECK_MESSAGE(contains(refused.text, "found no <|spare_0|> among the special tokens"),
+                refused.text);
+  CHECK(contains(shell("./reward dpo --as-chat" + flags).text, "<|im_end|>"));
+  CHECK(!std::filesystem::exists(dir / "run"));
+  good("./reward dpo" + flags);
+  CHECK(load_config(dir / "run/model").eos == Tokenizer::load(dir / "run/model").end_of_text());
+}
+
+TEST_CASE("a reward model's scores of chats and of raw texts are those of transformers") {
+  const TempDir dir;
+  const std::string golden = "test/golden/reward_scores.jsonl", out = dir / "out.jsonl";
+  good("./reward score test/golden/reward_model --data " + golden + " -o " + out);
+  std::istringstream lines(read_file(out));
+  int n = 0;
+  for (std::string line; std::getline(lines, line); n++) {
+    const Json j = Json::parse(line);
+    const double score = j.at("score"), expected = j.at("transformers");
+    CHECK_MESSAGE(std::abs(score - expected) < 1e-5, line);
+  }
+  CHECK(n == 7);
+}
+
 TEST_CASE("a reward model learns what was preferred, and scores have mean 0 and spread 1") {
   const TempDir dir;
   const Output o = good(stage("reward train", dir / "run",
@@ -183,14 +272,15 @@ TEST_CASE("a reward model learns what was preferred, and scores have mean 0 and 
   CHECK(summary.at("longer_wins").get<double>() < .5);
   const Json config = read_json(dir / "run/model/config.json");
   CHECK(config.at("architectures").at(0) == "Qwen3ForSequenceClassification");
-  CHECK(config.at("pad_token_id") != config.at("eos_token_id"));
+  const Tokenizer t = Tokenizer::load(dir / "run/model");
+  CHECK(config.at("eos_token_id") == end_of_turn(t));
+  CHECK(config.at("pad_token_id") == t.special("<|spare_0|>"));
   const Config c = load_config(dir / "run/model");
   CHECK(c.reward_shift == config.at("reward_shift"));
 
   // Over the training answers: those whose problem was not held out. Held-out ones are few, and
   // drawn alike, so that over all the mean is near 0 and the spread near 1.
   const auto gpt = load(dir / "run/model", c);
-  const Tokenizer t = Tokenizer::load(dir / "run/model");
   double sum = 0, squares = 0;
   for (const Line& l : lines_of("pairs.jsonl")) {
     for (const std::string& answer : {l.chosen, l.rejected}) {
@@ -271,6 +361,42 @@ TEST_CASE("DPO's first loss is ln 2, IPO's 1 / (2 beta)^2, KTO's one half") {
   CHECK(dpo.at("logp_rejected").get<double>() < 0);
   CHECK(dpo.at("logp_chosen") != dpo.at("logp_rejected"));
   CHECK(dpo.at("grad_norm").get<double>() > 0);
+}
+
+TEST_CASE("DPO of adapters takes the adapters that it begins with as its reference") {
+  const TempDir dir;
+  const std::string flags = "--data " + file("pairs.jsonl") + " --as-chat --batch 8 --lora 4 ";
+  const std::string begun = dir / "begun", one = dir / "one", killed = dir / "killed";
+  good(stage("reward dpo", begun, flags + "--steps 4 --lr .05"));
+  const std::string more = "./reward dpo --model " + begun + " " + flags + "--steps 60 --lr .01 ";
+  good(more + "-o " + one);
+  const Json first = metrics(one, "loss").at(0);
+  CHECK(std::abs(first.at("loss").get<double>() - std::log(2.)) < 1e-12);
+  CHECK(first.at("reward_chosen") == 0);
+  // A resumed run has the same reference, not its own adapters.
+  int status = 0;
+  REQUIRE(interrupt(more + "-o " + killed, killed, 10, SIGTERM, &status));
+  good("./reward dpo --resume -o " + killed);
+  CHECK(model_bytes(killed) == model_bytes(one));
+}
+
+TEST_CASE("KTO estimates the KL from answers to other prompts, and without any takes it as 0") {
+  const TempDir dir;
+  write_file(dir / "one.jsonl", R"({"prompt":"ask","chosen":"yes","rejected":"no"})"
+                                "\n"
+                                R"({"prompt":"ask","chosen":"yes 1","rejected":"no 1"})"
+                                "\n");
+  const std::string flags = " --as-chat --val-fraction 0 --loss kto --steps 8 --lr .002 ";
+  good(stage("reward dpo", dir / "one",
+             "--data " + (dir / "one.jsonl").string() + flags + "--batch 2"));
+  for (const Json& step : metrics(dir / "one", "loss")) CHECK(step.at("kl") == 0);
+  good(stage("reward dpo", dir / "many", "--data " + file("pairs.jsonl") + flags + "--batch 160"));
+  const auto steps = metrics(dir / "many", "loss");
+  CHECK(steps.at(0).at("kl") == 0);
+  CHECK(std::abs(steps.at(0).at("loss").get<double>() - .5) < 1e-12);
+  double last = 0;
+  for (const Json& step : steps) last = std::max(last, step.at("kl").get<double>());
+  CHECK(last > 0);
 }
 
 TEST_CASE("DPO counts the assistant's tokens of an answer of several messages, and no other") {
@@ -408,14 +534,8 @@ TEST_CASE("a reward model's scores are its values, and agree with preferences as
   const std::vector<Json> a = json_lines(dir / "a.jsonl");
   REQUIRE(a.size() == 4);
   CHECK(a[0].at("score").get<double>() == expected(turn(t, "ask", "yes")));
-  std::vector<int> ids = {t.end_of_text()};
-  t.encode("yes", ids);
-  std::vector<int> whole = ids;
-  ids.push_back(end_of_turn(t));
-  t.encode(" or no", whole);
-  whole.push_back(end_of_turn(t));
-  CHECK(a[1].at("score").get<double>() == expected(whole));
-  CHECK(a[2].at("score").get<double>() == expected(ids));
+  CHECK(a[1].at("score").get<double>() == expected(document(t, "yes", " or no")));
+  CHECK(a[2].at("score").get<double>() == expected(document(t, "yes")));
   CHECK(a[3].at("score").is_null());
   CHECK(contains(answers.text, "1 lines have an answer longer than the context of 96"));
   CHECK(!contains(answers.text, "accuracy"));
@@ -438,16 +558,7 @@ TEST_CASE("a policy's score is beta times its log-probability against its refere
   const Line line = lines_of("shuffled.jsonl")[0];
   const std::vector<int> ids = turn(t, line.prompt, line.chosen);
   const size_t prompt = render_chat(t, {{{"user", line.prompt, {}}}, {}}, true).ids.size();
-  std::vector<int> targets(ids.size(), -1);
-  for (size_t p = prompt - 1; p + 1 < ids.size(); p++) targets[p] = ids[p + 1];
-  const auto logp = [&](Gpt& gpt) {
-    const std::vector<int> starts = {0, int(ids.size())};
-    gpt.forward({ids, targets, starts}, Pass::score);
-    double sum = 0;
-    for (const float l : gpt.logp()) sum += l;
-    return sum;
-  };
-  const double expected = .3 * (logp(*policy) - logp(*reference));
+  const double expected = .3 * (logp_of(*policy, ids, prompt) - logp_of(*reference, ids, prompt));
   CHECK(expected != 0);
   CHECK(std::abs(scored[0].at("scores").at(0).get<double>() - expected) < 1e-5);
 
@@ -474,6 +585,16 @@ TEST_CASE("a policy's score is beta times its log-probability against its refere
 // ---------------------------------------------------------------------------------------------
 // Going on
 
+// The lines of metrics.jsonl without what the clock decides.
+std::string timeless(const std::filesystem::path& run) {
+  std::string text;
+  for (Json line : json_lines(run / "metrics.jsonl")) {
+    for (const char* key : {"seconds", "tokens_per_second", "peak_share"}) line.erase(key);
+    text += line.dump() + "\n";
+  }
+  return text;
+}
+
 TEST_CASE("a run over preferences killed at any moment and resumed equals one that never stopped") {
   const TempDir dir;
   const std::string pairs = "--data " + file("pairs.jsonl") + " --as-chat --steps 60 --batch 8 ";
@@ -492,13 +613,157 @@ TEST_CASE("a run over preferences killed at any moment and resumed equals one th
     const Output rest = good(concat("./", command, " --resume -o ", out));
     CHECK(contains(rest.text, "resumes after step "));
     CHECK(model_bytes(out) == model_bytes(one));
-    CHECK(read_file(out + "/metrics.jsonl") == read_file(one + "/metrics.jsonl"));
+    CHECK(timeless(out) == timeless(one));
     CHECK(contains(shell(concat("./", command, " --resume -o ", out)).text, "is finished"));
   }
 }
 
+TEST_CASE("a resumed preference run takes another budget, and no other flag") {
+  const TempDir dir;
+  const std::string pairs = "--data " + file("pairs.jsonl") + " --as-chat --batch 8 ";
+  for (const std::string command : {"reward train", "reward dpo"}) {
+    CAPTURE(command);
+    const std::string out = dir / command.substr(7),
+                      resume = "./" + command + " --resume -o " + out;
+    good(stage(command, out, pairs + "--steps 6 --lr .001"));
+    const std::string before = model_bytes(out);
+    CHECK(contains(good(resume).text, "is finished: 6 steps"));
+    for (const std::string flags :
+         {"--lr .002", "--seed 2", "--batch 16", "--schedule linear", "--data x.jsonl", "--limit 9",
+          "--context 50", "--val-fraction .3"}) {
+      const Output o = shell(resume + " " + flags);
+      CHECK(o.status == 1);
+      CHECK_MESSAGE(contains(o.text, flags.substr(0, flags.find(' ')) + ": found "), o.text);
+    }
+    CHECK(contains(shell(resume + " --steps 5").text, "expected at least the 6 that are done"));
+    CHECK(model_bytes(out) == before);
+    const Output more = good(resume + " --steps 12 --eval-every 3");
+    CHECK(contains(more.text, "resumes after step 6 of 12"));
+    CHECK(contains(more.text, "the learning rate rises from "));
+    CHECK(read_json(out + "/summary.json").at("steps") == 12);
+    CHECK(metrics(out, "grad_norm").size() == 12);
+    CHECK(contains(more.text, "step 9  held"));
+  }
+}
+
+TEST_CASE("a finished reward model that goes on begins with the scores before normalization") {
+  const TempDir dir;
+  const std::string out = dir / "run", resume = "./reward train --resume -o " + out;
+  good(stage("reward train", out,
+             "--data " + file("pairs.jsonl") +
+                 " --as-chat --val-fraction .3 --batch 8 --steps 12 --lr .003"));
+  const Json finished = read_json(out + "/summary.json");
+  CHECK(finished.at("normalised_from").at("std").get<double>() > 1.5);
+  good(resume + " --steps 13 --eval-every 12");
+  const Json again = metrics(out, "val_loss").back();
+  std::vector<double> margins;
+  for (const Json& line : metrics(out, "val_margin")) margins.push_back(line.at("val_margin"));
+  // Of step 12, evaluated again at the start: as at the end before.
+  CHECK(margins.back() == doctest::Approx(finished.at("margin").get<double>()).epsilon(1e-4));
+}
+
+TEST_CASE("metrics of preference runs have kinds, the learning rate, and the speed") {
+  const TempDir dir;
+  for (const std::string command : {"reward train", "reward dpo"}) {
+    const auto out = dir / command.substr(7);
+    good(stage(command, out, "--data " + file("pairs.jsonl") + " --as-chat --steps 4 --lr .001"));
+    std::map<std::string, int> kinds;
+    for (const Json& line : json_lines(out / "metrics.jsonl")) {
+      kinds[line.at("kind")]++;
+      if (line.at("kind") != "step") continue;
+      for (const char* key : {"loss", "grad_norm", "lr", "seconds", "tokens", "tokens_per_second"})
+        CHECK_MESSAGE(line.at(key).is_number(), key);
+      CHECK(line.at("lr").get<double>() > 0);
+      CHECK(line.at("lr").get<double>() <= .001);
+    }
+    CHECK(kinds == std::map<std::string, int>{{"step", 4}, {"eval", 4}, {"final", 1}});
+  }
+}
+
+TEST_CASE("folds go on where they were killed, and --overwrite begins them anew") {
+  const TempDir dir;
+  const std::string out = dir / "run", one = dir / "one",
+                    flags = "--data " + file("pairs.jsonl") +
+                            " --as-chat --folds 2 --steps 40 --batch 8 --save-every 5 ";
+  good(stage("reward train", one, flags));
+  int status = 0;
+  REQUIRE(interrupt(stage("reward train", out, flags), out + "/fold-2", 12, SIGKILL, &status));
+  CHECK(contains(shell(stage("reward train", out, flags)).text, "--resume goes on with it"));
+  const Output rest = good(stage("reward train", out, flags + "--resume"));
+  CHECK(contains(rest.text, "is finished"));
+  CHECK(contains(rest.text, "resumes after step "));
+  CHECK(model_bytes(out + "/fold-2") == model_bytes(one + "/fold-2"));
+  CHECK(read_file(out + "/summary.json") == read_file(one + "/summary.json"));
+  const Output anew = good(stage("reward train", out, flags + "--overwrite"));
+  CHECK(!contains(anew.text, "is finished"));
+  CHECK(read_file(out + "/summary.json") == read_file(one + "/summary.json"));
+}
+
 // ---------------------------------------------------------------------------------------------
 // Bad input
+
+TEST_CASE("a reference of another vocabulary, or with too short a context, is refused") {
+  const TempDir dir;
+  const std::string data = "--as-chat --data " + file("pairs.jsonl");
+  const auto refused = [&](const std::string& reference) {
+    const Output o = shell(stage("reward dpo", dir / "run", data + " --reference " + reference));
+    CHECK(o.status == 1);
+    CHECK(!std::filesystem::exists(dir / "run"));
+    return o.text;
+  };
+  CHECK(contains(refused("test/golden/eval_model"), "found another vocabulary (310 tokens)"));
+  std::filesystem::copy(world() / "model", dir / "short", std::filesystem::copy_options::recursive);
+  Json config = read_json(dir / "short/config.json");
+  config["max_position_embeddings"] = 8;
+  write_file(dir / "short/config.json", config.dump());
+  CHECK(contains(refused(dir / "short"), "found a context of 8, and an answer of "));
+}
+
+TEST_CASE("a run of preferences never writes over what it reads") {
+  const TempDir dir;
+  const std::string inside = dir / "inside";
+  std::filesystem::create_directories(inside);
+  std::filesystem::copy(world() / "pairs.jsonl", inside + "/pairs.jsonl");
+  const std::string flags = "--as-chat --steps 1 --batch 8 --overwrite --data ";
+  for (const std::string command : {"reward train", "reward dpo", "reward train --folds 2"}) {
+    const Output o = shell(stage(command, inside, flags + inside + "/pairs.jsonl"));
+    CHECK(o.status == 1);
+    CHECK_MESSAGE(contains(o.text, "which the run reads"), o.text);
+    CHECK(read_file(inside + "/pairs.jsonl") == read_file(world() / "pairs.jsonl"));
+  }
+  const Output o = shell(stage("reward train", inside,
+                               flags + file("pairs.jsonl") + " --normalize-on " + inside + "/x"));
+  CHECK_MESSAGE(contains(o.text, "which the run reads"), o.text);
+}
+
+TEST_CASE("a damaged trainer_state.json of a preference run is named") {
+  const TempDir dir;
+  const std::string out = dir / "run", state = out + "/model/trainer_state.json";
+  good(stage("reward dpo", out, "--data " + file("pairs.jsonl") + " --as-chat --steps 1"));
+  const Json saved = read_json(state);
+  const auto named = [&](const std::string& command) {
+    const Output o = shell(command);
+    CHECK(o.status == 1);
+    CHECK_MESSAGE(contains(o.text, "trainer_state.json: "), o.text);
+    CHECK_MESSAGE(!contains(o.text, "json.exception"), o.text);
+  };
+  const std::string resume = "./reward dpo --resume -o " + out,
+                    score = "./reward score " + out + " -o " + (dir / "s").string() + " --data " +
+                            file("pairs.jsonl");
+  Json bad = saved;
+  bad["settings"] = 3;
+  write_file(state, bad.dump());
+  named(resume), named(score);
+  bad = saved, bad["settings"]["common"] = "x";
+  write_file(state, bad.dump());
+  named(resume);
+  bad = saved, bad.erase("reference");
+  write_file(state, bad.dump());
+  named(score), named(resume + " --steps 2");
+  bad = saved, bad["data_hash"] = "x";
+  write_file(state, bad.dump());
+  named(resume + " --steps 2");
+}
 
 TEST_CASE("./reward says in one line what is wrong with preferences and flags") {
   const TempDir dir;
@@ -529,13 +794,25 @@ TEST_CASE("./reward says in one line what is wrong with preferences and flags") 
   CHECK(contains(error(stage("reward train", out, data + "--val-fraction 1")), "less than 1"));
   CHECK(contains(error(stage("reward train", out, data + "--schedule wild")), "linear, cosine"));
   CHECK(contains(error(stage("reward train", out, data + "--resume --overwrite")), "expected one"));
-  CHECK(
-      contains(error(stage("reward train", world() / "model", data)), "--resume goes on with it"));
+  CHECK(contains(error(stage("reward train", world() / "tokenizer", data)),
+                 "--resume goes on with it"));
   CHECK(contains(error(stage("reward dpo", out, data + "--loss what")), "dpo, ipo, kto or orpo"));
   CHECK(contains(error(stage("reward dpo", out, data + "--beta 0")), "expected above 0"));
   CHECK(contains(error(stage("reward dpo", out, data + "--label-smoothing .5")), "less than .5"));
   CHECK(contains(error(stage("reward dpo", out, "--data " + file("labels.jsonl"))),
                  "a labelled text"));
+  write_file(dir / "same.jsonl", R"({"text":"yes"})"
+                                 "\n"
+                                 R"({"text":"yes"})");
+  CHECK(contains(
+      error(stage("reward train", out, data + "--normalize-on " + (dir / "same.jsonl").string())),
+      "found 2 answers that are all the same"));
+  CHECK(contains(error(stage("reward train", out, data + "--margin inf")), "--margin: found inf"));
+  CHECK(contains(error(stage("reward train", out, data + "--lr -1")), "--lr: found -1"));
+  CHECK(contains(error(stage("reward train", out, data + "--limit -1")), "--limit: found -1"));
+  CHECK(contains(error(stage("reward dpo", out, data + "--eval-every -1")), "--eval-every: found"));
+  CHECK(contains(error(stage("reward dpo", out, data + "--lora 2 --lora-alpha 0")),
+                 "--lora-alpha: found 0"));
   CHECK(contains(error("./reward score"), "MODEL: missing"));
   CHECK(contains(error("./reward score " + file("model")), "--data: missing"));
   CHECK(contains(error("./reward score " + file("model") + " " + data), "-o: missing"));

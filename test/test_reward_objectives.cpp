@@ -2,6 +2,8 @@
 // differences through a softmax in double, and whole steps of a reward model and of DPO against
 // PyTorch's autograd (dev/golden/rlhf.py): losses and every gradient.
 #include <cmath>
+#include <csignal>
+#include <set>
 
 #define main cake_reward_main  // of which this file looks at objectives
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -94,7 +96,7 @@ TEST_CASE("agreement counts which answer is longer, what is possible, and labell
   const RankLoss l = comparison_loss(text, std::vector<float>{-2}, 0, 0, .5);
   check_known(l.loss, .5 * label_loss(-2, false).loss);
   check_known(l.dreward, Doubles{.5 * label_loss(-2, false).dreward[0]});
-  const Agreement back = agreement_of(Json::parse(agreement_json(a).dump()));
+  const Agreement back = agreement_of(Json::parse(agreement_json(a).dump()), "summary.json");
   CHECK(back.pairs == a.pairs);
   CHECK(back.right == a.right);
   CHECK(back.longer == a.longer);
@@ -112,12 +114,13 @@ TEST_CASE("calibration puts pairs into bins of certainty and measures how far th
   a.add_pair(-40), a.add_pair(-40);  // sure, and wrong
   CHECK(a.bins[9].pairs == 2);
   CHECK(a.calibration_error() == doctest::Approx(2. / 7));
-  a.add_pair(kNan);  // no comparison
-  CHECK(a.calibration_error() == doctest::Approx(2. / 7));
   Agreement both;
   both.add(a), both.add(a);
   CHECK(both.bins[9].pairs == 4);
   CHECK(both.calibration_error() == doctest::Approx(a.calibration_error()));
+  a.add_pair(kNan);
+  CHECK(std::isnan(a.calibration_error()));
+  CHECK(std::isnan(a.accuracy()));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -298,6 +301,135 @@ TEST_CASE("a step of a reward model on rankings and labels has PyTorch's loss an
 }
 
 // ---------------------------------------------------------------------------------------------
+// KTO's baseline
+
+// A comparison of two answers to a prompt of two ids, of the ids of its number.
+Comparison numbered(int number, uint64_t problem) {
+  Comparison c = answers({1, 2});
+  c.sequences = {{number, 1, 2, number}, {number, 1, 3, number, 4}};
+  c.prompt_length = 2, c.problem = problem;
+  return c;
+}
+
+TEST_CASE("KTO's baseline takes answers to other prompts, chosen and rejected alike") {
+  std::vector<Comparison> all;
+  const int sizes[] = {4, 4, 1, 3, 4, 2};  // comparisons of each problem, which stand together
+  for (int problem = 0; problem < 6; problem++)
+    for (int k = 0; k < sizes[problem]; k++)
+      all.push_back(numbered(int(all.size()), mix64(uint64_t(problem))));
+  match_with_other_prompts(all);
+  std::set<int> used;
+  int rejected = 0;
+  for (const Comparison& c : all) {
+    REQUIRE(c.mismatch.comparison >= 0);
+    CHECK(all[size_t(c.mismatch.comparison)].problem != c.problem);
+    used.insert(c.mismatch.comparison);
+    rejected += c.mismatch.answer == 1;
+  }
+  CHECK(used.size() == all.size());
+  CHECK(rejected == int(all.size()) / 2);
+  // A problem that fills more than half has too few others.
+  std::vector<Comparison> most = {numbered(0, 7), numbered(1, 7), numbered(2, 7), numbered(3, 8)};
+  match_with_other_prompts(most);
+  for (const Comparison& c : most) {
+    if (c.mismatch.comparison < 0) continue;
+    CHECK(most[size_t(c.mismatch.comparison)].problem != c.problem);
+  }
+  CHECK(most[3].mismatch.comparison >= 0);
+  std::vector<Comparison> alone = {numbered(0, 7), numbered(1, 7)};
+  match_with_other_prompts(alone);
+  for (const Comparison& c : alone) CHECK(c.mismatch.comparison == -1);
+  CHECK(kto_baseline({}) == 0);
+}
+
+TEST_CASE("a mismatched answer has the log p of its own tokens in answer to the other prompt") {
+  const Golden g = load_golden("rlhf_dpo");
+  const auto gpt = make_formula_gpt(g.config);
+  std::vector<Comparison> all = {numbered(5, 1), numbered(6, 2), numbered(7, 3)};
+  all[1].written = {{false, false, true, false}, {false, false, true, false, true}};
+  match_with_other_prompts(all);
+  PreferenceSettings s;
+  s.context = g.config.T, s.micro_batch_tokens = 8;
+  const auto found = mismatched_logps(*gpt, s, all, all_of(all));
+  REQUIRE(found.size() == 3);
+  for (const auto& f : found) {
+    const Comparison &own = all[size_t(f.first)], &other = all[size_t(own.mismatch.comparison)];
+    const std::vector<int>& answer = other.sequences[own.mismatch.answer];
+    std::vector<int> ids = {own.sequences[0][0], own.sequences[0][1]}, targets(answer.size(), -1);
+    for (size_t p = 2; p < answer.size(); p++) {
+      ids.push_back(answer[p]);
+      const bool counts = other.written.empty() || other.written[own.mismatch.answer][p];
+      if (counts) targets[p - 1] = answer[p];
+    }
+    const std::vector<int> starts = {0, int(ids.size())};
+    gpt->forward({ids, targets, starts}, Pass::score);
+    double sum = 0;
+    for (const float l : gpt->logp()) sum += l;
+    CHECK(f.second.sum == sum);
+    CHECK(sum < 0);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Signals, and normalization
+
+TEST_CASE("a signal interrupts evaluations and the reference's pass, and no step") {
+  const auto gpt = make_formula_gpt(load_golden("rlhf_dpo").config),
+             scorer = make_formula_gpt(load_golden("rlhf_reward").config);
+  std::vector<Comparison> all = {numbered(5, 1), numbered(6, 2)};
+  for (Comparison& c : all) c.reference.resize(2);
+  DpoSettings dpo;
+  RewardSettings reward;
+  dpo.common.micro_batch_tokens = reward.common.micro_batch_tokens = 64;
+  for (const int signal : {SIGINT, 0}) {
+    stop_signal = signal;
+    const auto interrupted = [&](auto work) {
+      try {
+        work();
+      } catch (const Interrupted&) {
+        return true;
+      }
+      return false;
+    };
+    const bool yes = signal != 0;
+    CHECK(interrupted([&] { pass_over(*gpt, dpo, all, all_of(all), false); }) == yes);
+    CHECK(interrupted([&] { pass_over(*scorer, reward, all, all_of(all), false); }) == yes);
+    CHECK(interrupted([&] { logps_of(gpt.get(), all, 64); }) == yes);
+    CHECK(!interrupted([&] { pass_over(*gpt, dpo, all, all_of(all), true); }));
+    CHECK(!interrupted([&] { pass_over(*scorer, reward, all, all_of(all), true); }));
+  }
+}
+
+TEST_CASE("equal scores are left as they are, others get mean 0 and standard deviation 1") {
+  RewardTraining t;
+  t.data.config = load_golden("rlhf_reward").config;
+  t.gpt = make_formula_gpt(t.data.config);
+  t.settings.common.micro_batch_tokens = 64;
+  t.reference_answers = {{1, 2, 3}, {4, 5}, {6}};
+  Run run;
+  normalize(t, run);
+  std::vector<float> scores = values_at_end(*t.gpt, t.reference_answers, 64);
+  for (float& score : scores) score += float(t.shift);
+  CHECK(std::abs(spread_of(scores).mean) < 1e-5);
+  CHECK(spread_of(scores).std == doctest::Approx(1).epsilon(1e-5));
+  scale_scores(t, 0), t.shift = 0;
+  const Spread none = normalize(t, run);
+  CHECK(none.mean == 0);
+  CHECK(none.std == 1);
+  CHECK(t.shift == 0);
+}
+
+TEST_CASE("scores are normalized on answers from all over the file") {
+  PreferenceData d;
+  for (int i = 0; i < 3000; i++) d.train.push_back({.sequences = {{i}}});
+  const auto chosen = read_reference_answers({}, d);
+  REQUIRE(chosen.size() == kReferenceAnswers);
+  CHECK(chosen.front()[0] == 0);
+  CHECK(chosen[kReferenceAnswers / 2][0] == 1500);
+  CHECK(chosen.back()[0] > 2990);
+}
+
+// ---------------------------------------------------------------------------------------------
 // Runs of older versions
 
 TEST_CASE("a model that has changed is found by its hash, which older versions took otherwise") {
@@ -326,7 +458,7 @@ TEST_CASE("the settings of a run that an older version began are read under thei
       {"groups", 30},         {"steps", 4},     {"lr", .002},  {"head_lr", .01},    {"clip", .3},
       {"schedule", "cosine"}, {"final_lr", .2}, {"warmup", 2}, {"weight_decay", .1}};
   saved("reward", {{"groups", groups}, {"margin", .1}, {"centring", .02}, {"normalise", "none"}});
-  const auto r = settings_of<RewardSettings>({.out = dir / "run"}, "reward");
+  const auto r = saved_settings<RewardSettings>({.out = dir / "run"}, "reward", with_new_names);
   CHECK(r.margin == .1);
   CHECK(r.center == .02);
   CHECK(r.normalize_on == "none");
@@ -343,14 +475,16 @@ TEST_CASE("the settings of a run that an older version began are read under thei
   CHECK(r.common.optimizer.weight_decay == .1);
   // What this version writes, it reads.
   saved("reward", r);
-  CHECK(Json(settings_of<RewardSettings>({.out = dir / "run"}, "reward")) == Json(r));
+  CHECK(Json(saved_settings<RewardSettings>({.out = dir / "run"}, "reward", with_new_names)) ==
+        Json(r));
   saved("dpo", {{"groups", groups}, {"loss", "kto"}, {"beta", .3}, {"lora", 4}});
-  const auto d = settings_of<DpoSettings>({.out = dir / "run"}, "dpo");
+  const auto d = saved_settings<DpoSettings>({.out = dir / "run"}, "dpo", with_new_names);
   CHECK(d.loss == "kto");
   CHECK(d.lora == 4);
   CHECK(d.common.limit == 7);
-  CHECK(error_of([&] { settings_of<RewardSettings>({.out = dir / "run"}, "reward"); }) !=
-        "no error");
+  CHECK(error_of([&] {
+          saved_settings<RewardSettings>({.out = dir / "run"}, "reward", with_new_names);
+        }) != "no error");
 }
 
 }  // namespace

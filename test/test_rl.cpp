@@ -12,6 +12,10 @@
 
 using namespace cake;
 
+namespace {
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+}
+
 TEST_CASE("rewards are named with weights and arguments") {
   const RewardSpec plain = parse_reward("number"), weighted = parse_reward("-.5*length:40"),
                    command = parse_reward("command:awk '{print 2*3}'");
@@ -308,21 +312,88 @@ TEST_CASE("pretraining text mixed in keeps its loss low") {
   CHECK(loss(dir / "with/model") < .5 * loss(dir / "without/model"));
 }
 
-TEST_CASE("a KL budget stops a run, which keeps the last good weights and says why") {
+TEST_CASE("a KL budget stops a run, which keeps the last weights within it and says why") {
   const TempDir dir;
   RlSettings s = bandit().settings(kPpo);
-  s.step.kl_budget = .3, s.evaluation.eval_every = 1;
+  s.step.kl_budget = .3;
   const Outcome o = run(kPpo, s, dir / "run");
   CHECK(contains(o.summary.at("stopped"), "the KL to the reference is "));
   CHECK(o.summary.at("steps").get<int>() < 20);
-  CHECK(o.summary.at("kl").get<double>() <= .3);
-  CHECK(o.summary.at("pass1").get<double>() >= o.held_out[0].at("pass1").get<double>());
-  CHECK(o.steps.back().at("kl").get<double>() > .3);
+  const size_t kept = o.summary.at("kept_step");
+  CHECK(kept == o.steps.size() - 2);  // a step's KL is that of the weights from before it
+  CHECK(o.steps.at(kept).at("kl").get<double>() <= .3);
+  CHECK(o.steps.at(kept + 1).at("kl").get<double>() > .3);
+  // --keep best: the best of the evaluations within it
+  s.evaluation.keep = "best", s.evaluation.eval_every = 1;
+  const Outcome best = run(kPpo, s, dir / "best");
+  CHECK(best.summary.at("kept_step") == best.summary.at("best_step"));
+  CHECK(best.summary.at("kl").get<double>() <= .3);
   // The other way to stay near: a high price
-  s.step.kl_budget = 0, s.step.beta = 2, s.evaluation.eval_every = 1000;
+  s.step.kl_budget = 0, s.step.beta = 2, s.evaluation.eval_every = 1000, s.evaluation.keep = "last";
   const Outcome priced = run(kPpo, s, dir / "priced");
   CHECK(priced.summary.at("stopped").is_null());
   CHECK(priced.steps.back().at("kl").get<double>() < .3);
+}
+
+TEST_CASE("a KL budget without --val ends with success, and with the last weights within it") {
+  const TempDir dir;
+  const auto command = [&](const char* out, const std::string& flags) {
+    return concat("./rlhf ppo --model ", bandit().path("model"), " --prompts ",
+                  bandit().path("same.jsonl"), " --reward exact --device cpu --rollouts 64 ",
+                  "--max-tokens 4 --lr .004 --critic-lr .004 --minibatches 1 --epochs 1 --beta 0 ",
+                  "--schedule constant -o ", (dir / out).string(), " ", flags);
+  };
+  const auto weights = [&](const char* out) {
+    return read_file(dir / out / "model/model.safetensors");
+  };
+  const Output o = shell(command("run", "--steps 20 --kl-budget .3"));
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  CHECK(contains(o.text, "the last ones within the KL budget"));
+  const Json summary = read_json(dir / "run/summary.json");
+  const int kept = summary.at("kept_step");
+  REQUIRE(kept > 0);
+  CHECK(kept == summary.at("steps").get<int>() - 2);
+  CHECK(summary.at("kl").get<double>() <= .3);
+  // They are those of a run that ends there.
+  REQUIRE(shell(command("short", concat("--steps ", kept))).status == 0);
+  CHECK(weights("run") == weights("short"));
+  // The last update may leave the budget: that is measured at the end.
+  const Output last = shell(command("last", concat("--kl-budget .3 --steps ", kept + 1)));
+  REQUIRE_MESSAGE(last.status == 0, last.text);
+  CHECK(read_json(dir / "last/summary.json").at("kept_step") == kept);
+  CHECK(weights("last") == weights("short"));
+  // A killed run keeps the same ones.
+  int status = 0;
+  REQUIRE(interrupt(command("killed", "--steps 20 --kl-budget .3 --save-every 1"), dir / "killed",
+                    size_t(kept), SIGKILL, &status));
+  const Output resumed = shell("./rlhf ppo --resume -o " + (dir / "killed").string());
+  REQUIRE_MESSAGE(resumed.status == 0, resumed.text);
+  CHECK(weights("killed") == weights("run"));
+}
+
+TEST_CASE("--gold watches, and chooses no weights") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(kGrpo);
+  s.data.gold = "format:a";  // falls while the policy learns to answer b
+  s.evaluation.keep = "best", s.evaluation.eval_every = 5;
+  const Outcome o = run(kGrpo, s, dir / "run");
+  CHECK(o.summary.at("kept_step").get<int>() > 0);
+  CHECK(o.summary.at("pass1").get<double>() > .9);
+  CHECK(o.summary.at("gold").get<double>() < o.held_out.at(0).at("val_gold").get<double>());
+}
+
+TEST_CASE("the held-out KL is that of all rollouts, with its interval") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(kGrpo);
+  s.step.steps = 5;
+  const Json summary = run(kGrpo, s, dir / "run").summary;
+  CHECK(summary.at("kl_ci95").get<double>() > 0);
+  RlParts p = make_parts(s, "grpo", {.out = dir / "none", .device = "cpu"});
+  begin_run(p, kGrpo, nullptr);
+  load_weights(dir / "run/model", *p.models.policy);
+  const Evaluation e = evaluate(p, 0);
+  CHECK(e.kl.n == 64);  // prompts
+  CHECK(e.kl.mean == summary.at("kl").get<double>());
 }
 
 TEST_CASE("beta follows a target of the KL") {
@@ -403,7 +474,7 @@ TEST_CASE("rewards that are all equal teach nothing, and ten such steps end a ru
   for (const Algorithm* algorithm : {&kGrpo, &kPpo}) {
     const bool ppo = algorithm == &kPpo;
     RlSettings s = bandit().settings(*algorithm);
-    s.data.rewards = {"ended"};
+    s.data.rewards = {"format:*"};  // 1, whatever the answer
     s.data.truncated_reward = 1;
     const Outcome o = run(*algorithm, s, dir / (ppo ? "ppo" : "grpo"));
     CHECK(o.steps.size() == 10);
@@ -412,6 +483,106 @@ TEST_CASE("rewards that are all equal teach nothing, and ten such steps end a ru
           read_file(bandit().path("model/model.safetensors")));
     if (!ppo) CHECK(o.summary.at("groups_without_variance") == 80);
   }
+}
+
+TEST_CASE("where all rewards are equal, the entropy bonus and PPO's critic still learn") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(kGrpo);
+  s.data.rewards = {"format:*"}, s.data.truncated_reward = 1, s.step.steps = 12;
+  s.step.entropy = .1;
+  const Outcome grpo = run(kGrpo, s, dir / "grpo");
+  CHECK(grpo.summary.at("stopped").is_null());
+  CHECK(grpo.steps.size() == 12);
+  CHECK(grpo.summary.at("groups_without_variance") == 96);
+  CHECK(grpo.steps.back().at("entropy").get<double>() >
+        grpo.steps.front().at("entropy").get<double>() + .004);
+  RlSettings priced = bandit().settings(kPpo);
+  priced.data.rewards = s.data.rewards, priced.data.truncated_reward = 1, priced.step.steps = 12;
+  priced.step.beta = .05;
+  const Outcome ppo = run(kPpo, priced, dir / "ppo");
+  CHECK(ppo.summary.at("stopped").is_null());
+  CHECK(ppo.steps.size() == 12);
+  CHECK(ppo.steps.back().at("value_loss").get<double>() <
+        .5 * ppo.steps.front().at("value_loss").get<double>());
+}
+
+namespace {
+
+// Rollouts of one prompt token and one sampled token each, in groups of `group_size`.
+std::vector<Rollout> made_rollouts(const std::vector<double>& rewards, int group_size) {
+  std::vector<Rollout> rollouts;
+  for (size_t i = 0; i < rewards.size(); i++) {
+    Rollout r{.group = int(i) / group_size, .ids = {1, 2}, .sampled = {false, true}};
+    r.logp = {0, -1}, r.length = 1, r.ended = true;
+    r.reward = rewards[i];
+    rollouts.push_back(r);
+  }
+  return rollouts;
+}
+
+}  // namespace
+
+TEST_CASE("groups without variance keep their weight where KL or entropy are in the loss") {
+  const std::vector<Rollout> rollouts = made_rollouts({1, 1, 1, 0}, 2);
+  Experience x = end_to_end(rollouts);
+  x.old_logp = {-1, -1, -1, -1}, x.ref_logp = {-1, -1, -1, -1};
+  const GroupMethod grpo = GroupMethod::grpo, rloo = GroupMethod::rloo;
+  CHECK(group_by_group(x, rollouts, 2, grpo, 4, 0, false) == 1);
+  CHECK(x.weight == std::vector<float>{0, 0, .25, .25});
+  CHECK(group_by_group(x, rollouts, 2, grpo, 4, 0, true) == 1);
+  CHECK(x.weight == std::vector<float>{.25, .25, .25, .25});
+  CHECK(x.advantage[0] == 0);
+  CHECK(x.advantage[1] == 0);
+  // RLOO compares rewards less the price of the KL: equal scores differ where their KL does.
+  x.old_logp = {-1, -.5, -1, -1};
+  CHECK(group_by_group(x, rollouts, 2, rloo, 4, .1, false) == 0);
+  CHECK(x.advantage[0] == doctest::Approx(.05));
+  CHECK(x.advantage[1] == doctest::Approx(-.05));
+}
+
+TEST_CASE("an answer that was cut off is never better than the worst finished one to its prompt") {
+  const auto rewarded = [](std::vector<Rollout> rollouts, const std::vector<float>& scores,
+                           double truncated_reward) {
+    Rewards rewards;
+    rewards.functions.push_back({{.name = "scores"}, false, [&](auto) { return scores; }});
+    rewards.truncated_reward = truncated_reward;
+    Seconds seconds;
+    give_rewards(rollouts, rewards, seconds);
+    std::vector<double> found;
+    for (const Rollout& r : rollouts) found.push_back(r.reward);
+    return found;
+  };
+  std::vector<Rollout> rollouts = made_rollouts({0, 0, 0, 0, 0, 0, 0, 0}, 4);
+  for (const size_t i : {2, 5, 6}) rollouts[i].ended = false;
+  const std::vector<float> scores{-2, 1, 3, kNan, .5, -.5, .75, .25};
+  const auto of_groups = rewarded(rollouts, scores, 0);
+  CHECK(of_groups[2] == -2);  // as the worst finished one
+  CHECK(std::isnan(of_groups[3]));
+  CHECK(of_groups[5] == -.5);  // its own
+  CHECK(of_groups[6] == 0);    // --truncated-reward
+  // Each prompt has one rollout: the worst of all finished ones.
+  for (size_t i = 0; i < rollouts.size(); i++) rollouts[i].group = int(i);
+  CHECK(rewarded(rollouts, scores, 0)[6] == -2);
+  CHECK(rewarded(rollouts, scores, -3)[6] == -3);
+}
+
+TEST_CASE("DAPO's penalty of long answers holds for those that were cut off") {
+  const RewardContext context{bandit().tokenizer(), {}, 128, Device::cpu, {}};
+  Rewards rewards;
+  for (const char* text : {"exact", ".5*length:64"}) {
+    rewards.functions.push_back(make_reward(parse_reward(text), context, rewards.models));
+  }
+  Prompt p;
+  p.answer = "b";
+  std::vector<Rollout> rollouts = made_rollouts({0, 0, 0}, 3);
+  for (Rollout& r : rollouts) r.prompt = &p, r.text = "a";
+  rollouts[0].length = 10, rollouts[1].length = 96;
+  rollouts[2].length = 128, rollouts[2].ended = false;
+  Seconds seconds;
+  give_rewards(rollouts, rewards, seconds);
+  CHECK(rollouts[0].reward == 0);
+  CHECK(rollouts[1].reward == -.25);
+  CHECK(rollouts[2].reward == -.5);
 }
 
 TEST_CASE("DAPO replaces groups without variance by others") {
@@ -476,9 +647,9 @@ TEST_CASE("failures of a verifier leave their groups, and more than a fifth of t
   const Outcome o = run(kGrpo, s, dir / "some");
   CHECK(o.steps.at(0).at("failed") == 3);
   CHECK(o.summary.at("failed") == 6);
-  s.data.rewards = {command("case $i in ?) exit 1;; 1?) exit 1;; esac; ")};
+  s.data.rewards = {command("case $i in 2?) exit 1;; 3?) exit 1;; esac; ")};
   CHECK(contains(error_of([&] { run(kGrpo, s, dir / "many"); }),
-                 "--reward command: found 20 failures in 64 rollouts, expected a fifth at most"));
+                 "--reward command: found 13 failures in 64 rollouts, expected a fifth at most"));
 }
 
 TEST_CASE("problems are filtered by how often they are solved") {
@@ -526,7 +697,7 @@ TEST_CASE("a form puts questions into a text, whose answers end at a stop string
   simdjson::dom::parser parser;
   const simdjson::dom::object line =
       parser.parse(std::string(R"({"question":"6*7?","answer":"42"})"));
-  const Prompt p = parse_prompt(line, "here", t, "Q: {question}\\nA:");
+  const Prompt p = parse_prompt(line, "here", t, {.form = "Q: {question}\\nA:"});
   CHECK(t.decode(p.ids) == "<|endoftext|>Q: 6*7?\nA:");
   CHECK(p.question == "6*7?");
   script.write(int(p.ids.size()), " 42.\n\nQ: and then");
@@ -540,7 +711,7 @@ TEST_CASE("a form puts questions into a text, whose answers end at a stop string
   CHECK(right_number(p, r.text));
   o.max_tokens = 2;
   CHECK(!roll_out(models, o, prompts, 1, 1).at(0).ended);
-  CHECK(contains(error_of([&] { parse_prompt(line, "here", t, "no place"); }),
+  CHECK(contains(error_of([&] { parse_prompt(line, "here", t, {.form = "no place"}); }),
                  "--form: found no {question}"));
 }
 
@@ -562,8 +733,13 @@ std::vector<Json> metrics(const std::filesystem::path& run_dir) {
   std::vector<Json> result;
   std::istringstream lines(read_file(run_dir / "metrics.jsonl"));
   for (std::string line; std::getline(lines, line);) {
-    result.push_back(Json::parse(line));
-    result.back().erase("seconds");
+    Json written = Json::parse(line);
+    const Json all = written;
+    for (const auto& field : all.items()) {
+      const std::string key = field.key();
+      if (key.starts_with("seconds") || key == "tokens_per_second") written.erase(key);
+    }
+    result.push_back(written);
   }
   return result;
 }
@@ -597,7 +773,7 @@ TEST_CASE("PPO and GRPO killed at any moment and resumed equal runs that never s
     const std::string file = name == "lora" ? "adapter_model.safetensors" : "model.safetensors";
     CHECK(read_file(std::filesystem::path(out) / "model" / file) ==
           read_file(std::filesystem::path(one) / "model" / file));
-    CHECK(metrics(out) == metrics(one));
+    CHECK((metrics(out) == metrics(one)));  // they are long
     CHECK(contains(shell(resume).text, "is finished"));
   }
 }
@@ -644,9 +820,20 @@ TEST_CASE("a model of labels rewards with the probability of the good one") {
     std::vector<std::shared_ptr<RewardModel>> models;
     return make_reward(parse_reward(name + ":" + (dir / "plain").string()), context, models);
   };
+  Prompt chat, text;
+  text.raw = true;
   std::vector<Rollout> rollouts(2);
-  rollouts[0].ids = {1, 2, 3};
-  rollouts[1].ids = {5, 4};
+  rollouts[0].ids = {1, 2, 3}, rollouts[0].prompt = &chat;
+  rollouts[1].ids = {5, 4}, rollouts[1].prompt = &text;
+  // A chat is scored at its end of turn, a raw text at the document separator.
+  const int turn = end_of_turn(tokenizer), separator = tokenizer.end_of_text();
+  CHECK(ids_to_score(rollouts[0], tokenizer, 64) == std::vector{1, 2, 3, turn});
+  CHECK(ids_to_score(rollouts[0], tokenizer, 2) == std::vector{1, turn});
+  CHECK(ids_to_score(rollouts[1], tokenizer, 64) == std::vector{5, 4, separator});
+  rollouts[1].ids.push_back(separator);
+  CHECK(ids_to_score(rollouts[1], tokenizer, 64) == std::vector{5, 4, separator});
+  CHECK(rollout_request(text, {.tokenizer = &tokenizer}, 1, 64).stop_ids == std::vector{separator});
+  CHECK(rollout_request(chat, {.tokenizer = &tokenizer}, 1, 64).stop_ids[0] == turn);
   const auto scores = reward("model").score(rollouts);
   const auto chances = reward("probability").score(rollouts);
   CHECK(scores[0] != scores[1]);
@@ -704,7 +891,7 @@ TEST_CASE("./rlhf ppo and grpo say in one line what is wrong") {
       {"grpo" + base + "--reward exact --max-tokens 4 --prompts " + (dir / "bad.jsonl").string(),
        "bad.jsonl:2: found neither"},
       {"grpo" + base + "--reward number --max-tokens 4 --prompts " + (dir / "words.jsonl").string(),
-       "words.jsonl:1: answer: found \"many\", expected a number"},
+       "words.jsonl:1: answer: found \"many\", expected one number"},
       {"ppo" + base + prompts + "--reward exact --critic " + bandit().path("model"),
        "expected a reward model"},
   };

@@ -229,6 +229,10 @@ TEST_CASE("the clipped value loss is the known one, and its gradient a differenc
   const auto open = clipped_value<double>(Doubles{.8}, Doubles{.5}, Doubles{1}, Doubles{1}, 0);
   check_known(open.loss, .02);
   check_known(open.dvalue[0], -.2);
+  // Within the clip's range the gradient stays, although .2 + (.9 - .2) is not .9 in double.
+  const auto inside = clipped_value<double>(Doubles{.9}, Doubles{.2}, Doubles{1}, Doubles{1}, 1);
+  CHECK(inside.clipped == 0);
+  check_known(inside.dvalue[0], -.1);
   const Doubles v = noise("v", 12), old = plus(v, noise("old", 12, .3)), R = noise("R", 12);
   Doubles w(12, .1);
   w[5] = 0;
@@ -246,7 +250,9 @@ TEST_CASE("explained variance is 1 for a critic that knows and 0 for one that sa
   CHECK(std::abs(explained_variance<double>(mean, R, w)) < kExact);
   const Doubles half{.5, 1.5, -1, 0, 3};
   CHECK(explained_variance<double>(half, R, w) == doctest::Approx(.75));
-  CHECK(explained_variance<double>(R, Doubles(5, 1), w) == 0);  // nothing to explain
+  CHECK(explained_variance<double>(R, Doubles(5, 1), w) == 0);         // nothing to explain
+  CHECK(std::isnan(explained_variance<double>(R, R, Doubles(5, 1))));  // a return is NaN
+  CHECK(std::isnan(explained_variance<double>(Doubles{1, kNan, 0, 0, 0}, mean, w)));
 }
 
 // ---------------------------------------------------------------------------------------------

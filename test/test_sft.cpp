@@ -846,8 +846,8 @@ TEST_CASE("./sft says in one line what is wrong") {
   CHECK(contains(error(concat("./sft --merge ", world().string())), "-o: missing"));
   CHECK(contains(error(sft(out, "--resume --overwrite")), "expected one"));
   CHECK(contains(error(sft(out, "--context 4")), "found no example within the context of 4"));
-  CHECK(contains(error(sft(world(), "")), "--resume goes on with it, --overwrite begins anew"));
-  CHECK(contains(error(sft(world(), "--overwrite")), "is the model to begin with"));
+  CHECK(contains(error(sft(world(), "")), "which the run reads"));
+  CHECK(contains(error(sft(world(), "--overwrite")), "which the run reads"));
   CHECK(std::filesystem::exists(world() / "model"));
   CHECK(!std::filesystem::exists(out));
 }

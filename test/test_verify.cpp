@@ -55,6 +55,59 @@ TEST_CASE("the final number of an answer is read however it is written") {
   }
 }
 
+TEST_CASE("the marked number decides: the first behind ####, or the last in a box") {
+  const std::pair<const char*, const char*> cases[] = {
+      {"2+16=18\n#### 18\n\nQuestion: next?\n#### 5", "18"},
+      {"#### Step 1\nAdd.\n#### Step 2\nThe answer is 15.", "15"},
+      {"#### 1. Add 3\n#### 2. Count\nIt makes 15.", "15"},
+      {"#### $-1,000.50", "-1000.5"},
+      {"#### **7**", "7"},
+      {"So \\boxed{18}. See page 3.", "18"},
+      {"\\boxed{1} and then \\boxed{x = 2}, not 3", "2"}};
+  for (const auto& c : cases) {
+    CAPTURE(c.first);
+    CHECK(final_number(c.first) == c.second);
+  }
+}
+
+TEST_CASE("numbers are read in LaTeX, as fractions, with typographic signs and exponents") {
+  const std::pair<const char*, const char*> cases[] = {{"The answer is $9{,}500.", "9500"},
+                                                       {"\\boxed{9{,}500}", "9500"},
+                                                       {"12\\,345 m", "12345"},
+                                                       {"3/4", "0.75"},
+                                                       {"\\frac{3}{4}", "0.75"},
+                                                       {"-\\dfrac{1}{2}", "-0.5"},
+                                                       {"2/6", "0.333333333333"},
+                                                       {"1/3", "0.333333333333"},
+                                                       {"4/0", "0"},
+                                                       {"on 1/2/2020", "2020"},
+                                                       {"so x = \u22125", "-5"},
+                                                       {"so x = \u20135", "-5"},
+                                                       {"x = - 5", "-5"},
+                                                       {"- 5 apples", "5"},  // a list
+                                                       {"the total \u2013 72", "72"},
+                                                       {"pages 3\u20134", "4"},
+                                                       {"clips--72", "72"},
+                                                       {"x^{2}-3", "3"},
+                                                       {"1e5", "100000"},
+                                                       {"1.5E+3", "1500"},
+                                                       {"25e-3", "0.025"},
+                                                       {"6 and 10^6", "6"},
+                                                       {"6 and 10^{6}", "6"},
+                                                       {"18 m2", "18"},
+                                                       {"H2O", ""},
+                                                       {"5x", "5"}};
+  for (const auto& c : cases) {
+    CAPTURE(c.first);
+    CHECK(final_number(c.first) == c.second);
+  }
+  CHECK(final_number(std::string(100000, '7') + "/3") == "3");  // too long to divide
+  for (const char* several : {"5-3", "2:30", "12 and 15", "5x+3", "10^6", "", "no solution"}) {
+    CAPTURE(several);
+    CHECK(canonical_number(several) == "");
+  }
+}
+
 TEST_CASE("words are found whole, and case does not matter") {
   CHECK(contains_words("She is a Baker.", "baker"));
   CHECK(!contains_words("She is a bakery owner", "baker"));
@@ -142,11 +195,19 @@ TEST_CASE("a number is right however it is written") {
     CAPTURE(text);
     CHECK(!right_number(problem("18"), text));
   }
-  CHECK(contains(error_of([] { right_number(problem("many"), "3"); }),
-                 "p.jsonl:1: answer: found \"many\", expected a number"));
+  CHECK(right_number(problem("3/4"), "It is 0.75."));
+  CHECK(!right_number(problem("3/4"), "1/4"));
+  CHECK(!right_number(problem("3/4"), "4"));
+  CHECK(right_number(problem("\u22125"), "-5"));
+  CHECK(!right_number(problem("\u22125"), "5"));
+  CHECK(right_number(problem("1 + 17 is \\boxed{18}"), "18"));
+  for (const char* answer : {"many", "12 and 15", "10^6", "2:30", "5x+3"}) {
+    CHECK(contains(error_of([&] { expected_number(problem(answer)); }),
+                   concat("p.jsonl:1: answer: found \"", answer, "\", expected one number")));
+  }
 }
 
-TEST_CASE("a choice is the letter behind the last answer, or the only one there is") {
+TEST_CASE("a choice is what is said beside the last answer, or the only letter there is") {
   CHECK(chosen_letter("The answer is (B).") == 'B');
   CHECK(chosen_letter("Answer: A. No. Answer: C") == 'C');
   CHECK(chosen_letter("D") == 'D');
@@ -154,6 +215,41 @@ TEST_CASE("a choice is the letter behind the last answer, or the only one there 
   CHECK(chosen_letter("B or C") == 0);
   CHECK(chosen_letter("Both, I'd say") == 0);
   CHECK(chosen_letter("") == 0);
+  const std::pair<const char*, char> said[] = {{"B is the correct answer.", 'B'},
+                                               {"B is the correct answer. A is wrong.", 'B'},
+                                               {"I choose C, my final answer", 'C'},
+                                               {"I think it is B.", 'B'},
+                                               {"The answer: I believe B", 'B'},
+                                               {"My answer? I think B", 'B'},
+                                               {"I am not sure", 0},
+                                               {"The answer is d.", 'D'},
+                                               {"the answer is (a)", 'A'},
+                                               {"The answer is a dog, B.", 'B'},
+                                               {"d)", 'D'},
+                                               {"a dog", 0},
+                                               {"The answer\u2014C", 'C'},
+                                               {"I don\u2019t doubt the answer: B", 'B'},
+                                               {"I\u2019d say so", 0},
+                                               {"'B'", 'B'},
+                                               {"It is D, not C", 'D'},
+                                               {"B. That is my answer", 'B'},
+                                               {"The answer is C because I computed it", 'C'},
+                                               {"**Final answer**\n\n**C**", 'C'},
+                                               {"The answer is I.", 'I'},
+                                               {"A man walks, an answer runs", 0}};
+  for (const auto& c : said) {
+    CAPTURE(c.first);
+    CHECK(chosen_letter(c.first) == c.second);
+  }
+  // Letters that the problem does not offer are no choices.
+  const Problem listed = problem("B", R"({"choices": ["one", "two", "three"]})");
+  CHECK(right_choice(listed, "Option B, since Z > Y"));
+  CHECK(offered_choices(listed) == 3);
+  Problem asked = problem("E");
+  asked.question = "Which?\nA) one\nB) two\nC) three";
+  CHECK(offered_choices(asked) == 3);
+  CHECK(contains(error_of([&] { expected_choice(asked); }), "expected a letter from A to C"));
+  CHECK(offered_choices(problem("B")) == 26);
   CHECK(right_choice(problem("C"), "So the answer is C."));
   CHECK(!right_choice(problem("C"), "So the answer is D, not C."));
   CHECK(contains(error_of([] { right_choice(problem("cc"), "C"); }), "expected a letter"));
@@ -171,6 +267,16 @@ TEST_CASE("a countdown is the target made of numbers, each used once at most") {
     CAPTURE(text);
     CHECK(!right_countdown(p, text));
   }
+  // Other arithmetic in the text, lists and typographic signs
+  for (const char* text : {"3*7+5 = 26 in 1-2 steps", "Answer: 3*7+5 (5-step)", "1. 3*7 + 5 = 26",
+                           "- 3 * 7 + 5 = 26", "3 \u00d7 7 + 5 = 26", "3 \\times 7 + 5"}) {
+    CAPTURE(text);
+    CHECK(right_countdown(p, text));
+  }
+  CHECK(right_countdown(problem("", R"({"numbers": [3, 5], "target": 8})"), "- 3 + 5 = 8"));
+  CHECK(!right_countdown(p, "3*7+5", true));
+  CHECK(right_countdown(p, "25 + 5 + 3 - 7", true));
+  CHECK(right_countdown(problem("", R"({"numbers": [3, 5], "target": 8})"), "3+5", true));
   CHECK(contains(error_of([] { right_countdown(problem("8"), "3+5"); }), "found no countdown"));
 }
 
@@ -200,16 +306,25 @@ TEST_CASE("a verifier is made by its name, with the argument that it needs") {
   CHECK(!make_verifier("rubric", "", {})->is_pass_fail);
   CHECK(!make_verifier("length", "", {}));
 
-  CHECK(contains(error_of([&] { score("exact", "", problem(""), ""); }),
-                 "p.jsonl:1: answer is missing"));
-  CHECK(contains(error_of([&] { score("rubric", "", problem(""), ""); }),
-                 "p.jsonl:1: rubric is missing"));
+  CHECK(score("countdown", "all", problem("", R"({"numbers": [3, 5], "target": 8})"), "3+5") == 1);
+  // What a problem lacks is found before the first answer.
+  const auto lacks = [](const std::string& name) {
+    return error_of([&] { make_verifier(name, "", {})->check_problem(problem("")); });
+  };
+  CHECK(contains(lacks("number"), "p.jsonl:1: answer: found \"\", expected one number"));
+  CHECK(lacks("exact") == "p.jsonl:1: answer is missing");
+  CHECK(contains(lacks("choice"), "p.jsonl:1: answer: found \"\", expected a letter"));
+  CHECK(contains(lacks("countdown"), "p.jsonl:1: found no countdown"));
+  CHECK(lacks("rubric") == "p.jsonl:1: rubric is missing");
+  CHECK(contains(error_of([] { make_verifier("countdown", "some", {}); }), "countdown:all"));
   CHECK(error_of([] { make_verifier("command", "", {}); }) ==
         "--reward command: expected command:a shell command");
+  CHECK(make_verifier("check", "cat", {})->is_pass_fail);
+  CHECK(!make_verifier("command", "cat", {})->is_pass_fail);
   CHECK(error_of([] { make_verifier("format", "", {}, "--check"); }) ==
         "--check format: expected format:PATTERN, where * is any text");
   CHECK(contains(error_of([&] { score("command", "exit 0", problem(""), ""); }),
-                 "--reward command: found 2 failures in 2 rollouts, expected a fifth at most; the "
+                 "--reward command: found 1 failures in 2 rollouts, expected a fifth at most; the "
                  "last: it ended"));
 }
 
@@ -236,12 +351,13 @@ struct Verified {
 
 // Texts, one after another; "hang", "die" and the like are for the command to look for.
 Verified verify(const std::string& command, const std::vector<std::string>& texts,
-                CommandLimits limits = {.seconds = 5}) {
-  const Problem p = problem("b");
-  CommandVerifier verifier(command, limits);
+                CommandLimits limits = {.seconds = 5, .start_seconds = 0}) {
+  const Problem p = problem("b", R"({"tests": ["t1"]})");
+  CommandVerifier verifier(command, limits, false);
   Verified out;
-  for (size_t i = 0; i < texts.size(); i++) {
-    out.rewards.push_back(verifier.reward(int64_t(i) + 40, {&p, texts[i]}));
+  for (const std::string& text : texts) {
+    const Attempt attempt{&p, text};
+    out.rewards.push_back(verifier.score({&attempt, 1}, 1).at(0));
   }
   out.why = verifier.last_failure();
   return out;
@@ -258,12 +374,13 @@ TEST_CASE("a command rewards line after line in one process") {
   CHECK(v.rewards == std::vector<float>{1.5, 2.5, 3.5});  // its count lives
   CHECK(v.why.empty());
   // It reads the prompt, the completion and the answer.
-  const Verified seen =
-      verify("while read -r l; do " + kId +
-                 "case $l in *'\"answer\":\"b\"'*'\"completion\":\"b\"'*'\"prompt\":\"q\"'*) r=1;; "
-                 "*) r=0;; "
-                 "esac; echo \"{\\\"reward\\\":$r,\\\"id\\\":$i}\"; done",
-             {"a", "b"});
+  const Verified seen = verify("while read -r l; do " + kId +
+                                   "case $l in "
+                                   "*'\"answer\":\"b\"'*'\"completion\":\"b\"'*'\"prompt\":\"q\"'*'"
+                                   "\"tests\":[\"t1\"]'*) r=1;; "
+                                   "*) r=0;; "
+                                   "esac; echo \"{\\\"reward\\\":$r,\\\"id\\\":$i}\"; done",
+                               {"a", "b"});
   CHECK(seen.rewards == std::vector<float>{0, 1});
 }
 
@@ -275,17 +392,18 @@ TEST_CASE("a command that hangs, ends or writes nonsense loses that answer and n
   };
   const struct {
     const char *what, *bad, *why;
-  } cases[] = {{"hangs", "sleep 60", "wrote no line within 0.3 s"},
-               {"ends", "exit 3", "ended"},
-               {"crashes", "kill -SEGV $$", "ended"},
-               {"nonsense", "echo ok", "wrote \"ok\", expected {\"id\": 41"},
-               {"another id", "echo '{\"id\":7,\"reward\":1}'", "expected {\"id\": 41"},
-               {"no number", "echo \"{\\\"id\\\":$i,\\\"reward\\\":\\\"1\\\"}\"", "expected"},
-               {"not finite", "echo \"{\\\"id\\\":$i,\\\"reward\\\":1e999}\"", "expected"},
-               {"two lines", "echo \"{\\\"id\\\":$i,\\\"reward\\\":1}\nmore\"", "expected"}};
+  } cases[] = {
+      {"hangs", "sleep 60", "wrote no line within 0.3 s"},
+      {"ends", "exit 3", "ended"},
+      {"crashes", "kill -SEGV $$", "ended"},
+      {"nonsense", "echo ok", "wrote \"ok\", expected {\"id\": 0"},
+      {"another id", "echo '{\"id\":7,\"reward\":1}'", "expected {\"id\": 0"},
+      {"no number", "echo \"{\\\"id\\\":$i,\\\"reward\\\":\\\"1\\\"}\"", "expected"},
+      {"not finite", "echo \"{\\\"id\\\":$i,\\\"reward\\\":1e999}\"", "expected"},
+      {"two lines", "echo \"{\\\"id\\\":$i,\\\"reward\\\":1}\nmore\"", "more than one line"}};
   for (const auto& c : cases) {
     CAPTURE(c.what);
-    const Verified v = verify(loop(c.bad), {"a", "bad", "b"}, {.seconds = .3});
+    const Verified v = verify(loop(c.bad), {"a", "bad", "b"}, {.seconds = .3, .start_seconds = 2});
     CHECK(v.rewards[0] == 1);
     CHECK(failed(v.rewards[1]));
     CHECK(v.rewards[2] == 1);
@@ -301,20 +419,75 @@ TEST_CASE("a command has limits of memory and processes") {
                             "x=$(head -c 16000000 /dev/zero | tr '\\0' x) || exit 1; "
                             "echo \"{\\\"id\\\":$i,\\\"reward\\\":${#x}}\"";
   CHECK(verify(grows, {"a"}).rewards[0] == 16000000);
-  CHECK(failed(
-      verify("exec 2>/dev/null; " + grows, {"a"}, {.seconds = 5, .memory = 24 << 20}).rewards[0]));
+  CHECK(failed(verify("exec 2>/dev/null; " + grows, {"a"},
+                      {.seconds = 5, .start_seconds = 0, .memory = 24 << 20})
+                   .rewards[0]));
   if (getuid() != 0) {  // the system does not bind root by the other limit
     const std::string forks =
         "read -r l; " + kId +
         "sleep 9 & sleep 9 & sleep 9 & echo \"{\\\"id\\\":$i,\\\"reward\\\":1}\"";
-    CHECK(failed(verify(forks + " 2>/dev/null", {"a"}, {.seconds = 5, .processes = 1}).rewards[0]));
+    CHECK(failed(
+        verify(forks + " 2>/dev/null", {"a"}, {.seconds = 5, .start_seconds = 0, .processes = 1})
+            .rewards[0]));
   }
 }
 
 TEST_CASE("what a command started ends with it") {
   const TempDir dir;
   const std::string mark = dir / "alive";
-  verify("(sleep 1; touch " + mark + ") & sleep 60", {"a"}, {.seconds = .1});
+  verify("(sleep 1; touch " + mark + ") & sleep 60", {"a"}, {.seconds = .1, .start_seconds = 0});
   std::this_thread::sleep_for(std::chrono::milliseconds(1500));
   CHECK(!std::filesystem::exists(mark));
+}
+
+TEST_CASE("several processes take the time of one, and rewards come in the answers' order") {
+  const Problem p = problem("b");
+  const std::string slow = "while read -r l; do " + kId +
+                           "[ $i = 0 ] && sleep .4 || sleep .1; "
+                           "echo \"{\\\"id\\\":$i,\\\"reward\\\":$i}\"; done";
+  const std::vector<Attempt> attempts(8, {&p, "text"});
+  const std::vector<float> expected{0, 1, 2, 3, 4, 5, 6, 7};
+  double seconds[2];
+  for (const int n : {1, 4}) {
+    CommandVerifier verifier(slow, {.seconds = 5, .verifiers = n}, false);
+    const double begin = now();
+    CHECK(verifier.score(attempts, 0) == expected);
+    seconds[n == 4] = now() - begin;
+  }
+  CHECK(seconds[0] > 1.1);
+  CHECK(seconds[1] < .8 * seconds[0]);
+}
+
+TEST_CASE("a program that loads for long is waited for once, and its first line is a trial") {
+  const std::string late = "sleep .5; while read -r l; do " + kId +
+                           "case $l in *bad*) exit;; esac; "
+                           "echo \"{\\\"id\\\":$i,\\\"reward\\\":1}\"; done";
+  const CommandLimits limits{.seconds = .2, .start_seconds = 5, .verifiers = 2};
+  const Problem p = problem("b");
+  const Verifier v = command_verifier(late, limits, true, "--reward check");
+  v.try_out(p);
+  std::vector<Attempt> attempts(10, {&p, "a"});
+  attempts[3].text = "bad";  // starts a process anew
+  const std::vector<float> rewards = v.score(attempts);
+  CHECK(std::ranges::count(rewards, 1) == 9);
+  CHECK(failed(rewards[3]));
+  // Once more than a fifth have failed, the rest is not waited for.
+  for (size_t i = 0; i < 5; i++) attempts[i].text = "bad";
+  CHECK(error_of([&] { v.score(attempts); }) ==
+        "--reward check: found 3 failures in 10 rollouts, expected a fifth at most; the last: it "
+        "ended");
+  const Verifier ends = command_verifier("exit 0", limits, true, "--reward check");
+  CHECK(contains(error_of([&] { ends.try_out(p); }),
+                 "--reward check: tried before the run with an empty completion, it ended"));
+}
+
+TEST_CASE("check: says right or wrong, command: any number") {
+  const std::string json =
+      "while read -r l; do " + kId + "echo \"{\\\"id\\\":$i,\\\"reward\\\":0.5}\"; done";
+  const Problem p = problem("b");
+  const Attempt attempt{&p, "text"};
+  CommandVerifier scores(json, {}, false), checks(json, {}, true);
+  CHECK(scores.score({&attempt, 1}, 0).at(0) == .5f);
+  CHECK(failed(checks.score({&attempt, 1}, 0).at(0)));
+  CHECK(contains(checks.last_failure(), "\"reward\": 0 or 1}"));
 }

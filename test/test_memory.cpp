@@ -1,0 +1,142 @@
+// Memory that decoding takes, and logits that are not finite, as a user meets them: the binaries on
+// a model whose context is far longer than what is asked of it. All of its KV cache would be 141
+// TB.
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "cake/checkpoint.h"
+#include "cake/schedule.h"
+#include "cake/tokenizer.h"
+#include "test/support.h"
+
+using namespace cake;
+
+namespace {
+
+class LongContext {
+ public:
+  LongContext() {
+    std::string text, conversations, problems;
+    for (int i = 0; i < 60; i++) {
+      text += concat("The answer is ", i, ". user system assistant\n");
+      conversations += concat("{\"prompt\":\"Question ", i, "?\",\"completion\":\" ", i, ".\"}\n");
+      problems += concat("{\"question\":\"Question ", i, "?\",\"answer\":\"", i, "\"}\n");
+    }
+    write_file(dir_ / "text.txt", text);
+    write_file(dir_ / "conversations.jsonl", conversations);
+    write_file(dir_ / "problems.jsonl", problems);
+    const Tokenizer t = train_tokenizer({.inputs = {dir_ / "text.txt"}}, 320, "qwen2");
+    std::filesystem::create_directories(dir_ / "tokenizer");
+    t.save(dir_ / "tokenizer");
+    config_ = new_config(Family::llama, 8, 32, t.vocab_size(), 1 << 30);
+    config_.NH = config_.NKV = 8, config_.HS = 256;
+    config_.bos = config_.eos = config_.pad = t.end_of_text();
+    save("model", 1);
+    config_.T = 256;
+    save("overflow", 3e38f);  // finite weights whose logits are not
+  }
+  std::string operator/(const std::string& name) const { return dir_ / name; }
+
+ private:
+  // The model, with a weight of `scale` in its final norm.
+  void save(const std::string& name, float scale) {
+    const auto gpt = make_gpt(config_, {.device = Device::cpu, .mode = Mode::inference});
+    for (size_t i = 0; i < gpt->table().tensors.size(); i++) {
+      const Tensor& t = gpt->table().tensors[i];
+      std::vector<float> values = initial_values(t, 1);
+      if (t.name == "final_norm.weight") values.assign(values.size(), scale);
+      if (t.name == "head") values.assign(values.size(), 1);
+      gpt->write(int(i), Slot::weight, values);
+    }
+    save_checkpoint(dir_ / name, *gpt, {.tokenizer_from = dir_ / "tokenizer"});
+  }
+
+  TempDir dir_;
+  Config config_;
+};
+
+LongContext& world() {
+  static LongContext w;
+  return w;
+}
+
+std::string train_command(const std::string& out, const std::string& flags) {
+  static const std::string data = [] {
+    const std::string prefix = world() / "data";
+    const Output o = shell(concat("./bpe encode ", world() / "tokenizer", " ", world() / "text.txt",
+                                  " --val-fraction 0 -o ", prefix));
+    REQUIRE_MESSAGE(o.status == 0, o.text);
+    return prefix;
+  }();
+  return concat("./train_gpt --device cpu --threads 1 --data ", data, " --init-from ",
+                world() / "model", " -o ", world() / out,
+                " --steps 4 --context 16 --batch-tokens 32 --sample-every 1 ", flags);
+}
+
+void check_refused(const Output& o, const std::string& part) {
+  CAPTURE(o.text);
+  CHECK(o.status == 1);
+  CHECK(contains(o.text, part));
+  const size_t line = o.text.rfind("error: ");
+  REQUIRE(line != std::string::npos);
+  CHECK(o.text.find('\n', line) == o.text.size() - 1);
+}
+
+}  // namespace
+
+TEST_CASE(
+    "a sample on the way takes cache for its prompt and its new tokens, not for the context") {
+  const Output pretraining = shell(train_command("base", ""));
+  CAPTURE(pretraining.text);
+  CHECK(pretraining.status == 0);
+  CHECK(contains(pretraining.text, "sample  "));
+  CHECK(!contains(pretraining.text, "sample  failed"));
+  for (const char* planned : {"panels ", "decoding ", "KV cache "}) {
+    CHECK(contains(pretraining.text, planned));
+  }
+  const Output tuning = shell(concat(
+      "./sft --device cpu --model ", world() / "model", " --data ", world() / "conversations.jsonl",
+      " --context 64 --steps 2 --sample-every 1 -o ", world() / "sft"));
+  CAPTURE(tuning.text);
+  CHECK(tuning.status == 0);
+  CHECK(contains(tuning.text, "answer  "));
+}
+
+#ifndef __SANITIZE_ADDRESS__  // which takes more address space than the limit
+TEST_CASE("a sample that finds no memory is a note, and the run goes on") {
+  const std::string prompt(8000, '~');  // 1 GB of cache
+  const Output o = shell(
+      concat("(ulimit -v 900000; ", train_command("limited", concat("--prompt ", prompt)), ")"));
+  CAPTURE(o.text.substr(0, 2000));
+  CHECK(o.status == 0);
+  CHECK(contains(o.text, "sample  failed: out of memory"));
+  CHECK(std::filesystem::exists(world() / "limited/model/model.safetensors"));
+}
+#endif
+
+TEST_CASE("a cache that no memory can hold ends a stage before it begins, in one line") {
+  const std::string enormous = " --max-tokens 100000000 --device cpu ";
+  check_refused(
+      shell(concat("timeout 20 ./chat generate ", world() / "model", " --prompt x", enormous)),
+      "KV cache 13.1 TB");
+  check_refused(
+      shell(concat("timeout 20 ./rlhf grpo --model ", world() / "model", " --prompts ",
+                   world() / "problems.jsonl", " --reward number -o ", world() / "rl", enormous)),
+      "KV cache 13.1 TB");
+  CHECK(!std::filesystem::exists(world() / "rl"));
+}
+
+TEST_CASE("logits that are not finite end chat's answers and RL's rollouts with an error") {
+  const std::string model = world() / "overflow", part = "logits that are not finite";
+  check_refused(shell(concat("./chat generate ", model, " --prompt Hi --max-tokens 8 ",
+                             "--temperature 0 --device cpu")),
+                part);
+  check_refused(shell(concat("echo hello | ./chat ", model, " --base --max-tokens 8 --device cpu")),
+                part);
+  check_refused(
+      shell(concat("./rlhf grpo --model ", model, " --prompts ", world() / "problems.jsonl",
+                   " --reward number --max-tokens 8 --steps 1 --device cpu -o ",
+                   world() / "rl_overflow")),
+      part);
+}

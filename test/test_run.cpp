@@ -1,0 +1,346 @@
+// What every run promises, each through a binary as its user meets it: nothing of the user's is
+// removed, a run that was ended anywhere goes on, other flags are refused, errors lose no steps.
+#include <pty.h>
+
+#include <fstream>
+#include <regex>
+#include <string>
+
+#include "cake/json.h"
+#include "cake/run.h"
+#include "cake/schedule.h"
+#include "test/support.h"
+
+using namespace cake;
+
+namespace {
+
+// Token shards of a small text, their tokenizer, and a base model; made once.
+const std::filesystem::path& material() {
+  static const TempDir dir;
+  static const std::filesystem::path path = [] {
+    std::string text;
+    for (int i = 0; i < 3000; i++)
+      text += concat(i * 7919 % 1000, " is a number, says the baker.\n");
+    write_file(dir / "text.txt", text);
+    const std::string at = dir.path();
+    const Output o = shell(concat(
+        "./bpe train ", at, "/text.txt --vocab-size 320 --pattern qwen2 -o ", at, "/tokenizer && ",
+        "./bpe encode ", at, "/tokenizer ", at, "/text.txt --val-fraction .1 -o ", at, "/data && ",
+        "./train_gpt --data ", at, "/data -o ", at,
+        "/base --steps 2 --layers 1 --channels 32 --context 64 --batch-tokens 256"));
+    REQUIRE_MESSAGE(o.status == 0, o.text);
+    std::string lines;
+    for (int i = 0; i < 60; i++) {
+      lines += concat(R"({"prompt":"number )", i, R"(","completion":" is )", i % 7, "\"}\n");
+    }
+    write_file(dir / "examples.jsonl", lines);
+    return dir.path();
+  }();
+  return path;
+}
+
+std::string pretrain(const std::string& out, const std::string& flags) {
+  return concat("./train_gpt --data ", (material() / "data").string(), " -o ", out,
+                " --layers 1 --channels 32 --context 32 --batch-tokens 64 ", flags);
+}
+
+std::string finetune(const std::string& out, const std::string& flags) {
+  return concat("./sft --model ", (material() / "base").string(), " --data ",
+                (material() / "examples.jsonl").string(), " -o ", out,
+                " --batch-tokens 64 --context 64 --optimizer adamw ", flags);
+}
+
+// The one line of a command that fails.
+std::string error_line(const std::string& command) {
+  const Output o = shell(command);
+  CHECK(o.status == 1);
+  CHECK_MESSAGE(std::count(o.text.begin(), o.text.end(), '\n') == 1, o.text);
+  CHECK(o.text.starts_with("error: "));
+  return o.text;
+}
+
+std::vector<Json> metrics(const std::filesystem::path& run) {
+  std::vector<Json> lines;
+  std::ifstream in(run / "metrics.jsonl");
+  for (std::string line; std::getline(in, line);) lines.push_back(Json::parse(line));
+  return lines;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------
+// What --overwrite and two processes must not do
+
+TEST_CASE("--overwrite removes a run's own files and nothing else") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  REQUIRE(shell(pretrain(out, "--steps 2 --save-every 1 --keep-checkpoints 1")).status == 0);
+  REQUIRE(std::filesystem::exists(dir / "run/model-1"));
+  write_file(dir / "run/notes.txt", "mine");
+  write_file(dir / "run/model.txt", "mine too");
+  REQUIRE(shell(pretrain(out, "--steps 3 --overwrite")).status == 0);
+  CHECK(read_file(dir / "run/notes.txt") == "mine");
+  CHECK(read_file(dir / "run/model.txt") == "mine too");
+  CHECK(!std::filesystem::exists(dir / "run/model-1"));
+  CHECK(read_json(dir / "run/summary.json").at("steps") == 3);
+}
+
+TEST_CASE("--overwrite refuses where an input is, or lies inside, -o; and another stage's run") {
+  const TempDir dir;
+  const std::string model = dir / "m";
+  std::filesystem::copy(material() / "base/model", model);  // a directory as Hugging Face has it
+  std::filesystem::create_directories(dir / "runs");
+  std::filesystem::copy(material() / "base", dir / "runs/base",
+                        std::filesystem::copy_options::recursive);
+  const auto tree = files_below(dir.path());
+  const std::string examples = material() / "examples.jsonl";
+  const auto refuse = [&](const std::string& from, const std::string& out) {
+    const std::string line = error_line(concat("./sft --model ", from, " --data ", examples, " -o ",
+                                               out, " --steps 1 --overwrite"));
+    CHECK(contains(line, "which the run reads; expected another directory"));
+  };
+  refuse(model, model);
+  refuse(model, model + "/");
+  refuse(dir / "runs/base", dir / "runs");
+  refuse(dir / "runs/base", dir / "runs/base/model");
+  refuse(dir / "runs/base", dir / "runs/../runs/base");
+  refuse(model, dir.path().string());
+  CHECK(contains(error_line(concat("./sft --model ", model, " --data ", examples, " -o ",
+                                   dir / "runs/base", " --steps 1 --overwrite")),
+                 "found the state of pretraining, expected that of fine-tuning"));
+  CHECK(contains(error_line(concat("./train_gpt --data ", (material() / "data").string(), " -o ",
+                                   material().string(), " --steps 1 --overwrite")),
+                 "which the run reads"));
+  CHECK(files_below(dir.path()) == tree);
+}
+
+TEST_CASE("two processes cannot write one run") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  REQUIRE(shell(pretrain(out, "--steps 2")).status == 0);
+  const auto tree = files_below(out);
+  const RunLock lock(out);
+  CHECK(contains(error_line(concat("./train_gpt --resume --steps 4 -o ", out)),
+                 "another process is writing this run"));
+  CHECK(contains(error_line(pretrain(out, "--steps 2 --overwrite")), "another process"));
+  CHECK(files_below(out) == tree);
+}
+
+// ---------------------------------------------------------------------------------------------
+// A run that is ended
+
+TEST_CASE("pretraining ended at any change of the disk goes on to the same bytes") {
+  const TempDir dir;
+  end_at_every_change(dir.path(), "./train_gpt --resume -o", [](const std::string& out) {
+    return pretrain(out, "--steps 3 --save-every 1 --sample-every 9 --keep-checkpoints 1");
+  });
+}
+
+TEST_CASE(
+    "fine-tuning ended at any change of the disk goes on to the same bytes, best weights too") {
+  const TempDir dir;
+  end_at_every_change(dir.path(), "./sft --resume -o", [](const std::string& out) {
+    return finetune(out, "--steps 3 --save-every 1 --eval-every 1 --patience 2 --lr .05");
+  });
+}
+
+TEST_CASE("Ctrl+C before the first step says that nothing was saved") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  // While the speed is measured nothing is written yet.
+  const Output o =
+      shell(concat("timeout --preserve-status -s INT .6 ", pretrain(out, "--minutes 1")));
+  CHECK_MESSAGE(contains(o.text, "stopped before the first step: nothing was "), o.text);
+  CHECK(o.status == 128 + SIGINT);
+  CHECK(!std::filesystem::exists(dir / "run/model"));
+}
+
+TEST_CASE("an error in the middle of a run saves what is done, and --resume goes on from there") {
+  const TempDir dir;
+  const std::string flags = "--steps 400 --lora 1 --eval-every 999 --sample-every 999";
+  REQUIRE(shell(finetune(dir / "whole", flags)).status == 0);
+  // A limit that metrics.jsonl reaches, and the files of the adapters do not.
+  const Output o = shell("ulimit -f 100; trap '' XFSZ; " + finetune(dir / "run", flags));
+  CHECK(o.status == 1);
+  CHECK_MESSAGE(contains(o.text, "metrics.jsonl: cannot write"), o.text);
+  CHECK_MESSAGE(contains(o.text, "; saved after step "), o.text);
+  REQUIRE(shell(concat("./sft --resume -o ", (dir / "run").string())).status == 0);
+  CHECK(read_file(dir / "run/model/adapter_model.safetensors") ==
+        read_file(dir / "whole/model/adapter_model.safetensors"));
+}
+
+// ---------------------------------------------------------------------------------------------
+// --resume with flags
+
+TEST_CASE("--resume refuses every flag that would change the run, by name") {
+  const TempDir dir;
+  const std::string out = dir / "run", tuned = dir / "tuned";
+  REQUIRE(shell(pretrain(out, "--steps 2")).status == 0);
+  REQUIRE(shell(finetune(tuned, "--steps 2")).status == 0);
+  const auto refuse = [&](const std::string& flag, const std::string& value) {
+    const std::string line =
+        error_line(concat("./train_gpt --resume -o ", out, " --steps 4 ", flag, " ", value));
+    CHECK_MESSAGE(contains(line, concat(flag, ": found ", value, " with --resume")), line);
+  };
+  refuse("--lr", "0.5");
+  refuse("--batch-tokens", "512");
+  refuse("--seed", "2");
+  refuse("--layers", "2");
+  refuse("--schedule", "cosine");
+  refuse("--data", "elsewhere");
+  CHECK(contains(error_line(concat("./sft --resume -o ", tuned, " --lora 2")),
+                 "--lora: found 2 with --resume"));
+  CHECK(contains(error_line(concat("./sft --resume -o ", tuned, " --steps 1")),
+                 "expected at least the 2 that are done"));
+  // the same values, and what changes no update, are fine
+  const Output same =
+      shell(concat("./train_gpt --resume -o ", out, " --layers 1 --seed 1 --steps 2 --device cpu",
+                   " --threads 1 --eval-every 1 --save-every 1 --keep-checkpoints 1"));
+  CHECK(same.status == 0);
+  CHECK(contains(same.text, "is finished: 2 steps"));
+}
+
+TEST_CASE("--resume --steps MORE goes on with the schedule of the new total, and says so") {
+  const TempDir dir;
+  const std::string whole = dir / "whole", out = dir / "run";
+  REQUIRE(shell(pretrain(whole, "--steps 60")).status == 0);
+  // stopped long before its end, a run with a new total has the new total's rates from there on
+  int status = 0;
+  REQUIRE(interrupt(pretrain(out, "--steps 40000"), out, 20, SIGTERM, &status));
+  const auto done = int(metrics(out).back().at("step"));
+  const int total = done + 50;
+  const Output o = shell(concat("./train_gpt --resume -o ", out, " --steps ", total));
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  CHECK(read_json(dir / "run/summary.json").at("steps") == total);
+  // a finished run, too: its rate was near the floor, and rises
+  const Output more = shell(concat("./train_gpt --resume -o ", whole, " --steps 120"));
+  REQUIRE_MESSAGE(more.status == 0, more.text);
+  CHECK(contains(more.text, "the learning rate rises from "));
+  CHECK(contains(more.text, ": 60 steps were planned, now 120"));
+  CHECK(contains(more.text, "the optimizer's moments begin at zero"));
+  double rate = 0;
+  for (const Json& line : metrics(whole)) {
+    if (line.at("kind") == "step" && line.at("step") == 61) rate = line.at("lr");
+  }
+  const double peak = metrics(whole).front().at("lr");  // warmup is one step
+  const Schedule schedule{"linear", 120, 1, .8, 0};
+  CHECK(rate == doctest::Approx(peak * schedule.at(61)));
+}
+
+TEST_CASE("a run of the version before goes on, with the new schedule, and says so") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  int status = 0;
+  REQUIRE(interrupt(pretrain(out, "--steps 4000"), out, 20, SIGTERM, &status));
+  const std::filesystem::path path = dir / "run/model/trainer_state.json";
+  Json state = read_json(path);
+  const auto step = state.at("step").get<int64_t>();
+  for (const char* key : {"version", "evaluated", "moments_since"}) state.erase(key);
+  write_file(path, state.dump());
+  const std::string lines = read_file(dir / "run/metrics.jsonl");
+  write_file(dir / "run/metrics.jsonl",
+             std::regex_replace(lines, std::regex("\"kind\":\"step\","), ""));
+  const Output o = shell(concat("./train_gpt --resume -o ", out, " --steps ", step + 2));
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  CHECK(contains(o.text, "begun with an older version: the schedule now reaches its floor"));
+  CHECK(metrics(out).front().at("step") == 1);
+}
+
+TEST_CASE("--resume --epochs and --minutes give a run more, and metrics keep their lines") {
+  const TempDir dir;
+  const std::string out = dir / "tuned";
+  REQUIRE(shell(finetune(out, "--epochs 1")).status == 0);
+  const auto steps = read_json(dir / "tuned/summary.json").at("steps").get<int>();
+  const size_t lines = metric_lines(out);
+  const Output o = shell(concat("./sft --resume -o ", out, " --epochs 2"));
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  CHECK(read_json(dir / "tuned/summary.json").at("steps") == 2 * steps);
+  CHECK(metric_lines(out) > lines + size_t(steps));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Schedules, metrics, the progress line
+
+TEST_CASE("a run of one step moves the weights") {
+  const TempDir dir;
+  for (const char* schedule : {"linear", "cosine"}) {
+    const std::string one = dir / concat(schedule, "1"), small = dir / concat(schedule, "0");
+    REQUIRE(shell(pretrain(one, concat("--steps 1 --final-lr 0 --schedule ", schedule))).status ==
+            0);
+    REQUIRE(
+        shell(pretrain(small, concat("--steps 1 --lr-scale 1e-9 --schedule ", schedule))).status ==
+        0);
+    CHECK(read_file(one + "/model/model.safetensors") !=
+          read_file(small + "/model/model.safetensors"));
+    CHECK(metrics(one).front().at("lr") > 0);
+  }
+}
+
+TEST_CASE("metrics are JSON with a kind, a rate and a speed, also where a number is not finite") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  // A rate at which weights overflow: the gradient is not finite before the run ends.
+  const Output o = shell(pretrain(out, "--steps 30 --lr 1e30 --optimizer adamw --clip-norm 0"));
+  CHECK(o.status == 1);
+  CHECK(contains(o.text, "--lr-scale"));
+  bool found_null = false;
+  for (const Json& line : metrics(out)) {  // parses every line
+    CHECK(line.contains("kind"));
+    found_null |= line.contains("loss") && line.at("loss").is_null();
+  }
+  CHECK(found_null);
+  REQUIRE(shell(finetune(dir / "tuned", "--steps 3 --eval-every 1")).status == 0);
+  std::map<std::string, int> kinds;
+  for (const Json& line : metrics(dir / "tuned")) {
+    kinds[line.at("kind")]++;
+    if (line.at("kind") != "step") continue;
+    CHECK(line.at("lr").get<double>() > 0);
+    CHECK(line.at("seconds").get<double>() > 0);
+    CHECK(line.at("tokens_per_second").get<double>() > 0);
+  }
+  CHECK(kinds == std::map<std::string, int>{{"eval", 3}, {"final", 1}, {"step", 3}});
+}
+
+TEST_CASE("the progress line is cut to the terminal's width") {
+  const TempDir dir;
+  struct winsize size = {};
+  size.ws_row = 24, size.ws_col = 30;
+  int terminal = -1;
+  const pid_t child = forkpty(&terminal, nullptr, nullptr, &size);
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    const std::string command = "exec " + pretrain(dir / "run", "--steps 9 --sample-every 99");
+    execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
+    _exit(127);
+  }
+  std::string text;
+  char buffer[4096];
+  for (ssize_t n; (n = read(terminal, buffer, sizeof buffer)) > 0;) text.append(buffer, size_t(n));
+  int status = 0;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  close(terminal);
+  CHECK(WEXITSTATUS(status) == 0);
+  int lines = 0;
+  for (size_t i = 0; (i = text.find("\rstep ", i)) != std::string::npos; i++, lines++) {
+    CHECK(text.find("\033[K", i) - (i + 1) == 29);
+  }
+  CHECK(lines == 9);
+}
+
+TEST_CASE("a line is cut between characters") {
+  CHECK(cut_to_width("abcdef", 4) == "abcd");
+  CHECK(cut_to_width("abc", 4) == "abc");
+  CHECK(cut_to_width("ééé", 2) == "éé");
+}
+
+TEST_CASE("earlier checkpoints are kept as whole models, as many as asked for") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  REQUIRE(shell(pretrain(out, "--steps 6 --save-every 1 --keep-checkpoints 2")).status == 0);
+  CHECK(!std::filesystem::exists(dir / "run/model-2"));
+  CHECK(std::filesystem::exists(dir / "run/model-3/config.json"));
+  const Output o =
+      shell(concat("./chat generate ", dir / "run/model-4", " --prompt a --max-tokens 2"));
+  CHECK_MESSAGE(o.status == 0, o.text);
+}
