@@ -1019,8 +1019,9 @@ inline std::filesystem::path exchange_directories(const std::filesystem::path& f
   return old;
 }
 
-// Brings back DIR from DIR.old when a run ended between the two renames. Only for who writes DIR: a
-// reader would take the name from a writer that is between the two. Readers call model_dir.
+// Brings back DIR from DIR.old when a run ended between the two renames. Only the process that
+// writes DIR calls this: another one could disturb a writer that is between the two. Readers call
+// model_dir.
 inline void repair_checkpoint(const std::filesystem::path& dir) {
   const std::filesystem::path old = dir.string() + ".old";
   if (!std::filesystem::exists(dir) && std::filesystem::exists(old / "config.json")) {
