@@ -145,6 +145,34 @@ TEST_CASE(
   });
 }
 
+TEST_CASE("every other stage ended at any change of the disk goes on to the same bytes") {
+  const std::string base = material() / "base", pairs = material() / "pairs.jsonl",
+                    prompts = material() / "prompts.jsonl";
+  std::string lines, questions;
+  for (int i = 0; i < 40; i++) {
+    lines += concat(R"({"prompt":"number )", i, R"(","chosen":" is it","rejected":" was )", i % 7,
+                    "\"}\n");
+    questions += concat(R"({"prompt":"number )", i, "\"}\n");
+  }
+  write_file(pairs, lines), write_file(prompts, questions);
+  const std::string learn = concat(" --model ", base, " --data ", pairs,
+                                   " --steps 3 --save-every 1 --eval-every 1 --batch 8 -o ");
+  const std::string reinforce =
+      concat(" --model ", base, " --prompts ", prompts, " --val ", prompts,
+             " --reward length:2 --max-tokens 4 --rollouts 8 --steps 3 --save-every 1"
+             " --eval-every 1 --limit 8 --lr .001 --keep best -o ");
+  const std::pair<std::string, std::string> stages[] = {{"./reward train", learn},
+                                                        {"./reward dpo", learn},
+                                                        {"./rlhf ppo", reinforce},
+                                                        {"./rlhf grpo", " --group 4" + reinforce}};
+  for (const auto& stage : stages) {
+    CAPTURE(stage.first);
+    const TempDir dir;
+    end_at_every_change(dir.path(), stage.first + " --resume -o",
+                        [&](const std::string& out) { return stage.first + stage.second + out; });
+  }
+}
+
 TEST_CASE("Ctrl+C before the first step says that nothing was saved") {
   const TempDir dir;
   const std::string out = dir / "run";
