@@ -371,6 +371,15 @@ TEST_CASE("a KL budget without --val ends with success, and with the last weight
   CHECK(weights("killed") == weights("run"));
 }
 
+TEST_CASE("PPO that left its KL budget, ended at any change of the disk, keeps the same weights") {
+  const TempDir dir;
+  end_at_every_change(dir.path(), "./rlhf ppo --resume -o", [](const std::string& out) {
+    return concat("./rlhf ppo --model ", bandit().path("model"), " --prompts ",
+                  bandit().path("same.jsonl"), " --reward exact --device cpu --rollouts 16 ",
+                  "--max-tokens 4 --lr .01 --steps 3 --save-every 1 --kl-budget .01 -o ", out);
+  });
+}
+
 TEST_CASE("--gold watches, and chooses no weights") {
   const TempDir dir;
   RlSettings s = bandit().settings(kGrpo);
