@@ -750,6 +750,10 @@ TEST_CASE("folds go on where they were killed, and --overwrite begins them anew"
   CHECK(contains(rest.text, "resumes after step "));
   CHECK(model_bytes(out + "/fold-2") == model_bytes(one + "/fold-2"));
   CHECK(read_file(out + "/summary.json") == read_file(one + "/summary.json"));
+  // Finished folds take another budget, each from its scores before normalization.
+  const Output more = good(stage("reward train", out, flags + "--resume --steps 42"));
+  CHECK(contains(more.text, "resumes after step 40 of 42"));
+  CHECK(read_json(out + "/fold-1/summary.json").at("steps") == 42);
   const Output anew = good(stage("reward train", out, flags + "--overwrite"));
   CHECK(!contains(anew.text, "is finished"));
   CHECK(read_file(out + "/summary.json") == read_file(one + "/summary.json"));
