@@ -109,6 +109,7 @@ class RewardModel {
   }
   const std::filesystem::path& dir() const { return dir_; }
   Gpt& gpt() { return *gpt_; }
+  int64_t micro_batch_tokens() const { return micro_batch_tokens_; }
   bool shifted() const { return shift_ != 0; }  // scores were moved to mean 0
   std::string hash() const { return model_hash(dir_); }
 
