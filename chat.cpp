@@ -560,7 +560,7 @@ class Talk {
 
   void answer(Turn turn) {
     Request request{.prompt = prompt_for(turn)};
-    const int room = T_ - int(request.prompt.size());  // at least 1: add_message saw to it
+    const int room = T_ - int(request.prompt.size());  // at least 1: add_message has checked it
     const int wanted = options_.max_tokens > 0       ? options_.max_tokens
                        : chat_ == Template::document ? 100
                                                      : T_;
@@ -717,17 +717,6 @@ Ctrl+D, /quit  ends the program
     std::ofstream file(path, std::ios::app);
     file << json_line(json) << std::flush;
     note(file ? "saved in " + path : path + ": cannot write: " + errno_text());
-  }
-  static OrderedJson message_json(const Message& m) {
-    OrderedJson json{{"role", m.role}, {"content", m.content}};
-    for (const ToolCall& call : m.tool_calls) {
-      const bool is_call = !call.name.empty();  // else the arguments are what the model wrote
-      const auto arguments =
-          is_call ? OrderedJson::parse(call.arguments) : OrderedJson(call.arguments);
-      json["tool_calls"].push_back(
-          {{"type", "function"}, {"function", {{"name", call.name}, {"arguments", arguments}}}});
-    }
-    return json;
   }
 
   const Model& model_;
@@ -973,13 +962,16 @@ std::vector<Result> mark(const std::vector<Question>& questions, const std::vect
                          const EvalOptions& o);
 std::vector<Result> multiple_choice(const Model& m, const Task& task, const EvalOptions& o);
 std::vector<Result> bits_per_byte(const Model& m, const Task& task, const EvalOptions& o);
-void report(const std::vector<Result>& results, const EvalOptions& o);
+using Columns = std::vector<std::pair<std::string, std::map<std::string, double>>>;
+Columns read_beside(const EvalOptions& o);
+void report(const std::vector<Result>& results, const Columns& beside, const EvalOptions& o);
 void write_answers(const std::string& path, const Tokenizer& tokenizer,
                    const std::vector<Question>& questions, const std::vector<Answer>& answers);
 
 int evaluate(const EvalOptions& o) {
   check(o);
   const std::vector<Task> tasks = parse_tasks(o);
+  const Columns beside = read_beside(o);
   Model model = open_model(o.model);
   load_engine(model, o.model, kScoreTokens, decode_plan({.rows = o.rows}));
   // Only answers in words need a template.
@@ -1020,7 +1012,7 @@ int evaluate(const EvalOptions& o) {
     results.insert(results.begin(), marked.begin(), marked.end());
     if (!o.output.empty()) write_answers(o.output, model.tokenizer, questions, answers);
   }
-  report(results, o);
+  report(results, beside, o);
   return 0;
 }
 
@@ -1284,14 +1276,25 @@ std::vector<Result> mark(const std::vector<Question>& questions, const std::vect
   return results;
 }
 
-// Prints a table. The columns on the left are earlier results, files that --json wrote.
-void report(const std::vector<Result>& results, const EvalOptions& o) {
-  std::vector<std::pair<std::string, Json>> beside;
+// The columns of --beside: their names, and the value of each task, from files that --json wrote.
+Columns read_beside(const EvalOptions& o) {
+  Columns columns;
   for (const std::string& pair : o.beside) {
     const auto [name, file] = split_task(pair);
     if (name.empty()) fail("--beside: found ", pair, ", expected NAME=FILE");
-    beside.emplace_back(name, read_json(file));
+    const Json json = read_json(file);
+    require(json.is_object(), file, ": found ", json_text(json), ", expected an object");
+    std::map<std::string, double> values;
+    for (const auto& [task, result] : json.items()) {
+      values[task] = json_get<double>(result, "value", concat(file, ": ", task));
+    }
+    columns.emplace_back(name, values);
   }
+  return columns;
+}
+
+// Prints a table, the earlier results on the left.
+void report(const std::vector<Result>& results, const Columns& beside, const EvalOptions& o) {
   std::string header = format("%-24s %-14s", "task", "metric");
   for (const auto& other : beside) header += format(" %10s", other.first.c_str());
   print(header +
@@ -1307,8 +1310,7 @@ void report(const std::vector<Result>& results, const EvalOptions& o) {
     std::string line = format("%-24s %-14s", r.task.c_str(), r.metric.c_str());
     for (const auto& other : beside) {
       const auto found = other.second.find(r.task);
-      line += found == other.second.end() ? format(" %10s", "-")
-                                          : cell(json_get<double>(*found, "value", r.task));
+      line += found == other.second.end() ? format(" %10s", "-") : cell(found->second);
     }
     print(line + cell(r.value) +
           format(

@@ -44,9 +44,9 @@ inline std::vector<std::string> rename_flags(int argc, char** argv,
   return words;
 }
 
-// Of a flag that may be given several times, CLI11 takes a value in square brackets for a printed
-// list: it would read '[1,2]' as two values and '[END]' as END. Such a value is parsed with a mark
-// before it, which read_brackets takes off again.
+// Where a flag may be given several times, CLI11 takes a value in square brackets for a printed
+// list: it would read '[1,2]' as two values and '[END]' as END. mark_brackets puts a mark before
+// such a value, and read_brackets removes the mark when the value has been parsed.
 inline constexpr std::string_view kBracketMark = "\x01[";
 
 inline void mark_brackets(std::vector<std::string>& words) {

@@ -24,8 +24,8 @@ inline std::string json_complaint(const std::exception& e) {
   return end == std::string::npos ? text : text.substr(end + 2);
 }
 
-// More levels of brackets than any record has. The library copies and prints with one call a level,
-// so that a hostile file of deeper JSON would overflow the stack.
+// No file here has so many levels of brackets. The library copies and prints JSON with a nested
+// call for each level: a hostile file with many more would overflow the stack.
 inline constexpr int kMaxJsonDepth = 512;
 
 // `where` names the file or the place in errors. `check(depth, event, value)`: the parser's

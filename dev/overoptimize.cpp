@@ -154,12 +154,7 @@ void for_each_line(const fs::path& path, Read read) {
   int64_t number = 0;
   for (std::string line; std::getline(lines, line);) {
     const std::string where = concat(path.string(), ":", ++number);
-    Json json;
-    try {
-      json = Json::parse(line);
-    } catch (const Json::exception& e) {
-      fail(where, ": not JSON: ", json_complaint(e));
-    }
+    const Json json = parse_json(line, where);
     if (!json.is_object()) fail(where, ": found ", json_text(json), ", expected an object");
     read(json, where);
   }

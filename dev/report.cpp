@@ -65,11 +65,7 @@ struct Report {
 };
 
 OrderedJson read_ordered(const std::filesystem::path& path) {
-  try {
-    return OrderedJson::parse(read_file(path));
-  } catch (const Json::exception& e) {
-    fail(path.string(), ": not JSON: ", json_complaint(e));
-  }
+  return parse_json<OrderedJson>(read_file(path), path.string());
 }
 
 template <class Read>
@@ -79,12 +75,7 @@ void for_each_line(const std::filesystem::path& path, Read read) {
   for (std::string line; std::getline(lines, line);) {
     const std::string where = concat(path.string(), ":", ++number);
     if (line.empty()) continue;
-    Json json;
-    try {
-      json = Json::parse(line);
-    } catch (const Json::exception& e) {
-      fail(where, ": not JSON: ", json_complaint(e));
-    }
+    const Json json = parse_json(line, where);
     if (!json.is_object()) fail(where, ": found ", json_text(json), ", expected an object");
     read(json, where);
   }

@@ -1365,12 +1365,7 @@ void for_each_line(const std::filesystem::path& path, Read read) {
   int64_t number = 0;
   for (std::string line; std::getline(lines, line);) {
     const std::string where = concat(path.string(), ": line ", ++number);
-    Json json;
-    try {
-      json = Json::parse(line);
-    } catch (const Json::exception& e) {
-      fail(where, ": not JSON: ", json_complaint(e));
-    }
+    const Json json = parse_json(line, where);
     read(json, where);
   }
 }

@@ -222,6 +222,8 @@ TEST_CASE("eval answers bad input with one line and status 1") {
              "\"cat\", \"content\": \"x\"}]}\n");
   write_file(d + "type", "{\"task\": \"a\", \"check\": {\"type\": \"vibes\"}, \"messages\": []}\n");
   write_file(d + "empty", "");
+  write_file(d + "list", "[1]");
+  write_file(d + "value", "{\"math\": {\"value\": \"high\"}}");
   write_file(d + "label", R"({"activity_label": "a", "ctx_a": "b", "ctx_b": "", "endings": ["c"],)"
                           R"( "label": 1})"
                           "\n");
@@ -241,6 +243,9 @@ TEST_CASE("eval answers bad input with one line and status 1") {
       {"--tasks a --shots 2", "--shots-from is missing"},
       {"--tasks a --shots 2 --shots-from b", "--shots-from: found b, expected NAME=FILE"},
       {"--tasks a --rows 0", "--rows: found 0"},
+      // Before any question is asked:
+      {"--tasks none --beside x=" + d + "list", "list: found [1], expected an object"},
+      {"--tasks none --beside x=" + d + "value", "value: math: value: found \"high\", expected a"},
       {"", "--tasks is required"}};
   for (const auto& c : cases) {
     CAPTURE(c.first);

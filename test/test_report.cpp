@@ -135,6 +135,9 @@ TEST_CASE("a report of no run, or of damaged files, says which and why") {
   write_run(dir.path());
   write_file(dir / "sft/metrics.jsonl", "{\"step\": 1}\n{\"step\"\n");
   CHECK(contains(error(), "sft/metrics.jsonl:2: not JSON"));
+  const std::string deep = std::string(200'000, '[') + std::string(200'000, ']');
+  write_file(dir / "sft/metrics.jsonl", "{\"step\": 1}\n" + deep + "\n");
+  CHECK(contains(error(), "sft/metrics.jsonl:2: found more than 512 levels of brackets"));
   write_run(dir.path());
   write_file(dir / "grpo/evaluation.json", "{\"a\": {\"metric\": \"x\"}}");
   CHECK(contains(error(), "grpo/evaluation.json: a: value is missing"));
