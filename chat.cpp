@@ -718,17 +718,6 @@ Ctrl+D, /quit  ends the program
     file << json_line(json) << std::flush;
     note(file ? "saved in " + path : path + ": cannot write: " + errno_text());
   }
-  static OrderedJson message_json(const Message& m) {
-    OrderedJson json{{"role", m.role}, {"content", m.content}};
-    for (const ToolCall& call : m.tool_calls) {
-      const bool is_call = !call.name.empty();  // else the arguments are what the model wrote
-      const auto arguments =
-          is_call ? OrderedJson::parse(call.arguments) : OrderedJson(call.arguments);
-      json["tool_calls"].push_back(
-          {{"type", "function"}, {"function", {{"name", call.name}, {"arguments", arguments}}}});
-    }
-    return json;
-  }
 
   const Model& model_;
   Template chat_;

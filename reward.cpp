@@ -142,10 +142,10 @@ struct ReadCounts {
 };
 
 // Reads every line; leaves out comparisons with an answer longer than the context or without a
-// pair.
+// pair. `labels`: labelled texts may be among them.
 std::vector<Comparison> read_comparisons(const std::vector<std::string>& paths,
                                          const Tokenizer& tokenizer, int context, bool as_chat,
-                                         ReadCounts& counts) {
+                                         bool labels, ReadCounts& counts) {
   std::vector<Comparison> all;
   for (const std::string& path : paths) {
     JsonLines lines{Input(path)};
@@ -155,6 +155,9 @@ std::vector<Comparison> read_comparisons(const std::vector<std::string>& paths,
       read++;
       stop_if_signalled();
       Comparison c = make_comparison(tokenizer, parse_preference(object, lines.where()), as_chat);
+      if (c.label && !labels) {
+        fail(lines.where(), ": found a labelled text, expected answers that are compared");
+      }
       const int longest = c.longest();
       counts.longest = std::max(counts.longest, longest);
       const bool tied = !c.label && std::set<int>(c.ranking.begin(), c.ranking.end()).size() < 2;
@@ -273,6 +276,7 @@ struct PreferenceData {
   Tokenizer tokenizer{nullptr};
   std::vector<Comparison> train, val;
   ReadCounts counts;
+  uint64_t answers_hash = 0;  // of the file that a reward model's scores are normalized on
   // Path and hash of models that a checkpoint names and does not hold.
   OrderedJson models = OrderedJson::object();
 };
@@ -303,7 +307,8 @@ void choose_special_tokens(PreferenceData& d) {
     if (d.tokenizer.special(spare) >= 0) d.config.pad = d.tokenizer.special(spare);
 }
 
-PreferenceData read_data(PreferenceSettings& s, const RunOptions& options) {
+// `labels`: labelled texts may be in it.
+PreferenceData read_data(PreferenceSettings& s, const RunOptions& options, bool labels) {
   PreferenceData d;
   d.source = model_dir(options.resume ? options.out : std::filesystem::path(s.model));
   d.config = load_config(d.source);
@@ -312,16 +317,20 @@ PreferenceData read_data(PreferenceSettings& s, const RunOptions& options) {
   if (s.context < 2 || s.context > d.config.T) {
     fail("--context: found ", s.context, ", expected 2 to the model's ", d.config.T);
   }
-  if (s.val_fraction < 0) s.val_fraction = s.val.empty() ? .1 : 0;
-  if (!(s.val_fraction < 1)) {
+  if (s.val_fraction == -1) s.val_fraction = s.val.empty() ? .1 : 0;
+  if (!(s.val_fraction >= 0 && s.val_fraction < 1)) {
     fail("--val-fraction: found ", s.val_fraction, ", expected 0 or more and less than 1");
   }
-  for (Comparison& c : read_comparisons(s.data, d.tokenizer, s.context, s.as_chat, d.counts)) {
+  const auto read = [&](const std::vector<std::string>& paths, ReadCounts& counts) {
+    return read_comparisons(paths, d.tokenizer, s.context, s.as_chat, labels, counts);
+  };
+  for (Comparison& c : read(s.data, d.counts)) {
     (is_held_out(c, s) ? d.val : d.train).push_back(std::move(c));
   }
   ReadCounts of_val;
-  std::ranges::move(read_comparisons(s.val, d.tokenizer, s.context, s.as_chat, of_val),
-                    std::back_inserter(d.val));
+  std::ranges::move(read(s.val, of_val), std::back_inserter(d.val));
+  d.counts.too_long += of_val.too_long, d.counts.all_tied += of_val.all_tied;
+  d.counts.longest = std::max(d.counts.longest, of_val.longest);
   if (s.limit > 0 && int64_t(d.train.size()) > s.limit) d.train.resize(size_t(s.limit));
   if (d.train.empty()) fail(s.data[0], ": found all of it held out, expected some to train on");
   choose_special_tokens(d);
@@ -417,22 +426,27 @@ template <class Training>
 OrderedJson state_of(const Training& t) {
   OrderedJson state = {{"settings", Json(t.settings)},
                        {"data_hash", hash_of(t.data.train)},
-                       {"val_hash", hash_of(t.data.val)}};
+                       {"val_hash", hash_of(t.data.val)},
+                       {"answers_hash", t.data.answers_hash}};
   state.update(t.data.models);
   return state;
 }
 template <class Training>
 void check_state(const Training& t, const Json& saved) {
+  const PreferenceSettings& s = t.settings.common;
+  const std::string where = (t.data.source / "trainer_state.json").string();
   const Json found = state_of(t);
-  for (const char* key : {"data_hash", "val_hash"}) {
-    if (json_get<uint64_t>(saved, key, "trainer_state.json") == found.at(key)) continue;
-    const bool is_old = saved.value("version", 1) < 2;
-    fail(t.settings.common.data[0],
-         ": found other preferences than the run began with, expected the same files",
+  const auto check_hash = [&](const char* key, const std::string& file) {
+    if (json_get<uint64_t>(saved, key, where) == found.at(key)) return;
+    const bool is_old = json_get_or<int>(saved, "version", 1, where) < 2;
+    fail(file, ": found other preferences than the run began with, expected the same files",
          is_old ? " (since its version raw texts end with <|endoftext|>)" : "");
-  }
+  };
+  check_hash("data_hash", s.data[0]);
+  check_hash("val_hash", s.val.empty() ? s.data[0] : s.val[0]);
+  if (saved.contains("answers_hash")) check_hash("answers_hash", t.settings.further_input());
   for (const auto& [name, model] : t.data.models.items()) {
-    check_model_hash(json_get<Json>(saved, name, "trainer_state.json"), model.at("hash"));
+    check_model_hash(json_get<Json>(saved, name, where), model.at("hash"), where);
   }
 }
 
@@ -764,8 +778,7 @@ std::string agreement_text(const Agreement& a) {
 constexpr size_t kReferenceAnswers = 1024;  // the mean is then known to 3 % of the spread
 
 // The answers whose scores will have mean 0 and standard deviation 1.
-std::vector<std::vector<int>> read_reference_answers(const RewardSettings& s,
-                                                     const PreferenceData& d) {
+std::vector<std::vector<int>> read_reference_answers(const RewardSettings& s, PreferenceData& d) {
   std::vector<std::vector<int>> answers;
   if (s.normalize_on == "training") {
     for (const Comparison& c : d.train)
@@ -776,6 +789,7 @@ std::vector<std::vector<int>> read_reference_answers(const RewardSettings& s,
     while (lines.next(object)) {
       const Comparison c =
           make_comparison(d.tokenizer, parse_answers(object, lines), s.common.as_chat);
+      d.answers_hash = mix64(d.answers_hash, hash_of({&c, 1}));
       for (const auto& ids : c.sequences)
         if (int(ids.size()) <= s.common.context) answers.push_back(ids);
     }
@@ -826,7 +840,7 @@ void check_settings(const RewardSettings& s) {
 
 void begin(RewardTraining& t, Run& run, const Json* saved) {
   PreferenceSettings& s = t.settings.common;
-  t.data = read_data(s, run.options);
+  t.data = read_data(s, run.options, true);
   // Measured on the demo's assistant and 1,500 prompts once over: 82 % right, at 5e-4 78 %.
   plan(s, t.data, run, 2e-3);
   check_settings(t.settings);
@@ -892,8 +906,10 @@ int run_folds(CLI::App& app, RewardSettings& settings, const RunOptions& options
   OrderedJson folds = OrderedJson::array();
   for (int fold = 1; fold <= parts; fold++) {
     RunOptions o = options;
-    if (!out.empty()) o.out = out / concat("fold-", fold);
-    repair_checkpoint(o.out / "model");
+    if (!out.empty()) {
+      o.out = out / concat("fold-", fold);
+      repair_checkpoint(o.out / "model");
+    }
     o.resume = options.resume && std::filesystem::exists(o.out / "model/trainer_state.json");
     o.overwrite = options.overwrite || (options.resume && !o.resume);
     settings = given;
@@ -1254,15 +1270,10 @@ void begin(DpoTraining& t, Run& run, const Json* saved) {
   PreferenceSettings& s = t.settings.common;
   const int lora = t.settings.lora;
   check_settings(t.settings);
-  t.data = read_data(s, run.options);
+  t.data = read_data(s, run.options, false);
   plan(s, t.data, run, lora > 0 ? 1e-3 : 1e-4);
   if (t.data.config.head != Head::lm) {
     fail(t.data.source.string(), ": has a scalar head, expected a language model");
-  }
-  for (const auto* comparisons : {&t.data.train, &t.data.val}) {
-    for (const Comparison& c : *comparisons) {
-      if (c.label) fail(s.data[0], ": found a labelled text, expected answers that are compared");
-    }
   }
   const auto reference = model_dir(t.settings.reference.empty() ? s.model : t.settings.reference);
   if (!t.settings.reference.empty()) check_reference(t, reference);
@@ -1324,7 +1335,7 @@ DpoSettings implicit_reward_of(const std::filesystem::path& dir, const ScoreOpti
     if (s.reference.empty() && s.loss != "orpo") {
       const auto reference = json_get<Json>(state, "reference", where);
       s.reference = json_get<std::string>(reference, "path", where + ": reference");
-      check_model_hash(reference, model_hash(model_dir(s.reference)));
+      check_model_hash(reference, model_hash(model_dir(s.reference)), where);
     }
   } else if (s.reference.empty()) {
     fail("--reference: missing, expected the model that the training of ", dir.string(),

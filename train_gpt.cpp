@@ -2022,8 +2022,8 @@ double measure_peak(const Gpt& gpt) {
 }
 
 // Operations of forward and backward on a batch: 6 a parameter that takes part in products and
-// token, 4 a frozen one, and 6 L NH HS a token and position of its document (PaLM's count, appendix
-// B).
+// token, 4 a frozen one, and 6 L NH HS a token and position of its document: half of PaLM's count
+// (appendix B), because attention is causal. llm.c counts the same.
 double training_operations(const Gpt& gpt, std::span<const int> doc_starts) {
   const Config& c = gpt.config();
   double tokens = 0, squares = 0;

@@ -45,9 +45,10 @@ inline std::string model_hash(const std::filesystem::path& dir) {
 
 // Fails where a model has another hash than the run's checkpoint has `saved` of it, {"path",
 // "hash"}. Older versions saved a SHA-256, 64 digits, which cannot be compared and passes.
-inline void check_model_hash(const Json& saved, const std::string& found) {
-  const auto path = json_get<std::string>(saved, "path", "trainer_state.json"),
-             expected = json_get<std::string>(saved, "hash", "trainer_state.json: " + path);
+inline void check_model_hash(const Json& saved, const std::string& found,
+                             const std::string& where = "trainer_state.json") {
+  const auto path = json_get<std::string>(saved, "path", where),
+             expected = json_get<std::string>(saved, "hash", where + ": " + path);
   if (found == expected || expected.size() >= 64) return;
   fail(path, ": found a model of hash ", found, ", expected ", expected,
        ", that of the run's beginning: it has changed");
@@ -108,6 +109,7 @@ class RewardModel {
   }
   const std::filesystem::path& dir() const { return dir_; }
   Gpt& gpt() { return *gpt_; }
+  int64_t micro_batch_tokens() const { return micro_batch_tokens_; }
   bool shifted() const { return shift_ != 0; }  // scores were moved to mean 0
   std::string hash() const { return model_hash(dir_); }
 

@@ -342,6 +342,22 @@ inline std::string run_tool(const ToolCall& call, const Search* search) {
   }
 }
 
+// A message of a line of conversations, in the form in which parse_conversation reads it.
+inline OrderedJson message_json(const Message& m) {
+  OrderedJson json{{"role", m.role}, {"content", m.content}};
+  for (const ToolCall& call : m.tool_calls) {
+    // Without a name it is no call: the arguments are what the model wrote.
+    const std::string text = call.name.empty() ? "" : call.arguments;
+    const OrderedJson arguments = OrderedJson::parse(text, nullptr, false);
+    json["tool_calls"].push_back(
+        {{"type", "function"},
+         {"function",
+          {{"name", call.name},
+           {"arguments", arguments.is_discarded() ? OrderedJson(call.arguments) : arguments}}}});
+  }
+  return json;
+}
+
 // An assistant's message from the ids of its turn, with or without the end of turn. Text between
 // <tool_call> and </tool_call> that is no call becomes a call without a name.
 inline Message read_turn(const Tokenizer& tokenizer, std::span<const int> turn) {

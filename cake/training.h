@@ -605,6 +605,11 @@ inline void report_step(Run& run, int64_t n, StepResult& r, double seconds, doub
     r.metrics["peak_share"] = r.operations / seconds / run.peak;
     r.line += format("  %.0f%% of peak", 100 * r.operations / seconds / run.peak);
   }
+  const double promised = r.operations > 0 ? run.hooks.model().datasheet_operations() : 0;
+  if (promised > 0) {
+    r.metrics["mfu"] = r.operations / seconds / promised;
+    r.line += format("  %.0f%% MFU", 100 * r.operations / seconds / promised);
+  }
   if (r.skipped) r.metrics["skipped"] = true;
   run.write_metrics("step", n, r.metrics);
   run.line.show(format("step %lld/%lld  %s  %s left", (long long)n, (long long)run.steps,

@@ -3,7 +3,9 @@
 
 #include <cmath>
 
+#include "cake/tools.h"
 #include "test/preference_world.h"
+#include "test/scripted_model.h"
 
 using namespace cake;
 using namespace cake::preference_world;
@@ -56,6 +58,39 @@ TEST_CASE("the best of n: means over all subsets, the exact bound, answers for f
     CHECK(parse_conversation(object, lines.where()).messages.back().role == "assistant");
   }
   CHECK(conversations == fit);
+}
+
+TEST_CASE("the best of n with tools is written with its calls and their answers, or not at all") {
+  for (const bool is_call : {true, false}) {
+    CAPTURE(is_call);
+    ScriptedModel script;
+    const Tokenizer& t = script.tokenizer();
+    const Conversation asked{{{"user", "What is 6*7?", {}}}, {kCalculatorTool}};
+    const std::string call = R"({"name": "calculator", "arguments": {"expression": "6*7"}})";
+    const std::string turn = "<tool_call>\n" + (is_call ? call : "{}") + "\n</tool_call><|im_end|>";
+    const int n = int(prompt_ids(t, asked).size());
+    const int said = script.write(n, turn);
+    const std::vector<int> called = t.encode(turn, true);
+    const std::vector<int> reply = answer_calls(t, read_turn(t, called), nullptr);
+    script.write(said + int(reply.size()), "It is 42.<|im_end|>");
+    const std::string model = script.save(), dir = script.dir().path();
+    write_file(dir + "/p.jsonl", json_line(Json{{"messages", {message_json(asked.messages[0])}},
+                                                {"tools", {Json::parse(kCalculatorTool)}}}));
+    good(concat("./rlhf best-of-n --device cpu --model ", model, " --prompts ", dir,
+                "/p.jsonl --reward ended --samples 2 --temperature .02 -o ", dir, "/run --write ",
+                dir, "/answers.jsonl"));
+    JsonLines lines{Input(dir + "/answers.jsonl")};
+    simdjson::dom::object object;
+    CHECK(lines.next(object) == is_call);
+    if (!is_call) continue;  // a call that is none cannot be learned from
+    const Conversation whole = parse_conversation(object, "answers.jsonl:1");
+    check_conversation(whole, "answers.jsonl:1");
+    REQUIRE(whole.messages.size() == 4);
+    CHECK(whole.messages[1].tool_calls.at(0).name == "calculator");
+    CHECK(whole.messages[2] == Message{.role = "tool", .content = "42"});
+    CHECK(whole.messages[3] == Message{.role = "assistant", .content = "It is 42."});
+    CHECK(whole.tools.size() == 1);
+  }
 }
 
 TEST_CASE("best of n killed and resumed writes what one that never stopped writes") {

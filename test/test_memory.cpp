@@ -95,12 +95,39 @@ TEST_CASE(
   for (const char* planned : {"panels ", "decoding ", "KV cache "}) {
     CHECK(contains(pretraining.text, planned));
   }
-  const Output tuning = shell(concat(
-      "./sft --device cpu --model ", world() / "model", " --data ", world() / "conversations.jsonl",
-      " --context 64 --steps 2 --sample-every 1 -o ", world() / "sft"));
+  const Output tuning =
+      shell(concat("./sft --device cpu --threads 1 --model ", world() / "model", " --data ",
+                   world() / "conversations.jsonl", " --context 64 --steps 2 --sample-every 1 -o ",
+                   world() / "sft"));
   CAPTURE(tuning.text);
   CHECK(tuning.status == 0);
   CHECK(contains(tuning.text, "answer  "));
+}
+
+TEST_CASE("--recompute trains the same weights") {
+  for (const char* flags : {"", "--recompute"}) {
+    const Output o = shell(train_command(concat("with", flags), flags));
+    REQUIRE_MESSAGE(o.status == 0, o.text);
+  }
+  CHECK(read_file(world() / "with/model/model.safetensors") ==
+        read_file(world() / "with--recompute/model/model.safetensors"));
+}
+
+TEST_CASE("--precision bf16 is refused on the CPU in every stage that trains") {
+  const std::string model = world() / "model",
+                    flags = " --precision bf16 --device cpu -o " + (world() / "no");
+  const std::string problems = " --prompts " + (world() / "problems.jsonl") + " --reward number";
+  const std::string conversations = " --data " + (world() / "conversations.jsonl");
+  for (const std::string& command :
+       {train_command("no", "--precision bf16"),
+        concat("./sft --model ", model, conversations, " --context 64", flags),
+        concat("./rlhf grpo --model ", model, problems, flags),
+        concat("./rlhf ppo --model ", model, problems, flags),
+        concat("./rlhf best-of-n --model ", model, problems, flags)}) {
+    CAPTURE(command);
+    check_refused(shell(command), "--precision bf16: the CPU engine computes in f32");
+    CHECK(!std::filesystem::exists(world() / "no"));
+  }
 }
 
 #ifndef __SANITIZE_ADDRESS__  // which takes more address space than the limit

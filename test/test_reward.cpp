@@ -618,6 +618,18 @@ TEST_CASE("a run over preferences killed at any moment and resumed equals one th
   }
 }
 
+TEST_CASE("a preference run ended at any change of the disk goes on to the same bytes") {
+  for (const std::string command : {"reward train", "reward dpo --lora 2"}) {
+    const TempDir dir;
+    const std::string name = command.substr(0, command.find(" --"));
+    end_at_every_change(dir.path(), "./" + name + " --resume -o", [&](const std::string& out) {
+      return stage(
+          command, out,
+          "--data " + file("pairs.jsonl") + " --as-chat --steps 3 --batch 8 --save-every 1");
+    });
+  }
+}
+
 TEST_CASE("a resumed preference run takes another budget, and no other flag") {
   const TempDir dir;
   const std::string pairs = "--data " + file("pairs.jsonl") + " --as-chat --batch 8 ";
@@ -643,6 +655,50 @@ TEST_CASE("a resumed preference run takes another budget, and no other flag") {
     CHECK(read_json(out + "/summary.json").at("steps") == 12);
     CHECK(metrics(out, "grad_norm").size() == 12);
     CHECK(contains(more.text, "step 9  held"));
+  }
+}
+
+TEST_CASE("a resumed preference run knows its files, that of --normalize-on too") {
+  const TempDir dir;
+  const std::string out = dir / "run", pairs = dir / "pairs.jsonl", val = dir / "val.jsonl",
+                    answers = dir / "answers.jsonl";
+  std::filesystem::copy(world() / "pairs.jsonl", pairs);
+  std::filesystem::copy(world() / "shuffled.jsonl", val);
+  write_file(answers, "{\"text\":\"yes\"}\n{\"text\":\"no\"}\n");
+  good(stage("reward train", out,
+             "--as-chat --steps 2 --batch 8 --data " + pairs + " --val " + val +
+                 " --normalize-on " + answers));
+  const std::string resume = "./reward train --resume --steps 3 -o " + out;
+  for (const std::string& path : {pairs, val, answers}) {
+    const std::string before = read_file(path);
+    write_file(path, before.substr(0, before.find('\n') + 1) + before);
+    const Output o = shell(resume);
+    CHECK(o.status == 1);
+    CHECK_MESSAGE(contains(o.text, path + ": found other preferences than"), o.text);
+    write_file(path, before);
+  }
+  good(resume);
+}
+
+TEST_CASE("a signal while a preference run reads its data stops it, and nothing is written") {
+  const TempDir dir;
+  const std::string pipe = dir / "pipe", run = dir / "run";
+  const Output o =
+      shell("mkfifo " + pipe + "; " + stage("reward dpo", run, "--as-chat --data " + pipe) +
+            " & child=$!; exec 3>" + pipe + "; kill -TERM $child; cat " + file("pairs.jsonl") +
+            " >&3; exec 3>&-; wait $child");
+  CHECK(o.status == 128 + SIGTERM);
+  CHECK_MESSAGE(contains(o.text, "stopped before the first step: nothing was written"), o.text);
+  CHECK(!std::filesystem::exists(run));
+}
+
+TEST_CASE("--dry-run prints the plan of a preference run, and writes nothing") {
+  const TempDir dir;
+  for (const std::string command : {"reward train", "reward dpo", "reward train --folds 2"}) {
+    const Output o =
+        good(stage(command, dir / "run", "--as-chat --dry-run --data " + file("pairs.jsonl")));
+    CHECK(contains(o.text, "budget  "));
+    CHECK(!std::filesystem::exists(dir / "run"));
   }
 }
 
@@ -800,7 +856,8 @@ TEST_CASE("./reward says in one line what is wrong with preferences and flags") 
   CHECK(contains(error(stage("reward dpo", out, data + "--beta 0")), "expected above 0"));
   CHECK(contains(error(stage("reward dpo", out, data + "--label-smoothing .5")), "less than .5"));
   CHECK(contains(error(stage("reward dpo", out, "--data " + file("labels.jsonl"))),
-                 "a labelled text"));
+                 "labels.jsonl:1: found a labelled text"));
+  CHECK(contains(error(stage("reward dpo", out, data + "--val-fraction -.5")), "found -0.5"));
   write_file(dir / "same.jsonl", R"({"text":"yes"})"
                                  "\n"
                                  R"({"text":"yes"})");

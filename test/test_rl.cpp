@@ -652,6 +652,126 @@ TEST_CASE("failures of a verifier leave their groups, and more than a fifth of t
                  "--reward command: found 13 failures in 64 rollouts, expected a fifth at most"));
 }
 
+TEST_CASE("rollouts.jsonl holds what was asked and answered, its rewards and its advantage") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(kGrpo);
+  s.step.steps = 3, s.step.rollouts = 16, s.data.rewards = {"exact", ".5*format:a"};
+  const Outcome o = run(kGrpo, s, dir / "run");
+  const auto rows = [](const std::filesystem::path& out) {
+    std::vector<Json> found;
+    std::istringstream lines(read_file(out / "rollouts.jsonl"));
+    for (std::string line; std::getline(lines, line);) found.push_back(Json::parse(line));
+    return found;
+  };
+  const std::vector<Json> all = rows(dir / "run");
+  REQUIRE(all.size() == 48);
+  for (int n = 1; n <= 3; n++) {
+    double sum = 0;
+    std::map<int, double> advantages;  // of each group
+    for (size_t i = size_t(n - 1) * 16; i < size_t(n) * 16; i++) {
+      const Json& r = all[i];
+      CHECK(r.at("step") == n);
+      CHECK(r.at("prompt") == "Go");
+      CHECK(contains(r.at("problem"), "same.jsonl:"));
+      CHECK(r.at("rewards").at("exact") == (r.at("completion") == "b" ? 1 : 0));
+      CHECK(r.at("rewards").at("format:a") == (r.at("completion") == "a" ? 1 : 0));
+      if (r.at("ended") == true) CHECK(r.at("length").get<int>() >= 1);
+      sum += r.at("reward").get<double>();
+      advantages[r.at("group").get<int>()] += r.at("advantage").get<double>();
+    }
+    CHECK(sum / 16 == doctest::Approx(o.steps.at(size_t(n) - 1).at("reward").get<double>()));
+    CHECK(advantages.size() == 2);
+    for (const auto& of : advantages) CHECK(std::abs(of.second) < 1e-6);
+  }
+  s.evaluation.no_rollouts = true;
+  run(kGrpo, s, dir / "none");
+  CHECK(!std::filesystem::exists(dir / "none/rollouts.jsonl"));
+  // PPO: the mean of the advantages of a rollout's tokens, which are whitened over the step.
+  RlSettings ppo = bandit().settings(kPpo);
+  ppo.step.steps = 1, ppo.step.rollouts = 16;
+  run(kPpo, ppo, dir / "ppo");
+  double sum = 0;
+  for (const Json& r : rows(dir / "ppo")) {
+    sum += r.at("advantage").get<double>() * r.at("length").get<int>();
+  }
+  CHECK(std::abs(sum) < 1e-4);
+}
+
+TEST_CASE("prompts without room for an answer are left out, which is said") {
+  const TempDir dir;
+  std::string words;
+  for (int i = 0; i < 40; i++) words += " Go";
+  write_file(dir / "p.jsonl", "{\"question\":\"Go\",\"answer\":\"b\"}\n{\"question\":\"" + words +
+                                  "\",\"answer\":\"b\"}\n");
+  const Output o =
+      shell(concat("./rlhf grpo --dry-run --model ", bandit().path("model"), " --prompts ",
+                   (dir / "p.jsonl").string(), " --reward exact --max-tokens 20"));
+  CHECK(o.status == 0);
+  CHECK_MESSAGE(contains(o.text,
+                         "p.jsonl: left out 1 of 2 prompts, which leave no room for 20 "
+                         "tokens in the context of 64"),
+                o.text);
+}
+
+TEST_CASE("the generator and the forward pass may differ a little, and not by ten times as much") {
+  Experience x;
+  x.sampled_logp = {-1, -1}, x.old_logp = {-1.05f, -1.05f};
+  const std::vector<float> weight{1, 1};
+  CHECK(generator_difference(1, x, weight).mean == doctest::Approx(.05));
+  x.old_logp = {-1.3f, -1.3f};
+  CHECK(contains(error_of([&] { generator_difference(7, x, weight); }),
+                 "step 7: mean difference of the log-probabilities of generator and forward pass"));
+  x.old_logp[0] = kNan;
+  CHECK(contains(error_of([&] { generator_difference(7, x, weight); }), "expected 0.2 at most"));
+  // A run warns once.
+  RlParts p = make_parts(bandit().settings(kGrpo), "grpo", {.device = "cpu"});
+  Step step;
+  step.generator = Difference{.mean = .01};
+  warn_of_disagreement(p, 1, step);
+  CHECK(!p.has_warned);
+  step.sums.first_ratio = .05;
+  warn_of_disagreement(p, 2, step);
+  CHECK(p.has_warned);
+}
+
+TEST_CASE(
+    "a critic whose gradient is not finite ends the run, and the loss of mixed-in text is told") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(kPpo);
+  s.step.steps = 2, s.step.rollouts = 16;
+  s.data.ptx = bandit().path("shards"), s.data.ptx_tokens = 64, s.data.ptx_weight = .01;
+  const Outcome o = run(kPpo, s, dir / "text");
+  CHECK(o.steps.at(0).at("ptx_loss").get<double>() > .5);
+  CHECK(o.steps.at(0).at("ptx_loss").get<double>() < 20);
+  // A critic with a value that is too large for a float's square
+  const std::filesystem::path policy = bandit().path("model");
+  Config c = load_config(policy);
+  c.head = Head::scalar, c.reward_shift = 1e30;
+  const auto critic = make_gpt(c, {.device = Device::cpu, .mode = Mode::inference});
+  load_weights(policy, *critic, {.new_score = true});
+  save_checkpoint(dir / "critic", *critic, {.tokenizer_from = policy});
+  s.data.ptx.clear(), s.ppo.critic = dir / "critic", s.step.steps = 8, s.ppo.value_clip = 0;
+  CHECK(contains(error_of([&] { run(kPpo, s, dir / "run"); }),
+                 "three gradients in a row were not finite"));
+  const std::string written = read_file(dir / "run/metrics.jsonl");
+  CHECK(contains(written, "\"critic_skipped\":true"));
+}
+
+TEST_CASE("reward models score in micro-batches of the run's size") {
+  const TempDir dir;
+  const std::filesystem::path policy = bandit().path("model");
+  Config c = load_config(policy);
+  c.head = Head::scalar;
+  const auto gpt = make_gpt(c, {.device = Device::cpu, .mode = Mode::inference});
+  load_weights(policy, *gpt, {.new_score = true});
+  save_checkpoint(dir / "reward", *gpt, {.tokenizer_from = policy});
+  RlSettings s = bandit().settings(kPpo);
+  s.data.rewards = {"model:" + (dir / "reward").string()}, s.step.micro_batch_tokens = 256;
+  RlParts p = make_parts(s, "ppo", {.out = dir / "run", .device = "cpu"});
+  read_inputs(p);
+  CHECK(p.rewards.models.at(0)->micro_batch_tokens() == 256);
+}
+
 TEST_CASE("problems are filtered by how often they are solved") {
   const TempDir dir;
   write_file(dir / "p.jsonl",
@@ -733,13 +853,12 @@ std::vector<Json> metrics(const std::filesystem::path& run_dir) {
   std::vector<Json> result;
   std::istringstream lines(read_file(run_dir / "metrics.jsonl"));
   for (std::string line; std::getline(lines, line);) {
-    Json written = Json::parse(line);
-    const Json all = written;
-    for (const auto& field : all.items()) {
-      const std::string key = field.key();
-      if (key.starts_with("seconds") || key == "tokens_per_second") written.erase(key);
+    const Json written = Json::parse(line);
+    Json& kept = result.emplace_back(written);
+    for (const auto& item : written.items()) {
+      const bool is_time = item.key().starts_with("seconds") || item.key() == "tokens_per_second";
+      if (is_time) kept.erase(item.key());
     }
-    result.push_back(written);
   }
   return result;
 }
