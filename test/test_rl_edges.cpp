@@ -334,7 +334,7 @@ TEST_CASE("--stop reads \\n as --form does") {
   CHECK(
       good("./chat generate " + model +
            " --prompt \"$(printf 'Q: 6*7?\\nA:')\" --temperature 0 --max-tokens 30 --stop '\\n\\n'")
-          .text == " 42.\n");
+          .text == "Q: 6*7?\nA: 42.\n");
 }
 
 TEST_CASE("--system and --as-chat make chats of strings") {
