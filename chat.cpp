@@ -1659,7 +1659,8 @@ void add_generate_flags(CLI::App& app, GenerateOptions& g) {
                  "print them");
   app.add_option("--max-tokens", g.max_tokens, "longest text, in new tokens");
   app.add_option("--samples", g.samples, "texts for each prompt");
-  app.add_option("--stop", g.stop, "end before this text; may be given several times")
+  app.add_option("--stop", g.stop,
+                 "end before this text, in which \\n is a line break; may be given several times")
       ->allow_extra_args(false);
   add_sampling_flags(app, g.sampling);
   add_batch_flags(app, g.rows, g.cache_mb);
@@ -1719,6 +1720,7 @@ int chat(int argc, char** argv) {
         "--beside", "--json", "--output"}}};
   constexpr RenamedFlag kRenamed[] = {{"--tokens", "--max-tokens"}};
   if (!parse_flags(app, argc, argv, pages, kRenamed)) return 0;
+  for (std::string& stop : g.stop) stop = with_line_breaks(stop);
   if (generate_command->parsed()) return generate(g);
   if (eval_command->parsed()) return evaluate(e);
   if (t.model.path.empty()) fail("model is required (see --help)");

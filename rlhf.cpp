@@ -1748,6 +1748,9 @@ void check_data(const DataSettings& d) {
   if (d.truncated != "penalise" && d.truncated != "mask" && d.truncated != "keep") {
     fail("--truncated: found ", d.truncated, ", expected penalise, mask or keep");
   }
+  for (const std::string& stop : d.stops) {
+    if (stop.empty()) fail("--stop: found \"\", expected some text");
+  }
   if (!(d.val_fraction >= 0 && d.val_fraction < 1)) {
     fail("--val-fraction: found ", d.val_fraction, ", expected 0 or more and less than 1");
   }

@@ -80,6 +80,7 @@ TEST_CASE("./rlhf refuses numbers out of their range before it reads a model") {
       {"--reward length:abc", "--reward length: found abc, expected 0 to 6"},
       {"--pass-rate .8:.2 --dry-run", "--pass-rate: found .8:.2"},
       {"--reward countdown:few", "expected countdown or countdown:all"},
+      {"--stop ''", "--stop: found \"\", expected some text"},
       {"--form {question} --as-chat", "--form: found --as-chat too"}};
   for (const auto& c : both) {
     refused(dir, "rlhf grpo", kGrpo + "--reward ended " + c.first, c.second);
@@ -330,6 +331,10 @@ TEST_CASE("--stop reads \\n as --form does") {
   CHECK(found.at("text") == " 42.");
   CHECK(found.at("ended").at(0) == true);
   CHECK(found.at("reward").at(0) == 1);
+  CHECK(
+      good("./chat generate " + model +
+           " --prompt \"$(printf 'Q: 6*7?\\nA:')\" --temperature 0 --max-tokens 30 --stop '\\n\\n'")
+          .text == "Q: 6*7?\nA: 42.\n");
 }
 
 TEST_CASE("--system and --as-chat make chats of strings") {
