@@ -762,7 +762,7 @@ inline int run_steps(Run& run) {
   }
   const ParamTable& table = run.hooks.model().table();
   const int64_t checkpoint = checkpoint_bytes(table, true) + run.also_bytes;
-  check_disk(o.out, checkpoint * (o.resume ? 1 : 2) +
+  check_disk(o.out, checkpoint * (o.resume ? 1 : 2 + o.keep_checkpoints) +
                         (run.keeps_best ? checkpoint_bytes(table, false) : 0));
   run.metrics.open(o.out / "metrics.jsonl", run.state.step);
   return run_to_end(run, started - run.state.seconds);

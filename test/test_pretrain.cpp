@@ -305,6 +305,30 @@ TEST_CASE("a model has a working tokenizer, whatever file the data's came from")
   CHECK(std::filesystem::exists(d + "run/model/tokenizer.json"));
 }
 
+TEST_CASE("a run that the disk has no room for is refused before its first step") {
+  const TempDir dir;
+  const auto on_disk_of = [&](int kilobytes, const std::string& flags) {
+    return shell(concat("unshare -rm sh -c 'mount -t tmpfs -o size=", kilobytes, "k none ",
+                        dir.path().string(), " && ", train_command(dir / "run", flags, 3),
+                        " --save-every 1; status=$?; ls ", dir.path().string(),
+                        "/run; exit $status'"));
+  };
+  if (shell("unshare -rm mount -t tmpfs none " + dir.path().string()).status != 0) {
+    MESSAGE("skipped: no disk can be mounted here");
+    return;
+  }
+  // A checkpoint takes 440 KB. Two are there at once, and those to keep.
+  for (const auto& [flags, kilobytes] :
+       std::vector<std::pair<std::string, int>>{{"", 800}, {"--keep-checkpoints 2", 1500}}) {
+    const Output full = on_disk_of(kilobytes, flags);
+    CHECK(full.status == 1);
+    CHECK_MESSAGE(contains(full.text, " free on the disk, expected "), full.text);
+    CHECK(!contains(full.text, "metrics.jsonl"));
+    const Output enough = on_disk_of(kilobytes + 700, flags);
+    CHECK_MESSAGE(enough.status == 0, enough.text);
+  }
+}
+
 TEST_CASE("a loss that explodes stops the run, says what to try, and saves no NaN") {
   const TempDir dir;
   const std::string out = dir / "run";
