@@ -821,8 +821,15 @@ void scale_scores(RewardTraining& t, double factor) {
 // model. Returns what mean and standard deviation were. Equal scores are left as they are.
 Spread normalize(RewardTraining& t, Run& run) {
   if (t.reference_answers.empty()) return {0, 1};
-  const std::vector<float> scores =
-      values_at_end(*t.gpt, t.reference_answers, t.settings.common.micro_batch_tokens);
+  std::vector<float> scores;
+  for (size_t i = 0; i < t.reference_answers.size(); i += 64) {
+    stop_if_signalled();
+    const auto some = std::span(t.reference_answers)
+                          .subspan(i)
+                          .first(std::min<size_t>(64, t.reference_answers.size() - i));
+    std::ranges::copy(values_at_end(*t.gpt, some, t.settings.common.micro_batch_tokens),
+                      std::back_inserter(scores));
+  }
   const Spread spread = spread_of(scores);
   if (spread.std <= 1e-6) {
     run.line.note(format("all %zu reference answers have the score %g: not normalized",

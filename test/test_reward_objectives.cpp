@@ -395,6 +395,12 @@ TEST_CASE("a signal interrupts evaluations and the reference's pass, and no step
     CHECK(interrupted([&] { pass_over(*gpt, dpo, all, all_of(all), false); }) == yes);
     CHECK(interrupted([&] { pass_over(*scorer, reward, all, all_of(all), false); }) == yes);
     CHECK(interrupted([&] { logps_of(gpt.get(), all, 64); }) == yes);
+    RewardTraining t;
+    t.data.config = load_golden("rlhf_reward").config, t.settings = reward;
+    t.gpt = make_formula_gpt(t.data.config);
+    t.reference_answers = {{1, 2}, {3}};
+    Run run;
+    CHECK(interrupted([&] { normalize(t, run); }) == yes);
     CHECK(!interrupted([&] { pass_over(*gpt, dpo, all, all_of(all), true); }));
     CHECK(!interrupted([&] { pass_over(*scorer, reward, all, all_of(all), true); }));
   }
