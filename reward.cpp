@@ -302,9 +302,9 @@ void choose_special_tokens(PreferenceData& d) {
   const int text_end = d.tokenizer.special("<|endoftext|>");
   const auto ends = [&](int id) { return id == d.config.eos || id == text_end; };
   if (d.config.pad >= 0 && !ends(d.config.pad)) return;
-  d.config.pad = texts ? -1 : text_end;
-  for (const char* spare : {"<|fim_pad|>", "<|spare_0|>"})
-    if (d.tokenizer.special(spare) >= 0) d.config.pad = d.tokenizer.special(spare);
+  d.config.pad = d.tokenizer.special("<|spare_0|>");
+  if (d.config.pad < 0) d.config.pad = d.tokenizer.special("<|fim_pad|>");  // Qwen's
+  if (d.config.pad < 0 && !texts) d.config.pad = text_end;
 }
 
 // `labels`: labelled texts may be in it.
@@ -497,8 +497,9 @@ int run_training(CLI::App& app, const char* stage, Settings& settings, RunOption
 // The reward model
 //
 // A language model whose head was exchanged for one row: the score of a conversation is the value
-// at its last <|im_end|>. The objective only sees differences of scores. Where zero lies and how
-// large one is, is set after training: mean 0 and standard deviation 1 on a set of answers.
+// at its last <|im_end|>, that of a raw text the value at the <|endoftext|> behind it. The
+// objective only sees differences of scores. Where zero lies and how large one is, is set after
+// training: mean 0 and standard deviation 1 on a set of answers.
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 double log_sigmoid(double x) {  // without overflow on either side
@@ -1108,7 +1109,7 @@ void match_with_other_prompts(std::span<Comparison> all) {
   }
   for (size_t place = 0; place < order.size(); place++) {
     const Comparison& other = at(place + most);
-    if (other.problem == at(place).problem) continue;  // it fills more than half
+    if (other.problem == at(place).problem) continue;  // it has more than half of them
     at(place).mismatch = {order[(place + most) % order.size()], place % other.sequences.size()};
   }
 }

@@ -2006,7 +2006,7 @@ OrderedJson state_json(const RlParts& p) {
 // Fails where a file's prompts are not those of the hashes in `saved`; older versions had none.
 void check_data_hashes(const RlParts& p, const Json& saved) {
   for (const auto& [key, hash] : p.data_hashes.items()) {
-    if (!saved.contains("data") || saved.at("data").at(key) == hash) continue;
+    if (!saved.contains("data") || saved.at("data").at(key) == Json(hash)) continue;
     fail("--resume: found other ", key, " than the run began with, expected the same --",
          key == "val" ? "val or --val-fraction" : key,
          key == "documents" ? "" : ", with the same --form, --tool and --system");

@@ -107,6 +107,8 @@ if [[ -z $TEXT ]]; then
   stage reward "$BIN/reward" train --model "$RUN/sft" --data "$world/preferences.jsonl" \
     --val "$world/preferences_heldout.jsonl" --steps "$(steps 84)" -o "$RUN/reward"
   finished reward "$BIN/reward train"
+  # PPO keeps the weights that the reward model likes best within the KL budget. The true reward of
+  # held-out answers, --gold, is only reported.
   stage ppo "$BIN/rlhf" ppo --model "$RUN/sft" --reward "model:$RUN/reward" --gold rubric \
     --prompts "$world/prompts.jsonl" --val "$world/prompts_heldout.jsonl" --max-tokens 160 \
     --kl-budget 25 --steps "$(steps 30)" -o "$RUN/ppo"

@@ -740,17 +740,22 @@ TEST_CASE("folds go on where they were killed, and --overwrite begins them anew"
   const TempDir dir;
   const std::string out = dir / "run", one = dir / "one",
                     flags = "--data " + file("pairs.jsonl") +
-                            " --as-chat --folds 2 --steps 40 --batch 8 --save-every 5 ";
-  good(stage("reward train", one, flags));
+                            " --as-chat --folds 2 --batch 8 --save-every 5 --steps ";
+  good(stage("reward train", one, flags + "40"));
   int status = 0;
-  REQUIRE(interrupt(stage("reward train", out, flags), out + "/fold-2", 12, SIGKILL, &status));
-  CHECK(contains(shell(stage("reward train", out, flags)).text, "--resume goes on with it"));
-  const Output rest = good(stage("reward train", out, flags + "--resume"));
+  REQUIRE(
+      interrupt(stage("reward train", out, flags + "40"), out + "/fold-2", 12, SIGKILL, &status));
+  CHECK(contains(shell(stage("reward train", out, flags + "40")).text, "--resume goes on with it"));
+  const Output rest = good(stage("reward train", out, flags + "40 --resume"));
   CHECK(contains(rest.text, "is finished"));
   CHECK(contains(rest.text, "resumes after step "));
   CHECK(model_bytes(out + "/fold-2") == model_bytes(one + "/fold-2"));
   CHECK(read_file(out + "/summary.json") == read_file(one + "/summary.json"));
-  const Output anew = good(stage("reward train", out, flags + "--overwrite"));
+  // Finished folds take another budget, each from its scores before normalization.
+  const Output more = good(stage("reward train", out, flags + "42 --resume"));
+  CHECK(contains(more.text, "resumes after step 40 of 42"));
+  CHECK(read_json(out + "/fold-1/summary.json").at("steps") == 42);
+  const Output anew = good(stage("reward train", out, flags + "40 --overwrite"));
   CHECK(!contains(anew.text, "is finished"));
   CHECK(read_file(out + "/summary.json") == read_file(one + "/summary.json"));
 }

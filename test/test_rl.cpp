@@ -772,6 +772,20 @@ TEST_CASE("reward models score in micro-batches of the run's size") {
   CHECK(p.rewards.models.at(0)->micro_batch_tokens() == 256);
 }
 
+TEST_CASE("--cache-mb bounds the cache of rollouts, and changes no weights") {
+  const TempDir dir;
+  RlSettings s = bandit().settings(kGrpo);
+  s.data.val.clear(), s.step.steps = 2, s.data.cache_mb = 1;
+  RlParts p = make_parts(s, "grpo", {.out = dir / "none", .device = "cpu"});
+  read_inputs(p);
+  CHECK(p.options.cache_bytes == 1 << 20);
+  run(kGrpo, s, dir / "small");
+  s.data.cache_mb = 64;
+  run(kGrpo, s, dir / "large");
+  CHECK(read_file(dir / "small/model/model.safetensors") ==
+        read_file(dir / "large/model/model.safetensors"));
+}
+
 TEST_CASE("problems are filtered by how often they are solved") {
   const TempDir dir;
   write_file(dir / "p.jsonl",
@@ -893,6 +907,8 @@ TEST_CASE("PPO and GRPO killed at any moment and resumed equal runs that never s
     CHECK(read_file(std::filesystem::path(out) / "model" / file) ==
           read_file(std::filesystem::path(one) / "model" / file));
     CHECK((metrics(out) == metrics(one)));  // they are long
+    CHECK((read_file(std::filesystem::path(out) / "rollouts.jsonl") ==
+           read_file(std::filesystem::path(one) / "rollouts.jsonl")));
     CHECK(contains(shell(resume).text, "is finished"));
   }
 }
@@ -998,6 +1014,7 @@ TEST_CASE("./rlhf ppo and grpo say in one line what is wrong") {
        "--repetition-penalty: found with RL"},
       {"grpo" + base + prompts + "--reward exact --ban-token 7", "--ban-token: found with RL"},
       {"grpo" + base + prompts + "--reward exact --group 1", "--group: found 1"},
+      {"grpo" + base + prompts + "--reward exact --cache-mb 0", "--cache-mb: found 0"},
       {"grpo" + base + prompts + "--reward exact --rollouts 9", "a multiple of --group 8"},
       {"grpo" + base + prompts + "--reward exact --method magic", "--method: found magic"},
       {"grpo" + base + prompts + "--reward exact --temperature 0", "--temperature: found 0"},
