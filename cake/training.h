@@ -743,12 +743,15 @@ inline int run_steps(Run& run) {
     o.overwrite ? expect_own_run(run) : expect_new_run(o.out);
   }
   const Json saved = o.resume ? read_trainer_state(o.out, run.stage) : Json();
-  if (o.resume && !take_up(run, saved)) return 0;
   try {
+    if (o.resume && !take_up(run, saved)) return 0;
     run.steps = run.hooks.begin(o.resume ? &saved : nullptr);
   } catch (const Interrupted&) {
     std::printf("stopped before the first step: nothing was written\n");
     return 128 + stop_signal;
+  } catch (const Json::exception& e) {
+    if (!o.resume) throw;
+    fail((run.model() / "trainer_state.json").string(), ": ", json_complaint(e));
   }
   if (o.dry_run) return 0;
   if (o.resume) {

@@ -305,6 +305,22 @@ TEST_CASE("a model has a working tokenizer, whatever file the data's came from")
   CHECK(std::filesystem::exists(d + "run/model/tokenizer.json"));
 }
 
+TEST_CASE("a damaged trainer_state.json is named when a run is resumed") {
+  const TempDir dir;
+  REQUIRE(shell(train_command(dir / "run", "", 2)).status == 0);
+  const std::string file = dir / "run/model/trainer_state.json";
+  const Json good = read_json(file);
+  for (const char* key : {"step", "finished", "loader", "settings", "stage"}) {
+    Json bad = good;
+    bad[key] = Json::array();
+    write_file(file, bad.dump());
+    const Output o = shell(concat("./train_gpt --resume --steps 3 -o ", (dir / "run").string()));
+    CHECK(o.status == 1);
+    CHECK_MESSAGE(contains(o.text, "error: " + file + ": "), o.text);
+    CHECK(!contains(o.text, "json.exception"));
+  }
+}
+
 TEST_CASE("a run that the disk has no room for is refused before its first step") {
   const TempDir dir;
   const auto on_disk_of = [&](int kilobytes, const std::string& flags) {
