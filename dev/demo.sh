@@ -58,10 +58,12 @@ stage() {  # name command...
   seconds+=("$(printf '"%s": %d.%03d' "$name" $((took / 1000)) $((took % 1000)))")
 }
 compute() { awk "BEGIN { $1 }"; }
-finished() {  # stage command...: one that a signal stopped has saved, and has no summary
+finished() {  # stage command...: one that a signal stopped has no summary
   local name=$1
   shift
-  [[ -e $RUN/$name/summary.json ]] || fail "'$name' was stopped; go on with: $* -o $RUN/$name --resume"
+  [[ ! -e $RUN/$name/summary.json ]] || return 0
+  [[ -e $RUN/$name/model ]] || fail "'$name' was stopped before it had saved anything"
+  fail "'$name' was stopped; go on with: $* -o $RUN/$name --resume"
 }
 
 # ------------------------------------------------------------------------------------------------
