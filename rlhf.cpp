@@ -2316,17 +2316,21 @@ struct Evaluation {
   Canaries canaries;
 };
 
-// Of the first `prompts` held-out prompts; 0: of all.
+// `count` of the prompts at equal distances, since files are often in the order of their sources;
+// 0: all.
+std::vector<const Prompt*> some_of(std::span<const Prompt> prompts, size_t count) {
+  const size_t all = prompts.size(), n = count > 0 ? std::min(count, all) : all;
+  std::vector<const Prompt*> some;
+  for (size_t i = 0; i < n; i++) some.push_back(&prompts[i * all / n]);
+  return some;
+}
+
+// Of `prompts` held-out prompts; 0: of all.
 Evaluation evaluate(RlParts& p, int prompts) {
   Evaluation e;
   const int samples = p.s.evaluation.eval_samples;
   const Rewards& rewards = p.rewards;
-  const std::span<const Prompt> held_out = p.held_out;
-  std::vector<const Prompt*> asked;
-  for (const Prompt& prompt :
-       held_out.first(prompts > 0 ? std::min(size_t(prompts), held_out.size()) : held_out.size())) {
-    asked.push_back(&prompt);
-  }
+  const std::vector<const Prompt*> asked = some_of(p.held_out, size_t(prompts));
   const uint64_t seed = mix64(p.s.step.seed, hash64("held out"));
   std::vector<Rollout> rollouts = roll_out(p.models, p.options, asked, samples, seed);
   give_rewards(rollouts, rewards, p.models.seconds);

@@ -431,18 +431,20 @@ class ProgressLine {
   double interval_, next_ = 0;
 };
 
-// One process at a time writes a run: holds its directory until the end of the process.
+// One process at a time writes a run: holds its directory until the end of the process. Where the
+// file system has no locks, says so.
 class RunLock {
  public:
   explicit RunLock(const std::filesystem::path& dir)
       : fd_(open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
     if (fd_ < 0) fail(dir.string(), ": cannot open: ", errno_text());
     if (flock(fd_, LOCK_EX | LOCK_NB) == 0) return;
-    const bool taken = errno == EWOULDBLOCK;
-    const std::string error = errno_text();
-    close(fd_);
-    if (taken) fail(dir.string(), ": another process is writing this run");
-    fail(dir.string(), ": cannot lock: ", error);
+    if (errno == EWOULDBLOCK) {
+      close(fd_);
+      fail(dir.string(), ": another process is writing this run");
+    }
+    std::fprintf(stderr, "%s: cannot lock (%s): see that no second process writes this run\n",
+                 dir.c_str(), errno_text().c_str());
   }
   RunLock(const RunLock&) = delete;
   RunLock& operator=(const RunLock&) = delete;

@@ -1,7 +1,7 @@
 // A run of steps, once: what pretraining, fine-tuning, reward models and RL share.
 //
-//     RUN/metrics.jsonl   one JSON object a line, {"step": n, "kind": "step", "eval" or "final",
-//     ...} RUN/model/          the last checkpoint: a model directory with the trainer's state
+//     RUN/metrics.jsonl   one JSON object a line, {"step": n, "kind": step, eval or final, ...}
+//     RUN/model/          the last checkpoint: a model directory with the trainer's state
 //     RUN/model-N/        earlier ones, of step N, with --keep-checkpoints
 //     RUN/best/           the best weights so far, where a stage keeps them; gone at the end
 //     RUN/summary.json    at the end
@@ -75,13 +75,20 @@ inline void add_run_flags(CLI::App& app, RunOptions& o) {
 // What a run writes in its directory; a stage may write more.
 inline const std::set<std::string> kRunFiles = {"model", "best", "metrics.jsonl", "summary.json"};
 
+// The step N of a checkpoint's name model-N; -1: it is no such name.
+inline int64_t step_of_checkpoint(const std::string& name) {
+  const bool is_one = name.starts_with("model-") && name.size() > 6 && name.size() < 20 &&
+                      name.find_first_not_of("0123456789", 6) == std::string::npos;
+  return is_one ? std::stoll(name.substr(6)) : -1;
+}
+
 // Removes what a process that was killed had not finished writing.
 inline void remove_leftovers(const std::filesystem::path& out) {
   std::vector<std::filesystem::path> found;
   for (const auto& entry : std::filesystem::directory_iterator(out)) {
     const std::string end = entry.path().extension();
     const std::string name = entry.path().stem();
-    const bool own = kRunFiles.count(name) || name.starts_with("model-");
+    const bool own = kRunFiles.count(name) || step_of_checkpoint(name) >= 0;
     if (own && (end == ".new" || end == ".old" || end == ".partial")) found.push_back(entry.path());
   }
   for (const auto& path : found) remove_path(path);
@@ -393,10 +400,8 @@ inline void watch_loss(Run& run, double loss) {
 inline std::map<int64_t, std::filesystem::path> kept_checkpoints(const std::filesystem::path& out) {
   std::map<int64_t, std::filesystem::path> kept;
   for (const auto& entry : std::filesystem::directory_iterator(out)) {
-    const std::string name = entry.path().filename().string();
-    const bool numbered = name.starts_with("model-") && name.size() > 6 && name.size() < 20 &&
-                          name.find_first_not_of("0123456789", 6) == std::string::npos;
-    if (numbered) kept[std::stoll(name.substr(6))] = entry.path();
+    const int64_t step = step_of_checkpoint(entry.path().filename());
+    if (step >= 0) kept[step] = entry.path();
   }
   return kept;
 }

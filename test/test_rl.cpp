@@ -32,6 +32,20 @@ TEST_CASE("rewards are named with weights and arguments") {
 // ---------------------------------------------------------------------------------------------
 // Rollouts
 
+TEST_CASE("an evaluation of some prompts takes them from all over the file") {
+  const std::vector<Prompt> prompts(10);
+  const auto places = [&](size_t count) {
+    std::vector<int64_t> of;
+    for (const Prompt* p : some_of(prompts, count)) of.push_back(p - prompts.data());
+    return of;
+  };
+  CHECK(places(4) == std::vector<int64_t>{0, 2, 5, 7});
+  CHECK(places(1) == std::vector<int64_t>{0});
+  CHECK(places(10) == places(0));
+  CHECK(places(99).back() == 9);
+  CHECK(some_of({}, 3).empty());
+}
+
 TEST_CASE("what a tool inserts is read and never learned from") {
   ScriptedModel script;
   const Tokenizer& t = script.tokenizer();

@@ -3,7 +3,9 @@
 #include <pty.h>
 
 #include <fstream>
+#include <map>
 #include <regex>
+#include <set>
 #include <string>
 
 #include "cake/json.h"
@@ -79,9 +81,11 @@ TEST_CASE("--overwrite removes a run's own files and nothing else") {
   REQUIRE(std::filesystem::exists(dir / "run/model-1"));
   write_file(dir / "run/notes.txt", "mine");
   write_file(dir / "run/model.txt", "mine too");
+  write_file(dir / "run/model-first.old", "and this");
   REQUIRE(shell(pretrain(out, "--steps 3 --overwrite")).status == 0);
   CHECK(read_file(dir / "run/notes.txt") == "mine");
   CHECK(read_file(dir / "run/model.txt") == "mine too");
+  CHECK(read_file(dir / "run/model-first.old") == "and this");
   CHECK(!std::filesystem::exists(dir / "run/model-1"));
   CHECK(read_json(dir / "run/summary.json").at("steps") == 3);
 }
@@ -275,6 +279,19 @@ TEST_CASE("a run of the version before goes on, with the new schedule, and says 
   REQUIRE_MESSAGE(o.status == 0, o.text);
   CHECK(contains(o.text, "begun with an older version: the schedule now reaches its floor"));
   CHECK(metrics(out).front().at("step") == 1);
+}
+
+TEST_CASE("a resumed run of --minutes evaluates on as many tokens as before") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  int status = 0;
+  REQUIRE(interrupt(pretrain(out, "--minutes .1 --eval-every 5"), out, 40, SIGTERM, &status));
+  REQUIRE(shell(concat("./train_gpt --resume -o ", out, " --eval-every 5")).status == 0);
+  std::set<int64_t> tokens;
+  for (const Json& line : metrics(out)) {
+    if (line.at("kind") == "eval") tokens.insert(line.at("val_tokens").get<int64_t>());
+  }
+  CHECK(tokens.size() == 1);
 }
 
 TEST_CASE("--resume --epochs and --minutes give a run more, and metrics keep their lines") {
