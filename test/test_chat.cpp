@@ -566,6 +566,6 @@ TEST_CASE("SIGTERM ends chat while it waits") {
   ScriptedModel m;
   const std::string dir = m.save();
   const Output out =
-      shell("sleep 20 | timeout --foreground --preserve-status -s TERM 2 ./chat " + dir);
+      shell("sleep 4 | timeout --foreground --preserve-status -s TERM 2 ./chat " + dir);
   CHECK(out.status == 143);
 }
