@@ -344,10 +344,9 @@ void plan(PreferenceSettings& s, const PreferenceData& d, Run& run, double lr) {
   expect_not_negative("--limit", double(s.limit)), expect_not_negative("--batch", double(s.batch));
   expect_not_negative("--micro-batch-tokens", double(s.micro_batch_tokens));
   expect_not_negative("--eval-every", double(s.eval_every));
-  const int64_t planned = s.comparisons;
+  const int64_t planned = s.comparisons > 0 ? s.steps() : 0;
   if (planned > 0 && !run.options.new_budget) return;
   check_budget(s.budget);
-  const Schedule before = make_schedule(s.optimizer, planned > 0 ? s.steps() : 1);
   const auto all = double(d.train.size());
   const double epochs = s.budget.epochs > 0 ? s.budget.epochs : 1;
   if (s.batch == 0) s.batch = std::clamp<int64_t>(int64_t(all * epochs / 40), 8, 64);
@@ -359,8 +358,7 @@ void plan(PreferenceSettings& s, const PreferenceData& d, Run& run, double lr) {
   // A model of a million parameters wants hundreds of times what InstructGPT gave billions.
   if (s.optimizer.lr == 0) s.optimizer.lr = lr * std::min(1., std::pow(128. / d.config.C, 2));
   if (planned == 0) return;
-  resumed_steps(run.state, s.budget, [&](const Budget&) { return s.steps(); });
-  note_rate(run, before, make_schedule(s.optimizer, s.steps()), peak_rate(s.optimizer));
+  resumed_steps(run, s.budget, s.optimizer, planned, [&](const Budget&) { return s.steps(); });
 }
 
 void print_plan(const PreferenceSettings& s, const PreferenceData& d) {

@@ -2146,9 +2146,8 @@ void plan_steps(RlParts& p, const Algorithm& algorithm, const Json* saved, doubl
     if (budget.steps > 0) t.steps = budget.steps;
     if (budget.minutes > 0) t.steps = steps_of_minutes(p, algorithm, started);
   } else if (p.run.options.new_budget) {
-    const Schedule before = make_schedule(t.optimizer, t.steps);
-    t.steps = resumed_steps(p.run.state, budget, [](const Budget&) { return int64_t(60); });
-    note_rate(p.run, before, make_schedule(t.optimizer, t.steps), peak_rate(t.optimizer));
+    t.steps = resumed_steps(p.run, budget, t.optimizer, t.steps,
+                            [](const Budget&) { return int64_t(60); });
   }
   int64_t& eval_every = p.s.evaluation.eval_every;
   if (eval_every == 0) eval_every = std::max<int64_t>(1, t.steps / 5);

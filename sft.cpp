@@ -717,15 +717,14 @@ int64_t FineTuning::bins_of(double epochs) const {
 
 // The steps of a resumed run that got another budget.
 void FineTuning::plan_more_steps(const Json& saved) {
+  const auto planned = saved.at("settings").at("budget").at("steps").get<int64_t>();
   s_.bins = 0;
-  s_.budget.steps = resumed_steps(run_.state, s_.budget, [&](const Budget& budget) {
-    s_.bins = bins_of(budget.epochs);
-    return steps_of(s_.bins);
-  });
+  s_.budget.steps =
+      resumed_steps(run_, s_.budget, s_.optimizer, planned, [&](const Budget& budget) {
+        s_.bins = bins_of(budget.epochs);
+        return steps_of(s_.bins);
+      });
   if (s_.bins == 0) s_.bins = s_.budget.steps * bins_a_step();
-  const int64_t before = saved.at("settings").at("budget").at("steps").get<int64_t>();
-  note_rate(run_, make_schedule(s_.optimizer, before), make_schedule(s_.optimizer, s_.budget.steps),
-            peak_rate(s_.optimizer));
 }
 
 void FineTuning::plan_adapters() {

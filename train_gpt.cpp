@@ -2906,12 +2906,10 @@ int64_t Pretraining::begin(const Json* saved) {
 
 // The steps of a resumed run that got another budget.
 void Pretraining::plan_more_steps(const Json& saved) {
-  s_.budget.steps = resumed_steps(run_.state, s_.budget, [&](const Budget& budget) {
-    return std::max<int64_t>(1, budget.tokens / s_.batch_tokens);
-  });
-  const int64_t before = saved.at("settings").at("budget").at("steps").get<int64_t>();
-  note_rate(run_, make_schedule(s_.optimizer, before), make_schedule(s_.optimizer, s_.budget.steps),
-            peak_rate(s_.optimizer));
+  const auto planned = saved.at("settings").at("budget").at("steps").get<int64_t>();
+  s_.budget.steps = resumed_steps(
+      run_, s_.budget, s_.optimizer, planned,
+      [&](const Budget& budget) { return std::max<int64_t>(1, budget.tokens / s_.batch_tokens); });
 }
 
 // The number of steps, with --minutes from the speed; prints the plan.

@@ -47,22 +47,26 @@ inline std::vector<std::string> rename_flags(int argc, char** argv,
 // Where a flag may be given several times, CLI11 takes a value in square brackets for a printed
 // list: it would read '[1,2]' as two values and '[END]' as END. mark_brackets puts a mark before
 // such a value, and read_brackets removes the mark when the value has been parsed.
-inline constexpr std::string_view kBracketMark = "\x01[";
+inline constexpr char kBracketMark = '\x01';
 
 inline void mark_brackets(std::vector<std::string>& words) {
   for (std::string& word : words) {
     if (!word.ends_with(']')) continue;
     const bool short_flag = word.size() > 2 && word[0] == '-' && word[1] != '-';  // -o[x]
     const size_t begin = word.starts_with("--") ? word.find('=') + 1 : short_flag ? 2 : 0;
-    if (word[begin] == '[') word.insert(begin, 1, kBracketMark[0]);
+    if (word[begin] == '[') word.insert(begin, 1, kBracketMark);
   }
+}
+
+inline std::string without_mark(std::string value) {
+  const bool is_marked = value.size() > 1 && value[0] == kBracketMark && value[1] == '[';
+  return value.substr(is_marked ? 1 : 0);
 }
 
 inline void read_brackets(CLI::App& app) {
   for (CLI::Option* option : app.get_options({})) {
     if (option->get_items_expected_max() == 0) continue;  // a flag without a value
-    option->transform(
-        [](std::string value) { return value.substr(value.starts_with(kBracketMark)); });
+    option->transform(without_mark);
   }
   for (CLI::App* sub : app.get_subcommands({})) read_brackets(*sub);
 }
@@ -128,7 +132,7 @@ inline bool parse_flags(CLI::App& app, int argc, char** argv, std::vector<HelpPa
     return false;
   } catch (const CLI::ParseError& e) {
     std::string what = e.what();
-    std::erase(what, kBracketMark[0]);
+    std::erase(what, kBracketMark);
     fail(what, " (see --help)");
   }
   return true;

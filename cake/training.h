@@ -550,34 +550,33 @@ void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptio
   if (options.new_budget) check_budget(budget);
 }
 
-// The steps of a resumed run whose budget is new. `budget`: the new one, `saved` that of the
-// checkpoint; steps of --minutes follow from the pace so far. `steps_of(budget)` gives the steps of
-// the budgets that only the stage understands, tokens and epochs.
+// The steps of a resumed run whose budget is new; `planned`: those that it had. Steps of --minutes
+// follow from the pace so far; `steps_of(budget)` gives those of the budgets that only the stage
+// understands. Says so where the learning rate rises.
 template <class StepsOf>
-int64_t resumed_steps(const RunState& state, const Budget& budget, StepsOf steps_of) {
+int64_t resumed_steps(Run& run, const Budget& budget, const OptimizerFlags& o, int64_t planned,
+                      StepsOf steps_of) {
+  const int64_t done = run.state.step;
   int64_t steps = budget.steps;
   if (budget.minutes > 0) {
-    steps = int64_t(60 * budget.minutes / std::max(1e-9, state.seconds) * double(state.step));
+    steps = int64_t(60 * budget.minutes / std::max(1e-9, run.state.seconds) * double(done));
   } else if (budget.steps == 0) {
     steps = steps_of(budget);
   }
-  if (steps < state.step) {
-    fail("--resume: found a budget of ", steps, " steps, expected at least the ", state.step,
+  if (steps < done) {
+    fail("--resume: found a budget of ", steps, " steps, expected at least the ", done,
          " that are done");
   }
-  return steps;
-}
-
-// Says so where a new total of steps makes the learning rate rise.
-inline void note_rate(Run& run, const Schedule& before, const Schedule& after, double peak_rate) {
-  const int64_t n = run.state.step;
-  const double last = peak_rate * before.at(n), next = peak_rate * after.at(n + 1);
-  if (n + 1 > after.warmup && next > last * (1 + 1e-9)) {
+  const Schedule after = make_schedule(o, steps);
+  const double last = peak_rate(o) * make_schedule(o, planned).at(done),
+               next = peak_rate(o) * after.at(done + 1);
+  if (done + 1 > after.warmup && next > last * (1 + 1e-9)) {
     run.line.note(
         format("the learning rate rises from %.3g to %.3g: %lld steps were planned, now "
                "%lld",
-               last, next, (long long)before.steps, (long long)after.steps));
+               last, next, (long long)planned, (long long)steps));
   }
+  return steps;
 }
 
 // Reads RUN/model into a model that was made with the run's options. A finished run kept no
