@@ -413,6 +413,7 @@ inline void keep_checkpoint(const Run& run) {
   const fs::path dst = run.options.out / concat("model-", run.state.step),
                  fresh = dst.string() + ".new";
   remove_path(fresh), remove_path(dst);
+  count_disk_change();
   fs::copy(run.model(), fresh, fs::copy_options::recursive | fs::copy_options::create_hard_links);
   sync_path(fresh);
   rename_path(fresh, dst);
