@@ -717,7 +717,7 @@ int64_t FineTuning::bins_of(double epochs) const {
 
 // The steps of a resumed run that got another budget.
 void FineTuning::plan_more_steps(const Json& saved) {
-  const auto planned = saved.at("settings").at("budget").at("steps").get<int64_t>();
+  const auto planned = with_parts(saved.at("settings")).at("budget").at("steps").get<int64_t>();
   s_.bins = 0;
   s_.budget.steps =
       resumed_steps(run_, s_.budget, s_.optimizer, planned, [&](const Budget& budget) {

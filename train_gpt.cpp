@@ -2906,7 +2906,7 @@ int64_t Pretraining::begin(const Json* saved) {
 
 // The steps of a resumed run that got another budget.
 void Pretraining::plan_more_steps(const Json& saved) {
-  const auto planned = saved.at("settings").at("budget").at("steps").get<int64_t>();
+  const auto planned = with_parts(saved.at("settings")).at("budget").at("steps").get<int64_t>();
   s_.budget.steps = resumed_steps(
       run_, s_.budget, s_.optimizer, planned,
       [&](const Budget& budget) { return std::max<int64_t>(1, budget.tokens / s_.batch_tokens); });

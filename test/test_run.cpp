@@ -273,6 +273,11 @@ TEST_CASE("a run of the version before goes on, with the new schedule, and says 
   Json state = read_json(path);
   const auto step = state.at("step").get<int64_t>();
   for (const char* key : {"version", "evaluated", "moments_since"}) state.erase(key);
+  Json& settings = state["settings"];  // whose parts stood beside each other
+  const Json optimizer = settings["optimizer"], budget = settings["budget"];
+  settings.update(budget), settings.update(optimizer);
+  settings.erase("budget"), settings.erase("name");
+  settings["optimizer"] = optimizer.at("name");
   write_file(path, state.dump());
   const std::string lines = read_file(dir / "run/metrics.jsonl");
   write_file(dir / "run/metrics.jsonl",
