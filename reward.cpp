@@ -914,9 +914,11 @@ int run_folds(CLI::App& app, RewardSettings& settings, const RunOptions& options
     RunOptions o = options;
     if (!out.empty()) {
       o.out = out / concat("fold-", fold);
-      repair_checkpoint(o.out / "model");
     }
-    o.resume = options.resume && std::filesystem::exists(o.out / "model/trainer_state.json");
+    const auto has_state = [&](const char* dir) {  // model.old: a kill came between two renames
+      return std::filesystem::exists(o.out / dir / "trainer_state.json");
+    };
+    o.resume = options.resume && (has_state("model") || has_state("model.old"));
     o.overwrite = options.overwrite || (options.resume && !o.resume);
     settings = given;
     settings.common.fold = fold;

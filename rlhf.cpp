@@ -2452,8 +2452,8 @@ double kl_of_own_prompts(RlParts& p) {
   return kl_by_prompt(roll_out(p.models, p.options, asked, 1, seed), s, p.models).mean;
 }
 
-// Gives the policy the weights of the last step that was within --kl-budget, if it is not, or
-// within any more. Returns the step of its weights.
+// Where the policy has left --kl-budget, gives it the weights of the last step that was within.
+// Returns the step of its weights.
 int64_t keep_last_within_budget(RlParts& p) {
   RlState& t = p.state;
   const int64_t step = p.run.state.step;
@@ -2582,12 +2582,7 @@ void begin_ppo(RlParts& p, const std::filesystem::path& saved) {
   const std::filesystem::path dir = saved.empty() ? start_of_critic(p) : saved / "critic";
   const bool from_policy = dir.empty();
   if (saved.empty() && !p.s.ppo.critic.empty()) {
-    const Tokenizer own = Tokenizer::load(dir);
-    if (own.hash() != p.tokenizer.hash()) {
-      fail("--critic ", dir.string(), ": found another vocabulary (", own.vocab_size(),
-           " tokens) than that of ", p.start.string(), " (", p.tokenizer.vocab_size(),
-           "), expected the same");
-    }
+    expect_same_vocabulary(dir, p.tokenizer, p.start);
   }
   Config config = from_policy ? p.config : load_config_with_head(dir, Head::scalar);
   config.head = Head::scalar;

@@ -1959,24 +1959,28 @@ MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
   return plan;
 }
 
-void check_device(Device device) {
-  if (device != Device::cuda) return;
+void check_device(Device device, Precision precision) {
 #ifdef CAKE_CUDA
-  if (const std::string why = gpu::unavailable(); !why.empty()) fail("--device cuda: ", why);
+  if (device == Device::cuda) {
+    if (const std::string why = gpu::unavailable(); !why.empty()) fail("--device cuda: ", why);
+  }
+  if (on_gpu(device)) return;
 #else
-  fail("--device cuda: this build has the CPU engine alone, expected --device cpu or auto");
+  if (device == Device::cuda) {
+    fail("--device cuda: this build has the CPU engine alone, expected --device cpu or auto");
+  }
 #endif
+  if (precision == Precision::bf16) {
+    fail("--precision bf16: the CPU engine computes in f32, expected f32 or auto");
+  }
 }
 
 std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
-  check_device(options.device);
+  check_device(options.device, options.precision);
   config.check("model");
 #ifdef CAKE_CUDA
   if (on_gpu(options.device)) return gpu::make_gpt(config, options);
 #endif
-  if (options.precision == Precision::bf16) {
-    fail("--precision bf16: the CPU engine computes in f32, expected f32 or auto");
-  }
   const MemoryPlan plan = plan_memory(config, options);
   const int64_t available = available_memory();
   if (plan.total() > available) {

@@ -797,8 +797,8 @@ struct MemoryPlan {
 };
 
 MemoryPlan plan_memory(const Config&, const GptOptions&);
-// Throws Error when the device was not built in or is not there.
-void check_device(Device);
+// Throws Error when the device was not built in, is not there, or does not compute in `precision`.
+void check_device(Device, Precision precision = Precision::automatic);
 // Throws Error when the device was not built in, is not there, or has too little memory. Weights
 // are uninitialised: load a checkpoint or write initial_values.
 std::unique_ptr<Gpt> make_gpt(const Config&, const GptOptions&);

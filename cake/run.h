@@ -470,18 +470,20 @@ class Metrics {
   // Keeps the whole lines of steps up to and including `keep_step`, drops what came after: a run
   // that resumes at a checkpoint writes those steps again.
   void open(const std::filesystem::path& path, int64_t keep_step) {
-    std::string kept;
-    if (keep_step >= 0 && std::filesystem::exists(path)) {
-      std::istringstream lines(read_file(path));
+    AtomicFile kept(path);
+    if (std::filesystem::exists(path)) {
+      std::ifstream lines(path);
+      if (!lines) fail(path.string(), ": cannot open: ", errno_text());
       for (std::string line; std::getline(lines, line);) {
         long long step = 0;
         if (std::sscanf(line.c_str(), "{\"step\":%lld", &step) == 1 && step <= keep_step &&
             line.ends_with("}")) {
-          kept += line + "\n";
+          kept.write(line + "\n");
         }
       }
+      if (lines.bad()) fail(path.string(), ": cannot read: ", errno_text());
     }
-    write_file(path, kept);
+    kept.commit();
     file_.reset(std::fopen(path.c_str(), "ab"));
     if (!file_) fail(path.string(), ": cannot append: ", errno_text());
     path_ = path;

@@ -40,7 +40,7 @@
 namespace cake {
 
 // ---------------------------------------------------------------------------------------------
-// Options: how a run is kept and watched. They change no update.
+// Options: how a run is kept, watched and computed. They change no update but for rounding.
 
 struct RunOptions {
   std::filesystem::path out;
@@ -60,7 +60,7 @@ inline void add_run_flags(CLI::App& app, RunOptions& o) {
   app.add_flag("--resume", o.resume, "continue DIR from its last checkpoint");
   app.add_flag("--overwrite", o.overwrite, "remove the run that is in DIR, and begin anew");
   app.add_flag("--dry-run", o.dry_run, "print the plan and stop");
-  auto* group = app.add_option_group("Run", "changes no update");
+  auto* group = app.add_option_group("Run", "changes no update but for rounding");
   group->add_option("--save-every", o.save_every, "steps between checkpoints; 0: by time alone");
   group->add_option("--save-minutes", o.save_minutes, "minutes between checkpoints; 0: never");
   group->add_option("--keep-checkpoints", o.keep_checkpoints,
@@ -97,16 +97,15 @@ inline void remove_leftovers(const std::filesystem::path& out) {
 // Checks the options and prepares the process: threads, signals, and the lock of a run that exists.
 // Comes before everything else.
 inline void begin_process(RunOptions& o) {
-  if (o.out.empty() && !o.dry_run) fail("-o: missing, expected a directory to write");
+  if (o.out.empty() && (o.resume || !o.dry_run)) {
+    fail("-o: missing, expected the directory of the run");
+  }
   if (o.resume && o.overwrite) fail("--resume and --overwrite: found both, expected one");
   require(o.save_every >= 0, "--save-every: found ", o.save_every, ", expected 0 or more");
   require(o.save_minutes >= 0, "--save-minutes: found ", o.save_minutes, ", expected 0 or more");
   require(o.keep_checkpoints >= 0, "--keep-checkpoints: found ", o.keep_checkpoints,
           ", expected 0 or more");
-  check_device(parse_device(o.device));
-  if (parse_precision(o.precision) == Precision::bf16 && parse_device(o.device) == Device::cpu) {
-    fail("--precision bf16: the CPU engine computes in f32, expected f32 or auto");
-  }
+  check_device(parse_device(o.device), parse_precision(o.precision));
   set_threads(o.threads);
   watch_signals();
   if (o.out.empty() || o.dry_run) return;
@@ -520,12 +519,13 @@ inline std::vector<CLI::Option*> given_flags(CLI::App& app) {
   return given;
 }
 
-// The settings of a resumed run: those it was begun with, but for the budget and the flags of
-// `free`, which decide no update, where the command line gives others. Every other flag whose value
-// differs is refused. `settings`: what the flags of `app` write to; `budget` is a part of it.
+// The settings of a resumed run: those it was begun with. The command line may give another budget,
+// and other values to the flags that are named `changeable`, which decide no update; any other flag
+// whose value differs is refused. `settings`: what the flags of `app` write to; `budget` is a part
+// of it.
 template <class Settings>
 void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptions& options,
-                     const Settings& saved, const std::set<std::string>& free = {}) {
+                     const Settings& saved, const std::set<std::string>& changeable = {}) {
   const Json before = saved;
   std::vector<CLI::Option*> changed;
   for (CLI::Option* flag : given_flags(app)) {
@@ -537,7 +537,7 @@ void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptio
     const std::string name = flag->get_name();
     if (Json(budget) != saved_budget) {
       options.new_budget = true;
-    } else if (!free.count(name)) {
+    } else if (!changeable.count(name)) {
       const Json::json_pointer key(patch[0].at("path").template get<std::string>());
       fail(name, ": found ", CLI::detail::join(flag->results(), " "),
            " with --resume, expected none: the run was begun with ",
@@ -715,15 +715,16 @@ inline int run_to_end(Run& run, double began) {
   return 0;
 }
 
-// Takes up the run of a checkpoint. Returns false where it is finished and stays so.
-inline bool take_up(Run& run, const Json& saved) {
+// Sets the run's state to that of its checkpoint. Returns false where the run is finished and gets
+// no further steps.
+inline bool resume_state(Run& run, const Json& saved) {
   run.state = saved.get<RunState>();
   RunState& s = run.state;
   run.saved_step = s.step;
   if (!saved.contains("evaluated")) s.evaluated = s.step;  // older versions always had
   const bool finished = saved.at("finished").get<bool>();
   if (finished && !run.options.new_budget) {
-    remove_path(run.best());  // a kill may have left it
+    if (!run.options.dry_run) remove_path(run.best());  // a kill may have left it
     std::printf("%s is finished: %lld steps; --steps MORE goes on\n", run.options.out.c_str(),
                 (long long)s.step);
     return false;
@@ -749,7 +750,7 @@ inline int run_steps(Run& run) {
   }
   const Json saved = o.resume ? read_trainer_state(o.out, run.stage) : Json();
   try {
-    if (o.resume && !take_up(run, saved)) return 0;
+    if (o.resume && !resume_state(run, saved)) return 0;
     run.steps = run.hooks.begin(o.resume ? &saved : nullptr);
   } catch (const Interrupted&) {
     std::printf("stopped before the first step: nothing was written\n");

@@ -655,9 +655,7 @@ class CommandProcess {
   ~CommandProcess() { stop(); }
 
   bool is_busy() const { return attempt_ >= 0; }
-  int64_t attempt() const {
-    return attempt_;
-  }  // the number of the line that it was asked; -1: none
+  int64_t attempt() const { return attempt_; }  // number of the line it was asked; -1: none
   double seconds_left() const { return deadline_ - now(); }
   const std::string& reply() const { return reply_; }      // the line that it wrote,
   const std::string& failure() const { return failure_; }  // or what went wrong

@@ -237,6 +237,20 @@ TEST_CASE("--resume refuses every flag that would change the run, by name") {
   CHECK(contains(same.text, "is finished: 2 steps"));
 }
 
+TEST_CASE("--resume --dry-run prints the plan of what is left, and changes nothing") {
+  const TempDir dir;
+  const std::string out = dir / "run";
+  CHECK(contains(error_line("./train_gpt --resume --dry-run"), "-o: missing"));
+  REQUIRE(shell(pretrain(out, "--steps 2")).status == 0);
+  std::filesystem::create_directories(dir / "run/best");  // as a kill at the end leaves it
+  write_file(dir / "run/best/config.json", "{}");
+  const auto tree = files_below(out);
+  const std::string dry_run = concat("./train_gpt --resume --dry-run -o ", out);
+  CHECK(contains(shell(dry_run).text, "is finished: 2 steps"));
+  CHECK(contains(shell(dry_run + " --steps 7").text, "budget  7 steps"));
+  CHECK(files_below(out) == tree);
+}
+
 TEST_CASE("--resume --steps MORE goes on with the schedule of the new total, and says so") {
   const TempDir dir;
   const std::string whole = dir / "whole", out = dir / "run";
@@ -320,11 +334,11 @@ TEST_CASE("a run of one step moves the weights") {
   const TempDir dir;
   for (const char* schedule : {"linear", "cosine"}) {
     const std::string one = dir / concat(schedule, "1"), small = dir / concat(schedule, "0");
-    REQUIRE(shell(pretrain(one, concat("--steps 1 --final-lr 0 --schedule ", schedule))).status ==
-            0);
+    REQUIRE(shell(pretrain(one, concat("--steps 1 --warmup 0 --final-lr 0 --schedule ", schedule)))
+                .status == 0);
     REQUIRE(
-        shell(pretrain(small, concat("--steps 1 --lr-scale 1e-9 --schedule ", schedule))).status ==
-        0);
+        shell(pretrain(small, concat("--steps 1 --warmup 0 --lr-scale 1e-9 --schedule ", schedule)))
+            .status == 0);
     CHECK(read_file(one + "/model/model.safetensors") !=
           read_file(small + "/model/model.safetensors"));
     CHECK(metrics(one).front().at("lr") > 0);
