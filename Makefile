@@ -18,12 +18,15 @@ CLANG_FORMAT ?= $(firstword $(shell command -v clang-format-14 clang-format) cla
 GCC_ONLY := $(if $(findstring clang,$(CXX)),,-Wno-restrict)
 FLAGS := -std=c++20 -O3 -march=$(MARCH) -ffp-contract=fast -fopenmp -I. \
          -Wall -Wextra -Wno-missing-field-initializers $(GCC_ONLY) $(if $(WERROR),-Werror)
-LIBRARIES := -Wl,--as-needed -lsimdjson -lzstd -lz -ledit
-HEADERS := CLI/CLI.hpp doctest/doctest.h histedit.h nlohmann/json.hpp omp.h simdjson.h xxhash.h zlib.h zstd.h
+LIBRARIES := -Wl,--as-needed -lgumbo -lcld2 -lutf8proc -lpsl -luchardet -ldivsufsort64 -lsnappy \
+             -lsimdjson -lzstd -lz -ledit
+HEADERS := CLI/CLI.hpp cld2/public/compact_lang_det.h divsufsort64.h doctest/doctest.h gumbo.h histedit.h libpsl.h \
+           nlohmann/json.hpp omp.h simdjson.h snappy.h uchardet/uchardet.h utf8proc.h xxhash.h zlib.h zstd.h
 
 # The longest to compile first.
 MODEL_STAGES := rlhf reward chat sft
-STAGES := train_gpt $(MODEL_STAGES) bpe
+STAGES := train_gpt $(MODEL_STAGES) corpus bpe
+CORPUS = $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard corpus*.cpp))
 TOOLS := world report overoptimize
 SOURCES = $(wildcard *.cpp *.cu cake/*.h dev/*.cpp dev/*.h dev/*/*.cpp dev/*/*.h test/*.cpp test/*.h \
             test/*/*.cpp test/*/*.h test/*/*/*.h)
@@ -136,6 +139,7 @@ help: ## this list
 
 # A program's own object stands first: of two weak mains the linker takes the first.
 $(BIN)/bpe $(EMULATE)/bpe: $(OBJECTS)/bpe.o
+$(BIN)/corpus $(EMULATE)/corpus: $(CORPUS)
 $(BIN)/train_gpt: $(ENGINE) $(OBJECTS)/bpe.o
 $(EMULATE)/train_gpt: $(EMULATED_ENGINE) $(OBJECTS)/bpe.o
 $(MODEL_STAGES:%=$(BIN)/%): $(BIN)/%: $(OBJECTS)/%.o $(ENGINE) $(OBJECTS)/bpe.o
@@ -144,7 +148,7 @@ $(TOOLS:%=$(BUILD)/%): $(BUILD)/%: $(OBJECTS)/dev/%.o
 $(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.o
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
                    $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.o
-$(BUILD)/test: $(TESTS) $(OBJECTS)/bpe.o $(OBJECTS)/dev/world.o $(ON_CPU)
+$(BUILD)/test: $(TESTS) $(CORPUS) $(OBJECTS)/bpe.o $(OBJECTS)/dev/world.o $(ON_CPU)
 
 $(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
 	@mkdir -p $(@D)

@@ -1,0 +1,203 @@
+// What corpus.cpp is made of, for its tests and benchmarks: pages -> main text -> values of rules
+// -> verdicts -> a deduplicated corpus.
+//
+//     PageReader (cake/pages.h) --Page--> extract --text--> Measurer --Measured--> verdicts
+//         --signatures--> find_duplicates --Verdict--> documents.jsonl.zst, verdicts, report
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <filesystem>
+#include <limits>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "cake/pages.h"
+#include "cake/run.h"
+
+namespace cake::corpus {
+
+// ---------------------------------------------------------------------------------------------
+// Main text of a page of HTML
+
+enum class ExtractMode { precision, balanced, recall };
+struct ExtractOptions {
+  ExtractMode mode = ExtractMode::balanced;
+  bool rules = false;  // without the learned classifier of blocks: hand-written rules alone
+};
+struct Extracted {
+  std::string text, title;  // UTF-8; text: blocks in the page's order, lines joined by \n
+  size_t html_bytes = 0;    // of the page, and of these what the HTML parser was given
+  size_t parsed_bytes = 0;
+};
+// Never throws on any bytes. `url` may be empty.
+Extracted extract(std::string_view html, std::string_view url, const ExtractOptions& = {});
+
+// ---------------------------------------------------------------------------------------------
+// Rules: each compares one measure of a document with a threshold
+
+struct Measure {
+  std::string_view name;  // its key in verdicts: "words"
+  std::string_view help;  // what it is, with its unit
+};
+struct Rule {
+  std::string_view name;                        // "min-words": its flag is --min-words
+  std::string_view filter;                      // the group of FineWeb's recipe: "gopher_quality"
+  int measure = 0;                              // index into measures()
+  enum Direction { min, max } direction = max;  // dropped when value < / > threshold; NaN: passes
+  double fineweb = 0;  // FineWeb's threshold; NaN: FineWeb has no such rule
+};
+std::span<const Measure> measures();
+std::span<const Rule> rules();  // in the order in which they are applied: the first that fails wins
+
+inline constexpr double kOff = std::numeric_limits<double>::quiet_NaN();  // a rule not applied
+using Thresholds = std::vector<double>;  // one for each rule, kOff where it is not applied
+Thresholds fineweb_thresholds();
+// The index of the first rule that the values fail, -1: none.
+int first_failed(std::span<const double> values, std::span<const double> thresholds);
+
+inline constexpr int kBands = 14, kHashesPerBand = 8;  // MinHash as FineWeb sets it
+struct Signature {
+  std::array<uint64_t, 2> text_hash{};         // of the whole text: exact duplicates
+  std::array<uint64_t, kBands> band_hashes{};  // equal in a band: near duplicates
+  bool has_bands = false;                      // fewer than 5 words: no near duplicates
+};
+
+struct MeasureOptions {
+  std::vector<std::string> languages = {"en"};  // wanted, ISO 639-1; empty: any
+  std::vector<std::string> blocked_domains, blocked_hosts, blocked_urls;  // paths of lists
+  std::vector<std::string> banned_words, soft_banned_words, banned_substrings;
+  int min_line_words = 3, max_word_characters = 1000;  // C4's, by line
+  bool c4_lines = true;                                // the text becomes the lines that C4 keeps
+  bool private_data = true;  // e-mail and IP addresses are replaced in the text that is kept
+  bool signatures = true;
+  std::vector<std::string> decontaminate;  // JSON lines whose strings must not occur
+  std::string quality_model;               // of `corpus classify train`
+};
+
+struct Measured {
+  std::vector<double> values;  // one for each measure; NaN: not measured
+  std::string language;        // ISO 639-1, "un" unknown
+  std::string match;           // what a list or the decontamination found; empty: nothing
+  std::string text;            // as it is kept
+  int64_t private_data = 0;    // addresses replaced
+  Signature signature;
+};
+
+// Measures documents one after another; one for each thread. Copies share what is read only.
+class Measurer {
+ public:
+  explicit Measurer(const MeasureOptions&);  // reads the lists: may throw
+  Measurer(const Measurer&);
+  Measurer(Measurer&&) noexcept;
+  ~Measurer();
+  void measure(std::string_view text, std::string_view url, Measured& out);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Decontamination and the quality classifier: used by Measurer
+
+// Word 13-grams (words of letters and digits, lower case) of evaluation sets.
+class Contamination {
+ public:
+  explicit Contamination(const std::vector<std::string>& paths);  // JSON lines: all string members
+  struct Match {
+    int64_t ngrams = 0;   // of the text, that an evaluation set holds too
+    std::string example;  // 'file:line: "the 13 words"'
+  };
+  Match find(std::string_view text) const;
+
+ private:
+  struct State;
+  std::shared_ptr<const State> state_;
+};
+
+// A linear model over hashed word n-grams: the probability that a text is of the good kind.
+class QualityModel {
+ public:
+  static QualityModel load(const std::filesystem::path&);
+  double score(std::string_view text) const;  // 0 to 1
+
+ private:
+  friend struct QualityTraining;
+  std::vector<float> weights_;
+  float bias_ = 0;
+};
+struct ClassifyOptions {
+  std::vector<std::string> good, bad, inputs;
+  std::string model, output;
+  double keep = 0;       // of the inputs, the best share; 0: min_score decides
+  double min_score = 0;  // lowest score that is kept
+  int epochs = 3;
+  uint64_t seed = 1;
+};
+void classify_train(const ClassifyOptions&);
+void classify_apply(const ClassifyOptions&);
+
+// ---------------------------------------------------------------------------------------------
+// Duplicates. A document is numbered by its place among all documents of a run.
+
+// The signatures of one task's documents, in order: a file that stores them column by column, and
+// that is read in slices.
+void write_signatures(const std::filesystem::path&, const std::vector<Signature>&);
+
+struct SignatureFile {
+  std::filesystem::path path;
+  uint64_t first_document = 0;   // number of its first document
+  std::vector<bool> considered;  // false: dropped before, takes no part
+};
+struct DedupOptions {
+  bool exact = true, near = true;
+  size_t memory = size_t(1) << 30;  // bytes, at most, for what is sorted at once
+  int threads = 1;
+  std::filesystem::path folder;  // for temporary files
+};
+struct Duplicate {
+  uint64_t document = 0, original = 0;  // numbers; original: the first of its cluster
+  bool exact = false;
+  bool operator==(const Duplicate&) const = default;
+};
+// In order of `document`. Pass one of `kBands + 1`: pairs of one column (the text's hash, then the
+// bands), written to `out`; any process may do any pass.
+void find_pairs(const std::vector<SignatureFile>&, int pass, const DedupOptions&,
+                const std::filesystem::path& out);
+// From the files of all passes; exact duplicates are taken out before near ones are clustered.
+std::vector<Duplicate> cluster(const std::vector<std::filesystem::path>& pairs, uint64_t documents,
+                               const DedupOptions&);
+
+// Exact substrings of `min_bytes` or more that occurred earlier, removed from the texts (first copy
+// kept; cut at UTF-8 boundaries). texts: in order; returns the bytes removed of each.
+std::vector<int64_t> remove_repeated_substrings(std::vector<std::string>& texts, size_t min_bytes);
+
+// ---------------------------------------------------------------------------------------------
+// Verdicts: one for each document, kept or dropped; a line of DIR/verdicts.jsonl.zst
+
+struct Verdict {
+  Place place;
+  std::string url, id, language, match;
+  std::vector<double> values;       // one for each measure
+  int64_t bytes = 0;                // of the text before the rules
+  int64_t private_data = 0;         // addresses replaced
+  std::string begins;               // the text's first characters, to be looked at
+  int rule = -1;                    // index into rules(): the first it fails; -1: none
+  std::optional<Place> original;    // of which it is a duplicate
+  bool exact = false;               // an exact one
+  std::string_view reason() const;  // "kept", the rule's name, "exact-duplicate", "near-duplicate"
+};
+std::string verdict_line(const Verdict&);  // with \n; the same doubles come back
+Verdict parse_verdict(std::string_view line, const std::string& where);
+
+// Report: DIR/report.html from DIR/verdicts.jsonl.zst and DIR/summary.json, see corpus.cpp.
+void write_report(const std::filesystem::path& dir);
+
+}  // namespace cake::corpus
