@@ -199,7 +199,9 @@ TEST_CASE("parquet: every value of pyarrow's and polars's files is read") {
       {"pyarrow_fallback", 100}, {"pyarrow_delta_v1", 150},  {"pyarrow_delta_v2", 150},
       {"polars_default", 50},    {"polars_snappy", 50},      {"polars_gzip", 50},
       {"polars_zstd", 50},       {"polars_uncompressed", 50}};
-  for (const auto& [name, rows] : files) {
+  for (const auto& file : files) {
+    const std::string& name = file.first;
+    const int64_t rows = file.second;
     CAPTURE(name);
     Reader reader(golden(name));
     CHECK(reader.rows() == rows);
@@ -469,18 +471,18 @@ TEST_CASE("parquet: an index beyond the dictionary is an error") {
 TEST_CASE("parquet: a failed row fails again, and others are still read") {
   TempDir dir;
   std::string bytes = read_file(golden("pyarrow_zstd_v1"));
-  // The pages have checksums: a byte of the last row group's text is changed.
-  const auto file = [&](const std::string& content) {
+  // The pages have checksums. One byte is changed, somewhere behind the first row.
+  const auto open = [&](const std::string& content) {
     write_file(dir / "x", content);
     Reader reader(dir / "x");
     reader.select({"small", "text"});
     return reader;
   };
   size_t damaged = 0;
-  for (size_t at = 4; at < bytes.size() / 2 && damaged == 0; at += 7) {
+  for (size_t offset = 4; offset < bytes.size() / 2 && damaged == 0; offset += 7) {
     std::string changed = bytes;
-    changed[at] = char(changed[at] ^ 1);
-    Reader reader = file(changed);
+    changed[offset] = char(changed[offset] ^ 1);
+    Reader reader = open(changed);
     Row row;
     int64_t i = 0;
     const std::string first = error_of([&] {
@@ -492,9 +494,20 @@ TEST_CASE("parquet: a failed row fails again, and others are still read") {
     reader.seek(reader.rows() - 1);
     REQUIRE(reader.next(row));
     CHECK(row == row_of(reader.rows() - 1, {"small", "text"}));
-    damaged = at;
+    damaged = offset;
   }
   CHECK(damaged > 0);
+
+  MadeFile made;  // the first string's length is too large; behind it stand two good strings
+  made.levels = "\x03\x07";
+  made.values = little_endian(~0u) + little_endian(1) + "b" + little_endian(1) + "c";
+  write_file(dir / "x", made.bytes());
+  Reader reader(dir / "x");
+  reader.select({"x"});
+  Row row;
+  for (int i = 0; i < 3; i++) {
+    CHECK(contains(error_of([&] { reader.next(row); }), "found a string of 4294967295 bytes"));
+  }
 }
 
 TEST_CASE("parquet: truncated and changed files end in rows or an error") {
@@ -510,12 +523,10 @@ TEST_CASE("parquet: truncated and changed files end in rows or an error") {
       CHECK(error_of([&] { read_whatever(path); }) != "no error");
     }
     for (size_t i = 0; i < bytes.size(); i++) {
-      for (const int change : {1, 0x80, 0xff}) {
-        std::string changed = bytes;
-        changed[i] = char(changed[i] ^ change);
-        write(changed);
-        error_of([&] { read_whatever(path); });  // any Error, and nothing else
-      }
+      std::string changed = bytes;
+      changed[i] = char(changed[i] ^ std::array{1, 0x80, 0xff}[i % 3]);
+      write(changed);
+      error_of([&] { read_whatever(path); });  // any Error, and nothing else
     }
   }
 }
