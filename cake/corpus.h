@@ -24,6 +24,27 @@
 namespace cake::corpus {
 
 // ---------------------------------------------------------------------------------------------
+// Output
+
+void append_json_string(std::string& out, std::string_view utf8);  // in quotes
+
+// A text file, complete or not there at all. A name that ends in .zst: Zstandard frames of 4 MB of
+// whole lines, compressed side by side; the bytes depend on the text alone.
+class TextFile {
+ public:
+  TextFile(const std::filesystem::path&, int threads);
+  void write(std::string_view lines);  // whole lines
+  void commit();
+
+ private:
+  void compress();
+  AtomicFile file_;
+  bool zstd_;
+  size_t threads_;
+  std::vector<std::string> frames_;  // the last one is being filled
+};
+
+// ---------------------------------------------------------------------------------------------
 // Main text of a page of HTML
 
 enum class ExtractMode { precision, balanced, recall };
@@ -185,14 +206,18 @@ std::vector<int64_t> remove_repeated_substrings(std::vector<std::string>& texts,
 struct Verdict {
   Place place;
   std::string url, id, language, match;
-  std::vector<double> values;       // one for each measure
-  int64_t bytes = 0;                // of the text before the rules
-  int64_t private_data = 0;         // addresses replaced
-  std::string begins;               // the text's first characters, to be looked at
-  int rule = -1;                    // index into rules(): the first it fails; -1: none
-  std::optional<Place> original;    // of which it is a duplicate
-  bool exact = false;               // an exact one
-  std::string_view reason() const;  // "kept", the rule's name, "exact-duplicate", "near-duplicate"
+  std::vector<double> values;     // one for each measure
+  int64_t bytes = 0;              // of the text before the rules
+  int64_t private_data = 0;       // addresses replaced
+  std::string begins;             // the text's first characters, to be looked at
+  int rule = -1;                  // index into rules(): the first it fails; -1: none
+  std::optional<Place> original;  // of which it is a duplicate
+  bool exact = false;             // an exact one
+  bool empty = false;             // no text is left, whatever the rules say
+  int64_t repeated_bytes = 0;     // removed: exact substrings of earlier documents
+  bool kept() const { return rule < 0 && !original && !empty; }
+  // "kept", a rule's name, "empty", "exact-duplicate" or "near-duplicate".
+  std::string_view reason() const;
 };
 std::string verdict_line(const Verdict&);  // with \n; the same doubles come back
 Verdict parse_verdict(std::string_view line, const std::string& where);
