@@ -138,39 +138,48 @@ class Measurer {
 // ---------------------------------------------------------------------------------------------
 // Decontamination and the quality classifier: used by Measurer
 
-// Word 13-grams (words of letters and digits, lower case) of evaluation sets.
+// Word 13-grams (words of letters and digits, lower case) of evaluation sets: files of JSON lines,
+// of which all strings are taken, or of plain text.
 class Contamination {
  public:
-  explicit Contamination(const std::vector<std::string>& paths);  // JSON lines: all string members
+  explicit Contamination(const std::vector<std::string>& paths);
   struct Match {
     int64_t ngrams = 0;   // of the text, that an evaluation set holds too
-    std::string example;  // 'file:line: "the 13 words"'
+    std::string example;  // the first: 'file:line: "the 13 words"'
   };
   Match find(std::string_view text) const;
+  struct Counts {
+    int64_t strings = 0, short_strings = 0;  // short: fewer than 13 words, can never match
+    int64_t ngrams = 0;                      // different ones
+  };
+  const Counts& counts() const;  // to be told to the user
 
  private:
   struct State;
   std::shared_ptr<const State> state_;
 };
 
-// A linear model over hashed word n-grams: the probability that a text is of the good kind.
+// A linear model over hashed words and pairs of words: the probability that a text is of the good
+// kind.
 class QualityModel {
  public:
   static QualityModel load(const std::filesystem::path&);
+  void save(const std::filesystem::path&) const;
   double score(std::string_view text) const;  // 0 to 1
 
  private:
   friend struct QualityTraining;
-  std::vector<float> weights_;
+  std::vector<float> weights_;  // one for each bucket
   float bias_ = 0;
 };
 struct ClassifyOptions {
   std::vector<std::string> good, bad, inputs;
-  std::string model, output;
+  std::string model, output;  // train writes the model to `output`
   double keep = 0;       // of the inputs, the best share; 0: min_score decides
   double min_score = 0;  // lowest score that is kept
   int epochs = 3;
   uint64_t seed = 1;
+  int threads = 1;  // of apply; the output does not depend on them
 };
 void classify_train(const ClassifyOptions&);
 void classify_apply(const ClassifyOptions&);
