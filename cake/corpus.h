@@ -60,6 +60,17 @@ struct Extracted {
 // Never throws on any bytes. `url` may be empty.
 Extracted extract(std::string_view html, std::string_view url, const ExtractOptions& = {});
 
+// For training and tests: the blocks of a page, their features (blocks, features) and what the
+// classifier says of each; and extract() with probabilities from elsewhere, one for each block.
+struct ExtractBlocks {
+  std::vector<std::string> texts;
+  std::vector<float> features, probabilities;
+};
+ExtractBlocks extract_blocks(std::string_view html, std::string_view url);
+Extracted extract_chosen(std::string_view html, std::string_view url, ExtractMode,
+                         std::span<const float> probabilities);
+std::vector<std::string> extract_feature_names();
+
 // ---------------------------------------------------------------------------------------------
 // Rules: each compares one measure of a document with a threshold
 
