@@ -466,7 +466,7 @@ class ByteWindow {
     ended_ = got < room;
   }
 
-  static constexpr size_t kBlock = 1 << 20;
+  static constexpr size_t kBlock = 1 << 18;
   ByteSource source_;
   std::vector<char> buffer_;
   size_t begin_ = 0, end_ = 0;  // the window in buffer_

@@ -530,7 +530,6 @@ class PageReader {
   }
 
   // ------------------------------------------------------------------------------ parquet
-#if __has_include("cake/parquet.h")
   // The columns of text, url and id, then those that go into `rest`.
   void open_parquet(const Entry& begin) {
     DocumentReader::require_mapped_parquet(input_, window_.source());
@@ -544,9 +543,8 @@ class PageReader {
     require(text_columns_ > 0, input_.name, ": found no column \"", options_.text_key,
             "\" or \"html\" of strings");
     for (const std::string& name : rows_->columns()) {
-      if (std::find(columns_.begin(), columns_.end(), name) == columns_.end()) {
-        columns_.push_back(name);
-      }
+      const bool is_new = std::find(columns_.begin(), columns_.end(), name) == columns_.end();
+      if (is_new && (rows_->is_text(name) || rows_->is_integer(name))) columns_.push_back(name);
     }
     rows_->select(columns_);
     row_ = begin.next;
@@ -587,7 +585,6 @@ class PageReader {
       rest += *values_[column];
     }
   }
-#endif
 
   static constexpr size_t kHead = 1 << 16;
   static constexpr const char* kTooLong = "page too long";
