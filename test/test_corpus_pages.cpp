@@ -184,7 +184,7 @@ TEST_CASE("inputs that are not there or there twice are refused") {
   CHECK(contains(error({file, (dir / "empty").string() + "/../a.html"}), "twice, first as"));
   CHECK(contains(error({file, dir / "link.html"}), "link.html: found the same input twice"));
   CHECK(contains(error({dir.path(), file}), "twice"));
-  CHECK(contains(error({"-", "-"}), "-: found the same input twice"));
+  CHECK(contains(error({"-", "-"}), "standard input: found the same input twice"));
   CHECK(contains(error_of([&] { PageReader(Input(dir.path()), 0); }), "found a directory"));
 }
 
