@@ -47,6 +47,41 @@ struct Input {
   Input(std::string path, std::string name) : path(std::move(path)), name(std::move(name)) {}
 };
 
+// The files of a folder and of those in it. Hidden ones are left out; links to folders are not
+// followed.
+inline std::vector<std::string> files_of_folder(const std::string& folder) {
+  namespace fs = std::filesystem;
+  std::vector<std::string> files;
+  try {
+    for (fs::recursive_directory_iterator it(folder), end; it != end; ++it) {
+      if (it->path().filename().string().starts_with('.')) {
+        it.disable_recursion_pending();
+      } else if (it->is_regular_file()) {
+        files.push_back(it->path().string());
+      }
+    }
+  } catch (const fs::filesystem_error& e) {
+    fail(folder, ": cannot read the folder: ", e.code().message());
+  }
+  std::sort(files.begin(), files.end());
+  if (files.empty()) fail(folder, ": found no files in this folder");
+  return files;
+}
+
+// Folders become their files, sorted by the bytes of their paths.
+inline std::vector<Input> expand_folders(const std::vector<std::string>& arguments) {
+  std::vector<Input> inputs;
+  for (const std::string& argument : arguments) {
+    std::error_code ec;
+    if (argument != "-" && std::filesystem::is_directory(argument, ec)) {
+      for (const std::string& file : files_of_folder(argument)) inputs.emplace_back(file);
+    } else {
+      inputs.emplace_back(argument);
+    }
+  }
+  return inputs;
+}
+
 // The file's extension without that of its compression: ".jsonl" of "a.jsonl.gz".
 inline std::string inner_extension(const std::string& name) {
   std::filesystem::path path = name;
@@ -466,7 +501,7 @@ class ByteWindow {
     ended_ = got < room;
   }
 
-  static constexpr size_t kBlock = 1 << 20;
+  static constexpr size_t kBlock = 1 << 18;
   ByteSource source_;
   std::vector<char> buffer_;
   size_t begin_ = 0, end_ = 0;  // the window in buffer_

@@ -277,8 +277,8 @@ inline const char* utf16_charset(std::string_view bytes) {
   if (std::memchr(sample.data(), 0, sample.size()) == nullptr) return nullptr;
   for (size_t i = 0; i < sample.size(); i++) nuls[i & 1] += sample[i] == '\0';
   const size_t many = sample.size() / 4;
-  if (nuls[1] > many && nuls[0] == 0) return "UTF-16LE";
-  if (nuls[0] > many && nuls[1] == 0) return "UTF-16BE";
+  if (nuls[1] > many && nuls[0] < nuls[1] / 4) return "UTF-16LE";
+  if (nuls[0] > many && nuls[1] < nuls[0] / 4) return "UTF-16BE";
   return nullptr;
 }
 

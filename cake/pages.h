@@ -59,53 +59,23 @@ struct PageOptions {
 // ---------------------------------------------------------------------------------------------
 // Inputs
 
-// The files of a folder and of those in it. Hidden ones are left out; links to folders are not
-// followed.
-inline std::vector<std::string> files_of_folder(const std::string& folder) {
-  namespace fs = std::filesystem;
-  std::vector<std::string> files;
-  try {
-    for (fs::recursive_directory_iterator it(folder), end; it != end; ++it) {
-      if (it->path().filename().string().starts_with('.')) {
-        it.disable_recursion_pending();
-      } else if (it->is_regular_file()) {
-        files.push_back(it->path().string());
-      }
-    }
-  } catch (const fs::filesystem_error& e) {
-    fail(folder, ": cannot read the folder: ", e.code().message());
-  }
-  std::sort(files.begin(), files.end());
-  if (files.empty()) fail(folder, ": found no files in this folder");
-  return files;
-}
-
-// The files that the arguments name: folders become their files, sorted by path.
+// The files that the arguments name: folders become their files, sorted by path. Each file is one
+// input: documents are told apart by its number.
 inline std::vector<Input> expand_inputs(const std::vector<std::string>& arguments) {
   namespace fs = std::filesystem;
-  std::vector<Input> inputs;
-  std::map<std::string, std::string> names;  // by the path without links
-  const auto add = [&](const std::string& path) {
-    std::error_code ec;
-    const std::string real = path == "-" ? path : fs::canonical(path, ec).string();
-    const auto [it, is_new] = names.insert({ec ? path : real, path});
-    if (!is_new) {
-      fail(path, ": found the same input twice",
-           it->second == path ? "" : concat(", first as ", it->second), ", expected each once");
-    }
-    inputs.emplace_back(path);
-  };
+  std::error_code ec;
   for (const std::string& argument : arguments) {
-    std::error_code ec;
-    if (argument == "-") {
-      add(argument);
-    } else if (!fs::exists(argument, ec)) {
-      fail(argument.empty() ? "\"\"" : argument, ": not found");
-    } else if (fs::is_directory(argument, ec)) {
-      for (const std::string& file : files_of_folder(argument)) add(file);
-    } else {
-      add(argument);
-    }
+    const bool found = argument == "-" || fs::exists(argument, ec);
+    if (!found) fail(argument.empty() ? "\"\"" : argument, ": not found");
+  }
+  std::vector<Input> inputs = expand_folders(arguments);
+  std::map<std::string, std::string> names;  // by the path without links
+  for (const Input& input : inputs) {
+    const std::string real = input.path == "-" ? "-" : fs::canonical(input.path, ec).string();
+    const auto [it, is_new] = names.insert({ec ? input.path : real, input.path});
+    if (is_new) continue;
+    fail(input.name, ": found the same input twice",
+         it->second == input.path ? "" : concat(", first as ", it->second), ", expected each once");
   }
   return inputs;
 }
@@ -530,7 +500,6 @@ class PageReader {
   }
 
   // ------------------------------------------------------------------------------ parquet
-#if __has_include("cake/parquet.h")
   // The columns of text, url and id, then those that go into `rest`.
   void open_parquet(const Entry& begin) {
     DocumentReader::require_mapped_parquet(input_, window_.source());
@@ -544,9 +513,8 @@ class PageReader {
     require(text_columns_ > 0, input_.name, ": found no column \"", options_.text_key,
             "\" or \"html\" of strings");
     for (const std::string& name : rows_->columns()) {
-      if (std::find(columns_.begin(), columns_.end(), name) == columns_.end()) {
-        columns_.push_back(name);
-      }
+      const bool is_new = std::find(columns_.begin(), columns_.end(), name) == columns_.end();
+      if (is_new && (rows_->is_text(name) || rows_->is_integer(name))) columns_.push_back(name);
     }
     rows_->select(columns_);
     row_ = begin.next;
@@ -587,7 +555,6 @@ class PageReader {
       rest += *values_[column];
     }
   }
-#endif
 
   static constexpr size_t kHead = 1 << 16;
   static constexpr const char* kTooLong = "page too long";

@@ -24,9 +24,7 @@
 
 #include "cake/bytes.h"
 #include "cake/chat_template.h"
-#if __has_include("cake/parquet.h")
 #include "cake/parquet.h"
-#endif
 #include "cake/run.h"
 #include "cake/warc.h"
 
@@ -280,7 +278,6 @@ class DocumentReader {
     }
   }
 
-#if __has_include("cake/parquet.h")
   static std::unique_ptr<parquet::Reader> open_parquet(const Input& input,
                                                        const ByteSource& source) {
     require_mapped_parquet(input, source);
@@ -299,7 +296,6 @@ class DocumentReader {
     }
     return false;
   }
-#endif
 
  public:
   // A parquet file is read from its end, so it must be a file, and not compressed as a whole.

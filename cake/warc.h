@@ -237,9 +237,9 @@ class WarcReader {
       problems_["truncated WARC record"]++;
     }
     take(record, std::min(end, window_.bytes().size()));
-    const size_t last = record.block.find_last_not_of("\r\n");
-    if (!truncated) {  // the record's own line breaks are at most two
-      record.block = record.block.substr(0, std::min(record.block.size(), last + 1));
+    for (int i = 0; i < 2 && !truncated; i++) {  // the record's own line breaks
+      if (record.block.ends_with('\n')) record.block.remove_suffix(1);
+      if (record.block.ends_with('\r')) record.block.remove_suffix(1);
     }
     return true;
   }
