@@ -1123,6 +1123,58 @@ std::string_view language_code(CLD2::Language language) {
   return code;
 }
 
+// Languages that CLD2 takes for each other in short texts, with frequent words that only one of the
+// two has. Where the other language's words are more, the text is of the other language.
+struct ConfusedLanguages {
+  std::string_view codes[2];
+  std::string_view words[2];  // each between two spaces
+};
+constexpr ConfusedLanguages kConfusedLanguages[] = {
+    {{"id", "ms"},
+     {" bahwa karena bisa uang kantor resmi agar maupun apapun harus pria perusahaan ",
+      " bahawa kerana ialah wang pejabat rasmi sahaja mahu daripada sebarang hendaklah awak "}},
+    {{"es", "gl"},
+     {" el los las y una fue muy donde es su sus lo al ",
+      " os as unha do dos das ao aos foi moi onde polo pola cos "}},
+    {{"da", "no"},
+     {" af blev mig dig sig nogen noget hvad efter meget kun ud op uden mod ",
+      " av ble meg deg seg noen noe hva etter mye ut opp uten mot "}},
+    {{"nl", "af"},
+     {" een zijn niet ik wij zij deze naar heeft worden wordt voor bij door zich ",
+      " nie ek hy hulle hierdie vir deur by sy "}},
+};
+
+// Words of the text that are in the lists.
+std::array<int, 2> count_listed_words(std::string_view text, const ConfusedLanguages& languages) {
+  std::array<int, 2> counts{};
+  std::string word = " ";
+  for (size_t i = 0; i <= text.size(); i++) {
+    const char c = i < text.size() ? text[i] : ' ';
+    if (is_ascii_letter(c) || uint8_t(c) >= 0x80) {
+      word += is_ascii_upper(c) ? char(c | 32) : c;
+      continue;
+    }
+    if (word.size() > 1 && word.size() < 16) {
+      word += ' ';
+      for (size_t k = 0; k < 2; k++)
+        counts[k] += languages.words[k].find(word) != std::string_view::npos;
+    }
+    word = " ";
+  }
+  return counts;
+}
+
+std::string_view tell_apart(std::string_view code, std::string_view text) {
+  for (const ConfusedLanguages& languages : kConfusedLanguages) {
+    for (size_t k = 0; k < 2; k++) {
+      if (languages.codes[k] != code) continue;
+      const std::array<int, 2> counts = count_listed_words(text, languages);
+      return counts[1 - k] > counts[k] ? languages.codes[1 - k] : code;
+    }
+  }
+  return code;
+}
+
 struct LanguageShares {
   std::string_view code[3];
   double share[3];  // of the letters' bytes; equal codes are not joined
@@ -1144,6 +1196,7 @@ LanguageShares language_shares(std::string_view text) {
     const bool known = size_t(valid_bytes) == text.size() &&
                        languages[i] != CLD2::UNKNOWN_LANGUAGE && percent[i] > 0;
     shares.code[i] = known ? language_code(languages[i]) : "un";
+    if (known && percent[i] > 50) shares.code[i] = tell_apart(shares.code[i], text);
     shares.share[i] = known ? percent[i] / 100. : 0;
   }
   return shares;
