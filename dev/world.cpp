@@ -5,7 +5,9 @@
 //          -> documents, one function a kind, each with its grammar in a table above it
 //          -> mixed by the shares of kinds(), shuffled, written:
 //
-//     DIR/documents.jsonl  {"id","kind","text"} a line: what a model reads
+//     DIR/documents.jsonl  {"id","kind","text"} a line: the true texts
+//     DIR/pages/           the same texts on pages of the web, among pages that are not to be kept
+//     DIR/truth.jsonl      {"url","kind","text"} a line: what is to become of each page
 //     DIR/heldout.jsonl    the same distribution, none of the same texts
 //     DIR/probes.jsonl     {"task","prompt","answer","match"} a line: what a model is asked
 //     DIR/world.json       the ground truth
@@ -1682,9 +1684,10 @@ int world_main(int argc, char** argv) {
   CLI::App app(
       "Writes the demo's closed world: documents about people and places, stories, lists, sums, "
       "with everything that is true of it. Then, for a base model that has read it, conversations "
-      "and evaluations: world conversations. Or scores answers about it: world score.");
+      "and evaluations: world conversations. Or scores answers about it, and what was made of its "
+      "pages: world score, score-corpus.");
   WorldOptions options;
-  std::string directory, folder, probes, completions, samples, out;
+  std::string directory, folder, probes, completions, samples, corpus, out;
   int64_t tokens = 0;
   bool with_report = false;
   app.add_option("-o", directory, "folder to write");
@@ -1738,6 +1741,11 @@ int world_main(int argc, char** argv) {
   scoring->add_option("COMPLETIONS", completions, "JSONL {\"prompt\",\"completion\"}, same order")
       ->required();
   scoring->add_option("-o", out, "JSON file for the results");
+  CLI::App* judging = app.add_subcommand(
+      "score-corpus", "compare what ./corpus clean made of a world's pages with the truth");
+  judging->add_option("WORLD", folder, "folder of a world")->required();
+  judging->add_option("CORPUS", corpus, "directory of ./corpus clean")->required();
+  judging->add_option("-o", out, "JSON file for the results");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
@@ -1745,6 +1753,10 @@ int world_main(int argc, char** argv) {
     fail(e.what(), " (--help lists the options)");
   }
   if (*scoring) return score(probes, completions, out);
+  if (*judging) {
+    score_corpus_files(folder, corpus, out);
+    return 0;
+  }
   if (*talking) {
     write_conversations(folder, samples, tokens, with_report);
     return 0;

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -129,6 +130,26 @@ struct WebPage {
 };
 // The documents on the pages of made-up sites, and dirt around them, in the order of a crawl.
 std::vector<WebPage> make_web_pages(const World&, const std::vector<Document>& documents);
+
+// How well these pages were cleaned, by kind of page and in all.
+struct KindScore {
+  std::string kind;
+  int64_t pages = 0;
+  int64_t to_find = 0, found = 0;  // dirt, and addresses in clean text
+  int64_t to_keep = 0, kept = 0;
+  int64_t to_read = 0, read = 0;  // letters of other encodings
+  int64_t texts = 0;              // of the pages that are kept
+  double f1 = 0;                  // the sum of their word F1
+};
+struct CorpusScore {
+  std::vector<KindScore> kinds;
+  int64_t to_find = 0, found = 0, to_keep = 0, kept = 0, texts = 0;
+  double f1 = 0;  // the mean
+};
+// `kept`: the text of each address that is kept. Of a page and its copies, either may be.
+CorpusScore score_corpus(const std::vector<WebPage>& truth,
+                         const std::map<std::string, std::string>& kept);
+double word_f1(std::string_view found, std::string_view expected);  // bags of words, lower case
 
 // ---------------------------------------------------------------------------------------------
 // Conversations: dev/conversations.h

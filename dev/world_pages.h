@@ -15,6 +15,8 @@
 
 #include <zlib.h>
 
+#include "cake/records.h"
+
 namespace cake::world {
 namespace {
 
@@ -1123,6 +1125,141 @@ void write_web(const std::filesystem::path& directory, const std::vector<WebPage
     truth.write(line.dump() + "\n");
   }
   truth.commit();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Scoring: what `corpus clean` made of the pages, against the truth
+
+// Words are runs of letters and digits, in lower case; each counts as often as it occurs.
+std::map<std::string, int64_t> bag_of_words(std::string_view text) {
+  std::map<std::string, int64_t> words;
+  std::string word;
+  for (size_t i = 0; i <= text.size(); i++) {
+    const unsigned char c = i < text.size() ? (unsigned char)text[i] : ' ';
+    if (std::isalnum(c) || c >= 0x80) {
+      word += char(std::tolower(c));
+    } else if (!word.empty()) {
+      words[word]++;
+      word.clear();
+    }
+  }
+  return words;
+}
+
+}  // namespace
+
+double word_f1(std::string_view found, std::string_view expected) {
+  const auto a = bag_of_words(found), b = bag_of_words(expected);
+  int64_t both = 0, all = 0;
+  for (const auto& [word, count] : a) {
+    const auto other = b.find(word);
+    if (other != b.end()) both += std::min(count, other->second);
+    all += count;
+  }
+  for (const auto& [word, count] : b) all += count;
+  return all == 0 ? 1 : 2 * double(both) / double(all);
+}
+
+CorpusScore score_corpus(const std::vector<WebPage>& truth,
+                         const std::map<std::string, std::string>& kept) {
+  // A copy that is kept in its original's place counts as the original.
+  std::map<std::string, std::string> stands_for;  // original -> copy
+  for (const WebPage& page : truth)
+    if (!page.of.empty() && kept.count(page.url) && !kept.count(page.of))
+      stands_for.emplace(page.of, page.url);
+  CorpusScore score;
+  double f1 = 0;
+  for (const WebPage& page : truth) {
+    auto row = std::find_if(score.kinds.begin(), score.kinds.end(),
+                            [&](const KindScore& k) { return k.kind == page.kind; });
+    if (row == score.kinds.end()) row = score.kinds.insert(row, KindScore{page.kind});
+    row->pages++;
+    const auto text = kept.find(page.url);
+    if (page.text.empty()) {  // dirt: found where it is dropped
+      const auto original = stands_for.find(page.of);
+      const bool stand_in = original != stands_for.end() && original->second == page.url;
+      row->to_find++, row->found += text == kept.end() || stand_in;
+      continue;
+    }
+    const std::string line = page.text.substr(page.text.rfind('\n') + 1);
+    const bool has_line = text != kept.end() && text->second.find(line) != text->second.npos;
+    if (page.kind == "address") row->to_find++, row->found += has_line;
+    if (page.kind == "encoding") row->to_read++, row->read += has_line;
+    row->to_keep++, row->kept += text != kept.end() || stands_for.count(page.url);
+    if (text == kept.end()) continue;
+    row->texts++, row->f1 += word_f1(text->second, page.text);
+  }
+  for (const KindScore& row : score.kinds) {
+    score.to_find += row.to_find, score.found += row.found;
+    score.to_keep += row.to_keep, score.kept += row.kept;
+    score.texts += row.texts, f1 += row.f1;
+  }
+  score.f1 = score.texts ? f1 / double(score.texts) : 0;
+  return score;
+}
+
+namespace {
+
+std::vector<WebPage> read_truth(const std::filesystem::path& path) {
+  std::vector<WebPage> pages;
+  JsonLines lines{Input(path.string())};
+  const auto optional = [](simdjson::dom::object object, const char* key) {
+    std::string_view text;
+    return object.at_key(key).get(text) ? std::string() : std::string(text);
+  };
+  for (simdjson::dom::object object; lines.next(object);)
+    pages.push_back({.url = std::string(lines.get_string(object, "url")),
+                     .kind = std::string(lines.get_string(object, "kind")),
+                     .of = optional(object, "of"),
+                     .text = optional(object, "text")});
+  if (pages.empty()) fail(path.string(), ": found an empty file, expected a page a line");
+  return pages;
+}
+
+OrderedJson share_json(int64_t part, int64_t of) {
+  return of ? OrderedJson(double(part) / double(of)) : OrderedJson();
+}
+
+// Prints the table; writes the same as JSON.
+void score_corpus_files(const std::filesystem::path& world, const std::filesystem::path& corpus,
+                        const std::string& out) {
+  const std::vector<WebPage> truth = read_truth(world / "truth.jsonl");
+  std::map<std::string, std::string> kept;
+  JsonLines lines{Input((corpus / "documents.jsonl.zst").string())};
+  for (simdjson::dom::object object; lines.next(object);)
+    kept.emplace(lines.get_string(object, "url"), lines.get_string(object, "text"));
+  const CorpusScore score = score_corpus(truth, kept);
+
+  std::printf("%-16s %8s %10s %10s %10s %9s\n", "pages", "number", "found", "kept", "read",
+              "word F1");
+  OrderedJson kinds = OrderedJson::array();
+  const auto percent = [](int64_t part, int64_t of) {
+    return of ? format("%.2f %%", 100 * double(part) / double(of)) : std::string("-");
+  };
+  const auto print = [&](const std::string& name, const KindScore& row) {
+    std::printf("%-16s %8lld %10s %10s %10s %9s\n", name.c_str(), (long long)row.pages,
+                percent(row.found, row.to_find).c_str(), percent(row.kept, row.to_keep).c_str(),
+                percent(row.read, row.to_read).c_str(),
+                row.texts ? format("%.4f", row.f1 / double(row.texts)).c_str() : "-");
+  };
+  for (const KindScore& row : score.kinds) {
+    print(row.kind, row);
+    kinds.push_back({{"kind", row.kind},
+                     {"pages", row.pages},
+                     {"found", share_json(row.found, row.to_find)},
+                     {"kept", share_json(row.kept, row.to_keep)},
+                     {"read", share_json(row.read, row.to_read)},
+                     {"f1", row.texts ? OrderedJson(row.f1 / double(row.texts)) : OrderedJson()}});
+  }
+  print("all", {"", int64_t(truth.size()), score.to_find, score.found, score.to_keep, score.kept, 0,
+                0, score.texts, score.f1 * double(score.texts)});
+  if (out.empty()) return;
+  write_json(out, {{"pages", truth.size()},
+                   {"documents", kept.size()},
+                   {"dirt_found", share_json(score.found, score.to_find)},
+                   {"clean_kept", share_json(score.kept, score.to_keep)},
+                   {"f1", score.f1},
+                   {"kinds", kinds}});
 }
 
 }  // namespace
