@@ -1075,22 +1075,33 @@ void remove_run(const fs::path& dir) {
   }
 }
 
+bool lies_inside(const fs::path& path, const fs::path& folder) {
+  const fs::path inside =
+      fs::weakly_canonical(path).lexically_relative(fs::weakly_canonical(folder));
+  return !inside.empty() && *inside.begin() != "..";
+}
+
 Job begin_job(CleanOptions options) {
   CleanOptions& o = options;
   if (o.threads <= 0) o.threads = usable_cores();
   find_rank(o);
   Job job;
   job.dir = o.output;
+  for (const std::string& input : o.inputs) {
+    if (fs::is_directory(input) && lies_inside(job.dir, input)) {
+      fail("-o: ", job.dir.string(), ": lies inside the input ", input,
+           ": choose another directory");
+    }
+  }
   job.inputs = expand_inputs(o.inputs);
   for (const Input& input : job.inputs) {
     std::error_code ec;
     const auto bytes = input.path == "-" ? 0 : fs::file_size(input.path, ec);
     job.bytes.push_back(ec ? 0 : int64_t(bytes));
-    const fs::path inside =
-        fs::weakly_canonical(input.path).lexically_relative(fs::weakly_canonical(job.dir));
-    if (!inside.empty() && *inside.begin() != "..")
+    if (lies_inside(input.path, job.dir)) {
       fail("-o: ", job.dir.string(), ": the input ", input.name,
            " lies inside it: choose another directory");
+    }
     if (input.path == "-" && o.rank >= 0)
       fail("standard input: cannot be shared by several processes");
   }
