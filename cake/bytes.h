@@ -401,7 +401,7 @@ class ByteSource {
   std::unique_ptr<std::FILE, CloseFile> file_;
   bool seekable_ = false;
   uint64_t file_size_ = 0;
-  std::vector<char> in_ = std::vector<char>(1 << 18);
+  std::vector<char> in_ = std::vector<char>(1 << 16);
   uint64_t in_begin_ = 0;         // offset in the file of in_'s first byte
   size_t offset_ = 0, size_ = 0;  // in_ holds size_ bytes, read up to offset_
   uint64_t produced_ = 0;         // offset in the stream of the next byte
@@ -501,7 +501,7 @@ class ByteWindow {
     ended_ = got < room;
   }
 
-  static constexpr size_t kBlock = 1 << 18;
+  static constexpr size_t kBlock = 1 << 16;
   ByteSource source_;
   std::vector<char> buffer_;
   size_t begin_ = 0, end_ = 0;  // the window in buffer_
