@@ -277,7 +277,7 @@ void ReportCounts::add(const Verdict& v, const Thresholds& thresholds) {
   if (v.kept()) {
     kept++, kept_bytes += v.bytes;
     any_kept.offer(v, 0, 0);
-    if (!v.match.empty()) kept_matches.offer(v, 0, 0);
+    if (!v.match.empty()) kept_matches.offer(v, 0, kOff);
     private_data += v.private_data, private_documents += v.private_data > 0;
     repeated_bytes += v.repeated_bytes, repeated_documents += v.repeated_bytes > 0;
   } else if (v.rule >= 0) {
@@ -403,7 +403,7 @@ std::string share_text(double part, double whole) {
 }
 
 std::string value_text(double value) {
-  if (std::isnan(value)) return "not measured";
+  if (std::isnan(value)) return "-";
   if (value == std::floor(value) && std::fabs(value) < 1e6) return count_text(value);
   return format("%.4g", value);
 }
@@ -414,12 +414,17 @@ std::string number_cell(const std::string& text) {
 }
 std::string count_cell(int64_t n) { return number_cell(count_text(double(n))); }
 std::string bar_cell(double part, double whole) {  // a bar, of a whole cell
+  if (!(part > 0)) return "<td class=\"bars\"></td>";
   return format("<td class=\"bars\"><div class=\"bar\" style=\"width: %.2f%%\"></div></td>",
-                whole > 0 ? 100 * part / whole : 0.);
+                100 * part / whole);
 }
-std::string header_row(const std::vector<const char*>& names) {
+// "#left": the column holds numbers.
+std::string header_row(const std::vector<std::string>& names) {
   std::string out = "<tr>";
-  for (const char* name : names) out += concat("<th>", name, "</th>");
+  for (const std::string& name : names) {
+    out += name.starts_with('#') ? "<th class=\"number\">" + name.substr(1) : "<th>" + name;
+    out += "</th>";
+  }
   return out + "</tr>\n";
 }
 std::string section(const char* id, const char* title) {
@@ -629,7 +634,7 @@ std::string histogram_chart(const RuleCounts& counts, const Rule& rule, double t
     const double shift = axis.is_whole && !axis.is_log && axis.width == 1 ? .5 : 0;  // mid of a bin
     out += format("<text x=\"%.1f\" y=\"%g\" class=\"tick\" text-anchor=\"middle\">%s</text>\n",
                   x(axis.position(tick) + shift), kChartHeight - 7,
-                  tick >= 1e4 ? count_text(tick).c_str() : format("%.4g", tick).c_str());
+                  tick >= 1000 ? count_text(tick).c_str() : format("%.4g", tick).c_str());
   }
   if (!std::isnan(threshold)) {
     const double at = axis.line > 0 ? std::clamp(x(axis.position(axis.line)), kChartLeft,
@@ -719,7 +724,7 @@ std::string headline_section(const ReportCounts& c, const ReportSummary& summary
 
 std::string funnel_section(const ReportCounts& c, const ReportSummary& summary) {
   std::string out = section("funnel", "The funnel") + "<table>\n" +
-                    header_row({"after", "removed", "left", "share", "", "text left"});
+                    header_row({"after", "#removed", "#left", "#share", "", "#text left"});
   int64_t left = c.documents, bytes = c.bytes;
   const auto row = [&](const std::string& name, int64_t removed, int64_t removed_bytes) {
     left -= removed, bytes -= removed_bytes;
@@ -760,7 +765,7 @@ std::string rules_table(const ReportCounts& c, const ReportSummary& summary) {
       "<p>A document is dropped by the first rule that it fails. <i>Fails</i> counts all documents "
       "that fail a rule, <i>alone</i> those that fail no other: these would come back without it "
       "(some of them as duplicates).</p>\n<table>\n" +
-      header_row({"rule", "threshold", "drops", "share", "", "fails", "alone"});
+      header_row({"rule", "threshold", "#drops", "#share", "", "#fails", "#alone"});
   int64_t most = 1, off = 0;
   for (const RuleCounts& rule : c.rules) most = std::max(most, rule.dropped);
   for (size_t r = 0; r < rules().size(); r++) {
@@ -802,7 +807,7 @@ std::string rule_card(const RuleCounts& counts, const Rule& rule, double thresho
     out +=
         "<details><summary>Samples of dropped and kept documents</summary>\n"
         "<table class=\"samples\">\n" +
-        header_row({"", "value", "document"}) + rows + "</table></details>\n";
+        header_row({"", "#value", "document"}) + rows + "</table></details>\n";
   }
   return out + "</div>\n";
 }
@@ -839,7 +844,7 @@ std::string key_rows(const std::vector<std::pair<std::string, KeyCounts>>& keys,
 
 std::string languages_section(const ReportCounts& c) {
   std::string out = section("languages", "Languages") + "<table>\n" +
-                    header_row({"language", "documents", "share", "kept", "kept share", ""}) +
+                    header_row({"language", "#documents", "#share", "#kept", "#kept share", ""}) +
                     key_rows(c.languages.most_frequent(kShownLanguages), c.documents) +
                     "</table>\n";
   if (c.languages.size() > kShownLanguages) {
@@ -862,7 +867,7 @@ std::string sites_section(const ReportCounts& c) {
     out += " " + count_text(double(c.without_site)) + " documents have no URL of a site.";
   }
   return out + "</p>\n<table>\n" +
-         header_row({"site", "documents", "share", "kept", "kept share", ""}) +
+         header_row({"site", "#documents", "#share", "#kept", "#kept share", ""}) +
          key_rows(c.sites.most_frequent(kShownSites), c.documents) + "</table>\n";
 }
 
@@ -887,7 +892,7 @@ std::string cluster_sizes_table(const ReportCounts& c) {
     most = std::max(most, rows[i].clusters);
   }
   const double scale = c.cluster_sizes.clusters_for_each();
-  std::string out = "<table>\n" + header_row({"documents of a cluster", "clusters", "share", ""});
+  std::string out = "<table>\n" + header_row({"documents of a cluster", "#clusters", "#share", ""});
   for (const SizeRow& row : rows) {
     if (row.clusters == 0) continue;
     out += "<tr>" + cell(row.name) + number_cell(count_text(scale * double(row.clusters))) +
@@ -940,7 +945,7 @@ std::string matches_section(const ReportCounts& c, const ReportSummary& summary)
   for (size_t r = 0; r < rules().size(); r++) {
     rows += sample_rows(std::string(rules()[r].name), c.rules[r].matches.samples());
   }
-  rows += sample_rows("kept", c.kept_matches.samples(), false);
+  rows += sample_rows("kept", c.kept_matches.samples());
   std::string out = section("matches", "Decontamination and lists");
   bool is_on = false;
   int64_t dropped = 0;
@@ -958,7 +963,7 @@ std::string matches_section(const ReportCounts& c, const ReportSummary& summary)
   return out +
          "<p>Documents that a list or an evaluation set matches, a few for each rule:</p>\n"
          "<table class=\"samples\">\n" +
-         header_row({"rule", "value", "document"}) + rows + "</table>\n";
+         header_row({"rule", "#value", "document"}) + rows + "</table>\n";
 }
 
 std::string private_section(const ReportCounts& c) {
@@ -974,7 +979,7 @@ std::string problems_section(const ReportSummary& summary) {
   require(problems.is_object(), summary.where, ": problems: found ", json_text(problems),
           ", expected an object");
   if (problems.empty()) return out + "<p>None.</p>\n";
-  out += "<table>\n" + header_row({"problem", "number"});
+  out += "<table>\n" + header_row({"problem", "#number"});
   for (const auto& [name, value] : problems.items()) {
     out += "<tr>" + cell(name) +
            count_cell(json_as<int64_t>(value, name, summary.where + ": problems")) + "</tr>\n";
@@ -1008,7 +1013,7 @@ nav a { margin-right: 1em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; max-width: 100%; }
 th, td { padding: .2em .7em; text-align: left; border-bottom: 1px solid var(--rule);
          vertical-align: top; }
-td.number { text-align: right; white-space: nowrap; }
+th.number, td.number { text-align: right; white-space: nowrap; }
 td.bars { width: 12em; min-width: 6em; vertical-align: middle; }
 .bar { background: var(--pass); height: .7em; min-width: 1px; }
 .note { color: var(--faint); }
