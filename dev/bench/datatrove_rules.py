@@ -244,7 +244,7 @@ class Changes:
         return " ".join(" ".join(self.pick(12)).split()[: self.random.randint(20, 60)])
 
     def gopher_long_doc(self):
-        return "\n".join(self.pick(self.random.randint(4200, 5200)))
+        return "\n".join(self.pick(self.random.randint(5000, 6500)))
 
     def gopher_below_avg_threshold(self):
         letters, length = "abcdefghijklmnopqrstuvwxyz", self.uniform(2.3, 3.2)
@@ -255,7 +255,8 @@ class Changes:
         return " ".join(words + ["the", "and", "to"]) + "."
 
     def gopher_above_avg_threshold(self):
-        words, share = " ".join(self.pick(20)).split(), self.uniform(0.5, 1)
+        words = [w for w in " ".join(self.pick(20)).split() if len(w) > 2 or w == "to"]
+        share = self.uniform(0.6, 1)
         joined = [a + b if self.random.random() < share else a for a, b in zip(words[::2], words[1::2])]
         return " ".join(joined)
 
@@ -323,11 +324,11 @@ class Changes:
         return "\n".join(self.shuffled(lines + [self.random.choice(lines)]))
 
     def list_ratio(self):
-        lines = []
+        lines, stops = [], self.uniform(0.13, 0.36)
         for _ in range(60):
             words = self.long_words if self.random.random() < 0.5 else self.short_words
             line = " ".join(self.random.sample(words, 3))
-            lines.append(line + self.random.choice(["", "", ".", ""]))
+            lines.append(line + "." * (self.random.random() < stops))
         lines.insert(9, "the end of that " + self.random.choice(self.words))
         return "\n".join(lines)
 
