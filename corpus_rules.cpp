@@ -452,8 +452,7 @@ constexpr std::string_view kContractions[] = {"ll", "ve", "re", "d", "m"};
 // clang-format off
 constexpr std::string_view kUnits[] = {
     "%", "km", "m", "cm", "mm", "ha", "nm", "yd", "in", "ft", "kg", "g", "mg", "t", "lb", "oz",
-    "mph", "mb", "MB", "kb", "KB", "gb", "GB", "tb", "TB", "T", "G", "M", "K", "am", "pm", "a.m.",
-    "p.m.",
+    "mph", "mb", "MB", "kb", "KB", "gb", "GB", "tb", "TB", "T", "G", "M", "K", "am", "pm",
 };
 // clang-format on
 
@@ -522,6 +521,7 @@ class WordSplitter {
   void split_chunk(const char* begin, const char* end, Word&& word) {
     suffixes_.clear();
     while (begin < end) {
+      if (*begin == '\'' && is_contraction({begin + 1, size_t(end - begin - 1)})) break;
       const size_t prefix = prefix_bytes(begin, end);
       if (prefix > 0) {
         word(begin, begin + prefix);
@@ -566,15 +566,23 @@ class WordSplitter {
       if (apostrophe == '\'' || apostrophe == 0x2019) return size_t(end - q);
     }
     if (table_[c] & kSuffix) return size_t(end - p);
-    if (c < 0x80 && is_ascii_digit(*begin)) {
-      for (std::string_view unit : kUnits) {
-        if (size_t(end - begin) > unit.size() && is_ascii_digit(end[-int(unit.size()) - 1]) &&
-            std::string_view(end - unit.size(), unit.size()) == unit) {
-          return unit.size();
-        }
-      }
-    }
+    if (c == '+' && p > begin && is_ascii_digit(p[-1])) return 1;
+    return unit_bytes(begin, end);
+  }
+
+  static size_t unit_bytes(const char* begin, const char* end) {
+    const char* p = end;
+    while (p > begin && end - p < 4 && (is_ascii_letter(p[-1]) || p[-1] == '%')) p--;
+    if (p == begin || p == end || !is_ascii_digit(p[-1])) return 0;
+    const std::string_view ending(p, size_t(end - p));
+    for (std::string_view unit : kUnits)
+      if (unit == ending) return unit.size();
     return 0;
+  }
+
+  static bool is_contraction(std::string_view word) {
+    return word == "s" || std::find(std::begin(kContractions), std::end(kContractions), word) !=
+                              std::end(kContractions);
   }
 
   // Whether the period at `period` is a word of its own: not in "J.", "U.S.", "e.g.", "Dr.".
@@ -605,7 +613,7 @@ class WordSplitter {
     if (word.starts_with("www.") || word.starts_with("http:") || word.starts_with("https:"))
       return true;
     const size_t dot = word.find('.');
-    if (dot == word.npos || dot == 0) return false;
+    if (dot == word.npos || dot == 0 || word.find("..") != word.npos) return false;
     const size_t slash = word.find('/');
     const std::string_view host = word.substr(0, slash);
     const size_t last = host.rfind('.');
@@ -699,7 +707,7 @@ class WordSplitter {
       case '~':
       case 0x2013:
       case 0x2014: {
-        if (!left_letter) return 0;
+        if (!left_letter && !left_digit) return 0;
         while (c == '-' && next < end && *next == '-' && next - p < 3) next++;
         if (next == end) return 0;
         const char* behind = next;
