@@ -804,7 +804,7 @@ class KeptDocuments {
     if (double(bytes_) >= options_.shard_mb * 1e6) end_shard();
   }
   void commit() {
-    end_shard();
+    if (!waiting_.empty()) end_shard();
     documents_.commit(), verdicts_.commit();
   }
 

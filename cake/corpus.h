@@ -60,6 +60,17 @@ struct Extracted {
 // Never throws on any bytes. `url` may be empty.
 Extracted extract(std::string_view html, std::string_view url, const ExtractOptions& = {});
 
+// For training and tests: the blocks of a page, their features (blocks, features) and what the
+// classifier says of each; and extract() with probabilities from elsewhere, one for each block.
+struct ExtractBlocks {
+  std::vector<std::string> texts;
+  std::vector<float> features, probabilities;
+};
+ExtractBlocks extract_blocks(std::string_view html, std::string_view url);
+Extracted extract_chosen(std::string_view html, std::string_view url, ExtractMode,
+                         std::span<const float> probabilities);
+std::vector<std::string> extract_feature_names();
+
 // ---------------------------------------------------------------------------------------------
 // Rules: each compares one measure of a document with a threshold
 
@@ -90,8 +101,18 @@ struct Signature {
   bool has_bands = false;                      // fewer than 5 words: no near duplicates
 };
 
+// The steps of a signature and of the other measures, for their tests. Texts are valid UTF-8.
+std::vector<std::string_view> split_words(std::string_view text);  // pointing into the text
+std::string normal_form(std::string_view text);                    // "Café 3,1!": "cafe 0"
+std::vector<uint64_t> shingles(std::string_view text);             // hashes of its word 5-grams
+using MinHashes = std::array<std::array<uint64_t, kHashesPerBand>, kBands>;
+MinHashes min_hashes(std::span<const uint64_t> shingles);
+MinHashes min_hashes_plain(std::span<const uint64_t> shingles);         // their definition
+int64_t replace_private_data(std::string_view text, std::string& out);  // appends; their number
+
 struct MeasureOptions {
   std::vector<std::string> languages = {"en"};  // wanted, ISO 639-1; empty: any
+  bool detect_language = true;                  // false: "un", and its share is not measured
   std::vector<std::string> blocked_domains, blocked_hosts, blocked_urls;  // paths of lists
   std::vector<std::string> banned_words, soft_banned_words, banned_substrings;
   int min_line_words = 3, max_word_characters = 1000;  // C4's, by line
