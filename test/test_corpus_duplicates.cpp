@@ -298,6 +298,10 @@ TEST_CASE("damaged files of signatures and pairs are refused in one line") {
   lying.replace(16, 8, "\xff\xff\xff\xff\xff\xff\xff\xff");
   CHECK(contains(read_pair_file(lying, 20), "truncated or damaged"));
   CHECK(contains(read_signatures(good + "x", all), "truncated or damaged"));
+  lying = good, lying[8] = 2;
+  CHECK(contains(read_signatures(lying, all), "found signatures of version 2"));
+  lying = good_pairs, lying[8] = 2;
+  CHECK(contains(read_pair_file(lying, 20), "found pairs of version 2"));
   CHECK(contains(read_signatures(good, std::vector<bool>(19, true)),
                  "found the signatures of 20 documents, expected 19"));
   CHECK(contains(read_signatures(good_pairs, all), "expected a file of signatures"));
