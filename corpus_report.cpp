@@ -492,7 +492,7 @@ struct ChartAxis {
   }
 };
 
-constexpr int kChartBins = 40;
+constexpr int kChartBins = 40, kLeastChartBins = 10;
 
 ChartAxis chart_axis(const RuleCounts& counts, const Rule& rule, double threshold) {
   ChartAxis axis{.is_whole = counts.is_whole};
@@ -513,7 +513,7 @@ ChartAxis chart_axis(const RuleCounts& counts, const Rule& rule, double threshol
   if (positive == 0) low = high = 1;
   const double middle = positive > 0 ? quantile(.5) : 1;
   if (line > 0) low = std::min(low, line), high = std::max(high, line);
-  axis.is_log = high > 2 && high > 25 * middle && low > 0;
+  axis.is_log = high > 2 && high > 10 * middle && low > 0;
   axis.has_zero = documents(0) > 0 && (axis.is_log || !axis.is_whole);
   if (!axis.is_log && (low < high / 2 || (documents(0) > 0 && !axis.has_zero))) low = 0;
   if (high <= low) high = low + (axis.is_whole ? 1 : std::max(low, .01));
@@ -529,7 +529,8 @@ ChartAxis chart_axis(const RuleCounts& counts, const Rule& rule, double threshol
     line_bin = std::max(1, int(std::ceil((anchor - first) / axis.width - 1e-6)));
     axis.begin = anchor - line_bin * axis.width;
   }
-  axis.bins = std::max(line_bin, int(std::floor((last - axis.begin) / axis.width + 1e-6))) + 1;
+  const int last_bin = int(std::floor((last - axis.begin) / axis.width + 1e-6));
+  axis.bins = std::max({line_bin + 1, last_bin + 1, kLeastChartBins});
   return axis;
 }
 
