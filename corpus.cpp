@@ -585,13 +585,13 @@ void append_metrics(const Job& job, size_t task, const TaskState& s) {
   std::ofstream(job.dir / "metrics.jsonl", std::ios::app) << json_line(line);
 }
 
-std::vector<Signature> read_signature_rows(const fs::path& path, size_t count) {
-  std::vector<Signature> rows(count);
-  const std::string bytes = read_file(path);
-  if (bytes.size() != count * sizeof(Signature))
-    fail(path.string(), ": found ", bytes.size(), " bytes, expected ", count * sizeof(Signature));
-  std::memcpy(static_cast<void*>(rows.data()), bytes.data(), bytes.size());
-  return rows;
+// A task's signatures were written one by one; they are kept column by column.
+void sort_signatures_by_column(const fs::path& rows, size_t count, const fs::path& columns) {
+  const MappedFile file(rows);
+  if (size_t(file.size()) != count * sizeof(Signature)) {
+    fail(rows.string(), ": found ", file.size(), " bytes, expected ", count * sizeof(Signature));
+  }
+  write_signatures(columns, {reinterpret_cast<const Signature*>(file.data()), count});
 }
 
 void read_task(Job& job, size_t task) {
@@ -660,8 +660,8 @@ void read_task(Job& job, size_t task) {
     }
   }
   save();
-  write_signatures(job.part(task, "signatures"),
-                   read_signature_rows(job.part(task, "rows"), size_t(s.documents)));
+  sort_signatures_by_column(job.part(task, "rows"), size_t(s.documents),
+                            job.part(task, "signatures"));
   write_file(job.marker(task), to_json(s).dump() + "\n");
   for (const char* part : {"rows", "saved"}) remove_path(job.part(task, part));
 }
