@@ -407,22 +407,28 @@ struct Skeleton {
 // Deeper elements are left out of the skeleton, their text is kept: the parser looks through all
 // open elements at many tags, so its time would be quadratic in the depth. Browsers do the same.
 constexpr size_t kMaxDepth = 512;
+// What comes after so many tags, or so many bytes of skeleton, is not looked at.
+constexpr size_t kMaxTags = 1000000, kMaxSkeleton = size_t(1) << 24;
+// Formatting elements that are open when the element around them ends.
+constexpr int kMaxMisnested = 100;
 
 class SkeletonScanner {
  public:
-  // without_formatting: b, i, a ... are left out. See parse_tree.
-  SkeletonScanner(std::string_view html, bool without_formatting, Skeleton& out)
-      : html_(html), without_formatting_(without_formatting), out_(out) {}
+  // plain_formatting: see cut_page.
+  SkeletonScanner(std::string_view html, bool plain_formatting, Skeleton& out)
+      : html_(html), plain_formatting_(plain_formatting), out_(out) {}
 
-  void scan() {
+  // False: formatting elements are so often not closed that plain_formatting is called for.
+  bool scan() {
     out_.text.reserve(html_.size() / 4 + 64);
-    while (i_ < html_.size()) {
+    while (i_ < html_.size() && out_.tags.size() < kMaxTags && out_.text.size() < kMaxSkeleton) {
       if (html_[i_] != '<') {
         copy_text(next_markup(i_));
       } else {
         scan_markup();
       }
     }
+    return plain_formatting_ || misnested_ <= kMaxMisnested;
   }
 
  private:
@@ -704,7 +710,6 @@ class SkeletonScanner {
       return leave_out(bogus_comment_end(end));
     }
     if (flags & kUnparsed) return leave_out(tag.after);
-    if (flags & kFormatting && without_formatting_) return leave_out(tag.after);
     if (push(tag, element)) {
       StartTag start{out_.text.size(), tag.hash, tag.element, 0};
       if (tag.has_attributes) {
@@ -713,7 +718,7 @@ class SkeletonScanner {
       }
       out_.tags.push_back(start);
       out_.text += '<';
-      out_.text += tag.name;
+      out_.text += name_in_skeleton(tag, flags);
       if (tag.self_closing) out_.text += '/';
       out_.text += '>';
       text_has_reference_ = false;
@@ -731,12 +736,15 @@ class SkeletonScanner {
 
   void end_tag(const RawTag& tag) {
     const uint8_t element = exact(tag);
-    if (flags_of(element) & kFormatting && without_formatting_) return;
     if (!pop(tag, element)) return;
     out_.text += "</";
-    out_.text += tag.name;
+    out_.text += name_in_skeleton(tag, flags_of(element));
     out_.text += '>';
     text_has_reference_ = false;
+  }
+
+  std::string_view name_in_skeleton(const RawTag& tag, uint32_t flags) const {
+    return plain_formatting_ && flags & kFormatting ? std::string_view("q") : tag.name;
   }
 
   void keep_meta(const RawTag& tag) {
@@ -826,7 +834,7 @@ class SkeletonScanner {
     const uint32_t flags = flags_of(element);
     if (element == kTagHtml || element == kTagBody || element == kTagHead || flags & kVoid)
       return true;
-    if (open_.size() > 16) close_implied(element);
+    close_implied(element);
     if (open_.size() >= kMaxDepth) {
       left_out_[tag.hash]++;
       return false;
@@ -841,6 +849,7 @@ class SkeletonScanner {
       return std::find(list.begin(), list.end(), open_[k].element) != list.end();
     };
     if (flags & kClosesP) close_nearest({kTagP}, kScope, {kTagButton});
+    if (open_.empty()) return;
     if (flags & kHeading && flags_of(open_.back().element) & kHeading) cut(open_.size() - 1);
     if (element == kTagOption && is(open_.size() - 1, {kTagOption})) cut(open_.size() - 1);
     if (element == kTagLi) close_item({kTagLi});
@@ -869,7 +878,10 @@ class SkeletonScanner {
     }
   }
   void cut(size_t size) {
-    for (size_t k = size; k < open_.size(); k++) open_pre_ -= open_[k].element == kTagPre;
+    for (size_t k = size; k < open_.size(); k++) {
+      open_pre_ -= open_[k].element == kTagPre;
+      if (k > size && flags_of(open_[k].element) & kFormatting) misnested_++;
+    }
     open_.resize(size);
   }
   // Whether the end tag is written to the skeleton.
@@ -888,6 +900,7 @@ class SkeletonScanner {
       const uint32_t other = flags_of(open_[k].element);
       if (open_[k].name == tag.hash) {
         if (flags & kFormatting && special_above) {
+          misnested_++;
           open_.erase(open_.begin() + ptrdiff_t(k));
         } else {
           cut(k);
@@ -902,13 +915,13 @@ class SkeletonScanner {
   }
 
   const std::string_view html_;
-  const bool without_formatting_;
+  const bool plain_formatting_;
   Skeleton& out_;
   size_t i_ = 0;
   mutable size_t slash_ = 0;         // offset of the last '/' in a tag
   bool text_has_reference_ = false;  // '&' since the last tag
   std::vector<Open> open_;
-  int open_pre_ = 0;
+  int open_pre_ = 0, misnested_ = 0;
   std::unordered_map<uint64_t, uint32_t> left_out_;  // start tags left out, by name
 };
 
@@ -1332,15 +1345,15 @@ class TreeWalk {
   int line_breaks_ = 0;
 };
 
-// The page, cut into blocks. Formatting elements that are never closed come back in every later
-// paragraph: HTML5 says so. A hostile page makes gigabytes of tree of this; then a second scan
-// leaves these elements out.
+// The page, cut into blocks. HTML5 opens formatting elements that were never closed (b, i, a) again
+// in every later paragraph: a hostile page makes gigabytes of tree, or one 10,000 levels deep, of
+// this. On such pages a second scan gives the parser the name of a plain element in their place.
 void cut_page(std::string_view html, Skeleton& skeleton, PageBlocks& page) {
   TreeArena arena;
   const GumboOutput* tree = nullptr;
-  for (const bool without_formatting : {false, true}) {
+  for (const bool plain_formatting : {false, true}) {
     skeleton = Skeleton{};
-    SkeletonScanner(html, without_formatting, skeleton).scan();
+    if (!SkeletonScanner(html, plain_formatting, skeleton).scan()) continue;
     tree = arena.parse(skeleton.text, (size_t(1) << 25) + skeleton.text.size() * 160);
     if (tree) break;
   }
@@ -1718,19 +1731,20 @@ class BlockFeatures {
     sum_nodes();
     find_shapes();
     page_features(skeleton, url);
-    rows_.reserve(blocks_.size() * kExtractFeatures);
-    for (size_t i = 0; i < blocks_.size(); i++) {
-      own_features(i);
-      tag_features(i);
-      class_features(i);
-      repetition_features(i);
-      position_features(i);
-      rows_.insert(rows_.end(), of_page_.begin(), of_page_.end());
-    }
   }
-  std::vector<float> rows_;
-  std::string description_;
-  std::vector<uint64_t> text_hashes_;  // of each block, in lower case
+
+  // Appends the features of the next block to `row`; blocks come in their order.
+  void next_row(std::vector<float>& row) {
+    row_ = &row;
+    own_features(next_);
+    tag_features(next_);
+    class_features(next_);
+    repetition_features(next_);
+    position_features(next_);
+    row.insert(row.end(), of_page_.begin(), of_page_.end());
+    next_++;
+  }
+  const std::string& description() const { return description_; }
 
  private:
   void measure(const WordSet& title) {
@@ -1742,7 +1756,6 @@ class BlockFeatures {
       b.link_words = std::min(b.link_words, b.words);
       b.sentences = m.sentences;
       copies_[m.lower_hash]++;
-      text_hashes_.push_back(m.lower_hash);
       measures_.push_back(m);
     }
   }
@@ -1846,9 +1859,9 @@ class BlockFeatures {
     }
   }
 
-  void add(double x) { rows_.push_back(float(x)); }
+  void add(double x) { row_->push_back(float(x)); }
   void add_bits(uint32_t bits, size_t n) {
-    for (size_t k = 0; k < n; k++) rows_.push_back(float(bits >> k & 1));
+    for (size_t k = 0; k < n; k++) row_->push_back(float(bits >> k & 1));
   }
 
   void own_features(size_t i) {
@@ -1921,7 +1934,7 @@ class BlockFeatures {
 
     const int32_t record = record_[size_t(b.owner)];
     if (record < 0) {
-      rows_.insert(rows_.end(), 11, 0.f);
+      row_->insert(row_->end(), 11, 0.f);
       return;
     }
     const PageNode& r = nodes_[size_t(record)];
@@ -1959,6 +1972,9 @@ class BlockFeatures {
   std::vector<uint32_t> shape_of_, any_;
   std::vector<int32_t> record_;
   std::vector<float> of_page_;
+  std::string description_;
+  std::vector<float>* row_ = nullptr;
+  size_t next_ = 0;
   uint64_t words_ = 0, link_words_ = 0, prose_words_ = 0, words_before_ = 0;
 };
 
@@ -1977,10 +1993,15 @@ double tree_score(const float* features) {
   }
   return sum;
 }
-std::vector<float> block_probabilities(const std::vector<float>& rows) {
-  std::vector<float> p;
-  for (size_t i = 0; i < rows.size(); i += kExtractFeatures) {
-    p.push_back(float(1 / (1 + std::exp(-tree_score(rows.data() + i)))));
+float probability(const float* features) {
+  return float(1 / (1 + std::exp(-tree_score(features))));
+}
+std::vector<float> block_probabilities(BlockFeatures& features, size_t blocks) {
+  std::vector<float> p, row;
+  for (size_t i = 0; i < blocks; i++) {
+    row.clear();
+    features.next_row(row);
+    p.push_back(probability(row.data()));
   }
   return p;
 }
@@ -2161,10 +2182,11 @@ Extracted extract(std::string_view html, std::string_view url, const ExtractOpti
   PageParts parts;
   cut(html, parts);
   BlockFeatures features(parts.skeleton, url, parts.page);
-  return finish(html, parts, features.description_,
-                options.rules ? choose_by_rules(parts.page)
-                              : choose_blocks(block_probabilities(features.rows_),
-                                              parts.page.blocks, options.mode));
+  return finish(html, parts, features.description(),
+                options.rules
+                    ? choose_by_rules(parts.page)
+                    : choose_blocks(block_probabilities(features, parts.page.blocks.size()),
+                                    parts.page.blocks, options.mode));
 }
 
 ExtractBlocks extract_blocks(std::string_view html, std::string_view url) {
@@ -2172,9 +2194,12 @@ ExtractBlocks extract_blocks(std::string_view html, std::string_view url) {
   cut(html, parts);
   BlockFeatures features(parts.skeleton, url, parts.page);
   ExtractBlocks out;
-  for (const TextBlock& b : parts.page.blocks) out.texts.push_back(b.text);
-  out.probabilities = block_probabilities(features.rows_);
-  out.features = std::move(features.rows_);
+  for (const TextBlock& b : parts.page.blocks) {
+    const size_t begin = out.features.size();
+    features.next_row(out.features);
+    out.texts.push_back(b.text);
+    out.probabilities.push_back(probability(out.features.data() + begin));
+  }
   return out;
 }
 
@@ -2186,7 +2211,7 @@ Extracted extract_chosen(std::string_view html, std::string_view url, ExtractMod
   require(probabilities.size() == parts.page.blocks.size(), "extract_chosen: found ",
           probabilities.size(), " probabilities, expected ", parts.page.blocks.size());
   return finish(
-      html, parts, features.description_,
+      html, parts, features.description(),
       choose_blocks({probabilities.begin(), probabilities.end()}, parts.page.blocks, mode));
 }
 
