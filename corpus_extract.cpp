@@ -644,16 +644,18 @@ class SkeletonScanner {
 
   void copy_text(size_t end) {
     std::string& text = out_.text;
-    const bool keep_spaces = open_pre_ > 0;
     for (; i_ < end; i_++) {
       const char c = html_[i_];
-      if (is_html_space(c) && !keep_spaces) {
-        if (text.empty() || !is_html_space(text.back())) text += c == '\r' ? '\n' : c;
+      if (is_html_space(c)) {
+        const bool another = !text.empty() && is_html_space(text.back());
+        if (!another || open_pre_ > 0) text += c;
       } else if (c == '<') {
         text += "&lt;";
-      } else if (c != '\0') {
+      } else if (uint8_t(c) >= 0x20 && c != 0x7f) {
         if (c == '&') text_has_reference_ = true;
         text += c;
+      } else if (c == '\v') {  // other controls are dropped
+        text += ' ';
       }
     }
   }
