@@ -24,6 +24,27 @@
 namespace cake::corpus {
 
 // ---------------------------------------------------------------------------------------------
+// Output
+
+void append_json_string(std::string& out, std::string_view utf8);  // in quotes
+
+// A text file, complete or not there at all. A name that ends in .zst: Zstandard frames of 4 MB of
+// whole lines, compressed side by side; the bytes depend on the text alone.
+class TextFile {
+ public:
+  TextFile(const std::filesystem::path&, int threads);
+  void write(std::string_view lines);  // whole lines
+  void commit();
+
+ private:
+  void compress();
+  AtomicFile file_;
+  bool zstd_;
+  size_t threads_;
+  std::vector<std::string> frames_;  // the last one is being filled
+};
+
+// ---------------------------------------------------------------------------------------------
 // Main text of a page of HTML
 
 enum class ExtractMode { precision, balanced, recall };
@@ -38,6 +59,17 @@ struct Extracted {
 };
 // Never throws on any bytes. `url` may be empty.
 Extracted extract(std::string_view html, std::string_view url, const ExtractOptions& = {});
+
+// For training and tests: the blocks of a page, their features (blocks, features) and what the
+// classifier says of each; and extract() with probabilities from elsewhere, one for each block.
+struct ExtractBlocks {
+  std::vector<std::string> texts;
+  std::vector<float> features, probabilities;
+};
+ExtractBlocks extract_blocks(std::string_view html, std::string_view url);
+Extracted extract_chosen(std::string_view html, std::string_view url, ExtractMode,
+                         std::span<const float> probabilities);
+std::vector<std::string> extract_feature_names();
 
 // ---------------------------------------------------------------------------------------------
 // Rules: each compares one measure of a document with a threshold
@@ -117,39 +149,48 @@ class Measurer {
 // ---------------------------------------------------------------------------------------------
 // Decontamination and the quality classifier: used by Measurer
 
-// Word 13-grams (words of letters and digits, lower case) of evaluation sets.
+// Word 13-grams (words of letters and digits, lower case) of evaluation sets: files of JSON lines,
+// of which all strings are taken, or of plain text.
 class Contamination {
  public:
-  explicit Contamination(const std::vector<std::string>& paths);  // JSON lines: all string members
+  explicit Contamination(const std::vector<std::string>& paths);
   struct Match {
     int64_t ngrams = 0;   // of the text, that an evaluation set holds too
-    std::string example;  // 'file:line: "the 13 words"'
+    std::string example;  // the first: 'file:line: "the 13 words"'
   };
   Match find(std::string_view text) const;
+  struct Counts {
+    int64_t strings = 0, short_strings = 0;  // short: fewer than 13 words, can never match
+    int64_t ngrams = 0;                      // different ones
+  };
+  const Counts& counts() const;  // to be told to the user
 
  private:
   struct State;
   std::shared_ptr<const State> state_;
 };
 
-// A linear model over hashed word n-grams: the probability that a text is of the good kind.
+// A linear model over hashed words and pairs of words: the probability that a text is of the good
+// kind.
 class QualityModel {
  public:
   static QualityModel load(const std::filesystem::path&);
+  void save(const std::filesystem::path&) const;
   double score(std::string_view text) const;  // 0 to 1
 
  private:
   friend struct QualityTraining;
-  std::vector<float> weights_;
+  std::vector<float> weights_;  // one for each bucket
   float bias_ = 0;
 };
 struct ClassifyOptions {
   std::vector<std::string> good, bad, inputs;
-  std::string model, output;
-  double keep = 0;       // of the inputs, the best share; 0: min_score decides
-  double min_score = 0;  // lowest score that is kept
+  std::string model, output;  // train writes the model to `output`
+  double keep = 0;            // of the inputs, the best share; 0: min_score decides
+  double min_score = 0;       // lowest score that is kept
   int epochs = 3;
   uint64_t seed = 1;
+  int threads = 1;  // of apply; the output does not depend on them
 };
 void classify_train(const ClassifyOptions&);
 void classify_apply(const ClassifyOptions&);
@@ -159,7 +200,7 @@ void classify_apply(const ClassifyOptions&);
 
 // The signatures of one task's documents, in order: a file that stores them column by column, and
 // that is read in slices.
-void write_signatures(const std::filesystem::path&, const std::vector<Signature>&);
+void write_signatures(const std::filesystem::path&, std::span<const Signature>);
 
 struct SignatureFile {
   std::filesystem::path path;
@@ -195,14 +236,18 @@ std::vector<int64_t> remove_repeated_substrings(std::vector<std::string>& texts,
 struct Verdict {
   Place place;
   std::string url, id, language, match;
-  std::vector<double> values;       // one for each measure
-  int64_t bytes = 0;                // of the text before the rules
-  int64_t private_data = 0;         // addresses replaced
-  std::string begins;               // the text's first characters, to be looked at
-  int rule = -1;                    // index into rules(): the first it fails; -1: none
-  std::optional<Place> original;    // of which it is a duplicate
-  bool exact = false;               // an exact one
-  std::string_view reason() const;  // "kept", the rule's name, "exact-duplicate", "near-duplicate"
+  std::vector<double> values;     // one for each measure
+  int64_t bytes = 0;              // of the text before the rules
+  int64_t private_data = 0;       // addresses replaced
+  std::string begins;             // the text's first characters, to be looked at
+  int rule = -1;                  // index into rules(): the first it fails; -1: none
+  std::optional<Place> original;  // of which it is a duplicate
+  bool exact = false;             // an exact one
+  bool empty = false;             // no text is left, whatever the rules say
+  int64_t repeated_bytes = 0;     // removed: exact substrings of earlier documents
+  bool kept() const { return rule < 0 && !original && !empty; }
+  // "kept", a rule's name, "empty", "exact-duplicate" or "near-duplicate".
+  std::string_view reason() const;
 };
 std::string verdict_line(const Verdict&);  // with \n; the same doubles come back
 Verdict parse_verdict(std::string_view line, const std::string& where);

@@ -59,6 +59,15 @@ std::vector<std::string> sentences(const std::string& text) {
   return found;
 }
 
+std::vector<std::string> lines_of(const std::string& text) {
+  std::vector<std::string> lines;
+  for (size_t begin = 0, end; begin < text.size(); begin = end + 1) {
+    end = std::min(text.find('\n', begin), text.size());
+    lines.push_back(text.substr(begin, end - begin));
+  }
+  return lines;
+}
+
 int occurrences(const std::string& text, const std::string& what) {
   int n = 0;
   for (size_t at = 0; (at = text.find(what, at)) != text.npos; at += what.size()) n++;
@@ -179,9 +188,9 @@ TEST_CASE("no document holds a held-out combination") {
       }
     }
     if (d.kind != "word problems") continue;
-    for (size_t at = 0, end; at < d.text.size(); at = end + 2) {  // problems stand apart
-      end = std::min(d.text.find("\n\n", at), d.text.size());
-      REQUIRE(problem_part(d.text.substr(at, d.text.find('\n', at) - at)) == Part::training);
+    for (const std::string& line : lines_of(d.text)) {
+      if (line.starts_with("Steps: ") || line.starts_with("Answer: ")) continue;
+      REQUIRE(problem_part(line) == Part::training);
       problems++;
     }
   }
@@ -229,7 +238,7 @@ TEST_CASE("a passage's statements are each asked in every round and answered in 
     if (d.kind != "passages") continue;
     CAPTURE(d.text);
     passages++;
-    const size_t middle = d.text.find("\n\n");
+    const size_t middle = d.text.rfind('\n', d.text.find('?'));  // before the first question
     REQUIRE(middle != d.text.npos);
     std::string body = d.text.substr(0, middle);
     if (const size_t opening = body.find(": "); opening != body.npos) body.erase(0, opening + 2);
@@ -281,8 +290,10 @@ TEST_CASE("the arithmetic in the documents is right") {
       // The last step's result is the answer.
       if (d.kind != "sums" && d.kind != "word problems") continue;
       for (size_t at = 0; (at = d.text.find("Steps: ", at)) != d.text.npos; at++) {
-        const std::string unit = d.text.substr(at, d.text.find("\n\n", at) - at);
+        const std::string unit = d.text.substr(at, d.text.find(kAnswerEnd, at) - at) + ".";
         int answer = -1;
+        // The answer is in the next line: no point ends the steps.
+        REQUIRE(unit.find("\nAnswer: ") == unit.find('\n'));
         REQUIRE(std::sscanf(unit.c_str() + unit.find("Answer: "), "Answer: %d.", &answer) == 1);
         REQUIRE(equations(unit).back().c == answer);
         answered++;
@@ -336,6 +347,7 @@ TEST_CASE("documents are mixed as promised, have the lengths promised, and none 
     if (n < kShortest) below += double(n);
     REQUIRE(texts.insert(d.text).second);
     REQUIRE_FALSE(d.text.empty());
+    REQUIRE(d.text.find("\n\n") == d.text.npos);
     REQUIRE(std::all_of(d.text.begin(), d.text.end(),
                         [](char c) { return c == '\n' || (c >= ' ' && c <= '~'); }));
   }
@@ -364,9 +376,9 @@ TEST_CASE("an answer counts where it must stand, and only there") {
   CHECK_FALSE(answers(sentence, " Ben lives in Oakfords."));
   CHECK_FALSE(answers(sentence, ""));
   const Probe steps{"sums", "4 + 5 = ?\nSteps:", "9", Probe::final};
-  CHECK(answers(steps, " 4 + 5 = 9.\nAnswer: 9.\n\nAnswer: 1."));
-  CHECK_FALSE(answers(steps, " 4 + 5 = 9.\nAnswer: 91."));
-  CHECK_FALSE(answers(steps, " 4 + 5 = 9.\n\n1 + 8 = ?\nAnswer: 9."));
+  CHECK(answers(steps, " 4 + 5 = 9\nAnswer: 9.\nAnswer: 1."));
+  CHECK_FALSE(answers(steps, " 4 + 5 = 9\nAnswer: 91."));
+  CHECK_FALSE(answers(steps, " 4 + 5 = 9.\n1 + 8 = ?\nAnswer: 9."));
   CHECK_FALSE(answers(steps, " 9."));
   const Probe direct{"direct", "4 + 5 = ?\nAnswer:", "9", Probe::final};
   CHECK(answers(direct, " 9.\nAnswer: 1."));
