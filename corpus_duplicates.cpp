@@ -557,7 +557,8 @@ std::vector<Duplicate> cluster(const std::vector<std::filesystem::path>& paths, 
 //
 // The suffix array puts equal windows side by side; the first of a group is its smallest number.
 // Memory: 8 bytes of suffix array, 1 of joined texts and 1/4 of marks for each byte of text, beside
-// the texts. A comparison of two neighbours reads at most min_bytes bytes.
+// the texts. A comparison of two neighbours reads at most min_bytes bytes. 7 to 11 MB of text a
+// second, nearly all of it divsufsort's.
 
 namespace {
 
