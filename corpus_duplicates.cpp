@@ -54,7 +54,7 @@ uint64_t column_offset(int pass, uint64_t documents) {
 }
 uint64_t has_bands_offset(uint64_t documents) { return column_offset(kBands + 1, documents); }
 
-// Closes a file that is read at offsets.
+// A file that is read at offsets. Errors name it.
 class FileAtOffsets {
  public:
   explicit FileAtOffsets(const std::filesystem::path& path)
