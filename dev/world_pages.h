@@ -471,7 +471,7 @@ std::string links(Rng& rng, const Words& from, int count, const char* before, co
 
 std::string make_style(Rng& rng) {
   std::string out;
-  for (int i = between(rng, 8, 16); i > 0; i--)
+  for (int i = between(rng, 2, 7); i > 0; i--)
     out += format(".c%d{margin:%dpx %dpx;padding:%dpx;color:#%06x}", between(rng, 1, 999),
                   between(rng, 0, 40), between(rng, 0, 40), between(rng, 0, 20),
                   unsigned(rng.below(1 << 24)));
@@ -944,8 +944,8 @@ std::vector<WebPage> make_web_pages(const World& world, const std::vector<Docume
       if (u < .05) body.charset = "windows-1252";
     } else if (u < .06) {
       page.kind = "broken bytes";  // no UTF-8, in a page that says it is
-      body.documents.back() += "\nThe old caf\xe9 is open again.";
-      kept.back() += "\nThe old caf\xef\xbf\xbd is open again.";
+      body.documents.back() += "\nThe old café\xff – the one with the piñata – is open again.";
+      kept.back() += "\nThe old café\xef\xbf\xbd – the one with the piñata – is open again.";
     }
     for (const std::string& text : kept) page.text += (page.text.empty() ? "" : "\n") + text;
     add(pick(rng, sites), body, std::move(page), 0);
