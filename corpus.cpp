@@ -585,13 +585,13 @@ void append_metrics(const Job& job, size_t task, const TaskState& s) {
   std::ofstream(job.dir / "metrics.jsonl", std::ios::app) << json_line(line);
 }
 
-std::vector<Signature> read_signature_rows(const fs::path& path, size_t count) {
-  std::vector<Signature> rows(count);
-  const std::string bytes = read_file(path);
-  if (bytes.size() != count * sizeof(Signature))
-    fail(path.string(), ": found ", bytes.size(), " bytes, expected ", count * sizeof(Signature));
-  std::memcpy(static_cast<void*>(rows.data()), bytes.data(), bytes.size());
-  return rows;
+// A task's signatures were written one by one; they are kept column by column.
+void sort_signatures_by_column(const fs::path& rows, size_t count, const fs::path& columns) {
+  const MappedFile file(rows);
+  if (size_t(file.size()) != count * sizeof(Signature)) {
+    fail(rows.string(), ": found ", file.size(), " bytes, expected ", count * sizeof(Signature));
+  }
+  write_signatures(columns, {reinterpret_cast<const Signature*>(file.data()), count});
 }
 
 void read_task(Job& job, size_t task) {
@@ -660,8 +660,8 @@ void read_task(Job& job, size_t task) {
     }
   }
   save();
-  write_signatures(job.part(task, "signatures"),
-                   read_signature_rows(job.part(task, "rows"), size_t(s.documents)));
+  sort_signatures_by_column(job.part(task, "rows"), size_t(s.documents),
+                            job.part(task, "signatures"));
   write_file(job.marker(task), to_json(s).dump() + "\n");
   for (const char* part : {"rows", "saved"}) remove_path(job.part(task, part));
 }
@@ -1075,22 +1075,33 @@ void remove_run(const fs::path& dir) {
   }
 }
 
+bool lies_inside(const fs::path& path, const fs::path& folder) {
+  const fs::path inside =
+      fs::weakly_canonical(path).lexically_relative(fs::weakly_canonical(folder));
+  return !inside.empty() && *inside.begin() != "..";
+}
+
 Job begin_job(CleanOptions options) {
   CleanOptions& o = options;
   if (o.threads <= 0) o.threads = usable_cores();
   find_rank(o);
   Job job;
   job.dir = o.output;
+  for (const std::string& input : o.inputs) {
+    if (fs::is_directory(input) && lies_inside(job.dir, input)) {
+      fail("-o: ", job.dir.string(), ": lies inside the input ", input,
+           ": choose another directory");
+    }
+  }
   job.inputs = expand_inputs(o.inputs);
   for (const Input& input : job.inputs) {
     std::error_code ec;
     const auto bytes = input.path == "-" ? 0 : fs::file_size(input.path, ec);
     job.bytes.push_back(ec ? 0 : int64_t(bytes));
-    const fs::path inside =
-        fs::weakly_canonical(input.path).lexically_relative(fs::weakly_canonical(job.dir));
-    if (!inside.empty() && *inside.begin() != "..")
+    if (lies_inside(input.path, job.dir)) {
       fail("-o: ", job.dir.string(), ": the input ", input.name,
            " lies inside it: choose another directory");
+    }
     if (input.path == "-" && o.rank >= 0)
       fail("standard input: cannot be shared by several processes");
   }

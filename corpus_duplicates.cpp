@@ -387,21 +387,26 @@ class PairFinder {
 
 }  // namespace
 
-void write_signatures(const std::filesystem::path& path, const std::vector<Signature>& list) {
+void write_signatures(const std::filesystem::path& path, std::span<const Signature> list) {
+  constexpr size_t kSlice = 1 << 16;  // documents whose column is held at once
   SignatureHeader header = {{}, kSignatureVersion, kBands, list.size()};
   std::memcpy(header.magic, kSignatureMagic, sizeof header.magic);
   AtomicFile file(path);
   file.write(&header, sizeof header);
-  std::vector<uint64_t> column(2 * list.size());
-  for (size_t i = 0; i < list.size(); i++) {
-    column[2 * i] = list[i].text_hash[0];
-    column[2 * i + 1] = list[i].text_hash[1];
-  }
-  file.write(column.data(), column.size() * sizeof(uint64_t));
-  column.resize(list.size());
+  std::vector<uint64_t> slice;
+  const auto write_slices = [&](const auto& append) {
+    for (size_t begin = 0; begin < list.size(); begin += kSlice) {
+      slice.clear();
+      for (const Signature& s : list.subspan(begin, std::min(kSlice, list.size() - begin)))
+        append(s);
+      file.write(slice.data(), slice.size() * sizeof(uint64_t));
+    }
+  };
+  write_slices([&](const Signature& s) {
+    for (const uint64_t half : s.text_hash) slice.push_back(half);
+  });
   for (size_t band = 0; band < kBands; band++) {
-    for (size_t i = 0; i < list.size(); i++) column[i] = list[i].band_hashes[band];
-    file.write(column.data(), column.size() * sizeof(uint64_t));
+    write_slices([&](const Signature& s) { slice.push_back(s.band_hashes[band]); });
   }
   std::vector<uint8_t> bits((list.size() + 7) / 8);
   for (size_t i = 0; i < list.size(); i++) {

@@ -452,8 +452,7 @@ constexpr std::string_view kContractions[] = {"ll", "ve", "re", "d", "m"};
 // clang-format off
 constexpr std::string_view kUnits[] = {
     "%", "km", "m", "cm", "mm", "ha", "nm", "yd", "in", "ft", "kg", "g", "mg", "t", "lb", "oz",
-    "mph", "mb", "MB", "kb", "KB", "gb", "GB", "tb", "TB", "T", "G", "M", "K", "am", "pm", "a.m.",
-    "p.m.",
+    "mph", "mb", "MB", "kb", "KB", "gb", "GB", "tb", "TB", "T", "G", "M", "K", "am", "pm",
 };
 // clang-format on
 
@@ -522,6 +521,7 @@ class WordSplitter {
   void split_chunk(const char* begin, const char* end, Word&& word) {
     suffixes_.clear();
     while (begin < end) {
+      if (*begin == '\'' && is_contraction({begin + 1, size_t(end - begin - 1)})) break;
       const size_t prefix = prefix_bytes(begin, end);
       if (prefix > 0) {
         word(begin, begin + prefix);
@@ -566,15 +566,23 @@ class WordSplitter {
       if (apostrophe == '\'' || apostrophe == 0x2019) return size_t(end - q);
     }
     if (table_[c] & kSuffix) return size_t(end - p);
-    if (c < 0x80 && is_ascii_digit(*begin)) {
-      for (std::string_view unit : kUnits) {
-        if (size_t(end - begin) > unit.size() && is_ascii_digit(end[-int(unit.size()) - 1]) &&
-            std::string_view(end - unit.size(), unit.size()) == unit) {
-          return unit.size();
-        }
-      }
-    }
+    if (c == '+' && p > begin && is_ascii_digit(p[-1])) return 1;
+    return unit_bytes(begin, end);
+  }
+
+  static size_t unit_bytes(const char* begin, const char* end) {
+    const char* p = end;
+    while (p > begin && end - p < 4 && (is_ascii_letter(p[-1]) || p[-1] == '%')) p--;
+    if (p == begin || p == end || !is_ascii_digit(p[-1])) return 0;
+    const std::string_view ending(p, size_t(end - p));
+    for (std::string_view unit : kUnits)
+      if (unit == ending) return unit.size();
     return 0;
+  }
+
+  static bool is_contraction(std::string_view word) {
+    return word == "s" || std::find(std::begin(kContractions), std::end(kContractions), word) !=
+                              std::end(kContractions);
   }
 
   // Whether the period at `period` is a word of its own: not in "J.", "U.S.", "e.g.", "Dr.".
@@ -605,7 +613,7 @@ class WordSplitter {
     if (word.starts_with("www.") || word.starts_with("http:") || word.starts_with("https:"))
       return true;
     const size_t dot = word.find('.');
-    if (dot == word.npos || dot == 0) return false;
+    if (dot == word.npos || dot == 0 || word.find("..") != word.npos) return false;
     const size_t slash = word.find('/');
     const std::string_view host = word.substr(0, slash);
     const size_t last = host.rfind('.');
@@ -699,7 +707,7 @@ class WordSplitter {
       case '~':
       case 0x2013:
       case 0x2014: {
-        if (!left_letter) return 0;
+        if (!left_letter && !left_digit) return 0;
         while (c == '-' && next < end && *next == '-' && next - p < 3) next++;
         if (next == end) return 0;
         const char* behind = next;
@@ -743,6 +751,13 @@ class SlotTable {  // open addressing; a slot holds an index + 1, 0: empty
       if (same(slots_[i] - 1)) return slots_[i] - 1;
     }
   }
+  template <class Same>
+  bool find(uint64_t hash, Same&& same) const {
+    const size_t mask = (size_t(1) << bits_) - 1;
+    for (size_t i = hash >> (64 - bits_); slots_[i] != 0; i = (i + 1) & mask)
+      if (same(slots_[i] - 1)) return true;
+    return false;
+  }
 
  private:
   int bits_ = 4;
@@ -772,12 +787,20 @@ inline uint64_t fold_multiply(uint64_t a, uint64_t b) {
   return uint64_t(product) ^ uint64_t(product >> 64);
 }
 
+// The first and the last 8 bytes of a string: all of it, if it has 16 bytes at most.
+struct StringKey {
+  uint64_t head, tail;
+  StringKey(const char* p, size_t n)
+      : head(load_bytes(p, std::min<size_t>(n, 8))), tail(n > 8 ? load_bytes(p + n - 8, 8) : 0) {}
+  bool operator==(const StringKey& k) const { return ((head ^ k.head) | (tail ^ k.tail)) == 0; }
+  uint64_t hash(size_t n) const {
+    constexpr uint64_t k1 = 0x9e3779b97f4a7c15, k2 = 0xbf58476d1ce4e5b9;
+    return fold_multiply(head ^ k1 ^ (uint64_t(n) << 56), tail ^ k2);
+  }
+};
+
 inline uint64_t hash_bytes(const char* p, size_t n) {
-  constexpr uint64_t k1 = 0x9e3779b97f4a7c15, k2 = 0xbf58476d1ce4e5b9, k3 = 0x94d049bb133111eb;
-  if (n <= 8) return fold_multiply(load_bytes(p, n) ^ k1, (uint64_t(n) << 56 | k2 >> 8));
-  if (n > 16) return XXH3_64bits(p, n);
-  const uint64_t a = load_bytes(p, 8), b = load_bytes(p + n - 8, 8);
-  return fold_multiply(a ^ k1 ^ (uint64_t(n) << 32), b ^ k3);
+  return n <= 16 ? StringKey(p, n).hash(n) : XXH3_64bits(p, n);
 }
 
 struct TableWord {
@@ -786,6 +809,7 @@ struct TableWord {
   uint32_t number;  // of its occurrences
   uint16_t any;     // flags that one of its characters has
   uint16_t all;     // flags that all of them have
+  StringKey key;
 };
 
 class WordTable {
@@ -797,24 +821,27 @@ class WordTable {
   }
   uint32_t intern(const char* begin, const char* end) {
     const size_t bytes = size_t(end - begin);
-    const uint64_t hash = hash_bytes(begin, bytes);
+    const StringKey key(begin, bytes);
+    const uint64_t hash = bytes <= 16 ? key.hash(bytes) : XXH3_64bits(begin, bytes);
     if (words_.size() == slots_.capacity()) grow();
     const uint32_t id = slots_.find_or_add(hash, uint32_t(words_.size()), [&](uint32_t i) {
-      return words_[i].bytes == bytes && std::memcmp(words_[i].begin, begin, bytes) == 0;
+      return words_[i].bytes == bytes && words_[i].key == key &&
+             (bytes <= 16 || std::memcmp(words_[i].begin, begin, bytes) == 0);
     });
-    if (id == words_.size()) add(begin, end);
+    if (id == words_.size()) add(begin, end, key);
     words_[id].number++;
     return id;
   }
-  bool contains(std::string_view word) const {
-    for (const TableWord& w : words_)
-      if (w.bytes == word.size() && std::memcmp(w.begin, word.data(), w.bytes) == 0) return true;
-    return false;
+  bool contains(std::string_view word) const {  // of 16 bytes at most
+    const StringKey key(word.data(), word.size());
+    return slots_.find(key.hash(word.size()), [&](uint32_t i) {
+      return words_[i].bytes == word.size() && words_[i].key == key;
+    });
   }
   const std::vector<TableWord>& words() const { return words_; }
 
  private:
-  void add(const char* begin, const char* end) {
+  void add(const char* begin, const char* end, const StringKey& key) {
     uint16_t any = 0, all = 0xFFFF;
     uint32_t characters = 0;
     for (const char* p = begin; p < end; characters++) {
@@ -822,7 +849,7 @@ class WordTable {
       any |= flags, all &= flags;
     }
     if (characters > 1) all = uint16_t(all & ~kSentenceEnd);  // it must stand alone
-    words_.push_back({begin, uint32_t(end - begin), characters, 0, any, all});
+    words_.push_back({begin, uint32_t(end - begin), characters, 0, any, all, key});
   }
   void grow() {
     slots_.reset(words_.size() * 2);
@@ -881,10 +908,13 @@ class RepeatedNgrams {
   void find(const std::vector<uint32_t>& ids, const std::vector<TableWord>& words) {
     std::fill(std::begin(top), std::end(top), 0);
     std::fill(std::begin(repeated), std::end(repeated), 0);
-    left_.clear();
+    left_.resize(ids.size());
+    size_t left = 0;  // here and below: no branch that the processor would guess wrong
     for (uint32_t i = 0; i < ids.size(); i++) {
-      if (words[ids[i]].number > 1) left_.push_back({i, ids[i]});
+      left_[left] = {i, ids[i]};
+      left += words[ids[i]].number > 1;
     }
+    left_.resize(left);
     const auto characters = [&](size_t begin, int n) {
       size_t sum = 0;
       for (size_t i = begin; i < begin + size_t(n); i++) sum += words[ids[i]].characters;
@@ -917,11 +947,12 @@ class RepeatedNgrams {
   };
   // From the repeated n-grams to those of length n + 1.
   void extend() {
-    pairs_.clear();
+    pairs_.resize(left_.size());
+    candidates_ = 0;
     for (size_t i = 0; i + 1 < left_.size(); i++) {
-      if (left_[i + 1].position == left_[i].position + 1) pairs_.push_back(uint32_t(i));
+      pairs_[candidates_] = uint32_t(i);
+      candidates_ += left_[i + 1].position == left_[i].position + 1;
     }
-    candidates_ = pairs_.size();
     ids_.resize(candidates_);
     number_.assign(candidates_, 0);
     slots_.reset(candidates_);
@@ -936,14 +967,15 @@ class RepeatedNgrams {
       number_[ids_[k]]++;
     }
     most_frequent_ = {0, 1};  // of n-grams that occur once: the first
-    next_.clear();
+    next_.resize(candidates_);
+    size_t left = 0;
     for (uint32_t k = 0; k < candidates_; k++) {
-      const uint32_t number = number_[ids_[k]];
-      if (number < 2) continue;
-      const uint32_t position = left_[pairs_[k]].position;
+      const uint32_t number = number_[ids_[k]], position = left_[pairs_[k]].position;
       if (number > most_frequent_.number) most_frequent_ = {position, number};
-      next_.push_back({position, ids_[k]});
+      next_[left] = {position, ids_[k]};
+      left += number > 1;
     }
+    next_.resize(left);
     left_.swap(next_);
   }
 
@@ -1345,16 +1377,19 @@ class NormalForm {
 void append_shingles(std::string_view normal, std::vector<uint64_t>& words,
                      std::vector<uint64_t>& shingles) {
   words.clear(), shingles.clear();
-  for (size_t i = 0; i < normal.size();) {
-    const size_t end = std::min(normal.find(' ', i), normal.size());
-    words.push_back(hash_bytes(normal.data() + i, end - i));
-    i = end + 1;
+  for (const char *p = normal.data(), *end = p + normal.size(); p < end; p++) {
+    const char* begin = p;
+    while (p < end && *p != ' ') p++;
+    words.push_back(hash_bytes(begin, size_t(p - begin)));
   }
   constexpr uint64_t kFactor = 0x9e3779b97f4a7c15;
-  for (size_t i = 0; i + kShingleWords <= words.size(); i++) {
-    uint64_t h = 0;
-    for (size_t k = i; k < i + kShingleWords; k++) h = h * kFactor + words[k];
-    shingles.push_back(mix64(h));
+  uint64_t power = 1;  // kFactor^5
+  for (int i = 0; i < kShingleWords; i++) power *= kFactor;
+  uint64_t sum = 0;
+  for (size_t i = 0; i < words.size(); i++) {
+    sum = sum * kFactor + words[i];
+    if (i >= kShingleWords) sum -= words[i - kShingleWords] * power;
+    if (i + 1 >= kShingleWords) shingles.push_back(mix64(sum));
   }
 }
 
@@ -1481,28 +1516,44 @@ class PrivateData {
   int64_t replace(std::string_view text, std::string& out) const {
     int64_t replaced = 0;
     size_t copied = 0, ipv6_end = 0;
-    for (size_t i = 0; i < text.size(); i++) {
-      if (!trigger_[uint8_t(text[i])]) continue;
-      std::string_view found, placeholder;
-      if (text[i] == '@') {
-        found = email(text, i, copied), placeholder = kEmailPlaceholder;
-      } else if (text[i] == '.') {
-        found = ipv4(text, i, copied), placeholder = kIpv4Placeholder;
-      } else if (i >= ipv6_end) {
-        found = ipv6(text, i, copied, ipv6_end), placeholder = kIpv6Placeholder;
+    for (size_t i = 0; i < text.size();) {
+      const size_t block_end = std::min(i + kBlock, text.size());
+      if (block_end < text.size() && !may_hold_address(text.data() + i)) {
+        i = block_end;
+        continue;
       }
-      if (found.empty()) continue;
-      const size_t begin = size_t(found.data() - text.data());
-      out.append(text.substr(copied, begin - copied)).append(placeholder);
-      copied = begin + found.size();
-      i = std::max(i, copied - 1);
-      replaced++;
+      for (; i < block_end; i++) {
+        if (!trigger_[uint8_t(text[i])]) continue;
+        std::string_view found, placeholder;
+        if (text[i] == '@') {
+          found = email(text, i, copied), placeholder = kEmailPlaceholder;
+        } else if (text[i] == '.') {
+          found = ipv4(text, i, copied), placeholder = kIpv4Placeholder;
+        } else if (i >= ipv6_end) {
+          found = ipv6(text, i, copied, ipv6_end), placeholder = kIpv6Placeholder;
+        }
+        if (found.empty()) continue;
+        const size_t begin = size_t(found.data() - text.data());
+        out.append(text.substr(copied, begin - copied)).append(placeholder);
+        copied = begin + found.size();
+        i = std::max(i, copied - 1);
+        replaced++;
+      }
     }
     out.append(text.substr(copied));
     return replaced;
   }
 
  private:
+  static constexpr size_t kBlock = 64;
+  static bool may_hold_address(const char* block) {  // looks at one byte more than the block
+    uint8_t found = 0;
+    for (size_t k = 0; k < kBlock; k++) {
+      const uint8_t c = uint8_t(block[k]), next = uint8_t(block[k + 1]);
+      found |= (c == '@') | (c == ':') | ((c == '.') & (uint8_t(next - '0') < 10));
+    }
+    return found;
+  }
   bool word(char c) const { return uint8_t(c) >= 0x80 || word_[uint8_t(c)]; }
   static bool alphanumeric(char c) { return is_ascii_letter(c) || is_ascii_digit(c); }
 

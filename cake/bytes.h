@@ -182,14 +182,19 @@ class ByteSource {
     finished_ = true;
   }
 
-  // A place for a later ByteSource to seek(): the last one at or before the offset `next`, which
-  // does not become smaller from call to call. Without one, it is the stream's beginning.
-  Entry entry(uint64_t next) {
+  // A place for a later ByteSource to seek(): the last one at or before the offset `next`. Without
+  // one, it is the stream's beginning.
+  Entry entry(uint64_t next) const {
     if (!seekable_) return {0, 0, next};
     if (!inflate_ && !zstd_) return {next, next, next};
-    while (frames_.size() > 1 && frames_[1].begin <= next) frames_.pop_front();
-    if (frames_.empty() || frames_[0].begin > next) return {0, 0, next};
-    return {frames_[0].compressed, frames_[0].begin, next};
+    const auto behind = std::upper_bound(frames_.begin(), frames_.end(), next,
+                                         [](uint64_t n, const Frame& f) { return n < f.begin; });
+    if (behind == frames_.begin()) return {0, 0, next};
+    return {std::prev(behind)->compressed, std::prev(behind)->begin, next};
+  }
+  // entry() will not be asked for offsets before this one.
+  void forget_places(uint64_t offset) {
+    while (frames_.size() > 1 && frames_[1].begin <= offset) frames_.pop_front();
   }
 
   // The next byte read is that at `entry.begin`.
@@ -401,7 +406,7 @@ class ByteSource {
   std::unique_ptr<std::FILE, CloseFile> file_;
   bool seekable_ = false;
   uint64_t file_size_ = 0;
-  std::vector<char> in_ = std::vector<char>(1 << 18);
+  std::vector<char> in_ = std::vector<char>(1 << 16);
   uint64_t in_begin_ = 0;         // offset in the file of in_'s first byte
   size_t offset_ = 0, size_ = 0;  // in_ holds size_ bytes, read up to offset_
   uint64_t produced_ = 0;         // offset in the stream of the next byte
@@ -409,7 +414,7 @@ class ByteSource {
   std::unique_ptr<ZSTD_DStream, decltype(&ZSTD_freeDStream)> zstd_{nullptr, ZSTD_freeDStream};
   bool in_frame_ = false, zstd_full_ = false, finished_ = false;
   uint64_t frame_begin_ = 0;  // of the last member or frame, in the file
-  std::deque<Frame> frames_;  // those that entry() may still name
+  std::deque<Frame> frames_;  // those that entry() may name, in order
   const char* damage_ = nullptr;
 };
 
@@ -477,8 +482,8 @@ class ByteWindow {
     return damage;
   }
 
-  Entry entry() { return source_.entry(offset_); }  // the next record begins with the window
-  void seek(const Entry& entry) {                   // the window then begins at entry.begin
+  Entry entry() const { return source_.entry(offset_); }  // the next record begins the window
+  void seek(const Entry& entry) {                         // the window then begins at entry.begin
     source_.seek(entry);
     begin_ = end_ = 0;
     offset_ = entry.begin;
@@ -493,6 +498,7 @@ class ByteWindow {
   void fill(size_t n) {
     std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
     end_ -= begin_, begin_ = 0;
+    source_.forget_places(offset_);
     const size_t least = std::max(n, end_ + kBlock) + simdjson::SIMDJSON_PADDING;
     if (buffer_.size() < least) buffer_.resize(std::max(least, 2 * buffer_.size()));
     const size_t room = buffer_.size() - end_ - simdjson::SIMDJSON_PADDING;
@@ -501,7 +507,7 @@ class ByteWindow {
     ended_ = got < room;
   }
 
-  static constexpr size_t kBlock = 1 << 18;
+  static constexpr size_t kBlock = 1 << 16;
   ByteSource source_;
   std::vector<char> buffer_;
   size_t begin_ = 0, end_ = 0;  // the window in buffer_

@@ -186,8 +186,8 @@ class QualityModel {
 struct ClassifyOptions {
   std::vector<std::string> good, bad, inputs;
   std::string model, output;  // train writes the model to `output`
-  double keep = 0;       // of the inputs, the best share; 0: min_score decides
-  double min_score = 0;  // lowest score that is kept
+  double keep = 0;            // of the inputs, the best share; 0: min_score decides
+  double min_score = 0;       // lowest score that is kept
   int epochs = 3;
   uint64_t seed = 1;
   int threads = 1;  // of apply; the output does not depend on them
@@ -200,7 +200,7 @@ void classify_apply(const ClassifyOptions&);
 
 // The signatures of one task's documents, in order: a file that stores them column by column, and
 // that is read in slices.
-void write_signatures(const std::filesystem::path&, const std::vector<Signature>&);
+void write_signatures(const std::filesystem::path&, std::span<const Signature>);
 
 struct SignatureFile {
   std::filesystem::path path;

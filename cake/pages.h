@@ -232,7 +232,7 @@ class PageReader {
   }
 
   // For a later reader, which then begins with the next page.
-  Entry entry() { return rows_ ? Entry{row_, row_, row_} : window_.entry(); }
+  Entry entry() const { return rows_ ? Entry{row_, row_, row_} : window_.entry(); }
 
   // Share of the file's bytes that have been read.
   double progress() const {
@@ -379,54 +379,54 @@ class PageReader {
 
   // A text's documents are divided by lines that hold <|endoftext|> and nothing else.
   Found find_text(Page& page) {
-    static constexpr std::string_view kDivider = "<|endoftext|>";
-    bool too_long = false;
-    std::string_view text;
+    bool too_long = false;  // then the document's beginning was consumed
+    Divider divider;
     for (size_t searched = 0;;) {
       const std::string_view bytes = window_.bytes();
-      size_t line = 0, divider_bytes = 0;
-      const void* found = searched + kDivider.size() > bytes.size()
-                              ? nullptr
-                              : memmem(bytes.data() + searched, bytes.size() - searched,
-                                       kDivider.data(), kDivider.size());
-      if (found) {
-        line = size_t(static_cast<const char*>(found) - bytes.data());
-        const std::string_view rest = bytes.substr(line + kDivider.size());
-        if (rest.size() < 2 && !window_.ended()) {  // the end of the line is not there yet
-          searched = line;
-          window_.need(bytes.size() + 2);
-          continue;
-        }
-        const bool begins = line == 0 ? !too_long : bytes[line - 1] == '\n';
-        const size_t line_break = rest.starts_with("\r\n") ? 2 : rest.starts_with("\n") ? 1 : 0;
-        if (!begins || (line_break == 0 && !rest.empty())) {
-          searched = line + 1;
-          continue;
-        }
-        divider_bytes = kDivider.size() + line_break;
-      } else if (!window_.ended()) {
-        if (bytes.size() > options_.max_page_bytes + kDivider.size()) {
-          too_long = true;
-          window_.consume(bytes.size() - kDivider.size());
-          searched = 1;
-        } else {
-          searched = bytes.size() - std::min(bytes.size(), kDivider.size());
-        }
-        window_.need(window_.bytes().size() + 1);
-        continue;
-      } else {
-        line = bytes.size();
+      divider = find_divider(bytes, searched, !too_long);
+      if (divider.bytes > 0 || window_.ended()) break;
+      if (divider.begin > options_.max_page_bytes + 1) {
+        too_long = true;
+        window_.consume(divider.begin - 1);  // what is before it tells whether a line begins there
+        divider.begin = 1;
       }
-      text = bytes.substr(0, line);
-      window_.consume(line + divider_bytes);
-      if (line + divider_bytes == 0) return end_segment();
-      break;
+      searched = divider.begin;
+      window_.need(window_.bytes().size() + 1);
     }
-    if (too_long || text.size() > options_.max_page_bytes) return count(kTooLong);
+    std::string_view text = window_.bytes().substr(0, divider.begin);
+    window_.consume(divider.begin + divider.bytes);
+    if (divider.begin + divider.bytes == 0) return end_segment();
+    if (too_long || text.size() > options_.max_page_bytes + 1) return count(kTooLong);
     if (text.ends_with('\n')) text.remove_suffix(1);
     if (text.ends_with('\r')) text.remove_suffix(1);
     if (strip_ascii(text).empty()) return Found::nothing;
     return take_text(page, text, {});
+  }
+
+  struct Divider {
+    size_t begin = 0;
+    size_t bytes = 0;  // with its line break. 0: there is none; one that is cut begins at `begin`
+  };
+
+  // The first divider in the window from `searched` on. `is_start`: the window begins a line.
+  Divider find_divider(std::string_view bytes, size_t searched, bool is_start) const {
+    static constexpr std::string_view kDivider = "<|endoftext|>";
+    while (searched + kDivider.size() <= bytes.size()) {
+      const void* found = memmem(bytes.data() + searched, bytes.size() - searched, kDivider.data(),
+                                 kDivider.size());
+      if (!found) break;
+      const size_t begin = size_t(static_cast<const char*>(found) - bytes.data());
+      const std::string_view rest = bytes.substr(begin + kDivider.size());
+      if (rest.size() < 2 && !window_.ended()) return {begin, 0};
+      const size_t line_break = rest.starts_with("\r\n") ? 2 : rest.starts_with('\n') ? 1 : 0;
+      const bool begins_line = begin > 0 ? bytes[begin - 1] == '\n' : is_start;
+      if (begins_line && (line_break > 0 || rest.empty())) {
+        return {begin, kDivider.size() + line_break};
+      }
+      searched = begin + 1;
+    }
+    if (window_.ended()) return {bytes.size(), 0};
+    return {std::max(searched, bytes.size() - std::min(bytes.size(), kDivider.size() - 1)), 0};
   }
 
   // ------------------------------------------------------------------------------ JSON lines

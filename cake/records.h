@@ -137,7 +137,7 @@ inline FileKind file_kind(const Input& input, std::string_view head) {
   if (head.starts_with("PAR1")) return FileKind::parquet;
   if (begins_html(head)) return FileKind::html;
   if (begins_json_lines(head)) return FileKind::json_lines;
-  const std::string extension = inner_extension(input.path);
+  const std::string extension = inner_extension(input.name);
   for (const char* html : {".html", ".htm", ".xhtml"})
     if (extension == html) return FileKind::html;
   for (const char* json : {".jsonl", ".ndjson", ".json"})

@@ -139,7 +139,7 @@ TEST_CASE("threads, tasks and batches change no byte of a corpus") {
   const auto expected = results(dir / "one");
   const char* ways[] = {"--threads 2", "--tasks 9", "--tasks 4 --memory .01",
                         "--threads 3 --tasks 2 --save-seconds 0"};
-  for (const char* way : ways) {
+  for (const std::string way : ways) {
     CAPTURE(way);
     fs::remove_all(dir / "other");
     run_clean(folder, dir / "other", kFlags + way);
@@ -196,7 +196,7 @@ TEST_CASE("what-if gives the verdicts of a new run, byte for byte") {
   run_clean(folder, dir / "run");
   const char* others[] = {"--min-words off", "--min-words 60",
                           "--max-duplicate-lines off --min-words 3 --min-mean-word-length 5.2"};
-  for (const char* other : others) {
+  for (const std::string other : others) {
     CAPTURE(other);
     fs::remove_all(dir / "new"), fs::remove_all(dir / "if");
     const std::string flags = concat(
@@ -254,13 +254,16 @@ TEST_CASE("a run says in one line what it cannot do, and leaves what is there") 
     CHECK_MESSAGE(std::count(o.text.begin(), o.text.end(), '\n') == 1, o.text);
   };
   run_clean(folder, dir / "run");
+  write_file(dir / "file", "not a directory"), fs::create_directory(dir / "other");
+  write_file(dir / "other" / "notes.txt", "not a run");
   error(clean(folder, dir / "run", " --preset none --min-words 11"), "settings.thresholds.");
-  error(clean(folder, folder / "out"), "lies inside it");
+  error(clean(folder, folder / "out"), "lies inside the input");
   error(clean(dir / "none", dir / "out"), "none");
   error(clean(folder, dir / "out", " --min-words many"),
         "--min-words: found many, expected a number or off");
-  error(clean(folder, folder / "000.jsonl"), "expected a directory");
-  error(clean(folder, folder), "expected a new directory");
+  error(clean(folder / "000.jsonl", folder / "000.jsonl"), "lies inside it");
+  error(clean(folder, dir / "file"), "expected a directory");
+  error(clean(folder, dir / "other"), "expected a new directory");
   error(concat("./corpus what-if ", folder.string()), "found no job.json");
   CHECK(!fs::exists(dir / "out"));
   const Output again = shell(clean(folder, dir / "run"));
