@@ -464,6 +464,7 @@ class PageReader {
     }
     simdjson::dom::object object;
     if (error == simdjson::DEPTH_ERROR) return count("JSON nested too deeply");
+    if (error == simdjson::NUMBER_ERROR) return count("JSON number that cannot be read");
     if (error || element.get(object)) return count("not JSON");
     return take_members(page, line, object);
   }

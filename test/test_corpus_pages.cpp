@@ -603,10 +603,14 @@ TEST_CASE("lines that are no documents are counted") {
       path_of(dir, "a.jsonl",
               "{\"text\":\"one\"}\n\n \r\nnot JSON\n[1]\n{\"text\":1}\n{}\n{\"text\":\"x\"\n" +
                   deep + deep_object + std::string("{\"text\":\"\0\"}\n", 13) +
-                  "{\"text\":\"nul\\u0000\"}\n" + std::string(3, '\0') + "\n{\"text\":\"last\"}");
+                  "{\"text\":\"nul\\u0000\"}\n" + std::string(3, '\0') +
+                  "\n{\"text\":\"x\",\"n\":123456789012345678901234567890}\n{\"text\":\"last\"}");
   const Reading r = read(path);
   CHECK(r.texts() == Texts{"one", std::string("nul\0", 4), "last"});
-  CHECK(r.problems == Counts{{"not JSON", 5}, {"no text", 2}, {"JSON nested too deeply", 2}});
+  CHECK(r.problems == Counts{{"JSON number that cannot be read", 1},
+                             {"not JSON", 5},
+                             {"no text", 2},
+                             {"JSON nested too deeply", 2}});
   check_restarts(path);
 }
 
