@@ -587,72 +587,104 @@ std::string range_text(const ChartAxis& axis, int bin) {
   return format("%.4g to %.4g", begin, end);
 }
 
-std::string histogram_chart(const RuleCounts& counts, const Rule& rule, double threshold) {
-  const ChartAxis axis = chart_axis(counts, rule, threshold);
-  const std::vector<ChartBin> bins = chart_bins(counts, rule, axis);
-  int64_t most = 1;
-  for (const ChartBin& b : bins) most = std::max({most, b.passes, b.fails});
+class HistogramChart {
+ public:
+  HistogramChart(const RuleCounts& counts, const Rule& rule, double threshold)
+      : rule_(rule),
+        threshold_(threshold),
+        axis_(chart_axis(counts, rule, threshold)),
+        bins_(chart_bins(counts, rule, axis_)),
+        zero_slots_(axis_.has_zero ? 1.6 : 0),
+        slot_((kChartWidth - kChartLeft - kChartRight) / (double(axis_.bins) + zero_slots_)) {
+    for (const ChartBin& b : bins_) most_ = std::max({most_, b.passes, b.fails});
+  }
 
-  const double zero_slots = axis.has_zero ? 1.6 : 0;  // bins that zero takes, with a gap
-  const double slot = (kChartWidth - kChartLeft - kChartRight) / (double(axis.bins) + zero_slots);
-  const auto x = [&](double bin) { return kChartLeft + (bin + zero_slots) * slot; };
-  const double bottom = kChartHeight - kChartBottom;
-  const auto y = [&](double documents) {  // the logarithm, so that one document is seen too
-    return bottom - std::log10(1 + documents) / std::log10(1 + double(most)) * (bottom - kChartTop);
-  };
-  std::string out = format(
-      "<svg viewBox=\"0 0 %g %g\" width=\"%g\" height=\"%g\" role=\"img\" aria-label=\"%s\">\n",
-      kChartWidth, kChartHeight, kChartWidth, kChartHeight,
-      html_text(concat("histogram of ", measures()[size_t(rule.measure)].name)).c_str());
-  for (double n = 1; n <= double(most); n *= most > 100000 ? 100 : 10) {
-    out += format(
-        "<line x1=\"%g\" x2=\"%g\" y1=\"%.1f\" y2=\"%.1f\" class=\"grid\"/>"
-        "<text x=\"%g\" y=\"%.1f\" class=\"tick\" text-anchor=\"end\">%s</text>\n",
-        kChartLeft, kChartWidth - kChartRight, y(n), y(n), kChartLeft - 4, y(n) + 3.5,
-        (n >= 1e6 ? format("%gM", n / 1e6) : count_text(n)).c_str());
+  std::string svg() const {
+    const std::string_view measure = measures()[size_t(rule_.measure)].name;
+    return format("<svg viewBox=\"0 0 %g %g\" width=\"%g\" height=\"%g\" role=\"img\" ",
+                  kChartWidth, kChartHeight, kChartWidth, kChartHeight) +
+           "aria-label=\"histogram of " + html_text(measure) + "\">\n" + grid() + bars() + ticks() +
+           line() + "</svg>\n";
   }
-  for (int b = axis.has_zero ? -1 : 0; b < axis.bins; b++) {
-    const ChartBin& bin = bins[size_t(b + 1)];
-    const double left = b < 0 ? kChartLeft : x(b);
-    const auto bar = [&](const char* kind, int64_t documents) {
-      if (documents == 0) return;
-      const double top = y(double(documents));
-      out += format("<rect class=\"%s\" x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\"/>",
-                    kind, left, top, std::max(1., slot - 1), bottom - top);
-    };
-    if (bin.passes + bin.fails == 0) continue;
-    out += "<g><title>" + range_text(axis, b) + ": " + count_text(double(bin.passes)) + " pass, " +
-           count_text(double(bin.fails)) + " fail</title>";
-    const bool passes_behind = bin.passes > bin.fails;  // the lower bar stands in front
-    if (passes_behind) bar("pass", bin.passes);
-    bar("fail", bin.fails);
-    if (!passes_behind) bar("pass", bin.passes);
-    out += "</g>\n";
+
+ private:
+  static constexpr double kFloor = kChartHeight - kChartBottom;  // where bars stand
+
+  double x(double bin) const { return kChartLeft + (bin + zero_slots_) * slot_; }
+  double y(double documents) const {  // the logarithm, so that one document is seen too
+    return kFloor -
+           std::log10(1 + documents) / std::log10(1 + double(most_)) * (kFloor - kChartTop);
   }
-  if (axis.has_zero) {
-    out += format("<text x=\"%.1f\" y=\"%g\" class=\"tick\" text-anchor=\"middle\">0</text>\n",
-                  kChartLeft + slot / 2, kChartHeight - 7);
+
+  std::string grid() const {
+    std::string out;
+    for (double n = 1; n <= double(most_); n *= most_ > 100000 ? 100 : 10) {
+      out += format(
+          "<line x1=\"%g\" x2=\"%g\" y1=\"%.1f\" y2=\"%.1f\" class=\"grid\"/>"
+          "<text x=\"%g\" y=\"%.1f\" class=\"tick\" text-anchor=\"end\">%s</text>\n",
+          kChartLeft, kChartWidth - kChartRight, y(n), y(n), kChartLeft - 4, y(n) + 3.5,
+          (n >= 1e6 ? format("%gM", n / 1e6) : count_text(n)).c_str());
+    }
+    return out;
   }
-  for (const double tick : chart_ticks(axis)) {
-    if (axis.has_zero && tick == 0) continue;
-    const double shift = axis.is_whole && !axis.is_log && axis.width == 1 ? .5 : 0;  // mid of a bin
-    out += format("<text x=\"%.1f\" y=\"%g\" class=\"tick\" text-anchor=\"middle\">%s</text>\n",
-                  x(axis.position(tick) + shift), kChartHeight - 7,
-                  tick >= 1000 ? count_text(tick).c_str() : format("%.4g", tick).c_str());
+
+  std::string bar(const char* kind, int bin, int64_t documents) const {
+    if (documents == 0) return "";
+    const double top = y(double(documents));
+    return format("<rect class=\"%s\" x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\"/>", kind,
+                  bin < 0 ? kChartLeft : x(bin), top, std::max(1., slot_ - 1), kFloor - top);
   }
-  if (!std::isnan(threshold)) {
-    const double at = axis.line > 0 ? std::clamp(x(axis.position(axis.line)), kChartLeft,
-                                                 kChartWidth - kChartRight)
-                                    : kChartLeft + (axis.has_zero ? slot * 1.2 : 0);
-    const bool left = at > kChartWidth * .7;  // where its label stands
-    out += format(
+
+  std::string bars() const {
+    std::string out;
+    for (int b = axis_.has_zero ? -1 : 0; b < axis_.bins; b++) {
+      const ChartBin& bin = bins_[size_t(b + 1)];
+      if (bin.passes + bin.fails == 0) continue;
+      const std::string pass = bar("pass", b, bin.passes), fail = bar("fail", b, bin.fails);
+      out += "<g><title>" + range_text(axis_, b) + ": " + count_text(double(bin.passes)) +
+             " pass, " + count_text(double(bin.fails)) + " fail</title>" +
+             (bin.passes > bin.fails ? pass + fail : fail + pass) +  // the lower bar in front
+             "</g>\n";
+    }
+    return out;
+  }
+
+  std::string tick(double x, const std::string& text) const {
+    return format("<text x=\"%.1f\" y=\"%g\" class=\"tick\" text-anchor=\"middle\">%s</text>\n", x,
+                  kChartHeight - 7, text.c_str());
+  }
+
+  std::string ticks() const {
+    std::string out = axis_.has_zero ? tick(kChartLeft + slot_ / 2, "0") : "";
+    const bool bin_is_number = axis_.is_whole && !axis_.is_log && axis_.width == 1;
+    for (const double t : chart_ticks(axis_)) {
+      if (axis_.has_zero && t == 0) continue;
+      out += tick(x(axis_.position(t) + (bin_is_number ? .5 : 0)),
+                  t >= 1000 ? count_text(t) : format("%.4g", t));
+    }
+    return out;
+  }
+
+  std::string line() const {  // the threshold
+    if (std::isnan(threshold_)) return "";
+    const double where = axis_.line > 0 ? std::clamp(x(axis_.position(axis_.line)), kChartLeft,
+                                                     kChartWidth - kChartRight)
+                                        : kChartLeft + (axis_.has_zero ? slot_ * 1.2 : 0);
+    const bool left = where > kChartWidth * .7;  // where its label stands
+    return format(
         "<line x1=\"%.1f\" x2=\"%.1f\" y1=\"%g\" y2=\"%g\" class=\"threshold\"/>"
         "<text x=\"%.1f\" y=\"11\" class=\"label\" text-anchor=\"%s\">%s</text>\n",
-        at, at, kChartTop - 14, bottom, at + (left ? -4 : 4), left ? "end" : "start",
-        html_text(threshold_text(rule, threshold)).c_str());
+        where, where, kChartTop - 14, kFloor, where + (left ? -4 : 4), left ? "end" : "start",
+        html_text(threshold_text(rule_, threshold_)).c_str());
   }
-  return out + "</svg>\n";
-}
+
+  const Rule& rule_;
+  const double threshold_;
+  const ChartAxis axis_;
+  const std::vector<ChartBin> bins_;
+  const double zero_slots_, slot_;  // bins that zero takes, with a gap; width of a bin, pixels
+  int64_t most_ = 1;                // documents of a bar
+};
 
 // ---------------------------------------------------------------------------------------------
 // Sections
@@ -800,7 +832,7 @@ std::string rule_card(const RuleCounts& counts, const Rule& rule, double thresho
   if (counts.measured == 0) {
     return out + "<p class=\"note\">No document was measured.</p>\n</div>\n";
   }
-  out += histogram_chart(counts, rule, threshold);
+  out += HistogramChart(counts, rule, threshold).svg();
   out += "<p>" + html_text(count_text(double(counts.dropped))) + " dropped by it first, " +
          count_text(double(counts.failed)) + " fail it, of " + count_text(double(counts.measured)) +
          " measured.</p>\n";
