@@ -1193,13 +1193,13 @@ class CorpusReader {
 };
 
 void check_corpus(const Corpus& corpus) {
-  if (corpus.inputs.empty()) fail("found no inputs, expected text or JSON lines");
+  if (corpus.inputs.empty()) fail("found no inputs, expected text, JSON lines, WET or parquet");
   if (corpus.threads < 1) fail("--threads: found ", corpus.threads, ", expected 1 or more");
 }
 
 void for_each_batch(const Corpus& corpus, const char* verb, ConsoleLog& log,
                     const std::function<void(const TextBatch&)>& process) {
-  std::vector<Input> inputs(corpus.inputs.begin(), corpus.inputs.end());
+  std::vector<Input> inputs = expand_folders(corpus.inputs);
   std::vector<SpooledInput> copies;  // of standard input: a split reads the inputs first
   if (corpus.val_fraction > 0) {
     for (Input& input : inputs) copies.emplace_back(input);
@@ -2050,8 +2050,8 @@ int run(int argc, char** argv) {
 
   const auto add_corpus = [&](CLI::App* command) {
     const char* inputs =
-        "plain text (each file is one document) or .jsonl with \"text\", both also "
-        "as .gz or .zst; - is the standard input";
+        "plain text (each file is one document), JSON lines with \"text\", WET, also as .gz or "
+        ".zst; parquet with \"text\"; folders of these; - is the standard input";
     const char* share =
         "share of the text that is kept for validation, 0 to 1: the end of a single "
         "document, or whole documents; 0: none";

@@ -24,6 +24,27 @@
 namespace cake::corpus {
 
 // ---------------------------------------------------------------------------------------------
+// Output
+
+void append_json_string(std::string& out, std::string_view utf8);  // in quotes
+
+// A text file, complete or not there at all. A name that ends in .zst: Zstandard frames of 4 MB of
+// whole lines, compressed side by side; the bytes depend on the text alone.
+class TextFile {
+ public:
+  TextFile(const std::filesystem::path&, int threads);
+  void write(std::string_view lines);  // whole lines
+  void commit();
+
+ private:
+  void compress();
+  AtomicFile file_;
+  bool zstd_;
+  size_t threads_;
+  std::vector<std::string> frames_;  // the last one is being filled
+};
+
+// ---------------------------------------------------------------------------------------------
 // Main text of a page of HTML
 
 enum class ExtractMode { precision, balanced, recall };
@@ -80,8 +101,18 @@ struct Signature {
   bool has_bands = false;                      // fewer than 5 words: no near duplicates
 };
 
+// The steps of a signature and of the other measures, for their tests. Texts are valid UTF-8.
+std::vector<std::string_view> split_words(std::string_view text);  // pointing into the text
+std::string normal_form(std::string_view text);                    // "Café 3,1!": "cafe 0"
+std::vector<uint64_t> shingles(std::string_view text);             // hashes of its word 5-grams
+using MinHashes = std::array<std::array<uint64_t, kHashesPerBand>, kBands>;
+MinHashes min_hashes(std::span<const uint64_t> shingles);
+MinHashes min_hashes_plain(std::span<const uint64_t> shingles);         // their definition
+int64_t replace_private_data(std::string_view text, std::string& out);  // appends; their number
+
 struct MeasureOptions {
   std::vector<std::string> languages = {"en"};  // wanted, ISO 639-1; empty: any
+  bool detect_language = true;                  // false: "un", and its share is not measured
   std::vector<std::string> blocked_domains, blocked_hosts, blocked_urls;  // paths of lists
   std::vector<std::string> banned_words, soft_banned_words, banned_substrings;
   int min_line_words = 3, max_word_characters = 1000;  // C4's, by line
@@ -118,39 +149,48 @@ class Measurer {
 // ---------------------------------------------------------------------------------------------
 // Decontamination and the quality classifier: used by Measurer
 
-// Word 13-grams (words of letters and digits, lower case) of evaluation sets.
+// Word 13-grams (words of letters and digits, lower case) of evaluation sets: files of JSON lines,
+// of which all strings are taken, or of plain text.
 class Contamination {
  public:
-  explicit Contamination(const std::vector<std::string>& paths);  // JSON lines: all string members
+  explicit Contamination(const std::vector<std::string>& paths);
   struct Match {
     int64_t ngrams = 0;   // of the text, that an evaluation set holds too
-    std::string example;  // 'file:line: "the 13 words"'
+    std::string example;  // the first: 'file:line: "the 13 words"'
   };
   Match find(std::string_view text) const;
+  struct Counts {
+    int64_t strings = 0, short_strings = 0;  // short: fewer than 13 words, can never match
+    int64_t ngrams = 0;                      // different ones
+  };
+  const Counts& counts() const;  // to be told to the user
 
  private:
   struct State;
   std::shared_ptr<const State> state_;
 };
 
-// A linear model over hashed word n-grams: the probability that a text is of the good kind.
+// A linear model over hashed words and pairs of words: the probability that a text is of the good
+// kind.
 class QualityModel {
  public:
   static QualityModel load(const std::filesystem::path&);
+  void save(const std::filesystem::path&) const;
   double score(std::string_view text) const;  // 0 to 1
 
  private:
   friend struct QualityTraining;
-  std::vector<float> weights_;
+  std::vector<float> weights_;  // one for each bucket
   float bias_ = 0;
 };
 struct ClassifyOptions {
   std::vector<std::string> good, bad, inputs;
-  std::string model, output;
-  double keep = 0;       // of the inputs, the best share; 0: min_score decides
-  double min_score = 0;  // lowest score that is kept
+  std::string model, output;  // train writes the model to `output`
+  double keep = 0;            // of the inputs, the best share; 0: min_score decides
+  double min_score = 0;       // lowest score that is kept
   int epochs = 3;
   uint64_t seed = 1;
+  int threads = 1;  // of apply; the output does not depend on them
 };
 void classify_train(const ClassifyOptions&);
 void classify_apply(const ClassifyOptions&);
@@ -160,7 +200,7 @@ void classify_apply(const ClassifyOptions&);
 
 // The signatures of one task's documents, in order: a file that stores them column by column, and
 // that is read in slices.
-void write_signatures(const std::filesystem::path&, const std::vector<Signature>&);
+void write_signatures(const std::filesystem::path&, std::span<const Signature>);
 
 struct SignatureFile {
   std::filesystem::path path;
@@ -196,14 +236,18 @@ std::vector<int64_t> remove_repeated_substrings(std::vector<std::string>& texts,
 struct Verdict {
   Place place;
   std::string url, id, language, match;
-  std::vector<double> values;       // one for each measure
-  int64_t bytes = 0;                // of the text before the rules
-  int64_t private_data = 0;         // addresses replaced
-  std::string begins;               // the text's first characters, to be looked at
-  int rule = -1;                    // index into rules(): the first it fails; -1: none
-  std::optional<Place> original;    // of which it is a duplicate
-  bool exact = false;               // an exact one
-  std::string_view reason() const;  // "kept", the rule's name, "exact-duplicate", "near-duplicate"
+  std::vector<double> values;     // one for each measure
+  int64_t bytes = 0;              // of the text before the rules
+  int64_t private_data = 0;       // addresses replaced
+  std::string begins;             // the text's first characters, to be looked at
+  int rule = -1;                  // index into rules(): the first it fails; -1: none
+  std::optional<Place> original;  // of which it is a duplicate
+  bool exact = false;             // an exact one
+  bool empty = false;             // no text is left, whatever the rules say
+  int64_t repeated_bytes = 0;     // removed: exact substrings of earlier documents
+  bool kept() const { return rule < 0 && !original && !empty; }
+  // "kept", a rule's name, "empty", "exact-duplicate" or "near-duplicate".
+  std::string_view reason() const;
 };
 std::string verdict_line(const Verdict&);  // with \n; the same doubles come back
 Verdict parse_verdict(std::string_view line, const std::string& where);

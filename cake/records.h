@@ -1,25 +1,20 @@
 // Reading records: documents, conversations, preferences.
 //
-//     file or standard input --ByteSource--> bytes, decompressed --LineReader--> lines
-//         --JsonLines--> JSON objects, or plain text in parts      --DocumentReader--> documents
+//     bytes of a file (cake/bytes.h) --LineReader--> lines --JsonLines--> JSON objects
+//         --DocumentReader--> documents, also of plain text, WET files and parquet
 //
-// Everything is streamed: memory is bounded by one part of a plain text, or by the longest line.
-// The name tells the kind of a file: .jsonl and .ndjson hold JSON lines, any other file is plain
-// text and one document. The first bytes tell the compression: gzip (RFC 1952), Zstandard (RFC
-// 8878) or none; a file named .gz or .zst must be compressed. "-" is standard input; it holds JSON
-// lines if its first byte is '{'. Errors name the file, and the line in JSON lines.
+// Everything is streamed: memory is bounded by one part of a plain text, by the longest line or
+// record, or by a row group. Errors name the file, and the line in JSON lines.
 #pragma once
 
 #include <simdjson.h>
-#include <zlib.h>
-#include <zstd.h>
+#include <strings.h>
 
 #include <array>
 #include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -27,230 +22,16 @@
 #include <utility>
 #include <vector>
 
+#include "cake/bytes.h"
 #include "cake/chat_template.h"
+#include "cake/parquet.h"
 #include "cake/run.h"
+#include "cake/warc.h"
 
 namespace cake {
 
-struct Input {
-  std::string path;  // to open; "-" is standard input
-  std::string name;  // to show in errors
-  Input(std::string path_and_name) : path(path_and_name), name(std::move(path_and_name)) {
-    if (path == "-") name = "standard input";
-  }
-  Input(std::string path, std::string name) : path(std::move(path)), name(std::move(name)) {}
-};
-
 // ---------------------------------------------------------------------------------------------
-// Bytes
-
-struct CloseFile {
-  void operator()(std::FILE* f) const {
-    if (f != stdin) std::fclose(f);
-  }
-};
-
-class ByteSource {
- public:
-  explicit ByteSource(const Input& input) : name_(input.name) {
-    std::error_code ec;
-    if (input.path != "-" && std::filesystem::is_directory(input.path, ec)) {
-      fail(name_, ": found a directory, expected a file");
-    }
-    file_.reset(input.path == "-" ? stdin : std::fopen(input.path.c_str(), "rb"));
-    if (!file_) fail(name_, ": cannot open: ", errno_text());
-    refill();
-    start(input.path);
-  }
-
-  // Up to `n` bytes; fewer only at the end.
-  size_t read(char* out, size_t n) {
-    size_t done = 0;
-    while (done < n) {
-      const size_t got = inflate_ ? read_gzip(out + done, n - done)
-                         : zstd_  ? read_zstd(out + done, n - done)
-                                  : read_plain(out + done, n - done);
-      if (got == 0) break;
-      done += got;
-    }
-    return done;
-  }
-
-  const std::string& name() const { return name_; }
-
- private:
-  struct EndInflate {
-    void operator()(z_stream* z) const { inflateEnd(z), delete z; }
-  };
-
-  // Reads the next block; false at the end of the file.
-  bool refill() {
-    offset_ = 0;
-    size_ = std::fread(in_.data(), 1, in_.size(), file_.get());
-    if (std::ferror(file_.get())) fail(name_, ": cannot read: ", errno_text());
-    return size_ > 0;
-  }
-
-  void start(const std::string& path) {
-    const std::string_view head(in_.data(), size_);
-    const std::string extension = std::filesystem::path(path).extension().string();
-    if (head.starts_with("\x1f\x8b")) {
-      inflate_.reset(new z_stream{});
-      if (inflateInit2(inflate_.get(), 15 + 16) != Z_OK) fail(name_, ": cannot start gzip");
-    } else if (head.starts_with("\x28\xb5\x2f\xfd")) {
-      zstd_.reset(ZSTD_createDStream());
-      ZSTD_DCtx_setParameter(zstd_.get(), ZSTD_d_windowLogMax, 31);  // files of --long=31 too
-    } else if (extension == ".gz" || extension == ".zst") {
-      fail(name_, ": found ", head.empty() ? "an empty file" : "other bytes", ", expected ",
-           extension == ".gz" ? "gzip" : "Zstandard", " data");
-    }
-    const std::pair<std::string_view, const char*> others[] = {
-        {"BZh", "bzip2 data"},      {"\xfd\x37zXZ", "xz data"}, {"PK\x03\x04", "a zip archive"},
-        {"PAR1", "a Parquet file"}, {"%PDF-", "a PDF file"},    {"WARC/", "a WARC archive"},
-        {"\x7f\x45LF", "a program"}};
-    for (const auto& [magic, what] : others) {
-      require(!head.starts_with(magic), name_, ": found ", what,
-              ", expected text, JSON lines, .gz or .zst");
-    }
-  }
-
-  size_t read_plain(char* out, size_t n) {
-    if (offset_ == size_ && !refill()) return 0;
-    const size_t got = std::min(n, size_ - offset_);
-    std::memcpy(out, in_.data() + offset_, got);
-    offset_ += got;
-    return got;
-  }
-
-  size_t read_gzip(char* out, size_t n) {  // a file may hold several gzip members
-    n = std::min(n, size_t(1) << 30);
-    inflate_->next_out = reinterpret_cast<Bytef*>(out);
-    inflate_->avail_out = uInt(n);
-    while (inflate_->avail_out == n) {
-      if (offset_ == size_ && !refill()) {
-        if (in_frame_) fail(name_, ": the gzip data ends too early: the file is truncated");
-        return 0;
-      }
-      if (!in_frame_) inflateReset(inflate_.get());
-      in_frame_ = true;
-      inflate_->next_in = reinterpret_cast<Bytef*>(in_.data() + offset_);
-      inflate_->avail_in = uInt(size_ - offset_);
-      const int status = inflate(inflate_.get(), Z_NO_FLUSH);
-      offset_ = size_ - inflate_->avail_in;
-      if (status == Z_STREAM_END) {
-        in_frame_ = false;
-      } else if (status != Z_OK && status != Z_BUF_ERROR) {
-        fail(name_, ": damaged gzip data: ", inflate_->msg ? inflate_->msg : "no reason given");
-      }
-    }
-    return n - inflate_->avail_out;
-  }
-
-  size_t read_zstd(char* out, size_t n) {
-    ZSTD_outBuffer target{out, n, 0};
-    while (target.pos == 0) {
-      // After a full output the decoder may still hold decompressed bytes: call it before reading
-      // on.
-      if (offset_ == size_ && !zstd_full_ && !refill()) {
-        if (in_frame_) fail(name_, ": the Zstandard data ends too early: the file is truncated");
-        return 0;
-      }
-      ZSTD_inBuffer source{in_.data(), size_, offset_};
-      const size_t left = ZSTD_decompressStream(zstd_.get(), &target, &source);
-      offset_ = source.pos;
-      if (ZSTD_isError(left)) fail(name_, ": damaged Zstandard data: ", ZSTD_getErrorName(left));
-      in_frame_ = left != 0;
-      zstd_full_ = target.pos == n && in_frame_;
-    }
-    return target.pos;
-  }
-
-  std::string name_;
-  std::unique_ptr<std::FILE, CloseFile> file_;
-  std::vector<char> in_ = std::vector<char>(1 << 18);
-  size_t offset_ = 0, size_ = 0;  // in_ holds size_ bytes, read up to offset_
-  std::unique_ptr<z_stream, EndInflate> inflate_;
-  std::unique_ptr<ZSTD_DStream, decltype(&ZSTD_freeDStream)> zstd_{nullptr, ZSTD_freeDStream};
-  bool in_frame_ = false, zstd_full_ = false;
-};
-
-// Standard input copied to an unnamed temporary file, so that it can be read twice.
-class SpooledInput {
- public:
-  explicit SpooledInput(Input& input) {
-    if (input.path != "-") return;
-    file_.reset(std::tmpfile());
-    if (!file_) fail("standard input: cannot create a temporary file: ", errno_text());
-    std::vector<char> block(1 << 18);
-    bool good = true;
-    for (size_t n; good && (n = std::fread(block.data(), 1, block.size(), stdin)) > 0;) {
-      good = std::fwrite(block.data(), 1, n, file_.get()) == n;
-    }
-    if (!good || std::fflush(file_.get()) != 0) {
-      fail("standard input: cannot write a temporary file: ", errno_text());
-    }
-    input.path = concat("/proc/self/fd/", fileno(file_.get()));
-    input.name = "standard input";
-  }
-
- private:
-  std::unique_ptr<std::FILE, CloseFile> file_;
-};
-
-// ---------------------------------------------------------------------------------------------
-// Lines and JSON lines
-
-class LineReader {
- public:
-  explicit LineReader(const Input& input) : source_(input) {}
-  LineReader(ByteSource source, std::string_view head)  // `head` has been read from it
-      : source_(std::move(source)), buffer_(head.size() + 2 * kBlock), end_(head.size()) {
-    std::copy(head.begin(), head.end(), buffer_.begin());
-  }
-
-  // The next line, without its \n or \r\n. It is valid until the next call, and SIMDJSON_PADDING
-  // bytes behind it are readable.
-  bool next(std::string_view& line) {
-    for (size_t searched = begin_;;) {
-      const char* newline =
-          static_cast<const char*>(std::memchr(buffer_.data() + searched, '\n', end_ - searched));
-      if (newline || (ended_ && begin_ < end_)) {
-        const size_t stop = newline ? size_t(newline - buffer_.data()) : end_;
-        line = std::string_view(buffer_.data() + begin_, stop - begin_);
-        if (line.ends_with('\r')) line.remove_suffix(1);
-        begin_ = newline ? stop + 1 : stop;
-        number_++;
-        return true;
-      }
-      if (ended_) return false;
-      searched = end_ - begin_;
-      fill();
-    }
-  }
-  int64_t number() const { return number_; }  // of the line returned last, from 1
-  std::string where() const { return concat(source_.name(), ":", number_); }
-  const std::string& name() const { return source_.name(); }
-
- private:
-  void fill() {  // moves the unfinished line to the front and reads behind it
-    std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
-    end_ -= begin_, begin_ = 0;
-    if (buffer_.size() - end_ < kBlock + simdjson::SIMDJSON_PADDING) {
-      buffer_.resize(2 * buffer_.size());
-    }
-    const size_t room = buffer_.size() - end_ - simdjson::SIMDJSON_PADDING;
-    const size_t got = source_.read(buffer_.data() + end_, room);
-    end_ += got;
-    ended_ = got < room;
-  }
-
-  static constexpr size_t kBlock = 1 << 20;
-  ByteSource source_;
-  std::vector<char> buffer_ = std::vector<char>(2 * kBlock);
-  size_t begin_ = 0, end_ = 0;  // unread bytes of buffer_
-  bool ended_ = false;
-  int64_t number_ = 0;
-};
+// JSON lines
 
 inline const char* type_name(simdjson::dom::element e) {
   return e.is_array()    ? "an array"
@@ -302,6 +83,69 @@ class JsonLines {
 };
 
 // ---------------------------------------------------------------------------------------------
+// Kinds of files, told by the first bytes of their (decompressed) content
+
+enum class FileKind { warc, parquet, html, json_lines, text };
+
+inline constexpr std::string_view kUtf8Mark = "\xef\xbb\xbf";
+
+// Whether the first line that is not blank is a JSON object, as far as the bytes go.
+inline bool begins_json_lines(std::string_view head) {
+  if (head.starts_with(kUtf8Mark)) head.remove_prefix(kUtf8Mark.size());
+  const size_t begin = head.find_first_not_of(" \t\r\n");
+  if (begin == std::string_view::npos || head[begin] != '{') return false;
+  head.remove_prefix(begin);
+  const size_t newline = head.find('\n');
+  if (newline == std::string_view::npos && head.size() >= (1 << 16)) {
+    const size_t key = head.find_first_not_of(" \t\r\n", 1);
+    return key != std::string_view::npos && head[key] == '"';
+  }
+  simdjson::dom::parser parser;
+  simdjson::dom::object object;
+  const auto error = parser.parse(std::string(head.substr(0, newline))).get(object);
+  // Bytes that are not UTF-8 are for the reader to repair.
+  return !error || error == simdjson::UTF8_ERROR || error == simdjson::DEPTH_ERROR;
+}
+
+// Whether the bytes begin as a page does, behind comments and an XML declaration.
+inline bool begins_html(std::string_view head) {
+  std::string narrow;  // of UTF-16
+  if (head.starts_with("\xff\xfe") || head.starts_with("\xfe\xff")) {
+    for (const char c : head.substr(2, 4096))
+      if (c) narrow += c;
+    head = narrow;
+  }
+  if (head.starts_with(kUtf8Mark)) head.remove_prefix(kUtf8Mark.size());
+  for (;;) {
+    head.remove_prefix(std::min(head.find_first_not_of(" \t\r\n\f"), head.size()));
+    const std::string_view end = head.starts_with("<!--") ? "-->" : "?>";
+    if (!head.starts_with("<!--") && !head.starts_with("<?xml")) break;
+    const size_t found = head.find(end);
+    if (found == std::string_view::npos) return false;
+    head.remove_prefix(found + end.size());
+  }
+  for (const std::string_view tag : {"<!doctype html", "<html", "<head", "<body"}) {
+    if (head.size() <= tag.size() || strncasecmp(head.data(), tag.data(), tag.size()) != 0)
+      continue;
+    if (std::strchr(" \t\r\n\f>/", head[tag.size()])) return true;
+  }
+  return false;
+}
+
+inline FileKind file_kind(const Input& input, std::string_view head) {
+  if (head.starts_with("WARC/")) return FileKind::warc;
+  if (head.starts_with("PAR1")) return FileKind::parquet;
+  if (begins_html(head)) return FileKind::html;
+  if (begins_json_lines(head)) return FileKind::json_lines;
+  const std::string extension = inner_extension(input.name);
+  for (const char* html : {".html", ".htm", ".xhtml"})
+    if (extension == html) return FileKind::html;
+  for (const char* json : {".jsonl", ".ndjson", ".json"})
+    if (extension == json) return FileKind::json_lines;
+  return FileKind::text;
+}
+
+// ---------------------------------------------------------------------------------------------
 // Documents
 
 struct DocumentPart {
@@ -309,46 +153,70 @@ struct DocumentPart {
   bool begins = false, ends = false;
 };
 
+// The documents of plain text (a file is one), JSON lines ("text"), WET files (text that was made
+// of pages) and parquet (the column "text"). Pages themselves are for ./corpus.
 class DocumentReader {
  public:
   explicit DocumentReader(std::vector<Input> inputs, size_t part_bytes = 1 << 22)
       : inputs_(std::move(inputs)), buffer_(part_bytes) {}
 
-  // The next part of a document; a document from a JSON line has only one part. The part is valid
-  // until the next call.
+  // The next part of a document; only a document of plain text has several. The part is valid until
+  // the next call.
   bool next(DocumentPart& part) {
     for (;;) {
-      if (!text_ && !json_) {
+      if (!text_ && !json_ && !warc_ && !parquet_) {
         if (input_ == inputs_.size()) return false;
         open(inputs_[input_++]);
       }
       if (text_) return next_text(part), true;
-      if (next_json(part)) return true;
+      if (json_ ? next_json(part) : warc_ ? next_warc(part) : next_row(part)) {
+        records_++;
+        return true;
+      }
+      if (records_ == 0) fail_without_documents(inputs_[input_ - 1].name);
+      json_.reset(), warc_.reset(), parquet_.reset();
     }
   }
 
   // Skips the rest of a plain text's document.
   void skip_document() { text_.reset(); }
 
+  // Standard input holds JSON lines if its first byte is '{'. Of files the name tells, and where it
+  // does not, the first line.
   static bool is_jsonl(const Input& input, std::string_view head) {
     if (input.name == "standard input") {
       const size_t begin = head.find_first_not_of(" \t\r\n\xef\xbb\xbf");
       return begin != std::string_view::npos && head[begin] == '{';
     }
-    std::filesystem::path path = input.path;
-    if (path.extension() == ".gz" || path.extension() == ".zst") path = path.stem();
-    return path.extension() == ".jsonl" || path.extension() == ".ndjson";
+    const std::string extension = inner_extension(input.path);
+    if (extension == ".jsonl" || extension == ".ndjson") return true;
+    return extension != ".txt" && begins_json_lines(head);
   }
 
  private:
+  struct Warc {
+    Warc(ByteSource source, std::string_view head) : window(std::move(source), head) {}
+    ByteWindow window;
+    ProblemCounts problems;
+    WarcReader reader{window, size_t(1) << 30, problems};
+  };
+
   void open(const Input& input) {
-    ByteSource source(input);
+    ByteSource source(input, {.any_kind = true});
     head_ = source.read(buffer_.data(), buffer_.size());
     const std::string_view head(buffer_.data(), head_);
     if (head.empty()) fail(input.name, ": found an empty file, expected text");
-    if (is_jsonl(input, head)) {
+    const FileKind kind = file_kind(input, head);
+    records_ = 0;
+    if (kind == FileKind::warc) {
+      warc_ = std::make_unique<Warc>(std::move(source), head);
+    } else if (kind == FileKind::parquet) {
+      parquet_ = open_parquet(input, source);
+    } else if (kind == FileKind::html) {
+      fail(input.name, ": found a page of HTML, expected text: run ./corpus clean or ./corpus ",
+           "extract first");
+    } else if (is_jsonl(input, head)) {
       json_ = std::make_unique<JsonLines>(LineReader(std::move(source), head));
-      records_ = 0;
     } else {
       check_text(head, input.name);
       text_ = std::make_unique<ByteSource>(std::move(source));
@@ -357,11 +225,20 @@ class DocumentReader {
   }
 
   static void check_text(std::string_view head, const std::string& name) {
-    // Text has at most a stray NUL byte. Programs, images and UTF-16 have many.
-    const std::string_view sample = head.substr(0, 1 << 16);
-    const size_t nuls = size_t(std::count(sample.begin(), sample.end(), '\0'));
-    require(nuls * 1000 <= sample.size(), name, ": found ", nuls, " NUL bytes in the first ",
-            sample.size(), ": binary data, expected text in UTF-8");
+    if (const char* kind = binary_kind(head)) {
+      fail(name, ": found ", kind, ", expected text, JSON lines, .gz or .zst");
+    }
+    const size_t nuls = binary_nuls(head);
+    require(nuls == 0, name, ": found ", nuls, " NUL bytes in the first ",
+            std::min<size_t>(head.size(), 1 << 16), ": binary data, expected text in UTF-8");
+  }
+
+  void fail_without_documents(const std::string& name) const {
+    if (warc_) {
+      fail(name, ": found a WARC archive without text, expected conversion records, as WET files ",
+           "have: run ./corpus clean or ./corpus extract on pages first");
+    }
+    fail(name, ": found no documents, expected ", json_ ? "JSON lines" : "rows with a text");
   }
 
   void next_text(DocumentPart& part) {
@@ -372,21 +249,72 @@ class DocumentReader {
 
   bool next_json(DocumentPart& part) {
     simdjson::dom::object object;
-    if (json_->next(object)) {
-      part = {json_->get_string(object, "text"), true, true};
-      records_++;
+    if (!json_->next(object)) return false;
+    part = {json_->get_string(object, "text"), true, true};
+    return true;
+  }
+
+  bool next_warc(DocumentPart& part) {
+    const std::string& name = warc_->window.name();
+    for (WarcRecord record; warc_->reader.next(record);) {
+      check_problems(name);
+      const std::string media = media_type(record.content_type);
+      if (record.type == "response" || (record.type == "resource" && is_html_type(media))) {
+        fail(name, ": found a WARC archive of pages, expected text: run ./corpus clean or ",
+             "./corpus extract first");
+      }
+      if (record.type != "conversion" || media != "text/plain") continue;
+      part = {record.block, true, true};
       return true;
     }
-    if (records_ == 0) fail(json_->name(), ": found no documents, expected JSON lines");
-    json_.reset();
+    check_problems(name);
     return false;
   }
 
+  void check_problems(const std::string& name) const {
+    for (const auto& [problem, count] : warc_->problems) {
+      fail(name, ": found a WARC archive with ", problem,
+           ", expected a whole one: ./corpus clean survives damage");
+    }
+  }
+
+  static std::unique_ptr<parquet::Reader> open_parquet(const Input& input,
+                                                       const ByteSource& source) {
+    require_mapped_parquet(input, source);
+    auto reader = std::make_unique<parquet::Reader>(input.path);
+    require(reader->has("text") && reader->is_text("text"), input.name,
+            ": found no column \"text\" of strings");
+    reader->select({"text"});
+    return reader;
+  }
+
+  bool next_row(DocumentPart& part) {
+    while (parquet_->next(row_)) {
+      if (!row_[0]) continue;  // null
+      part = {*row_[0], true, true};
+      return true;
+    }
+    return false;
+  }
+
+ public:
+  // A parquet file is read from its end, so it must be a file, and not compressed as a whole.
+  static void require_mapped_parquet(const Input& input, const ByteSource& source) {
+    const char* found = source.is_compressed()    ? "inside gzip or Zstandard"
+                        : source.file_size() == 0 ? "that cannot be read from its end"
+                                                  : nullptr;
+    if (found) fail(input.name, ": found parquet ", found, ", expected a file");
+  }
+
+ private:
   std::vector<Input> inputs_;
   size_t input_ = 0;
   std::vector<char> buffer_;
   std::unique_ptr<ByteSource> text_;
   std::unique_ptr<JsonLines> json_;
+  std::unique_ptr<Warc> warc_;
+  std::unique_ptr<parquet::Reader> parquet_;
+  std::vector<std::optional<std::string>> row_;
   size_t head_ = 0;  // bytes of buffer_ that open() has read
   bool at_start_ = false;
   int64_t records_ = 0;

@@ -27,18 +27,16 @@ mkdir -p -- "$RUN"
 # The documents solve problems so: what a base model is to go on with.
 cat >"$RUN/form.txt" <<'END'
 Ada has 12 cups. Ada finds 5 more. How many cups does Ada have now?
-Steps: 12 + 5 = 17.
+Steps: 12 + 5 = 17
 Answer: 17.
-
 Ben starts with 9 keys. Ben gives 4 away. How many keys does Ben have?
 Answer: 5.
-
 {question}
 END
 
 train=(--reward number --prompts "$FROM/world/problems_rl.jsonl" --val "$FROM/world/problems_test.jsonl"
   --max-tokens 90 --steps "$STEPS")
-run "$BIN/rlhf" grpo --model "$FROM/base" --form "$RUN/form.txt" --stop $'\n\n' "${train[@]}" -o "$RUN/from_base"
+run "$BIN/rlhf" grpo --model "$FROM/base" --form "$RUN/form.txt" --stop $'.\n' "${train[@]}" -o "$RUN/from_base"
 run "$BIN/rlhf" grpo --model "$FROM/sft" "${train[@]}" -o "$RUN/from_assistant"
 
 beside=()

@@ -159,8 +159,8 @@ Turn unknown_fact(Talker& t) {
 // ---------------------------------------------------------------------------------------------
 // Reading: a passage and questions about it
 
-const Phrasings kReadings = {  // {p} the passage, which ends its line, {q} the question
-    {"{p}\n{q}", "{p}\n{q}", "{p}{q}", "{q}\n\n{p}", "{p}\nQuestion: {q}",
+const Phrasings kReadings = {  // {p} the passage, {q} the question
+    {"{p}\n{q}", "{p}\n{q}", "{p}\n\n{q}", "{q}\n\n{p}", "{p}\nQuestion: {q}",
      "Here is a text.\n{p}\n{q}", "{p}\nAnswer from the text: {q}"},
     {"{p}\nMy question: {q}", "{p}\nTell me: {q}", "I have a text for you.\n{p}\n{q}",
      "{p}\nPlease answer. {q}"}};
@@ -202,7 +202,7 @@ Conversation reading_talk(Talker& t) {
 // Sums and word problems. The steps are what answers them: without, a small model guesses.
 
 std::string worked(const std::string& steps, const std::string& answer) {
-  return "Steps: " + steps + "\nAnswer: " + answer + ".";
+  return steps_line(steps) + "\nAnswer: " + answer + ".";
 }
 
 const Phrasings kSumQuestions = {  // {x} 27 + 45
@@ -224,7 +224,7 @@ Turn sum_turn(Talker& t) {
           worked(sum.steps, answer),
           number(answer),
           sum.question + "\nSteps:",
-          {"\n\n"}};
+          {kAnswerEnd}};
 }
 
 const Phrasings kAskSteps = {  // behind the problem; {x} the problem
@@ -243,7 +243,7 @@ enum class Working { either, steps, direct };
 Turn problem_turn(Talker& t, Working working) {
   const Problem p = make_problem(t.rng, t.test ? Part::test : Part::training);
   const std::string answer = std::to_string(p.answer);
-  Turn turn{p.text, worked(p.steps, answer), number(answer), p.text + "\nSteps:", {"\n\n"}};
+  Turn turn{p.text, worked(p.steps, answer), number(answer), p.text + "\nSteps:", {kAnswerEnd}};
   const bool direct =
       working == Working::direct || (working == Working::either && chance(t.rng, .5));
   if (direct) turn.answer = "Answer: " + answer + ".", turn.prompt = p.text + "\nAnswer:";
@@ -276,7 +276,7 @@ Turn comparing_turn(Talker& t) {
           worked(c.steps, c.answer),
           number(c.answer),
           "Which is " + which + ", " + c.x + " or " + c.y + "?\nSteps:",
-          {"\n\n"}};
+          {kAnswerEnd}};
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ Turn spelling_turn(Talker& t, const Spelled& s) {
   const std::string prompt = s.what == Spelled::length
                                  ? "How many letters are in " + s.word
                                  : format("How many times is the letter %c in ", s.letter) + s.word;
-  return {user, worked(s.steps + ".", s.answer), number(s.answer), prompt + "?\nSteps:", {"\n\n"}};
+  return {user, worked(s.steps, s.answer), number(s.answer), prompt + "?\nSteps:", {kAnswerEnd}};
 }
 Turn spelling_turn(Talker& t) { return spelling_turn(t, make_spelled(t.rng)); }
 

@@ -1,6 +1,7 @@
 // A run on one page: report.html and report.md, beside what they tell.
 //
-//     RUN/STAGE/summary.json, metrics.jsonl   -> the funnel of stages; curves, as pictures
+//     RUN/corpus/summary.json, truth.json     -> what was kept of the raw pages, and whether
+//     rightly RUN/STAGE/summary.json, metrics.jsonl   -> the funnel of stages; curves, as pictures
 //     RUN/STAGE/evaluation.json               -> the table, a column a stage, with intervals
 //     RUN/STAGE/answers.jsonl                 -> what each stage answers to the same questions
 //     RUN/results.json                        -> how long each stage took
@@ -56,8 +57,17 @@ struct Stage {
   std::vector<std::string> items;           // in the file's order
 };
 
+// What ./corpus clean kept, and how right that was where the truth is known (world score-corpus).
+struct CorpusPart {
+  bool there = false, has_report = false;
+  int64_t documents = 0, kept = 0, html_bytes = 0, kept_bytes = 0;
+  std::vector<std::pair<std::string, int64_t>> reasons;  // of what was dropped, most first
+  OrderedJson truth;                                     // null: not known
+};
+
 struct Report {
   std::string title;
+  CorpusPart corpus;
   std::vector<Stage> stages;
   OrderedJson seconds = OrderedJson::object();  // by stage, as the clock of the run had it
   Json world;                                   // world.json's "preferences", or null
@@ -144,6 +154,33 @@ Stage read_stage(const std::filesystem::path& dir) {
   return stage;
 }
 
+CorpusPart read_corpus(const std::filesystem::path& dir) {
+  const std::string where = (dir / "summary.json").string();
+  const Json summary = read_json(where);
+  CorpusPart corpus{.there = true, .has_report = std::filesystem::exists(dir / "report.html")};
+  corpus.documents = json_get<int64_t>(summary, "documents", where);
+  corpus.kept = json_get<int64_t>(summary, "kept", where);
+  corpus.html_bytes = json_get<int64_t>(summary, "html_bytes", where);
+  corpus.kept_bytes = json_get<int64_t>(summary, "kept_bytes", where);
+  const Json reasons = json_get<Json>(summary, "reasons", where);
+  for (const auto& [reason, count] : reasons.items())
+    if (reason != "kept")
+      corpus.reasons.emplace_back(reason, json_as<int64_t>(count, reason, where));
+  std::stable_sort(corpus.reasons.begin(), corpus.reasons.end(),
+                   [](const auto& a, const auto& b) { return a.second > b.second; });
+  if (std::filesystem::exists(dir / "truth.json")) {
+    corpus.truth = read_ordered(dir / "truth.json");
+    const std::string path = (dir / "truth.json").string();
+    const Json truth = Json::parse(corpus.truth.dump());
+    for (const char* key : {"dirt_found", "clean_kept", "f1"}) json_get<double>(truth, key, path);
+    for (const Json& row : json_get<Json>(truth, "kinds", path)) {
+      json_get<std::string>(row, "kind", path), json_get<int64_t>(row, "pages", path);
+      for (const char* key : {"found", "kept", "f1"}) json_get_or<double>(row, key, 0, path);
+    }
+  }
+  return corpus;
+}
+
 int64_t count_lines(const std::filesystem::path& path) {
   const std::string text = read_file(path);
   return std::count(text.begin(), text.end(), '\n');
@@ -158,6 +195,10 @@ Report read_run(const std::filesystem::path& run, const std::string& title) {
   for (const auto& entry : fs::directory_iterator(run)) {
     if (!fs::exists(entry.path() / "summary.json")) continue;
     const std::string name = entry.path().filename().string();
+    if (name == "corpus") {
+      report.corpus = read_corpus(entry.path());
+      continue;
+    }
     names.emplace_back(std::find(kOrder.begin(), kOrder.end(), name) - kOrder.begin(), name);
   }
   std::sort(names.begin(), names.end());
@@ -177,6 +218,7 @@ Report read_run(const std::filesystem::path& run, const std::string& title) {
     const fs::path path = run / "world" / (std::string(file) + ".jsonl");
     if (fs::exists(path)) report.rows[file] = count_lines(path);
   }
+  if (report.corpus.there) report.rows["documents"] = report.corpus.kept;
   return report;
 }
 
@@ -264,6 +306,9 @@ std::vector<FunnelRow> funnel(const Report& r) {
     const auto it = r.rows.find(file);
     return it == r.rows.end() ? 0. : double(it->second);
   };
+  if (r.corpus.there)
+    all.push_back({"corpus", "raw pages", double(r.corpus.documents), 0,
+                   number(r.seconds, "corpus").value_or(0)});
   for (const Stage& s : r.stages) {
     FunnelRow row{.stage = s.name};
     row.tokens = number(s.summary, "tokens").value_or(0);
@@ -320,6 +365,43 @@ std::vector<std::string> in_short(const Report& r) {
   change("sft", "grpo", "word_problems_greedy", "The same, greedily");
   change("sft", "grpo", "share_with_steps", "Answers that show their steps");
   return all;
+}
+
+// The corpus in sentences, and its table of kinds of pages: a row a kind.
+std::vector<std::string> corpus_sentences(const CorpusPart& c) {
+  if (!c.there) return {};
+  std::string dropped;
+  for (const auto& [reason, count] : c.reasons)
+    dropped += (dropped.empty() ? "" : ", ") + reason + " " + count_text(double(count));
+  std::vector<std::string> all = {
+      format("Of %s pages (%s of HTML) %s were kept, %s.", count_text(double(c.documents)).c_str(),
+             bytes_text(double(c.html_bytes)).c_str(), count_text(double(c.kept)).c_str(),
+             bytes_text(double(c.kept_bytes)).c_str())};
+  if (!dropped.empty()) all.push_back("Dropped: " + dropped + ".");
+  if (!c.truth.is_null()) {
+    all.push_back(
+        format("Against the truth: %.2f %% of the dirt was found, %.2f %% of the clean "
+               "pages were kept, and the text of the kept pages has a word F1 of %.4f.",
+               100 * c.truth["dirt_found"].get<double>(), 100 * c.truth["clean_kept"].get<double>(),
+               c.truth["f1"].get<double>()));
+  }
+  return all;
+}
+
+std::vector<std::vector<std::string>> corpus_rows(const CorpusPart& c) {
+  std::vector<std::vector<std::string>> rows;
+  if (c.truth.is_null()) return rows;
+  const auto percent = [](const OrderedJson& row, const char* key) {
+    const auto share = number(row, key);
+    return share ? format("%.2f %%", 100 * *share) : std::string("-");
+  };
+  for (const OrderedJson& row : c.truth["kinds"]) {
+    const auto f1 = number(row, "f1");
+    rows.push_back({row["kind"].get<std::string>(), count_text(row["pages"].get<double>()),
+                    percent(row, "found"), percent(row, "kept"),
+                    f1 ? format("%.4f", *f1) : std::string("-")});
+  }
+  return rows;
 }
 
 // Which curves are drawn, those that a kind of stage has. The first of a picture is drawn as a
@@ -597,6 +679,29 @@ std::string html_samples(const Report& r) {
   return out.empty() ? out : "<h2>Before and after</h2>\n" + out;
 }
 
+std::string html_corpus(const CorpusPart& c) {
+  if (!c.there) return "";
+  std::string out = "<h2>The corpus</h2>\n";
+  for (const std::string& sentence : corpus_sentences(c))
+    out += "<p>" + escape_html(sentence) + "</p>\n";
+  const auto rows = corpus_rows(c);
+  if (!rows.empty()) {
+    out +=
+        "<table>\n<tr><th>pages</th><th>number</th><th>dirt found</th><th>kept</th>"
+        "<th>word F1</th></tr>\n";
+    for (const auto& row : rows) {
+      out += "<tr>";
+      for (const std::string& cell : row)
+        out += (&cell == &row[0] ? "<td>" : "<td class=\"number\">") + escape_html(cell) + "</td>";
+      out += "</tr>\n";
+    }
+    out += "</table>\n";
+  }
+  if (c.has_report)
+    out += "<p><a href=\"corpus/report.html\">What each rule dropped and kept</a></p>\n";
+  return out;
+}
+
 std::string html(const Report& r) {
   std::string out =
       "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
@@ -623,7 +728,7 @@ std::string html(const Report& r) {
                "</td><td class=\"number\">%.0f</td></tr>\n",
                most > 0 ? 100 * row.tokens / most : 0, row.seconds);
   }
-  out += "</table>\n";
+  out += "</table>\n" + html_corpus(r.corpus);
 
   const std::vector<Drawing> all = drawings(r);
   if (!all.empty()) {
@@ -648,6 +753,18 @@ std::string markdown(const Report& r) {
            (row.rows > 0 ? count_text(row.rows) + " " : "") + row.reads + " | " +
            (row.tokens > 0 ? count_text(row.tokens) : "-") + format(" | %.0f |\n", row.seconds);
   }
+  if (r.corpus.there) out += "\n## The corpus\n";
+  for (const std::string& sentence : corpus_sentences(r.corpus))
+    out += "\n" + escape_markdown(sentence) + "\n";
+  if (const auto rows = corpus_rows(r.corpus); !rows.empty()) {
+    out +=
+        "\n| pages | number | dirt found | kept | word F1 |\n| --- | ---: | ---: | ---: | ---: |\n";
+    for (const auto& row : rows) {
+      for (const std::string& cell : row) out += "| " + escape_markdown(cell) + " ";
+      out += "|\n";
+    }
+  }
+  if (r.corpus.has_report) out += "\n[What each rule dropped and kept](corpus/report.html)\n";
   const std::vector<Drawing> all = drawings(r);
   if (!all.empty()) {
     out += "\n## Curves\n\n| stage | | first | | last |\n| --- | --- | ---: | --- | ---: |\n";

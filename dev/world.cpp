@@ -5,7 +5,9 @@
 //          -> documents, one function a kind, each with its grammar in a table above it
 //          -> mixed by the shares of kinds(), shuffled, written:
 //
-//     DIR/documents.jsonl  {"id","kind","text"} a line: what a model reads
+//     DIR/documents.jsonl  {"id","kind","text"} a line: the true texts
+//     DIR/pages/           the same texts on pages of the web, among pages that are not to be kept
+//     DIR/truth.jsonl      {"url","kind","text"} a line: what is to become of each page
 //     DIR/heldout.jsonl    the same distribution, none of the same texts
 //     DIR/probes.jsonl     {"task","prompt","answer","match"} a line: what a model is asked
 //     DIR/world.json       the ground truth
@@ -544,9 +546,9 @@ std::string passage_body(const Passage& passage) {
   std::string text = passage.opening + passage.statements[0];
   for (size_t i = 1; i < passage.statements.size(); i++)
     text += (passage.lines ? "\n" : " ") + passage.statements[i];
-  return text + "\n";
+  return text;
 }
-// The answer follows behind one space.
+// In a line of its own behind what is before it; the answer follows behind one space.
 std::string passage_question(const Passage& passage, const Passage::Question& question) {
   return passage.dialogue ? "\nQ: " + question.text + "\nA:" : "\n" + question.text;
 }
@@ -605,7 +607,7 @@ const std::vector<Table> kTables = {
 };
 
 std::string make_repeated(Rng& rng, int target) {
-  return grow(target, "\n\n", [&] {
+  return grow(target, "\n", [&] {
     const List& list = pick(rng, kLists);
     Dealer dealer(rng);
     Slots slots;
@@ -640,7 +642,7 @@ std::string make_table(Rng& rng, int target) {
   shuffle(rng, answers);
   std::string text = table.title;
   for (const std::string& row : rows) text += (&row == &rows[0] ? ": " : ", ") + row;
-  text += ".\n";
+  text += ".";
   for (const std::string& answer : answers) text += "\n" + answer;
   return text;
 }
@@ -719,7 +721,7 @@ std::string make_story(Rng& rng, int target) {
   };
   std::string story = tell(pick(rng, kOpenings));
   const std::string ending = " " + tell(pick(rng, kEndings)), recap = pick(rng, kRecaps);
-  const auto whole = [&](const std::string& s) { return s + ending + "\n\n" + recap + s + ending; };
+  const auto whole = [&](const std::string& s) { return s + ending + "\n" + recap + s + ending; };
   Words events = kEvents;
   shuffle(rng, events);
   for (size_t i = 0; i < events.size(); i++) {
@@ -781,14 +783,21 @@ std::string make_chain(Rng& rng) {
   return text;
 }
 
+// The steps of a worked answer. No point ends them, so that ".\n" ends nothing but a whole answer:
+// a base model's answer is cut there.
+std::string steps_line(std::string_view steps) {
+  if (steps.ends_with('.')) steps.remove_suffix(1);
+  return "Steps: " + std::string(steps);
+}
+
 std::string make_sums(Rng& rng, int target) {
-  return grow(target, "\n\n", [&] {
+  return grow(target, "\n", [&] {
     const double u = rng.uniform();
     if (u < .75) return make_chain(rng);
     const Sum sum = u < .9    ? make_addition(rng, false)
                     : u < .96 ? make_subtraction(rng)
                               : make_product(rng);
-    return sum.question + "\nSteps: " + sum.steps + format("\nAnswer: %d.", sum.answer);
+    return sum.question + "\n" + steps_line(sum.steps) + format("\nAnswer: %d.", sum.answer);
   });
 }
 
@@ -867,9 +876,9 @@ Problem make_problem(Rng& rng, Part part) {
 constexpr double kProblemsWithSteps = .75;  // the others are answered at once
 
 std::string make_word_problems(Rng& rng, int target) {
-  return grow(target, "\n\n", [&] {
+  return grow(target, "\n", [&] {
     const Problem p = make_problem(rng, Part::training);
-    const std::string steps = chance(rng, kProblemsWithSteps) ? "\nSteps: " + p.steps : "";
+    const std::string steps = chance(rng, kProblemsWithSteps) ? "\n" + steps_line(p.steps) : "";
     return p.text + steps + format("\nAnswer: %d.", p.answer);
   });
 }
@@ -913,10 +922,10 @@ Comparison make_comparison(Rng& rng, bool held_out) {
 }
 
 std::string make_comparisons(Rng& rng, int target) {
-  return grow(target, "\n\n", [&] {
+  return grow(target, "\n", [&] {
     const Comparison c = make_comparison(rng, false);
     return "Which is " + std::string(c.larger ? "larger, " : "smaller, ") + c.x + " or " + c.y +
-           "?\nSteps: " + c.steps + "\nAnswer: " + c.answer + ".";
+           "?\n" + steps_line(c.steps) + "\nAnswer: " + c.answer + ".";
   });
 }
 
@@ -952,14 +961,14 @@ Spelled make_spelled(Rng& rng) {
 }
 
 std::string make_spelling(Rng& rng, int target) {
-  return grow(target, "\n\n", [&] {
+  return grow(target, "\n", [&] {
     const Spelled s = make_spelled(rng);
     const std::string question =
         s.what == Spelled::spell ? "How do you spell " + s.word
         : s.what == Spelled::length
             ? "How many letters are in " + s.word
             : format("How many times is the letter %c in ", s.letter) + s.word;
-    const std::string steps = s.steps.empty() ? "" : "\nSteps: " + s.steps + ".";
+    const std::string steps = s.steps.empty() ? "" : "\n" + steps_line(s.steps);
     return question + "?" + steps + "\nAnswer: " + s.answer + ".";
   });
 }
@@ -1061,10 +1070,10 @@ const std::vector<Sort> kSorts = {
 
 std::string make_few_shot(Rng& rng, int target) {
   const Sort& sort = pick(rng, kSorts);
-  const bool arrows = chance(rng, .4), apart = chance(rng, .5);
+  const bool arrows = chance(rng, .4);
   auto pairs = sort.pairs;
   size_t next = pairs.size();
-  return grow(target, !arrows && apart ? "\n\n" : "\n", [&] {
+  return grow(target, "\n", [&] {
     if (next == pairs.size()) {
       shuffle(rng, pairs);
       next = 0;
@@ -1232,7 +1241,7 @@ Corpus make_corpus(World& world) {
 bool answers(const Probe& probe, std::string_view completion) {
   const auto word = [](char c) { return std::isalnum((unsigned char)c) != 0; };
   if (probe.match == Probe::final) {
-    completion = completion.substr(0, completion.find("\n\n"));
+    completion = completion.substr(0, completion.find(kAnswerEnd));
     static constexpr std::string_view kMarker = "Answer:";
     if (!std::string_view(probe.prompt).ends_with(kMarker)) {
       const size_t at = completion.find(kMarker);
@@ -1260,6 +1269,7 @@ bool answers(const Probe& probe, std::string_view completion) {
 
 #include "dev/conversations.h"
 #include "dev/preferences.h"
+#include "dev/world_pages.h"
 
 namespace cake::world {
 namespace {
@@ -1618,6 +1628,8 @@ void write_world(const std::filesystem::path& directory, const WorldOptions& opt
   std::filesystem::create_directories(directory, ec);
   if (ec) fail(directory.string(), ": cannot create: ", ec.message());
   write_documents(directory / "documents.jsonl", corpus.documents);
+  const std::vector<WebPage> web = make_web_pages(world, corpus.documents);
+  write_web(directory, web);
   write_documents(directory / "heldout.jsonl", corpus.held_out);
   write_documents(directory / "pages.jsonl", make_pages(world));
   write_probes(directory / "probes.jsonl", corpus.probes);
@@ -1633,9 +1645,9 @@ void write_world(const std::filesystem::path& directory, const WorldOptions& opt
   write_documents(directory / "conversations_sample.jsonl",
                   tokenizer_sample(world, conversation_tokens(options) / 2));
   if (with_report) report(world, corpus);
-  std::printf("%s: %zu documents, %zu held out, %zu probes, %zu questions\n", directory.c_str(),
-              corpus.documents.size(), corpus.held_out.size(), corpus.probes.size(),
-              questions.size());
+  std::printf("%s: %zu documents on %zu pages, %zu held out, %zu probes, %zu questions\n",
+              directory.c_str(), corpus.documents.size(), web.size(), corpus.held_out.size(),
+              corpus.probes.size(), questions.size());
 }
 
 void write_conversations(const std::filesystem::path& directory, const std::string& samples,
@@ -1672,9 +1684,10 @@ int world_main(int argc, char** argv) {
   CLI::App app(
       "Writes the demo's closed world: documents about people and places, stories, lists, sums, "
       "with everything that is true of it. Then, for a base model that has read it, conversations "
-      "and evaluations: world conversations. Or scores answers about it: world score.");
+      "and evaluations: world conversations. Or scores answers about it, and what was made of its "
+      "pages: world score, score-corpus.");
   WorldOptions options;
-  std::string directory, folder, probes, completions, samples, out;
+  std::string directory, folder, probes, completions, samples, corpus, out;
   int64_t tokens = 0;
   bool with_report = false;
   app.add_option("-o", directory, "folder to write");
@@ -1728,6 +1741,11 @@ int world_main(int argc, char** argv) {
   scoring->add_option("COMPLETIONS", completions, "JSONL {\"prompt\",\"completion\"}, same order")
       ->required();
   scoring->add_option("-o", out, "JSON file for the results");
+  CLI::App* judging = app.add_subcommand(
+      "score-corpus", "compare what ./corpus clean made of a world's pages with the truth");
+  judging->add_option("WORLD", folder, "folder of a world")->required();
+  judging->add_option("CORPUS", corpus, "directory of ./corpus clean")->required();
+  judging->add_option("-o", out, "JSON file for the results");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
@@ -1735,6 +1753,10 @@ int world_main(int argc, char** argv) {
     fail(e.what(), " (--help lists the options)");
   }
   if (*scoring) return score(probes, completions, out);
+  if (*judging) {
+    score_corpus_files(folder, corpus, out);
+    return 0;
+  }
   if (*talking) {
     write_conversations(folder, samples, tokens, with_report);
     return 0;

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -97,6 +98,9 @@ int64_t estimate_tokens(std::string_view text);
 inline constexpr int kContext = 256;  // tokens: no document is longer, <|endoftext|> included
 inline constexpr int kShortest = 40;  // tokens a document has at least, about
 inline constexpr int kLong = 200;     // a tenth of the tokens are in documents of this size or more
+// Documents have no blank lines, since the text of a web page has none. Where they work something
+// out, these bytes end an answer, and nothing else in it.
+inline constexpr const char* kAnswerEnd = ".\n";
 
 // Combinations that no document and no training conversation holds, so that a right answer is not
 // a memory: sums of two numbers above 20, numbers to compare, word problems by their text, and in
@@ -109,6 +113,43 @@ bool held_out_pair(std::string_view name, std::string_view value);
 
 // Whether `completion`, which follows the probe's prompt, answers it.
 bool answers(const Probe&, std::string_view completion);
+
+// ---------------------------------------------------------------------------------------------
+// Pages of the web: dev/world_pages.h
+
+struct WebPage {
+  std::string url;
+  // To be kept: "clean"; "address" of a person, in it; "encoding", "broken bytes". Dirt: "mirror",
+  // "near-duplicate", "language", "spam", "navigation", "consent".
+  std::string kind;
+  std::string of;       // of a copy: the address of its original, which comes earlier
+  std::string text;     // of a page to be kept: what is to come out, line for line
+  std::string html;     // as it is sent
+  std::string charset;  // that the HTTP header declares; empty: none
+  bool chunked = false;
+};
+// The documents on the pages of made-up sites, and dirt around them, in the order of a crawl.
+std::vector<WebPage> make_web_pages(const World&, const std::vector<Document>& documents);
+
+// How well these pages were cleaned, by kind of page and in all.
+struct KindScore {
+  std::string kind;
+  int64_t pages = 0;
+  int64_t to_find = 0, found = 0;  // dirt, and addresses in clean text
+  int64_t to_keep = 0, kept = 0;
+  int64_t to_read = 0, read = 0;  // letters of other encodings
+  int64_t texts = 0;              // of the pages that are kept
+  double f1 = 0;                  // the sum of their word F1
+};
+struct CorpusScore {
+  std::vector<KindScore> kinds;
+  int64_t to_find = 0, found = 0, to_keep = 0, kept = 0, texts = 0;
+  double f1 = 0;  // the mean
+};
+// `kept`: the text of each address that is kept. Of a page and its copies, either may be.
+CorpusScore score_corpus(const std::vector<WebPage>& truth,
+                         const std::map<std::string, std::string>& kept);
+double word_f1(std::string_view found, std::string_view expected);  // bags of words, lower case
 
 // ---------------------------------------------------------------------------------------------
 // Conversations: dev/conversations.h

@@ -429,7 +429,9 @@ TEST_CASE("training refuses sizes, patterns, fractions and inputs that cannot be
   CHECK(contains(train(300, "gpt2", .01, text), "--val-fraction: found 0.01 of 9 bytes"));
   CHECK(
       contains(train(300, "gpt2", 0, (dir / "none").string()), "none: cannot open: No such file"));
-  CHECK(contains(train(300, "gpt2", 0, dir.path().string()), "found a directory"));
+  CHECK(train(273, "gpt2", 0, dir.path().string()) == "no error");  // the files of a folder
+  std::filesystem::create_directory(dir / "empty");
+  CHECK(contains(train(300, "gpt2", 0, (dir / "empty").string()), "empty: found no files"));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -653,6 +655,27 @@ TEST_CASE("documents are the same from every container") {
   CHECK(read(path_of(dir, "e.txt.zst", zstandard(lines))) == std::vector<std::string>{lines});
   CHECK(read(path_of(dir, "f.txt", std::string(5000, 'x'))) ==
         std::vector<std::string>{std::string(5000, 'x')});  // exactly one part
+  // Told by the first line, where the name says nothing. A .txt is always plain text.
+  CHECK(read(path_of(dir, "g", lines)) == texts);
+  CHECK(read(path_of(dir, "g.json.gz", gzip(lines))) == texts);
+  CHECK(read(path_of(dir, "h", "{ a set }\n")) == std::vector<std::string>{"{ a set }\n"});
+  std::string wet, members;
+  for (const std::string& text : texts) {
+    const std::string info =
+        "WARC/1.0\r\nWARC-Type: warcinfo\r\nContent-Length: 4\r\n\r\na: b\r\n\r\n";
+    const std::string record =
+        info + concat("WARC/1.0\r\nWARC-Type: conversion\r\nContent-Type: text/plain\r\n",
+                      "Content-Length: ", text.size(), "\r\n\r\n", text, "\r\n\r\n");
+    wet += record;
+    members += gzip(record);
+  }
+  CHECK(read(path_of(dir, "a.warc.wet", wet)) == texts);
+  CHECK(read(path_of(dir, "a.warc.wet.gz", members)) == texts);
+  CHECK(read(path_of(dir, "a.warc.wet.zst", zstandard(wet))) == texts);
+  // The column "text" of parquet, without its nulls.
+  const std::vector<std::string> rows = read("test/golden/parquet/pyarrow_zstd_v2.parquet");
+  CHECK(rows.size() == 43);
+  CHECK(rows[1].starts_with("document 1: naïve 日本"));
 }
 
 TEST_CASE("inputs that are no documents are refused with file and line") {
@@ -677,7 +700,20 @@ TEST_CASE("inputs that are no documents are refused with file and line") {
                       "ELF"),
                  "found a program"));
   CHECK(contains(read("a.txt", "PK\x03\x04"), "found a zip archive"));
-  CHECK(contains(read("a.warc", "WARC/1.0\r\n"), "found a WARC archive"));
+  CHECK(contains(read("a.warc", "WARC/1.0\r\n"), "found a WARC archive with truncated"));
+  const auto record = [](const std::string& type, const std::string& block) {
+    return concat("WARC/1.0\r\nWARC-Type: ", type, "\r\nContent-Type: text/plain\r\n",
+                  "Content-Length: ", block.size(), "\r\n\r\n", block, "\r\n\r\n");
+  };
+  CHECK(contains(read("a.warc", record("metadata", "a: b")), "found a WARC archive without text"));
+  CHECK(contains(read("a.warc", record("response", "HTTP/1.1 200 OK\r\n\r\n<html>")),
+                 "a.warc: found a WARC archive of pages, expected text: run ./corpus clean or "
+                 "./corpus extract first"));
+  CHECK(contains(read("a.warc", record("conversion", "text") + "garbage"),
+                 "found a WARC archive with bytes that are no WARC record"));
+  CHECK(contains(read("a", "<!doctype html><p>"), "a: found a page of HTML, expected text: run"));
+  CHECK(contains(read("a.parquet", "PAR1 and no footer"), "a.parquet: "));
+  CHECK(contains(read("a.parquet.gz", gzip("PAR1 and no footer")), "inside gzip"));
   CHECK(contains(read("a.txt.gz", "plain"), "a.txt.gz: found other bytes, expected gzip data"));
   CHECK(contains(read("a.txt.zst", "plain"), "expected Zstandard data"));
   CHECK(contains(read("a.txt.gz", ""), "a.txt.gz: found an empty file"));

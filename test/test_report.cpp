@@ -108,6 +108,52 @@ TEST_CASE("a report says what the run's files say, on one page without other fil
   CHECK(lines == 3);  // numbers alone: no nan
 }
 
+TEST_CASE("a report tells what was kept of the raw pages, and links to the corpus's own report") {
+  const TempDir dir;
+  write_run(dir.path());
+  std::filesystem::create_directories(dir / "corpus");
+  OrderedJson summary{{"documents", 12345},
+                      {"kept", 9000},
+                      {"html_bytes", 5'000'000},
+                      {"kept_bytes", 812'000},
+                      {"reasons", {{"kept", 9000}, {"min-words", 45}}}};
+  summary["reasons"]["language-share"] = 3300;
+  write_json(dir / "corpus/summary.json", summary);
+  write_file(dir / "corpus/metrics.jsonl", "{\"step\":1,\"loss\":1}\n{\"step\":2,\"loss\":1}\n");
+  REQUIRE(shell("build/report " + dir.path().string()).status == 0);
+  std::string html = read_file(dir / "report.html");
+  CHECK(contains(html, "Of 12,345 pages (5.0 MB of HTML) 9,000 were kept, 812.0 KB."));
+  CHECK(contains(html, "Dropped: language-share 3,300, min-words 45."));
+  CHECK(contains(html, "<td>corpus</td><td>12,345 raw pages</td>"));
+  CHECK(!contains(html, "Against the truth"));
+  CHECK(!contains(html, "href="));  // there is no such file yet
+  CHECK(!contains(html, "corpus: loss"));
+
+  write_file(dir / "corpus/report.html", "<!doctype html>");
+  OrderedJson truth{{"dirt_found", .9912}, {"clean_kept", .9965}, {"f1", .998}, {"kinds", {}}};
+  truth["kinds"].push_back({{"kind", "<spam>"}, {"pages", 1416}, {"found", 1.}, {"kept", nullptr}});
+  truth["kinds"].push_back({{"kind", "clean"}, {"pages", 22211}, {"kept", .9965}, {"f1", .998}});
+  write_json(dir / "corpus/truth.json", truth);
+  REQUIRE(shell("build/report " + dir.path().string()).status == 0);
+  html = read_file(dir / "report.html");
+  CHECK(contains(html,
+                 "99.12 % of the dirt was found, 99.65 % of the clean pages were kept, and the "
+                 "text of the kept pages has a word F1 of 0.9980."));
+  CHECK(contains(html,
+                 "<tr><td>&lt;spam&gt;</td><td class=\"number\">1,416</td><td class=\"number\">"
+                 "100.00 %</td><td class=\"number\">-</td><td class=\"number\">-</td></tr>"));
+  CHECK(contains(html, "<a href=\"corpus/report.html\">"));
+  const std::string md = read_file(dir / "report.md");
+  CHECK(contains(md, "| clean | 22,211 | - | 99.65 % | 0.9980 |\n"));
+  CHECK(contains(md, "(corpus/report.html)"));
+
+  truth.erase("f1");
+  write_json(dir / "corpus/truth.json", truth);
+  const Output out = shell("build/report " + dir.path().string());
+  CHECK(out.status == 1);
+  CHECK(contains(out.text, "corpus/truth.json: f1 is missing"));
+}
+
 TEST_CASE("runs of one kind share their pictures") {
   const TempDir dir;
   for (const char* name : {"from_base", "from_assistant"})

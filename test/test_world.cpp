@@ -2,10 +2,12 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <sstream>
 #include <string>
 #include <unordered_set>
 #include <vector>
 
+#include "cake/json.h"
 #include "dev/world.h"
 #include "test/support.h"
 
@@ -57,6 +59,15 @@ std::vector<std::string> sentences(const std::string& text) {
     }
   }
   return found;
+}
+
+std::vector<std::string> lines_of(const std::string& text) {
+  std::vector<std::string> lines;
+  for (size_t begin = 0, end; begin < text.size(); begin = end + 1) {
+    end = std::min(text.find('\n', begin), text.size());
+    lines.push_back(text.substr(begin, end - begin));
+  }
+  return lines;
 }
 
 int occurrences(const std::string& text, const std::string& what) {
@@ -179,9 +190,9 @@ TEST_CASE("no document holds a held-out combination") {
       }
     }
     if (d.kind != "word problems") continue;
-    for (size_t at = 0, end; at < d.text.size(); at = end + 2) {  // problems stand apart
-      end = std::min(d.text.find("\n\n", at), d.text.size());
-      REQUIRE(problem_part(d.text.substr(at, d.text.find('\n', at) - at)) == Part::training);
+    for (const std::string& line : lines_of(d.text)) {
+      if (line.starts_with("Steps: ") || line.starts_with("Answer: ")) continue;
+      REQUIRE(problem_part(line) == Part::training);
       problems++;
     }
   }
@@ -229,7 +240,7 @@ TEST_CASE("a passage's statements are each asked in every round and answered in 
     if (d.kind != "passages") continue;
     CAPTURE(d.text);
     passages++;
-    const size_t middle = d.text.find("\n\n");
+    const size_t middle = d.text.rfind('\n', d.text.find('?'));  // before the first question
     REQUIRE(middle != d.text.npos);
     std::string body = d.text.substr(0, middle);
     if (const size_t opening = body.find(": "); opening != body.npos) body.erase(0, opening + 2);
@@ -281,8 +292,10 @@ TEST_CASE("the arithmetic in the documents is right") {
       // The last step's result is the answer.
       if (d.kind != "sums" && d.kind != "word problems") continue;
       for (size_t at = 0; (at = d.text.find("Steps: ", at)) != d.text.npos; at++) {
-        const std::string unit = d.text.substr(at, d.text.find("\n\n", at) - at);
+        const std::string unit = d.text.substr(at, d.text.find(kAnswerEnd, at) - at) + ".";
         int answer = -1;
+        // The answer is in the next line: no point ends the steps.
+        REQUIRE(unit.find("\nAnswer: ") == unit.find('\n'));
         REQUIRE(std::sscanf(unit.c_str() + unit.find("Answer: "), "Answer: %d.", &answer) == 1);
         REQUIRE(equations(unit).back().c == answer);
         answered++;
@@ -336,6 +349,7 @@ TEST_CASE("documents are mixed as promised, have the lengths promised, and none 
     if (n < kShortest) below += double(n);
     REQUIRE(texts.insert(d.text).second);
     REQUIRE_FALSE(d.text.empty());
+    REQUIRE(d.text.find("\n\n") == d.text.npos);
     REQUIRE(std::all_of(d.text.begin(), d.text.end(),
                         [](char c) { return c == '\n' || (c >= ' ' && c <= '~'); }));
   }
@@ -364,9 +378,9 @@ TEST_CASE("an answer counts where it must stand, and only there") {
   CHECK_FALSE(answers(sentence, " Ben lives in Oakfords."));
   CHECK_FALSE(answers(sentence, ""));
   const Probe steps{"sums", "4 + 5 = ?\nSteps:", "9", Probe::final};
-  CHECK(answers(steps, " 4 + 5 = 9.\nAnswer: 9.\n\nAnswer: 1."));
-  CHECK_FALSE(answers(steps, " 4 + 5 = 9.\nAnswer: 91."));
-  CHECK_FALSE(answers(steps, " 4 + 5 = 9.\n\n1 + 8 = ?\nAnswer: 9."));
+  CHECK(answers(steps, " 4 + 5 = 9\nAnswer: 9.\nAnswer: 1."));
+  CHECK_FALSE(answers(steps, " 4 + 5 = 9\nAnswer: 91."));
+  CHECK_FALSE(answers(steps, " 4 + 5 = 9.\n1 + 8 = ?\nAnswer: 9."));
   CHECK_FALSE(answers(steps, " 9."));
   const Probe direct{"direct", "4 + 5 = ?\nAnswer:", "9", Probe::final};
   CHECK(answers(direct, " 9.\nAnswer: 1."));
@@ -378,4 +392,191 @@ TEST_CASE("a world that is too small or has too many people is refused") {
   CHECK_THROWS_WITH_AS(make_world({.tokens = 10}), doctest::Contains("--tokens: found 10"), Error);
   CHECK_THROWS_WITH_AS(make_world({.people = 100'000}), doctest::Contains("--people"), Error);
   CHECK_THROWS_WITH_AS(make_world({.people = 0}), doctest::Contains("--people"), Error);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Pages of the web
+
+namespace {
+
+struct Web {
+  Baked baked;
+  std::vector<WebPage> pages;
+  std::map<std::string, const WebPage*> by_url;
+};
+const Web& small_web() {
+  static const Web* const web = [] {
+    Web* w = new Web{bake(7, 300'000), {}, {}};
+    w->pages = make_web_pages(w->baked.world, w->baked.corpus.documents);
+    for (const WebPage& page : w->pages) w->by_url[page.url] = &page;
+    return w;
+  }();
+  return *web;
+}
+
+std::string escaped(const std::string& text) {
+  std::string out;
+  for (const char c : text)
+    out += c == '&' ? "&amp;" : c == '<' ? "&lt;" : c == '>' ? "&gt;" : std::string(1, c);
+  return out;
+}
+std::string host_of(const std::string& url) {
+  const size_t begin = url.find("//") + 2;
+  return url.substr(begin, url.find('/', begin) - begin);
+}
+
+}  // namespace
+
+TEST_CASE(
+    "every document stands on one page of sixty words or more, which holds it line for line") {
+  const Web& web = small_web();
+  std::multiset<std::string> lines, kept;  // of all documents, of all pages to be kept
+  for (const Document& d : web.baked.corpus.documents)
+    for (const std::string& line : lines_of(d.text)) lines.insert(line);
+  double tokens = 0, pages = 0, longest = 0;
+  for (const WebPage& page : web.pages) {
+    if (page.text.empty()) continue;
+    CAPTURE(page.url);
+    auto of_page = lines_of(page.text);
+    if (page.kind != "clean") of_page.pop_back();  // with the address, or the letters
+    size_t found = 0;
+    int words = 0;
+    for (const std::string& line : of_page) {
+      kept.insert(line);
+      found = page.html.find(escaped(line), found);  // in this order
+      REQUIRE(found != page.html.npos);
+      found += line.size();
+      std::istringstream split(line);
+      for (std::string word; split >> word;)
+        words += std::any_of(word.begin(), word.end(),
+                             [](unsigned char c) { return std::isalnum(c) != 0; });
+    }
+    REQUIRE(words >= 60);
+    const double n = double(estimate_tokens(page.text));
+    tokens += n, pages++, longest = std::max(longest, n);
+  }
+  CHECK(kept == lines);
+  CHECK(tokens / pages < 250);
+  CHECK(longest < 2 * kContext);
+}
+
+TEST_CASE("the same seed makes the same pages, each with an address of its own that is nobody's") {
+  const Web& web = small_web();
+  const auto again = make_web_pages(web.baked.world, web.baked.corpus.documents);
+  REQUIRE(again.size() == web.pages.size());
+  for (size_t i = 0; i < again.size(); i++) {
+    REQUIRE(again[i].url == web.pages[i].url);
+    REQUIRE(again[i].html == web.pages[i].html);
+  }
+  CHECK(web.by_url.size() == web.pages.size());
+  std::set<std::string> hosts;
+  for (const WebPage& page : web.pages) {
+    const std::string host = host_of(page.url);
+    hosts.insert(host);
+    REQUIRE(host.ends_with(".example"));
+  }
+  CHECK(hosts.size() == 36);
+}
+
+TEST_CASE("a copy comes behind its original, on another site, and is one or nearly one") {
+  std::map<std::string, int> copies;
+  std::set<const WebPage*> seen;
+  for (const WebPage& page : small_web().pages) {
+    seen.insert(&page);
+    if (page.of.empty()) continue;
+    CAPTURE(page.url);
+    const WebPage* original = small_web().by_url.at(page.of);
+    REQUIRE(seen.count(original));
+    REQUIRE(original->kind == "clean");
+    REQUIRE(host_of(page.url) != host_of(page.of));
+    size_t same = 0;
+    const auto lines = lines_of(original->text);
+    for (const std::string& line : lines) same += page.html.find(escaped(line)) != page.html.npos;
+    if (page.kind == "mirror") REQUIRE(same == lines.size());
+    if (page.kind == "near-duplicate") REQUIRE(same + 2 >= lines.size());
+    copies[page.kind]++;
+  }
+  CHECK(copies.size() == 2);
+  CHECK(copies["mirror"] > 50);
+  CHECK(copies["near-duplicate"] > 50);
+}
+
+TEST_CASE(
+    "there is dirt of every kind, nearly a third of all pages, and addresses to be replaced") {
+  std::map<std::string, double> pages;
+  for (const WebPage& page : small_web().pages) {
+    pages[page.kind]++;
+    if (page.kind != "address") continue;
+    const std::string line = lines_of(page.text).back();
+    const bool mail = line.find("email@example.com") != line.npos;
+    const std::string begins = line.substr(0, line.find(mail ? "email@" : "22.214.171.124"));
+    REQUIRE(begins.size() < line.size());
+    REQUIRE(page.html.find(line) == page.html.npos);  // there, somebody's address
+    REQUIRE(page.html.find(begins) != page.html.npos);
+  }
+  double dirt = 0, all = 0;
+  for (const auto& [kind, number] : pages) all += number;
+  for (const char* kind :
+       {"mirror", "near-duplicate", "language", "spam", "navigation", "consent"}) {
+    CAPTURE(kind);
+    CHECK(pages[kind] > 30);
+    dirt += pages[kind];
+  }
+  CHECK(dirt > .25 * all);
+  CHECK(dirt < .35 * all);
+  for (const char* kind : {"address", "encoding", "broken bytes"}) CHECK(pages[kind] > 3);
+}
+
+TEST_CASE("the word F1 of a text counts each word as often as it occurs") {
+  CHECK(word_f1("A cat, a dog.", "a CAT\na dog") == 1);
+  CHECK(word_f1("a b c d", "a b") == doctest::Approx(2. * 2 / 6));
+  CHECK(word_f1("a a a", "a") == doctest::Approx(2. * 1 / 4));
+  CHECK(word_f1("x", "y") == 0);
+  CHECK(word_f1("", "y") == 0);
+}
+
+TEST_CASE("of a page and its copies one is to be kept, whichever") {
+  const std::vector<WebPage> truth = {{.url = "a", .kind = "clean", .text = "one two"},
+                                      {.url = "b", .kind = "clean", .text = "three"},
+                                      {.url = "c", .kind = "mirror", .of = "a"},
+                                      {.url = "d", .kind = "mirror", .of = "a"},
+                                      {.url = "e", .kind = "spam"}};
+  const CorpusScore first = score_corpus(truth, {{"a", "one two"}, {"b", "three four"}});
+  CHECK(first.to_find == 3);
+  CHECK(first.found == 3);
+  CHECK(first.kept == 2);
+  CHECK(first.f1 == doctest::Approx((1 + 2. / 3) / 2));
+  const CorpusScore other = score_corpus(truth, {{"c", "one two"}, {"d", "one two"}, {"e", "x"}});
+  CHECK(other.found == 1);  // c stands for a; d and the spam were not found
+  CHECK(other.to_keep == 2);
+  CHECK(other.kept == 1);
+}
+
+TEST_CASE("the demo's rules clean the world's pages: dirt found, clean pages kept and read") {
+  const TempDir dir;
+  const std::string world = dir.path().string() + "/world";
+  const std::string corpus = dir.path().string() + "/corpus";
+  const auto run = [](const std::string& command) {
+    const Output out = shell(command);
+    CAPTURE(command);
+    CAPTURE(out.text);
+    REQUIRE(out.status == 0);
+  };
+  run("build/world -o " + world + " --tokens 200000 --seed 5 --pairs 0 --rankings 0");
+  run("bash -c 'eval \"$(sed -n \"/^world_rules=(/,/^)/p\" dev/demo.sh)\"; ./corpus clean " +
+      world + "/pages -o " + corpus + " \"${world_rules[@]}\"'");
+  run("build/world score-corpus " + world + " " + corpus + " -o " + corpus + "/truth.json");
+  const Json truth = read_json(corpus + "/truth.json");
+  CAPTURE(truth.dump(1));
+  CHECK(truth["dirt_found"].get<double>() >= .95);
+  CHECK(truth["clean_kept"].get<double>() >= .99);
+  CHECK(truth["f1"].get<double>() >= .97);
+  for (const Json& row : truth["kinds"]) {
+    CAPTURE(row.dump());
+    CHECK((row["found"].is_null() || row["found"].get<double>() >= .9));
+  }
+  const Json problems = read_json(corpus + "/summary.json")["problems"];
+  CAPTURE(problems.dump());
+  CHECK(problems["truncated gzip data"] == 1);  // the damaged file's
+  CHECK(problems["wrong WARC Content-Length"] == 1);
 }
