@@ -2032,15 +2032,13 @@ std::vector<bool> choose_by_expected_f1(const std::vector<float>& p,
   return choice;
 }
 
-std::vector<bool> choose_blocks(const std::vector<float>& p, const std::vector<TextBlock>& blocks,
-                                ExtractMode mode) {
-  std::vector<bool> choice = choose_by_expected_f1(p, blocks);
+// precision: fewer blocks than balanced, recall: more.
+void apply_mode(ExtractMode mode, const std::vector<float>& p, std::vector<bool>& choice) {
   const float best = p.empty() ? 0 : *std::max_element(p.begin(), p.end());
   for (size_t i = 0; i < p.size(); i++) {
     if (mode == ExtractMode::precision && p[i] < std::min(.6f, best)) choice[i] = false;
     if (mode == ExtractMode::recall && p[i] >= .2f) choice[i] = true;
   }
-  return choice;
 }
 
 // Rules alone: no navigation, header, footer, aside, form, button, dialog, nothing hidden; only
@@ -2161,21 +2159,34 @@ void cut(std::string_view html, PageParts& parts) {
   cut_page(html.substr(0, kMaxHtml), parts.skeleton, parts.page);
 }
 
+uint32_t chosen_words(const PageBlocks& page, const std::vector<bool>& choice) {
+  uint32_t words = 0;
+  for (size_t i = 0; i < choice.size(); i++) {
+    if (choice[i]) words += page.blocks[i].words;
+  }
+  return words;
+}
+
 Extracted finish(std::string_view html, const PageParts& parts, const std::string& description,
-                 std::vector<bool> choice) {
+                 std::vector<bool> choice, bool is_short) {
   drop_repeats(parts.page, choice);
   Extracted out;
   out.text = render(parts.page, choice);
   out.title =
       decode_text(parts.skeleton.title.empty() ? parts.skeleton.og_title : parts.skeleton.title);
-  uint32_t words = 0;
-  for (size_t i = 0; i < choice.size(); i++) {
-    if (choice[i]) words += parts.page.blocks[i].words;
-  }
-  if (words < kShortWords) append_metadata(parts.skeleton, description, out.text);
+  if (is_short) append_metadata(parts.skeleton, description, out.text);
   out.html_bytes = html.size();
   out.parsed_bytes = parts.skeleton.text.size();
   return out;
+}
+
+Extracted finish_learned(std::string_view html, const PageParts& parts,
+                         const std::string& description, ExtractMode mode,
+                         const std::vector<float>& p) {
+  std::vector<bool> choice = choose_by_expected_f1(p, parts.page.blocks);
+  const bool is_short = chosen_words(parts.page, choice) < kShortWords;
+  apply_mode(mode, p, choice);
+  return finish(html, parts, description, std::move(choice), is_short);
 }
 
 }  // namespace
@@ -2184,11 +2195,13 @@ Extracted extract(std::string_view html, std::string_view url, const ExtractOpti
   PageParts parts;
   cut(html, parts);
   BlockFeatures features(parts.skeleton, url, parts.page);
-  return finish(html, parts, features.description(),
-                options.rules
-                    ? choose_by_rules(parts.page)
-                    : choose_blocks(block_probabilities(features, parts.page.blocks.size()),
-                                    parts.page.blocks, options.mode));
+  if (!options.rules) {
+    return finish_learned(html, parts, features.description(), options.mode,
+                          block_probabilities(features, parts.page.blocks.size()));
+  }
+  std::vector<bool> choice = choose_by_rules(parts.page);
+  const bool is_short = chosen_words(parts.page, choice) < kShortWords;
+  return finish(html, parts, features.description(), std::move(choice), is_short);
 }
 
 ExtractBlocks extract_blocks(std::string_view html, std::string_view url) {
@@ -2212,9 +2225,8 @@ Extracted extract_chosen(std::string_view html, std::string_view url, ExtractMod
   BlockFeatures features(parts.skeleton, url, parts.page);
   require(probabilities.size() == parts.page.blocks.size(), "extract_chosen: found ",
           probabilities.size(), " probabilities, expected ", parts.page.blocks.size());
-  return finish(
-      html, parts, features.description(),
-      choose_blocks({probabilities.begin(), probabilities.end()}, parts.page.blocks, mode));
+  return finish_learned(html, parts, features.description(), mode,
+                        {probabilities.begin(), probabilities.end()});
 }
 
 std::vector<std::string> extract_feature_names() { return make_feature_names(); }
