@@ -52,7 +52,7 @@ namespace {
 // ---------------------------------------------------------------------------------------------
 // The measures and the rules
 
-struct MeasureIndex {
+struct MeasureOf {
   enum Index {
     blocked_domain,
     blocked_host,
@@ -99,7 +99,6 @@ struct MeasureIndex {
     count
   };
 };
-using M = MeasureIndex;
 
 constexpr Measure kMeasures[] = {
     {"blocked_domain", "1 where the registered domain is in a block list, else 0"},
@@ -145,56 +144,59 @@ constexpr Measure kMeasures[] = {
     {"contamination", "13 words in a row that an evaluation set holds too, number"},
     {"quality", "probability of the good kind, of the quality model, 0 to 1"},
 };
-static_assert(std::size(kMeasures) == M::count);
+static_assert(std::size(kMeasures) == MeasureOf::count);
 
 constexpr double kNoFineweb = kOff;  // FineWeb has no such rule
 constexpr Rule kRules[] = {
-    {"max-blocked-domains", "url", M::blocked_domain, Rule::max, 0},
-    {"max-blocked-hosts", "url", M::blocked_host, Rule::max, 0},
-    {"max-blocked-urls", "url", M::blocked_url, Rule::max, 0},
-    {"max-banned-words", "url", M::banned_words, Rule::max, 0},
-    {"max-soft-banned-words", "url", M::soft_banned_words, Rule::max, 1},
-    {"max-banned-substrings", "url", M::banned_substrings, Rule::max, 0},
-    {"language-share", "language", M::language_share, Rule::min, .65},
-    {"min-characters", "gopher_repetition", M::characters, Rule::min, 1},
-    {"max-duplicate-paragraphs", "gopher_repetition", M::duplicate_paragraphs, Rule::max, .30},
-    {"max-duplicate-paragraph-characters", "gopher_repetition", M::duplicate_paragraph_characters,
+    {"max-blocked-domains", "url", MeasureOf::blocked_domain, Rule::max, 0},
+    {"max-blocked-hosts", "url", MeasureOf::blocked_host, Rule::max, 0},
+    {"max-blocked-urls", "url", MeasureOf::blocked_url, Rule::max, 0},
+    {"max-banned-words", "url", MeasureOf::banned_words, Rule::max, 0},
+    {"max-soft-banned-words", "url", MeasureOf::soft_banned_words, Rule::max, 1},
+    {"max-banned-substrings", "url", MeasureOf::banned_substrings, Rule::max, 0},
+    {"language-share", "language", MeasureOf::language_share, Rule::min, .65},
+    {"min-characters", "gopher_repetition", MeasureOf::characters, Rule::min, 1},
+    {"max-duplicate-paragraphs", "gopher_repetition", MeasureOf::duplicate_paragraphs, Rule::max,
+     .30},
+    {"max-duplicate-paragraph-characters", "gopher_repetition",
+     MeasureOf::duplicate_paragraph_characters, Rule::max, .20},
+    {"max-duplicate-lines", "gopher_repetition", MeasureOf::duplicate_lines, Rule::max, .30},
+    {"max-duplicate-line-characters", "gopher_repetition", MeasureOf::duplicate_line_characters,
      Rule::max, .20},
-    {"max-duplicate-lines", "gopher_repetition", M::duplicate_lines, Rule::max, .30},
-    {"max-duplicate-line-characters", "gopher_repetition", M::duplicate_line_characters, Rule::max,
-     .20},
-    {"max-top-2gram", "gopher_repetition", M::top_2gram, Rule::max, .20},
-    {"max-top-3gram", "gopher_repetition", M::top_3gram, Rule::max, .18},
-    {"max-top-4gram", "gopher_repetition", M::top_4gram, Rule::max, .16},
-    {"max-duplicate-5gram", "gopher_repetition", M::duplicate_5gram, Rule::max, .15},
-    {"max-duplicate-6gram", "gopher_repetition", M::duplicate_6gram, Rule::max, .14},
-    {"max-duplicate-7gram", "gopher_repetition", M::duplicate_7gram, Rule::max, .13},
-    {"max-duplicate-8gram", "gopher_repetition", M::duplicate_8gram, Rule::max, .12},
-    {"max-duplicate-9gram", "gopher_repetition", M::duplicate_9gram, Rule::max, .11},
-    {"max-duplicate-10gram", "gopher_repetition", M::duplicate_10gram, Rule::max, .10},
-    {"min-words", "gopher_quality", M::words, Rule::min, 50},
-    {"max-words", "gopher_quality", M::words, Rule::max, 100000},
-    {"min-mean-word-length", "gopher_quality", M::mean_word_length, Rule::min, 3},
-    {"max-mean-word-length", "gopher_quality", M::mean_word_length, Rule::max, 10},
-    {"max-hashes", "gopher_quality", M::hashes, Rule::max, .1},
-    {"max-ellipses", "gopher_quality", M::ellipses, Rule::max, .1},
-    {"max-bullet-lines", "gopher_quality", M::bullet_lines, Rule::max, .9},
-    {"max-ellipsis-lines", "gopher_quality", M::ellipsis_lines, Rule::max, .3},
-    {"min-alphabetic-words", "gopher_quality", M::alphabetic_words, Rule::min, .8},
-    {"min-stop-words", "gopher_quality", M::stop_words, Rule::min, 2},
-    {"max-long-word-lines", "c4", M::long_word_lines, Rule::max, kNoFineweb},
-    {"max-few-word-lines", "c4", M::few_word_lines, Rule::max, kNoFineweb},
-    {"max-javascript-lines", "c4", M::javascript_lines, Rule::max, kNoFineweb},
-    {"max-policy-lines", "c4", M::policy_lines, Rule::max, kNoFineweb},
-    {"max-lorem-ipsum-lines", "c4", M::lorem_ipsum_lines, Rule::max, 0},
-    {"max-curly-bracket-lines", "c4", M::curly_bracket_lines, Rule::max, 0},
-    {"min-sentences", "c4", M::sentences, Rule::min, 5},
-    {"min-stop-character-lines", "fineweb_quality", M::stop_character_lines, Rule::min, .12},
-    {"max-short-lines", "fineweb_quality", M::short_lines, Rule::max, .67},
-    {"max-duplicate-characters", "fineweb_quality", M::duplicate_characters, Rule::max, .01},
-    {"max-newlines", "fineweb_quality", M::newlines, Rule::max, .3},
-    {"max-contamination", "contamination", M::contamination, Rule::max, 0},
-    {"min-quality", "quality", M::quality, Rule::min, kNoFineweb},
+    {"max-top-2gram", "gopher_repetition", MeasureOf::top_2gram, Rule::max, .20},
+    {"max-top-3gram", "gopher_repetition", MeasureOf::top_3gram, Rule::max, .18},
+    {"max-top-4gram", "gopher_repetition", MeasureOf::top_4gram, Rule::max, .16},
+    {"max-duplicate-5gram", "gopher_repetition", MeasureOf::duplicate_5gram, Rule::max, .15},
+    {"max-duplicate-6gram", "gopher_repetition", MeasureOf::duplicate_6gram, Rule::max, .14},
+    {"max-duplicate-7gram", "gopher_repetition", MeasureOf::duplicate_7gram, Rule::max, .13},
+    {"max-duplicate-8gram", "gopher_repetition", MeasureOf::duplicate_8gram, Rule::max, .12},
+    {"max-duplicate-9gram", "gopher_repetition", MeasureOf::duplicate_9gram, Rule::max, .11},
+    {"max-duplicate-10gram", "gopher_repetition", MeasureOf::duplicate_10gram, Rule::max, .10},
+    {"min-words", "gopher_quality", MeasureOf::words, Rule::min, 50},
+    {"max-words", "gopher_quality", MeasureOf::words, Rule::max, 100000},
+    {"min-mean-word-length", "gopher_quality", MeasureOf::mean_word_length, Rule::min, 3},
+    {"max-mean-word-length", "gopher_quality", MeasureOf::mean_word_length, Rule::max, 10},
+    {"max-hashes", "gopher_quality", MeasureOf::hashes, Rule::max, .1},
+    {"max-ellipses", "gopher_quality", MeasureOf::ellipses, Rule::max, .1},
+    {"max-bullet-lines", "gopher_quality", MeasureOf::bullet_lines, Rule::max, .9},
+    {"max-ellipsis-lines", "gopher_quality", MeasureOf::ellipsis_lines, Rule::max, .3},
+    {"min-alphabetic-words", "gopher_quality", MeasureOf::alphabetic_words, Rule::min, .8},
+    {"min-stop-words", "gopher_quality", MeasureOf::stop_words, Rule::min, 2},
+    {"max-long-word-lines", "c4", MeasureOf::long_word_lines, Rule::max, kNoFineweb},
+    {"max-few-word-lines", "c4", MeasureOf::few_word_lines, Rule::max, kNoFineweb},
+    {"max-javascript-lines", "c4", MeasureOf::javascript_lines, Rule::max, kNoFineweb},
+    {"max-policy-lines", "c4", MeasureOf::policy_lines, Rule::max, kNoFineweb},
+    {"max-lorem-ipsum-lines", "c4", MeasureOf::lorem_ipsum_lines, Rule::max, 0},
+    {"max-curly-bracket-lines", "c4", MeasureOf::curly_bracket_lines, Rule::max, 0},
+    {"min-sentences", "c4", MeasureOf::sentences, Rule::min, 5},
+    {"min-stop-character-lines", "fineweb_quality", MeasureOf::stop_character_lines, Rule::min,
+     .12},
+    {"max-short-lines", "fineweb_quality", MeasureOf::short_lines, Rule::max, .67},
+    {"max-duplicate-characters", "fineweb_quality", MeasureOf::duplicate_characters, Rule::max,
+     .01},
+    {"max-newlines", "fineweb_quality", MeasureOf::newlines, Rule::max, .3},
+    {"max-contamination", "contamination", MeasureOf::contamination, Rule::max, 0},
+    {"min-quality", "quality", MeasureOf::quality, Rule::min, kNoFineweb},
 };
 
 }  // namespace
@@ -401,33 +403,6 @@ std::string_view strip_white(std::string_view text, const CharacterTable& table)
     if (!(table[previous_character(p)] & kWhite)) break;
   }
   return {begin, size_t(end - begin)};
-}
-
-// The text without bytes that are no UTF-8: each longest beginning of a character that breaks off
-// becomes one U+FFFD, as browsers do.
-std::string repair_utf8(std::string_view text) {
-  std::string good;
-  for (size_t i = 0; i < text.size();) {
-    const uint8_t a = uint8_t(text[i]);
-    int more = a < 0x80 ? 0 : a >= 0xC2 && a < 0xE0 ? 1 : a >= 0xE0 && a < 0xF0 ? 2 : 3;
-    if (a >= 0x80 && (a < 0xC2 || a > 0xF4)) more = -1;
-    // The second byte's range excludes long forms, surrogates and what is above U+10FFFF.
-    uint8_t low = a == 0xE0 ? 0xA0 : a == 0xF0 ? 0x90 : 0x80;
-    uint8_t high = a == 0xED ? 0x9F : a == 0xF4 ? 0x8F : 0xBF;
-    size_t end = i + 1;
-    int found = 0;
-    while (found < more && end < text.size() && uint8_t(text[end]) >= low &&
-           uint8_t(text[end]) <= high) {
-      found++, end++, low = 0x80, high = 0xBF;
-    }
-    if (found == more) {
-      good.append(text.substr(i, end - i));
-    } else {
-      good.append("\xEF\xBF\xBD");
-    }
-    i = end;
-  }
-  return good;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1050,29 +1025,29 @@ class UrlLists {
     read(o.banned_substrings, lower_alphanumeric, substrings);
     substrings_.assign(substrings.begin(), substrings.end());
     std::sort(substrings_.begin(), substrings_.end());
-    given_[M::blocked_domain] = !o.blocked_domains.empty();
-    given_[M::blocked_host] = !o.blocked_domains.empty() || !o.blocked_hosts.empty();
-    given_[M::blocked_url] = !o.blocked_urls.empty();
-    given_[M::banned_words] = !o.banned_words.empty();
-    given_[M::soft_banned_words] = !o.soft_banned_words.empty();
-    given_[M::banned_substrings] = !o.banned_substrings.empty();
+    given_[MeasureOf::blocked_domain] = !o.blocked_domains.empty();
+    given_[MeasureOf::blocked_host] = !o.blocked_domains.empty() || !o.blocked_hosts.empty();
+    given_[MeasureOf::blocked_url] = !o.blocked_urls.empty();
+    given_[MeasureOf::banned_words] = !o.banned_words.empty();
+    given_[MeasureOf::soft_banned_words] = !o.soft_banned_words.empty();
+    given_[MeasureOf::banned_substrings] = !o.banned_substrings.empty();
   }
 
   // match: what was found first, in the order of the rules.
   void measure(std::string_view url, double* values, std::string& match) const {
-    for (int i = 0; i <= M::banned_substrings; i++) values[i] = given_[i] ? 0 : kOff;
+    for (int i = 0; i <= MeasureOf::banned_substrings; i++) values[i] = given_[i] ? 0 : kOff;
     if (url.empty()) return;
     const auto found = [&](int measure, std::string_view what) {
       values[measure]++;
       if (match.empty()) match = concat(kMeasures[measure].name, ": ", what);
     };
-    if (given_[M::blocked_host]) {
+    if (given_[MeasureOf::blocked_host]) {
       const std::string host = url_host(url);
       const std::string domain = registered_domain(host);
-      if (!domain.empty() && domains_.count(domain)) found(M::blocked_domain, domain);
-      if (hosts_.count(host)) found(M::blocked_host, host);
+      if (!domain.empty() && domains_.count(domain)) found(MeasureOf::blocked_domain, domain);
+      if (hosts_.count(host)) found(MeasureOf::blocked_host, host);
     }
-    if (urls_.count(std::string(url))) found(M::blocked_url, url);
+    if (urls_.count(std::string(url))) found(MeasureOf::blocked_url, url);
     if (!words_.empty() || !soft_words_.empty()) {
       std::set<std::string> pieces;  // as they are written, upper case too
       std::string piece;
@@ -1084,14 +1059,14 @@ class UrlLists {
         }
       }
       for (const std::string& p : pieces)
-        if (words_.count(p)) found(M::banned_words, p);
+        if (words_.count(p)) found(MeasureOf::banned_words, p);
       for (const std::string& p : pieces)
-        if (soft_words_.count(p)) found(M::soft_banned_words, p);
+        if (soft_words_.count(p)) found(MeasureOf::soft_banned_words, p);
     }
     if (!substrings_.empty()) {
       const std::string plain = lower_alphanumeric(url);
       for (const std::string& s : substrings_)
-        if (plain.find(s) != plain.npos) found(M::banned_substrings, s);
+        if (plain.find(s) != plain.npos) found(MeasureOf::banned_substrings, s);
     }
   }
 
@@ -1112,7 +1087,7 @@ class UrlLists {
     }
   }
 
-  bool given_[M::banned_substrings + 1] = {};
+  bool given_[MeasureOf::banned_substrings + 1] = {};
   Set domains_, hosts_, urls_, words_, soft_words_;
   std::vector<std::string> substrings_;
 };
@@ -1264,7 +1239,8 @@ constexpr std::string_view kPolicyPhrases[] = {
     "uses cookies", "use of cookies", "use cookies",
 };
 
-constexpr std::string_view kStopWords[] = {"the", "be", "to", "of", "and", "that", "have", "with"};
+constexpr std::string_view kGopherStopWords[] = {"the", "be",   "to",   "of",
+                                                 "and", "that", "have", "with"};
 
 // Sentences of words one after another: a new one begins at the first word after a mark that ends
 // one, and which is no punctuation.
@@ -1733,7 +1709,8 @@ struct MeasurerLists {  // read once, shared by all threads
   std::optional<QualityModel> quality;
 };
 
-double ratio(double part, double whole) { return whole > 0 ? part / whole : 0; }
+// 0 of nothing.
+double share_of(double part, double whole) { return whole > 0 ? part / whole : 0; }
 
 size_t count_of(std::string_view text, std::string_view part) {  // that do not overlap
   size_t n = 0;
@@ -1767,17 +1744,18 @@ struct Measurer::State {
       fail("rules: found a text of ", bytes_text(double(text.size())), ", expected less than 4 GB");
     }
     if (!simdjson::validate_utf8(text.data(), text.size())) {
-      repaired = repair_utf8(text);
+      repaired.clear();
+      repair_utf8(text, &repaired);
       text = repaired;
     }
-    out.values.assign(M::count, kOff);
+    out.values.assign(MeasureOf::count, kOff);
     out.match.clear();
     double* values = out.values.data();
     lists->urls.measure(url, values, out.match);
     measure_language(text, values, out.language);
     scan(text);
     const size_t characters = features.ascii ? text.size() : count_characters(text);
-    values[M::characters] = double(characters);
+    values[MeasureOf::characters] = double(characters);
     measure_repetition(text, characters, values);
     measure_gopher_quality(text, values);
     const size_t kept_words = measure_c4(values);
@@ -1785,10 +1763,10 @@ struct Measurer::State {
     measure_fineweb(kept_text, lists->options.c4_lines ? kept_words : ids.size(), values);
     if (lists->contamination) {
       const Contamination::Match match = lists->contamination->find(kept_text);
-      values[M::contamination] = double(match.ngrams);
+      values[MeasureOf::contamination] = double(match.ngrams);
       if (out.match.empty()) out.match = match.example;
     }
-    if (lists->quality) values[M::quality] = lists->quality->score(kept_text);
+    if (lists->quality) values[MeasureOf::quality] = lists->quality->score(kept_text);
     out.signature = {};
     if (lists->options.signatures) sign(kept_text, out.signature);
     out.text.clear();
@@ -1806,13 +1784,13 @@ struct Measurer::State {
     const LanguageShares shares = language_shares(language_sample(text, sample));
     language = shares.code[0];
     if (lists->options.languages.empty()) {  // any: the largest share
-      values[M::language_share] = shares.share[0];
+      values[MeasureOf::language_share] = shares.share[0];
       return;
     }
     double wanted = 0;
     for (int i = 0; i < 3; i++)
       if (lists->wants(shares.code[i])) wanted += shares.share[i];
-    values[M::language_share] = std::min(wanted, 1.);
+    values[MeasureOf::language_share] = std::min(wanted, 1.);
   }
 
   // The lines and the words of the text.
@@ -1869,21 +1847,23 @@ struct Measurer::State {
       return std::pair(number, duplicates.find());
     };
     const auto [paragraphs, duplicate_paragraphs] = pieces(strip_white(text, table), 2);
-    values[M::duplicate_paragraphs] =
-        ratio(double(duplicate_paragraphs.number), double(paragraphs));
-    values[M::duplicate_paragraph_characters] =
-        ratio(double(duplicate_paragraphs.characters), double(characters));
+    values[MeasureOf::duplicate_paragraphs] =
+        share_of(double(duplicate_paragraphs.number), double(paragraphs));
+    values[MeasureOf::duplicate_paragraph_characters] =
+        share_of(double(duplicate_paragraphs.characters), double(characters));
     const auto [lines_number, duplicate_lines] = pieces(text, 1);
-    values[M::duplicate_lines] = ratio(double(duplicate_lines.number), double(lines_number));
-    values[M::duplicate_line_characters] =
-        ratio(double(duplicate_lines.characters), double(characters));
+    values[MeasureOf::duplicate_lines] =
+        share_of(double(duplicate_lines.number), double(lines_number));
+    values[MeasureOf::duplicate_line_characters] =
+        share_of(double(duplicate_lines.characters), double(characters));
 
     ngrams.find(ids, words.words());
     for (int n = 2; n <= 4; n++) {
-      values[M::top_2gram + n - 2] = ratio(double(ngrams.top[n]), double(characters));
+      values[MeasureOf::top_2gram + n - 2] = share_of(double(ngrams.top[n]), double(characters));
     }
     for (int n = 5; n <= 10; n++) {
-      values[M::duplicate_5gram + n - 5] = ratio(double(ngrams.repeated[n]), double(characters));
+      values[MeasureOf::duplicate_5gram + n - 5] =
+          share_of(double(ngrams.repeated[n]), double(characters));
     }
   }
 
@@ -1897,22 +1877,23 @@ struct Measurer::State {
       if (word.any & kAlphabetic) alphabetic += word.number;
     }
     const double all_words = double(ids.size());
-    values[M::words] = double(proper_words);
-    values[M::mean_word_length] = ratio(double(proper_characters), double(proper_words));
-    values[M::hashes] = ratio(double(features.hashes), all_words);
+    values[MeasureOf::words] = double(proper_words);
+    values[MeasureOf::mean_word_length] = share_of(double(proper_characters), double(proper_words));
+    values[MeasureOf::hashes] = share_of(double(features.hashes), all_words);
     const size_t ellipses =
         features.dots ? count_of(text, "...") + count_of(text, "\xE2\x80\xA6") : 0;
-    values[M::ellipses] = ratio(double(ellipses), all_words);
+    values[MeasureOf::ellipses] = share_of(double(ellipses), all_words);
     size_t bullets = 0, ellipsis_ends = 0;
     for (const TextLine& line : lines) {
       bullets += line.text.starts_with("-") || line.text.starts_with("\xE2\x80\xA2");
       ellipsis_ends += line.text.ends_with("...") || line.text.ends_with("\xE2\x80\xA6");
     }
-    values[M::bullet_lines] = ratio(double(bullets), double(lines.size()));
-    values[M::ellipsis_lines] = ratio(double(ellipsis_ends), double(lines.size()));
-    values[M::alphabetic_words] = ratio(double(alphabetic), all_words);
-    values[M::stop_words] = 0;
-    for (std::string_view word : kStopWords) values[M::stop_words] += words.contains(word);
+    values[MeasureOf::bullet_lines] = share_of(double(bullets), double(lines.size()));
+    values[MeasureOf::ellipsis_lines] = share_of(double(ellipsis_ends), double(lines.size()));
+    values[MeasureOf::alphabetic_words] = share_of(double(alphabetic), all_words);
+    values[MeasureOf::stop_words] = 0;
+    for (std::string_view word : kGopherStopWords)
+      values[MeasureOf::stop_words] += words.contains(word);
   }
 
   // Writes `kept`; returns the number of its words.
@@ -1966,13 +1947,13 @@ struct Measurer::State {
       kept += text;
     }
     const double number = double(lines.size());
-    values[M::long_word_lines] = ratio(double(long_words), number);
-    values[M::few_word_lines] = ratio(double(few_words), number);
-    values[M::javascript_lines] = ratio(double(javascript), number);
-    values[M::policy_lines] = ratio(double(policy), number);
-    values[M::lorem_ipsum_lines] = double(lorem);
-    values[M::curly_bracket_lines] = double(braces);
-    values[M::sentences] = double(sentences);
+    values[MeasureOf::long_word_lines] = share_of(double(long_words), number);
+    values[MeasureOf::few_word_lines] = share_of(double(few_words), number);
+    values[MeasureOf::javascript_lines] = share_of(double(javascript), number);
+    values[MeasureOf::policy_lines] = share_of(double(policy), number);
+    values[MeasureOf::lorem_ipsum_lines] = double(lorem);
+    values[MeasureOf::curly_bracket_lines] = double(braces);
+    values[MeasureOf::sentences] = double(sentences);
     return kept_words;
   }
   uint16_t word_flags(const char* begin, const char* end) const {
@@ -2015,11 +1996,11 @@ struct Measurer::State {
       duplicates.add(line);
     }
     const size_t characters = features.ascii ? text.size() : count_characters(text);
-    values[M::stop_character_lines] = ratio(double(stops), double(number));
-    values[M::short_lines] = ratio(double(short_lines), double(number));
-    values[M::duplicate_characters] =
-        ratio(double(duplicates.find().characters), double(characters - newlines));
-    values[M::newlines] = ratio(double(newlines), double(all_words));
+    values[MeasureOf::stop_character_lines] = share_of(double(stops), double(number));
+    values[MeasureOf::short_lines] = share_of(double(short_lines), double(number));
+    values[MeasureOf::duplicate_characters] =
+        share_of(double(duplicates.find().characters), double(characters - newlines));
+    values[MeasureOf::newlines] = share_of(double(newlines), double(all_words));
   }
 
   void sign(std::string_view text, Signature& signature) {
