@@ -122,6 +122,23 @@ spills: ## compile the CUDA engine for CUDA_ARCHS and fail on a spilled register
 bench: $(BUILD)/bench ## measure this machine and cake on it: PEER=python with PyTorch
 	@$(BUILD)/bench $(if $(PEER),--peer $(PEER))
 
+# Peers of the corpus: datatrove and trafilatura in PEER's Python; WEB: pages with their main text.
+WEB ?= ../shared/data/web/wcxb_dev.jsonl.zst
+TEXTS ?= ../shared/data
+bench-corpus: $(BIN)/corpus $(BUILD)/bench_rules $(BUILD)/extraction_blocks ## ./corpus beside datatrove and trafilatura: PEER=python WEB=file TEXTS=dir
+	@$(if $(PEER),,echo "error: PEER is missing: a python with datatrove, trafilatura and lightgbm" >&2; exit 1)
+	TOOL=$(BUILD)/extraction_blocks $(PEER) dev/bench/extraction.py $(WEB)
+	$(PEER) dev/bench/datatrove_rules.py --data $(TEXTS) --folder $(BUILD)/datatrove_rules --binary $(BUILD)/bench_rules
+	$(PEER) dev/bench/datatrove_minhash.py $(TEXTS)/reviews/movie_reviews.jsonl --corpus $(BIN)/corpus
+
+# Ten minutes for each: FUZZ_SECONDS=n, FUZZ="warc html".
+FUZZ ?= warc jsonl parquet html
+FUZZ_SECONDS ?= 600
+fuzz: ## any bytes as WARC, JSON lines, parquet and HTML, under the sanitizers, with clang's libFuzzer
+	+@$(MAKE) --no-print-directory CXX=clang++ BUILD=$(BUILD)/fuzz CXXFLAGS="-O1 -g1 -fsanitize=fuzzer-no-link,address,undefined" $(FUZZ:%=$(BUILD)/fuzz/fuzz_%)
+	@for target in $(FUZZ); do mkdir -p $(BUILD)/fuzz/corpus_$$target && \
+	  $(BUILD)/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2000 $(BUILD)/fuzz/corpus_$$target || exit 1; done
+
 format: ## format all sources
 	@$(CLANG_FORMAT) -i $(SOURCES)
 
@@ -145,12 +162,17 @@ $(EMULATE)/train_gpt: $(EMULATED_ENGINE) $(OBJECTS)/bpe.o
 $(MODEL_STAGES:%=$(BIN)/%): $(BIN)/%: $(OBJECTS)/%.o $(ENGINE) $(OBJECTS)/bpe.o
 $(MODEL_STAGES:%=$(EMULATE)/%): $(EMULATE)/%: $(OBJECTS)/%.o $(EMULATED_ENGINE) $(OBJECTS)/bpe.o
 $(TOOLS:%=$(BUILD)/%): $(BUILD)/%: $(OBJECTS)/dev/%.o
+$(BUILD)/bench_rules: $(OBJECTS)/dev/bench/corpus_rules.o $(CORPUS)
+$(BUILD)/extraction_blocks: $(OBJECTS)/dev/extraction_blocks.o $(CORPUS)
+$(BUILD)/fuzz_%: $(OBJECTS)/test/fuzz/fuzz_%.o $(CORPUS)
+	@echo "link $@"
+	@$(CXX) $(FLAGS) $(CXXFLAGS) -fsanitize=fuzzer,address,undefined $^ $(LIBRARIES) -o $@
 $(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.o
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
                    $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.o
 $(BUILD)/test: $(TESTS) $(CORPUS) $(OBJECTS)/bpe.o $(OBJECTS)/dev/world.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/test $(BUILD)/test_gpu:
+$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_rules $(BUILD)/extraction_blocks $(BUILD)/test $(BUILD)/test_gpu:
 	@mkdir -p $(@D)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
@@ -167,7 +189,7 @@ $(OBJECTS)/%.o: %.cpp $(BUILD)/command | $(BUILD)/packages
 # Code that waits for an engine, a tokenizer or a file need not be the fastest: it compiles in two
 # thirds of the time. GCC fuses products and sums at -O1 only with a flag; without it the stages'
 # weights could round in another way.
-$(MODEL_STAGES:%=$(OBJECTS)/%.o) $(TOOLS:%=$(OBJECTS)/dev/%.o): private FLAGS += \
+$(MODEL_STAGES:%=$(OBJECTS)/%.o) $(OBJECTS)/corpus.o $(OBJECTS)/corpus_report.o $(TOOLS:%=$(OBJECTS)/dev/%.o): private FLAGS += \
   -O1 $(if $(GCC_ONLY),-fexpensive-optimizations)
 $(TESTS): private FLAGS += -O1
 $(OBJECTS)/test/test_gpt.o: private FLAGS += -O3  # the engine itself is in it
@@ -215,6 +237,6 @@ $(BUILD)/packages: $(BUILD)/command
 	done
 	@touch $@
 
-.PHONY: all run reviews overoptimize base-to-chat test test-all test-sanitized test-v3 emulate test-faults spills bench format format-check clean help FORCE
+.PHONY: all run reviews overoptimize base-to-chat test test-all test-sanitized test-v3 emulate test-faults spills bench bench-corpus fuzz format format-check clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:

@@ -54,7 +54,7 @@ uint64_t column_offset(int pass, uint64_t documents) {
 }
 uint64_t has_bands_offset(uint64_t documents) { return column_offset(kBands + 1, documents); }
 
-// Closes a file that is read at offsets.
+// A file that is read at offsets. Errors name it.
 class FileAtOffsets {
  public:
   explicit FileAtOffsets(const std::filesystem::path& path)
@@ -562,7 +562,8 @@ std::vector<Duplicate> cluster(const std::vector<std::filesystem::path>& paths, 
 //
 // The suffix array puts equal windows side by side; the first of a group is its smallest number.
 // Memory: 8 bytes of suffix array, 1 of joined texts and 1/4 of marks for each byte of text, beside
-// the texts. A comparison of two neighbours reads at most min_bytes bytes.
+// the texts. A comparison of two neighbours reads at most min_bytes bytes. 7 to 11 MB of text a
+// second, nearly all of it divsufsort's.
 
 namespace {
 

@@ -267,107 +267,92 @@ enum ElementFlags : uint32_t {
   kScope = 32,      // HTML5's "has an element in scope" stops here
   kClosesP = 64,    // its start ends an open p
   kRawText = 128,   // its content is text up to its end tag
-  kBreakout = 256,  // its start ends svg and math
+  kBreakout = 256,  // its start ends svg
   kUnparsed = 512,  // the parser need not see it: neither text nor a boundary
   kHeading = 1024,
+  // combinations
+  kSectioning = kBlock | kSpecial | kClosesP,
+  kFlow = kSectioning | kBreakout,
+  kHeadline = kFlow | kHeading,
+  kCell = kBlock | kSpecial | kScope,
+  kRaw = kDropped | kRawText | kUnparsed,
+  kEmpty = kVoid | kUnparsed,
+  kBold = kFormatting | kBreakout,
+  kFallback = kDropped,  // shown by browsers that cannot show the element
 };
-enum Tag : uint8_t {  // names that the code below asks for; the others follow in kElements
-  kOther,
-  kHtml,
-  kHead,
-  kBody,
-  kMain,
-  kArticle,
-  kSection,
-  kNav,
-  kHeader,
-  kFooter,
-  kAside,
-  kDiv,
-  kP,
-  kH1,
-  kH2,
-  kH3,
-  kH4,
-  kH5,
-  kH6,
-  kUl,
-  kOl,
-  kLi,
-  kDl,
-  kDt,
-  kDd,
-  kTable,
-  kTr,
-  kTd,
-  kTh,
-  kCaption,
-  kPre,
-  kBlockquote,
-  kFigure,
-  kFigcaption,
-  kForm,
-  kDetails,
-  kSummary,
-  kDialog,
-  kButton,
-  kLabel,
-  kTemplate,
-  kA,
-  kSpan,
-  kBr,
-  kNoscript,
-  kScript,
-  kStyle,
-  kTitle,
-  kMeta,
-  kSvg,
-  kMath,
-  kPlaintext,
-  kOption,
-  kForeignObject,
-  kDesc,
-  kTags
-};  // clang-format off
-struct Element { const char* name; uint32_t flags; };
+struct Element {
+  const char* name;
+  uint32_t flags;
+};
+// clang-format off
 constexpr Element kElements[] = {
-  {"", 0}, {"html", kBlock|kSpecial|kScope}, {"head", kDropped|kSpecial|kBreakout}, {"body", kBlock|kSpecial|kBreakout},
-  {"main", kBlock|kSpecial|kClosesP}, {"article", kBlock|kSpecial|kClosesP}, {"section", kBlock|kSpecial|kClosesP},
-  {"nav", kBlock|kSpecial|kClosesP}, {"header", kBlock|kSpecial|kClosesP}, {"footer", kBlock|kSpecial|kClosesP},
-  {"aside", kBlock|kSpecial|kClosesP}, {"div", kBlock|kSpecial|kClosesP|kBreakout}, {"p", kBlock|kSpecial|kClosesP|kBreakout},
-  {"h1", kBlock|kSpecial|kClosesP|kBreakout|kHeading}, {"h2", kBlock|kSpecial|kClosesP|kBreakout|kHeading},
-  {"h3", kBlock|kSpecial|kClosesP|kBreakout|kHeading}, {"h4", kBlock|kSpecial|kClosesP|kBreakout|kHeading},
-  {"h5", kBlock|kSpecial|kClosesP|kBreakout|kHeading}, {"h6", kBlock|kSpecial|kClosesP|kBreakout|kHeading},
-  {"ul", kBlock|kSpecial|kClosesP|kBreakout}, {"ol", kBlock|kSpecial|kClosesP|kBreakout}, {"li", kBlock|kSpecial|kClosesP|kBreakout},
-  {"dl", kBlock|kSpecial|kClosesP|kBreakout}, {"dt", kBlock|kSpecial|kClosesP|kBreakout}, {"dd", kBlock|kSpecial|kClosesP|kBreakout},
-  {"table", kBlock|kSpecial|kScope|kClosesP|kBreakout}, {"tr", kBlock|kSpecial}, {"td", kBlock|kSpecial|kScope},
-  {"th", kBlock|kSpecial|kScope}, {"caption", kBlock|kSpecial|kScope}, {"pre", kBlock|kSpecial|kClosesP|kBreakout},
-  {"blockquote", kBlock|kSpecial|kClosesP|kBreakout}, {"figure", kBlock|kSpecial|kClosesP}, {"figcaption", kBlock|kSpecial|kClosesP},
-  {"form", kBlock|kSpecial|kClosesP}, {"details", kBlock|kSpecial|kClosesP}, {"summary", kBlock|kSpecial|kClosesP},
-  {"dialog", kBlock|kClosesP}, {"button", kBlock|kSpecial}, {"label", kBlock}, {"template", kBlock|kSpecial|kScope},
-  {"a", kFormatting}, {"span", kBreakout}, {"br", kVoid|kSpecial|kBreakout}, {"noscript", kSpecial}, {"script", kDropped|kRawText|kUnparsed},
-  {"style", kDropped|kRawText|kUnparsed}, {"title", kDropped|kRawText|kUnparsed}, {"meta", kVoid|kBreakout|kUnparsed},
-  {"svg", kDropped}, {"math", 0}, {"plaintext", kSpecial|kClosesP}, {"option", kDropped}, {"foreignobject", 0}, {"desc", 0},
-  // names without a constant of their own
-  {"thead", kBlock|kSpecial}, {"tbody", kBlock|kSpecial}, {"tfoot", kBlock|kSpecial}, {"fieldset", kBlock|kSpecial|kClosesP},
-  {"legend", kBlock}, {"address", kBlock|kSpecial|kClosesP}, {"hr", kBlock|kSpecial|kClosesP|kVoid|kBreakout},
-  {"center", kBlock|kSpecial|kClosesP|kBreakout}, {"menu", kBlock|kSpecial|kClosesP|kBreakout}, {"search", kBlock|kClosesP},
-  {"hgroup", kBlock|kSpecial|kClosesP}, {"dir", kSpecial|kClosesP}, {"listing", kSpecial|kClosesP|kBreakout},
-  {"iframe", kDropped|kRawText|kUnparsed}, {"noembed", kDropped|kRawText|kUnparsed|kBreakout}, {"noframes", kDropped|kRawText|kUnparsed},
-  {"textarea", kDropped|kRawText|kUnparsed}, {"xmp", kSpecial|kRawText|kClosesP},
-  {"object", kDropped|kSpecial|kScope}, {"applet", kSpecial|kScope}, {"marquee", kSpecial|kScope}, {"canvas", kDropped}, {"audio", kDropped},
-  {"video", kDropped}, {"map", kDropped}, {"select", kDropped|kSpecial}, {"datalist", kDropped}, {"optgroup", 0},
-  {"embed", kDropped|kVoid|kBreakout|kUnparsed}, {"input", kDropped|kVoid|kUnparsed}, {"img", kVoid|kBreakout|kUnparsed}, {"image", kVoid|kUnparsed},
-  {"area", kVoid|kUnparsed}, {"base", kVoid|kUnparsed}, {"basefont", kVoid|kUnparsed}, {"bgsound", kVoid|kUnparsed}, {"link", kVoid|kUnparsed},
-  {"param", kVoid|kUnparsed}, {"source", kVoid|kUnparsed}, {"track", kVoid|kUnparsed}, {"wbr", kVoid|kUnparsed}, {"keygen", kVoid|kUnparsed},
-  {"frame", kVoid|kUnparsed}, {"frameset", kUnparsed}, {"col", kVoid|kUnparsed}, {"colgroup", kSpecial},
-  {"b", kFormatting|kBreakout}, {"big", kFormatting|kBreakout}, {"code", kFormatting|kBreakout}, {"em", kFormatting|kBreakout}, {"font", kFormatting},
-  {"i", kFormatting|kBreakout}, {"nobr", kFormatting|kBreakout}, {"s", kFormatting|kBreakout}, {"small", kFormatting|kBreakout},
-  {"strike", kFormatting|kBreakout}, {"strong", kFormatting|kBreakout}, {"tt", kFormatting|kBreakout}, {"u", kFormatting|kBreakout},
-  {"ruby", kBreakout}, {"sub", kBreakout}, {"sup", kBreakout}, {"var", kBreakout},
-};  // clang-format on
+  {"", 0},  // any other
+  {"html", kCell}, {"head", kDropped | kSpecial | kBreakout},
+  {"body", kBlock | kSpecial | kBreakout}, {"main", kSectioning}, {"article", kSectioning},
+  {"section", kSectioning}, {"nav", kSectioning}, {"header", kSectioning}, {"footer", kSectioning},
+  {"aside", kSectioning}, {"hgroup", kSectioning}, {"address", kSectioning},
+  {"details", kSectioning}, {"summary", kSectioning}, {"figure", kSectioning},
+  {"figcaption", kSectioning}, {"form", kSectioning}, {"fieldset", kSectioning},
+  {"search", kBlock | kClosesP}, {"dialog", kBlock | kClosesP}, {"div", kFlow}, {"p", kFlow},
+  {"center", kFlow}, {"menu", kFlow}, {"ul", kFlow}, {"ol", kFlow}, {"li", kFlow}, {"dl", kFlow},
+  {"dt", kFlow}, {"dd", kFlow}, {"pre", kFlow}, {"blockquote", kFlow}, {"hr", kFlow | kVoid},
+  {"h1", kHeadline}, {"h2", kHeadline}, {"h3", kHeadline}, {"h4", kHeadline}, {"h5", kHeadline},
+  {"h6", kHeadline}, {"table", kFlow | kScope}, {"caption", kCell}, {"td", kCell}, {"th", kCell},
+  {"template", kCell}, {"tr", kBlock | kSpecial}, {"thead", kBlock | kSpecial},
+  {"tbody", kBlock | kSpecial}, {"tfoot", kBlock | kSpecial}, {"colgroup", kSpecial},
+  {"col", kEmpty}, {"button", kBlock | kSpecial}, {"label", kBlock}, {"legend", kBlock},
+  {"noscript", kSpecial}, {"dir", kSpecial | kClosesP},
+  {"listing", kSpecial | kClosesP | kBreakout}, {"plaintext", kSpecial | kClosesP},
+  {"xmp", kSpecial | kClosesP | kRawText}, {"applet", kSpecial | kScope},
+  {"marquee", kSpecial | kScope}, {"a", kFormatting}, {"font", kFormatting}, {"b", kBold},
+  {"big", kBold}, {"code", kBold}, {"em", kBold}, {"i", kBold}, {"nobr", kBold}, {"s", kBold},
+  {"small", kBold}, {"strike", kBold}, {"strong", kBold}, {"tt", kBold}, {"u", kBold},
+  {"span", kBreakout}, {"ruby", kBreakout}, {"sub", kBreakout}, {"sup", kBreakout},
+  {"var", kBreakout}, {"br", kVoid | kSpecial | kBreakout}, {"math", 0}, {"script", kRaw},
+  {"style", kRaw}, {"title", kRaw}, {"textarea", kRaw}, {"iframe", kRaw},
+  {"noembed", kRaw | kBreakout}, {"noframes", kRaw}, {"svg", kDropped}, {"foreignobject", 0},
+  {"desc", 0}, {"object", kFallback | kSpecial | kScope}, {"canvas", kFallback},
+  {"audio", kFallback}, {"video", kFallback}, {"map", kDropped}, {"select", kDropped | kSpecial},
+  {"option", kDropped}, {"datalist", kDropped}, {"optgroup", 0}, {"meta", kEmpty | kBreakout},
+  {"img", kEmpty | kBreakout}, {"embed", kEmpty | kBreakout}, {"input", kEmpty}, {"image", kEmpty},
+  {"area", kEmpty}, {"base", kEmpty}, {"basefont", kEmpty}, {"bgsound", kEmpty}, {"link", kEmpty},
+  {"param", kEmpty}, {"source", kEmpty}, {"track", kEmpty}, {"wbr", kEmpty}, {"keygen", kEmpty},
+  {"frame", kEmpty}, {"frameset", kUnparsed},
+};
+// clang-format on
 constexpr size_t kElementCount = sizeof kElements / sizeof *kElements;
 static_assert(kElementCount < 256);
+constexpr uint8_t element_of(std::string_view name) {  // its index in kElements
+  for (size_t k = 1; k < kElementCount; k++) {
+    if (kElements[k].name == name) return uint8_t(k);
+  }
+  return 0;
+}
+// Elements that the code below asks for.
+// clang-format off
+constexpr uint8_t kTagHtml = element_of("html"), kTagHead = element_of("head"),
+    kTagBody = element_of("body"), kTagMain = element_of("main"),
+    kTagArticle = element_of("article"), kTagSection = element_of("section"),
+    kTagNav = element_of("nav"), kTagHeader = element_of("header"),
+    kTagFooter = element_of("footer"), kTagAside = element_of("aside"), kTagDiv = element_of("div"),
+    kTagP = element_of("p"), kTagH1 = element_of("h1"), kTagH2 = element_of("h2"),
+    kTagH3 = element_of("h3"), kTagH4 = element_of("h4"), kTagH5 = element_of("h5"),
+    kTagH6 = element_of("h6"), kTagUl = element_of("ul"), kTagOl = element_of("ol"),
+    kTagLi = element_of("li"), kTagDl = element_of("dl"), kTagDt = element_of("dt"),
+    kTagDd = element_of("dd"), kTagTable = element_of("table"), kTagTr = element_of("tr"),
+    kTagTd = element_of("td"), kTagTh = element_of("th"), kTagCaption = element_of("caption"),
+    kTagPre = element_of("pre"), kTagBlockquote = element_of("blockquote"),
+    kTagFigure = element_of("figure"), kTagFigcaption = element_of("figcaption"),
+    kTagForm = element_of("form"), kTagDetails = element_of("details"),
+    kTagSummary = element_of("summary"), kTagDialog = element_of("dialog"),
+    kTagButton = element_of("button"), kTagLabel = element_of("label"),
+    kTagTemplate = element_of("template"), kTagA = element_of("a"), kTagSpan = element_of("span"),
+    kTagBr = element_of("br"), kTagNoscript = element_of("noscript"),
+    kTagScript = element_of("script"), kTagTitle = element_of("title"),
+    kTagMeta = element_of("meta"), kTagSvg = element_of("svg"),
+    kTagPlaintext = element_of("plaintext"), kTagOption = element_of("option"),
+    kTagForeignObject = element_of("foreignobject"), kTagDesc = element_of("desc");
+// clang-format on
 
 uint64_t name_hash(std::string_view name) {  // FNV-1a of the lower-case name
   uint64_t h = 0xcbf29ce484222325;
@@ -422,22 +407,28 @@ struct Skeleton {
 // Deeper elements are left out of the skeleton, their text is kept: the parser looks through all
 // open elements at many tags, so its time would be quadratic in the depth. Browsers do the same.
 constexpr size_t kMaxDepth = 512;
+// What comes after so many tags, or so many bytes of skeleton, is not looked at.
+constexpr size_t kMaxTags = 1000000, kMaxSkeleton = size_t(1) << 24;
+// Formatting elements that are open when the element around them ends.
+constexpr int kMaxMisnested = 100;
 
 class SkeletonScanner {
  public:
-  // without_formatting: b, i, a ... are left out. See parse_tree.
-  SkeletonScanner(std::string_view html, bool without_formatting, Skeleton& out)
-      : html_(html), without_formatting_(without_formatting), out_(out) {}
+  // plain_formatting: see cut_page.
+  SkeletonScanner(std::string_view html, bool plain_formatting, Skeleton& out)
+      : html_(html), plain_formatting_(plain_formatting), out_(out) {}
 
-  void scan() {
+  // False: formatting elements are so often not closed that plain_formatting is called for.
+  bool scan() {
     out_.text.reserve(html_.size() / 4 + 64);
-    while (i_ < html_.size()) {
+    while (i_ < html_.size() && out_.tags.size() < kMaxTags && out_.text.size() < kMaxSkeleton) {
       if (html_[i_] != '<') {
         copy_text(next_markup(i_));
       } else {
         scan_markup();
       }
     }
+    return plain_formatting_ || misnested_ <= kMaxMisnested;
   }
 
  private:
@@ -612,7 +603,7 @@ class SkeletonScanner {
     switch (ascii_lower(name[0])) {
       case 'c':
         if (equals(name, "class")) keep(a.class_);
-        if (tag.element == kMeta && equals(name, "content")) keep(tag.content);
+        if (tag.element == kTagMeta && equals(name, "content")) keep(tag.content);
         break;
       case 'i':
         if (equals(name, "id")) keep(a.id);
@@ -638,13 +629,13 @@ class SkeletonScanner {
         if (equals(name, "shadowrootmode")) tag.shadow_root = true;
         break;
       case 't':
-        if (tag.element == kScript && equals(name, "type")) keep(tag.type);
+        if (tag.element == kTagScript && equals(name, "type")) keep(tag.type);
         break;
       case 'p':
-        if (tag.element == kMeta && equals(name, "property")) keep(tag.property);
+        if (tag.element == kTagMeta && equals(name, "property")) keep(tag.property);
         break;
       case 'n':
-        if (tag.element == kMeta && equals(name, "name")) keep(tag.name_value);
+        if (tag.element == kTagMeta && equals(name, "name")) keep(tag.name_value);
         break;
     }
   }
@@ -653,16 +644,18 @@ class SkeletonScanner {
 
   void copy_text(size_t end) {
     std::string& text = out_.text;
-    const bool keep_spaces = open_pre_ > 0;
     for (; i_ < end; i_++) {
       const char c = html_[i_];
-      if (is_html_space(c) && !keep_spaces) {
-        if (text.empty() || !is_html_space(text.back())) text += c == '\r' ? '\n' : c;
+      if (is_html_space(c)) {
+        const bool another = !text.empty() && is_html_space(text.back());
+        if (!another || open_pre_ > 0) text += c;
       } else if (c == '<') {
         text += "&lt;";
-      } else if (c != '\0') {
+      } else if (uint8_t(c) >= 0x20 && c != 0x7f) {
         if (c == '&') text_has_reference_ = true;
         text += c;
+      } else if (c == '\v') {  // other controls are dropped
+        text += ' ';
       }
     }
   }
@@ -699,27 +692,26 @@ class SkeletonScanner {
   }
   // The element whose name this tag has in full: <o:p> is no p for HTML5.
   static uint8_t exact(const RawTag& tag) {
-    return tag.name.find(':') == std::string_view::npos ? tag.element : uint8_t(kOther);
+    return tag.name.find(':') == std::string_view::npos ? tag.element : uint8_t(0);
   }
 
   void start_tag(const RawTag& tag) {
     const uint8_t element = exact(tag);
     const uint32_t flags = flags_of(element);
-    if (element == kMeta) keep_meta(tag);
-    if (element == kSvg) return leave_out(tag.self_closing ? tag.after : svg_end(tag.after));
-    if (element == kTemplate && !tag.shadow_root) return leave_out(template_end(tag.after));
+    if (element == kTagMeta) keep_meta(tag);
+    if (element == kTagSvg) return leave_out(tag.self_closing ? tag.after : svg_end(tag.after));
+    if (element == kTagTemplate && !tag.shadow_root) return leave_out(template_end(tag.after));
     if (flags & kUnparsed && flags & kRawText) {
       const size_t end =
-          element == kScript ? script_end(tag.after) : raw_text_end(tag.after, tag.name);
+          element == kTagScript ? script_end(tag.after) : raw_text_end(tag.after, tag.name);
       const std::string_view content = html_.substr(tag.after, end - tag.after);
-      if (element == kTitle && !out_.title.data()) out_.title = content;
-      if (element == kScript && lower_text(tag.type).find("ld+json") != std::string::npos) {
+      if (element == kTagTitle && !out_.title.data()) out_.title = content;
+      if (element == kTagScript && lower_text(tag.type).find("ld+json") != std::string::npos) {
         out_.json_ld.push_back(content);
       }
       return leave_out(bogus_comment_end(end));
     }
     if (flags & kUnparsed) return leave_out(tag.after);
-    if (flags & kFormatting && without_formatting_) return leave_out(tag.after);
     if (push(tag, element)) {
       StartTag start{out_.text.size(), tag.hash, tag.element, 0};
       if (tag.has_attributes) {
@@ -728,7 +720,7 @@ class SkeletonScanner {
       }
       out_.tags.push_back(start);
       out_.text += '<';
-      out_.text += tag.name;
+      out_.text += name_in_skeleton(tag, flags);
       if (tag.self_closing) out_.text += '/';
       out_.text += '>';
       text_has_reference_ = false;
@@ -738,7 +730,7 @@ class SkeletonScanner {
       const size_t end = raw_text_end(i_, tag.name);
       out_.text += html_.substr(i_, end - i_);
       i_ = end;
-    } else if (element == kPlaintext) {
+    } else if (element == kTagPlaintext) {
       out_.text += html_.substr(i_);
       i_ = html_.size();
     }
@@ -746,12 +738,15 @@ class SkeletonScanner {
 
   void end_tag(const RawTag& tag) {
     const uint8_t element = exact(tag);
-    if (flags_of(element) & kFormatting && without_formatting_) return;
     if (!pop(tag, element)) return;
     out_.text += "</";
-    out_.text += tag.name;
+    out_.text += name_in_skeleton(tag, flags_of(element));
     out_.text += '>';
     text_has_reference_ = false;
+  }
+
+  std::string_view name_in_skeleton(const RawTag& tag, uint32_t flags) const {
+    return plain_formatting_ && flags & kFormatting ? std::string_view("q") : tag.name;
   }
 
   void keep_meta(const RawTag& tag) {
@@ -780,17 +775,17 @@ class SkeletonScanner {
         const RawTag tag = read_tag(i);
         const uint8_t element = exact(tag);
         const bool html_may_stand =
-            element == kForeignObject || element == kDesc || element == kTitle;
+            element == kTagForeignObject || element == kTagDesc || element == kTagTitle;
         if (open.back() == 's') {
-          const bool breaks_out =
-              tag.end ? element == kP || element == kBr : (flags_of(element) & kBreakout) != 0;
+          const bool breaks_out = tag.end ? element == kTagP || element == kTagBr
+                                          : (flags_of(element) & kBreakout) != 0;
           if (breaks_out) {
             while (!open.empty() && open.back() == 's') open.pop_back();
             if (open.empty()) return i;
-          } else if (element == kSvg && tag.end) {
+          } else if (element == kTagSvg && tag.end) {
             open.pop_back();
             if (open.empty()) return tag.after;
-          } else if (element == kSvg && !tag.self_closing) {
+          } else if (element == kTagSvg && !tag.self_closing) {
             open += 's';
           } else if (html_may_stand && !tag.end && !tag.self_closing) {
             open += 'h';
@@ -798,7 +793,7 @@ class SkeletonScanner {
           i = tag.after;
         } else {
           if (html_may_stand && tag.end) open.pop_back();
-          if (element == kSvg && !tag.end && !tag.self_closing) open += 's';
+          if (element == kTagSvg && !tag.end && !tag.self_closing) open += 's';
           i = after_raw_text(tag, element);
         }
       } else {
@@ -810,7 +805,7 @@ class SkeletonScanner {
   // Behind a tag, and behind its content where that is raw text.
   size_t after_raw_text(const RawTag& tag, uint8_t element) const {
     if (tag.end || !(flags_of(element) & kRawText)) return tag.after;
-    if (element == kScript) return bogus_comment_end(script_end(tag.after));
+    if (element == kTagScript) return bogus_comment_end(script_end(tag.after));
     return bogus_comment_end(raw_text_end(tag.after, tag.name));
   }
   size_t template_end(size_t i) const {
@@ -823,10 +818,10 @@ class SkeletonScanner {
       } else if (is_letter(byte(i + 1)) || (byte(i + 1) == '/' && is_letter(byte(i + 2)))) {
         const RawTag tag = read_tag(i);
         const uint8_t element = exact(tag);
-        if (element == kTemplate) depth += tag.end ? -1 : 1;
+        if (element == kTagTemplate) depth += tag.end ? -1 : 1;
         if (depth == 0) return tag.after;
-        i = element == kSvg && !tag.end && !tag.self_closing ? svg_end(tag.after)
-                                                             : after_raw_text(tag, element);
+        i = element == kTagSvg && !tag.end && !tag.self_closing ? svg_end(tag.after)
+                                                                : after_raw_text(tag, element);
       } else {
         i++;
       }
@@ -839,14 +834,15 @@ class SkeletonScanner {
   // Whether the tag is written to the skeleton.
   bool push(const RawTag& tag, uint8_t element) {
     const uint32_t flags = flags_of(element);
-    if (element == kHtml || element == kBody || element == kHead || flags & kVoid) return true;
-    if (open_.size() > 16) close_implied(element);
+    if (element == kTagHtml || element == kTagBody || element == kTagHead || flags & kVoid)
+      return true;
+    close_implied(element);
     if (open_.size() >= kMaxDepth) {
       left_out_[tag.hash]++;
       return false;
     }
     open_.push_back({tag.hash, element});
-    if (element == kPre) open_pre_++;
+    if (element == kTagPre) open_pre_++;
     return true;
   }
   void close_implied(uint8_t element) {
@@ -854,14 +850,16 @@ class SkeletonScanner {
     const auto is = [&](size_t k, std::initializer_list<uint8_t> list) {
       return std::find(list.begin(), list.end(), open_[k].element) != list.end();
     };
-    if (flags & kClosesP) close_nearest({kP}, kScope, {kButton});
+    if (flags & kClosesP) close_nearest({kTagP}, kScope, {kTagButton});
+    if (open_.empty()) return;
     if (flags & kHeading && flags_of(open_.back().element) & kHeading) cut(open_.size() - 1);
-    if (element == kOption && is(open_.size() - 1, {kOption})) cut(open_.size() - 1);
-    if (element == kLi) close_item({kLi});
-    if (element == kDt || element == kDd) close_item({kDt, kDd});
-    if (element == kTd || element == kTh) close_nearest({kTd, kTh}, 0, {kTable, kTemplate});
-    if (element == kTr) close_nearest({kTr}, 0, {kTable, kTemplate});
-    if (element == kButton) close_nearest({kButton}, kScope, {});
+    if (element == kTagOption && is(open_.size() - 1, {kTagOption})) cut(open_.size() - 1);
+    if (element == kTagLi) close_item({kTagLi});
+    if (element == kTagDt || element == kTagDd) close_item({kTagDt, kTagDd});
+    if (element == kTagTd || element == kTagTh)
+      close_nearest({kTagTd, kTagTh}, 0, {kTagTable, kTagTemplate});
+    if (element == kTagTr) close_nearest({kTagTr}, 0, {kTagTable, kTagTemplate});
+    if (element == kTagButton) close_nearest({kTagButton}, kScope, {});
   }
   using ElementList = std::initializer_list<uint8_t>;
   static bool in(uint8_t element, ElementList list) {
@@ -878,11 +876,14 @@ class SkeletonScanner {
     for (size_t k = open_.size(); k-- > 0;) {
       const uint8_t element = open_[k].element;
       if (in(element, wanted)) return cut(k);
-      if (flags_of(element) & kSpecial && element != kDiv && element != kP) return;
+      if (flags_of(element) & kSpecial && element != kTagDiv && element != kTagP) return;
     }
   }
   void cut(size_t size) {
-    for (size_t k = size; k < open_.size(); k++) open_pre_ -= open_[k].element == kPre;
+    for (size_t k = size; k < open_.size(); k++) {
+      open_pre_ -= open_[k].element == kTagPre;
+      if (k > size && flags_of(open_[k].element) & kFormatting) misnested_++;
+    }
     open_.resize(size);
   }
   // Whether the end tag is written to the skeleton.
@@ -895,19 +896,20 @@ class SkeletonScanner {
         return false;
       }
     }
-    const bool of_table = in(element, {kTable, kTr, kTd, kTh, kCaption});
+    const bool of_table = in(element, {kTagTable, kTagTr, kTagTd, kTagTh, kTagCaption});
     bool special_above = false;
     for (size_t k = open_.size(); k-- > 0;) {
       const uint32_t other = flags_of(open_[k].element);
       if (open_[k].name == tag.hash) {
         if (flags & kFormatting && special_above) {
+          misnested_++;
           open_.erase(open_.begin() + ptrdiff_t(k));
         } else {
           cut(k);
         }
         return true;
       }
-      if (of_table ? in(open_[k].element, {kTable, kTemplate}) : (other & kScope) != 0) break;
+      if (of_table ? in(open_[k].element, {kTagTable, kTagTemplate}) : (other & kScope) != 0) break;
       if (!(flags & (kSpecial | kFormatting)) && other & kSpecial) break;
       special_above |= (other & kSpecial) != 0;
     }
@@ -915,13 +917,13 @@ class SkeletonScanner {
   }
 
   const std::string_view html_;
-  const bool without_formatting_;
+  const bool plain_formatting_;
   Skeleton& out_;
   size_t i_ = 0;
   mutable size_t slash_ = 0;         // offset of the last '/' in a tag
   bool text_has_reference_ = false;  // '&' since the last tag
   std::vector<Open> open_;
-  int open_pre_ = 0;
+  int open_pre_ = 0, misnested_ = 0;
   std::unordered_map<uint64_t, uint32_t> left_out_;  // start tags left out, by name
 };
 
@@ -1065,10 +1067,11 @@ constexpr size_t kClassGroupCount = std::size(kClassGroups);
 constexpr size_t kClassBytes = 300;  // of an element's attributes that are looked at
 
 // Ancestors that a block is told about; roles of ARIA stand for some of them.
-constexpr uint8_t kAncestors[] = {kMain,    kArticle, kNav,    kHeader,  kFooter,     kAside,
-                                  kSection, kForm,    kUl,     kOl,      kTable,      kFigure,
-                                  kButton,  kA,       kDialog, kDetails, kBlockquote, kPre,
-                                  kLabel,   kDl,      kP,      kLi,      kNoscript};
+constexpr uint8_t kAncestors[] = {kTagMain,    kTagArticle,    kTagNav,     kTagHeader, kTagFooter,
+                                  kTagAside,   kTagSection,    kTagForm,    kTagUl,     kTagOl,
+                                  kTagTable,   kTagFigure,     kTagButton,  kTagA,      kTagDialog,
+                                  kTagDetails, kTagBlockquote, kTagPre,     kTagLabel,  kTagDl,
+                                  kTagP,       kTagLi,         kTagNoscript};
 constexpr uint32_t ancestor_bit(uint8_t element) {
   for (size_t k = 0; k < std::size(kAncestors); k++) {
     if (kAncestors[k] == element) return 1u << k;
@@ -1076,12 +1079,12 @@ constexpr uint32_t ancestor_bit(uint8_t element) {
   return 0;
 }
 uint32_t role_bit(std::string_view role) {
-  if (role == "navigation") return ancestor_bit(kNav);
-  if (role == "main") return ancestor_bit(kMain);
-  if (role == "contentinfo") return ancestor_bit(kFooter);
-  if (role == "banner") return ancestor_bit(kHeader);
-  if (role == "dialog") return ancestor_bit(kDialog);
-  if (role == "complementary") return ancestor_bit(kAside);
+  if (role == "navigation") return ancestor_bit(kTagNav);
+  if (role == "main") return ancestor_bit(kTagMain);
+  if (role == "contentinfo") return ancestor_bit(kTagFooter);
+  if (role == "banner") return ancestor_bit(kTagHeader);
+  if (role == "dialog") return ancestor_bit(kTagDialog);
+  if (role == "complementary") return ancestor_bit(kTagAside);
   return 0;
 }
 
@@ -1186,15 +1189,15 @@ class TreeWalk {
     }
     const uint32_t flags = flags_of(tag.element);
     if (flags & kDropped) return;
-    if (tag.element == kBr) return line_break();
+    if (tag.element == kTagBr) return line_break();
     const bool is_block = flags & kBlock;
     if (is_block) flush();
     const int32_t me = add_node(tag, inside.node);
     Inside within = inside;
     within.node = me;
     if (is_block || inside.block_node < 0) within.block_node = me;
-    within.link |= tag.element == kA;
-    within.pre |= tag.element == kPre;
+    within.link |= tag.element == kTagA;
+    within.pre |= tag.element == kTagPre;
     stack_.push_back({&e.children, 0, is_block, within});
   }
 
@@ -1220,16 +1223,16 @@ class TreeWalk {
       n.list_item = p.list_item;
       n.row = p.row;
     }
-    if (tag.element == kLi) n.list_item = me;
-    if (tag.element == kTr) n.row = me;
+    if (tag.element == kTagLi) n.list_item = me;
+    if (tag.element == kTagTr) n.row = me;
     const auto [it, added] =
         groups_.try_emplace(mix64(n.key, uint64_t(parent) + 1), int32_t(page_.group_sizes.size()));
     if (added) page_.group_sizes.push_back(0);
     n.group = it->second;
     page_.group_sizes[size_t(n.group)]++;
-    page_.articles += tag.element == kArticle;
-    page_.paragraphs += tag.element == kP;
-    page_.has_main |= (n.ancestors & ancestor_bit(kMain)) != 0;
+    page_.articles += tag.element == kTagArticle;
+    page_.paragraphs += tag.element == kTagP;
+    page_.has_main |= (n.ancestors & ancestor_bit(kTagMain)) != 0;
     page_.nodes.push_back(n);
     return me;
   }
@@ -1344,15 +1347,15 @@ class TreeWalk {
   int line_breaks_ = 0;
 };
 
-// The page, cut into blocks. Formatting elements that are never closed come back in every later
-// paragraph: HTML5 says so. A hostile page makes gigabytes of tree of this; then a second scan
-// leaves these elements out.
+// The page, cut into blocks. HTML5 opens formatting elements that were never closed (b, i, a) again
+// in every later paragraph: a hostile page makes gigabytes of tree, or one 10,000 levels deep, of
+// this. On such pages a second scan gives the parser the name of a plain element in their place.
 void cut_page(std::string_view html, Skeleton& skeleton, PageBlocks& page) {
   TreeArena arena;
   const GumboOutput* tree = nullptr;
-  for (const bool without_formatting : {false, true}) {
+  for (const bool plain_formatting : {false, true}) {
     skeleton = Skeleton{};
-    SkeletonScanner(html, without_formatting, skeleton).scan();
+    if (!SkeletonScanner(html, plain_formatting, skeleton).scan()) continue;
     tree = arena.parse(skeleton.text, (size_t(1) << 25) + skeleton.text.size() * 160);
     if (tree) break;
   }
@@ -1653,10 +1656,11 @@ std::vector<float> metadata_features(const Skeleton& skeleton, std::string_view 
 
 // ---- all of it
 
-constexpr uint8_t kTagFeatures[] = {kP,      kH1,    kH2,      kH3,         kH4,         kH5,
-                                    kH6,     kLi,    kTd,      kTh,         kPre,        kDiv,
-                                    kSpan,   kDt,    kDd,      kFigcaption, kBlockquote, kA,
-                                    kButton, kLabel, kSummary, kSection,    kArticle};
+constexpr uint8_t kTagFeatures[] = {
+    kTagP,      kTagH1,    kTagH2,      kTagH3,         kTagH4,         kTagH5,
+    kTagH6,     kTagLi,    kTagTd,      kTagTh,         kTagPre,        kTagDiv,
+    kTagSpan,   kTagDt,    kTagDd,      kTagFigcaption, kTagBlockquote, kTagA,
+    kTagButton, kTagLabel, kTagSummary, kTagSection,    kTagArticle};
 constexpr int tag_feature(uint8_t element) {
   for (size_t k = 0; k < std::size(kTagFeatures); k++) {
     if (kTagFeatures[k] == element) return int(k);
@@ -1729,19 +1733,20 @@ class BlockFeatures {
     sum_nodes();
     find_shapes();
     page_features(skeleton, url);
-    rows_.reserve(blocks_.size() * kExtractFeatures);
-    for (size_t i = 0; i < blocks_.size(); i++) {
-      own_features(i);
-      tag_features(i);
-      class_features(i);
-      repetition_features(i);
-      position_features(i);
-      rows_.insert(rows_.end(), of_page_.begin(), of_page_.end());
-    }
   }
-  std::vector<float> rows_;
-  std::string description_;
-  std::vector<uint64_t> text_hashes_;  // of each block, in lower case
+
+  // Appends the features of the next block to `row`; blocks come in their order.
+  void next_row(std::vector<float>& row) {
+    row_ = &row;
+    own_features(next_);
+    tag_features(next_);
+    class_features(next_);
+    repetition_features(next_);
+    position_features(next_);
+    row.insert(row.end(), of_page_.begin(), of_page_.end());
+    next_++;
+  }
+  const std::string& description() const { return description_; }
 
  private:
   void measure(const WordSet& title) {
@@ -1753,7 +1758,6 @@ class BlockFeatures {
       b.link_words = std::min(b.link_words, b.words);
       b.sentences = m.sentences;
       copies_[m.lower_hash]++;
-      text_hashes_.push_back(m.lower_hash);
       measures_.push_back(m);
     }
   }
@@ -1826,7 +1830,7 @@ class BlockFeatures {
     any_.resize(nodes_.size());
     for (size_t k = 0; k < nodes_.size(); k++) {
       const PageNode& n = nodes_[k];
-      if (n.element != kBody && n.element != kHtml) any_[k] = n.classes;
+      if (n.element != kTagBody && n.element != kTagHtml) any_[k] = n.classes;
       if (n.parent >= 0) any_[k] |= any_[size_t(n.parent)];
     }
   }
@@ -1838,8 +1842,8 @@ class BlockFeatures {
     double best = 0;
     for (size_t i = 0; i < blocks_.size(); i++) {
       const uint8_t element = nodes_[size_t(blocks_[i].block_node)].element;
-      h1 += element == kH1;
-      if (element != kH1 && element != kH2 && element != kH3) continue;
+      h1 += element == kTagH1;
+      if (element != kTagH1 && element != kTagH2 && element != kTagH3) continue;
       const TextMeasures& m = measures_[i];
       best = std::max(best, double(m.title_words_covered) * m.title_words);
     }
@@ -1857,9 +1861,9 @@ class BlockFeatures {
     }
   }
 
-  void add(double x) { rows_.push_back(float(x)); }
+  void add(double x) { row_->push_back(float(x)); }
   void add_bits(uint32_t bits, size_t n) {
-    for (size_t k = 0; k < n; k++) rows_.push_back(float(bits >> k & 1));
+    for (size_t k = 0; k < n; k++) row_->push_back(float(bits >> k & 1));
   }
 
   void own_features(size_t i) {
@@ -1932,7 +1936,7 @@ class BlockFeatures {
 
     const int32_t record = record_[size_t(b.owner)];
     if (record < 0) {
-      rows_.insert(rows_.end(), 11, 0.f);
+      row_->insert(row_->end(), 11, 0.f);
       return;
     }
     const PageNode& r = nodes_[size_t(record)];
@@ -1970,6 +1974,9 @@ class BlockFeatures {
   std::vector<uint32_t> shape_of_, any_;
   std::vector<int32_t> record_;
   std::vector<float> of_page_;
+  std::string description_;
+  std::vector<float>* row_ = nullptr;
+  size_t next_ = 0;
   uint64_t words_ = 0, link_words_ = 0, prose_words_ = 0, words_before_ = 0;
 };
 
@@ -1988,10 +1995,15 @@ double tree_score(const float* features) {
   }
   return sum;
 }
-std::vector<float> block_probabilities(const std::vector<float>& rows) {
-  std::vector<float> p;
-  for (size_t i = 0; i < rows.size(); i += kExtractFeatures) {
-    p.push_back(float(1 / (1 + std::exp(-tree_score(rows.data() + i)))));
+float probability(const float* features) {
+  return float(1 / (1 + std::exp(-tree_score(features))));
+}
+std::vector<float> block_probabilities(BlockFeatures& features, size_t blocks) {
+  std::vector<float> p, row;
+  for (size_t i = 0; i < blocks; i++) {
+    row.clear();
+    features.next_row(row);
+    p.push_back(probability(row.data()));
   }
   return p;
 }
@@ -2034,10 +2046,10 @@ std::vector<bool> choose_blocks(const std::vector<float>& p, const std::vector<T
 // Rules alone: no navigation, header, footer, aside, form, button, dialog, nothing hidden; only
 // what is in main or article where these hold 30 % of the words or more.
 std::vector<bool> choose_by_rules(const PageBlocks& page) {
-  const uint32_t bad = ancestor_bit(kNav) | ancestor_bit(kHeader) | ancestor_bit(kFooter) |
-                       ancestor_bit(kAside) | ancestor_bit(kForm) | ancestor_bit(kButton) |
-                       ancestor_bit(kDialog);
-  const uint32_t good = ancestor_bit(kMain) | ancestor_bit(kArticle);
+  const uint32_t bad = ancestor_bit(kTagNav) | ancestor_bit(kTagHeader) | ancestor_bit(kTagFooter) |
+                       ancestor_bit(kTagAside) | ancestor_bit(kTagForm) | ancestor_bit(kTagButton) |
+                       ancestor_bit(kTagDialog);
+  const uint32_t good = ancestor_bit(kTagMain) | ancestor_bit(kTagArticle);
   std::vector<bool> choice;
   uint64_t words = 0, good_words = 0;
   for (const TextBlock& b : page.blocks) {
@@ -2138,7 +2150,7 @@ void append_metadata(const Skeleton& skeleton, const std::string& description, s
   }
 }
 
-constexpr uint32_t kShortWords = 60;
+constexpr uint32_t kShortWords = 30;
 constexpr size_t kMaxHtml = size_t(1) << 30;  // bytes; the parser counts in 32 bits
 
 struct PageParts {
@@ -2172,10 +2184,11 @@ Extracted extract(std::string_view html, std::string_view url, const ExtractOpti
   PageParts parts;
   cut(html, parts);
   BlockFeatures features(parts.skeleton, url, parts.page);
-  return finish(html, parts, features.description_,
-                options.rules ? choose_by_rules(parts.page)
-                              : choose_blocks(block_probabilities(features.rows_),
-                                              parts.page.blocks, options.mode));
+  return finish(html, parts, features.description(),
+                options.rules
+                    ? choose_by_rules(parts.page)
+                    : choose_blocks(block_probabilities(features, parts.page.blocks.size()),
+                                    parts.page.blocks, options.mode));
 }
 
 ExtractBlocks extract_blocks(std::string_view html, std::string_view url) {
@@ -2183,9 +2196,12 @@ ExtractBlocks extract_blocks(std::string_view html, std::string_view url) {
   cut(html, parts);
   BlockFeatures features(parts.skeleton, url, parts.page);
   ExtractBlocks out;
-  for (const TextBlock& b : parts.page.blocks) out.texts.push_back(b.text);
-  out.probabilities = block_probabilities(features.rows_);
-  out.features = std::move(features.rows_);
+  for (const TextBlock& b : parts.page.blocks) {
+    const size_t begin = out.features.size();
+    features.next_row(out.features);
+    out.texts.push_back(b.text);
+    out.probabilities.push_back(probability(out.features.data() + begin));
+  }
   return out;
 }
 
@@ -2197,7 +2213,7 @@ Extracted extract_chosen(std::string_view html, std::string_view url, ExtractMod
   require(probabilities.size() == parts.page.blocks.size(), "extract_chosen: found ",
           probabilities.size(), " probabilities, expected ", parts.page.blocks.size());
   return finish(
-      html, parts, features.description_,
+      html, parts, features.description(),
       choose_blocks({probabilities.begin(), probabilities.end()}, parts.page.blocks, mode));
 }
 

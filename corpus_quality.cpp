@@ -13,6 +13,7 @@
 #include <map>
 
 #include "cake/corpus.h"
+#include "cake/json.h"
 #include "cake/unicode.h"
 
 namespace cake::corpus {
@@ -581,6 +582,15 @@ void score_pages(const std::vector<std::string>& inputs, const QualityModel& mod
   flush();
 }
 
+// The other members of a JSON line, without the score of an earlier model.
+std::string without_quality(const std::string& rest) {
+  if (rest.find("\"quality\"") == std::string::npos) return rest;
+  OrderedJson members = parse_json<OrderedJson>("{" + rest + "}", "members of a JSON line");
+  members.erase("quality");
+  const std::string text = json_line(members);
+  return text.substr(1, text.size() - 3);  // without {, } and \n
+}
+
 std::string scored_line(const Page& page, uint32_t score) {
   std::string line = "{\"text\":";
   append_json_string(line, page.text);
@@ -590,7 +600,8 @@ std::string scored_line(const Page& page, uint32_t score) {
     append_json_string(line, value);
   };
   add("url", page.url), add("id", page.id);
-  if (!page.rest.empty()) line += "," + page.rest;
+  const std::string rest = without_quality(page.rest);
+  if (!rest.empty()) line += "," + rest;
   return line + format(",\"quality\":%u.%06u}\n", score / kQualityOne, score % kQualityOne);
 }
 

@@ -25,6 +25,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <memory>
+#include <tuple>
 #include <unordered_map>
 
 #include "cake/corpus.h"

@@ -1637,8 +1637,10 @@ class PrivateData {
     looked_until = end;
     if (begin > 0 && word(text[begin - 1])) return {};
     if (end < text.size() && word(text[end])) return {};
-    while (end > begin && (text[end - 1] == '.' || (text[end - 1] == ':' && text[end - 2] != ':')))
-      end--;
+    const auto stray = [&] {  // of the sentence: a period, or one colon
+      return text[end - 1] == '.' || (text[end - 1] == ':' && text[end - 2] != ':');
+    };
+    while (end - begin >= 2 && stray()) end--;
     if (end - begin < 4 || end - begin > 45) return {};
     uint8_t address[16];
     const std::string copy(text.substr(begin, end - begin));

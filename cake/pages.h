@@ -252,7 +252,13 @@ class PageReader {
     kind_ = file_kind(input_, head);
     if (kind_ == FileKind::parquet) return open_parquet(begin);
     if (kind_ == FileKind::warc) resume_prefix_ = "WARC/";
-    if (kind_ == FileKind::json_lines) resume_prefix_ = "{";
+    if (kind_ == FileKind::json_lines) {
+      resume_prefix_ = "{";
+      const bool is_array = strip_ascii(head.substr(0, 256)).starts_with('[');
+      if (is_array && inner_extension(input_.name) == ".json") {
+        fail(input_.name, ": found a JSON array, expected JSON lines: an object on each line");
+      }
+    }
     if (kind_ == FileKind::text) {
       whole_file_ = utf16_charset(head) != nullptr;
       const char* binary = binary_kind(head);

@@ -121,6 +121,9 @@ class Data:
             w[s] /= max(w[s].sum(), 1e-9) ** .5 * max((w[s] * self.y[s]).sum(), 1.) ** .5
             begin += n
         w[repeats] *= .2
+        # Most pages are articles: rarer kinds weigh more, by the fourth root.
+        kinds = Counter(p["type"] for p in self.pages)
+        w *= np.repeat([kinds[p["type"]] ** -.25 for p in self.pages], self.sizes)
         self.weight = w / w.mean()
         self.page = np.repeat(np.arange(len(self.pages)), self.sizes)
 

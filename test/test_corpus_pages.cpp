@@ -230,6 +230,8 @@ TEST_CASE("files of no text are counted, and those that must be unpacked") {
   CHECK(read(path_of(dir, "a", "")).problems == Counts{{"empty file", 1}});
   CHECK(read(path_of(dir, "a.html", "")).problems == Counts{{"empty file", 1}});
   CHECK(contains(error_of([&] { read(path_of(dir, "a.gz", "text")); }), "expected gzip data"));
+  CHECK(contains(error_of([&] { read(path_of(dir, "a.json", "[\n{\"text\": \"a\"}]")); }),
+                 "a.json: found a JSON array, expected JSON lines"));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -307,6 +309,7 @@ TEST_CASE("HTTP bodies are taken out of chunks and encodings, and as they are wh
   CHECK(text(page, chunked) == page);  // claims chunks, has none
   const std::string damaged = "7d0\r\n" + page.substr(0, 2000) + "\r\nnone\r\n";
   CHECK(text(damaged, chunked) == page.substr(0, 2000) + "none\r\n");
+  CHECK(text("abba sings<br>\n" + page, chunked) == "abba sings<br>\n" + page);  // "abba": no size
   CHECK(text("ffffffffffffffff\r\n" + page, chunked) == page);
   CHECK(text(deflated(page), "Content-Encoding: gzip\r\n") == page);
   CHECK(text(deflated(page), "content-encoding:X-GZIP\r\n") == page);
@@ -484,6 +487,24 @@ TEST_CASE("a damaged gzip member costs its own record, not those behind it") {
       check_restarts(file);
     }
   }
+}
+
+TEST_CASE("damage that is noticed beyond the next member's beginning costs no other record") {
+  TempDir dir;
+  const std::string a = response(http(html("a"))), b = response(http(html(words(1, 800))));
+  // A stored block whose length reaches into the next member: header, block type, length and its
+  // complement, bytes.
+  const uint16_t length = uint16_t(a.size() + 300), complement = uint16_t(~length);
+  std::string lying("\x1f\x8b\x08\0\0\0\0\0\0\x03\x01", 11);
+  for (const uint16_t n : {length, complement}) lying += {char(n & 0xff), char(n >> 8)};
+  const std::string path = path_of(dir, "a.warc.gz", lying + a + gzip(b) + gzip(a));
+  const Reading r = read(path);
+  REQUIRE(r.pages.size() == 3);
+  CHECK(r.pages[0].text == html("a"));
+  CHECK(r.pages[1].text == html(words(1, 800)));
+  CHECK(r.pages[2].text == html("a"));
+  CHECK(r.problems.at("damaged gzip data") == 1);
+  check_restarts(path);
 }
 
 TEST_CASE("truncated compression gives what was read before") {
@@ -761,6 +782,12 @@ TEST_CASE("pages of every charset become UTF-8") {
     CHECK(decoded(converted(text, cases[i].charset), "").text == text);
     CHECK(decoded(converted(text, cases[i].charset), "; charset=invented").text == text);
   }
+  // Two letters alone: the header is believed before the page, and the page before the detector.
+  const std::string meta = "<html><meta charset=windows-1251>", letters = "\xca\xe9";
+  CHECK(decoded(meta + letters, "; charset=koi8-r").text == meta + "йИ");
+  CHECK(decoded(meta + letters, "").text == meta + "Кй");
+  CHECK(
+      decoded("<?xml version='1.0' encoding='koi8-r'?><html>" + letters, "").text.ends_with("йИ"));
   // UTF-16, with its mark and without; a mark of UTF-8 goes.
   const std::string text = "<html><p>Größe, 吾輩 \U0001F600</p></html>";
   for (const char* charset : {"UTF-16LE", "UTF-16BE"}) {

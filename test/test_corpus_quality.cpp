@@ -254,6 +254,9 @@ TEST_CASE("documents are kept by score or by share, and the bytes are those of a
                              [&](double s) { return s >= sorted[299]; })));
   o.keep = 1;
   CHECK(apply("every.jsonl").size() == 1000);
+  o.inputs = {o.output};  // scores once more: each line has one score
+  CHECK(apply("again.jsonl").size() == 1000);
+  CHECK(read_file(dir / "again.jsonl") == read_file(dir / "every.jsonl"));
   o.keep = 1.5;
   CHECK(contains(error_of([&] { classify_apply(o); }), "expected a share from 0 to 1"));
   o.keep = .5, o.inputs = {"-"};
