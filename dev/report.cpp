@@ -312,9 +312,9 @@ std::vector<FunnelRow> funnel(const Report& r) {
   for (const Stage& s : r.stages) {
     FunnelRow row{.stage = s.name};
     row.tokens = number(s.summary, "tokens").value_or(0);
-    if (s.kind == "base") {
+    if (s.kind == "base" || s.kind == "pretraining") {
       row.reads = "documents", row.rows = rows_of("documents");
-    } else if (s.kind == "sft") {
+    } else if (s.kind == "sft" || s.kind == "fine-tuning") {
       row.reads = "conversations", row.rows = rows_of("conversations");
     } else if (s.kind == "reward" || s.kind == "dpo") {
       row.reads = "comparisons", row.rows = number(s.summary, "prompts").value_or(0);

@@ -1,16 +1,15 @@
 // The documents as the web would have them: in pages of made-up sites, among other pages that a
 // corpus must not keep. Part of dev/world.cpp.
 //
-//     documents -> bundled, 60 words or more a page -> their lines as HTML (paragraphs, breaks,
-//     lists)
+//     documents -> bundled, 60 words or more a page -> their lines as HTML (paragraphs, breaks)
 //         -> within a site's layout: header, menu, sidebar, related links, share buttons, footer,
 //            scripts, styles, cookie banner
 //     + dirt: mirrors and near-duplicates on other sites, other languages, spam, navigation, walls
-//     of
-//       consent, addresses of people in clean text, other encodings and broken bytes
+//       of consent; and in clean text addresses of people, other encodings and broken bytes
 //         -> in one order, a copy somewhere behind its original -> DIR/pages/ and DIR/truth.jsonl
 //
-// No name of a site, no class and no address is a real one: hosts end in .example (RFC 2606).
+// The layouts are those of common programs for blogs, encyclopedias, forums and shops. No site and
+// no address is a real one: hosts end in .example (RFC 2606).
 #pragma once
 
 #include <zlib.h>
@@ -254,7 +253,7 @@ const std::vector<Layout> kLayouts = {
 </div></div>
 <div class="buttons"><a class="btn" href="#">Print this page</a> <a class="btn" href="#">Download PDF</a></div>
 </div>
-<div class="sidebar col-md-3"><div class="widget"><h4>More worksheets</h4>{related}</div><div class="widget"><h4>Subjects</h4>{side}</div></div>
+<aside class="sidebar col-md-3"><div class="widget"><h4>More worksheets</h4>{related}</div><div class="widget"><h4>Subjects</h4>{side}</div></aside>
 </div></div>
 <div class="footer"><p>{footer}</p></div>
 </div>

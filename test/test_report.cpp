@@ -111,6 +111,7 @@ TEST_CASE("a report says what the run's files say, on one page without other fil
 TEST_CASE("a report tells what was kept of the raw pages, and links to the corpus's own report") {
   const TempDir dir;
   write_run(dir.path());
+  write_stage(dir / "base", {{"stage", "pretraining"}, {"tokens", 4096}}, "", {}, "");
   std::filesystem::create_directories(dir / "corpus");
   OrderedJson summary{{"documents", 12345},
                       {"kept", 9000},
@@ -125,6 +126,7 @@ TEST_CASE("a report tells what was kept of the raw pages, and links to the corpu
   CHECK(contains(html, "Of 12,345 pages (5.0 MB of HTML) 9,000 were kept, 812.0 KB."));
   CHECK(contains(html, "Dropped: language-share 3,300, min-words 45."));
   CHECK(contains(html, "<td>corpus</td><td>12,345 raw pages</td>"));
+  CHECK(contains(html, "<td>base</td><td>9,000 documents</td>"));
   CHECK(!contains(html, "Against the truth"));
   CHECK(!contains(html, "href="));  // there is no such file yet
   CHECK(!contains(html, "corpus: loss"));
