@@ -31,6 +31,7 @@
 #include <fstream>
 #include <functional>
 #include <future>
+#include <set>
 #include <thread>
 #include <unordered_map>
 
@@ -473,7 +474,12 @@ void judge(Document& d, const CleanOptions& o, Measurer& measurer, Measured& m) 
   v.place = d.page.place, v.url = d.page.url, v.id = d.page.id;
   v.language = m.language, v.match = m.match, v.values = m.values;
   v.bytes = int64_t(d.text_bytes), v.private_data = m.private_data;
-  v.begins = beginning(d.page.text, kSampleBytes);
+  const std::string_view begins = beginning(d.page.text, kSampleBytes);
+  if (o.measure.private_data) {
+    replace_private_data(begins, v.begins);
+  } else {
+    v.begins = begins;
+  }
   v.rule = first_failed(m.values, o.thresholds);
   v.empty = strip_ascii(m.text).empty();
   d.verdict = verdict_line(v);
@@ -1136,6 +1142,14 @@ void clean_command(const CleanOptions& options) {
     std::printf("%s: finished before; --overwrite begins anew\n", job.dir.c_str());
     return;
   }
+  if (const auto& files = options.measure.decontaminate; !files.empty()) {
+    const Contamination::Counts counts = Contamination(files).counts();
+    std::printf(
+        "decontamination: %s strings, %s different runs of 13 words; %s strings are shorter and "
+        "never match\n",
+        count_text(double(counts.strings)).c_str(), count_text(double(counts.ngrams)).c_str(),
+        count_text(double(counts.short_strings)).c_str());
+  }
   clean(job);
 }
 
@@ -1176,6 +1190,7 @@ void what_if(const fs::path& from, const std::map<size_t, double>& given,
   const TemporaryFolder temporary;
   const fs::path verdicts_path = from / "verdicts.jsonl.zst";
   std::vector<std::string> flags(job.tasks());
+  std::set<size_t> measured;
   {
     LineReader lines{Input(verdicts_path.string())};
     for (size_t task = 0; task < job.tasks(); task++) {
@@ -1184,8 +1199,16 @@ void what_if(const fs::path& from, const std::map<size_t, double>& given,
         if (!lines.next(line)) fail(verdicts_path.string(), ": ends too early");
         const Verdict v = parse_verdict(line, lines.where());
         flags[task] += char(first_failed(v.values, thresholds) < 0 && !v.empty);
+        for (const auto& [rule, value] : given) {
+          if (!std::isnan(v.values[size_t(rules()[rule].measure)])) measured.insert(rule);
+        }
       }
     }
+  }
+  for (const auto& [rule, value] : given) {
+    if (measured.count(rule) || std::isnan(value)) continue;
+    fail("--", rules()[rule].name,
+         ": the run did not measure it for any document: it takes a new run");
   }
   const std::vector<SignatureFile> files =
       signature_files(job, [&](size_t task) { return flags[task]; });
@@ -1466,6 +1489,8 @@ int run(int argc, char** argv) {
                         "best share of the documents, 0 to 1; 0: --min-score decides");
   apply_app->add_option("--min-score", classify.min_score,
                         "lowest probability of being good that is kept");
+  classify.threads = usable_cores();
+  apply_app->add_option("--threads", classify.threads, "change the speed, not the result");
   apply_app->add_option("-o", classify.output, "file of JSON lines to write; .zst: compressed")
       ->required();
 
@@ -1486,11 +1511,20 @@ int run(int argc, char** argv) {
   if (o.overwrite && o.rank >= 0)
     fail("--overwrite: several processes would remove each other's work: remove ", o.output,
          " before they begin");
-  if (*dedup_app)
-    preset = "none", o.measure.c4_lines = o.measure.private_data = false,
+  if (*dedup_app) {
+    preset = "none";
+    o.measure.detect_language = o.measure.c4_lines = o.measure.private_data = false;
     o.measure.languages.clear();
+  }
+  o.measure.signatures = o.exact || o.near;
   o.thresholds = preset == "none" ? Thresholds(rules().size(), kOff) : fineweb_thresholds();
-  for (const auto& [rule, value] : rule_flags.given()) o.thresholds[rule] = value;
+  for (const auto& [rule, value] : rule_flags.given()) {
+    o.thresholds[rule] = value;
+    const bool of_model = measures()[size_t(rules()[rule].measure)].name == "quality";
+    if (of_model && !std::isnan(value) && o.measure.quality_model.empty()) {
+      fail("--", rules()[rule].name, ": needs --quality-model");
+    }
+  }
   try {
     if (*clean_app || *dedup_app) clean_command(o);
     if (*extract_app) extract_command(o, o.output);
