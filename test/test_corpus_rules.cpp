@@ -717,6 +717,13 @@ TEST_CASE("language is told by its share of bytes, and old codes are mapped") {
   }
 }
 
+TEST_CASE("a wanted language may have its old code") {
+  MeasureOptions o;
+  o.languages = {"iw"};
+  const Measured m = measured("כל בני האדם נולדו בני חורין ושווים בערכם ובזכויותיהם.", o);
+  CHECK(value(m, "language_share") > .9);
+}
+
 TEST_CASE("the rule of language keeps a text just above its share and drops one below") {
   const std::string english =
       "The committee said on Monday that it would publish its report before the end of the year. ";
