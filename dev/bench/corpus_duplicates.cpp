@@ -67,15 +67,14 @@ void bench_pairs(size_t documents) {
       pairs.push_back(dir / concat("pairs-", pass));
       find_pairs(files, pass, options, pairs.back());
     }
-    const double middle = processor_seconds();
+    const double middle = processor_seconds(), peak = peak_megabytes();
     const size_t found = cluster(pairs, documents, options).size();
     const double seconds = processor_seconds() - begin;
     std::printf(
-        "%s documents within %s: pairs %.1f s, clusters %.1f s: %.0fM documents an hour, "
-        "%zu duplicates; peak memory so far %.0f MB\n",
+        "%s documents within %s: pairs %.1f s, peak memory until then %.0f MB, clusters %.1f s: "
+        "%.0fM documents an hour, %zu duplicates\n",
         count_text(double(documents)).c_str(), bytes_text(double(bytes)).c_str(), middle - begin,
-        seconds - (middle - begin), double(documents) / seconds * 3600 / 1e6, found,
-        peak_megabytes());
+        peak, seconds - (middle - begin), double(documents) / seconds * 3600 / 1e6, found);
   }
   std::filesystem::remove_all(dir);
 }
