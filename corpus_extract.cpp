@@ -3,7 +3,7 @@
 //     bytes --SkeletonScanner--> skeleton: tags without attributes, text; attributes beside it
 //           --gumbo (HTML5)--> tree --walk--> nodes, blocks of text
 //           --block_features--> 241 numbers a block --boosted trees--> probability
-//           --choose_blocks (expected F1)--> blocks that are main text --render--> text
+//           --choose_blocks (expected F1)--> blocks that are main text --render_blocks--> text
 //
 // Most bytes of a page are not text: scripts, styles, drawings, comments, attributes that hold
 // data: URLs. One pass over the bytes, by the rules of HTML5's tokenizer, leaves these out and
@@ -11,14 +11,16 @@
 // parser never copies them. The parser builds HTML5's tree of the skeleton. One walk cuts the text
 // at block-level elements. Each block gets features that are known after one pass over nodes and
 // blocks; boosted regression trees (Friedman 2001; trained by dev/extraction.py with LightGBM on
-// WCXB) give the probability that a reader would call the block main text. The blocks chosen are
-// the prefix, by falling probability, with the highest expected F1 (the idea of Lewis 1995:
-// "Evaluating and optimizing autonomous text classification systems"): no threshold is tuned.
+// WCXB) give the probability that a reader would call the block main text. The blocks
+// chosen are the prefix, by falling probability, with the highest expected F1 (the idea
+// of Lewis 1995: "Evaluating and optimizing autonomous text classification systems"): no threshold
+// is tuned.
 #include <gumbo.h>
 #include <utf8proc.h>
 
 #include <algorithm>
 #include <bit>
+#include <cctype>
 #include <cmath>
 #include <csetjmp>
 #include <cstring>
@@ -259,7 +261,7 @@ class PhraseMatcher {
 // Elements: what the scan, the cut into blocks and the features must know of a name
 
 enum ElementFlags : uint32_t {
-  kBlock = 1,       // its start and its end are boundaries of blocks
+  kBlockLevel = 1,  // its start and its end are boundaries of blocks
   kDropped = 2,     // holds no main text
   kVoid = 4,        // has no content, no end tag
   kFormatting = 8,  // HTML5's adoption agency moves it
@@ -271,36 +273,36 @@ enum ElementFlags : uint32_t {
   kUnparsed = 512,  // the parser need not see it: neither text nor a boundary
   kHeading = 1024,
   // combinations
-  kSectioning = kBlock | kSpecial | kClosesP,
+  kSectioning = kBlockLevel | kSpecial | kClosesP,
   kFlow = kSectioning | kBreakout,
   kHeadline = kFlow | kHeading,
-  kCell = kBlock | kSpecial | kScope,
+  kCell = kBlockLevel | kSpecial | kScope,
   kRaw = kDropped | kRawText | kUnparsed,
   kEmpty = kVoid | kUnparsed,
   kBold = kFormatting | kBreakout,
   kFallback = kDropped,  // shown by browsers that cannot show the element
 };
-struct Element {
+struct HtmlElement {
   const char* name;
   uint32_t flags;
 };
 // clang-format off
-constexpr Element kElements[] = {
+constexpr HtmlElement kElements[] = {
   {"", 0},  // any other
   {"html", kCell}, {"head", kDropped | kSpecial | kBreakout},
-  {"body", kBlock | kSpecial | kBreakout}, {"main", kSectioning}, {"article", kSectioning},
+  {"body", kBlockLevel | kSpecial | kBreakout}, {"main", kSectioning}, {"article", kSectioning},
   {"section", kSectioning}, {"nav", kSectioning}, {"header", kSectioning}, {"footer", kSectioning},
   {"aside", kSectioning}, {"hgroup", kSectioning}, {"address", kSectioning},
   {"details", kSectioning}, {"summary", kSectioning}, {"figure", kSectioning},
   {"figcaption", kSectioning}, {"form", kSectioning}, {"fieldset", kSectioning},
-  {"search", kBlock | kClosesP}, {"dialog", kBlock | kClosesP}, {"div", kFlow}, {"p", kFlow},
+  {"search", kBlockLevel | kClosesP}, {"dialog", kBlockLevel | kClosesP}, {"div", kFlow}, {"p", kFlow},
   {"center", kFlow}, {"menu", kFlow}, {"ul", kFlow}, {"ol", kFlow}, {"li", kFlow}, {"dl", kFlow},
   {"dt", kFlow}, {"dd", kFlow}, {"pre", kFlow}, {"blockquote", kFlow}, {"hr", kFlow | kVoid},
   {"h1", kHeadline}, {"h2", kHeadline}, {"h3", kHeadline}, {"h4", kHeadline}, {"h5", kHeadline},
   {"h6", kHeadline}, {"table", kFlow | kScope}, {"caption", kCell}, {"td", kCell}, {"th", kCell},
-  {"template", kCell}, {"tr", kBlock | kSpecial}, {"thead", kBlock | kSpecial},
-  {"tbody", kBlock | kSpecial}, {"tfoot", kBlock | kSpecial}, {"colgroup", kSpecial},
-  {"col", kEmpty}, {"button", kBlock | kSpecial}, {"label", kBlock}, {"legend", kBlock},
+  {"template", kCell}, {"tr", kBlockLevel | kSpecial}, {"thead", kBlockLevel | kSpecial},
+  {"tbody", kBlockLevel | kSpecial}, {"tfoot", kBlockLevel | kSpecial}, {"colgroup", kSpecial},
+  {"col", kEmpty}, {"button", kBlockLevel | kSpecial}, {"label", kBlockLevel}, {"legend", kBlockLevel},
   {"noscript", kSpecial}, {"dir", kSpecial | kClosesP},
   {"listing", kSpecial | kClosesP | kBreakout}, {"plaintext", kSpecial | kClosesP},
   {"xmp", kSpecial | kClosesP | kRawText}, {"applet", kSpecial | kScope},
@@ -414,7 +416,7 @@ constexpr int kMaxMisnested = 100;
 
 class SkeletonScanner {
  public:
-  // plain_formatting: see cut_page.
+  // plain_formatting: see cut_html.
   SkeletonScanner(std::string_view html, bool plain_formatting, Skeleton& out)
       : html_(html), plain_formatting_(plain_formatting), out_(out) {}
 
@@ -1190,7 +1192,7 @@ class TreeWalk {
     const uint32_t flags = flags_of(tag.element);
     if (flags & kDropped) return;
     if (tag.element == kTagBr) return line_break();
-    const bool is_block = flags & kBlock;
+    const bool is_block = flags & kBlockLevel;
     if (is_block) flush();
     const int32_t me = add_node(tag, inside.node);
     Inside within = inside;
@@ -1350,7 +1352,7 @@ class TreeWalk {
 // The page, cut into blocks. HTML5 opens formatting elements that were never closed (b, i, a) again
 // in every later paragraph: a hostile page makes gigabytes of tree, or one 10,000 levels deep, of
 // this. On such pages a second scan gives the parser the name of a plain element in their place.
-void cut_page(std::string_view html, Skeleton& skeleton, PageBlocks& page) {
+void cut_html(std::string_view html, Skeleton& skeleton, PageBlocks& page) {
   TreeArena arena;
   const GumboOutput* tree = nullptr;
   for (const bool plain_formatting : {false, true}) {
@@ -1465,7 +1467,7 @@ constexpr const char* kStopWords =
     "im "
     "ein auf il di e che è per non i o da do não os em um uma на и в не с по het een van op te dat";
 
-class WordSet {  // hashes of words
+class HashedWords {  // hashes of words
  public:
   void add(uint64_t hash) {
     if (std::find(hashes_.begin(), hashes_.end(), hash) == hashes_.end()) hashes_.push_back(hash);
@@ -1489,8 +1491,8 @@ uint64_t extend_word(uint64_t hash, uint32_t c) {
   hash = (hash ^ c) * 0x9e3779b97f4a7c15;
   return hash ^ hash >> 29;
 }
-WordSet word_set(std::string_view text, size_t most) {
-  WordSet set;
+HashedWords hashed_words(std::string_view text, size_t most) {
+  HashedWords set;
   const std::string lower = lower_text(text);
   each_word(lower, [&](size_t begin, size_t end, uint32_t) {
     uint64_t h = kWordHash;
@@ -1518,8 +1520,8 @@ bool is_quote_after_sentence(uint32_t c) {
   return c == '"' || c == '\'' || c == ')' || c == 0x201d || c == 0x2019;
 }
 
-TextMeasures measure_text(std::string_view text, const WordSet& title) {
-  static const WordSet stop_words = word_set(kStopWords, 1000);
+TextMeasures measure_text(std::string_view text, const HashedWords& title) {
+  static const HashedWords stop_words = hashed_words(kStopWords, 1000);
   TextMeasures m;
   std::string lower;  // the first 400 characters
   uint64_t word = kWordHash, covered = 0;
@@ -1720,7 +1722,7 @@ std::vector<std::string> make_feature_names() {
   return names;
 }
 
-float ratio(double a, double b) { return float(a / std::max(b, 1.)); }
+float share_of(double a, double b) { return float(a / std::max(b, 1.)); }
 
 class BlockFeatures {
  public:
@@ -1729,7 +1731,7 @@ class BlockFeatures {
       : page_(page), nodes_(page.nodes), blocks_(page.blocks) {
     const std::string title = decode_text(skeleton.title);
     description_ = decode_text(skeleton.description);
-    measure(word_set(title + " " + decode_text(skeleton.og_title), 64));
+    measure(hashed_words(title + " " + decode_text(skeleton.og_title), 64));
     sum_nodes();
     find_shapes();
     page_features(skeleton, url);
@@ -1749,7 +1751,7 @@ class BlockFeatures {
   const std::string& description() const { return description_; }
 
  private:
-  void measure(const WordSet& title) {
+  void measure(const HashedWords& title) {
     title_size_ = title.size();
     measures_.reserve(blocks_.size());
     for (TextBlock& b : blocks_) {
@@ -1853,8 +1855,8 @@ class BlockFeatures {
       next_code_point(description_, i);
     }
     for (const double x :
-         {n, words, double(ratio(double(link_words_), words)),
-          double(ratio(double(prose_words_), words)), double(page_.articles),
+         {n, words, double(share_of(double(link_words_), words)),
+          double(share_of(double(prose_words_), words)), double(page_.articles),
           double(page_.has_main), double(h1), words / n, double(page_.paragraphs), double(best > 0),
           double(skeleton.json_ld.size()), double(description_characters)}) {
       of_page_.push_back(float(x));
@@ -1873,15 +1875,15 @@ class BlockFeatures {
     const uint8_t first = char_classes()[m.first];
     add(words);
     add(characters);
-    add(ratio(b.link_words, words));
+    add(share_of(b.link_words, words));
     add(m.sentences);
     add(m.commas);
     add(m.upper / characters);
     add(m.digits / characters);
     add(m.punctuation / characters);
-    add(ratio(m.stop_words, words));
-    add(ratio(m.capitalised, words));
-    add(ratio(characters, words));
+    add(share_of(m.stop_words, words));
+    add(share_of(m.capitalised, words));
+    add(share_of(characters, words));
     add(ends_sentence(m.last) ? m.last != 0x3002
                               : m.last != '\'' && is_quote_after_sentence(m.last));
     add(m.last == ':');
@@ -1889,8 +1891,8 @@ class BlockFeatures {
     add(first == kNumber);
     add(m.upper > 0 && m.lower == 0);
     add(m.separators);
-    add(ratio(m.title_words_covered, double(title_size_)));
-    add(ratio(m.title_words, words));
+    add(share_of(m.title_words_covered, double(title_size_)));
+    add(share_of(m.title_words, words));
     add(copies_[m.lower_hash]);
     add(m.longest_word);
     add(std::log1p(words));
@@ -1925,9 +1927,9 @@ class BlockFeatures {
     const Shape& s = shapes_[shape_of_[i]];
     add(s.blocks);
     add(double(s.words) / s.blocks);
-    add(ratio(s.link_words, s.words));
+    add(share_of(s.link_words, s.words));
     add(double(s.sentences) / s.blocks);
-    add(ratio(s.words, page_words));
+    add(share_of(s.words, page_words));
     const PageNode& n = nodes_[size_t(b.block_node)];
     const PageNode& p = nodes_[size_t(parent_or_self(b.block_node))];
     add(n.parent >= 0 ? group_size(n) : 0);
@@ -1944,13 +1946,13 @@ class BlockFeatures {
     add(group_size(r));
     add(r.blocks);
     add(r.words);
-    add(ratio(r.link_words, r.words));
+    add(share_of(r.link_words, r.words));
     add(r.sentences);
     add(nodes_[size_t(b.owner)].depth - r.depth);
-    add(ratio(r.first_block - list.first_block, list.blocks));
-    add(ratio(r.words, list.words));
-    add(ratio(list.words, page_words));
-    add(ratio(list.link_words, list.words));
+    add(share_of(r.first_block - list.first_block, list.blocks));
+    add(share_of(r.words, list.words));
+    add(share_of(list.words, page_words));
+    add(share_of(list.link_words, list.words));
     add(double(list.words) / group_size(r));
   }
   void position_features(size_t i) {
@@ -1958,7 +1960,7 @@ class BlockFeatures {
     add(double(i));
     add(double(i) / n);
     add(n - double(i));
-    add(ratio(double(words_before_), double(words_)));
+    add(share_of(double(words_before_), double(words_)));
     add(double(words_before_));
     add(nodes_[size_t(blocks_[i].owner)].depth);
     words_before_ += blocks_[i].words;
@@ -1995,7 +1997,7 @@ double tree_score(const float* features) {
   }
   return sum;
 }
-float probability(const float* features) {
+float main_text_probability(const float* features) {
   return float(1 / (1 + std::exp(-tree_score(features))));
 }
 std::vector<float> block_probabilities(BlockFeatures& features, size_t blocks) {
@@ -2003,7 +2005,7 @@ std::vector<float> block_probabilities(BlockFeatures& features, size_t blocks) {
   for (size_t i = 0; i < blocks; i++) {
     row.clear();
     features.next_row(row);
-    p.push_back(probability(row.data()));
+    p.push_back(main_text_probability(row.data()));
   }
   return p;
 }
@@ -2075,7 +2077,7 @@ void drop_repeats(const PageBlocks& page, std::vector<bool>& choice) {
 // ---------------------------------------------------------------------------------------------
 // The text: one block a line, items of lists with "- ", cells of a row on one line
 
-std::string render(const PageBlocks& page, const std::vector<bool>& choice) {
+std::string render_blocks(const PageBlocks& page, const std::vector<bool>& choice) {
   std::string text;
   int32_t row = -1, item = -1;
   for (size_t i = 0; i < choice.size(); i++) {
@@ -2156,7 +2158,7 @@ struct PageParts {
   PageBlocks page;
 };
 void cut(std::string_view html, PageParts& parts) {
-  cut_page(html.substr(0, kMaxHtml), parts.skeleton, parts.page);
+  cut_html(html.substr(0, kMaxHtml), parts.skeleton, parts.page);
 }
 
 uint32_t chosen_words(const PageBlocks& page, const std::vector<bool>& choice) {
@@ -2167,11 +2169,11 @@ uint32_t chosen_words(const PageBlocks& page, const std::vector<bool>& choice) {
   return words;
 }
 
-Extracted finish(std::string_view html, const PageParts& parts, const std::string& description,
-                 std::vector<bool> choice, bool is_short) {
+Extracted finish_text(std::string_view html, const PageParts& parts, const std::string& description,
+                      std::vector<bool> choice, bool is_short) {
   drop_repeats(parts.page, choice);
   Extracted out;
-  out.text = render(parts.page, choice);
+  out.text = render_blocks(parts.page, choice);
   out.title =
       decode_text(parts.skeleton.title.empty() ? parts.skeleton.og_title : parts.skeleton.title);
   if (is_short) append_metadata(parts.skeleton, description, out.text);
@@ -2186,7 +2188,7 @@ Extracted finish_learned(std::string_view html, const PageParts& parts,
   std::vector<bool> choice = choose_by_expected_f1(p, parts.page.blocks);
   const bool is_short = chosen_words(parts.page, choice) < kShortWords;
   apply_mode(mode, p, choice);
-  return finish(html, parts, description, std::move(choice), is_short);
+  return finish_text(html, parts, description, std::move(choice), is_short);
 }
 
 }  // namespace
@@ -2201,7 +2203,7 @@ Extracted extract(std::string_view html, std::string_view url, const ExtractOpti
   }
   std::vector<bool> choice = choose_by_rules(parts.page);
   const bool is_short = chosen_words(parts.page, choice) < kShortWords;
-  return finish(html, parts, features.description(), std::move(choice), is_short);
+  return finish_text(html, parts, features.description(), std::move(choice), is_short);
 }
 
 ExtractBlocks extract_blocks(std::string_view html, std::string_view url) {
@@ -2213,7 +2215,7 @@ ExtractBlocks extract_blocks(std::string_view html, std::string_view url) {
     const size_t begin = out.features.size();
     features.next_row(out.features);
     out.texts.push_back(b.text);
-    out.probabilities.push_back(probability(out.features.data() + begin));
+    out.probabilities.push_back(main_text_probability(out.features.data() + begin));
   }
   return out;
 }

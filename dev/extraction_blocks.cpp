@@ -1,15 +1,16 @@
 // For dev/extraction.py and dev/bench/extraction.py: what corpus_extract.cpp makes of pages.
 //
-//     extraction_blocks blocks PAGES.jsonl OUT     blocks, features and probabilities of each page
-//     extraction_blocks texts PAGES.jsonl OUT [MODE [PROBABILITIES]]   texts, one JSON string a
-//     line extraction_blocks time PAGES.jsonl           seconds a page, one core extraction_blocks
-//     names                      the features' names, one a line
+//     extraction_blocks blocks PAGES OUT      blocks, features, probabilities of each page
+//     extraction_blocks texts PAGES OUT [MODE [PROBABILITIES]]    a line of JSON for each page
+//     extraction_blocks time PAGES            processor time on one core
+//     extraction_blocks names                 the names of features, one a line
 //
-// A line of PAGES.jsonl has "html" and "url". Numbers are little endian: for each page in `blocks`,
-// int32 blocks, int32 features, float32 features (blocks, features), float32 probabilities
-// (blocks), then for each block int32 bytes and its text. PROBABILITIES: float32, of all pages one
-// after the other. MODE: precision, balanced, recall, rules.
+// PAGES: JSON lines with "html" and "url". MODE: precision, balanced, recall, rules. Numbers are
+// little endian. `blocks` writes for each page: int32 blocks, int32 features, float32 features
+// (blocks, features), float32 probabilities (blocks), and for each block int32 bytes and its text.
+// PROBABILITIES: float32, of the blocks of all pages.
 #include <cstdio>
+#include <ctime>
 #include <fstream>
 
 #include "cake/corpus.h"
@@ -92,9 +93,9 @@ void time_pages(const std::string& pages) {
   double seconds = 0;
   size_t n = 0, bytes = 0, parsed = 0;
   each_page(pages, [&](const PageLine& page) {
-    const double begin = now();
+    const std::clock_t begin = std::clock();
     const Extracted e = extract(page.html, page.url);
-    seconds += now() - begin;
+    seconds += double(std::clock() - begin) / CLOCKS_PER_SEC;
     n++;
     bytes += e.html_bytes;
     parsed += e.parsed_bytes;

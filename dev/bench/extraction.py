@@ -38,9 +38,13 @@ def main():
     pages = extraction.read_pages(path)
     size = sum(len(p["html"].encode()) for p in pages)
     peer_texts, seconds = peer(pages)
+    import trafilatura
+    print("trafilatura", trafilatura.__version__)
     theirs = extraction.report("trafilatura", pages, peer_texts)
     if shipped:
         probabilities = None
+    elif "PROBABILITIES" in os.environ:  # that `dev/extraction.py score` wrote
+        probabilities = np.fromfile(os.environ["PROBABILITIES"], np.float32)
     else:
         data = extraction.Data(path)
         probabilities = extraction.held_out(data)
