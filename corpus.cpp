@@ -229,10 +229,9 @@ class PartFile {
 }  // namespace
 
 TextFile::TextFile(const fs::path& path, int threads)
-    : file_(path),
-      zstd_(path.extension() == ".zst"),
-      threads_(size_t(std::max(threads, 1))),
-      frames_(1) {}
+    : zstd_(path.extension() == ".zst"), threads_(size_t(std::max(threads, 1))), frames_(1) {
+  if (path != "-") file_.emplace(path);
+}
 
 void TextFile::write(std::string_view lines) {
   frames_.back() += lines;
@@ -249,14 +248,16 @@ void TextFile::compress() {
     }
   }
   for (const std::string& frame : frames_) {
-    if (!frame.empty()) file_.write(frame);
+    if (file_ && !frame.empty()) file_->write(frame);
+    if (!file_) write_bytes(stdout, frame.data(), frame.size(), "standard output");
   }
   frames_.clear();
 }
 
 void TextFile::commit() {
   compress();
-  file_.commit();
+  if (file_) file_->commit();
+  if (!file_ && std::fflush(stdout) != 0) fail("standard output: cannot write: ", errno_text());
 }
 
 void append_json_string(std::string& out, std::string_view text) {
@@ -1294,6 +1295,7 @@ void extract_command(const CleanOptions& o, const std::string& output) {
   const int threads = o.threads > 0 ? o.threads : usable_cores();
   const std::vector<Input> inputs = expand_inputs(o.inputs);
   TextFile out(output, threads);
+  const bool quiet = output == "-";
   ProgressLine line;
   int64_t pages = 0, html = 0, parsed = 0, empty = 0;
   std::map<std::string, int64_t> problems;
@@ -1321,11 +1323,13 @@ void extract_command(const CleanOptions& o, const std::string& output) {
       }
       last = batch.last;
       if (last) add_counts(problems, batch.problems);
+      if (quiet) continue;
       line.show(format("%s pages, %.0f%% of input %zu of %zu", count_text(double(pages)).c_str(),
                        100 * batch.progress, i + 1, inputs.size()));
     }
   }
   out.commit();
+  if (quiet) return;
   const double seconds = now() - began;
   std::printf(
       "%s: %s pages, %s without text; %.1f s, %.0f pages/s, %s/s of HTML, %.0f%% of it parsed\n",
@@ -1455,7 +1459,9 @@ int run(int argc, char** argv) {
 
   CLI::App* extract_app = app.add_subcommand("extract", "pages to text alone: JSON lines");
   add_pages(extract_app);
-  extract_app->add_option("-o", o.output, "file of JSON lines to write; .zst: compressed")
+  extract_app
+      ->add_option("-o", o.output,
+                   "file of JSON lines to write; .zst: compressed; -: standard output")
       ->required();
 
   CLI::App* dedup_app =

@@ -28,8 +28,9 @@ namespace cake::corpus {
 
 void append_json_string(std::string& out, std::string_view utf8);  // in quotes
 
-// A text file, complete or not there at all. A name that ends in .zst: Zstandard frames of 4 MB of
-// whole lines, compressed side by side; the bytes depend on the text alone.
+// A text file, complete or not there at all; "-" is standard output. A name that ends in .zst:
+// Zstandard frames of 4 MB of whole lines, compressed side by side; the bytes depend on the text
+// alone.
 class TextFile {
  public:
   TextFile(const std::filesystem::path&, int threads);
@@ -38,7 +39,7 @@ class TextFile {
 
  private:
   void compress();
-  AtomicFile file_;
+  std::optional<AtomicFile> file_;
   bool zstd_;
   size_t threads_;
   std::vector<std::string> frames_;  // the last one is being filled
