@@ -426,7 +426,7 @@ void find_pairs(const std::vector<SignatureFile>& files, int pass, const DedupOp
 }
 
 // ---------------------------------------------------------------------------------------------
-// Clusters. An exact duplicate leaves the game first: it has the bands of its original, so its near
+// Clusters. Exact duplicates are taken out first. Each has the bands of its original, so its near
 // pairs are pairs of its original too, and the original takes its place in them. What is left is
 // clustered by union-find (Galler, Fischer 1964; path halving by Tarjan, van Leeuwen 1984). The
 // root of a cluster is its smallest number, in whatever order the pairs come.
