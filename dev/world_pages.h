@@ -1077,8 +1077,11 @@ constexpr size_t kPagesOfAFile = 4000;
 // them a file that was cut in the middle of a record. DIR/truth.jsonl: what is known of each page.
 void write_web(const std::filesystem::path& directory, const std::vector<WebPage>& pages) {
   const std::filesystem::path folder = directory / "pages";
-  remove_path(folder);
   std::filesystem::create_directories(folder);
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {  // of a larger world
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with("crawl-") && name.ends_with(".warc.gz")) remove_path(entry.path());
+  }
   std::vector<const WebPage*> crawled, exported;  // of the last pages, those that are UTF-8
   for (size_t i = 0; i < pages.size(); i++) {
     const bool utf8 = pages[i].kind != "encoding" && pages[i].kind != "broken bytes";
