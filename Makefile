@@ -125,11 +125,12 @@ bench: $(BUILD)/bench ## measure this machine and cake on it: PEER=python with P
 # Peers of the corpus: datatrove and trafilatura in PEER's Python; WEB: pages with their main text.
 WEB ?= ../shared/data/web/wcxb_dev.jsonl.zst
 TEXTS ?= ../shared/data
-bench-corpus: $(BIN)/corpus $(BUILD)/bench_rules $(BUILD)/extraction_blocks ## ./corpus beside datatrove and trafilatura: PEER=python WEB=file TEXTS=dir
+bench-corpus: $(BIN)/corpus $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/extraction_blocks ## ./corpus beside datatrove and trafilatura: PEER=python WEB=file TEXTS=dir
 	@$(if $(PEER),,echo "error: PEER is missing: a python with datatrove, trafilatura and lightgbm" >&2; exit 1)
 	TOOL=$(BUILD)/extraction_blocks $(PEER) dev/bench/extraction.py $(WEB)
 	$(PEER) dev/bench/datatrove_rules.py --data $(TEXTS) --folder $(BUILD)/datatrove_rules --binary $(BUILD)/bench_rules
 	$(PEER) dev/bench/datatrove_minhash.py $(TEXTS)/reviews/movie_reviews.jsonl --corpus $(BIN)/corpus
+	$(BUILD)/bench_duplicates 5000000
 
 # Ten minutes for each: FUZZ_SECONDS=n, FUZZ="warc html".
 FUZZ ?= warc jsonl parquet html
@@ -163,6 +164,7 @@ $(MODEL_STAGES:%=$(BIN)/%): $(BIN)/%: $(OBJECTS)/%.o $(ENGINE) $(OBJECTS)/bpe.o
 $(MODEL_STAGES:%=$(EMULATE)/%): $(EMULATE)/%: $(OBJECTS)/%.o $(EMULATED_ENGINE) $(OBJECTS)/bpe.o
 $(TOOLS:%=$(BUILD)/%): $(BUILD)/%: $(OBJECTS)/dev/%.o
 $(BUILD)/bench_rules: $(OBJECTS)/dev/bench/corpus_rules.o $(CORPUS)
+$(BUILD)/bench_duplicates: $(OBJECTS)/dev/bench/corpus_duplicates.o $(CORPUS)
 $(BUILD)/extraction_blocks: $(OBJECTS)/dev/extraction_blocks.o $(CORPUS)
 $(BUILD)/fuzz_%: $(OBJECTS)/test/fuzz/fuzz_%.o $(CORPUS)
 	@echo "link $@"
@@ -172,7 +174,7 @@ $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
                    $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.o
 $(BUILD)/test: $(TESTS) $(CORPUS) $(OBJECTS)/bpe.o $(OBJECTS)/dev/world.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_rules $(BUILD)/extraction_blocks $(BUILD)/test $(BUILD)/test_gpu:
+$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/extraction_blocks $(BUILD)/test $(BUILD)/test_gpu:
 	@mkdir -p $(@D)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
