@@ -1095,6 +1095,7 @@ struct PageNode {
   int32_t group = 0;       // the siblings of its name and first class: index into group_sizes
   int32_t list_item = -1;  // nearest li, itself included; -1: none
   int32_t row = -1;        // nearest tr
+  int32_t cell = -1;       // nearest td or th
   uint32_t depth = 0, children = 0;
   uint32_t classes = 0;    // groups of key words
   uint32_t ancestors = 0;  // with its own
@@ -1224,9 +1225,11 @@ class TreeWalk {
       n.depth = p.depth + 1;
       n.list_item = p.list_item;
       n.row = p.row;
+      n.cell = p.cell;
     }
     if (tag.element == kTagLi) n.list_item = me;
     if (tag.element == kTagTr) n.row = me;
+    if (tag.element == kTagTd || tag.element == kTagTh) n.cell = me;
     const auto [it, added] =
         groups_.try_emplace(mix64(n.key, uint64_t(parent) + 1), int32_t(page_.group_sizes.size()));
     if (added) page_.group_sizes.push_back(0);
@@ -2079,16 +2082,17 @@ void drop_repeats(const PageBlocks& page, std::vector<bool>& choice) {
 
 std::string render_blocks(const PageBlocks& page, const std::vector<bool>& choice) {
   std::string text;
-  int32_t row = -1, item = -1;
+  int32_t row = -1, cell = -1, item = -1;
   for (size_t i = 0; i < choice.size(); i++) {
     if (!choice[i]) continue;
     const TextBlock& b = page.blocks[i];
     const PageNode& n = page.nodes[size_t(b.block_node)];
-    const bool same_row = n.row >= 0 && n.row == row;
-    if (!text.empty()) text += same_row ? " | " : "\n";
-    if (n.list_item >= 0 && n.list_item != item && !same_row) text += "- ";
-    text += same_row ? b.text : b.formatted;
+    const bool next_cell = n.row >= 0 && n.row == row && n.cell != cell;
+    if (!text.empty()) text += next_cell ? " | " : "\n";
+    if (n.list_item >= 0 && n.list_item != item && !next_cell) text += "- ";
+    text += next_cell ? b.text : b.formatted;
     row = n.row;
+    cell = n.cell;
     item = n.list_item;
   }
   return text;
