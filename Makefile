@@ -138,7 +138,7 @@ FUZZ_SECONDS ?= 600
 fuzz: ## any bytes as WARC, JSON lines, parquet and HTML, under the sanitizers, with clang's libFuzzer
 	+@$(MAKE) --no-print-directory CXX=clang++ BUILD=$(BUILD)/fuzz CXXFLAGS="-O1 -g1 -fsanitize=fuzzer-no-link,address,undefined" $(FUZZ:%=$(BUILD)/fuzz/fuzz_%)
 	@for target in $(FUZZ); do mkdir -p $(BUILD)/fuzz/corpus_$$target && \
-	  $(BUILD)/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2000 $(BUILD)/fuzz/corpus_$$target || exit 1; done
+	  $(BUILD)/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2000 -malloc_limit_mb=4096 $(BUILD)/fuzz/corpus_$$target || exit 1; done
 
 format: ## format all sources
 	@$(CLANG_FORMAT) -i $(SOURCES)
