@@ -508,6 +508,10 @@ class WordSplitter {
       suffixes_.push_back(end);
       end -= suffix;
     }
+    while (const char* cut = contraction(begin, end)) {  // don't, couldn't've
+      suffixes_.push_back(end);
+      end = cut;
+    }
     if (begin < end) split_core(begin, end, word);
     for (size_t i = suffixes_.size(); i-- > 0;) {
       word(end, suffixes_[i]);
@@ -602,10 +606,6 @@ class WordSplitter {
   template <class Word>
   void split_core(const char* begin, const char* end, Word&& word) {
     if (end - begin < 2) return word(begin, end);
-    if (const char* cut = contraction(begin, end)) {
-      split_core(begin, cut, word);
-      return word(cut, end);
-    }
     if (is_url({begin, size_t(end - begin)})) return word(begin, end);
     const char* piece = begin;
     for (const char* p = begin; p < end;) {
@@ -623,6 +623,7 @@ class WordSplitter {
 
   // Where "n't", "'ll" and their like begin, null: not here.
   static const char* contraction(const char* begin, const char* end) {
+    if (end - begin < 3) return nullptr;
     for (std::string_view ending : kContractions) {
       if (!std::string_view(begin, size_t(end - begin)).ends_with(ending)) continue;
       const char* cut = before_apostrophe(begin, end - ending.size());

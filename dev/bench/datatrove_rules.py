@@ -255,10 +255,12 @@ class Changes:
         return " ".join(words + ["the", "and", "to"]) + "."
 
     def gopher_above_avg_threshold(self):
-        words = [w for w in " ".join(self.pick(20)).split() if len(w) > 2 or w == "to"]
-        share = self.uniform(0.6, 1)
-        joined = [a + b if self.random.random() < share else a for a, b in zip(words[::2], words[1::2])]
-        return " ".join(joined)
+        share, lines = self.uniform(0.5, 1), ["The end of that."]
+        for sentence in self.pick(25):
+            words = re.findall("[a-zA-Z]{4,}", sentence)
+            pairs = [a + b if self.random.random() < share else a for a, b in zip(words[::2], words[1::2])]
+            lines.append(" ".join(pairs) + ".")
+        return " ".join(lines)
 
     def inserted(self, what, low, high):
         share = self.uniform(low, high)
@@ -281,7 +283,7 @@ class Changes:
         return "\n".join(begin + s + end if self.random.random() < share else s for s in lines)
 
     def gopher_too_many_bullets(self):
-        return self.marked_lines(self.random.choice(["- ", "• ", " -"]), "", 0.85, 1)
+        return self.marked_lines(self.random.choice(["- ", "• ", " -"]), "", 0.88, 1)
 
     def gopher_too_many_end_ellipsis(self):
         return self.marked_lines("", self.random.choice(["...", "…", " ... "]), 0.2, 0.6)
@@ -313,7 +315,7 @@ class Changes:
         return "\n".join(s if self.random.random() < share else s.rstrip(".!?") for s in lines)
 
     def short_line_ratio(self):
-        share = self.uniform(0.55, 0.9)
+        share = self.uniform(0.62, 0.95)
         lines = []
         for s in self.pick(40):
             lines.append(s[:26].rsplit(" ", 1)[0] + "." if self.random.random() < share else s)
@@ -324,7 +326,7 @@ class Changes:
         return "\n".join(self.shuffled(lines + [self.random.choice(lines)]))
 
     def list_ratio(self):
-        lines, stops = [], self.uniform(0.13, 0.36)
+        lines, stops = [], self.uniform(0.13, 0.3)
         for _ in range(60):
             words = self.long_words if self.random.random() < 0.5 else self.short_words
             line = " ".join(self.random.sample(words, 3))
