@@ -410,7 +410,7 @@ struct Skeleton {
 // open elements at many tags, so its time would be quadratic in the depth. Browsers do the same.
 constexpr size_t kMaxDepth = 512;
 // What comes after so many tags, or so many bytes of skeleton, is not looked at.
-constexpr size_t kMaxTags = 1000000, kMaxSkeleton = size_t(1) << 24;
+constexpr size_t kMaxTags = 2000000, kMaxSkeleton = size_t(1) << 26;
 // Formatting elements that are open when the element around them ends.
 constexpr int kMaxMisnested = 100;
 
@@ -423,7 +423,7 @@ class SkeletonScanner {
   // False: formatting elements are so often not closed that plain_formatting is called for.
   bool scan() {
     out_.text.reserve(html_.size() / 4 + 64);
-    while (i_ < html_.size() && out_.tags.size() < kMaxTags && out_.text.size() < kMaxSkeleton) {
+    while (i_ < html_.size() && written_ < kMaxTags && out_.text.size() < kMaxSkeleton) {
       if (html_[i_] != '<') {
         copy_text(next_markup(i_));
       } else {
@@ -663,7 +663,10 @@ class SkeletonScanner {
   }
   // Where something is left out, the text on both sides must not become one reference: "&" "amp;".
   void leave_out(size_t end) {
-    if (text_has_reference_) out_.text += "<!>";
+    if (text_has_reference_) {
+      out_.text += "<!>";
+      written_++;
+    }
     text_has_reference_ = false;
     i_ = std::min(end, html_.size());
   }
@@ -721,6 +724,7 @@ class SkeletonScanner {
         out_.attributes.push_back(tag.attributes);
       }
       out_.tags.push_back(start);
+      written_++;
       out_.text += '<';
       out_.text += name_in_skeleton(tag, flags);
       if (tag.self_closing) out_.text += '/';
@@ -741,6 +745,7 @@ class SkeletonScanner {
   void end_tag(const RawTag& tag) {
     const uint8_t element = exact(tag);
     if (!pop(tag, element)) return;
+    written_++;
     out_.text += "</";
     out_.text += name_in_skeleton(tag, flags_of(element));
     out_.text += '>';
@@ -922,6 +927,7 @@ class SkeletonScanner {
   const bool plain_formatting_;
   Skeleton& out_;
   size_t i_ = 0;
+  size_t written_ = 0;               // tags in the skeleton
   mutable size_t slash_ = 0;         // offset of the last '/' in a tag
   bool text_has_reference_ = false;  // '&' since the last tag
   std::vector<Open> open_;

@@ -1,7 +1,8 @@
 // The classifier of blocks of corpus_extract.cpp: 250 boosted trees of at most 12 leaves.
 // Written by dev/extraction.py. Trained on WCXB, Murrough Foley 2026, CC BY 4.0: 697 pages,
 // 188275 blocks. LightGBM: 250 trees, max_bin 63,
-// objective binary, learning_rate 0.1, min_data_in_leaf 60, feature_fraction 0.3, lambda_l2 5, bagging_fraction 0.8, bagging_freq 1, num_leaves 12, max_depth 5, seed 1, deterministic True.
+// objective binary, learning_rate 0.1, min_data_in_leaf 60, feature_fraction 0.3, lambda_l2 5,
+// bagging_fraction 0.8, bagging_freq 1, num_leaves 12, max_depth 5, seed 1, deterministic True.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,8 @@ struct ExtractSplit {
   int8_t left, right;
   float threshold;
 };
-inline constexpr int kExtractFeatures = 241, kExtractTrees = 250, kExtractLeavesOfTree = 12;
+inline constexpr int kExtractFeatures = 241;
+inline constexpr int kExtractTrees = 250, kExtractLeavesOfTree = 12;
 
 // clang-format off
 

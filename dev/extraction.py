@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from urllib.parse import urlparse
 
@@ -272,11 +273,12 @@ def train_all(path):
     names = subprocess.run([TOOL, "names"], capture_output=True, text=True, check=True).stdout.split()
     assert len(names) == data.X.shape[1]
     settings = ", ".join(f"{k} {v}" for k, v in PARAMETERS.items() if k not in ("num_threads", "verbose"))
+    settings = "\n// ".join(textwrap.wrap(settings + ".", 96))
     with open(HEADER, "w") as out:
         out.write(f"""// The classifier of blocks of corpus_extract.cpp: {TREES} boosted trees of at most {LEAVES} leaves.
 // Written by dev/extraction.py. Trained on WCXB, Murrough Foley 2026, CC BY 4.0: {len(data.pages)} pages,
 // {len(data.y)} blocks. LightGBM: {TREES} trees, max_bin 63,
-// {settings}.
+// {settings}
 #pragma once
 
 #include <cstdint>
@@ -289,7 +291,8 @@ struct ExtractSplit {{
   int8_t left, right;
   float threshold;
 }};
-inline constexpr int kExtractFeatures = {len(names)}, kExtractTrees = {TREES}, kExtractLeavesOfTree = {LEAVES};
+inline constexpr int kExtractFeatures = {len(names)};
+inline constexpr int kExtractTrees = {TREES}, kExtractLeavesOfTree = {LEAVES};
 
 // clang-format off
 
