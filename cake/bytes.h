@@ -518,7 +518,7 @@ class ByteWindow {
 // ---------------------------------------------------------------------------------------------
 // Lines
 
-enum class Line {
+enum class LineEnd {
   none,     // the segment has ended
   whole,    // with its line break, or at the end of the file
   cut,      // by damage
@@ -527,20 +527,20 @@ enum class Line {
 
 // The next line without its \n or \r\n, consumed. It is valid until the window's next need(), and
 // SIMDJSON_PADDING bytes behind it are readable.
-inline Line read_line(ByteWindow& window, std::string_view& line, size_t max_bytes = SIZE_MAX) {
+inline LineEnd read_line(ByteWindow& window, std::string_view& line, size_t max_bytes = SIZE_MAX) {
   line = {};
   bool too_long = false;
   for (size_t searched = 0;;) {
     const std::string_view bytes = window.bytes();
     const size_t newline = bytes.find('\n', searched);  // memchr
     if (newline != std::string_view::npos || window.ended()) {
-      if (bytes.empty()) return too_long ? Line::too_long : Line::none;
+      if (bytes.empty()) return too_long ? LineEnd::too_long : LineEnd::none;
       line = bytes.substr(0, newline);
       window.consume(std::min(bytes.size(), line.size() + 1));
       if (line.ends_with('\r')) line.remove_suffix(1);
-      if (too_long || line.size() > max_bytes) return Line::too_long;
+      if (too_long || line.size() > max_bytes) return LineEnd::too_long;
       const bool cut = newline == std::string_view::npos && window.source().damage();
-      return cut ? Line::cut : Line::whole;
+      return cut ? LineEnd::cut : LineEnd::whole;
     }
     searched = bytes.size();
     if (searched > max_bytes) {
@@ -560,7 +560,7 @@ class LineReader {
 
   // See read_line().
   bool next(std::string_view& line) {
-    if (read_line(window_, line) == Line::none) return false;
+    if (read_line(window_, line) == LineEnd::none) return false;
     number_++;
     return true;
   }

@@ -440,13 +440,13 @@ class PageReader {
   Found find_json(Page& page) {
     std::string_view line;
     switch (read_line(window_, line, options_.max_page_bytes)) {
-      case Line::none:
+      case LineEnd::none:
         return end_segment();
-      case Line::cut:
+      case LineEnd::cut:
         return Found::nothing;  // the damage is counted next
-      case Line::too_long:
+      case LineEnd::too_long:
         return count(kTooLong);
-      case Line::whole:
+      case LineEnd::whole:
         break;
     }
     if (page.place.offset == 0 && line.starts_with(kUtf8Mark)) {
