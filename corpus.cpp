@@ -1143,6 +1143,10 @@ void clean_command(const CleanOptions& options) {
     std::printf("%s: finished before; --overwrite begins anew\n", job.dir.c_str());
     return;
   }
+  if (const CleanOptions& o = job.options; o.rank >= 0) {
+    std::printf("rank %d of %s, %zu tasks\n", o.rank,
+                o.world_size > 0 ? std::to_string(o.world_size).c_str() : "?", job.tasks());
+  }
   if (const auto& files = options.measure.decontaminate; !files.empty()) {
     const Contamination::Counts counts = Contamination(files).counts();
     std::printf(

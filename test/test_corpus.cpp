@@ -301,3 +301,118 @@ TEST_CASE("verdicts come back from their lines as they were") {
   CHECK(contains(error_of([] { parse_verdict("{\"input\":1}", "v:1"); }),
                  "v:1: \"offset\" is missing"));
 }
+
+TEST_CASE("dedup applies no rule, and removes repeated passages where asked") {
+  const TempDir dir;
+  const std::string passage =
+      "This passage of some eighty bytes stands in two documents that are not alike.";
+  const std::vector<std::string> texts = made_up_texts(40, 5);
+  write_file(dir / "a.jsonl",
+             concat("{\"text\":\"", passage,
+                    " one\"}\n{\"text\":\"x\"}\n{\"text\":", Json(texts[3]).dump(),
+                    "}\n{\"text\":\"x\"}\n{\"text\":\"Before. ", passage, " two\",\"k\":7}\n"));
+  const std::string command =
+      concat("./corpus dedup ", (dir / "a.jsonl").string(), " -o ", (dir / "out").string());
+  const Output o = shell(command + " --substrings 60");
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  const std::vector<Verdict> all = verdicts(dir / "out");
+  REQUIRE(all.size() == 5);
+  CHECK(all[3].reason() == "exact-duplicate");
+  CHECK(all[4].reason() == "kept");
+  CHECK(all[4].repeated_bytes >= int64_t(passage.size()));
+  const std::vector<Json> kept = documents(dir / "out");
+  REQUIRE(kept.size() == 4);
+  CHECK(kept[0].at("text") == passage + " one");
+  CHECK(kept[1].at("text") == "x");
+  CHECK(!contains(kept[3].at("text"), "eighty"));
+  CHECK(contains(kept[3].at("text"), "Before."));
+  CHECK(kept[3].at("k") == 7);
+  const Output if_ = shell(concat("./corpus what-if ", (dir / "out").string(), " --min-words 3"));
+  CHECK(if_.status == 1);
+  CHECK_MESSAGE(contains(if_.text, "it takes a new run"), if_.text);
+}
+
+TEST_CASE("decontamination drops what shares thirteen words, and shows them") {
+  const TempDir dir;
+  const std::string question =
+      "How many brown foxes jump over the lazy dog when it sleeps in the sun all day long";
+  write_file(dir / "eval.jsonl", concat("{\"question\":\"", question, "\"}\n"));
+  write_file(dir / "a.jsonl",
+             concat("{\"text\":\"Somebody asked: ", question, ", and nobody knew.\"}\n",
+                    "{\"text\":\"How many brown foxes jump over the lazy dog? Nobody knew.\"}\n"));
+  run_clean(
+      dir / "a.jsonl", dir / "out",
+      " --preset none --max-contamination 0 --decontaminate " + (dir / "eval.jsonl").string());
+  const std::vector<Verdict> all = verdicts(dir / "out");
+  REQUIRE(all.size() == 2);
+  CHECK(all[0].reason() == "max-contamination");
+  CHECK_MESSAGE(contains(all[0].match, "eval.jsonl:1: \"how many brown foxes"), all[0].match);
+  CHECK(all[1].reason() == "kept");
+}
+
+TEST_CASE("a quality classifier is trained, applied, and is a rule of clean") {
+  const TempDir dir;
+  std::string good, bad, mixed;
+  for (int i = 0; i < 200; i++) {
+    good += concat("{\"text\":\"The river rose in spring, and the village number ", i,
+                   " built a wall of stone.\"}\n");
+    bad +=
+        concat("{\"text\":\"buy cheap offer click number ", i, " now best price click deal\"}\n");
+  }
+  write_file(dir / "good.jsonl", good), write_file(dir / "bad.jsonl", bad);
+  write_file(dir / "a.jsonl",
+             "{\"text\":\"The river built a wall of stone in spring.\"}\n{\"text\":\"click cheap "
+             "best offer price now\"}\n");
+  const std::string model = dir / "model.bin", in = dir / "a.jsonl";
+  const Output train =
+      shell(concat("./corpus classify train --good ", (dir / "good.jsonl").string(), " --bad ",
+                   (dir / "bad.jsonl").string(), " -o ", model));
+  REQUIRE_MESSAGE(train.status == 0, train.text);
+  const Output apply = shell(concat("./corpus classify apply ", model, " ", in,
+                                    " --min-score .5 -o ", (dir / "b.jsonl").string()));
+  REQUIRE_MESSAGE(apply.status == 0, apply.text);
+  const Json line = Json::parse(read_file(dir / "b.jsonl"));
+  CHECK(contains(line.at("text"), "river"));
+  CHECK(line.at("quality").get<double>() > .5);
+  run_clean(in, dir / "out", " --preset none --min-quality .5 --quality-model " + model);
+  const std::vector<Verdict> all = verdicts(dir / "out");
+  REQUIRE(all.size() == 2);
+  CHECK(all[0].reason() == "kept");
+  CHECK(all[1].reason() == "min-quality");
+  const Output without = shell(clean(in, dir / "other", " --min-quality .5"));
+  CHECK(without.status == 1);
+  CHECK_MESSAGE(contains(without.text, "--min-quality: needs --quality-model"), without.text);
+}
+
+TEST_CASE("Ctrl+C saves and stops, and the same command goes on to the same bytes") {
+  const TempDir dir;
+  const fs::path folder = made_up_folder(dir, 20, 400);
+  run_clean(folder, dir / "whole");
+  const std::string flags = kFlags + "--threads 1 --tasks 20 --save-seconds 0";
+  int status = 0;
+  REQUIRE(interrupt(clean(folder, dir / "run", flags), dir / "run", 3, SIGINT, &status));
+  CHECK(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 130);
+  CHECK(!fs::exists(dir / "run" / "documents.jsonl.zst"));
+  run_clean(folder, dir / "run", flags);
+  CHECK(results(dir / "run") == results(dir / "whole"));
+}
+
+TEST_CASE("a process finds its rank where a scheduler says it") {
+  const TempDir dir;
+  const fs::path folder = made_up_folder(dir, 3, 10);
+  const std::pair<std::string, std::string> ways[] = {
+      {"SLURM_ARRAY_TASK_ID=5 SLURM_ARRAY_TASK_MIN=4 SLURM_ARRAY_TASK_COUNT=2",
+       "rank 1 of 2, 3 tasks"},
+      {"SLURM_PROCID=3 SLURM_NTASKS=4", "rank 3 of 4, 3 tasks"},
+      {"OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_SIZE=3", "rank 2 of 3, 3 tasks"},
+      {"JOB_COMPLETION_INDEX=1", "rank 1 of ?, 3 tasks"},
+      {"SLURM_PROCID=3 SLURM_NTASKS=4", "rank 0 of 7, 3 tasks"}};
+  for (size_t i = 0; i < std::size(ways); i++) {
+    const std::string flags = kFlags + "--tasks 3" + (i == 4 ? " --rank 0 --world-size 7" : "");
+    const Output o = shell(ways[i].first + " " + clean(folder, dir / concat(i), flags));
+    CHECK(o.status == 0);
+    CHECK_MESSAGE(o.text.starts_with(ways[i].second + "\n"), o.text);
+    if (i > 0) CHECK(results(dir / concat(i)) == results(dir / "0"));
+  }
+}

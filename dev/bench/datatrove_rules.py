@@ -4,7 +4,7 @@ verdict and the first reason of each, and the speed of both in one run.
 
     pip install datatrove[processing] trafilatura zstandard
     make build/bench_rules
-    python dev/bench/datatrove_rules.py --data ../shared/data --folder /tmp/rules
+    python dev/bench/datatrove_rules.py --data ../shared/data --folder build/datatrove_rules
 
 The documents: reviews, speeches, news, encyclopedia articles, plays, word problems, declarations in
 30 languages, the text of real web pages (by trafilatura, and all their text), and made-up changes of
