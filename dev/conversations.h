@@ -255,7 +255,7 @@ Turn problem_turn(Talker& t, Working working) {
 Conversation problem_talk(Talker& t) {  // most prompts leave open how to answer: half and half
   const double u = t.rng.uniform();
   return talk_of(problem_turn(t, u < .45   ? Working::either
-                                 : u < .85 ? Working::steps
+                                 : u < .75 ? Working::steps
                                            : Working::direct));
 }
 

@@ -179,8 +179,8 @@ std::vector<Item> make_open_items(const World& world, const std::vector<WordProb
   for (const int samples : {8, 0}) {
     for (size_t i = 0; i < std::min(problems.size(), kItems); i++) {
       const auto& [question, answer, difficulty] = problems[i];
-      Item item =
-          item_of({question, "Answer: " + answer + ".", number(answer), question + "\n", {kAnswerEnd}});
+      Item item = item_of(
+          {question, "Answer: " + answer + ".", number(answer), question + "\n", {kAnswerEnd}});
       item.task = samples > 0 ? "word_problems_pass1" : "word_problems_greedy";
       item.samples = samples;
       items.push_back(std::move(item));
