@@ -1356,8 +1356,8 @@ struct RuleFlags {  // --min-words 50, --min-words off
       const Rule& rule = rules()[i];
       const Measure& measure = measures()[size_t(rule.measure)];
       const std::string fineweb = std::isnan(rule.fineweb) ? "off" : shortest(rule.fineweb);
-      const std::string help = concat("drop when ", rule.direction == Rule::min ? "below" : "above",
-                                      " it: ", measure.help, "; fineweb: ", fineweb);
+      const std::string help = concat("drop ", rule.direction == Rule::min ? "below" : "above",
+                                      " this: ", measure.help, "; fineweb: ", fineweb);
       app->add_option("--" + std::string(rule.name), values[i], help)
           ->default_str("")
           ->group(std::string("Rules of ") + std::string(rule.filter));
@@ -1437,15 +1437,17 @@ int run(int argc, char** argv) {
       ->check(CLI::IsMember({"fineweb", "none"}));
   clean_app->add_option("--languages", o.measure.languages, "wanted, ISO 639-1; any: all")
       ->delimiter(',');
-  const std::pair<const char*, std::vector<std::string>*> lists[] = {
-      {"--block-domains", &o.measure.blocked_domains},
-      {"--block-hosts", &o.measure.blocked_hosts},
-      {"--block-urls", &o.measure.blocked_urls},
-      {"--banned-words", &o.measure.banned_words},
-      {"--soft-banned-words", &o.measure.soft_banned_words},
-      {"--banned-substrings", &o.measure.banned_substrings}};
-  for (const auto& [name, list] : lists)
-    clean_app->add_option(name, *list, "files of URL lists, an entry a line")->default_str("");
+  const auto add_list = [&](const char* name, std::vector<std::string>& list, const char* what) {
+    clean_app->add_option(name, list, concat("files of ", what, ", one a line"))->default_str("");
+  };
+  MeasureOptions& m = o.measure;
+  add_list("--block-domains", m.blocked_domains, "registered domains whose pages are dropped");
+  add_list("--block-hosts", m.blocked_hosts, "hosts whose pages are dropped");
+  add_list("--block-urls", m.blocked_urls, "URLs that are dropped");
+  add_list("--banned-words", m.banned_words, "words, of which a URL may hold --max-banned-words");
+  add_list("--soft-banned-words", m.soft_banned_words,
+           "words, of which a URL may hold --max-soft-banned-words");
+  add_list("--banned-substrings", m.banned_substrings, "strings that a URL may not hold");
   clean_app
       ->add_option("--decontaminate", o.measure.decontaminate,
                    "JSON lines of evaluations: documents that share 13 words in a row are dropped")

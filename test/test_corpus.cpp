@@ -214,6 +214,45 @@ TEST_CASE("what-if gives the verdicts of a new run, byte for byte") {
   }
 }
 
+TEST_CASE("a killed run goes on in the middle of a file, plain or compressed") {
+  const TempDir dir;
+  std::string lines;
+  for (const std::string& text : made_up_texts(10000, 9))
+    lines += concat("{\"text\":", Json(text).dump(), "}\n");
+  write_file(dir / "a.jsonl", lines);
+  const size_t half = lines.find('\n', lines.size() / 2) + 1;
+  for (const bool first : {true, false}) {  // a frame each
+    TextFile frame(dir / (first ? "1.zst" : "2.zst"), 1);
+    frame.write(first ? lines.substr(0, half) : lines.substr(half));
+    frame.commit();
+  }
+  const Output o = shell(concat("cd ", dir.path().string(), " && cat 1.zst 2.zst > a.zst",
+                                " && split -n l/7 a.jsonl x",
+                                " && for f in x*; do gzip -c $f; done > a.gz"));  // seven members
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  for (const std::string name : {"a.jsonl", "a.gz", "a.zst"}) {
+    CAPTURE(name);
+    const std::string flags = kFlags + "--threads 1 --save-seconds 0 --memory .001";
+    run_clean(dir / name, dir / "whole", flags);
+    bool in_the_middle = false;
+    for (const int change : {30, 45, 60}) {
+      CAPTURE(change);
+      CHECK(shell(concat("CAKE_EXIT_AT=", change, " ", clean(dir / name, dir / "run", flags)))
+                .status == kKilled);
+      const fs::path saved = dir / "run" / "parts" / "00000.saved";
+      if (fs::exists(saved)) {
+        const Json state = Json::parse(read_file(saved));
+        in_the_middle |= state.at("documents") > 0 && state.at("entry").at(2) > 0;
+      }
+      run_clean(dir / name, dir / "run", flags);
+      CHECK(results(dir / "run") == results(dir / "whole"));
+      fs::remove_all(dir / "run");
+    }
+    CHECK(in_the_middle);
+    fs::remove_all(dir / "whole");
+  }
+}
+
 TEST_CASE("status says how far a run is") {
   const TempDir dir;
   const fs::path folder = made_up_folder(dir, 4, 10);
@@ -298,6 +337,7 @@ TEST_CASE("verdicts come back from their lines as they were") {
   const std::string dropped = verdict_line(v);
   CHECK(verdict_line(parse_verdict(dropped, "here")) == dropped);
   CHECK(parse_verdict(dropped, "here").reason() == rules().back().name);
+  CHECK(parse_verdict(dropped, "here").empty);
   CHECK(contains(error_of([] { parse_verdict("{\"input\":1}", "v:1"); }),
                  "v:1: \"offset\" is missing"));
 }
