@@ -22,7 +22,6 @@
 // Sources: byte-level BPE, Radford et al. 2019; BPE for words, Sennrich et al. 2016; patterns and
 // the .tiktoken format, OpenAI's tiktoken; linear encoding by backtracking over compatible
 // neighbours, Antwerpen and Neubeck 2024 (GitHub's rust-gems); tokenizer.json, Hugging Face.
-#include <omp.h>
 
 // GCC 12 says of its own AVX-512 intrinsics that a variable is not initialised (its bug 105593).
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ == 12
@@ -40,7 +39,6 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <exception>
 #include <functional>
 #include <limits>
 #include <map>
@@ -373,22 +371,6 @@ void check_corpus(const Corpus& corpus);
 // progress line.
 void for_each_batch(const Corpus& corpus, const char* verb, ConsoleLog& log,
                     const std::function<void(const TextBatch&)>& process);
-
-// Runs f(i, thread) for 0 <= i < n; an exception in a thread comes out here.
-template <class F>
-void parallel_for(size_t n, int threads, F&& f) {
-  std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (size_t i = 0; i < n; i++) {
-    try {
-      f(i, size_t(omp_get_thread_num()));
-    } catch (...) {
-#pragma omp critical
-      failure = std::current_exception();
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
-}
 
 // ---------------------------------------------------------------------------------------------
 // Training: WordTable counts the distinct pieces, Trainer chooses pair after pair, Merges holds

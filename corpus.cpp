@@ -1,8 +1,7 @@
 // Stage 0, the corpus: raw pages to clean text, with a verdict on every page.
 //
-//     pages --extract--> text --measure--> values --rules--> kept, or dropped by the first that
-//     fails
-//                                      --signatures--> duplicates dropped --> documents.jsonl.zst
+//     pages --extract--> text --measure--> values --rules--> kept, or dropped by the first it fails
+//           kept --signatures--> duplicates dropped --> documents.jsonl.zst
 //
 //     clean    all of it, into a directory: the documents, the verdicts, a report to look at
 //     extract  pages to text alone
@@ -20,7 +19,6 @@
 // Sources: the recipe is FineWeb's (Penedo et al. 2024), with rules from Gopher (Rae et al. 2021)
 // and C4 (Raffel et al. 2020); MinHash, Broder 1997; exact substrings, Lee et al. 2022.
 #include <fcntl.h>
-#include <omp.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -70,6 +68,7 @@ constexpr int64_t kTaskBytes = 64 << 20;
 constexpr size_t kPasses = kBands + 1;  // over the signatures' columns: the text's hash, the bands
 
 struct Workers;  // what a process keeps between its tasks
+class TaskLock;
 
 // Tasks are runs of inputs. What a task writes lies in DIR/parts under its number.
 struct Job {
@@ -79,6 +78,7 @@ struct Job {
   std::vector<int64_t> bytes;       // of each input; 0: unknown
   std::vector<size_t> first_input;  // of each task, and the end
   std::shared_ptr<Workers> workers;
+  std::shared_ptr<TaskLock> in_use;  // shared by the processes that work on the run
 
   size_t tasks() const { return first_input.size() - 1; }
   fs::path part(size_t task, const char* what) const {
@@ -95,10 +95,12 @@ struct Job {
 };
 
 // The story of `clean`: any process does any of this work, until all is done.
-void read_task(Job& job, size_t task);  // pages to verdicts, texts and signatures
-void pair_pass(const Job& job,
-               size_t pass);      // documents that agree in one column of the signatures
-void finish_job(const Job& job);  // duplicates out: the documents, the verdicts, the report
+// Pages to verdicts, texts and signatures.
+void read_task(Job& job, size_t task);
+// Pairs of documents that agree in one column of the signatures.
+void pair_pass(const Job& job, size_t pass);
+// Duplicates out: the documents, the verdicts, the report.
+void finish_job(const Job& job);
 
 using Markers = std::function<fs::path(size_t)>;
 bool share_work(const Job& job, const char* what, size_t count, const Markers& marker,
@@ -122,19 +124,22 @@ void clean(Job& job) {
 // ---------------------------------------------------------------------------------------------
 // Work that processes share
 
-// An exclusive lock on a file; the system gives it up when the process ends.
+// A lock on a file, which is made where it is missing, or on a directory; the system gives it up
+// when the process ends. `operation`: flock's.
 class TaskLock {
  public:
-  explicit TaskLock(const fs::path& path, bool wait = false)
-      : fd_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
-    if (fd_ < 0) fail(path.string(), ": cannot create: ", errno_text());
-    locked_ = flock(fd_, LOCK_EX | (wait ? 0 : LOCK_NB)) == 0;
+  explicit TaskLock(const fs::path& path, int operation = LOCK_EX | LOCK_NB)
+      : fd_(fs::is_directory(path) ? open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+                                   : open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+    if (fd_ < 0) fail(path.string(), ": cannot open: ", errno_text());
+    locked_ = flock(fd_, operation) == 0;
     if (locked_ || errno == EWOULDBLOCK) return;
     const std::string reason = errno_text();
     close(fd_);
     fail(path.string(), ": cannot lock: ", reason,
          ": processes share work only where files can be locked");
   }
+  void share() { flock(fd_, LOCK_SH); }  // others may hold it, too
   TaskLock(const TaskLock&) = delete;
   TaskLock& operator=(const TaskLock&) = delete;
   ~TaskLock() { close(fd_); }
@@ -206,8 +211,8 @@ class PartFile {
     text_ += bytes;
     if (text_.size() >= kFrameBytes) flush();
   }
-  uint64_t flush() {  // the file's length
-    if (!text_.empty()) {
+  uint64_t flush() {  // the file's length; a compressed file without text holds an empty frame
+    if (!text_.empty() || (compress_ && length_ == 0)) {
       const std::string& bytes = compress_ ? text_ = compressed_frame(text_, 1) : text_;
       write_bytes(file_.get(), bytes.data(), bytes.size(), path_);
       length_ += bytes.size();
@@ -234,6 +239,7 @@ TextFile::TextFile(const fs::path& path, int threads)
 }
 
 void TextFile::write(std::string_view lines) {
+  is_empty_ &= lines.empty();
   frames_.back() += lines;
   if (frames_.back().size() < kFrameBytes) return;
   if (frames_.size() == threads_) compress();
@@ -242,10 +248,9 @@ void TextFile::write(std::string_view lines) {
 
 void TextFile::compress() {
   if (zstd_) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads_))
-    for (size_t i = 0; i < frames_.size(); i++) {
-      if (!frames_[i].empty()) frames_[i] = compressed_frame(frames_[i], 3);
-    }
+    parallel_for(frames_.size(), int(threads_), [&](size_t i, size_t) {
+      if (!frames_[i].empty() || is_empty_) frames_[i] = compressed_frame(frames_[i], 3);
+    });
   }
   for (const std::string& frame : frames_) {
     if (file_ && !frame.empty()) file_->write(frame);
@@ -461,14 +466,18 @@ std::string document_line(const Page& page, std::string_view text) {
   return line + "}\n";
 }
 
+// The page's text becomes its main text.
+void extract_text(Document& d, const ExtractOptions& options) {
+  if (!d.page.html) return;
+  Extracted extracted = extract(d.page.text, d.page.url, options);
+  d.html_bytes = extracted.html_bytes, d.parsed_bytes = extracted.parsed_bytes;
+  d.page.text = std::move(extracted.text);
+}
+
 constexpr size_t kSampleBytes = 240;  // of each text, in its verdict
 
 void judge(Document& d, const CleanOptions& o, Measurer& measurer, Measured& m) {
-  if (d.page.html) {
-    Extracted extracted = extract(d.page.text, d.page.url, o.extract);
-    d.html_bytes = extracted.html_bytes, d.parsed_bytes = extracted.parsed_bytes;
-    d.page.text = std::move(extracted.text);
-  }
+  extract_text(d, o.extract);
   d.text_bytes = d.page.text.size();
   measurer.measure(d.page.text, d.page.url, m);
   Verdict v;
@@ -496,7 +505,7 @@ struct TaskState {
   int64_t html_bytes = 0, parsed_bytes = 0, text_bytes = 0;
   double seconds = 0;
   uint64_t verdicts = 0, texts = 0, signatures = 0, kept_flags = 0;  // lengths of the files
-  std::map<std::string, int64_t> problems;  // of the inputs before this one
+  std::map<std::string, int64_t> problems;                           // of what has been read
 };
 
 OrderedJson to_json(const TaskState& s) {
@@ -589,7 +598,12 @@ void append_metrics(const Job& job, size_t task, const TaskState& s) {
                             {"kept", s.kept},
                             {"text_bytes", s.text_bytes},
                             {"seconds", s.seconds}};
-  std::ofstream(job.dir / "metrics.jsonl", std::ios::app) << json_line(line);
+  const fs::path path = job.dir / "metrics.jsonl";
+  const std::unique_ptr<std::FILE, CloseFile> file(std::fopen(path.c_str(), "ab"));
+  if (!file) fail(path.string(), ": cannot append: ", errno_text());
+  const std::string text = json_line(line);
+  write_bytes(file.get(), text.data(), text.size(), path);
+  if (std::fflush(file.get()) != 0) fail(path.string(), ": cannot write: ", errno_text());
 }
 
 // A task's signatures were written one by one; they are kept column by column.
@@ -624,11 +638,11 @@ void read_task(Job& job, size_t task) {
 
   if (!job.workers) job.workers = std::make_shared<Workers>(job);
   Workers& workers = *job.workers;
-  const int threads = o.threads;
   const size_t batch_bytes =
       std::clamp(size_t(o.memory_gb * 1e9 / 32), size_t(1) << 20, size_t(64) << 20);
   double last_save = now(), clock = now();
-  for (; s.input < job.first_input[task + 1]; s.input++, s.entry = {}) {
+  while (s.input < job.first_input[task + 1]) {
+    const std::map<std::string, int64_t> problems_before = s.problems;
     PageReader reader(job.inputs[s.input], uint32_t(s.input), o.pages, s.entry);
     const auto read_next = [&] { return read_batch(reader, batch_bytes); };
     std::future<PageBatch> next = std::async(std::launch::async, read_next);
@@ -637,18 +651,9 @@ void read_task(Job& job, size_t task) {
       last = batch.last;
       if (!last) next = std::async(std::launch::async, read_next);
       std::vector<Document>& documents = batch.documents;
-      std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-      for (size_t i = 0; i < documents.size(); i++) {
-        try {
-          const size_t thread = size_t(omp_get_thread_num());
-          judge(documents[i], o, workers.measurers[thread], workers.measured[thread]);
-        } catch (...) {
-#pragma omp critical
-          failure = std::current_exception();
-        }
-      }
-      if (failure) std::rethrow_exception(failure);
+      parallel_for(documents.size(), o.threads, [&](size_t i, size_t thread) {
+        judge(documents[i], o, workers.measurers[thread], workers.measured[thread]);
+      });
       for (const Document& d : documents) {
         verdicts.write(d.verdict);
         texts.write(d.text);
@@ -660,10 +665,14 @@ void read_task(Job& job, size_t task) {
       }
       s.seconds += now() - std::exchange(clock, now());
       workers.progress.show(task, s.input, batch.progress, s);
-      s.entry = batch.entry;
-      if (last) add_counts(s.problems, batch.problems);
-      if (!last && (now() - last_save >= o.save_seconds || stop_signal)) save(), last_save = now();
-      if (stop_signal && !last) next.get(), throw Interrupted();
+      s.problems = problems_before;  // a reader counts from where it began
+      add_counts(s.problems, batch.problems);
+      s.entry = last ? Entry{} : batch.entry;
+      s.input += last;
+      if (now() - last_save >= o.save_seconds || stop_signal) save(), last_save = now();
+      if (!stop_signal) continue;
+      if (!last) next.get();
+      throw Interrupted();
     }
   }
   save();
@@ -829,11 +838,11 @@ class KeptDocuments {
   }
   void end_shard() {
     std::vector<std::string> texts;
-    std::vector<Json> documents;
+    std::vector<OrderedJson> documents;
     for (const Waiting& w : waiting_) {
       if (!w.verdict.kept()) continue;
-      OrderedJson document = parse_json<OrderedJson>(w.document, "texts");
-      texts.push_back(document["text"]);
+      documents.push_back(parse_json<OrderedJson>(w.document, "texts"));
+      texts.push_back(documents.back()["text"]);
     }
     const std::vector<int64_t> removed =
         remove_repeated_substrings(texts, size_t(options_.min_repeated));
@@ -843,9 +852,8 @@ class KeptDocuments {
         if (removed[i] > 0) {
           w.verdict.repeated_bytes = removed[i];
           w.verdict.empty = strip_ascii(texts[i]).empty();
-          OrderedJson document = parse_json<OrderedJson>(w.document, "texts");
-          document["text"] = texts[i];
-          w.document = json_line(document);
+          documents[i]["text"] = texts[i];
+          w.document = json_line(documents[i]);
         }
         i++;
       }
@@ -887,6 +895,13 @@ void print_summary(const fs::path& dir, const Summary& sum) {
   if (!line.empty()) std::printf("%s\n", line.c_str());
 }
 
+// The texts and verdicts of tasks, which documents.jsonl.zst and verdicts.jsonl.zst hold now.
+void remove_parts(const Job& job) {
+  for (size_t task = 0; task < job.tasks(); task++) {
+    for (const char* part : {"verdicts.zst", "texts.zst"}) remove_path(job.part(task, part));
+  }
+}
+
 void finish_job(const Job& job) {
   const double began = now();
   std::vector<fs::path> pairs;
@@ -902,6 +917,7 @@ void finish_job(const Job& job) {
     LineReader texts{Input(job.part(task, "texts.zst").string())};
     const int64_t documents = task_state(job.marker(task)).documents;
     for (int64_t i = 0; i < documents; i++) {
+      stop_if_signalled();
       std::string_view line, text;
       if (!verdicts.next(line))
         fail(verdicts.name(), ": found ", i, " verdicts, expected ", documents);
@@ -916,9 +932,7 @@ void finish_job(const Job& job) {
                 now() - duplicates_found);
   write_report(job.dir);
   write_file(job.finished(), "");
-  for (size_t task = 0; task < job.tasks(); task++) {
-    for (const char* part : {"verdicts.zst", "texts.zst"}) remove_path(job.part(task, part));
-  }
+  remove_parts(job);
   print_summary(job.dir, summary);
 }
 
@@ -1074,12 +1088,56 @@ void find_rank(CleanOptions& o) {
   }
 }
 
+// What a run writes into DIR/parts: 00012.texts.zst, pairs-03, finished, .., and their locks.
+bool is_part(std::string_view name) {
+  const auto is_number = [](std::string_view digits) {
+    return !digits.empty() && digits.find_first_not_of("0123456789") == digits.npos;
+  };
+  for (const std::string_view end : {".partial", ".lock"}) {
+    if (name.ends_with(end)) name.remove_suffix(end.size());
+  }
+  if (name == "job" || name == "finished") return true;
+  if (name.starts_with("pairs-")) return is_number(name.substr(6));
+  const size_t dot = std::min(name.find('.'), name.size());
+  for (const std::string_view what :
+       {".verdicts.zst", ".texts.zst", ".rows", ".kept", ".saved", ".signatures", ".json"}) {
+    if (name.substr(dot) == what) return is_number(name.substr(0, dot));
+  }
+  return false;
+}
+
+constexpr const char* kJobFiles[] = {"documents.jsonl.zst", "verdicts.jsonl.zst", "summary.json",
+                                     "report.html",         "metrics.jsonl",      "job.json"};
+
+// Fails where DIR holds something that no run of this stage wrote. A run that was killed before it
+// had written job.json left DIR/parts/job.lock alone.
+void expect_own_directory(const fs::path& dir) {
+  if (!fs::exists(dir)) return;
+  if (!fs::is_directory(dir)) fail(dir.string(), ": found a file, expected a directory to write");
+  const fs::path path = dir / "job.json";
+  if (fs::exists(path)) {
+    const Json job = read_json(path);
+    if (job.is_object() && job.contains("first_input") && job.contains("settings")) return;
+    fail(path.string(), ": found another program's file, expected a new directory");
+  }
+  for (const auto& entry : fs::recursive_directory_iterator(dir)) {
+    const std::string name = fs::relative(entry.path(), dir).string();
+    if (name != "parts" && name != "parts/job.lock" && name != "job.json.partial") {
+      fail(dir.string(), ": found ", name, ", which no run wrote, expected a new directory");
+    }
+  }
+}
+
 // What a run wrote, and nothing else.
 void remove_run(const fs::path& dir) {
-  for (const char* name : {"parts", "documents.jsonl.zst", "verdicts.jsonl.zst", "summary.json",
-                           "report.html", "metrics.jsonl", "job.json"}) {
-    remove_path(dir / name);
+  std::vector<fs::path> parts;
+  if (fs::exists(dir / "parts")) {
+    for (const auto& entry : fs::directory_iterator(dir / "parts")) {
+      if (is_part(entry.path().filename().string())) parts.push_back(entry.path());
+    }
   }
+  for (const fs::path& part : parts) remove_path(part);
+  for (const char* name : kJobFiles) remove_path(dir / name);
 }
 
 bool lies_inside(const fs::path& path, const fs::path& folder) {
@@ -1088,12 +1146,49 @@ bool lies_inside(const fs::path& path, const fs::path& folder) {
   return !inside.empty() && *inside.begin() != "..";
 }
 
-Job begin_job(CleanOptions options) {
-  CleanOptions& o = options;
+// All that a run reads lies outside of DIR, and DIR outside of the folders that it reads.
+void expect_apart(const Job& job) {
+  const MeasureOptions& m = job.options.measure;
+  std::vector<fs::path> reads = {m.quality_model};
+  for (const Input& input : job.inputs) {
+    if (input.path != "-") reads.push_back(input.path);
+  }
+  for (const auto* list : {&m.blocked_domains, &m.blocked_hosts, &m.blocked_urls, &m.banned_words,
+                           &m.soft_banned_words, &m.banned_substrings, &m.decontaminate}) {
+    reads.insert(reads.end(), list->begin(), list->end());
+  }
+  expect_elsewhere(job.dir, reads);
+}
+
+// Finds the difference that says most: the inputs, then the settings, then how they are cut.
+void expect_same_job(const fs::path& path, const Json& found, const Json& expected) {
+  for (const char* key : {"version", "inputs", "settings"}) {
+    const std::string d = difference(found.value(key, Json()), expected.at(key), key);
+    if (!d.empty()) {
+      fail(path.string(), ": another run is there: ", d, " (--overwrite begins anew)");
+    }
+  }
+  if (found.at("first_input") != expected.at("first_input")) {
+    fail(path.string(), ": another run is there: found ", found.at("first_input").size() - 1,
+         " tasks, expected ", expected.at("first_input").size() - 1, ": give the same --tasks");
+  }
+}
+
+Job begin_job(const CleanOptions& options) {
+  Job job;
+  job.options = options;
+  job.dir = options.output;
+  CleanOptions& o = job.options;
   if (o.threads <= 0) o.threads = usable_cores();
   find_rank(o);
-  Job job;
-  job.dir = o.output;
+  const bool alone = o.rank < 0 || o.world_size == 1;
+  if (o.world_size > 0 && o.rank >= o.world_size) {
+    fail("--rank: found ", o.rank, ", expected 0 to ", o.world_size - 1);
+  }
+  if (o.overwrite && !alone) {
+    fail("--overwrite: several processes would remove each other's work: remove ", o.output,
+         " before they begin");
+  }
   for (const std::string& input : o.inputs) {
     if (fs::is_directory(input) && lies_inside(job.dir, input)) {
       fail("-o: ", job.dir.string(), ": lies inside the input ", input,
@@ -1105,41 +1200,34 @@ Job begin_job(CleanOptions options) {
     std::error_code ec;
     const auto bytes = input.path == "-" ? 0 : fs::file_size(input.path, ec);
     job.bytes.push_back(ec ? 0 : int64_t(bytes));
-    if (lies_inside(input.path, job.dir)) {
-      fail("-o: ", job.dir.string(), ": the input ", input.name,
-           " lies inside it: choose another directory");
-    }
-    if (input.path == "-" && o.rank >= 0)
-      fail("standard input: cannot be shared by several processes");
+    if (input.path == "-" && !alone) fail("standard input: cannot be shared by several processes");
   }
   job.first_input = cut_tasks(job.bytes, o.tasks);
-  job.options = options;
+  expect_apart(job);
+  expect_own_directory(job.dir);
 
   std::error_code ec;
-  if (fs::exists(job.dir) && !fs::is_directory(job.dir))
-    fail(job.dir.string(), ": found a file, expected a directory to write");
-  const fs::path path = job.dir / "job.json";
-  if (fs::exists(job.dir) && !fs::exists(path) && !fs::is_empty(job.dir) &&
-      !fs::exists(job.dir / "parts")) {
-    fail(job.dir.string(), ": found something that no run wrote, expected a new directory");
-  }
   fs::create_directories(job.dir / "parts", ec);
   if (ec) fail(job.dir.string(), ": cannot create: ", ec.message());
-  const TaskLock lock(job.dir / "parts" / "job.lock", true);
-  if (o.overwrite) remove_run(job.dir), fs::create_directories(job.dir / "parts");
+  job.in_use = std::make_shared<TaskLock>(job.dir, o.overwrite ? LOCK_EX | LOCK_NB : LOCK_SH);
+  if (!*job.in_use) fail(job.dir.string(), ": another process works on this run");
+  if (o.overwrite) remove_run(job.dir);
+  const TaskLock lock(job.dir / "parts" / "job.lock", LOCK_EX);
+  const fs::path path = job.dir / "job.json";
   const OrderedJson expected = job_json(job);
-  if (!fs::exists(path)) {
+  if (fs::exists(path)) {
+    expect_same_job(path, read_json(path), Json::parse(expected.dump()));
+  } else {
     write_json(path, expected);
-  } else if (const std::string d = difference(read_json(path), Json::parse(expected.dump()), "");
-             !d.empty()) {
-    fail(path.string(), ": another run is there: ", d, " (--overwrite begins anew)");
   }
+  job.in_use->share();
   return job;
 }
 
 void clean_command(const CleanOptions& options) {
   Job job = begin_job(options);
   if (fs::exists(job.finished())) {
+    remove_parts(job);  // where a kill left them
     std::printf("%s: finished before; --overwrite begins anew\n", job.dir.c_str());
     return;
   }
@@ -1181,25 +1269,27 @@ class TemporaryFolder {
 };
 
 // `given`: a threshold for each rule that was given on the command line.
-void what_if(const fs::path& from, const std::map<size_t, double>& given,
+void what_if(const fs::path& run_dir, const std::map<size_t, double>& given,
              const std::string& output) {
-  Job job = load_job(from);
+  if (!output.empty() && fs::exists(output)) fail(output, ": exists, expected a new directory");
+  const Job job = load_job(run_dir);
   if (!fs::exists(job.finished()))
-    fail(from.string(), ": the run is not finished: ./corpus status ", from.string());
+    fail(run_dir.string(), ": the run is not finished: ./corpus status ", run_dir.string());
   if (job.options.min_repeated > 0)
-    fail(from.string(),
+    fail(run_dir.string(),
          ": the run removed repeated substrings, which depends on the texts: it takes a new run");
   Thresholds thresholds = job.options.thresholds;
   for (const auto& [rule, value] : given) thresholds[rule] = value;
 
   const TemporaryFolder temporary;
-  const fs::path verdicts_path = from / "verdicts.jsonl.zst";
+  const fs::path verdicts_path = run_dir / "verdicts.jsonl.zst";
   std::vector<std::string> flags(job.tasks());
   std::set<size_t> measured;
   {
     LineReader lines{Input(verdicts_path.string())};
     for (size_t task = 0; task < job.tasks(); task++) {
       for (int64_t left = task_state(job.marker(task)).documents; left > 0; left--) {
+        stop_if_signalled();
         std::string_view line;
         if (!lines.next(line)) fail(verdicts_path.string(), ": ends too early");
         const Verdict v = parse_verdict(line, lines.where());
@@ -1227,7 +1317,6 @@ void what_if(const fs::path& from, const std::map<size_t, double>& given,
 
   std::unique_ptr<TextFile> out;
   if (!output.empty()) {
-    if (fs::exists(output)) fail(output, ": exists, expected a new directory");
     fs::create_directories(output);
     out = std::make_unique<TextFile>(fs::path(output) / "verdicts.jsonl.zst", job.options.threads);
   }
@@ -1299,7 +1388,7 @@ void extract_command(const CleanOptions& o, const std::string& output) {
   const int threads = o.threads > 0 ? o.threads : usable_cores();
   const std::vector<Input> inputs = expand_inputs(o.inputs);
   TextFile out(output, threads);
-  const bool quiet = output == "-";
+  std::FILE* const log = output == "-" ? stderr : stdout;
   ProgressLine line;
   int64_t pages = 0, html = 0, parsed = 0, empty = 0;
   std::map<std::string, int64_t> problems;
@@ -1310,16 +1399,10 @@ void extract_command(const CleanOptions& o, const std::string& output) {
       stop_if_signalled();
       PageBatch batch = read_batch(reader, size_t(16) << 20);
       std::vector<Document>& documents = batch.documents;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-      for (size_t k = 0; k < documents.size(); k++) {
-        Document& d = documents[k];
-        if (d.page.html) {
-          Extracted extracted = extract(d.page.text, d.page.url, o.extract);
-          d.html_bytes = extracted.html_bytes, d.parsed_bytes = extracted.parsed_bytes;
-          d.page.text = std::move(extracted.text);
-        }
-        d.text = document_line(d.page, d.page.text);
-      }
+      parallel_for(documents.size(), threads, [&](size_t k, size_t) {
+        extract_text(documents[k], o.extract);
+        documents[k].text = document_line(documents[k].page, documents[k].page.text);
+      });
       for (const Document& d : documents) {
         out.write(d.text);
         pages++, html += int64_t(d.html_bytes), parsed += int64_t(d.parsed_bytes);
@@ -1327,22 +1410,22 @@ void extract_command(const CleanOptions& o, const std::string& output) {
       }
       last = batch.last;
       if (last) add_counts(problems, batch.problems);
-      if (quiet) continue;
+      if (log == stderr) continue;
       line.show(format("%s pages, %.0f%% of input %zu of %zu", count_text(double(pages)).c_str(),
                        100 * batch.progress, i + 1, inputs.size()));
     }
   }
   out.commit();
-  if (quiet) return;
   const double seconds = now() - began;
-  std::printf(
+  std::fprintf(
+      log,
       "%s: %s pages, %s without text; %.1f s, %.0f pages/s, %s/s of HTML, %.0f%% of it parsed\n",
       output.c_str(), count_text(double(pages)).c_str(), count_text(double(empty)).c_str(), seconds,
       double(pages) / std::max(seconds, 1e-9),
       bytes_text(double(html) / std::max(seconds, 1e-9)).c_str(),
       100. * double(parsed) / double(std::max<int64_t>(html, 1)));
   for (const auto& [problem, count] : problems)
-    std::printf("  %s: %s\n", problem.c_str(), count_text(double(count)).c_str());
+    std::fprintf(log, "  %s: %s\n", problem.c_str(), count_text(double(count)).c_str());
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1390,7 +1473,7 @@ int run(int argc, char** argv) {
   app.require_subcommand(1);
   CleanOptions o;
   RuleFlags rule_flags;
-  std::string preset = "fineweb", mode = "balanced", from;
+  std::string preset = "fineweb", mode = "balanced", run_dir;
   ClassifyOptions classify;
   const char* inputs =
       "WARC, WET, HTML, parquet, JSON lines or text, also .gz and .zst; folders; - is standard "
@@ -1476,7 +1559,7 @@ int run(int argc, char** argv) {
 
   CLI::App* what_app = app.add_subcommand("what-if", "other thresholds on the verdicts of a run");
   std::string what_output;
-  what_app->add_option("RUN", from, "directory of ./corpus clean")->required();
+  what_app->add_option("RUN", run_dir, "directory of ./corpus clean")->required();
   what_app->add_option(
       "-o", what_output,
       "directory to write verdicts and a report to; without it, counts are printed");
@@ -1484,7 +1567,7 @@ int run(int argc, char** argv) {
   what_flags.add(what_app);
 
   CLI::App* status_app = app.add_subcommand("status", "how far a run is");
-  status_app->add_option("RUN", from, "directory of ./corpus clean")->required();
+  status_app->add_option("RUN", run_dir, "directory of ./corpus clean")->required();
 
   CLI::App* classify_app = app.add_subcommand("classify", "a quality classifier: train, apply");
   classify_app->require_subcommand(1);
@@ -1520,9 +1603,8 @@ int run(int argc, char** argv) {
   if (o.memory_gb <= 0) fail("--memory: found ", o.memory_gb, ", expected gigabytes above 0");
   if (o.min_repeated != 0 && o.min_repeated < 16)
     fail("--substrings: found ", o.min_repeated, ", expected 0, or 16 bytes or more");
-  if (o.overwrite && o.rank >= 0)
-    fail("--overwrite: several processes would remove each other's work: remove ", o.output,
-         " before they begin");
+  if (o.shard_mb <= 0) fail("--shard-mb: found ", o.shard_mb, ", expected megabytes above 0");
+  if (o.tasks < 0) fail("--tasks: found ", o.tasks, ", expected 0 or more");
   if (*dedup_app) {
     preset = "none";
     o.measure.detect_language = o.measure.c4_lines = o.measure.private_data = false;
@@ -1540,13 +1622,15 @@ int run(int argc, char** argv) {
   try {
     if (*clean_app || *dedup_app) clean_command(o);
     if (*extract_app) extract_command(o, o.output);
-    if (*what_app) what_if(from, what_flags.given(), what_output);
-    if (*status_app) status(from);
+    if (*what_app) what_if(run_dir, what_flags.given(), what_output);
+    if (*status_app) status(run_dir);
     if (*train_app) classify_train(classify);
     if (*apply_app) classify_apply(classify);
   } catch (const Interrupted&) {
-    std::printf("\nstopped; the same command goes on\n");
-    return 130;
+    const bool goes_on = *clean_app || *dedup_app;
+    std::fprintf(stderr, "\nstopped; %s\n",
+                 goes_on ? "the same command goes on" : "nothing was written");
+    return 128 + stop_signal;
   }
   return 0;
 }

@@ -569,8 +569,8 @@ void score_pages(const std::vector<std::string>& inputs, const QualityModel& mod
   size_t bytes = 0;
   const auto flush = [&] {
     scores.resize(batch.size());
-#pragma omp parallel for schedule(dynamic, 1) num_threads(std::max(1, threads))
-    for (size_t i = 0; i < batch.size(); i++) scores[i] = rounded_score(model.score(batch[i].text));
+    parallel_for(batch.size(), std::max(1, threads),
+                 [&](size_t i, size_t) { scores[i] = rounded_score(model.score(batch[i].text)); });
     for (size_t i = 0; i < batch.size(); i++) body(batch[i], scores[i]);
     batch.clear(), bytes = 0;
   };

@@ -42,6 +42,7 @@ class TextFile {
   std::optional<AtomicFile> file_;
   bool zstd_;
   size_t threads_;
+  bool is_empty_ = true;             // nothing has been written
   std::vector<std::string> frames_;  // the last one is being filled
 };
 
@@ -253,7 +254,8 @@ struct Verdict {
 std::string verdict_line(const Verdict&);  // with \n; the same doubles come back
 Verdict parse_verdict(std::string_view line, const std::string& where);
 
-// Report: DIR/report.html from DIR/verdicts.jsonl.zst and DIR/summary.json, see corpus.cpp.
+// Report: DIR/report.html from DIR/verdicts.jsonl.zst and DIR/summary.json, which write_summary in
+// corpus.cpp writes.
 void write_report(const std::filesystem::path& dir);
 
 }  // namespace cake::corpus

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <fcntl.h>
+#include <omp.h>
 #include <sched.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
@@ -113,6 +114,22 @@ inline int usable_cores() {
 inline void spin_briefly(char** argv) {
   if (std::getenv("GOMP_SPINCOUNT") || std::getenv("OMP_WAIT_POLICY")) return;
   if (setenv("GOMP_SPINCOUNT", "1000", 1) == 0) execv("/proc/self/exe", argv);
+}
+
+// Runs f(i, thread) for 0 <= i < n; an exception in a thread comes out here.
+template <class F>
+void parallel_for(size_t n, int threads, F&& f) {
+  std::exception_ptr failure;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (size_t i = 0; i < n; i++) {
+    try {
+      f(i, size_t(omp_get_thread_num()));
+    } catch (...) {
+#pragma omp critical
+      failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -453,6 +470,25 @@ class RunLock {
  private:
   int fd_;
 };
+
+// A run never writes where it reads: `out` is none of the inputs and holds none of them.
+inline void expect_elsewhere(const std::filesystem::path& out,
+                             const std::vector<std::filesystem::path>& inputs) {
+  namespace fs = std::filesystem;
+  fs::path root = fs::weakly_canonical(fs::absolute(out));
+  if (!root.has_filename()) root = root.parent_path();  // "runs/" is "runs"
+  for (const fs::path& input : inputs) {
+    for (const fs::path& name : {input, input / "model"}) {  // `input` may itself be a run
+      if (input.empty() || (name != input && !fs::exists(name))) continue;
+      const fs::path path = fs::weakly_canonical(fs::absolute(name));
+      const auto differs = std::mismatch(root.begin(), root.end(), path.begin(), path.end());
+      if (differs.first == root.end()) {
+        fail("-o ", out.string(), ": is or holds ", name.string(),
+             ", which the run reads; expected another directory");
+      }
+    }
+  }
+}
 
 // Fails when a run's directory holds something already.
 inline void expect_new_run(const std::filesystem::path& dir) {

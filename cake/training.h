@@ -126,25 +126,6 @@ inline GptOptions gpt_options(const RunOptions& o) {
           .recompute = o.recompute};
 }
 
-// A run never writes where it reads: `out` is none of the inputs and holds none of them.
-inline void expect_elsewhere(const std::filesystem::path& out,
-                             const std::vector<std::filesystem::path>& inputs) {
-  namespace fs = std::filesystem;
-  fs::path root = fs::weakly_canonical(fs::absolute(out));
-  if (!root.has_filename()) root = root.parent_path();  // "runs/" is "runs"
-  for (const fs::path& input : inputs) {
-    for (const fs::path& name : {input, input / "model"}) {  // `input` may itself be a run
-      if (input.empty() || (name != input && !fs::exists(name))) continue;
-      const fs::path path = fs::weakly_canonical(fs::absolute(name));
-      const auto differs = std::mismatch(root.begin(), root.end(), path.begin(), path.end());
-      if (differs.first == root.end()) {
-        fail("-o ", out.string(), ": is or holds ", name.string(),
-             ", which the run reads; expected another directory");
-      }
-    }
-  }
-}
-
 inline void expect_not_negative(const char* flag, double found) {
   if (!(found >= 0)) fail(flag, ": found ", found, ", expected above 0");
 }

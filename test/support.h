@@ -5,6 +5,8 @@
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <zlib.h>
+#include <zstd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -52,6 +54,30 @@ inline bool skip_without_data(const std::string& name) {
   skipped_tests().insert(test);
   MESSAGE("skipped: " << test << ": " << name << " is not there");
   return true;
+}
+
+// gzip; with other `bits`, what zlib's deflateInit2 makes of them.
+inline std::string deflated(const std::string& text, int bits = 31) {
+  z_stream z{};
+  deflateInit2(&z, 6, Z_DEFLATED, bits, 8, Z_DEFAULT_STRATEGY);
+  std::string out(deflateBound(&z, text.size()) + 64, '\0');
+  z.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(text.data()));
+  z.avail_in = uInt(text.size());
+  z.next_out = reinterpret_cast<Bytef*>(out.data());
+  z.avail_out = uInt(out.size());
+  deflate(&z, Z_FINISH);
+  out.resize(z.total_out);
+  deflateEnd(&z);
+  return out;
+}
+
+inline std::string zstandard(const std::string& text) {  // with a checksum: damage is found
+  std::string out(ZSTD_compressBound(text.size()), '\0');
+  ZSTD_CCtx* context = ZSTD_createCCtx();
+  ZSTD_CCtx_setParameter(context, ZSTD_c_checksumFlag, 1);
+  out.resize(ZSTD_compress2(context, out.data(), out.size(), text.data(), text.size()));
+  ZSTD_freeCCtx(context);
+  return out;
 }
 
 // A directory of its own for one test, removed with all it holds.

@@ -86,29 +86,6 @@ Ids plain_encode(const Tokenizer& tokenizer, std::string_view text) {
   return ids;
 }
 
-std::string gzip(const std::string& text) {
-  z_stream z{};
-  deflateInit2(&z, 6, Z_DEFLATED, 15 + 16, 8, Z_DEFAULT_STRATEGY);
-  std::string out(deflateBound(&z, text.size()) + 64, '\0');
-  z.next_in = reinterpret_cast<Bytef*>(const_cast<char*>(text.data()));
-  z.avail_in = uInt(text.size());
-  z.next_out = reinterpret_cast<Bytef*>(out.data());
-  z.avail_out = uInt(out.size());
-  deflate(&z, Z_FINISH);
-  out.resize(z.total_out);
-  deflateEnd(&z);
-  return out;
-}
-
-std::string zstandard(const std::string& text) {  // with a checksum: damage is found
-  std::string out(ZSTD_compressBound(text.size()), '\0');
-  ZSTD_CCtx* context = ZSTD_createCCtx();
-  ZSTD_CCtx_setParameter(context, ZSTD_c_checksumFlag, 1);
-  out.resize(ZSTD_compress2(context, out.data(), out.size(), text.data(), text.size()));
-  ZSTD_freeCCtx(context);
-  return out;
-}
-
 Ids read_split(const std::filesystem::path& prefix, const std::string& split) {
   const TokenStream stream(prefix, split);
   Ids ids(size_t(stream.size()));
@@ -642,22 +619,22 @@ TEST_CASE("documents are the same from every container") {
     return all;
   };
   CHECK(read(path_of(dir, "a.jsonl", lines)) == texts);
-  CHECK(read(path_of(dir, "a.jsonl.gz", gzip(lines))) == texts);
-  CHECK(read(path_of(dir, "b.jsonl.gz", gzip(lines.substr(0, 999)) + gzip(lines.substr(999)))) ==
-        texts);
+  CHECK(read(path_of(dir, "a.jsonl.gz", deflated(lines))) == texts);
+  CHECK(read(path_of(dir, "b.jsonl.gz",
+                     deflated(lines.substr(0, 999)) + deflated(lines.substr(999)))) == texts);
   CHECK(read(path_of(dir, "a.jsonl.zst", zstandard(lines))) == texts);
   CHECK(read(path_of(dir, "b.jsonl.zst",
                      zstandard(lines.substr(0, 999)) + zstandard(lines.substr(999)))) == texts);
   CHECK(read(path_of(dir, "c.jsonl", "\xef\xbb\xbf\n" + lines + "\n \r\n")) == texts);
   CHECK(read(path_of(dir, "d.ndjson", lines.substr(0, lines.size() - 1))) == texts);
   CHECK(read(path_of(dir, "e.txt", lines)) == std::vector<std::string>{lines});
-  CHECK(read(path_of(dir, "e.txt.gz", gzip(lines))) == std::vector<std::string>{lines});
+  CHECK(read(path_of(dir, "e.txt.gz", deflated(lines))) == std::vector<std::string>{lines});
   CHECK(read(path_of(dir, "e.txt.zst", zstandard(lines))) == std::vector<std::string>{lines});
   CHECK(read(path_of(dir, "f.txt", std::string(5000, 'x'))) ==
         std::vector<std::string>{std::string(5000, 'x')});  // exactly one part
   // Told by the first line, where the name says nothing. A .txt is always plain text.
   CHECK(read(path_of(dir, "g", lines)) == texts);
-  CHECK(read(path_of(dir, "g.json.gz", gzip(lines))) == texts);
+  CHECK(read(path_of(dir, "g.json.gz", deflated(lines))) == texts);
   CHECK(read(path_of(dir, "h", "{ a set }\n")) == std::vector<std::string>{"{ a set }\n"});
   std::string wet, members;
   for (const std::string& text : texts) {
@@ -667,7 +644,7 @@ TEST_CASE("documents are the same from every container") {
         info + concat("WARC/1.0\r\nWARC-Type: conversion\r\nContent-Type: text/plain\r\n",
                       "Content-Length: ", text.size(), "\r\n\r\n", text, "\r\n\r\n");
     wet += record;
-    members += gzip(record);
+    members += deflated(record);
   }
   CHECK(read(path_of(dir, "a.warc.wet", wet)) == texts);
   CHECK(read(path_of(dir, "a.warc.wet.gz", members)) == texts);
@@ -713,11 +690,12 @@ TEST_CASE("inputs that are no documents are refused with file and line") {
                  "found a WARC archive with bytes that are no WARC record"));
   CHECK(contains(read("a", "<!doctype html><p>"), "a: found a page of HTML, expected text: run"));
   CHECK(contains(read("a.parquet", "PAR1 and no footer"), "a.parquet: "));
-  CHECK(contains(read("a.parquet.gz", gzip("PAR1 and no footer")), "inside gzip"));
+  CHECK(contains(read("a.parquet.gz", deflated("PAR1 and no footer")), "inside gzip"));
   CHECK(contains(read("a.txt.gz", "plain"), "a.txt.gz: found other bytes, expected gzip data"));
   CHECK(contains(read("a.txt.zst", "plain"), "expected Zstandard data"));
   CHECK(contains(read("a.txt.gz", ""), "a.txt.gz: found an empty file"));
-  const std::string zipped = gzip(random_text(16, 5000)), zst = zstandard(random_text(16, 5000));
+  const std::string zipped = deflated(random_text(16, 5000)),
+                    zst = zstandard(random_text(16, 5000));
   for (const size_t kept : {zipped.size() - 1, zipped.size() / 2, size_t(12)}) {
     CHECK(contains(read("a.txt.gz", zipped.substr(0, kept)), "a.txt.gz: the gzip data ends too"));
   }
@@ -804,7 +782,7 @@ TEST_CASE("the validation part of one document is its tail, from a line's start"
   for (int i = 0; i < 1000; i++) text += format("line number %d of a long document\n", i);
   const Tokenizer t = train_on(text, 400, "qwen2");
   const std::string plain = path_of(dir, "t.txt", text);
-  const std::string zipped = path_of(dir, "t.txt.gz", gzip(text));
+  const std::string zipped = path_of(dir, "t.txt.gz", deflated(text));
   const std::string json = path_of(dir, "t.jsonl", json_lines({text}));
   for (const std::string& input : {plain, zipped, json}) {
     const Corpus corpus{.inputs = {input}, .val_fraction = .1};

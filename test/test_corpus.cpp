@@ -151,10 +151,12 @@ TEST_CASE("seven ranks of fifty tasks, two of them killed, give the bytes of one
   const TempDir dir;
   const fs::path folder = made_up_folder(dir, 50, 12);
   run_clean(folder, dir / "one", kFlags + "--threads 1");
-  // Two processes end in the middle of their work, as if killed; five go on, and finish theirs.
+  // Two processes end in the middle of their work, as if killed; five go on, and finish theirs. The
+  // two begin a little earlier, so that there is work for them.
   std::string command;
-  for (int rank = 0; rank < 7; rank++) {
-    const char* killed = rank == 2 ? "CAKE_EXIT_AT=90 " : rank == 5 ? "CAKE_EXIT_AT=33 " : "";
+  for (const int rank : {2, 5, 0, 1, 3, 4, 6}) {
+    const char* killed = rank == 2 ? "CAKE_EXIT_AT=60 " : rank == 5 ? "CAKE_EXIT_AT=33 " : "";
+    if (rank == 0) command += "sleep .05; ";
     command += concat(killed, clean(folder, dir / "many", kFlags),
                       " --tasks 50 --threads 1 --save-seconds 0 --rank ", rank,
                       " --world-size 7 & p", rank, "=$!; ");
@@ -253,6 +255,87 @@ TEST_CASE("a killed run goes on in the middle of a file, plain or compressed") {
   }
 }
 
+TEST_CASE("a run that keeps nothing, and a task that keeps nothing, end well") {
+  const TempDir dir;
+  const std::vector<std::string> texts = made_up_texts(40, 1);
+  const auto is_long = [](const std::string& text) { return text.size() > 200; };
+  const std::string text = *std::find_if(texts.begin(), texts.end(), is_long);
+  fs::create_directory(dir / "pages");
+  write_file(dir / "pages" / "0.jsonl", "{\"text\":\"too short\"}\n");
+  write_file(dir / "pages" / "1.jsonl", concat("{\"text\":", Json(text).dump(), "}\n"));
+  run_clean(dir / "pages", dir / "one", kFlags + "--tasks 2");
+  CHECK(documents(dir / "one").size() == 1);
+  run_clean(dir / "pages", dir / "none", " --preset none --min-words 1000");
+  CHECK(documents(dir / "none").empty());
+  CHECK(verdicts(dir / "none").size() == 2);
+}
+
+TEST_CASE("what damage was found is counted once, however often a run is killed") {
+  const TempDir dir;
+  std::string lines;
+  int64_t broken = 0;
+  for (const std::string& text : made_up_texts(9000, 4)) {
+    lines += concat("{\"text\":", Json(text).dump(), "}\n");
+    if (text.size() % 50 == 0) lines += "{broken\n", broken++;
+  }
+  write_file(dir / "a.jsonl", lines), write_file(dir / "b.jsonl", "{broken\n{\"text\":\"b\"}\n");
+  const std::string command =
+      concat("./corpus clean ", (dir / "a.jsonl").string(), " ", (dir / "b.jsonl").string(), " -o ",
+             (dir / "run").string(), kFlags, "--threads 1 --save-seconds 0 --memory .001");
+  for (const int change : {40, 30, 30}) {
+    CHECK(shell(concat("CAKE_EXIT_AT=", change, " ", command)).status == kKilled);
+  }
+  REQUIRE(shell(command).status == 0);
+  const Json summary = Json::parse(read_file(dir / "run" / "summary.json"));
+  CHECK(summary.at("problems").at("not JSON") == broken + 1);
+  CHECK(broken > 20);
+}
+
+TEST_CASE("--overwrite removes what a run wrote, and nothing else") {
+  const TempDir dir;
+  const fs::path folder = made_up_folder(dir, 1, 10);
+  // A directory that only looks like a run's.
+  fs::create_directories(dir / "other" / "parts");
+  write_file(dir / "other" / "parts" / "00000.json", "{}");
+  const Output refused = shell(clean(folder, dir / "other", kFlags + "--overwrite"));
+  CHECK(refused.status == 1);
+  CHECK_MESSAGE(contains(refused.text, "found parts/00000.json, which no run wrote"), refused.text);
+  write_file(dir / "other" / "job.json", "{\"name\":\"mine\"}");
+  CHECK(shell(clean(folder, dir / "other", kFlags + "--overwrite")).status == 1);
+  CHECK(read_file(dir / "other" / "parts" / "00000.json") == "{}");
+  // Files of the user's in a run.
+  run_clean(folder, dir / "run");
+  for (const char* name :
+       {"notes.txt", "parts/20261126.txt", "parts/pairs-of-shoes", "parts/00000"})
+    write_file(dir / "run" / name, "mine");
+  run_clean(folder, dir / "run", " --preset none --overwrite");
+  for (const char* name :
+       {"notes.txt", "parts/20261126.txt", "parts/pairs-of-shoes", "parts/00000"})
+    CHECK(read_file(dir / "run" / name) == "mine");
+  CHECK(verdicts(dir / "run").size() == 10);
+  // What the run reads is never inside of it, whatever flag names it.
+  write_file(dir / "run" / "words.txt", "spam\n");
+  const Output reads =
+      shell(clean(folder, dir / "run",
+                  kFlags + "--overwrite --banned-words " + (dir / "run" / "words.txt").string()));
+  CHECK(reads.status == 1);
+  CHECK_MESSAGE(contains(reads.text, "is or holds"), reads.text);
+}
+
+TEST_CASE("--overwrite is refused while others work, by schedulers' ranks and by locks") {
+  const TempDir dir;
+  const fs::path folder = made_up_folder(dir, 1, 10);
+  const std::string overwrite = clean(folder, dir / "run", kFlags + "--overwrite");
+  const Output ranks = shell("SLURM_PROCID=1 SLURM_NTASKS=2 " + overwrite);
+  CHECK(ranks.status == 1);
+  CHECK_MESSAGE(contains(ranks.text, "--overwrite: several processes"), ranks.text);
+  CHECK(shell("SLURM_PROCID=0 SLURM_NTASKS=1 " + overwrite).status == 0);
+  const Output busy = shell(concat("flock -s ", (dir / "run").string(), " ", overwrite));
+  CHECK(busy.status == 1);
+  CHECK_MESSAGE(contains(busy.text, "another process works on this run"), busy.text);
+  CHECK(shell(clean(folder, dir / "new", kFlags + "--rank 3 --world-size 3")).status == 1);
+}
+
 TEST_CASE("status says how far a run is") {
   const TempDir dir;
   const fs::path folder = made_up_folder(dir, 4, 10);
@@ -281,6 +364,10 @@ TEST_CASE("extract keeps the other members of a line, and html becomes text") {
   CHECK(line.at("k").dump() == R"({"a":[1,2]})");
   CHECK(line.at("url") == "https://a.example/");
   CHECK(!line.contains("html"));
+  write_file(dir / "c.jsonl", "{broken\n" + read_file(dir / "a.jsonl"));
+  const std::string to_stdout = concat("./corpus extract ", (dir / "c.jsonl").string(), " -o -");
+  CHECK(shell(to_stdout + " 2>/dev/null").text == read_file(dir / "b.jsonl"));
+  CHECK(contains(shell(to_stdout + " >/dev/null").text, "not JSON: 1"));
 }
 
 TEST_CASE("a run says in one line what it cannot do, and leaves what is there") {
@@ -300,7 +387,7 @@ TEST_CASE("a run says in one line what it cannot do, and leaves what is there") 
   error(clean(dir / "none", dir / "out"), "none");
   error(clean(folder, dir / "out", " --min-words many"),
         "--min-words: found many, expected a number or off");
-  error(clean(folder / "000.jsonl", folder / "000.jsonl"), "lies inside it");
+  error(clean(folder / "000.jsonl", folder / "000.jsonl"), "is or holds");
   error(clean(folder, dir / "file"), "expected a directory");
   error(clean(folder, dir / "other"), "expected a new directory");
   error(concat("./corpus what-if ", folder.string()), "found no job.json");
@@ -441,6 +528,13 @@ TEST_CASE("Ctrl+C saves and stops, and the same command goes on to the same byte
   CHECK(!fs::exists(dir / "run" / "documents.jsonl.zst"));
   run_clean(folder, dir / "run", flags);
   CHECK(results(dir / "run") == results(dir / "whole"));
+  // Between the small files of one task, too.
+  const std::string one_task = kFlags + "--threads 1 --tasks 1 --save-seconds 0";
+  REQUIRE(interrupt(clean(folder, dir / "one", one_task), dir / "one", 3, SIGINT, &status));
+  CHECK(WEXITSTATUS(status) == 130);
+  CHECK(fs::exists(dir / "one" / "parts" / "00000.saved"));
+  run_clean(folder, dir / "one", one_task);
+  CHECK(results(dir / "one") == results(dir / "whole"));
 }
 
 TEST_CASE("a process finds its rank where a scheduler says it") {
