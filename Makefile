@@ -18,14 +18,15 @@ CLANG_FORMAT ?= $(firstword $(shell command -v clang-format-14 clang-format) cla
 GCC_ONLY := $(if $(findstring clang,$(CXX)),,-Wno-restrict)
 FLAGS := -std=c++20 -O3 -march=$(MARCH) -ffp-contract=fast -fopenmp -I. \
          -Wall -Wextra -Wno-missing-field-initializers $(GCC_ONLY) $(if $(WERROR),-Werror)
-LIBRARIES := -Wl,--as-needed -lgumbo -lcld2 -lutf8proc -lpsl -luchardet -ldivsufsort64 -lsnappy \
+LIBRARIES := -Wl,--as-needed -lgumbo -lcld2 -lpsl -luchardet -ldivsufsort64 -lsnappy \
              -lsimdjson -lzstd -lz -ledit
 HEADERS := CLI/CLI.hpp cld2/public/compact_lang_det.h divsufsort64.h doctest/doctest.h gumbo.h histedit.h libpsl.h \
-           nlohmann/json.hpp omp.h simdjson.h snappy.h uchardet/uchardet.h utf8proc.h xxhash.h zlib.h zstd.h
+           nlohmann/json.hpp omp.h simdjson.h snappy.h uchardet/uchardet.h xxhash.h zlib.h zstd.h
 
 # The longest to compile first.
 MODEL_STAGES := rlhf reward chat sft
 STAGES := train_gpt $(MODEL_STAGES) corpus bpe
+BPE = $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard bpe*.cpp))
 CORPUS = $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard corpus*.cpp))
 TOOLS := world report overoptimize
 SOURCES = $(wildcard *.cpp *.cu cake/*.h dev/*.cpp dev/*.h dev/*/*.cpp dev/*/*.h test/*.cpp test/*.h \
@@ -55,7 +56,7 @@ ENGINE += $(OBJECTS)/train_gpt.cuda.o
 ENGINE_FLAGS := -DCAKE_CUDA
 LIBRARIES += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart
 endif
-FAULT_OBJECTS := $(OBJECTS)/test/main.o $(ON_CPU) $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.o
+FAULT_OBJECTS := $(OBJECTS)/test/main.o $(ON_CPU) $(OBJECTS)/train_gpt.o $(BPE)
 TESTS := $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/*.cpp))
 
 ifeq ($(MAKELEVEL),0)
@@ -132,10 +133,14 @@ bench-corpus: $(BIN)/corpus $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUI
 	$(PEER) dev/bench/datatrove_minhash.py $(TEXTS)/reviews/movie_reviews.jsonl --corpus $(BIN)/corpus
 	$(BUILD)/bench_duplicates 5000000
 
+bench-bpe: $(BIN)/bpe $(BUILD)/bench_tokenizer ## ./bpe beside gigatoken, tiktoken and tokenizers: PEER=python TEXT=file MORE="c=file zh=file"
+	@$(if $(and $(PEER),$(TEXT)),,echo "error: PEER or TEXT is missing: a python with gigatoken, tiktoken and tokenizers; a large text" >&2; exit 1)
+	$(PEER) dev/bench/tokenizer.py "$(TEXT)" --texts $(MORE) --data $(TEXTS)/tokenizers --bpe $(BIN)/bpe --bench $(BUILD)/bench_tokenizer --work $(BUILD)/tokenizers --json $(BUILD)/bench_tokenizer.json
+
 # Ten minutes for each: FUZZ_SECONDS=n, FUZZ="warc html".
-FUZZ ?= warc jsonl parquet html
+FUZZ ?= warc jsonl parquet html regex encode tokenizer
 FUZZ_SECONDS ?= 600
-fuzz: ## any bytes as WARC, JSON lines, parquet and HTML, under the sanitizers, with clang's libFuzzer
+fuzz: ## any bytes as WARC, JSON lines, parquet, HTML, split patterns, text to encode and tokenizer files, under the sanitizers, with clang's libFuzzer
 	+@$(MAKE) --no-print-directory CXX=clang++ BUILD=$(BUILD)/fuzz CXXFLAGS="-O1 -g1 -fsanitize=fuzzer-no-link,address,undefined" $(FUZZ:%=$(BUILD)/fuzz/fuzz_%)
 	@for target in $(FUZZ); do mkdir -p $(BUILD)/fuzz/corpus_$$target && \
 	  $(BUILD)/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2000 -malloc_limit_mb=4096 $(BUILD)/fuzz/corpus_$$target || exit 1; done
@@ -156,25 +161,27 @@ help: ## this list
 # Binaries
 
 # A program's own object stands first: of two weak mains the linker takes the first.
-$(BIN)/bpe $(EMULATE)/bpe: $(OBJECTS)/bpe.o
+$(BIN)/bpe $(EMULATE)/bpe: $(BPE)
 $(BIN)/corpus $(EMULATE)/corpus: $(CORPUS)
-$(BIN)/train_gpt: $(ENGINE) $(OBJECTS)/bpe.o
-$(EMULATE)/train_gpt: $(EMULATED_ENGINE) $(OBJECTS)/bpe.o
-$(MODEL_STAGES:%=$(BIN)/%): $(BIN)/%: $(OBJECTS)/%.o $(ENGINE) $(OBJECTS)/bpe.o
-$(MODEL_STAGES:%=$(EMULATE)/%): $(EMULATE)/%: $(OBJECTS)/%.o $(EMULATED_ENGINE) $(OBJECTS)/bpe.o
+$(BIN)/train_gpt: $(ENGINE) $(BPE)
+$(EMULATE)/train_gpt: $(EMULATED_ENGINE) $(BPE)
+$(MODEL_STAGES:%=$(BIN)/%): $(BIN)/%: $(OBJECTS)/%.o $(ENGINE) $(BPE)
+$(MODEL_STAGES:%=$(EMULATE)/%): $(EMULATE)/%: $(OBJECTS)/%.o $(EMULATED_ENGINE) $(BPE)
 $(TOOLS:%=$(BUILD)/%): $(BUILD)/%: $(OBJECTS)/dev/%.o
 $(BUILD)/bench_rules: $(OBJECTS)/dev/bench/corpus_rules.o $(CORPUS)
 $(BUILD)/bench_duplicates: $(OBJECTS)/dev/bench/corpus_duplicates.o $(CORPUS)
 $(BUILD)/extraction_blocks: $(OBJECTS)/dev/extraction_blocks.o $(CORPUS)
-$(BUILD)/fuzz_%: $(OBJECTS)/test/fuzz/fuzz_%.o $(CORPUS)
+$(BUILD)/split_pieces: $(OBJECTS)/dev/split_pieces.o $(BPE)
+$(BUILD)/fuzz_%: $(OBJECTS)/test/fuzz/fuzz_%.o $(CORPUS) $(BPE)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) -fsanitize=fuzzer,address,undefined $^ $(LIBRARIES) -o $@
-$(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(OBJECTS)/bpe.o
+$(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(BPE)
+$(BUILD)/bench_tokenizer: $(OBJECTS)/dev/bench/tokenizer.o $(BPE)
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
-                   $(OBJECTS)/train_gpt.o $(OBJECTS)/bpe.o
-$(BUILD)/test: $(TESTS) $(CORPUS) $(OBJECTS)/bpe.o $(OBJECTS)/dev/world.o $(ON_CPU)
+                   $(OBJECTS)/train_gpt.o $(BPE)
+$(BUILD)/test: $(TESTS) $(CORPUS) $(BPE) $(OBJECTS)/dev/world.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/extraction_blocks $(BUILD)/test $(BUILD)/test_gpu:
+$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_tokenizer $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/extraction_blocks $(BUILD)/split_pieces $(BUILD)/test $(BUILD)/test_gpu:
 	@mkdir -p $(@D)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
@@ -219,6 +226,9 @@ $(OBJECTS)/test/test_cuda.cuda.o: test/test_cuda.cpp $(BUILD)/command
 	@echo "compile $< for $(CUDA_ARCHS)"
 	@$(NVCC) $(NVCC_FLAGS) -x cu -MMD -MP -c $< -o $@
 
+# The files that the assembler includes: the compiler's list of headers does not name them.
+$(OBJECTS)/bpe_page.o: $(wildcard web/*)
+
 $(OBJECTS)/train_gpt.o: private FLAGS += $(ENGINE_FLAGS)
 $(ON_CPU) $(OBJECTS)/emulate/train_gpt.cuda.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_cuda*.cpp)): private FLAGS += $(ON_CPU_FLAGS)
 
@@ -239,6 +249,6 @@ $(BUILD)/packages: $(BUILD)/command
 	done
 	@touch $@
 
-.PHONY: all run reviews overoptimize base-to-chat test test-all test-sanitized test-v3 emulate test-faults spills bench bench-corpus fuzz format format-check clean help FORCE
+.PHONY: all run reviews overoptimize base-to-chat test test-all test-sanitized test-v3 emulate test-faults spills bench bench-bpe bench-corpus fuzz format format-check clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:

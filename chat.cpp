@@ -88,9 +88,9 @@ Model open_model(const ModelOptions& options) {
           .tokenizer = Tokenizer::load(dir)};
   require(m.tokenizer.vocab_size() <= m.config.V, dir.string(), ": found a tokenizer of ",
           m.tokenizer.vocab_size(), " tokens, expected at most vocab_size ", m.config.V);
-  const int end_of_text = m.tokenizer.special("<|endoftext|>");
-  m.document_start = end_of_text >= 0 ? end_of_text : m.config.bos;
-  for (const int id : {end_of_text, m.config.eos}) {
+  const int separator = m.tokenizer.find_document_separator();
+  m.document_start = separator >= 0 ? separator : m.config.bos;
+  for (const int id : {separator, m.config.eos}) {
     if (id >= 0) m.stop_ids.push_back(id);
   }
   return m;

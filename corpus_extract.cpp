@@ -16,7 +16,6 @@
 // of Lewis 1995: "Evaluating and optimizing autonomous text classification systems"): no threshold
 // is tuned.
 #include <gumbo.h>
-#include <utf8proc.h>
 
 #include <algorithm>
 #include <bit>
@@ -96,7 +95,7 @@ std::string lower_text(std::string_view text) {
     if (uint8_t(text[i]) < 0x80) {
       lower += ascii_lower(text[i++]);
     } else {
-      append_code_point(lower, uint32_t(utf8proc_tolower(int32_t(next_code_point(text, i)))));
+      append_code_point(lower, lower_case(next_code_point(text, i)));
     }
   }
   return lower;
@@ -1552,8 +1551,7 @@ TextMeasures measure_text(std::string_view text, const HashedWords& title) {
   for (size_t i = 0; i < text.size();) {
     const uint32_t c = next_code_point(text, i);
     const uint8_t kind = classes[c];
-    const uint32_t small =
-        c < 0x80 ? uint32_t(ascii_lower(char(c))) : uint32_t(utf8proc_tolower(int32_t(c)));
+    const uint32_t small = c < 0x80 ? uint32_t(ascii_lower(char(c))) : lower_case(c);
     m.lower_hash = extend_word(m.lower_hash, small);
     if (m.characters < kPhraseCharacters) append_code_point(lower, small);
     if (m.characters == 0) m.first = c;

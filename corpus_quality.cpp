@@ -8,7 +8,6 @@
 // classifier is a linear model over hashed n-grams, as fastText's (Joulin et al. 2016), which
 // DCLM and FineWeb-Edu used to tell good pages from the others; ours is trained by AdaGrad (Duchi,
 // Hazan, Singer 2011) on the logistic loss.
-#include <utf8proc.h>
 
 #include <map>
 
@@ -45,7 +44,7 @@ template <class Word>
 size_t split_lower_words(std::string_view text, char* out, const Word& word) {
   constexpr uint64_t kStart = 0xcbf29ce484222325, kPrime = 0x100000001b3;  // FNV-1a
   const uint8_t* classes = char_classes();
-  const auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
+  const auto* bytes = reinterpret_cast<const uint8_t*>(text.data());
   uint64_t hash = kStart;
   size_t begin = 0, end = 0, offset = 0;  // the word is out[begin, end)
   const auto add = [&](char c) {
@@ -66,17 +65,15 @@ size_t split_lower_words(std::string_view text, char* out, const Word& word) {
     } else if (bytes[i] < 0x80) {
       finish(++i);
     } else {
-      utf8proc_int32_t c = 0;
-      const auto size = utf8proc_iterate(bytes + i, utf8proc_ssize_t(text.size() - i), &c);
-      const size_t next = i + size_t(std::max<utf8proc_ssize_t>(1, size));
-      const uint8_t kind = size > 0 ? classes[c] : uint8_t(kOther);
-      const bool in_word = kind >= kUpper;
-      if (!in_word || is_word_alone(c)) finish(in_word ? i : next);
+      const CodePoint c = decode_utf8(text.data() + i, text.size() - i);
+      const size_t next = i + size_t(c.bytes);
+      const bool in_word = classes[c.code] >= kUpper;
+      if (!in_word || is_word_alone(c.code)) finish(in_word ? i : next);
       if (in_word) {
-        utf8proc_uint8_t lower[4];
-        const auto n = utf8proc_encode_char(utf8proc_tolower(c), lower);
-        for (utf8proc_ssize_t k = 0; k < n; k++) add(char(lower[k]));
-        if (is_word_alone(c)) finish(next);
+        char lower[4];
+        const int n = encode_utf8(lower_case(c.code), lower);
+        for (int k = 0; k < n; k++) add(lower[k]);
+        if (is_word_alone(c.code)) finish(next);
       }
       i = next;
     }

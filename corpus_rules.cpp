@@ -23,7 +23,6 @@
 // made to agree with it (dev/bench/datatrove_rules.py compares the verdicts).
 #include <arpa/inet.h>
 #include <libpsl.h>
-#include <utf8proc.h>
 
 #include <algorithm>
 #include <bit>
@@ -45,6 +44,8 @@
 #include <xxhash.h>
 
 #include "cake/corpus.h"
+#include "cake/normal_forms.h"
+#include "cake/unicode.h"
 
 namespace cake::corpus {
 namespace {
@@ -293,29 +294,29 @@ constexpr CodePointRange kSeparatorRanges[] = {
 // clang-format on
 
 uint16_t flags_of_category(uint32_t c) {
-  switch (utf8proc_category(utf8proc_int32_t(c))) {
-    case UTF8PROC_CATEGORY_LU:
-    case UTF8PROC_CATEGORY_LT:
+  switch (general_category(c)) {
+    case Category::Lu:
+    case Category::Lt:
       return kAlphabetic | kUpperCase;
-    case UTF8PROC_CATEGORY_LL:
-    case UTF8PROC_CATEGORY_LM:
-    case UTF8PROC_CATEGORY_LO:
+    case Category::Ll:
+    case Category::Lm:
+    case Category::Lo:
       return kAlphabetic;
-    case UTF8PROC_CATEGORY_ND:
+    case Category::Nd:
       return kDecimal;
-    case UTF8PROC_CATEGORY_PC:
-    case UTF8PROC_CATEGORY_PD:
-    case UTF8PROC_CATEGORY_PS:
-    case UTF8PROC_CATEGORY_PE:
-    case UTF8PROC_CATEGORY_PI:
-    case UTF8PROC_CATEGORY_PF:
-    case UTF8PROC_CATEGORY_PO:
+    case Category::Pc:
+    case Category::Pd:
+    case Category::Ps:
+    case Category::Pe:
+    case Category::Pi:
+    case Category::Pf:
+    case Category::Po:
       return kPunctuation | kPrefix | kSuffix;
-    case UTF8PROC_CATEGORY_SC:
+    case Category::Sc:
       return kPrefix | kSuffix;
-    case UTF8PROC_CATEGORY_SO:
+    case Category::So:
       return kPrefix | kSuffix | kSymbolWord;
-    case UTF8PROC_CATEGORY_ZS:
+    case Category::Zs:
       return kWhite;
     default:
       return 0;
@@ -1285,6 +1286,7 @@ class NormalForm {
     out.resize(text.size() + 1);
     size_t n = 0;
     char last = ' ';
+    std::vector<uint32_t> parts;  // of a letter
     const char *p = text.data(), *end = p + text.size();
     const auto put = [&](char c) {
       out[n] = c;
@@ -1306,7 +1308,7 @@ class NormalForm {
         p = number_end(p, end);
         put('0');
       } else {
-        n = write_letter(character, out, n, size_t(end - p));
+        n = write_letter(character, parts, out, n, size_t(end - p));
         last = n > 0 ? out[n - 1] : ' ';
       }
     }
@@ -1332,16 +1334,15 @@ class NormalForm {
     return digits_end > next ? digits_end : p;
   }
   // Its lower case, decomposed, without marks (Mn), at out[n]; `rest`: bytes of text still to come.
-  static size_t write_letter(uint32_t character, std::string& out, size_t n, size_t rest) {
-    utf8proc_int32_t parts[16];
-    int boundclass = 0;
-    const auto lower = utf8proc_tolower(utf8proc_int32_t(character));
-    const auto count = utf8proc_decompose_char(lower, parts, 16, UTF8PROC_DECOMPOSE, &boundclass);
-    const size_t needed = n + size_t(std::max<utf8proc_ssize_t>(count, 0)) * 4 + rest + 1;
+  static size_t write_letter(uint32_t character, std::vector<uint32_t>& parts, std::string& out,
+                             size_t n, size_t rest) {
+    parts.clear();
+    unicode::decompositions().append(lower_case(character), false, parts);
+    const size_t needed = n + parts.size() * 4 + rest + 1;
     if (out.size() < needed) out.resize(needed);
-    for (int i = 0; i < std::min<utf8proc_ssize_t>(count, 16); i++) {
-      if (utf8proc_category(parts[i]) == UTF8PROC_CATEGORY_MN) continue;
-      n += size_t(utf8proc_encode_char(parts[i], reinterpret_cast<utf8proc_uint8_t*>(&out[n])));
+    for (const uint32_t part : parts) {
+      if (general_category(part) == Category::Mn) continue;
+      n += size_t(encode_utf8(part, &out[n]));
     }
     return n;
   }

@@ -299,7 +299,7 @@ void choose_special_tokens(PreferenceData& d) {
   for (const std::vector<Comparison>* all : {&d.train, &d.val})
     for (const Comparison& c : *all) (c.is_chat() ? chats : texts) = true;
   d.config.eos = end_token(d.tokenizer, chats);
-  const int text_end = d.tokenizer.special("<|endoftext|>");
+  const int text_end = d.tokenizer.find_document_separator();
   const auto ends = [&](int id) { return id == d.config.eos || id == text_end; };
   if (d.config.pad >= 0 && !ends(d.config.pad)) return;
   d.config.pad = d.tokenizer.special("<|spare_0|>");

@@ -949,8 +949,8 @@ Request rollout_request(const Prompt& p, const RolloutOptions& o, uint64_t seed,
   r.stop_ids = {end_token(*o.tokenizer, !p.raw)};
   if (p.raw) {
     r.stop_strings = o.stops;
-  } else if (o.tokenizer->special("<|endoftext|>") >= 0) {
-    r.stop_ids.push_back(o.tokenizer->end_of_text());
+  } else if (const int separator = o.tokenizer->find_document_separator(); separator >= 0) {
+    r.stop_ids.push_back(separator);
   }
   if (p.tools) {
     r.max_inserted = o.tool_tokens;
@@ -1921,7 +1921,7 @@ void read_inputs(RlParts& p) {
   }
   p.text.loader =
       std::make_unique<Loader>(*p.text.stream, int(std::min<int64_t>(T, s.data.ptx_tokens)),
-                               s.step.seed, tokenizer.end_of_text());
+                               s.step.seed, tokenizer.document_separator());
 }
 
 // What the engine is asked for when all rows hold the longest answers.

@@ -148,11 +148,11 @@ Record parse_record(simdjson::dom::object object, const JsonLines& lines) {
 Rendered render(const Tokenizer& tokenizer, const Record& record) {
   if (record.conversation) return render_chat(tokenizer, *record.conversation);
   Rendered r;
-  r.ids.push_back(tokenizer.end_of_text());
+  r.ids.push_back(tokenizer.document_separator());
   tokenizer.encode(record.prompt, r.ids);
   r.trained.resize(r.ids.size(), false);
   tokenizer.encode(record.completion, r.ids);
-  r.ids.push_back(tokenizer.end_of_text());
+  r.ids.push_back(tokenizer.document_separator());
   r.trained.resize(r.ids.size(), true);
   return r;
 }
@@ -206,7 +206,7 @@ void read_examples(const Source& source, const Tokenizer& tokenizer, int context
   while (lines.next(object)) {
     records.push_back(parse_record(object, lines));
     const bool chat = records.back().conversation.has_value();
-    chat ? end_of_turn(tokenizer) : tokenizer.end_of_text();  // an Error where it lacks them
+    chat ? end_of_turn(tokenizer) : tokenizer.document_separator();  // an Error where it lacks them
     (chat ? report.conversations : report.completions)++;
     read++;
     if (records.size() == 4096) flush();
@@ -568,7 +568,7 @@ void FineTuning::sample(int64_t number) {
   if (prompt.empty() || int(prompt.size()) >= config_.T) return;
   const Completion done =
       sample_one(*gpt_, tokenizer_, prompt, kSampleTokens, {.temperature = 0},
-                 {tokenizer_.special("<|im_end|>"), tokenizer_.special("<|endoftext|>")});
+                 {tokenizer_.special("<|im_end|>"), tokenizer_.find_document_separator()});
   // The last turn before the answer, then the answer and how it ended.
   std::string asked = tokenizer_.decode(prompt);
   if (const size_t header = asked.rfind("<|im_start|>assistant\n"); header != std::string::npos) {
@@ -627,7 +627,7 @@ void FineTuning::read_data() {
   if (report_.conversations > 0) {
     config_.eos = end_of_turn(tokenizer_);
     if (config_.pad < 0 || config_.pad == config_.eos) {  // the end of turn is trained, pad never
-      config_.pad = tokenizer_.special("<|endoftext|>");
+      config_.pad = tokenizer_.find_document_separator();
     }
   }
   if (train_.size() == 0) {

@@ -2523,7 +2523,7 @@ class Pretraining {
                             : std::filesystem::path(s_.tokenizer)),
         tokenizer_(Tokenizer::load(tokenizer_path_)),
         train_(s_.data, "train"),
-        end_of_text_(tokenizer_.end_of_text()) {
+        separator_(tokenizer_.document_separator()) {
     if (tokenizer_.hash() != info_.hash) {
       fail(tokenizer_path_.string(), ": is not the tokenizer that made ", s_.data,
            ": encode the data again, or name its tokenizer with --tokenizer");
@@ -2578,7 +2578,7 @@ class Pretraining {
     return o;
   }
   std::vector<int> sample_prompt() const {
-    std::vector<int> prompt = {end_of_text_};
+    std::vector<int> prompt = {separator_};
     tokenizer_.encode(w_.prompt, prompt);
     return prompt;
   }
@@ -2593,7 +2593,7 @@ class Pretraining {
   Tokenizer tokenizer_;
   TokenStream train_;
   std::unique_ptr<TokenStream> val_;
-  int end_of_text_;
+  int separator_;
   std::vector<int> token_bytes_;  // (V) bytes of text an id stands for; 0 for special tokens
 
   Config config_;
@@ -2649,7 +2649,7 @@ Score Pretraining::evaluate(int64_t tokens) {
     tokens_.clear(), targets_.clear(), doc_starts_.clear();
     do {
       const int64_t begin = i * all / used * T;
-      append_window(*val_, begin, std::min<int64_t>(T, val_->size() - 1 - begin), end_of_text_,
+      append_window(*val_, begin, std::min<int64_t>(T, val_->size() - 1 - begin), separator_,
                     tokens_, targets_, doc_starts_);
       i++;
     } while (i < used && int64_t(tokens_.size()) + T <= s_.micro_batch_tokens);
@@ -2695,7 +2695,7 @@ void Pretraining::evaluate_and_sample(int64_t n) {
 }
 void Pretraining::sample(const std::vector<int>& prompt) {
   const Completion c = sample_one(*gpt_, tokenizer_, prompt, kSampleTokens,
-                                  {.temperature = .8f, .seed = s_.seed}, {end_of_text_});
+                                  {.temperature = .8f, .seed = s_.seed}, {separator_});
   run_.line.note("sample  " + indented(w_.prompt + c.text));
 }
 
@@ -2767,7 +2767,7 @@ void Pretraining::plan_model() {
   if (s_.kv_heads) config_.NKV = s_.kv_heads;
   if (s_.ffn) config_.F = s_.ffn;
   if (s_.tied >= 0) config_.tied = s_.tied;
-  config_.bos = config_.eos = config_.pad = end_of_text_;
+  config_.bos = config_.eos = config_.pad = separator_;
   config_.check("model flags");
 }
 
@@ -2780,7 +2780,7 @@ void Pretraining::plan_run() {
   expect_not_negative("--micro-batch-tokens", double(s_.micro_batch_tokens));
   check_budget(budget);
   check_optimizer(o);
-  loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, end_of_text_);
+  loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, separator_);
   const int64_t window = loader_->window_length();
   if (!budget.chosen()) budget.tokens = tokens_of_model(table);
   if (s_.batch_tokens == 0) {
@@ -2888,7 +2888,7 @@ int64_t Pretraining::begin(const Json* saved) {
     config_ = load_config(model_dir(run_.options.out));
     make_model();
     load_run(run_, *saved, *gpt_);
-    loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, end_of_text_);
+    loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, separator_);
     const Json& loader = saved->at("loader");
     loader_->set_state({loader.at("epoch").get<int64_t>(), loader.at("window").get<int64_t>()});
     eval_seconds_ = saved->at("eval_seconds").get<double>();

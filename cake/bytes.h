@@ -564,6 +564,21 @@ class LineReader {
     number_++;
     return true;
   }
+  // Whole lines with their line breaks, together about `bytes` bytes or else one long line. They
+  // are valid until the next call.
+  bool next_lines(std::string_view& lines, size_t bytes) {
+    for (;; bytes *= 2) {
+      const std::string_view window = window_.need(bytes);
+      const bool is_last = window_.ended() && window.size() <= bytes;
+      const size_t newline = window.substr(0, bytes).rfind('\n');
+      if (newline == std::string_view::npos && !is_last) continue;
+      lines = is_last ? window : window.substr(0, newline + 1);
+      window_.consume(lines.size());
+      number_ += std::count(lines.begin(), lines.end(), '\n');
+      if (is_last && !lines.ends_with('\n')) number_++;
+      return !lines.empty();
+    }
+  }
   int64_t number() const { return number_; }  // of the line returned last, from 1
   std::string where() const { return concat(window_.name(), ":", number_); }
   const std::string& name() const { return window_.name(); }

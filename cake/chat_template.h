@@ -56,7 +56,7 @@ inline Rendered render_chat(const Tokenizer&, const Conversation&, bool generati
 inline int end_of_turn(const Tokenizer&);  // <|im_end|>; throws Error when absent
 
 // The id that ends what is trained on and scored: <|im_end|> of a chat, the tokenizer's document
-// separator <|endoftext|> of a raw text. Throws Error when the tokenizer lacks it.
+// separator of a raw text. Throws Error when the tokenizer lacks it.
 inline int end_token(const Tokenizer&, bool is_chat);
 
 // Throws Error with `where` (file:line) and the message's number unless
@@ -231,7 +231,7 @@ inline int end_of_turn(const Tokenizer& tokenizer) {
 }
 
 inline int end_token(const Tokenizer& tokenizer, bool is_chat) {
-  return is_chat ? end_of_turn(tokenizer) : tokenizer.end_of_text();
+  return is_chat ? end_of_turn(tokenizer) : tokenizer.document_separator();
 }
 
 // The names of the tools that are declared.
@@ -304,12 +304,13 @@ inline void check_conversation(const Conversation& conversation, const std::stri
           " last, expected user or tool");
 }
 
-// A prompt as ids: a chat up to the header of the assistant's turn, or <|endoftext|> and a text.
+// A prompt as ids: a chat up to the header of the assistant's turn, or the document separator and a
+// text.
 inline std::vector<int> prompt_ids(const Tokenizer& tokenizer, const Conversation& prompt) {
   return render_chat(tokenizer, prompt, true).ids;
 }
 inline std::vector<int> prompt_ids(const Tokenizer& tokenizer, const std::string& text) {
-  std::vector<int> ids = {tokenizer.end_of_text()};
+  std::vector<int> ids = {tokenizer.document_separator()};
   tokenizer.encode(text, ids);
   return ids;
 }

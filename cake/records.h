@@ -42,6 +42,39 @@ inline const char* type_name(simdjson::dom::element e) {
                          : "a number";
 }
 
+struct LinePlace {
+  const std::string& file;
+  int64_t number;
+  std::string where() const { return concat(file, ":", number); }
+};
+
+// Parses a line, behind which SIMDJSON_PADDING bytes are readable; false: it is blank. The object
+// is valid until the parser's next line.
+inline bool parse_json_line(std::string_view line, const LinePlace& place,
+                            simdjson::dom::parser& parser, simdjson::dom::object& object) {
+  if (place.number == 1 && line.starts_with("\xef\xbb\xbf")) line.remove_prefix(3);
+  if (line.find_first_not_of(" \t\r") == std::string_view::npos) return false;
+  simdjson::dom::element element;
+  auto error = parser.parse(line.data(), line.size(), false).get(element);
+  if (error) fail(place.where(), ": not JSON: ", simdjson::error_message(error));
+  if (element.get(object) != simdjson::SUCCESS) {
+    fail(place.where(), ": found ", type_name(element), ", expected an object");
+  }
+  return true;
+}
+
+// A member that must be there and a string.
+inline std::string_view json_string(simdjson::dom::object object, std::string_view key,
+                                    const LinePlace& place) {
+  simdjson::dom::element value;
+  if (object.at_key(key).get(value)) fail(place.where(), ": \"", key, "\" is missing");
+  std::string_view text;
+  if (value.get(text)) {
+    fail(place.where(), ": \"", key, "\": found ", type_name(value), ", expected a string");
+  }
+  return text;
+}
+
 class JsonLines {
  public:
   explicit JsonLines(const Input& input) : lines_(input) {}
@@ -50,30 +83,21 @@ class JsonLines {
   // The next object, valid until the next call. Blank lines are skipped.
   bool next(simdjson::dom::object& object) {
     for (std::string_view line; lines_.next(line);) {
-      if (lines_.number() == 1 && line.substr(0, 3) == "\xef\xbb\xbf") line.remove_prefix(3);
-      if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-      simdjson::dom::element element;
-      auto error = parser_.parse(line.data(), line.size(), false).get(element);
-      if (error) fail(where(), ": not JSON: ", simdjson::error_message(error));
-      if (element.get(object) != simdjson::SUCCESS) {
-        fail(where(), ": found ", type_name(element), ", expected an object");
-      }
-      return true;
+      if (parse_json_line(line, place(), parser_, object)) return true;
     }
     return false;
   }
-
-  // A member that must be there and a string.
-  std::string_view get_string(simdjson::dom::object object, std::string_view key) const {
-    simdjson::dom::element value;
-    if (object.at_key(key).get(value)) fail(where(), ": \"", key, "\" is missing");
-    std::string_view text;
-    if (value.get(text)) {
-      fail(where(), ": \"", key, "\": found ", type_name(value), ", expected a string");
-    }
-    return text;
+  // The next lines, unparsed: see LineReader. `number`: of the first of them.
+  bool next_lines(std::string_view& lines, size_t bytes, int64_t& number) {
+    number = lines_.number() + 1;
+    return lines_.next_lines(lines, bytes);
   }
 
+  std::string_view get_string(simdjson::dom::object object, std::string_view key) const {
+    return json_string(object, key, place());
+  }
+
+  LinePlace place() const { return {lines_.name(), lines_.number()}; }
   std::string where() const { return lines_.where(); }
   const std::string& name() const { return lines_.name(); }
 
@@ -153,6 +177,12 @@ struct DocumentPart {
   bool begins = false, ends = false;
 };
 
+struct JsonBlock {  // lines of a file
+  std::string_view lines;
+  int64_t number = 0;  // of the first one
+  std::string file;
+};
+
 // The documents of plain text (a file is one), JSON lines ("text"), WET files (text that was made
 // of pages) and parquet (the column "text"). Pages themselves are for ./corpus.
 class DocumentReader {
@@ -175,6 +205,25 @@ class DocumentReader {
       }
       if (records_ == 0) fail_without_documents(inputs_[input_ - 1].name);
       json_.reset(), warc_.reset(), parquet_.reset();
+    }
+  }
+
+  // If the next documents are JSON lines: about `bytes` bytes of whole lines, unparsed, so that
+  // threads can parse them. They are valid until the next call. Otherwise false.
+  bool next_json_lines(JsonBlock& block, size_t bytes) {
+    for (;;) {
+      if (!text_ && !json_ && !warc_ && !parquet_) {
+        if (input_ == inputs_.size()) return false;
+        open(inputs_[input_++]);
+      }
+      if (!json_) return false;
+      if (json_->next_lines(block.lines, bytes, block.number)) {
+        block.file = json_->name();
+        records_ += block.lines.find_first_not_of(" \t\r\n") != std::string_view::npos;
+        return true;
+      }
+      if (records_ == 0) fail_without_documents(inputs_[input_ - 1].name);
+      json_.reset();
     }
   }
 

@@ -283,6 +283,11 @@ class AtomicFile {
   void seek(int64_t offset) {
     if (fseeko(file_, offset, SEEK_SET) != 0) fail(path_.string(), ": cannot seek: ", errno_text());
   }
+  // Asks the system to write to the disk what it has so far, and does not wait for it.
+  void start_writeback() {
+    if (std::fflush(file_) != 0) fail(path_.string(), ": cannot write: ", errno_text());
+    sync_file_range(fileno(file_), 0, 0, SYNC_FILE_RANGE_WRITE);  // advice: its failure is none
+  }
   void close() {  // complete and synced, but not yet under its name
     if (std::fclose(std::exchange(file_, nullptr)) != 0) {
       fail(path_.string(), ": cannot write: ", errno_text());

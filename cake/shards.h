@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -120,6 +121,17 @@ inline std::vector<int> shard_numbers(const std::filesystem::path& prefix,
   return numbers;
 }
 
+// The bytes of an id in the shards of a vocabulary.
+inline size_t shard_id_bytes(int vocab_size) { return vocab_size > 1 << 16 ? 4 : 2; }
+
+// Ids of 16 bits, as the shards of small vocabularies hold them.
+template <class Id>
+void narrow_ids(std::span<const Id> ids, std::vector<uint16_t>& narrow) {
+  if (narrow.size() < ids.size()) narrow.resize(ids.size());  // it never shrinks
+  uint16_t* const out = narrow.data();
+  for (size_t i = 0; i < ids.size(); i++) out[i] = uint16_t(ids[i]);
+}
+
 // Writes one split. Nothing appears under a final name before finish().
 class ShardWriter {
  public:
@@ -134,19 +146,31 @@ class ShardWriter {
   }
 
   void append(std::span<const int> ids) {
-    while (!ids.empty()) {
-      if (files_.empty() || in_file_ == tokens_per_file_) {
-        if (!files_.empty()) close_last();
-        const auto path = shard_path(prefix_, split_, int(files_.size()));
-        files_.push_back(std::make_unique<AtomicFile>(path));
-        files_.back()->seek(kShardHeader * sizeof(int32_t));  // written when the file is complete
-        in_file_ = 0;
+    for (const int id : ids) {
+      if (id < 0 || id >= vocab_size_) {
+        fail(prefix_.string(), ": found token ", id, ", expected 0 to ", vocab_size_ - 1);
       }
-      const size_t n = std::min(ids.size(), size_t(tokens_per_file_ - in_file_));
-      write(ids.first(n));
+    }
+    if (shard_id_bytes(vocab_size_) == 4) return append_packed(ids.data(), ids.size());
+    narrow_ids(ids, narrow_);
+    append_packed(narrow_.data(), ids.size());
+  }
+
+  // Ids of shard_id_bytes() each that are known to be in the vocabulary, in large writes.
+  void append_packed(const void* ids, size_t count) {
+    const size_t id_bytes = shard_id_bytes(vocab_size_);
+    for (size_t i = 0; i < count;) {
+      if (files_.empty() || in_file_ == tokens_per_file_) open_next();
+      const size_t n = std::min(count - i, size_t(tokens_per_file_ - in_file_));
+      files_.back()->write(static_cast<const char*>(ids) + i * id_bytes, n * id_bytes);
       in_file_ += int64_t(n);
       total_ += int64_t(n);
-      ids = ids.subspan(n);
+      i += n;
+      // The disk writes while the next ids are made, so that closing the file need not wait long.
+      unsynced_bytes_ += n * id_bytes;
+      if (unsynced_bytes_ < kWritebackBytes) continue;
+      files_.back()->start_writeback();
+      unsynced_bytes_ = 0;
     }
   }
 
@@ -164,12 +188,21 @@ class ShardWriter {
   }
 
  private:
-  bool wide() const { return vocab_size_ > 1 << 16; }
+  static constexpr size_t kWritebackBytes = 8 << 20;
+
+  void open_next() {
+    if (!files_.empty()) close_last();
+    const auto path = shard_path(prefix_, split_, int(files_.size()));
+    files_.push_back(std::make_unique<AtomicFile>(path));
+    files_.back()->seek(kShardHeader * sizeof(int32_t));  // written when the file is complete
+    in_file_ = 0;
+  }
 
   void close_last() {  // the number of ids is known now: writes the header
+    const bool wide = shard_id_bytes(vocab_size_) == 4;
     std::vector<int32_t> header(kShardHeader);
-    header[0] = wide() ? kMagic32 : kMagic16;
-    header[1] = wide() ? kVersion32 : kVersion16;
+    header[0] = wide ? kMagic32 : kMagic16;
+    header[1] = wide ? kVersion32 : kVersion16;
     header[2] = int32_t(in_file_);
     header[3] = vocab_size_;
     header[4] = int32_t(uint32_t(hash_));
@@ -178,22 +211,13 @@ class ShardWriter {
     files_.back()->write(header.data(), header.size() * sizeof(int32_t));
     files_.back()->close();
   }
-  void write(std::span<const int> ids) {
-    for (const int id : ids) {
-      if (id < 0 || id >= vocab_size_) {
-        fail(prefix_.string(), ": found token ", id, ", expected 0 to ", vocab_size_ - 1);
-      }
-    }
-    if (wide()) return files_.back()->write(ids.data(), ids.size_bytes());
-    narrow_.assign(ids.begin(), ids.end());
-    files_.back()->write(narrow_.data(), narrow_.size() * sizeof(uint16_t));
-  }
 
   std::filesystem::path prefix_;
   std::string split_;
   int vocab_size_;
   uint64_t hash_;
   int64_t tokens_per_file_, in_file_ = 0, total_ = 0;
+  size_t unsynced_bytes_ = 0;
   std::vector<std::unique_ptr<AtomicFile>> files_;
   std::vector<uint16_t> narrow_;
 };
@@ -221,11 +245,12 @@ class Shard {
     }
   }
 
-  int64_t size() const { return size_; }  // number of ids
+  int64_t size() const { return size_; }      // number of ids
+  size_t id_bytes() const { return width_; }  // 2 or 4
+  const unsigned char* ids() const { return file_.data() + kShardHeader * sizeof(int32_t); }
   uint32_t id(int64_t position) const {
     uint32_t id = 0;
-    std::memcpy(&id, file_.data() + kShardHeader * sizeof(int32_t) + size_t(position) * width_,
-                width_);
+    std::memcpy(&id, ids() + size_t(position) * width_, width_);
     return id;
   }
   int32_t header(int index) const {

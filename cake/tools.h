@@ -363,7 +363,7 @@ inline OrderedJson message_json(const Message& m) {
 inline Message read_turn(const Tokenizer& tokenizer, std::span<const int> turn) {
   const int begin = tokenizer.special("<tool_call>"), end = tokenizer.special("</tool_call>");
   const auto last = [&](int id) {
-    return id == tokenizer.special("<|im_end|>") || id == tokenizer.special("<|endoftext|>");
+    return id == tokenizer.special("<|im_end|>") || id == tokenizer.find_document_separator();
   };
   Message message{.role = "assistant"};
   std::vector<int> text;

@@ -9,7 +9,7 @@ set -eu
 needs="g++:g++ make:make doctest-dev:doctest/doctest.h libcli11-dev:CLI/CLI.hpp
 nlohmann-json3-dev:nlohmann/json.hpp libsimdjson-dev:simdjson.h libxxhash-dev:xxhash.h
 zlib1g-dev:zlib.h libzstd-dev:zstd.h libedit-dev:histedit.h libgumbo-dev:gumbo.h
-libcld2-dev:cld2/public/compact_lang_det.h libutf8proc-dev:utf8proc.h libpsl-dev:libpsl.h
+libcld2-dev:cld2/public/compact_lang_det.h libpsl-dev:libpsl.h
 libuchardet-dev:uchardet/uchardet.h libdivsufsort-dev:divsufsort64.h libsnappy-dev:snappy.h"
 
 if [ "${1:-}" = --all ]; then

@@ -4,87 +4,23 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "cake/bpe.h"
 #include "cake/json.h"
 #include "cake/records.h"
 #include "cake/shards.h"
 #include "cake/tokenizer.h"
 #include "cake/unicode.h"
-#include "test/support.h"
+#include "test/bpe_support.h"
 
 using namespace cake;
 
 namespace {
-
-using Ids = std::vector<int>;
-const char* const kAllPatterns[] = {"gpt2", "cl100k", "qwen2", "o200k"};
-
-// Text that visits every class and every corner of the patterns.
-std::string random_text(uint64_t seed, int characters) {
-  static const std::vector<std::string> alphabet = {
-      "a",      "b",      "c",      "e",      "A",      "B", "Z", "s",  "S",
-      "t",      "ll",     "'",      "'",      " ",      " ", " ", "  ", "\n",
-      "\n",     "\r\n",   "\t",     "/",      "!",      ".", "0", "1",  "23",
-      "the ",   "ing ",   "\u0301", "日",     "本",     "ſ", "ß", "ǅ",  "ʰ",
-      "\u00a0", "\u3000", "\u0085", "\u001c", "\u200b", "½", "é", "É",  "😀"};
-  Rng rng{seed};
-  std::string text;
-  for (int i = 0; i < characters; i++) text += alphabet[rng.below(alphabet.size())];
-  return text;
-}
-
-// Long words of two letters: almost every border is contested, most tokens have several splits.
-std::string two_letters(uint64_t seed, int n) {
-  Rng rng{seed};
-  std::string text;
-  for (int i = 0; i < n; i++) text += rng.below(3) ? (rng.below(200) ? "a" : " ") : "b";
-  return text;
-}
-
-std::string random_bytes(uint64_t seed, size_t n) {
-  Rng rng{seed};
-  std::string bytes;
-  while (bytes.size() < n) bytes += char(rng.next());
-  return bytes;
-}
-
-std::string path_of(const TempDir& dir, const std::string& name, const std::string& content) {
-  write_file(dir / name, content);
-  return (dir / name).string();
-}
-
-Tokenizer train_on(const std::string& text, int vocab_size, const std::string& pattern,
-                   int threads = 1) {
-  TempDir dir;
-  Corpus corpus{.inputs = {path_of(dir, "text.txt", text)}, .threads = threads};
-  return train_tokenizer(corpus, vocab_size, pattern);
-}
-
-// The merges of a tokenizer that was trained here: its ids are ranks, so that the merges before a
-// token leave its two parts of its bytes.
-const std::vector<plain::Merge>& merges_of(const Tokenizer& tokenizer) {
-  static std::map<uint64_t, std::vector<plain::Merge>> known;
-  std::vector<plain::Merge>& merges = known[tokenizer.hash()];
-  for (int id = 256 + int(merges.size()); !tokenizer.is_special(id); id++) {
-    const Ids parts = plain::encode(tokenizer.token_bytes(id), merges);
-    REQUIRE(parts.size() == 2);
-    merges.push_back({parts[0], parts[1]});
-  }
-  return merges;
-}
-
-Ids plain_encode(const Tokenizer& tokenizer, std::string_view text) {
-  Ids ids;
-  for (const std::string_view piece : tokenizer.pieces(text)) {
-    const Ids tokens = plain::encode(piece, merges_of(tokenizer));
-    ids.insert(ids.end(), tokens.begin(), tokens.end());
-  }
-  return ids;
-}
 
 Ids read_split(const std::filesystem::path& prefix, const std::string& split) {
   const TokenStream stream(prefix, split);
@@ -132,29 +68,6 @@ TEST_CASE("pieces and ids equal those of Hugging Face's tokenizers for every pat
     }
     CHECK(different == 0);
   }
-}
-
-TEST_CASE("the Unicode tables hold what Unicode says") {
-  CHECK(std::string(kUnicodeVersion) == "16.0.0");
-  const uint8_t* kind = char_classes();
-  CHECK(kind[0x61] == kLower);
-  CHECK(kind[0x1C5] == kUpper);   // titlecase
-  CHECK(kind[0x17F] == kLower);   // long s
-  CHECK(kind[0x2B0] == kLetter);  // modifier
-  CHECK(kind[0x301] == kMark);
-  CHECK(kind[0x2167] == kNumber);
-  CHECK(kind[0x1C89] == kUpper);    // new in 16
-  CHECK(kind[0x16EA0] == kOther);   // new in 17
-  CHECK(kind[0x10FFFF] == kOther);  // the last one
-  CHECK(kind[0x0A] == kNewline);
-  std::vector<uint32_t> spaces;
-  for (uint32_t c = 0; c < 0x110000; c++) {
-    if (kind[c] == kSpace) spaces.push_back(c);
-  }
-  CHECK(spaces == std::vector<uint32_t>{0x9,    0xB,    0xC,    0x20,   0x85,   0xA0,
-                                        0x1680, 0x2000, 0x2001, 0x2002, 0x2003, 0x2004,
-                                        0x2005, 0x2006, 0x2007, 0x2008, 0x2009, 0x200A,
-                                        0x2028, 0x2029, 0x202F, 0x205F, 0x3000});
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -238,90 +151,8 @@ TEST_CASE("every token of the real vocabularies encodes to itself and decodes to
   }
 }
 
-TEST_CASE("vocab.bpe, encoder.json and r50k's ranks are one vocabulary") {
-  if (skip_without_data("tokenizers/gpt2_vocab.bpe")) return;
-  const Tokenizer &a = real("gpt2_vocab.bpe"), &b = real("r50k_base.tiktoken");
-  CHECK(a.hash() == b.hash());
-  CHECK(a.encode(random_text(1, 5000)) == b.encode(random_text(1, 5000)));
-  // encoder.json spells bytes; every spelling of ASCII is itself.
-  const Json encoder = read_json(data_path("tokenizers/gpt2_encoder.json"));
-  int checked = 0, wrong = 0;
-  for (const auto& [key, id] : encoder.items()) {
-    if (std::any_of(key.begin(), key.end(), [](char c) { return c <= 32 || c == 127; })) continue;
-    checked++;
-    wrong += a.token_bytes(id.get<int>()) != key;
-  }
-  CHECK(checked > 10000);
-  CHECK(wrong == 0);
-}
-
-TEST_CASE("a real vocabulary with holes among its ids is saved and loaded unchanged") {
-  if (skip_without_data("tokenizers/o200k_base.tiktoken")) return;
-  for (const char* name : {"r50k_base.tiktoken", "o200k_base.tiktoken"}) {
-    const Tokenizer& t = real(name);
-    TempDir dir;
-    t.save(dir.path());
-    const Tokenizer again = Tokenizer::load(dir.path());
-    CHECK(again.hash() == t.hash());
-    CHECK(again.vocab_size() == t.vocab_size());
-    CHECK(again.end_of_text() == t.end_of_text());
-    const std::string text = random_text(2, 20000);
-    CHECK(again.encode(text) == t.encode(text));
-  }
-}
-
 // ---------------------------------------------------------------------------------------------
 // Encoding
-
-TEST_CASE("the encoder equals the definition of byte pair encoding") {
-  for (const char* pattern : kAllPatterns) {
-    CAPTURE(pattern);
-    const Tokenizer t = train_on(random_text(3, 20000), 700, pattern);
-    for (uint64_t seed = 0; seed < 300; seed++) {
-      const std::string text = random_text(100 + seed, int(1 + seed % 60));
-      CHECK(t.encode(text) == plain_encode(t, text));
-    }
-    CHECK(t.encode(random_bytes(4, 3000)) == plain_encode(t, random_bytes(4, 3000)));
-  }
-}
-
-TEST_CASE("the encoder equals the definition where merges overlap most") {
-  const Tokenizer t = train_on(two_letters(5, 6000), 400, "gpt2");
-  for (uint64_t seed = 0; seed < 200; seed++) {
-    std::string piece;
-    Rng draw{1000 + seed};
-    for (int i = 0; i < 80; i++) piece += draw.below(2 + seed % 3) ? 'a' : 'b';
-    CHECK(t.encode(piece) == plain_encode(t, piece));
-  }
-}
-
-TEST_CASE("any bytes and every token round-trip") {
-  for (const char* pattern : kAllPatterns) {
-    const Tokenizer t = train_on(random_text(6, 20000), 600, pattern);
-    CHECK(t.decode(t.encode(random_bytes(7, 100000))) == random_bytes(7, 100000));
-    CHECK(t.decode(t.encode(random_text(8, 50000))) == random_text(8, 50000));
-    CHECK(t.encode("").empty());
-    for (int id = 0; id < t.vocab_size(); id++) {
-      const std::string bytes(t.token_bytes(id));
-      CHECK(!bytes.empty());
-      CHECK(t.encode(bytes, true) == Ids{id});
-    }
-  }
-}
-
-TEST_CASE("a million of one character is encoded in linear time") {
-  // Quadratic work on a million bytes would take minutes: that the test ends is the test.
-  const Tokenizer t = train_on(random_text(9, 20000) + std::string(5000, 'a'), 600, "o200k");
-  for (const std::string unit : {"a", "A", " ", "\n", "^", "'", "1", "日", "\u0301", "\xff", "/"}) {
-    std::string text;
-    while (text.size() < 1000000) text += unit;
-    const Ids ids = t.encode(text);
-    CHECK(t.decode(ids) == text);
-    CHECK(ids.size() <= 1000002);
-  }
-  const std::string upper = "日" + std::string(1000000, 'A');  // a word pattern that must back off
-  CHECK(t.decode(t.encode(upper)) == upper);
-}
 
 TEST_CASE("special tokens are text unless allowed, the longest at a place first") {
   const Tokenizer t = train_on(random_text(10, 5000), 300, "cl100k");
@@ -413,193 +244,6 @@ TEST_CASE("training refuses sizes, patterns, fractions and inputs that cannot be
 
 // ---------------------------------------------------------------------------------------------
 // Files of tokenizers
-
-TEST_CASE("a trained tokenizer is saved and loaded with the same ids, for every pattern") {
-  for (const char* pattern : kAllPatterns) {
-    TempDir dir;
-    const Tokenizer t = train_on(random_text(12, 20000), 900, pattern);
-    t.save(dir / "model");
-    for (const auto& path : {dir / "model", dir.path(), dir / "model" / "tokenizer.json"}) {
-      const Tokenizer again = Tokenizer::load(path);
-      CHECK(again.hash() == t.hash());
-      CHECK(again.vocab_size() == 900);
-      CHECK(again.special("</think>") == t.special("</think>"));
-      CHECK(again.encode(random_text(13, 20000)) == t.encode(random_text(13, 20000)));
-    }
-    const Json config = read_json(dir / "model" / "tokenizer_config.json");
-    CHECK(config.at("tokenizer_class") == "PreTrainedTokenizerFast");
-    CHECK(config.at("eos_token") == "<|endoftext|>");
-    CHECK(config.at("pad_token") == "<|endoftext|>");
-  }
-}
-
-TEST_CASE("a tokenizer's files are written back byte for byte") {
-  TempDir dir;
-  train_on(random_text(14, 5000), 400, "qwen2").save(dir / "a");
-  Json json = read_json(dir / "a" / "tokenizer.json");
-  json["post_processor"] = {{"type", "Something"}};
-  write_file(dir / "a" / "tokenizer.json", json.dump());
-  write_file(dir / "a" / "tokenizer_config.json", "{\"chat_template\": \"x\"}");
-  Tokenizer::load(dir / "a").save(dir / "b");
-  for (const char* name : {"tokenizer.json", "tokenizer_config.json"}) {
-    CHECK(read_file(dir / "a" / name) == read_file(dir / "b" / name));
-  }
-}
-
-TEST_CASE("the hash tells tokenizers apart by pattern, merges and specials") {
-  std::set<uint64_t> hashes;
-  for (const char* pattern : kAllPatterns) hashes.insert(train_on("ab", 273, pattern).hash());
-  hashes.insert(train_on("ab", 274, "gpt2").hash());
-  hashes.insert(train_on("ba", 274, "gpt2").hash());
-  TempDir dir;
-  train_on("ab", 273, "gpt2").save(dir.path());
-  Json json = read_json(dir / "tokenizer.json");
-  json["added_tokens"][0]["content"] = "<|other|>";
-  json["model"]["vocab"].erase("<|endoftext|>");
-  write_file(dir / "tokenizer.json", json.dump());
-  hashes.insert(Tokenizer::load(dir.path()).hash());
-  CHECK(hashes.size() == 7);
-}
-
-TEST_CASE("ignore_merges makes a token of a piece whatever the merges say") {
-  TempDir dir;
-  train_on("abc abd xyz", 273, "gpt2").save(dir.path());
-  Json json = read_json(dir / "tokenizer.json");
-  json["model"]["vocab"]["xyz"] = 273;
-  write_file(dir / "tokenizer.json", json.dump());
-  CHECK(Tokenizer::load(dir.path()).encode("xyz") == Ids{'x', 'y', 'z'});
-  json["model"]["ignore_merges"] = true;
-  write_file(dir / "tokenizer.json", json.dump());
-  CHECK(Tokenizer::load(dir.path()).encode("xyz") == Ids{273});
-  CHECK(Tokenizer::load(dir.path()).encode("xyzz") == Ids{'x', 'y', 'z', 'z'});
-}
-
-TEST_CASE("merges that list every split of a token give the same ids") {
-  TempDir dir;
-  const Tokenizer t = train_on(two_letters(15, 6000), 400, "cl100k");
-  t.save(dir.path());
-  Json json = read_json(dir / "tokenizer.json");
-  const Json& vocab = json["model"]["vocab"];
-  // As files made from .tiktoken's have it: by rank, then by the ranks of the parts. The spelling
-  // of a byte is one or two bytes of UTF-8; cutting between bytes of one gives no token.
-  std::map<int, std::vector<std::pair<std::pair<int, int>, std::string>>> splits;
-  for (const auto& [key, id] : vocab.items()) {
-    if (t.is_special(id.get<int>())) continue;
-    for (size_t i = 1; i < key.size(); i++) {
-      const std::string left = key.substr(0, i), right = key.substr(i);
-      if ((right[0] & 0xC0) == 0x80 || !vocab.contains(left) || !vocab.contains(right)) continue;
-      splits[id.get<int>()].push_back({{vocab[left], vocab[right]}, left + " " + right});
-    }
-  }
-  Json merges = Json::array();
-  for (auto& [id, list] : splits) {
-    std::sort(list.begin(), list.end());
-    for (const auto& [parts, text] : list) merges.push_back(text);
-  }
-  CHECK(merges.size() >= json["model"]["merges"].size() + 100);
-  json["model"]["merges"] = merges;
-  write_file(dir / "tokenizer.json", json.dump());
-  CHECK(Tokenizer::load(dir.path()).hash() == t.hash());
-}
-
-TEST_CASE("NFC composes, decomposes and orders as Unicode says") {
-  TempDir dir;
-  const Tokenizer plain = train_on("ab", 273, "qwen2");
-  plain.save(dir.path());
-  Json json = read_json(dir / "tokenizer.json");
-  json["normalizer"] = {{"type", "NFC"}};
-  write_file(dir / "tokenizer.json", json.dump());
-  const Tokenizer nfc = Tokenizer::load(dir.path());
-  CHECK(nfc.hash() != plain.hash());
-  const auto normal = [&](const std::string& text) { return nfc.decode(nfc.encode(text)); };
-  CHECK(normal("e\u0301") == "\u00e9");
-  CHECK(normal("\u212b") == "\u00c5");                    // the angstrom sign
-  CHECK(normal("q\u0307\u0323") == "q\u0323\u0307");      // marks in order
-  CHECK(normal("e\u0323\u0302") == "\u1ec7");             // two steps
-  CHECK(normal("\u0958") == "\u0915\u093c");              // never composed
-  CHECK(normal("\u1112\u1161\u11ab") == "\ud55c");        // Hangul
-  CHECK(normal("\ud558\u11ab\u11ab") == "\ud55c\u11ab");  //
-  CHECK(normal("a\u0315\u0300") == "\u00e0\u0315");       // past a mark of a higher class
-  CHECK(normal("a\u0300\u0301") == "\u00e0\u0301");       // not past one of the same
-  CHECK(normal("a\u0305\u0300") == "a\u0305\u0300");      // nor past one that stays
-  CHECK(normal("\u0301e") == "\u0301e");                  // a mark at the start
-  CHECK(normal("\xff"
-               "e\xcc") ==
-        "\xff"
-        "e\xcc");  // bytes that are no UTF-8 stay
-  CHECK(normal("plain \u65e5\u672c") == "plain \u65e5\u672c");
-}
-
-TEST_CASE("files that are no byte-level BPE are refused in one line that says why") {
-  TempDir dir;
-  train_on("ab ab abc", 275, "cl100k").save(dir / "good");
-  const Json good = read_json(dir / "good" / "tokenizer.json");
-  const auto with = [&](const char* pointer, const Json& value) {
-    Json json = good;
-    json[Json::json_pointer(pointer)] = value;
-    const std::string path = path_of(dir, "tokenizer.json", json.dump());
-    const std::string error = error_of([&] { Tokenizer::load(path); });
-    CHECK(contains(error, "tokenizer.json: "));
-    CHECK(!contains(error, "\n"));
-    return error;
-  };
-  CHECK(contains(with("/model/type", "Unigram"), "model.type: found Unigram, expected byte-level"));
-  CHECK(contains(with("/model/byte_fallback", true), "SentencePiece"));
-  CHECK(contains(with("/pre_tokenizer", {{"type", "Metaspace"}}), "found Metaspace"));
-  CHECK(contains(with("/normalizer", {{"type", "Prepend"}}), "SentencePiece"));
-  CHECK(
-      contains(with("/normalizer", {{"type", "Lowercase"}}), "found \"Lowercase\", expected NFC"));
-  CHECK(contains(with("/pre_tokenizer", nullptr), "pre_tokenizer: found null"));
-  CHECK(contains(with("/pre_tokenizer/pretokenizers/0/pattern/Regex", "\\w+"),
-                 "Regex: found \"\\\\w+\", expected the pattern of gpt2"));
-  CHECK(contains(with("/pre_tokenizer/pretokenizers/1/add_prefix_space", true),
-                 "\"add_prefix_space\": false"));
-  CHECK(contains(with("/model/vocab/a", 98), "found id 98 twice"));
-  CHECK(contains(with("/model/vocab/a", -5), "model.vocab: found -5"));
-  CHECK(contains(with("/model/vocab/a", "x"), "model.vocab: found \"x\", expected a token id"));
-  CHECK(contains(with("/model/vocab/日", 400), "found 日, expected a spelling"));
-  CHECK(contains(with("/model/merges/0", "a"), "model.merges[0]: found \"a\""));
-  CHECK(contains(with("/model/merges/0", "a q"), "model.merges[0]: found \"a q\""));
-  CHECK(contains(with("/model/merges/0", {"a"}), "model.merges[0]: found [\"a\"]"));
-  CHECK(contains(with("/model/merges", 3), "model.merges: found 3, expected an array"));
-  CHECK(contains(with("/added_tokens/0/lstrip", true), "added_tokens[0]"));
-  CHECK(contains(with("/model/dropout", .1), "model.dropout: found 0.1"));
-  const auto without = [&](const char* object, const char* key) {
-    Json json = good;
-    json[Json::json_pointer(object)].erase(key);
-    const std::string path = path_of(dir, "tokenizer.json", json.dump());
-    return error_of([&] { Tokenizer::load(path); });
-  };
-  CHECK(contains(without("", "model"), "tokenizer.json: model is missing"));
-  CHECK(contains(without("/model", "merges"), "model.merges is missing"));
-  CHECK(contains(without("/model/vocab", "b"), "model.vocab: byte 98 has no token"));
-  // A merge before those that make its parts: the definition would differ from the encoder's.
-  Json json = good;
-  std::swap(json["model"]["merges"][0], json["model"]["merges"][1]);
-  const std::string swapped = path_of(dir, "tokenizer.json", json.dump());
-  CHECK(contains(error_of([&] { Tokenizer::load(swapped); }), "model.merges[0]"));
-}
-
-TEST_CASE("missing, damaged and unknown tokenizer files are refused with their place") {
-  TempDir dir;
-  const auto load = [&](const std::string& name, const std::string& content) {
-    const std::string path = path_of(dir, name, content);
-    return error_of([&] { Tokenizer::load(path); });
-  };
-  CHECK(contains(error_of([&] { Tokenizer::load(dir / "none"); }), "none: not found"));
-  CHECK(contains(error_of([&] { Tokenizer::load(dir.path()); }), "found no tokenizer.json"));
-  CHECK(contains(load("tokenizer.json", ""), "tokenizer.json: not JSON"));
-  CHECK(contains(load("tokenizer.json", "{\"model\": {"), "tokenizer.json: not JSON"));
-  CHECK(contains(load("tokenizer.json", "[]"), "tokenizer.json: found [], expected an object"));
-  CHECK(contains(load("t.model", "x"), "found a file of another kind"));
-  CHECK(contains(load("t.tiktoken", "IQ== 0\nIg== 1\n"), "found 2 ranks, expected 50256 (r50k)"));
-  CHECK(contains(load("t.tiktoken", "IQ== 0\nIg==\n"), "t.tiktoken:2: found Ig=="));
-  CHECK(contains(load("t.tiktoken", "I*== 0\n"), "t.tiktoken:1: found I*=="));
-  CHECK(contains(load("t.tiktoken", ""), "found 0 ranks"));
-  CHECK(contains(load("vocab.bpe", "#version: 0.2\na b\nab\n"), "vocab.bpe:3: found ab"));
-  CHECK(contains(load("vocab.bpe", "#version: 0.2\nab c\n"), "vocab.bpe:2: found ab c"));
-  CHECK(contains(load("vocab.bpe", ""), "found no merges"));
-}
 
 // ---------------------------------------------------------------------------------------------
 // Documents
@@ -763,17 +407,253 @@ TEST_CASE("a long document has the same ids in chunks, batches and threads as in
   }
 }
 
-TEST_CASE("a document longer than a batch has the same ids as in one piece") {
+TEST_CASE("a document longer than a stretch has the same ids as in one piece") {
   TempDir dir;
   std::string text;
-  for (uint64_t i = 0; text.size() < (17u << 20); i++) text += random_text(i, 300000);
-  text.insert(31u << 19, std::string(1 << 20, 'a'));  // no safe cut about the batch's end
+  for (uint64_t i = 0; text.size() < (3u << 20); i++) text += random_text(i, 300000);
+  text.insert(1u << 20, std::string(1 << 20, 'a'));  // no safe cut in several stretches
   const Tokenizer t = train_on(text.substr(0, 200000), 600, "gpt2");
   Ids expected = {t.end_of_text()};
   t.encode(text, expected);
   encode_corpus({.inputs = {path_of(dir, "t.txt.zst", zstandard(text))}, .threads = 2}, t,
                 dir / "tok", dir / "x");
   CHECK((read_split(dir / "x", "train") == expected));
+}
+
+// One with each pattern that has a scanner, one with a compiled expression, one with steps that cut
+// the pieces of one another, one with a normalizer, and one without <|endoftext|>.
+const std::vector<std::pair<std::string, Tokenizer>>& all_kinds() {
+  static const std::vector<std::pair<std::string, Tokenizer>> kinds = [] {
+    std::vector<std::pair<std::string, Tokenizer>> all;
+    const std::string text = random_text(18, 20000);
+    for (const char* pattern : kAllPatterns) all.push_back({pattern, train_on(text, 500, pattern)});
+    all.push_back({"regex", train_on(text, 500, R"( ?\p{L}+|\p{N}{1,2}|[^\p{L}\p{N}\n]+|\n+)")});
+    TempDir dir;
+    const auto change = [&](const char* name, const std::function<void(Json&)>& edit) {
+      train_on(text, 500, "gpt2").save(dir / name);
+      Json json = read_json(dir / name / "tokenizer.json");
+      edit(json);
+      write_file(dir / name / "tokenizer.json", json.dump());
+      return Tokenizer::load(dir / name);
+    };
+    const Json digits = {{"type", "Digits"}, {"individual_digits", true}};
+    all.push_back(
+        {"steps", change("steps", [&](Json& json) {
+           const Json byte_level = json["pre_tokenizer"];
+           json["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", {digits, byte_level}}};
+         })});
+    all.push_back({"nfc", change("nfc", [](Json& json) {
+                     json["normalizer"] = {{"type", "NFC"}};
+                   })});
+    all.push_back({"begin_of_text", change("begin_of_text", [](Json& json) {
+                     Json& vocab = json["model"]["vocab"];
+                     vocab["<|begin_of_text|>"] = vocab["<|endoftext|>"];
+                     vocab.erase("<|endoftext|>");
+                     json["added_tokens"][0]["content"] = "<|begin_of_text|>";
+                   })});
+    return all;
+  }();
+  return kinds;
+}
+
+TEST_CASE("stretches of any size and any number of threads give the same shards") {
+  TempDir dir;
+  for (const auto& kind : all_kinds()) {
+    CAPTURE(kind.first);
+    const Tokenizer& t = kind.second;
+    std::vector<std::string> texts;
+    for (uint64_t i = 0; i < 30; i++) texts.push_back(random_text(500 + i, int(1 + 13 * i)));
+    Ids expected;
+    for (const std::string& text : texts) {
+      expected.push_back(t.document_separator());
+      t.encode(text, expected);
+    }
+    // A long text in a file of its own, then short ones.
+    const std::string text = random_text(530, 3000) + std::string(300, 'x');
+    expected.push_back(t.document_separator());
+    t.encode(text, expected);
+    const std::vector<std::string> inputs = {path_of(dir, "d.jsonl", json_lines(texts)),
+                                             path_of(dir, "d.txt", text)};
+    std::set<std::string> files;
+    for (const size_t stretch_bytes : {1, 2, 5, 64, 1000, 1 << 20}) {
+      for (const int threads : {1, 4}) {
+        const DataInfo info =
+            encode_corpus({.inputs = inputs, .threads = threads, .stretch_bytes = stretch_bytes}, t,
+                          dir / "tok", dir / "x");
+        CHECK(info.train.documents == 31);
+        CHECK((read_split(dir / "x", "train") == expected));
+        files.insert(read_file(shard_path(dir / "x", "train", 0)));
+      }
+    }
+    CHECK(files.size() == 1);
+  }
+}
+
+TEST_CASE("a text cut at any place that is safe has the same ids in its two parts") {
+  for (const auto& kind : all_kinds()) {
+    CAPTURE(kind.first);
+    const Tokenizer& t = kind.second;
+    const std::string text = random_text(19, 4000);
+    const Ids whole = t.encode(text);
+    TextEncoder encoder(t.data(), 1 << 20);
+    int cuts = 0, wrong = 0;
+    for (size_t i = 1; i < text.size(); i++) {
+      if (!is_safe_cut(t.data(), text, i)) continue;
+      Ids ids;
+      encoder.encode(text, i, true, false, ids);
+      const std::string_view rest = std::string_view(text).substr(i);
+      encoder.encode(rest, rest.size(), false, false, ids);
+      cuts++;
+      wrong += ids != whole;
+    }
+    CHECK(cuts > 20);
+    CHECK(wrong == 0);
+  }
+}
+
+TEST_CASE("a tokenizer without <|endoftext|> encodes a corpus with the separator that it has") {
+  TempDir dir;
+  const Tokenizer& t = all_kinds().back().second;
+  CHECK(t.special("<|endoftext|>") == -1);
+  encode_corpus({.inputs = {path_of(dir, "d.jsonl", json_lines({"one", "two"}))}}, t, dir / "tok",
+                dir / "x");
+  Ids expected;
+  for (const char* text : {"one", "two"}) {
+    expected.push_back(t.special("<|begin_of_text|>"));
+    t.encode(text, expected);
+  }
+  CHECK(read_split(dir / "x", "train") == expected);
+}
+
+TEST_CASE("names of special tokens in a corpus are text unless asked for") {
+  TempDir dir;
+  const std::string text = "one <|im_start|>two<|endoftext|>";
+  const Tokenizer t = train_on(text, 300, "cl100k");
+  const std::string input = path_of(dir, "t.txt", text);
+  for (const bool specials : {false, true}) {
+    encode_corpus({.inputs = {input}, .specials = specials}, t, dir / "tok", dir / "x");
+    Ids expected = {t.document_separator()};
+    t.encode(text, expected, specials);
+    CHECK(read_split(dir / "x", "train") == expected);
+  }
+}
+
+TEST_CASE("the size of the cache changes no id") {
+  TempDir dir;
+  const std::string text = random_text(21, 200000);
+  const Tokenizer t = train_on(text.substr(0, 50000), 900, "o200k");
+  const std::string input = path_of(dir, "t.txt", text);
+  Ids expected = {t.document_separator()};
+  t.encode(text, expected);
+  for (const size_t bytes : {size_t(0), size_t(1000), size_t(1) << 20, size_t(64) << 20}) {
+    encode_corpus({.inputs = {input}, .cache_bytes = bytes}, t, dir / "tok", dir / "x");
+    CHECK((read_split(dir / "x", "train") == expected));
+  }
+}
+
+TEST_CASE("lines of JSON that threads parse keep their numbers in errors") {
+  TempDir dir;
+  const Tokenizer t = train_on("some text", 280, "gpt2");
+  std::vector<std::string> texts;
+  for (uint64_t i = 0; i < 400; i++) texts.push_back(random_text(700 + i, int(i % 40)));
+  const auto encode = [&](const std::string& lines, int threads) {
+    const std::string input = path_of(dir, "d.jsonl", lines);
+    return error_of([&] {
+      encode_corpus({.inputs = {input}, .threads = threads, .stretch_bytes = 300}, t, dir / "tok",
+                    dir / "x");
+    });
+  };
+  for (const int threads : {1, 4}) {
+    // A byte order mark, blank lines, \r\n and no line break at the end.
+    std::string lines = "\xef\xbb\xbf" + json_lines(texts) + "\n \r\n" + json_lines({"end"});
+    lines.pop_back();
+    CHECK(encode(lines, threads) == "no error");
+    Ids expected;
+    for (const std::string& text : texts) {
+      if (text.empty()) continue;
+      expected.push_back(t.end_of_text());
+      t.encode(text, expected);
+    }
+    expected.push_back(t.end_of_text());
+    t.encode("end", expected);
+    CHECK((read_split(dir / "x", "train") == expected));
+    CHECK(contains(encode(json_lines(texts) + "{\n", threads), "d.jsonl:401: not JSON"));
+    CHECK(contains(encode(json_lines(texts) + "\n\n[1]\n" + json_lines(texts), threads),
+                   "d.jsonl:403: found an array, expected an object"));
+    CHECK(contains(encode(json_lines(texts) + "{\"tex\": 1}\n{\n", threads),
+                   "d.jsonl:401: \"text\" is missing"));
+    CHECK(contains(encode("\n \n", threads), "d.jsonl: found no documents, expected JSON lines"));
+  }
+}
+
+TEST_CASE("an encoding that is asked to stop leaves nothing") {
+  TempDir dir;
+  const Tokenizer t = train_on("some text", 280, "gpt2");
+  const std::string input = path_of(dir, "t.txt", random_text(22, 20000));
+  stop_signal = SIGINT;
+  for (const int threads : {1, 3}) {
+    bool stopped = false;
+    try {
+      encode_corpus({.inputs = {input}, .threads = threads}, t, dir / "tok", dir / "x");
+    } catch (const Interrupted&) {
+      stopped = true;
+    }
+    CHECK(stopped);
+  }
+  stop_signal = 0;
+  CHECK(std::distance(std::filesystem::directory_iterator(dir.path()), {}) == 1);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Decoding
+
+TEST_CASE("./bpe decode gives back the text of a shard, to a file and to the standard output") {
+  TempDir dir;
+  // Tokens of more than 16 bytes, and ids of two and of four bytes.
+  std::string text = random_text(23, 100000);
+  for (int i = 0; i < 300; i++) text += "internationalization of counterrevolutionaries ";
+  const Tokenizer small = train_on(text, 700, "cl100k");
+  small.save(dir / "small");
+  Json json = read_json(dir / "small" / "tokenizer.json");
+  json["added_tokens"].push_back({{"id", 70000},
+                                  {"content", "<|far|>"},
+                                  {"single_word", false},
+                                  {"lstrip", false},
+                                  {"rstrip", false},
+                                  {"normalized", false},
+                                  {"special", true}});
+  std::filesystem::create_directory(dir / "large");
+  write_file(dir / "large" / "tokenizer.json", json.dump());
+  const std::string input = path_of(dir, "t.txt", text);
+  for (const char* name : {"small", "large"}) {
+    CAPTURE(name);
+    const std::string tokenizer = (dir / name).string();
+    encode_corpus({.inputs = {input}}, Tokenizer::load(tokenizer), tokenizer, dir / "x");
+    const std::string shard = shard_path(dir / "x", "train", 0).string();
+    const std::string out = (dir / "out.txt").string();
+    for (const char* threads : {"1", "3"}) {
+      const std::string command =
+          concat("./bpe decode ", tokenizer, " ", shard, " --threads ", threads);
+      CHECK(shell(command + " -o " + out).status == 0);
+      CHECK((read_file(out) == "<|endoftext|>" + text));
+      CHECK(shell(command + " > " + out).status == 0);
+      CHECK((read_file(out) == "<|endoftext|>" + text));
+    }
+  }
+  CHECK(shell("./bpe decode " + (dir / "small").string() + " 97 98 99").text == "abc");
+  // The shard of the larger vocabulary.
+  const Output wrong = shell(concat("./bpe decode ", (dir / "small").string(), " ",
+                                    shard_path(dir / "x", "train", 0).string()));
+  CHECK(wrong.status == 0);  // it holds no id that the smaller one lacks
+  ShardWriter writer(dir / "y", "train", 71000, 1);
+  writer.append(Ids{97, 98, 70500});
+  writer.finish();
+  const Output o =
+      shell(concat("./bpe decode ", (dir / "small").string(), " ",
+                   shard_path(dir / "y", "train", 0).string(), " -o ", (dir / "none").string()));
+  CHECK(o.status == 1);
+  CHECK(contains(o.text, "position 2: found token 70500, expected an id of the tokenizer"));
+  CHECK(!std::filesystem::exists(dir / "none"));
 }
 
 TEST_CASE("the validation part of one document is its tail, from a line's start") {
