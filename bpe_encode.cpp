@@ -372,8 +372,8 @@ namespace {
 constexpr size_t kShort = 15;  // bytes of a piece that fits a key
 constexpr size_t kLanes = 8;
 
-// Place 15 stands for the neighbour that is not there: a token that merges with none. Then the
-// steps of all pieces are the same, and hardly have a branch.
+// Where a token has no neighbour, place 15 is taken instead: it holds kNobody, a token that merges
+// with none. Then the steps of all pieces are the same, and hardly have a branch.
 struct alignas(64) Lane {
   uint32_t token[16];
   Simd::LeastOf<16> ranks;
@@ -481,8 +481,10 @@ void IdBuffer::grow(size_t capacity) {
 
 namespace {
 
-// What does not fit an entry of the cache, in a ring: the oldest records are overwritten. A record
-// is named by its offset and the number of times that the ring had begun anew when it was written.
+// What does not fit an entry of the cache is a record in a ring buffer, where new records overwrite
+// the oldest ones. Whoever holds a record's offset also holds the round in which it was written:
+// the number of times that writing had started again at the beginning of the ring. The round tells
+// whether the record is still there.
 class RecordRing {
  public:
   struct Name {
@@ -536,11 +538,12 @@ constexpr uint32_t kInRing = uint32_t(1) << 31;
 RecordRing::Name record_name(const Entry& entry) { return {entry.ids[0], entry.ids[1]}; }
 bool is_empty(const Entry& entry) { return entry.key[1] == 0; }
 
-// Entries in groups of four: 128 bytes, two cache lines. A piece has a home in its group, and is
-// looked for there, then in the rest of the group, then in a second group. One that is met
-// elsewhere in its first group moves home, so that what is frequent is found at once. When both
-// groups are full, a new piece takes the place of another one that is not at home. So nothing is
-// ever searched for long, however full the table is.
+// Entries in groups of four: 128 bytes, two cache lines. The hash of a piece says its home,
+// a place in its first group. A search looks there, then in the rest of the group, then in a second
+// group. A piece that is found elsewhere in its first group changes places with the one at home, so
+// that the next search for it ends at once. When both groups are full, a new piece replaces one of
+// its first group that is not at home. So a search never looks at more than eight entries, however
+// full the table is.
 class PieceCache {
  public:
   explicit PieceCache(size_t bytes)
@@ -602,7 +605,8 @@ class PieceCache {
     *chosen = entry;
   }
   void grow() {
-    // Such that the last step is a whole one: the old table is small beside the new one.
+    // The sizes are max_entries_ divided by powers of kFactor. So the last growth is a full step
+    // too, and copying the old table costs little beside what the new one gains.
     size_t size = max_entries_;
     while (size / kFactor > entries_) size /= kFactor;
     SystemMemory more(sizeof(Entry) * (size / 4 * 4));

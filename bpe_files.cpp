@@ -71,7 +71,8 @@ class StreamHash {
   uint64_t hash_ = 0xcbf29ce484222325;
 };
 
-// Shards hold it. What came later than the first shards adds to it only where it is used.
+// Shards hold this hash, so it must not change for tokenizers that older versions could load.
+// Features that came later are hashed only where a tokenizer uses them.
 uint64_t hash_of(const TokenizerData& data) {
   StreamHash hash;
   hash.add(data.pre_tokenizer.description());
@@ -259,7 +260,8 @@ bool VocabularyBuilder::add_merge(std::string_view left, std::string_view right)
 }
 
 int VocabularyBuilder::end_merges() {
-  // An early merge is harmless when another merge made the token before its parts.
+  // A merge that is listed before its parts can never happen if another merge makes the same token
+  // before these parts exist.
   const bool in_order = std::none_of(early_.begin(), early_.end(), [&](const Merge& m) {
     const int a = token_of_[size_t(m.left)], b = token_of_[size_t(m.right)];
     const int joined = token_of_[size_t(m.joined)];

@@ -24,11 +24,10 @@
 // order of the alternatives wins, not the longest. Look-ahead costs nothing: instructions that ask
 // for the next character wait until the automaton steps over it.
 //
-// Two places where such an automaton meets trouble elsewhere. A scan must run on behind its match
-// until no thread is alive, so that successive matches can take quadratic time (a|a*b in a text
-// of a's); RegexScanner bounds it after Reps, "Maximal munch" tokenization in linear time (1998).
-// And possessive repetition is no regular operation, but over one class it is a look-ahead: C++ is
-// C+(?!C).
+// Two things need care. A scan must run on behind its match until no thread is alive, so that
+// successive matches can take quadratic time (a|a*b in a text of a's); RegexScanner bounds it after
+// Reps, "Maximal munch" tokenization in linear time (1998). And possessive repetition is no regular
+// operation, but over one class it is a look-ahead: C++ is C+(?!C).
 #include "cake/split_regex.h"
 
 #include <algorithm>

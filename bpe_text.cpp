@@ -21,7 +21,7 @@ namespace cake {
 namespace {
 
 // What regular expressions call \w: Alphabetic, marks, decimal digits, connecting punctuation and
-// the two joiners. Beyond letters, letter numbers and marks, only circled letters are Alphabetic.
+// the two joiners. Alphabetic are letters, letter numbers, marks and the circled letters.
 bool is_word_character(uint32_t c) {
   switch (general_category(c)) {
     case Category::Nd:
@@ -72,7 +72,8 @@ class TokenSearch {
       }
       node = child;
     }
-    if (node_token_[size_t(node)] >= 0) return;  // the first one of equal ones is it
+    if (node_token_[size_t(node)] >= 0)
+      return;  // of added tokens with the same text the first one counts
     node_token_[size_t(node)] = int(tokens_.size());
     tokens_.push_back(token);
     has_always_ |= !token.special;
@@ -109,7 +110,7 @@ class TokenSearch {
       if (token.lstrip) begin = std::max(done, white_space_begin(text, begin));
       if (token.rstrip) token_end = white_space_end(searched, token_end);
       if (done < begin) visit(nullptr, done, begin);
-      if (begin >= token_end) continue;  // the token before has taken all of it along
+      if (begin >= token_end) continue;  // the token before it has taken all of its text
       visit(&token, begin, token_end);
       done = token_end;
     }
@@ -544,8 +545,8 @@ void TextEncoder::add_place(int id, size_t begin, size_t end, Origin origin) {
 // -------------------------------------------------------------------------------------------------
 // Cuts
 
-// What stands beside a cut must be the same in the normalized text, whatever is farther away: an
-// ASCII character before it, and behind it one that nothing joins with what is before.
+// The characters beside a cut must be normalized in the same way whatever stands farther away: an
+// ASCII character before the cut, and behind it one that no normal form joins to what is before it.
 bool is_safe_cut(const TokenizerData& data, std::string_view text, size_t i) {
   if (!data.pre_tokenizer.is_safe_cut(text, i)) return false;
   if (i == 0 || i >= text.size()) return true;

@@ -60,7 +60,7 @@ struct Key {
     key.tail |= uint64_t(piece.size()) << 56;
     return key;
   }
-  // The same of a piece behind which 16 bytes are readable.
+  // The same key, made faster: 16 bytes from the start of the piece on must be readable.
   static Key of_padded(std::string_view piece) {
     const size_t size = piece.size();
     if (__builtin_expect(size >= sizeof(Key), false)) return of(piece);
@@ -354,7 +354,7 @@ class PieceCounter {
   }
 
   // What a distinct piece costs from here on: its slot, its tokens, and its places in the lists of
-  // the pairs. Measured as well as reckoned: see the test of --max-memory.
+  // the pairs. The test of --max-memory measures it.
   static int64_t cost(std::string_view piece) {
     return WordTable::bytes_of(piece) + 24 + 14 * int64_t(piece.size());
   }
