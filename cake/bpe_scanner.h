@@ -11,7 +11,8 @@
 // long numbers) is corrected afterwards, one by one.
 //
 // A chunk of text begins where a piece does, so that nothing is carried from one chunk to the next.
-// It ends at the last start that no later text can change. A chunk without one is doubled.
+// It ends at the last start that no later text can change. A chunk without one is
+// tried again eight times as long.
 #pragma once
 
 #include <bit>
@@ -99,7 +100,7 @@ class PieceScanner {
   // n of pieces: piece i is chunk()[starts()[i], starts()[i + 1]), and 16 bytes behind the last
   // piece are readable.
   size_t scan(std::string_view text, size_t begin, size_t end, const Merges* merges) {
-    for (size_t words = kChunkWords;; words *= 2) {
+    for (size_t words = kChunkWords;; words *= 8) {
       const size_t n = scan_chunk(text.substr(begin), end - begin, words, merges);
       if (n) return n;
     }
@@ -108,7 +109,7 @@ class PieceScanner {
   const uint32_t* starts() const { return positions_.data(); }
 
  private:
-  static constexpr size_t kChunkWords = 64;
+  static constexpr size_t kChunkWords = 128;
   enum : uint8_t {
     kLetterBit = 1,
     kNumberBit = 2,

@@ -269,7 +269,8 @@ TEST_CASE("the files of web/ are in the binary and on the page, byte for byte") 
                                                             {"tokens.js", web::tokens_js()},
                                                             {"stats.html", web::stats_html()},
                                                             {"stats.js", web::stats_js()}};
-  for (const auto& [name, embedded] : files) {
+  for (const auto& [file, embedded] : files) {
+    const std::string name = file;
     CAPTURE(name);
     const std::string content = read_file(web / name);
     CHECK(content == embedded);
@@ -351,7 +352,8 @@ TEST_CASE("bpe stats refuses what is no text in one line, and writes no page the
       {text + " --threads 0", "--threads: found 0"},
       {text + " " + t.page, "is an input, expected another file"}};
   write_file(t.page, "what was there");
-  for (const auto& [arguments, part] : refused) {
+  for (const auto& [given, part] : refused) {
+    const std::string arguments = given;
     CAPTURE(arguments);
     const Output o = t.stats(arguments);
     CHECK(o.status == 1);
