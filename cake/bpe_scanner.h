@@ -109,7 +109,7 @@ class PieceScanner {
   const uint32_t* starts() const { return positions_.data(); }
 
  private:
-  static constexpr size_t kChunkWords = 128;
+  static constexpr size_t kChunkWords = 256;
   enum : uint8_t {
     kLetterBit = 1,
     kNumberBit = 2,
