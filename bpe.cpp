@@ -144,7 +144,11 @@ DataInfo encode_corpus(const Corpus& corpus, const Tokenizer& tokenizer,
                        .lexically_normal()
                        .lexically_proximate(fs::absolute(prefix).lexically_normal().parent_path())
                        .string();
-  const int separator = tokenizer.document_separator();
+  const int separator = tokenizer.find_document_separator();
+  if (separator < 0) {
+    fail(tokenizer_path.string(), ": found no token that separates documents, expected ",
+         "<|endoftext|> or another: `./bpe extend` adds one (--special '<|endoftext|>')");
+  }
   const bool is_narrow = shard_id_bytes(info.vocab_size) == 2;
   ShardWriter train(prefix, "train", info.vocab_size, info.hash);
   ShardWriter val(prefix, "val", info.vocab_size, info.hash);
@@ -597,6 +601,12 @@ int run(int argc, char** argv) {
       train_command(o);
     } else if (*encode) {
       encode_corpus(o.corpus, Tokenizer::load(o.tokenizer, o.pattern), o.tokenizer, o.output);
+      if (!o.pattern.empty()) {
+        std::printf(
+            "note: the other stages load %s without --pattern: for training, encode with the "
+            "tokenizer.json that `./bpe convert %s DIRECTORY --pattern ...` writes\n",
+            o.tokenizer.c_str(), o.tokenizer.c_str());
+      }
     } else if (*decode) {
       decode_command(Tokenizer::load(o.tokenizer, o.pattern), o.words, o.corpus.threads, o.output);
     } else if (*ids) {

@@ -26,6 +26,7 @@
 #include <optional>
 #include <queue>
 
+#include "cake/bpe_pieces.h"
 #include "cake/bpe_scanner.h"
 #include "cake/bpe_simd.h"
 
@@ -46,14 +47,14 @@ struct Merges::Trie {       // over the bytes of tokens
 };
 
 // What only some texts need, made when it is needed.
-struct Merges::Lazy {
+struct Merges::OnDemand {
   std::atomic<bool> used = false;
   std::once_flag trie_made, borders_made;
   std::optional<Trie> trie;
   std::optional<TokenBorders> borders;
 };
 
-Merges::Merges() : byte_pairs_(1 << 16, kNone), lazy_(std::make_shared<Lazy>()) {
+Merges::Merges() : byte_pairs_(1 << 16, kNone), on_demand_(std::make_shared<OnDemand>()) {
   for (int b = 0; b < 256; b++) {
     bytes_ += char(b);
     offsets_.push_back(size_t(b));
@@ -82,7 +83,7 @@ void Merges::reserve(size_t tokens, size_t bytes) {
 }
 
 int Merges::add(int left, int right) {
-  const int token = add_whole({});
+  const int token = add_without_parts({});
   parts_.back() = {left, right};
   const size_t begin = bytes_.size(), n = size_t(length(left)), m = size_t(length(right));
   bytes_.resize(begin + n + m);  // before the parts are copied: they may move
@@ -93,14 +94,14 @@ int Merges::add(int left, int right) {
   return token;
 }
 
-int Merges::add_whole(std::string_view bytes) {
+int Merges::add_without_parts(std::string_view bytes) {
   const int token = size();
   require(token < kMaxTokens, "tokenizer: found more than ", kMaxTokens,
           " tokens that merges make, expected at most as many");
   parts_.push_back({-1, -1});
   bytes_ += bytes;
   offsets_.push_back(bytes_.size());
-  if (lazy_->used) lazy_ = std::make_shared<Lazy>();
+  if (on_demand_->used) on_demand_ = std::make_shared<OnDemand>();
   return token;
 }
 
@@ -146,20 +147,20 @@ void Merges::resize_lines(size_t lines) {
 }
 
 const Merges::Trie& Merges::trie() const {
-  std::call_once(lazy_->trie_made, [this] {
-    lazy_->used = true;
-    lazy_->trie.emplace(*this);
+  std::call_once(on_demand_->trie_made, [this] {
+    on_demand_->used = true;
+    on_demand_->trie.emplace(*this);
   });
-  return *lazy_->trie;
+  return *on_demand_->trie;
 }
 
 const TokenBorders& Merges::borders() const {
-  std::call_once(lazy_->borders_made, [this] {
-    lazy_->used = true;
-    lazy_->borders.emplace();
-    for (int t = 256; t < size(); t++) lazy_->borders->add(bytes(t));
+  std::call_once(on_demand_->borders_made, [this] {
+    on_demand_->used = true;
+    on_demand_->borders.emplace();
+    for (int t = 256; t < size(); t++) on_demand_->borders->add(bytes(t));
   });
-  return *lazy_->borders;
+  return *on_demand_->borders;
 }
 
 // Whether tokens `a` and `b` can be neighbours once all merges are done. Undoes the merges of both,
@@ -369,7 +370,6 @@ void Merges::encode(std::string_view piece, Scratch& scratch) const {
 
 namespace {
 
-constexpr size_t kShort = 15;  // bytes of a piece that fits a key
 constexpr size_t kLanes = 8;
 
 // Where a token has no neighbour, place 15 is taken instead: it holds kNobody, a token that merges
@@ -487,27 +487,28 @@ namespace {
 // whether the record is still there.
 class RecordRing {
  public:
-  struct Name {
+  struct Handle {
     uint32_t offset, round;
   };
   explicit RecordRing(size_t max_bytes)
       : max_words_(max_bytes / 4), memory_(std::min<size_t>(max_bytes, 1 << 13)) {}
 
   // Room for a record; nullptr: it would fill more than half of the ring.
-  uint32_t* append(size_t words, Name& name) {
+  uint32_t* append(size_t words, Handle& handle) {
     if (2 * words > max_words_) return nullptr;
     while (head_ + words > size() && size() < max_words_ && round_ == 0) grow();
     if (head_ + words > size()) head_ = 0, round_++;
-    name = {uint32_t(head_), round_};
+    handle = {uint32_t(head_), round_};
     head_ += words;
-    return memory_.as<uint32_t>() + name.offset;
+    return memory_.as<uint32_t>() + handle.offset;
   }
-  const uint32_t* find(Name name) const {  // nullptr: overwritten
-    const bool whole = name.round == round_ || (name.round + 1 == round_ && name.offset >= head_);
-    return whole ? memory_.as<uint32_t>() + name.offset : nullptr;
+  const uint32_t* find(Handle handle) const {  // nullptr: overwritten
+    const bool is_whole =
+        handle.round == round_ || (handle.round + 1 == round_ && handle.offset >= head_);
+    return is_whole ? memory_.as<uint32_t>() + handle.offset : nullptr;
   }
-  void prefetch(Name name) const {
-    __builtin_prefetch(memory_.as<uint32_t>() + std::min<size_t>(name.offset, size() - 1));
+  void prefetch(Handle handle) const {
+    __builtin_prefetch(memory_.as<uint32_t>() + std::min<size_t>(handle.offset, size() - 1));
   }
 
  private:
@@ -522,10 +523,6 @@ class RecordRing {
   SystemMemory memory_;
 };
 
-// A piece of more than 15 bytes has the key {hash, length, kLongKey}.
-constexpr uint64_t kLongKey = uint64_t(255) << 56;
-bool is_long(const Key& key) { return key[1] >= kLongKey; }
-
 // Up to three ids stand in the entry itself. More, and the ids of a long piece with its bytes, are
 // a record in the ring: the ids, then the bytes.
 struct Entry {
@@ -535,7 +532,7 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == 32);
 constexpr uint32_t kInRing = uint32_t(1) << 31;
-RecordRing::Name record_name(const Entry& entry) { return {entry.ids[0], entry.ids[1]}; }
+RecordRing::Handle record_handle(const Entry& entry) { return {entry.ids[0], entry.ids[1]}; }
 bool is_empty(const Entry& entry) { return entry.key[1] == 0; }
 
 // Entries in groups of four: 128 bytes, two cache lines. The hash of a piece says its home,
@@ -634,50 +631,6 @@ class PieceCache {
 
 namespace {
 
-// Row n keeps n bytes, and puts n into the last one.
-struct KeyMasks {
-  uint8_t kept[16][16], length[16][16];
-  constexpr KeyMasks() : kept(), length() {
-    for (int n = 0; n < 16; n++) {
-      for (int i = 0; i < n; i++) kept[n][i] = 255;
-      length[n][15] = uint8_t(n);
-    }
-  }
-};
-alignas(64) constexpr KeyMasks kKeyMasks;
-
-// 16 bytes from `text` on are readable.
-inline Key make_key(const char* text, size_t n) {
-  Key key, kept, length;
-  std::memcpy(&key, text, 16);
-  std::memcpy(&kept, kKeyMasks.kept[n], 16), std::memcpy(&length, kKeyMasks.length[n], 16);
-  return (key & kept) | length;
-}
-inline Key make_long_key(std::string_view piece) {
-  return Key{piece_hash(piece), kLongKey | uint64_t(piece.size())};
-}
-
-// Pieces that stand one behind the other: piece i is text[starts[i], starts[i + 1]).
-struct AdjacentPieces {
-  const char* text;
-  const uint32_t* starts;
-  size_t size(size_t i) const { return starts[i + 1] - starts[i]; }
-  std::string_view operator[](size_t i) const { return {text + starts[i], size(i)}; }
-  Key key(size_t i) const { return make_key(text + starts[i], size(i) & 15); }
-  AdjacentPieces from(size_t i) const { return {text, starts + i}; }
-};
-// Pieces anywhere in a text.
-struct AnyPieces {
-  const std::string_view* pieces;
-  size_t size(size_t i) const { return pieces[i].size(); }
-  std::string_view operator[](size_t i) const { return pieces[i]; }
-  Key key(size_t i) const {
-    char text[16] = {};
-    std::memcpy(text, pieces[i].data(), std::min<size_t>(pieces[i].size(), 15));
-    return make_key(text, pieces[i].size() & 15);
-  }
-};
-
 constexpr size_t kBatch = 128;
 
 }  // namespace
@@ -768,9 +721,9 @@ void Encoder::State::preload() {
   for (int token = 0; token < data.merges.size(); token++) {
     const std::string_view bytes = data.merges.bytes(token);
     const int id = data.ids[size_t(token)];
-    if (id < 0 || bytes.size() > kShort) continue;
+    if (id < 0 || bytes.size() > kLongestShortPiece) continue;
     const auto ids = uint32_t(id);
-    remember(AnyPieces{&bytes}.key(0), bytes, &ids, 1);
+    remember(ListedPieces{&bytes}.short_key(0), bytes, &ids, 1);
   }
 }
 
@@ -793,10 +746,10 @@ void Encoder::State::encode(std::string_view text, size_t end, IdBuffer& ids) {
         const size_t next = i + kBatch;
         if (next < n) {
           const size_t count = std::min(kBatch, n - next);
-          prepare_batch(all.from(next), count, batches[next / kBatch % 2]);
+          prepare_batch(all.suffix(next), count, batches[next / kBatch % 2]);
         }
         Batch* const two[] = {&batches[i / kBatch % 2], &batches[next / kBatch % 2]};
-        last = encode_batch(all.from(i), *two[0], next < n ? two[1] : nullptr, last);
+        last = encode_batch(all.suffix(i), *two[0], next < n ? two[1] : nullptr, last);
       }
       ids.add_written(size_t(last - out));
       pieces_seen += int64_t(n);
@@ -811,7 +764,7 @@ void Encoder::State::encode(std::string_view text, size_t end, IdBuffer& ids) {
     size_t bytes = 0;
     for (size_t k = 0; k < n; k++) bytes += pieces[i + k].size();
     uint32_t* const out = ids.reserve_more(bytes + 4);
-    const AnyPieces some{pieces.data() + i};
+    const ListedPieces some{pieces.data() + i};
     prepare_batch(some, n, batches[0]);
     ids.add_written(size_t(encode_batch(some, batches[0], nullptr, out) - out));
   }
@@ -824,18 +777,18 @@ __attribute__((noinline)) void Encoder::State::prepare_batch(const Pieces& piece
   next.size = n, next.long_count = 0, next.growths = cache.growths();
   const Entry* const table = cache.entries();
   for (size_t i = 0; i < n; i++) {
-    const Key key = pieces.key(i);
+    const Key key = pieces.short_key(i);
     next.keys[i] = key;
     const uint32_t home = cache.home(key);
     next.homes[i] = home;
     __builtin_prefetch(table + home);
-    if (__builtin_expect(pieces.size(i) > kShort, 0)) {
+    if (__builtin_expect(pieces.size(i) > kLongestShortPiece, 0)) {
       next.long_pieces[next.long_count++] = uint32_t(i);
     }
   }
   for (size_t k = 0; k < next.long_count; k++) {
     const size_t i = next.long_pieces[k];
-    next.keys[i] = make_long_key(pieces[i]);
+    next.keys[i] = make_long_key(pieces[i], pieces.size(i));
     next.homes[i] = cache.home(next.keys[i]);
     __builtin_prefetch(table + next.homes[i]);
   }
@@ -851,7 +804,7 @@ __attribute__((noinline)) uint32_t* Encoder::State::encode_batch(const Pieces& p
                                                                  const Batch* next, uint32_t* out) {
   if (batch.growths != cache.growths()) find_homes(batch);
   for (size_t k = 0; k < batch.long_count; k++) {
-    cache.ring.prefetch(record_name(cache.entries()[batch.homes[batch.long_pieces[k]]]));
+    cache.ring.prefetch(record_handle(cache.entries()[batch.homes[batch.long_pieces[k]]]));
   }
   const Entry* table = cache.entries();
   for (size_t i = 0; i < batch.size; i++) {
@@ -909,7 +862,7 @@ uint32_t* Encoder::State::copy_ids(const Entry& entry, std::string_view piece,
     return out + entry.count;
   }
   const uint32_t count = entry.count - kInRing;
-  const uint32_t* const ids = cache.ring.find(record_name(entry));
+  const uint32_t* const ids = cache.ring.find(record_handle(entry));
   if (!ids) return nullptr;
   if (is_long(entry.key) && std::memcmp(ids + count, piece.data(), piece.size()) != 0) {
     return nullptr;  // another piece with the same hash and length
@@ -945,7 +898,7 @@ void Encoder::State::add_short_pieces(const Pieces& pieces, const Batch& batch, 
   }
   merge_lanes(data.merges, keys, count, lanes);
   for (size_t k = 0; k < count; k++) {
-    uint32_t ids[kShort];
+    uint32_t ids[kLongestShortPiece];
     size_t m = 0;
     for (uint32_t places = lanes[k].places; places; places &= places - 1) {
       ids[m++] = id_of(int(lanes[k].token[std::countr_zero(places)]));
@@ -989,12 +942,12 @@ void Encoder::State::remember(const Key& key, std::string_view piece, const uint
     return cache.insert(entry);
   }
   const size_t bytes = is_long(key) ? piece.size() : 0;
-  RecordRing::Name name;
-  uint32_t* const record = cache.ring.append(count + (bytes + 3) / 4, name);
+  RecordRing::Handle handle;
+  uint32_t* const record = cache.ring.append(count + (bytes + 3) / 4, handle);
   if (!record) return;
   std::memcpy(record, ids, 4 * count);
   if (bytes > 0) std::memcpy(record + count, piece.data(), bytes);
-  entry.ids[0] = name.offset, entry.ids[1] = name.round;
+  entry.ids[0] = handle.offset, entry.ids[1] = handle.round;
   entry.count = kInRing + uint32_t(count);
   cache.insert(entry);
 }

@@ -283,7 +283,7 @@ int VocabularyBuilder::add_in_any_order() {
   for (const Merge& m : merges_) {
     int& token = token_of_[size_t(m.joined)];
     if (token < 0) {
-      token = data_.merges.add_whole(data_.token(m.joined));
+      token = data_.merges.add_without_parts(data_.token(m.joined));
       data_.ids.push_back(m.joined);
     } else if (token + 1 != data_.merges.size()) {
       return m.number;
@@ -538,7 +538,7 @@ class RankedMerges {
         }
         add(i);
       } else {
-        token_of_[size_t(tokens_.ids[i])] = data_.merges.add_whole(tokens_[i]);
+        token_of_[size_t(tokens_.ids[i])] = data_.merges.add_without_parts(tokens_[i]);
         data_.ids.push_back(tokens_.ids[i]);
       }
     }
@@ -774,7 +774,8 @@ std::shared_ptr<TokenizerData> read_tiktoken(const std::string& content, const f
       list += concat(list.empty() ? "" : ", ", v.ranks, " (", v.name, ")");
     }
     fail(path.string(), ": found ", tokens.lines, " ranks, expected ", list,
-         ", or --pattern: the file does not say its split pattern");
+         ", or --pattern: the file does not say its split pattern. `./bpe convert ", path.string(),
+         " DIRECTORY --pattern ...` writes a tokenizer.json that does");
   }
   auto data = std::make_shared<TokenizerData>();
   data->pre_tokenizer =

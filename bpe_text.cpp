@@ -428,6 +428,17 @@ std::string Normalizer::normalize(std::string_view text) const {
   return normalize(text, true, out) ? out : std::string(text);
 }
 
+bool Normalizer::normalize_part(std::string_view text, size_t& end, bool begins, std::string& out,
+                                Alignment* alignment) const {
+  if (!normalize(text.substr(0, end), begins, out, alignment)) return false;
+  constexpr size_t kAhead = 64;
+  const std::string_view ahead = text.substr(end, kAhead);
+  end = out.size();
+  std::string normal;
+  if (!ahead.empty()) out += normalize(ahead, false, normal) ? normal : ahead;
+  return true;
+}
+
 std::string Normalizer::description() const {
   std::string all;
   for (const NormalizerStep& step : steps) {
@@ -478,16 +489,10 @@ void TextEncoder::encode_places(std::string_view text, bool specials,
 
 void TextEncoder::encode_raw(std::string_view text, size_t end, bool begins, bool specials,
                              Origin origin) {
-  const bool changed = data_.normalizer.normalize(text.substr(0, end), begins, normal_,
-                                                  places_ ? &alignment_ : nullptr);
+  size_t normal_end = end;
+  const bool changed = data_.normalizer.normalize_part(text, normal_end, begins, normal_,
+                                                       places_ ? &alignment_ : nullptr);
   if (!changed) return encode_normalized(text, end, begins, specials, origin);
-  const size_t normal_end = normal_.size();
-  if (end < text.size()) {  // some characters to look at; a cut is a boundary of normal forms
-    constexpr size_t kAhead = 64;
-    const std::string_view ahead = text.substr(end, kAhead);
-    std::string normal;
-    normal_ += data_.normalizer.normalize(ahead, false, normal) ? normal : ahead;
-  }
   encode_normalized(normal_, normal_end, begins, specials, {0, origin.offset, &alignment_});
 }
 

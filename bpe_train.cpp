@@ -36,6 +36,7 @@
 #include <vector>
 
 #include "cake/bpe.h"
+#include "cake/bpe_pieces.h"
 #include "cake/bpe_scanner.h"
 #include "cake/run.h"
 #include "cake/stretches.h"
@@ -47,77 +48,35 @@ namespace {
 // ---------------------------------------------------------------------------------------------
 // Counting pieces
 
-// A piece as WordTable looks it up. Up to 15 bytes: the bytes, zeros, and the number of bytes in
-// the last byte. Others: a hash, and kLong; in the table with the place of the bytes.
-struct Key {
-  uint64_t head = 0, tail = 0;
-  static constexpr uint64_t kLong = uint64_t(255) << 56;
-
-  static Key of(std::string_view piece) {
-    if (piece.size() >= sizeof(Key)) return {piece_hash(piece), kLong};
-    Key key;
-    std::memcpy(static_cast<void*>(&key), piece.data(), piece.size());
-    key.tail |= uint64_t(piece.size()) << 56;
-    return key;
-  }
-  // The same key, made faster: 16 bytes from the start of the piece on must be readable.
-  static Key of_padded(std::string_view piece) {
-    const size_t size = piece.size();
-    if (__builtin_expect(size >= sizeof(Key), false)) return of(piece);
-    Key key;
-    std::memcpy(static_cast<void*>(&key), piece.data(), sizeof key);
-    const uint64_t ones = ~uint64_t(0);
-    const size_t tail_bits = size > 8 ? 8 * (size - 8) : 0;
-    if (size < 8) key.head &= ~(ones << (8 * size));
-    key.tail = (key.tail & ~(ones << tail_bits)) | uint64_t(size) << 56;
-    return key;
-  }
-};
-
-// Pieces one behind the other, as the fast scanner finds them, with 16 readable bytes behind them.
-struct AdjacentPieces {
-  const char* text;
-  std::span<const uint32_t> starts;  // of each piece, and the end of the last one
-  size_t size() const { return starts.size() - 1; }
-  std::string_view view(size_t i) const { return {text + starts[i], starts[i + 1] - starts[i]}; }
-  Key key(size_t i) const { return Key::of_padded(view(i)); }
-};
-struct ListedPieces {
-  std::span<const std::string_view> pieces;
-  size_t size() const { return pieces.size(); }
-  std::string_view view(size_t i) const { return pieces[i]; }
-  Key key(size_t i) const { return Key::of(pieces[i]); }
-};
-
 struct TooLong {  // pieces above kLongestTrainingPiece
   int64_t pieces = 0, bytes = 0;
 };
 
-// Distinct pieces and how often each occurs: a hash table with linear probing. A piece of up to 15
-// bytes is its own key, so that a look-up touches one place in memory. Of a longer one the key is a
-// hash and the place of its bytes.
+// Distinct pieces and how often each occurs: a hash table with linear probing. Its keys are those
+// of cake/bpe_pieces.h; what it keeps of a long piece is the place of its bytes.
 class WordTable {
  public:
   WordTable() : slots_(kSmallest) {}
 
-  // Counts each piece once, and leaves out those that are too long. Slots are fetched from memory
-  // for a block of pieces before they are looked at.
+  // Counts each of n pieces once, and leaves out those that are too long. Slots are fetched from
+  // memory for a block of pieces before they are looked at.
   template <class Pieces>
-  void add(const Pieces& pieces, TooLong& too_long) {
+  void add(const Pieces& pieces, size_t n, TooLong& too_long) {
     constexpr size_t kBlock = 64;
     std::array<Key, kBlock> keys;
-    for (size_t begin = 0; begin < pieces.size(); begin += kBlock) {
-      const size_t n = std::min(kBlock, pieces.size() - begin);
-      while (10 * (size_ + n) > 7 * slots_.size()) grow();
-      for (size_t i = 0; i < n; i++) {
-        keys[i] = pieces.key(begin + i);
+    for (size_t begin = 0; begin < n; begin += kBlock) {
+      const size_t count = std::min(kBlock, n - begin);
+      while (10 * (size_ + count) > 7 * slots_.size()) grow();
+      for (size_t i = 0; i < count; i++) {
+        const bool is_short = pieces.size(begin + i) <= kLongestShortPiece;
+        keys[i] = __builtin_expect(is_short, true) ? pieces.short_key(begin + i)
+                                                   : make_long_key(pieces[begin + i], 0);
         __builtin_prefetch(&slots_[index(keys[i])]);
       }
-      for (size_t i = 0; i < n; i++) {
-        const bool is_long = keys[i].tail == Key::kLong;
-        const size_t size = is_long ? pieces.view(begin + i).size() : 0;
+      for (size_t i = 0; i < count; i++) {
+        const size_t size = pieces.size(begin + i);
         if (size <= kLongestTrainingPiece) {
-          find(keys[i], is_long ? pieces.view(begin + i) : std::string_view()).count++;
+          find(keys[i], pieces[begin + i]).count++;
         } else {
           too_long.pieces++;
           too_long.bytes += int64_t(size);
@@ -127,7 +86,9 @@ class WordTable {
   }
   void add(std::string_view piece, int64_t count) {
     while (10 * (size_ + 1) > 7 * slots_.size()) grow();
-    find(Key::of(piece), piece).count += count;
+    const bool is_short = piece.size() <= kLongestShortPiece;
+    const Key key = is_short ? ListedPieces{&piece}.short_key(0) : make_long_key(piece, 0);
+    find(key, piece).count += count;
   }
   void add(const WordTable& other) {
     other.for_each([&](std::string_view piece, int64_t count) { add(piece, count); });
@@ -177,35 +138,34 @@ class WordTable {
   }
 
   static int64_t bytes_of(std::string_view piece) {  // at the load that a table has on average
-    return int64_t(2 * sizeof(Slot) + (piece.size() < sizeof(Key) ? 0 : 4 + piece.size()));
+    return int64_t(2 * sizeof(Slot) + (piece.size() <= kLongestShortPiece ? 0 : 4 + piece.size()));
   }
 
  private:
   struct Slot {
-    Key key;
-    int64_t count = 0;  // 0: empty
+    uint64_t head = 0, tail = 0;  // the key; as a Key it would be padded to 32 bytes
+    int64_t count = 0;            // 0: empty
+    Key key() const { return Key{head, tail}; }
   };
   static constexpr size_t kSmallest = 1 << 12;
 
   size_t index(const Key& key) const {
-    const uint64_t tail = key.tail >= Key::kLong ? Key::kLong : key.tail;
-    const uint64_t mixed = (key.head ^ tail * 0x9e3779b97f4a7c15) * 0xd6e8feb86659fd93;
+    const uint64_t tail = is_long(key) ? kLongKey : key[1];
+    const uint64_t mixed = (key[0] ^ tail * 0x9e3779b97f4a7c15) * 0xd6e8feb86659fd93;
     return size_t((mixed ^ mixed >> 32) & (slots_.size() - 1));
   }
 
-  Slot& find(Key key, std::string_view piece) {
-    const bool is_long = key.tail == Key::kLong;
+  Slot& find(const Key& key, std::string_view piece) {
     for (size_t i = index(key);; i = (i + 1) & (slots_.size() - 1)) {
       Slot& slot = slots_[i];
       if (slot.count == 0) {
-        if (is_long) key.tail |= append_long(piece);
-        slot.key = key;
+        slot.head = key[0], slot.tail = key[1];
+        if (is_long(key)) slot.tail |= append_long(piece);
         size_++;
         return slot;
       }
-      if (slot.key.head != key.head) continue;
-      if (is_long ? slot.key.tail >= Key::kLong && piece_of(slot) == piece
-                  : slot.key.tail == key.tail) {
+      if (slot.head != key[0]) continue;
+      if (is_long(key) ? is_long(slot.key()) && piece_of(slot) == piece : slot.tail == key[1]) {
         return slot;
       }
     }
@@ -218,10 +178,10 @@ class WordTable {
     return offset;
   }
   std::string_view piece_of(const Slot& slot) const {
-    if (slot.key.tail < Key::kLong) {
-      return {reinterpret_cast<const char*>(&slot.key), size_t(slot.key.tail >> 56)};
+    if (!is_long(slot.key())) {
+      return {reinterpret_cast<const char*>(&slot), size_t(slot.tail >> 56)};
     }
-    const char* text = long_text_.data() + (slot.key.tail & ~Key::kLong);
+    const char* text = long_text_.data() + (slot.tail & ~kLongKey);
     uint32_t size;
     std::memcpy(&size, text, sizeof size);
     return {text + sizeof size, size};
@@ -232,7 +192,7 @@ class WordTable {
     old.swap(slots_);
     for (const Slot& slot : old) {
       if (slot.count == 0) continue;
-      size_t i = index(slot.key);
+      size_t i = index(slot.key());
       while (slots_[i].count > 0) i = (i + 1) & (slots_.size() - 1);
       slots_[i] = slot;
     }
@@ -244,16 +204,17 @@ class WordTable {
 };
 
 // A table as a temporary file without a name: its pieces with their counts, sorted by their bytes.
-class Run {
+class SortedRun {
  public:
-  Run() {
+  SortedRun() {
     std::string path = (std::filesystem::temp_directory_path() / "cake-pieces-XXXXXX").string();
     const int fd = mkstemp(path.data());
     if (fd >= 0) unlink(path.c_str());
     file_.reset(fd < 0 ? nullptr : fdopen(fd, "w+b"));
     if (!file_) fail(path, ": cannot create: ", errno_text());
+    path_ = path;
   }
-  explicit Run(const WordTable& table) : Run() {
+  explicit SortedRun(const WordTable& table) : SortedRun() {
     table.for_each_sorted([&](std::string_view piece, int64_t count) { write(piece, count); });
   }
 
@@ -261,19 +222,23 @@ class Run {
     const Head head{count, uint32_t(piece.size())};
     if (std::fwrite(&head, sizeof head, 1, file_.get()) != 1 ||
         std::fwrite(piece.data(), 1, piece.size(), file_.get()) != piece.size()) {
-      fail("temporary file: cannot write: ", errno_text());
+      fail_to("write");
     }
   }
   void rewind() {
-    if (std::fflush(file_.get()) != 0) fail("temporary file: cannot write: ", errno_text());
+    if (std::fflush(file_.get()) != 0) fail_to("write");
     std::rewind(file_.get());
   }
   bool next() {  // reads the next piece; false at the end
     Head head;
-    if (std::fread(&head, sizeof head, 1, file_.get()) != 1) return false;
+    if (std::fread(&head, sizeof head, 1, file_.get()) != 1) {
+      if (std::ferror(file_.get())) fail_to("read");
+      return false;
+    }
     count = head.count;
     piece.resize(head.size);
-    return std::fread(piece.data(), 1, piece.size(), file_.get()) == piece.size();
+    if (std::fread(piece.data(), 1, piece.size(), file_.get()) != piece.size()) fail_to("read");
+    return true;
   }
 
   std::string piece;  // that next() has read
@@ -284,14 +249,19 @@ class Run {
     int64_t count;
     uint32_t size;
   };
+  [[noreturn]] void fail_to(const char* verb) const {
+    fail(path_, ": cannot ", verb, ": ", errno_text(), " (TMPDIR: the folder of temporary files)");
+  }
   std::unique_ptr<std::FILE, CloseFile> file_;
+  std::string path_;  // that it had, for errors
 };
 
 // Calls f(piece, count) for the distinct pieces of all runs, in the order of their bytes.
-void merge_runs(std::vector<Run>& runs, const std::function<void(std::string_view, int64_t)>& f) {
-  const auto after = [](const Run* a, const Run* b) { return a->piece > b->piece; };
-  std::priority_queue<Run*, std::vector<Run*>, decltype(after)> queue(after);
-  for (Run& run : runs) {
+void merge_runs(std::vector<SortedRun>& runs,
+                const std::function<void(std::string_view, int64_t)>& f) {
+  const auto after = [](const SortedRun* a, const SortedRun* b) { return a->piece > b->piece; };
+  std::priority_queue<SortedRun*, std::vector<SortedRun*>, decltype(after)> queue(after);
+  for (SortedRun& run : runs) {
     run.rewind();
     if (run.next()) queue.push(&run);
   }
@@ -299,7 +269,7 @@ void merge_runs(std::vector<Run>& runs, const std::function<void(std::string_vie
   int64_t count = 0;
   for (int64_t n = 0; !queue.empty(); n++) {
     if (n % 4096 == 0) stop_if_signalled();
-    Run* const run = queue.top();
+    SortedRun* const run = queue.top();
     queue.pop();
     if (run->piece != piece) {
       if (count > 0) f(piece, count);
@@ -319,17 +289,17 @@ class PieceCounter {
 
   // May be called by all threads at once.
   template <class Pieces>
-  void add(const Pieces& pieces, size_t thread, TooLong& too_long) {
+  void add(const Pieces& pieces, size_t n, size_t thread, TooLong& too_long) {
     WordTable& table = tables_[thread];
-    table.add(pieces, too_long);
+    table.add(pieces, n, too_long);
     if (!table.is_full(max_memory_ / 2 / int64_t(tables_.size()))) return;
-    Run run(table);
+    SortedRun run(table);
     table.clear();
     const std::lock_guard lock(mutex_);
     runs_.push_back(std::move(run));
     temporary_files_++;
     if (runs_.size() >= kMostRuns) {
-      Run merged;
+      SortedRun merged;
       merge_runs(runs_, [&](std::string_view piece, int64_t count) { merged.write(piece, count); });
       runs_.clear();
       runs_.push_back(std::move(merged));
@@ -342,14 +312,14 @@ class PieceCounter {
     if (runs_.empty()) {
       WordTable& all = tables_[0];
       for (size_t t = 1; t < tables_.size(); t++) all.add(std::exchange(tables_[t], {}));
-      return keep(
+      return drop_rare_pieces(
           report, [&](const auto& f) { all.for_each(f); }, &all);
     }
     for (WordTable& table : tables_) {
       if (table.size() > 0) runs_.emplace_back(table);
       table = {};
     }
-    return keep(
+    return drop_rare_pieces(
         report, [&](const auto& f) { merge_runs(runs_, f); }, nullptr);
   }
 
@@ -364,8 +334,9 @@ class PieceCounter {
   static constexpr size_t kMostRuns = 64;
 
   // `visit` calls its argument for each piece; `table` holds all of them, or is null.
-  WordTable keep(TrainingReport& report, const std::function<void(const Visitor&)>& visit,
-                 WordTable* table) const {
+  WordTable drop_rare_pieces(TrainingReport& report,
+                             const std::function<void(const Visitor&)>& visit,
+                             WordTable* table) const {
     // There are few different counts: n pieces have less than sqrt(2 n).
     std::map<int64_t, int64_t, std::greater<>> cost_of_count;
     visit([&](std::string_view piece, int64_t count) {
@@ -398,7 +369,7 @@ class PieceCounter {
   int64_t max_memory_;
   std::vector<WordTable> tables_;  // one for each thread
   std::mutex mutex_;
-  std::vector<Run> runs_;
+  std::vector<SortedRun> runs_;
   int64_t temporary_files_ = 0;
 };
 
@@ -411,22 +382,16 @@ int64_t half_of_memory() {  // of the machine's, or of what its container may us
   return memory / 2;
 }
 
-// The text of a chunk as it is split: normalized, with what follows the chunk as far as the split
-// needs it, as TextEncoder does.
+// The text of a chunk as it is split, and where the chunk ends in it.
 struct NormalText {
   std::string_view text;
   size_t end;
 };
 NormalText normalize(const TokenizerData& data, const Stretch& stretch, const Chunk& chunk,
                      std::string& normal) {
-  constexpr size_t kAhead = 64;
   const std::string_view text = stretch.text_of(chunk);
   NormalText result{text, chunk.size()};
-  if (data.normalizer.normalize(text.substr(0, chunk.size()), chunk.begins_document, normal)) {
-    result.end = normal.size();
-    std::string ahead;
-    const std::string_view next = text.substr(chunk.size(), kAhead);
-    normal += data.normalizer.normalize(next, false, ahead) ? ahead : next;
+  if (data.normalizer.normalize_part(text, result.end, chunk.begins_document, normal)) {
     result.text = normal;
   }
   if (data.add_prefix_space && chunk.begins_document && !result.text.starts_with(' ')) {
@@ -442,17 +407,17 @@ class PieceSplitter {
   explicit PieceSplitter(const PreTokenizer& pre_tokenizer) : pre_tokenizer_(pre_tokenizer) {
     if (const auto pattern = pre_tokenizer.pattern()) scanner_.emplace(*pattern);
   }
-  // Calls count(pieces), where pieces have size(), and key(i) and view(i) of the i-th one.
+  // Calls count(pieces, n) for n pieces of cake/bpe_pieces.h at a time.
   template <class Count>
   void split(std::string_view text, size_t end, Count&& count) {
     if (!scanner_) {
       pieces_.clear();
       pre_tokenizer_.split(text, end, pieces_);
-      return count(ListedPieces{pieces_});
+      return count(ListedPieces{pieces_.data()}, pieces_.size());
     }
     for (size_t begin = 0; begin < end;) {
       const size_t n = scanner_->scan(text, begin, end, nullptr);
-      count(AdjacentPieces{scanner_->chunk(), std::span(scanner_->starts(), n + 1)});
+      count(AdjacentPieces{scanner_->chunk(), scanner_->starts()}, n);
       begin += scanner_->starts()[n];
     }
   }
@@ -478,8 +443,8 @@ WordTable count_pieces(const Corpus& corpus, const TokenizerData& data, ConsoleL
     for (const Chunk& c : stretch.chunks) {
       if (c.is_validation) continue;
       const NormalText normal = normalize(data, stretch, c, result.normal_text);
-      splitters[thread].split(normal.text, normal.end, [&](const auto& pieces) {
-        counter.add(pieces, thread, result.too_long);
+      splitters[thread].split(normal.text, normal.end, [&](const auto& pieces, size_t n) {
+        counter.add(pieces, n, thread, result.too_long);
       });
     }
   };
@@ -537,7 +502,7 @@ class PairTable {
     while (slots_[i].key != key) i = (i + 1) & (slots_.size() - 1);
     return slots_[i];
   }
-  Slot& operator()(int left, int right) {  // valid until the next call
+  Slot& find_or_add(int left, int right) {  // valid until the next call
     if (2 * (size_ + 1) > slots_.size()) grow();
     const uint64_t key = pair_key(left, right);
     size_t i = index(key);
@@ -642,7 +607,7 @@ class Trainer {
   }
 
   void add(int left, int right, uint32_t w) {
-    PairTable::Slot& pair = pairs_(left, right);
+    PairTable::Slot& pair = pairs_.find_or_add(left, right);
     if (pair.pair == PairTable::kNew) {
       pair.pair = uint32_t(words_of_.size());
       words_of_.emplace_back();

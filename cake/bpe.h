@@ -112,7 +112,7 @@ class Merges {
   int add(int left, int right);
 
   // Appends a token that no merge of earlier tokens makes: late pairs do. Its parts are {-1, -1}.
-  int add_whole(std::string_view token);
+  int add_without_parts(std::string_view token);
   // A merge whose parts may be later tokens than the one it makes. As soon as both parts stand side
   // by side it is the next merge. With such pairs can_neighbour() does not hold. Not added where
   // the two make a token already.
@@ -159,7 +159,7 @@ class Merges {
   void resize_lines(size_t lines);
 
   struct Trie;
-  struct Lazy;  // the trie and the borders
+  struct OnDemand;  // the trie and the borders
   const Trie& trie() const;
   void encode_medium(std::string_view piece, Scratch& scratch) const;
   void encode_long(std::string_view piece, Scratch& scratch) const;
@@ -175,8 +175,8 @@ class Merges {
   std::vector<PairLine> lines_;
   size_t pairs_ = 0;
   int shift_ = 0;
-  std::vector<uint32_t> byte_pairs_;  // the token of two bytes
-  std::shared_ptr<Lazy> lazy_;        // copies share it as long as none adds a merge
+  std::vector<uint32_t> byte_pairs_;     // the token of two bytes
+  std::shared_ptr<OnDemand> on_demand_;  // copies share it as long as none adds a merge
 };
 
 // A token that merges do not make: it is matched in text as a whole. The flags are Hugging Face's.

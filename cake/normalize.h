@@ -38,6 +38,10 @@ struct Normalizer {
   // text, because it is not the continuation of another one.
   bool normalize(std::string_view text, bool begins, std::string& out,
                  Alignment* alignment = nullptr) const;
+  // The same for text[0, end), where `end` is a safe cut or the end. The text behind `end` is
+  // normalized too, as far as a split looks at it. Sets `end` to the end of the part in `out`.
+  bool normalize_part(std::string_view text, size_t& end, bool begins, std::string& out,
+                      Alignment* alignment = nullptr) const;
   std::string description() const;  // all that decides what it does, for hashes
 };
 

@@ -368,9 +368,9 @@ class TokenStream {
 // Windows
 
 // Appends the window [begin, begin + length) of the stream: its ids, the next id of each as its
-// target, and a document start at the first position and at every end_of_text, which begins a
+// target, and a document start at the first position and at every separator, which begins a
 // document.
-inline void append_window(const TokenStream& stream, int64_t begin, int64_t length, int end_of_text,
+inline void append_window(const TokenStream& stream, int64_t begin, int64_t length, int separator,
                           std::vector<int>& tokens, std::vector<int>& targets,
                           std::vector<int>& doc_starts) {
   const size_t n = size_t(length), offset = tokens.size();
@@ -379,7 +379,7 @@ inline void append_window(const TokenStream& stream, int64_t begin, int64_t leng
   targets.insert(targets.end(), tokens.begin() + int64_t(offset) + 1, tokens.end());
   tokens.pop_back();
   for (size_t i = offset; i < offset + n; i++) {
-    if (i == offset || tokens[i] == end_of_text) doc_starts.push_back(int(i));
+    if (i == offset || tokens[i] == separator) doc_starts.push_back(int(i));
   }
 }
 
@@ -415,8 +415,8 @@ struct LoaderState {
 // nothing but (stream, T, seed, state).
 class Loader {
  public:
-  Loader(const TokenStream& stream, int T, uint64_t seed, int end_of_text)
-      : stream_(stream), T_(T), seed_(seed), end_of_text_(end_of_text) {
+  Loader(const TokenStream& stream, int T, uint64_t seed, int separator)
+      : stream_(stream), T_(T), seed_(seed), separator_(separator) {
     if (T < 1) fail("loader: found a context of ", T, ", expected at least 1");
     if (stream.size() < 2) {
       fail("training data: found ", stream.size(), " tokens, expected at least 2");
@@ -431,7 +431,7 @@ class Loader {
       const int64_t n = windows_in(state_.epoch);
       const uint64_t order = mix64(seed_, hash64("order"), uint64_t(state_.epoch));
       const int64_t begin = offset(state_.epoch) + permuted(state_.window, n, order) * T_;
-      append_window(stream_, begin, window_length(), end_of_text_, tokens, targets, doc_starts);
+      append_window(stream_, begin, window_length(), separator_, tokens, targets, doc_starts);
       if (++state_.window == n) state_ = {state_.epoch + 1, 0};
     }
     doc_starts.push_back(int(tokens.size()));
@@ -461,7 +461,7 @@ class Loader {
   const TokenStream& stream_;
   int T_;
   uint64_t seed_;
-  int end_of_text_;
+  int separator_;
   LoaderState state_;
 };
 

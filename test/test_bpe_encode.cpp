@@ -216,7 +216,7 @@ TEST_CASE("every kind of vector instruction gives what plain C++ gives") {
 TEST_CASE("no token crosses a border at which the scanner cuts") {
   Merges merges;
   const std::vector<std::string> tokens = {"日本", "本\xE8", "\xAC語", "語は", "x日"};
-  for (const std::string& token : tokens) merges.add_whole(token);
+  for (const std::string& token : tokens) merges.add_without_parts(token);
   const std::string text = "日本語は日日";
   const bool expected[] = {false, false, false, true, true};  // 本語: 本 and the E8 of 語
   for (size_t i = 0; i < 5; i++)
@@ -261,6 +261,57 @@ TEST_CASE("a cache of any size gives the same ids: it grows, replaces and reuses
   }
 }
 
+TEST_CASE("a cache that begins with the vocabulary's tokens gives the same ids") {
+  const std::string text = random_text(9, 20000) + two_letters(9, 20000);
+  for (const char* pattern : kAllPatterns) {
+    CAPTURE(pattern);
+    const Tokenizer tokenizer = train_on(text, 1500, pattern);
+    Ids expected;
+    Encoder(tokenizer.data(), 1 << 20).encode(text, text.size(), expected);
+    CHECK((expected == plain_encode(tokenizer, text)));
+    for (const size_t cache_bytes : {size_t(0), size_t(1) << 16, size_t(1) << 22}) {
+      CAPTURE(cache_bytes);
+      Encoder encoder(tokenizer.data(), cache_bytes);
+      encoder.preload();
+      Ids ids;
+      encoder.encode(text, text.size(), ids);
+      CHECK((ids == expected));
+    }
+    // Its short tokens are there, but for the few that others replaced while the table was small.
+    Encoder encoder(tokenizer.data(), 1 << 22);
+    encoder.preload();
+    for (int id = 256; !tokenizer.is_special(id); id++) {
+      const std::string_view token = tokenizer.token_bytes(id);
+      if (token.size() > 15 || tokenizer.pieces(token).size() > 1) continue;
+      Ids ids;
+      encoder.encode(token, token.size(), ids);
+      REQUIRE(ids == Ids{id});
+    }
+    CHECK(encoder.pieces() > 500);
+    CHECK(100 * encoder.misses() < encoder.pieces());
+  }
+}
+
+TEST_CASE("merges whose parts come later are not put into the cache beforehand") {
+  // "ab" has a rank before "a" + "b" can make it: bytes, then a token that only late pairs make.
+  auto data = std::make_shared<TokenizerData>();
+  data->merges.add_without_parts("abc");
+  const int ab = data->merges.add('a', 'b');
+  data->merges.add_late_pair(ab, 'c', 256);
+  data->merges.add('b', 'c');
+  for (int t = 0; t < data->merges.size(); t++) data->ids.push_back(t);
+  data->complete("test");
+  for (const bool preloads : {false, true}) {
+    CAPTURE(preloads);
+    Encoder encoder(*data, 1 << 20);
+    if (preloads) encoder.preload();
+    Ids ids;
+    encoder.encode("abc", 3, ids);
+    CHECK(ids == Ids{256});
+    CHECK(encoder.misses() == 1);
+  }
+}
+
 TEST_CASE("long pieces stay in the cache, and are told apart") {
   const Tokenizer t = train_on("abc", 273, "gpt2");
   Encoder encoder(t.data(), 1 << 20);
@@ -297,7 +348,7 @@ TEST_CASE("more tokens than the encoder has room for are refused") {
   Merges::Scratch scratch;
   merges.encode("xab", scratch);
   CHECK(scratch.tokens == std::vector<int>{'x', 256});
-  while (merges.size() < Merges::kMaxTokens) merges.add_whole("");
+  while (merges.size() < Merges::kMaxTokens) merges.add_without_parts("");
   CHECK(contains(error_of([&] { merges.add('c', 'd'); }), "found more than 2097151 tokens"));
 }
 
