@@ -459,9 +459,10 @@ void add_memory(CLI::App* command, Options& o) {
 
 void add_tokenizer(CLI::App* command, Options& o) {
   command
-      ->add_option("TOKENIZER", o.tokenizer,
-                   "a directory, or a file: tokenizer.json, .tiktoken, tekken.json, vocab.bpe, or "
-                   "vocab.json beside merges.txt")
+      ->add_option(
+          "TOKENIZER", o.tokenizer,
+          "a directory, or a file: tokenizer.json, .gguf, .tiktoken, tekken.json, vocab.bpe, or "
+          "vocab.json beside merges.txt")
       ->required();
   command
       ->add_option(

@@ -5,6 +5,7 @@
 //     tekken.json              Mistral's: the same as JSON, with the split pattern
 //     merges.txt, vocab.json   a merge a line; the id of each token
 //     vocab.bpe                the same, GPT-2's own: the order of the merges gives the ids
+//     .gguf                    a model's keys (bpe_gguf.cpp)
 //
 // Each reader fills a TokenizerData, which complete() ends. convert_tokenizer() writes.
 #include <algorithm>
@@ -18,6 +19,7 @@
 
 #include "cake/bpe.h"
 #include "cake/chat_template.h"
+#include "cake/gguf.h"
 #include "cake/json.h"
 #include "cake/tokenizer_files.h"
 #include "cake/unicode.h"
@@ -1059,6 +1061,10 @@ std::shared_ptr<TokenizerData> read_json_file(std::string content, const fs::pat
 
 std::shared_ptr<TokenizerData> read_file_of_any_kind(const fs::path& path,
                                                      const std::string& pattern) {
+  if (GgufFile::is_gguf(path)) {
+    if (!pattern.empty()) fail(path.string(), ": found --pattern, but the file says its own");
+    return read_gguf_tokenizer(path);
+  }
   std::string content = read_whole(path);
   const std::string extension = path.extension().string();
   size_t begin = std::min(content.find_first_not_of(" \t\r\n"), content.size());
@@ -1080,7 +1086,7 @@ std::shared_ptr<TokenizerData> read_file_of_any_kind(const fs::path& path,
     fail(path.string(), ": found merges without a vocabulary, expected vocab.json beside them");
   }
   fail(path.string(),
-       ": found a file of another kind, expected a directory, tokenizer.json, .tiktoken, "
+       ": found a file of another kind, expected a directory, tokenizer.json, .gguf, .tiktoken, "
        "tekken.json, vocab.json with merges.txt, or vocab.bpe");
 }
 

@@ -433,35 +433,46 @@ std::vector<std::string> added_tokens(const TokenizerData& data) {
 
 // Added tokens are in the vocabulary too. Otherwise Hugging Face numbers them from the size of the
 // vocabulary on, which is wrong where ids have holes.
-std::vector<std::string> vocabulary(const TokenizerData& data) {
+std::vector<std::string> vocabulary(const SpelledVocabulary& spelled) {
+  std::vector<std::string> items;
+  for (size_t id = 0; id < spelled.tokens.size(); id++) {
+    if (spelled.tokens[id].empty()) continue;
+    items.push_back(json_string(spelled.tokens[id]) + ": " + std::to_string(id));
+  }
+  return items;
+}
+
+std::vector<std::string> json_strings(std::vector<std::string> texts) {
+  for (std::string& text : texts) text = json_string(text);
+  return texts;
+}
+
+}  // namespace
+
+SpelledVocabulary spell_vocabulary(const TokenizerData& data) {
+  SpelledVocabulary all;
   std::vector<bool> raw(size_t(data.tokens()));  // not spelled
   for (const AddedToken& token : data.added) raw[size_t(token.id)] = true;
   for (const int id : data.unspelled) raw[size_t(id)] = true;
   for (const int id : data.ids) {
     if (id >= 0 && id != data.unknown) raw[size_t(id)] = false;
   }
-  std::vector<std::string> items;
   std::unordered_set<std::string> raw_keys;
   for (int id = 0; id < data.tokens(); id++) {
     if (raw[size_t(id)]) raw_keys.insert(std::string(data.token(id)));
   }
   for (int id = 0; id < data.tokens(); id++) {
     const std::string_view bytes = data.token(id);
-    if (bytes.empty()) continue;
-    const std::string key = raw[size_t(id)] ? std::string(bytes) : spell(bytes);
+    all.tokens.push_back(raw[size_t(id)] ? std::string(bytes) : spell(bytes));
+    const std::string& key = all.tokens.back();
     if (!raw[size_t(id)] && raw_keys.count(key)) {
       fail("tokenizer: found an added token ", json_string(key), " and another token with that ",
            "spelling, which a tokenizer.json cannot hold");
     }
-    items.push_back(json_string(key) + ": " + std::to_string(id));
   }
-  return items;
-}
-
-std::vector<std::string> merge_list(const Merges& merges) {
-  std::vector<std::string> items;
+  const Merges& merges = data.merges;
   const auto put = [&](int left, int right) {
-    items.push_back(json_string(spell(merges.bytes(left)) + " " + spell(merges.bytes(right))));
+    all.merges.push_back(spell(merges.bytes(left)) + " " + spell(merges.bytes(right)));
   };
   size_t late = 0;
   for (int t = 256; t < merges.size(); t++) {
@@ -471,10 +482,8 @@ std::vector<std::string> merge_list(const Merges& merges) {
       put(merges.late_pairs()[late].left, merges.late_pairs()[late].right);
     }
   }
-  return items;
+  return all;
 }
-
-}  // namespace
 
 std::string tokenizer_json(const TokenizerData& data) {
   constexpr const char* kForm = R"({
@@ -503,13 +512,14 @@ std::string tokenizer_json(const TokenizerData& data) {
   }
 }
 )";
+  const SpelledVocabulary spelled = spell_vocabulary(data);
   return format(
       kForm, json_lines(added_tokens(data), "    ").c_str(),
       dump(normalizer_json(data.normalizer)).c_str(), dump(pre_tokenizer_json(data)).c_str(),
       dump(post_processor_json(data)).c_str(), dump(byte_level_json(true)).c_str(),
       data.unknown < 0 ? "null" : json_string(data.token(data.unknown)).c_str(),
-      data.ignore_merges ? "true" : "false", json_lines(vocabulary(data), "      ").c_str(),
-      json_lines(merge_list(data.merges), "      ").c_str());
+      data.ignore_merges ? "true" : "false", json_lines(vocabulary(spelled), "      ").c_str(),
+      json_lines(json_strings(spelled.merges), "      ").c_str());
 }
 
 std::string tokenizer_config_json(const TokenizerData& data) {

@@ -158,7 +158,8 @@ std::string vocabulary_name(const std::string& argument) {
   const std::string name = path.filename().string();
   const std::string folder = path.parent_path().filename().string();
   if ((name == "tokenizer.json" || name == "model") && !folder.empty()) return folder;
-  return path.extension() == ".tiktoken" ? path.stem().string() : name;
+  const bool of_stem = path.extension() == ".tiktoken" || path.extension() == ".gguf";
+  return of_stem ? path.stem().string() : name;
 }
 
 std::vector<Vocabulary> load_vocabularies(const StatsOptions& options) {

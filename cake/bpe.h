@@ -1,7 +1,8 @@
 // What the parts of ./bpe share: the vocabulary as it was read or trained, its merges, and the
 // encoder. Parts: bpe.cpp (corpora, command line), bpe_train.cpp (training), bpe_split.cpp and
 // bpe_split_regex.cpp (cake/split.h), bpe_text.cpp (cake/normalize.h, added tokens, Tokenizer),
-// bpe_encode.cpp (merges, encoder), bpe_files.cpp and bpe_json.cpp (file formats), bpe_page.cpp
+// bpe_encode.cpp (merges, encoder), bpe_files.cpp, bpe_json.cpp and bpe_gguf.cpp (file formats),
+// bpe_page.cpp
 // (./bpe stats).
 //
 // Here a token is named by its rank: bytes are 0 to 255, merge k makes token 256 + k. Ids are what

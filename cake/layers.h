@@ -240,6 +240,24 @@ void linear_forward(int N, int in, int out, const T* x, const T* weight, const T
     }
   }
 }
+// The same with W (out, in) in q8_0, and x quantized like it: the products of a block are summed as
+// integers, then y = b + sum over blocks of (d_x d_w) (q_x . q_w), in order.
+inline void linear_forward_q8_0(int N, int in, int out, const float* x,
+                                const Q8Block* weight,  // (out, in / 32)
+                                const float* bias, float* y) {
+  for (int n = 0; n < N; n++) {
+    for (int o = 0; o < out; o++) {
+      float sum = bias ? bias[o] : 0;
+      for (int i = 0; i < in; i += kQ8Block) {
+        const Q8Block a = quantize_q8_0(x + n * in + i), &w = weight[(o * in + i) / kQ8Block];
+        int dot = 0;
+        for (int j = 0; j < kQ8Block; j++) dot += a.q[j] * w.q[j];
+        sum = std::fma(float(dot), f16_to_float(a.d) * f16_to_float(w.d), sum);
+      }
+      y[n * out + o] = sum;
+    }
+  }
+}
 // dx[n,i] = sum_o dy[n,o] W[o,i];  dW[o,i] += sum_n dy[n,o] x[n,i];  db[o] += sum_n dy[n,o]
 template <class T>
 void linear_backward(int N, int in, int out, const T* x, const T* weight, const T* dy, T* dx,

@@ -39,7 +39,7 @@ inline void expect_same_vocabulary(const std::filesystem::path& dir, const Token
 // The hash of a model's weights, with that of its adapters. A checkpoint names the models that it
 // depends on by path and hash, and copies nothing of them.
 inline std::string model_hash(const std::filesystem::path& dir) {
-  if (!has_adapters(dir)) return SafeTensors::of_model(dir).hash();
+  if (!has_adapters(dir)) return weights_hash(dir);
   return SafeTensors(dir / "adapter_model.safetensors").hash() + adapter_base(dir).hash;
 }
 

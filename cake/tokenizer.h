@@ -24,7 +24,7 @@ struct TokenPlace {
 // Copies share their data. All member functions may be called by many threads at once.
 class Tokenizer {
  public:
-  // A model, run or tokenizer directory, or a file: tokenizer.json, .tiktoken (Llama's
+  // A model, run or tokenizer directory, or a file: tokenizer.json, .gguf, .tiktoken (Llama's
   // tokenizer.model is one), tekken.json, vocab.json or merges.txt, vocab.bpe. `pattern`: of a file
   // that does not say its split pattern, a name that parse_pattern knows or a regular expression;
   // empty: known by the number of tokens.

@@ -1,5 +1,6 @@
 // What the readers and writers of tokenizer files share: bpe_files.cpp (which file is what,
-// .tiktoken, tekken.json, merges.txt, vocab.bpe) and bpe_json.cpp (tokenizer.json).
+// .tiktoken, tekken.json, merges.txt, vocab.bpe), bpe_json.cpp (tokenizer.json) and bpe_gguf.cpp
+// (.gguf).
 #pragma once
 
 #include <simdjson.h>
@@ -129,7 +130,15 @@ AddedToken read_added_token(const JsonNode& node, std::string_view text, int id)
 
 // `content`: the file's, of which `root` was parsed.
 std::shared_ptr<TokenizerData> read_tokenizer_json(std::string content, const JsonNode& root);
+// The tokenizer of a .gguf file: bpe_gguf.cpp.
+std::shared_ptr<TokenizerData> read_gguf_tokenizer(const std::filesystem::path& path);
 std::string tokenizer_json(const TokenizerData& data);
+// A vocabulary as tokenizer.json has it: bytes are spelled, added tokens are their text.
+struct SpelledVocabulary {
+  std::vector<std::string> tokens;  // by id; empty: no token has this id
+  std::vector<std::string> merges;  // "left right"
+};
+SpelledVocabulary spell_vocabulary(const TokenizerData& data);
 std::string tokenizer_config_json(const TokenizerData& data);
 
 // Writes a .tiktoken file.

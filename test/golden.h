@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cake/config.h"
 #include "cake/gpt.h"
 #include "cake/json.h"
 #include "test/support.h"
@@ -76,7 +77,9 @@ struct Golden {
 inline Config config_of(const Json& j) {
   Config c;
   const std::string family = j["family"];
-  c.family = family == "gpt2" ? Family::gpt2 : family == "llama" ? Family::llama : Family::qwen3;
+  c.family = Family::llama;  // mistral too
+  for (int i = 0; i < int(std::size(kModelTypes)); i++)
+    if (family == kModelTypes[i]) c.family = Family(i);
   c.head = j["head"] == "scalar" ? Head::scalar : Head::lm;
   c.V = j["V"], c.T = j["T"], c.L = j["L"], c.C = j["C"];
   c.NH = j["NH"], c.NKV = j["NKV"], c.HS = j["HS"], c.F = j["F"];
@@ -85,7 +88,8 @@ inline Config config_of(const Json& j) {
             .factor = j["rope_factor"],
             .low_freq_factor = j["rope_low"],
             .high_freq_factor = j["rope_high"],
-            .original_T = j["rope_original_T"]};
+            .original_T = j["rope_original_T"],
+            .linear = j.value("rope_linear", false)};
   c.bos = c.eos = c.pad = 0;
   return c;
 }

@@ -29,7 +29,7 @@ Config tiny(Family family) {
   return c;
 }
 
-const Family kFamilies[] = {Family::gpt2, Family::llama, Family::qwen3};
+const Family kFamilies[] = {Family::gpt2, Family::llama, Family::qwen3, Family::qwen2};
 
 Json base_json(Family family) { return Json::parse(config_json(tiny(family)).dump()); }
 
@@ -86,7 +86,7 @@ LooseTensors read_loose(const std::filesystem::path& path) {
 void write_loose(const std::filesystem::path& path, const LooseTensors& loose, bool bf16 = false) {
   std::vector<SafeTensorsWriter::Entry> entries;
   for (const auto& [name, t] : loose) entries.push_back({name, t.shape});
-  SafeTensorsWriter writer(path, entries, bf16);
+  SafeTensorsWriter writer(path, entries, bf16 ? FloatType::bf16 : FloatType::f32);
   for (const auto& entry : loose) writer.write(entry.second.values);
   writer.commit();
 }
@@ -97,6 +97,13 @@ void check_same_weights(const FakeGpt& a, const FakeGpt& b) {
     CAPTURE(a.table().tensors[i].name);
     CHECK(a.values(int(i)) == b.values(int(i)));
   }
+}
+
+// A config.json with two end tokens.
+Json with_list() {
+  Json json = base_json(Family::gpt2);
+  json["eos_token_id"] = {4, 11};
+  return json;
 }
 
 std::string load_error(const std::filesystem::path& dir, FakeGpt& gpt, bool new_score = false) {
@@ -118,11 +125,13 @@ TEST_CASE("a config written is the config read, for every family and head") {
       c.rope.theta = 50000;
       if (family == Family::gpt2) c.rope = {};
       if (family == Family::llama) c.rope = {1e6, 8, 1, 4, 16};
+      if (family == Family::qwen2) c.rope.factor = 2.5, c.rope.linear = true;
       const Config back = parse_config(Json::parse(config_json(c).dump()), "x");
       CHECK(same(back, c));
       CHECK(back.head == head);
       CHECK(back.rope.theta == c.rope.theta);
       CHECK(back.rope.factor == c.rope.factor);
+      CHECK(back.rope.linear == c.rope.linear);
       CHECK(back.pad == 3);
     }
   }
@@ -140,7 +149,7 @@ TEST_CASE("absent keys mean what they mean to transformers") {
   CHECK(g.NKV == 12);
   CHECK(g.norm_eps == 1e-5);
   CHECK(g.eos == 50256);
-  CHECK(g.bos == -1);
+  CHECK(g.bos == 50256);
   const Json sizes = Json::parse(
       R"({"vocab_size":1000,"max_position_embeddings":64,"hidden_size":4096,"intermediate_size":99,
         "num_hidden_layers":2,"num_attention_heads":64,"n_inner":null})");
@@ -153,6 +162,13 @@ TEST_CASE("absent keys mean what they mean to transformers") {
   CHECK(l.norm_eps == 1e-6);
   CHECK(l.rope.theta == 10000);
   CHECK(l.rope.factor == 0);
+  CHECK(l.bos == 1);
+  CHECK(l.end_tokens == std::vector{2});
+  json["model_type"] = "qwen2";
+  const Config q2 = parse_config(json, "x");
+  CHECK(q2.HS == 64);
+  CHECK(q2.NKV == 32);
+  CHECK(q2.eos == -1);
   json["model_type"] = "qwen3";
   const Config q = parse_config(json, "x");
   CHECK(q.HS == 128);
@@ -160,6 +176,52 @@ TEST_CASE("absent keys mean what they mean to transformers") {
   CHECK(!q.tied);
   json["num_key_value_heads"] = nullptr;  // there, and null: as many as query heads
   CHECK(parse_config(json, "x").NKV == 64);
+}
+
+// The values are those of the configuration classes of transformers 5.24.
+TEST_CASE("a config.json of a model_type alone is transformers' default model") {
+  const auto sizes = [](const Config& c) {
+    return std::vector{c.V, c.T, c.L, c.C, c.NH, c.NKV, c.HS, c.F, c.bos, c.eos};
+  };
+  const auto of = [&](const char* type, const Json& more = Json::object()) {
+    Json json = {{"model_type", type}};
+    json.update(more);
+    return sizes(parse_config(json, "x"));
+  };
+  CHECK(of("gpt2") == std::vector{50257, 1024, 12, 768, 12, 12, 64, 3072, 50256, 50256});
+  CHECK(of("llama") == std::vector{32000, 2048, 32, 4096, 32, 32, 128, 11008, 1, 2});
+  CHECK(of("mistral", {{"sliding_window", nullptr}}) ==
+        std::vector{32000, 131072, 32, 4096, 32, 8, 128, 14336, 1, 2});
+  CHECK(of("qwen2") == std::vector{151936, 32768, 32, 4096, 32, 32, 128, 22016, -1, -1});
+  CHECK(of("qwen3") == std::vector{151936, 32768, 32, 4096, 32, 32, 128, 22016, -1, -1});
+  // gpt2's sizes by the names of the other families
+  CHECK(of("gpt2", {{"hidden_size", 48}, {"num_attention_heads", 3}, {"num_hidden_layers", 2}}) ==
+        std::vector{50257, 1024, 2, 48, 3, 3, 16, 192, 50256, 50256});
+  // a default token that a smaller vocabulary lacks is no token
+  const Config small = parse_config({{"model_type", "gpt2"}, {"vocab_size", 300}}, "x");
+  CHECK(small.eos == -1);
+  CHECK(small.all_end_tokens().empty());
+  CHECK(parse_config({{"model_type", "llama"}, {"eos_token_id", nullptr}}, "x").eos == -1);
+}
+
+TEST_CASE("mistral without a sliding window is llama") {
+  Json json = base_json(Family::llama);
+  json["model_type"] = "mistral";
+  json["architectures"] = {"MistralForCausalLM"};
+  json["sliding_window"] = nullptr;
+  const Config c = parse_config(json, "x");
+  CHECK(same(c, parse_config(base_json(Family::llama), "x")));
+  CHECK(config_json(c)["model_type"] == "llama");
+  CHECK(contains(with(json, "sliding_window", 4096), "sliding_window: found 4096, expected null"));
+  CHECK(contains(without(json, "sliding_window"), "which means 4096 to transformers"));
+  // transformers refuses such a llama and loads such a mistral
+  Config odd = c;
+  odd.C = 13;
+  const OrderedJson written = config_json(odd);
+  CHECK(written["model_type"] == "mistral");
+  CHECK(written["architectures"][0] == "MistralForCausalLM");
+  CHECK(contains(written.dump(), "\"sliding_window\":null"));
+  CHECK(parse_config(Json::parse(written.dump()), "x").C == 13);
 }
 
 TEST_CASE("RoPE is read from rope_parameters and from rope_theta with rope_scaling") {
@@ -201,23 +263,41 @@ TEST_CASE("RoPE is read from rope_parameters and from rope_theta with rope_scali
   CHECK(contains(scaled("partial_rotary_factor", .5), "partial_rotary_factor: found 0.5"));
   json.erase("rope_parameters");
   json["rope_scaling"] = {{"type", "linear"}, {"factor", 2.}};  // the oldest spelling
-  CHECK(contains(config_error(json), "rope_scaling: rope_type: found linear"));
+  rope = parse_config(json, "x").rope;
+  CHECK(rope.linear);
+  CHECK(rope.factor == 2);
+  CHECK(rope.theta == 10000);
+  // rope_scaling goes first where both are there, as in transformers
+  json["rope_parameters"] = {{"rope_type", "linear"}, {"factor", 4.}, {"rope_theta", 7.}};
+  CHECK(parse_config(json, "x").rope.factor == 2);
+  json["rope_scaling"] = nullptr;
+  CHECK(parse_config(json, "x").rope.factor == 4);
+  json["rope_parameters"] = {{"full_attention", json["rope_parameters"]}};
+  CHECK(parse_config(json, "x").rope.theta == 7);
+  // llama3's original context is the model's, where no key says otherwise
+  json["rope_scaling"] = llama3;
+  json["rope_scaling"].erase("original_max_position_embeddings");
+  CHECK(parse_config(json, "x").rope.original_T == 24);
+  json["rope_scaling"] = {{"type", "dynamic"}, {"factor", 2.}};
+  CHECK(contains(config_error(json), "rope_scaling: rope_type: found dynamic"));
 }
 
 TEST_CASE("a config.json that cannot be honoured is an error that names the key") {
   const Json g = base_json(Family::gpt2), l = base_json(Family::llama),
-             q = base_json(Family::qwen3);
-  for (const Json& json : {g, l, q}) {
+             q = base_json(Family::qwen3), q2 = base_json(Family::qwen2);
+  for (const Json& json : {g, l, q, q2}) {
     CHECK(config_error(json) == "no error");
     CHECK(contains(without(json, "model_type"), "config.json: model_type is missing"));
     CHECK(contains(with(json, "model_type", "mamba"), "model_type: found mamba, expected gpt2"));
-    CHECK(contains(without(json, "vocab_size"), "vocab_size is missing"));
     CHECK(contains(with(json, "vocab_size", 0), "vocab_size: found 0"));
     CHECK(contains(with(json, "vocab_size", -5), "vocab_size: found -5"));
     CHECK(contains(with(json, "vocab_size", 1e300), "vocab_size: found 1e+300"));
     CHECK(contains(with(json, "vocab_size", 1ull << 40), "expected a smaller integer"));
     CHECK(contains(with(json, "vocab_size", "19"), "vocab_size: found \"19\""));
     CHECK(contains(with(json, "eos_token_id", 19), "eos_token_id: found 19, expected less than"));
+    CHECK(contains(with(json, "eos_token_id", {3, 19}), "eos_token_id: found 19, expected less"));
+    CHECK(contains(with(json, "eos_token_id", {3, "4"}), "eos_token_id: found \"4\""));
+    CHECK(contains(with(json, "pad_token_id", 19), "pad_token_id: found 19"));
     CHECK(contains(with(json, "quantization_config", {{"bits", 4}}), "quantization_config"));
     CHECK(contains(with(json, "architectures", {"BertForMaskedLM"}), "found BertForMaskedLM"));
     CHECK(contains(with(json, "architectures", {"XForSequenceClassification"}),
@@ -226,7 +306,6 @@ TEST_CASE("a config.json that cannot be honoured is an error that names the key"
     CHECK(with(json, "eos_token_id", {3, 4}) == "no error");
   }
   for (const char* key : {"n_positions", "n_layer", "n_embd", "n_head"}) {
-    CHECK(contains(without(g, key), std::string(key) + " is missing"));
     CHECK(contains(with(g, key, 0), std::string(key) + ": found 0"));
   }
   CHECK(contains(with(g, "n_head", 5), "n_head: found 5"));
@@ -235,18 +314,35 @@ TEST_CASE("a config.json that cannot be honoured is an error that names the key"
   CHECK(contains(with(g, "scale_attn_by_inverse_layer_idx", true), "inverse_layer_idx: found"));
   CHECK(contains(with(g, "add_cross_attention", true), "add_cross_attention: found true"));
   CHECK(contains(with(g, "layer_norm_epsilon", 0), "layer_norm_epsilon: found 0"));
-  for (const Json& json : {l, q}) {
+  for (const Json& json : {l, q, q2}) {
     for (const char* key : {"max_position_embeddings", "num_hidden_layers", "hidden_size",
                             "num_attention_heads", "intermediate_size"}) {
-      CHECK(contains(without(json, key), std::string(key) + " is missing"));
       CHECK(contains(with(json, key, 0), std::string(key) + ": found 0"));
     }
     CHECK(contains(with(json, "hidden_act", "gelu"), "hidden_act: found gelu"));
-    CHECK(contains(with(json, "attention_bias", true), "attention_bias: found true"));
+    const bool biases = json["model_type"] == "qwen2";  // of q, k and v, without such a key
+    CHECK(contains(with(json, "attention_bias", !biases), "attention_bias: found "));
     CHECK(contains(with(json, "mlp_bias", true), "mlp_bias: found true"));
     CHECK(contains(with(json, "use_sliding_window", true), "use_sliding_window: found true"));
     CHECK(contains(with(json, "layer_types", {"full_attention", "sliding_attention"}),
                    "layer_types: found \"sliding_attention\""));
+    CHECK(with(json, "no_rope_layers", {1, 1}) == "no error");
+    CHECK(contains(with(json, "no_rope_layers", {1, 0}), "no_rope_layers: found 0, expected 1"));
+    CHECK(contains(with(json, "partial_rotary_factor", .5), "partial_rotary_factor: found 0.5"));
+    CHECK(contains(with(json, "rope_interleaved", true), "rope_interleaved: found true"));
+    for (const char* type : {"dynamic", "yarn", "longrope", "su", "mrope", "proportional"}) {
+      CHECK(
+          contains(with(json, "rope_scaling", {{"rope_type", type}, {"factor", 2.}}),
+                   concat("rope_scaling: rope_type: found ", type, ", expected default, linear")));
+    }
+    for (const char* key :
+         {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling",
+          "logit_scale", "attn_logit_softcapping", "final_logit_softcapping", "num_experts",
+          "num_local_experts", "n_routed_experts", "clip_qkv", "q_lora_rank", "kv_lora_rank",
+          "qk_layernorm"}) {
+      CHECK(contains(with(json, key, 8), concat(key, ": found 8, expected no such key")));
+      CHECK(with(json, key, nullptr) == "no error");
+    }
     CHECK(contains(with(json, "num_key_value_heads", 2), "num_key_value_heads: found 2"));
     CHECK(contains(with(json, "head_dim", 5), "head_dim: found 5, expected an even number"));
     CHECK(contains(with(json, "rms_norm_eps", -1.), "rms_norm_eps: found -1"));
@@ -254,6 +350,19 @@ TEST_CASE("a config.json that cannot be honoured is an error that names the key"
   }
   CHECK(contains(with(l, "sliding_window", 4096), "sliding_window: found 4096"));
   CHECK(with(q, "sliding_window", 4096) == "no error");  // behind its switch
+  CHECK(with(q2, "sliding_window", 4096) == "no error");
+  for (const char* type : {"granite", "smollm3", "qwen3_moe", "mixtral", "gemma2", "phi3"}) {
+    const std::string error = with(l, "model_type", type);
+    CHECK(contains(error, concat("model_type: found ", type, " (")));
+    CHECK(contains(error, "), expected gpt2, llama, mistral, qwen2 or qwen3"));
+  }
+  for (const char* method : {"gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors"}) {
+    const std::string error = with(l, "quantization_config", {{"quant_method", method}});
+    CHECK(contains(error, concat("quantization_config: found ", method, " weights, expected F32, ",
+                                 "BF16 or F16: take the model that was quantized, or a .gguf")));
+    CHECK(contains(error, "dequantize") ==
+          (method == std::string("fp8") || method == std::string("bitsandbytes")));
+  }
   Json odd = l;
   odd.erase("head_dim");
   CHECK(contains(with(odd, "hidden_size", 13), "num_attention_heads: found 3"));
@@ -265,6 +374,108 @@ TEST_CASE("a config.json that cannot be honoured is an error that names the key"
   CHECK(contains(error_of([&] { load_config(dir.path()); }), "config.json: not JSON: parse error"));
   write_file(dir / "config.json", std::string("\0\1\2", 3));
   CHECK(contains(error_of([&] { load_config(dir.path()); }), "not JSON"));
+}
+
+TEST_CASE("a saved model keeps the sampling settings of the model that it began as") {
+  TempDir dir;
+  Config c = tiny(Family::qwen3);
+  c.end_tokens = {17, 3};
+  const FakeGpt gpt(c);
+  std::filesystem::create_directory(dir / "base");
+  const auto saved = [&](const std::filesystem::path& started_from) {
+    SaveOptions options;
+    options.started_from = started_from;
+    save_checkpoint(dir / "m", gpt, options);
+    return read_json(dir / "m/generation_config.json");
+  };
+  const Json none = {{"do_sample", true}, {"bos_token_id", 17}, {"eos_token_id", {17, 3}}};
+  CHECK(saved("") == none);
+  CHECK(saved(dir / "base") == none);
+  write_file(dir / "base/generation_config.json",
+             R"({"temperature": 0.6, "top_k": 20, "do_sample": false, "eos_token_id": 5,
+                 "pad_token_id": 2})");
+  const Json kept = {{"do_sample", false},
+                     {"temperature", .6},
+                     {"top_k", 20},
+                     {"bos_token_id", 17},
+                     {"eos_token_id", {17, 3}}};
+  CHECK(saved(dir / "base") == kept);
+  CHECK(saved(dir / "m") == kept);  // a resumed run's own
+  // of adapters without a file of their own: their base's
+  write_file(dir / "base/config.json", config_json(c).dump());
+  std::filesystem::create_directory(dir / "adapters");
+  write_file(dir / "adapters/adapter_config.json", Json{{"peft_type", "LORA"},
+                                                        {"r", 2},
+                                                        {"lora_alpha", 4},
+                                                        {"base_model_name_or_path", "../base"}}
+                                                       .dump());
+  CHECK(saved(dir / "adapters") == kept);
+  write_file(dir / "base/generation_config.json", "{");
+  CHECK(contains(error_of([&] { saved(dir / "base"); }), "generation_config.json: not JSON"));
+}
+
+TEST_CASE("a directory with weights of another format says what to do") {
+  TempDir dir;
+  FakeGpt gpt(tiny(Family::llama));
+  write_file(dir / "config.json", config_json(gpt.config()).dump());
+  CHECK(contains(load_error(dir.path(), gpt), "model.safetensors: cannot open"));
+  for (const char* name : {"pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
+                           "consolidated.00.pth", "consolidated.safetensors"}) {
+    write_file(dir / name, "x");
+    const std::string error = load_error(dir.path(), gpt);
+    CHECK(contains(error, concat(": found ", name, ", expected model.safetensors: ")));
+    CHECK(contains(error, *name == 'p' ? ".save_pretrained(\"DIR\")" : "Hugging Face's format"));
+    remove_path(dir / "config.json");  // Meta's directories have none
+    CHECK(contains(error_of([&] { model_dir(dir.path()); }), concat(": found ", name)));
+    write_file(dir / "config.json", config_json(gpt.config()).dump());
+    remove_path(dir / name);
+  }
+}
+
+TEST_CASE("all end tokens of config.json and generation_config.json are read and written") {
+  TempDir dir;
+  const auto ends = [&](const Json& config, const Json& generation) {
+    Json json = base_json(Family::qwen3);
+    json["eos_token_id"] = config;
+    write_file(dir / "config.json", json.dump());
+    write_file(dir / "generation_config.json", Json{{"eos_token_id", generation}}.dump());
+    const Config c = load_config(dir.path());
+    CHECK(c.eos == (c.end_tokens.empty() ? -1 : c.end_tokens[0]));
+    return c.end_tokens;
+  };
+  CHECK(ends(5, {6, 5, 3}) == std::vector{5, 6, 3});
+  CHECK(ends({5, 4}, 4) == std::vector{5, 4});
+  CHECK(ends(nullptr, {7, 8}) == std::vector{7, 8});
+  CHECK(ends(5, nullptr) == std::vector{5});
+  CHECK(ends(nullptr, nullptr).empty());
+  CHECK(
+      contains(error_of([&] {
+                 ends(5, {6, 19});
+               }),
+               "generation_config.json: eos_token_id: found 19, expected less than vocab_size 19"));
+  CHECK(contains(error_of([&] { ends(5, 5.5); }), "eos_token_id: found 5.5"));
+  write_file(dir / "generation_config.json", "[]");
+  CHECK(contains(error_of([&] { load_config(dir.path()); }), "generation_config.json: found []"));
+  remove_path(dir / "generation_config.json");
+  CHECK(load_config(dir.path()).end_tokens == std::vector{5});
+
+  // the list goes on through a saved model
+  FakeGpt gpt(parse_config(with_list(), "x"));
+  save_checkpoint(dir / "saved", gpt, {});
+  CHECK(load_config(dir / "saved").end_tokens == std::vector{4, 11});
+  CHECK(read_json(dir / "saved/generation_config.json")["eos_token_id"] == Json({4, 11}));
+
+  Config c = tiny(Family::llama);  // eos 17
+  CHECK(config_json(c)["eos_token_id"] == 17);
+  c.set_first_end_token(4);
+  CHECK(c.eos == 4);
+  CHECK(c.end_tokens == std::vector{4, 17});
+  c.set_first_end_token(17);
+  CHECK(c.end_tokens == std::vector{17, 4});
+  CHECK(config_json(c)["eos_token_id"] == OrderedJson::array({17, 4}));
+  CHECK(generation_config_json(c, OrderedJson::object())["eos_token_id"] ==
+        OrderedJson::array({17, 4}));
+  CHECK(parse_config(Json::parse(config_json(c).dump()), "x").end_tokens == c.end_tokens);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -447,8 +658,8 @@ TEST_CASE("gpt2 stores q, k and v as columns of one tensor (in, out)") {
   gpt.randomize(1);
   save_checkpoint(dir / "m", gpt, {});
   const LooseTensors disk = read_loose(dir / "m/model.safetensors");
-  const Loose& weight = disk.at("transformer.h.1.attn.c_attn.weight");
-  const Loose& bias = disk.at("transformer.h.1.attn.c_attn.bias");
+  const Loose& weight = disk.at("h.1.attn.c_attn.weight");
+  const Loose& bias = disk.at("h.1.attn.c_attn.bias");
   CHECK(weight.shape == std::vector<int64_t>{12, 36});
   CHECK(bias.shape == std::vector<int64_t>{36});
   for (int part = 0; part < 3; part++) {
@@ -461,13 +672,20 @@ TEST_CASE("gpt2 stores q, k and v as columns of one tensor (in, out)") {
       }
     }
   }
-  const Loose& fc = disk.at("transformer.h.0.mlp.c_fc.weight");
+  const Loose& fc = disk.at("h.0.mlp.c_fc.weight");
   CHECK(fc.shape == std::vector<int64_t>{12, 20});
   CHECK(fc.values[3 * 20 + 7] == gpt.values("blocks.0.up.weight")[7 * 12 + 3]);
-  CHECK(disk.at("transformer.wte.weight").shape == std::vector<int64_t>{19, 12});
+  CHECK(disk.at("wte.weight").shape == std::vector<int64_t>{19, 12});
+  // With a head of its own, or a score, transformers 4 finds the others by their prefix alone.
+  for (const Head head : {Head::lm, Head::scalar}) {
+    Config other = c;
+    other.head = head, other.tied = head == Head::scalar;
+    save_checkpoint(dir / "other", FakeGpt(other), {});
+    CHECK(read_loose(dir / "other/model.safetensors").count("transformer.wte.weight") == 1);
+  }
 }
 
-TEST_CASE("names without the root, buffers and an equal tied head are accepted") {
+TEST_CASE("names with and without the root, buffers and an equal tied head are accepted") {
   TempDir dir;
   for (const Family family : kFamilies) {
     Config c = tiny(family);
@@ -476,10 +694,12 @@ TEST_CASE("names without the root, buffers and an equal tied head are accepted")
     a.randomize(1);
     save_checkpoint(dir / "m", a, {});
     const auto path = dir / "m/model.safetensors";
-    const LooseTensors disk = read_loose(path);
     const std::string root = family == Family::gpt2 ? "transformer." : "model.";
-    LooseTensors bare;
-    for (const auto& [name, t] : disk) bare[name.substr(root.size())] = t;
+    LooseTensors disk, bare;
+    for (const auto& [name, t] : read_loose(path)) {
+      const std::string end = name.starts_with(root) ? name.substr(root.size()) : name;
+      disk[root + end] = bare[end] = t;
+    }
     bare["h.0.attn.bias"] = {{1, 1, 2, 2}, {1, 0, 1, 1}};
     bare["h.0.attn.masked_bias"] = {{}, {-1e4}};
     bare["layers.0.self_attn.rotary_emb.inv_freq"] = {{1}, {1}};
@@ -566,15 +786,16 @@ TEST_CASE("BF16 weights load to what BF16 can hold") {
   TempDir dir;
   FakeGpt a(tiny(Family::qwen3)), b(tiny(Family::qwen3));
   a.randomize(1);
-  save_checkpoint(dir / "m", a, {.bf16 = true});
+  save_checkpoint(dir / "m", a, {.type = FloatType::bf16});
   CHECK(read_json(dir / "m/config.json")["dtype"] == "bfloat16");
   load_weights(dir / "m", b);
   for (size_t i = 0; i < a.table().tensors.size(); i++) {
     CHECK(rel_error(b.values(int(i)), a.values(int(i))) <= 0x1p-8);
   }
-  CHECK(
-      contains(error_of([&] { save_checkpoint(dir / "m", a, {.optimizer = true, .bf16 = true}); }),
-               "found bf16 with the optimizer's state"));
+  CHECK(contains(error_of([&] {
+                   save_checkpoint(dir / "m", a, {.optimizer = true, .type = FloatType::bf16});
+                 }),
+                 "found bf16 with the optimizer's state"));
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -817,9 +1038,9 @@ TEST_CASE("what is not finite is refused at load: weights, adapters, moments, ea
     write_loose(file, tensors);
   };
   // q, k and v are columns of one tensor.
-  spoil(dir / "m/model.safetensors", "transformer.h.1.attn.c_attn.weight");
+  spoil(dir / "m/model.safetensors", "h.1.attn.c_attn.weight");
   CHECK(contains(load_error(dir / "m", b),
-                 "model.safetensors: transformer.h.1.attn.c_attn.weight: found 1 values that are "
+                 "model.safetensors: h.1.attn.c_attn.weight: found 1 values that are "
                  "not finite, expected none"));
   spoil(dir / "m/optimizer.safetensors", "moment2.blocks.0.q.weight");
   CHECK(contains(error_of([&] { load_trainer_state(dir / "m", b); }),

@@ -57,12 +57,16 @@ def make_model(c, dtype=torch.float64):
             n_inner=None if c["F"] == 4 * c["C"] else c["F"], layer_norm_epsilon=c["norm_eps"],
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shape)
     else:
-        kind = {"llama": "Llama", "qwen3": "Qwen3"}[c["family"]]
+        kind = {"llama": "Llama", "qwen3": "Qwen3", "qwen2": "Qwen2", "mistral": "Mistral"}[c["family"]]
         rope = dict(rope_type="default", rope_theta=c["rope_theta"])
-        if c["rope_factor"]:
+        if c["rope_linear"]:
+            rope = dict(rope_type="linear", rope_theta=c["rope_theta"], factor=c["rope_factor"])
+        elif c["rope_factor"]:
             rope = dict(rope_type="llama3", rope_theta=c["rope_theta"], factor=c["rope_factor"],
                         low_freq_factor=c["rope_low"], high_freq_factor=c["rope_high"],
                         original_max_position_embeddings=c["rope_original_T"])
+        if kind == "Mistral":
+            shape["sliding_window"] = None
         config = getattr(transformers, kind + "Config")(
             max_position_embeddings=c["T"], hidden_size=c["C"], num_hidden_layers=c["L"],
             num_attention_heads=c["NH"], num_key_value_heads=c["NKV"], head_dim=c["HS"],
@@ -134,8 +138,8 @@ def table(model, c):
         if g:
             vector(name + ".bias", disk + ".bias")
 
-    def linear(parts):  # (name, outputs, name on disk)
-        for what in ("weight", "bias") if g else ("weight",):
+    def linear(parts, bias=g):  # (name, outputs, name on disk)
+        for what in ("weight", "bias") if bias else ("weight",):
             begin = 0
             for name, out, disk in parts:
                 fused = g and len(parts) > 1
@@ -154,7 +158,7 @@ def table(model, c):
         attn = d + ("attn." if g else "self_attn.")
         norm(b + "norm1", d + ("ln_1" if g else "input_layernorm"))
         linear([(b + n, out, attn + ("c_attn" if g else n + "_proj"))
-                for n, out in (("q", q), ("k", kv), ("v", kv))])
+                for n, out in (("q", q), ("k", kv), ("v", kv))], bias=g or c["family"] == "qwen2")
         if c["family"] == "qwen3":
             vector(b + "q_norm.weight", attn + "q_norm.weight")
             vector(b + "k_norm.weight", attn + "k_norm.weight")
@@ -176,7 +180,7 @@ def table(model, c):
 def config(family, **letters):
     """cake's Config by its letters, with what is absent at the values of cake/gpt.h."""
     c = dict(family=family, head="lm", tied=False, norm_eps=1e-6, rope_theta=10000.0,
-             rope_factor=0.0, rope_low=1.0, rope_high=4.0, rope_original_T=8192)
+             rope_factor=0.0, rope_low=1.0, rope_high=4.0, rope_original_T=8192, rope_linear=False)
     c.update(letters)
     c.setdefault("NKV", c["NH"])
     c.setdefault("HS", c["C"] // c["NH"])

@@ -44,7 +44,8 @@ WRITTEN_BY_TRANSFORMERS = {
     "qwen3_reward": (config("qwen3", head="scalar", V=37, T=32, L=1, C=8, NH=2, NKV=1, HS=8, F=12,
                             tied=True), "float32", {}),
 }
-WRITTEN_BY_CAKE = ["gpt2", "gpt2_untied", "llama", "llama3", "qwen3", "qwen3_scalar"]
+WRITTEN_BY_CAKE = ["gpt2", "gpt2_untied", "llama", "llama3", "qwen3", "qwen2", "mistral",
+                   "qwen3_scalar"]
 
 
 def load(path):
