@@ -138,9 +138,9 @@ bench-bpe: $(BIN)/bpe $(BUILD)/bench_tokenizer ## ./bpe beside gigatoken, tiktok
 	$(PEER) dev/bench/tokenizer.py "$(TEXT)" --texts $(MORE) --data $(TEXTS)/tokenizers --bpe $(BIN)/bpe --bench $(BUILD)/bench_tokenizer --work $(BUILD)/tokenizers --json $(BUILD)/bench_tokenizer.json
 
 # Ten minutes for each: FUZZ_SECONDS=n, FUZZ="warc html".
-FUZZ ?= warc jsonl parquet html regex encode tokenizer
+FUZZ ?= warc jsonl parquet html regex encode tokenizer gguf
 FUZZ_SECONDS ?= 600
-fuzz: ## any bytes as WARC, JSON lines, parquet, HTML, split patterns, text to encode and tokenizer files, under the sanitizers, with clang's libFuzzer
+fuzz: ## any bytes as WARC, JSON lines, parquet, HTML, split patterns, text to encode, tokenizer files and GGUF files, under the sanitizers, with clang's libFuzzer
 	+@$(MAKE) --no-print-directory CXX=clang++ BUILD=$(BUILD)/fuzz CXXFLAGS="-O1 -g1 -fsanitize=fuzzer-no-link,address,undefined" $(FUZZ:%=$(BUILD)/fuzz/fuzz_%)
 	@for target in $(FUZZ); do mkdir -p $(BUILD)/fuzz/corpus_$$target && \
 	  $(BUILD)/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2000 -malloc_limit_mb=4096 $(BUILD)/fuzz/corpus_$$target || exit 1; done
@@ -172,16 +172,18 @@ $(BUILD)/bench_rules: $(OBJECTS)/dev/bench/corpus_rules.o $(CORPUS)
 $(BUILD)/bench_duplicates: $(OBJECTS)/dev/bench/corpus_duplicates.o $(CORPUS)
 $(BUILD)/extraction_blocks: $(OBJECTS)/dev/extraction_blocks.o $(CORPUS)
 $(BUILD)/split_pieces: $(OBJECTS)/dev/split_pieces.o $(BPE)
+$(BUILD)/logits: $(OBJECTS)/dev/logits.o $(ENGINE) $(BPE)
 $(BUILD)/fuzz_%: $(OBJECTS)/test/fuzz/fuzz_%.o $(CORPUS) $(BPE)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) -fsanitize=fuzzer,address,undefined $^ $(LIBRARIES) -o $@
 $(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(BPE)
+$(BUILD)/bench_decode: $(OBJECTS)/dev/bench/decode.o $(ENGINE) $(BPE)
 $(BUILD)/bench_tokenizer: $(OBJECTS)/dev/bench/tokenizer.o $(BPE)
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
                    $(OBJECTS)/train_gpt.o $(BPE)
 $(BUILD)/test: $(TESTS) $(CORPUS) $(BPE) $(OBJECTS)/dev/world.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_tokenizer $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/extraction_blocks $(BUILD)/split_pieces $(BUILD)/test $(BUILD)/test_gpu:
+$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_decode $(BUILD)/bench_tokenizer $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/extraction_blocks $(BUILD)/split_pieces $(BUILD)/logits $(BUILD)/test $(BUILD)/test_gpu:
 	@mkdir -p $(@D)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
@@ -198,7 +200,7 @@ $(OBJECTS)/%.o: %.cpp $(BUILD)/command | $(BUILD)/packages
 # Code that waits for an engine, a tokenizer or a file need not be the fastest: it compiles in two
 # thirds of the time. GCC fuses products and sums at -O1 only with a flag; without it the stages'
 # weights could round in another way.
-$(MODEL_STAGES:%=$(OBJECTS)/%.o) $(OBJECTS)/corpus.o $(OBJECTS)/corpus_report.o $(TOOLS:%=$(OBJECTS)/dev/%.o): private FLAGS += \
+$(MODEL_STAGES:%=$(OBJECTS)/%.o) $(OBJECTS)/corpus.o $(OBJECTS)/corpus_report.o $(TOOLS:%=$(OBJECTS)/dev/%.o) $(OBJECTS)/dev/logits.o: private FLAGS += \
   -O1 $(if $(GCC_ONLY),-fexpensive-optimizations)
 $(TESTS): private FLAGS += -O1
 $(OBJECTS)/test/test_gpt.o: private FLAGS += -O3  # the engine itself is in it

@@ -4,6 +4,8 @@
 //     ./chat DIR --base                                a base model continues what you type
 //     ./chat generate DIR --prompt "Once upon a time"  texts, one or many
 //     ./chat eval DIR --tasks eval.jsonl               questions, checked: a table and JSON
+//     ./chat export DIR -o model.gguf                  a file for llama.cpp, LM Studio and Ollama
+//     ./chat info DIR                                  what a model is, and the memory it takes
 //
 // A prompt becomes token ids. A text begins like a document of the training data, with
 // <|endoftext|>; a conversation follows its chat template. The generator (cake/generate.h) feeds
@@ -18,7 +20,7 @@
 // only the ids that are new.
 //
 // The order of this file: a model and its tokenizer; generate; chat templates, the conversation and
-// its terminal; eval and its tasks; the command line.
+// its terminal; eval and its tasks; info; the command line. export is cake/export.h.
 #include <histedit.h>
 #include <poll.h>
 #include <unistd.h>
@@ -36,6 +38,7 @@
 
 #include "cake/chat_template.h"
 #include "cake/checkpoint.h"
+#include "cake/export.h"
 #include "cake/flags.h"
 #include "cake/generate.h"
 #include "cake/gpt.h"
@@ -67,9 +70,11 @@ void print(std::string_view text) {
 // A model with its tokenizer
 
 struct ModelOptions {
-  std::string path;  // a model directory, or the directory of a run
+  std::string path;  // a model directory, a .gguf file, or the directory of a run
   std::string device = "auto";
-  int threads = 0;  // 0: one for each physical core that the process may use
+  int threads = 0;      // 0: one for each physical core that the process may use
+  int64_t context = 0;  // the longest text in tokens; 0: choose_context()
+  std::string cache_type = "auto", weights = "auto";
 };
 
 struct Model {
@@ -81,6 +86,10 @@ struct Model {
   std::vector<int> stop_ids;  // ids that end a document
 };
 
+void add_stop_id(std::vector<int>& ids, int id) {
+  if (id >= 0 && std::find(ids.begin(), ids.end(), id) == ids.end()) ids.push_back(id);
+}
+
 Model open_model(const ModelOptions& options) {
   const std::filesystem::path dir = model_dir(options.path);
   Model m{.dir = dir,
@@ -90,21 +99,43 @@ Model open_model(const ModelOptions& options) {
           m.tokenizer.vocab_size(), " tokens, expected at most vocab_size ", m.config.V);
   const int separator = m.tokenizer.find_document_separator();
   m.document_start = separator >= 0 ? separator : m.config.bos;
-  for (const int id : {separator, m.config.eos}) {
-    if (id >= 0) m.stop_ids.push_back(id);
-  }
+  m.stop_ids = m.config.all_end_tokens();
+  add_stop_id(m.stop_ids, separator);
   return m;
 }
 
-// For scoring `batch_tokens` at a time (0: none), and for decoding.
-void load_engine(Model& m, const ModelOptions& options, int batch_tokens,
-                 const DecodePlan& decode) {
-  set_threads(options.threads);
-  m.gpt = make_gpt(m.config, {.device = parse_device(options.device),
-                              .mode = Mode::inference,
-                              .batch_tokens = batch_tokens,
-                              .decode = decode});
+// The engine's options, for scoring `batch_tokens` at a time (0: none) and for decoding.
+GptOptions engine_options(const Model& m, const ModelOptions& o, int batch_tokens,
+                          DecodePlan decode) {
+  decode.cache = parse_cache_type(o.cache_type);
+  GptOptions options{.device = parse_device(o.device),
+                     .mode = Mode::inference,
+                     .batch_tokens = batch_tokens,
+                     .decode = decode};
+  options.weights = weight_types(m.dir, m.config, make_table(m.config), o.weights);
+  if (find_device(options.device) == Device::cuda) {  // one type for all: that of the products
+    require(o.weights != "q8_0", "--weights q8_0: the CUDA engine has no such products, expected ",
+            "auto, f32, bf16 or --device cpu");
+    options.weights.clear();
+    if (o.weights != "auto") options.precision = parse_precision(o.weights);
+  }
+  return options;
+}
+
+void load_engine(Model& m, const ModelOptions& o, const GptOptions& options) {
+  set_threads(o.threads);
+  m.gpt = make_gpt(m.config, options);
   load_weights(m.dir, *m.gpt);
+}
+
+// Sets how long sequences may be and how far the cache may grow, for sequences of up to `longest`
+// tokens. `cache_mb`: of the cache, unless one sequence needs more.
+void limit_cache(GeneratorOptions& g, const Config& c, int64_t longest, int cache_mb,
+                 const GptOptions& options) {
+  const int64_t bytes = std::min(int64_t(cache_mb) << 20, memory_beside_model(c, options) / 4);
+  g.cache_type = options.decode.cache;
+  g.cache_positions = cache_positions(g.rows, std::min<int64_t>(longest, g.context), bytes,
+                                      cache_page_bytes(c, options));
 }
 
 void need(bool good, const std::string& flag, const auto& found, const char* expected) {
@@ -130,11 +161,11 @@ struct Prompt {
 
 void check(const GenerateOptions& o);
 std::vector<Prompt> read_prompts(const std::string& path);
-std::vector<int> encode_prompt(const Model& m, const Prompt& p);
-int stream(Generator& generator, Request request, const Prompt& prompt, int T);
+std::vector<int> encode_prompt(const Model& m, const Prompt& p, int context);
+int stream(Generator& generator, Request request, const Prompt& prompt, int context);
 int batch(Generator& generator, const Request& settings, const std::vector<Prompt>& prompts,
           std::vector<std::vector<int>> ids, const GenerateOptions& o);
-void print_stats(const GeneratorStats& s);
+void print_stats(const Generator& generator, const Config& config, const GptOptions& engine);
 
 int generate(const GenerateOptions& o) {
   check(o);
@@ -146,15 +177,17 @@ int generate(const GenerateOptions& o) {
   GeneratorOptions options{.rows = int(std::min<int64_t>(o.rows, total))};
   Model model = open_model(o.model);
   const Config& config = model.config;
+  GptOptions engine = engine_options(model, o.model, 0, decode_plan(options));
+  options.context = choose_context(config, o.model.context, engine);
   std::vector<std::vector<int>> ids;
   int64_t longest = 0;
   for (const Prompt& p : prompts) {
-    ids.push_back(encode_prompt(model, p));
+    ids.push_back(encode_prompt(model, p, options.context));
     longest = std::max(longest, int64_t(ids.back().size()) + o.max_tokens);
   }
-  options.cache_positions =
-      cache_positions(config, options.rows, longest, int64_t(o.cache_mb) << 20);
-  load_engine(model, o.model, 0, decode_plan(options));
+  limit_cache(options, config, longest, o.cache_mb, engine);
+  engine.decode = decode_plan(options);
+  load_engine(model, o.model, engine);
   Generator generator(
       *model.gpt, [&](int id) { return model.tokenizer.token_bytes(id); }, options);
 
@@ -166,11 +199,11 @@ int generate(const GenerateOptions& o) {
   int status;
   if (total == 1 && o.output.empty()) {
     request.prompt = ids[0];
-    status = stream(generator, std::move(request), prompts[0], config.T);
+    status = stream(generator, std::move(request), prompts[0], options.context);
   } else {
     status = batch(generator, request, prompts, std::move(ids), o);
   }
-  if (o.stats) print_stats(generator.stats());
+  if (o.stats) print_stats(generator, config, engine);
   return status;
 }
 
@@ -217,15 +250,14 @@ std::vector<Prompt> read_prompts(const std::string& path) {
   return prompts;
 }
 
-std::vector<int> encode_prompt(const Model& m, const Prompt& p) {
+std::vector<int> encode_prompt(const Model& m, const Prompt& p, int context) {
   std::vector<int> ids;
   if (m.document_start >= 0) ids.push_back(m.document_start);
   m.tokenizer.encode(p.text, ids);
-  const int T = m.config.T;
   require(!ids.empty(), p.where, ": found an empty prompt, expected text: the tokenizer of ",
           m.dir.string(), " has no <|endoftext|> to begin a document with");
-  require(int64_t(ids.size()) <= T - 1, p.where, ": found ", ids.size(),
-          " tokens, expected at most ", T - 1, ", since the model's context is ", T);
+  require(int64_t(ids.size()) <= context - 1, p.where, ": found ", ids.size(),
+          " tokens, expected at most ", context - 1, ", since the context is ", context);
   return ids;
 }
 
@@ -240,13 +272,19 @@ std::string result_line(const Prompt& prompt, const Completion& c) {
   return json_line(json);
 }
 
-void print_stats(const GeneratorStats& s) {
+void print_stats(const Generator& generator, const Config& config, const GptOptions& engine) {
+  const GeneratorStats& s = generator.stats();
   const auto rate = [](int64_t n, double seconds) { return seconds > 0 ? double(n) / seconds : 0; };
   std::fprintf(stderr, "prompt  %lld tokens, %.1f tokens/s%s\n", (long long)s.prompt_tokens,
                rate(s.prompt_tokens, s.prompt_seconds),
                s.reused_tokens ? concat("; ", s.reused_tokens, " reused").c_str() : "");
   std::fprintf(stderr, "decode  %lld tokens, %.1f tokens/s\n", (long long)s.new_tokens,
                rate(s.new_tokens, s.decode_seconds));
+  const MemoryPlan memory = plan_memory(config, engine);
+  const int64_t cache = generator.cache().pages_in_memory() * cache_page_bytes(config, engine);
+  std::fprintf(stderr, "memory  %s planned (%s); KV cache %s used\n",
+               bytes_text(double(memory.total())).c_str(), memory.text().c_str(),
+               bytes_text(double(cache)).c_str());
 }
 
 // Runs until all requests are done or a signal asks to stop. `after_step` prints new results.
@@ -258,7 +296,7 @@ int run(Generator& generator, AfterStep&& after_step) {
 }
 
 // One prompt: prints the text while it is generated.
-int stream(Generator& generator, Request request, const Prompt& prompt, int T) {
+int stream(Generator& generator, Request request, const Prompt& prompt, int context) {
   const bool terminal = isatty(STDOUT_FILENO);
   print(terminal && !prompt.text.empty() ? "\033[1m" + prompt.text + "\033[0m" : prompt.text);
   bool line_open = !prompt.text.empty() && prompt.text.back() != '\n';
@@ -271,7 +309,7 @@ int stream(Generator& generator, Request request, const Prompt& prompt, int T) {
   const int status = run(generator, [] {});
   if (line_open) print("\n");
   if (status == 0 && generator.pop(number).finish == Finish::context) {
-    std::fprintf(stderr, "the model's context of %d tokens is full\n", T);
+    std::fprintf(stderr, "the context of %d tokens is full\n", context);
   }
   return status;
 }
@@ -329,18 +367,6 @@ struct TemplateRules {
   int end_of_turn = -1;      // the id that ends a turn, -1 for none
 };
 
-// The template in a model's files: chat_template.jinja, or "chat_template" of
-// tokenizer_config.json. Empty when there is none.
-std::string chat_template(const std::filesystem::path& dir) {
-  if (std::filesystem::exists(dir / "chat_template.jinja")) {
-    return read_file(dir / "chat_template.jinja");
-  }
-  if (!std::filesystem::exists(dir / "tokenizer_config.json")) return "";
-  const Json config = read_json(dir / "tokenizer_config.json");
-  const auto it = config.find("chat_template");
-  return it != config.end() && it->is_string() ? it->get<std::string>() : "";
-}
-
 Template find_template(const Model& m, const std::string& name) {
   if (name == "chatml") return Template::chatml;
   if (name == "llama3") return Template::llama3;
@@ -379,7 +405,7 @@ TemplateRules template_rules(const Model& m, Template t) {
     rules.stop_strings = {"\nUser:"};
     rules.closing = m.tokenizer.encode("\n\n");
   }
-  if (rules.end_of_turn >= 0) rules.stop_ids.push_back(rules.end_of_turn);
+  add_stop_id(rules.stop_ids, rules.end_of_turn);
   return rules;
 }
 
@@ -440,17 +466,17 @@ struct TalkOptions {
 
 class Talk {
  public:
-  Talk(const Model& model, Template chat, const TalkOptions& o, const Search* search, bool terminal)
+  Talk(const Model& model, Template chat, const TalkOptions& o, const GeneratorOptions& generator,
+       const Search* search, bool terminal)
       : model_(model),
         chat_(chat),
         rules_(template_rules(model, chat)),
         options_(o),
         search_(search),
         terminal_(terminal),
-        T_(model.gpt->config().T),
-        generator_(*model.gpt, [this](int id) { return model_.tokenizer.token_bytes(id); },
-                   // A turn forks the one before it, and a page that both share in part is copied.
-                   {.rows = 1, .cache_positions = T_ + 2 * kPage}) {
+        context_(generator.context),
+        generator_(
+            *model.gpt, [this](int id) { return model_.tokenizer.token_bytes(id); }, generator) {
     options_.sampling.vocab = model.tokenizer.vocab_size();
     if (o.calculator) tools_.push_back(kCalculatorTool);
     if (search) tools_.push_back(kSearchTool);
@@ -498,8 +524,8 @@ class Talk {
     Conversation c{.tools = tools_};
     if (!system.empty()) c.messages.push_back({.role = "system", .content = system});
     std::vector<int> opening = render(model_, chat_, c, true, false);
-    require(int(opening.size()) <= T_ / 2, "system: found ", opening.size(),
-            " tokens, expected at most ", T_ / 2, ", half of the model's context");
+    require(int(opening.size()) <= context_ / 2, "system: found ", opening.size(),
+            " tokens, expected at most ", context_ / 2, ", half of the context");
     opening_ = std::move(opening);
     system_ = system;
     turns_.clear();
@@ -518,10 +544,10 @@ class Talk {
       if (!begun && turn.asked.empty() && opening_.empty())
         return note("type the beginning of the document");
     }
-    const int room = T_ - 1 - int(opening_.size());
+    const int room = context_ - 1 - int(opening_.size());
     if (int(turn.asked.size()) > room) {
       return note(concat("that is ", turn.asked.size(), " tokens, expected at most ", room,
-                         " in the model's context of ", T_, ": the message was not added"));
+                         " in the context of ", context_, ": the message was not added"));
     }
     if (std::exchange(ended_, false)) turns_.clear();
     answer(std::move(turn));
@@ -543,13 +569,13 @@ class Talk {
       return int(n);
     };
     int dropped = 0;
-    if (size() > T_ - std::max(1, T_ / 8)) {
-      for (; !turns_.empty() && size() > T_ - std::max(1, T_ / 4); dropped++) {
+    if (size() > context_ - std::max(1, context_ / 8)) {
+      for (; !turns_.empty() && size() > context_ - std::max(1, context_ / 4); dropped++) {
         turns_.erase(turns_.begin());
       }
     }
     if (dropped > 0) {
-      note(concat("the context of ", T_, " tokens is full: the oldest ", dropped,
+      note(concat("the context of ", context_, " tokens is full: the oldest ", dropped,
                   dropped == 1 ? " turn is" : " turns are", " dropped"));
     }
     std::vector<int> ids = opening_;
@@ -560,11 +586,12 @@ class Talk {
 
   void answer(Turn turn) {
     Request request{.prompt = prompt_for(turn)};
-    const int room = T_ - int(request.prompt.size());  // at least 1: add_message has checked it
+    const int room =
+        context_ - int(request.prompt.size());  // at least 1: add_message has checked it
     const int wanted = options_.max_tokens > 0       ? options_.max_tokens
                        : chat_ == Template::document ? 100
-                                                     : T_;
-    request.max_new = std::min(wanted, room);
+                                                     : context_;
+    request.max_new = wanted;
     request.max_inserted = room;
     request.sampling = options_.sampling;
     request.stop_ids = rules_.stop_ids;
@@ -634,7 +661,7 @@ class Talk {
       if (!is_added) turn.messages.push_back({.role = "assistant", .content = c.text});
     }
     if (c.finish == Finish::cancelled) note("(stopped)");
-    if (c.finish == Finish::context) note(concat("(the context of ", T_, " tokens is full)"));
+    if (c.finish == Finish::context) note(concat("(the context of ", context_, " tokens is full)"));
     if (c.finish == Finish::length && chat_ != Template::document) {
       note("(the answer is as long as --max-tokens allows)");
     }
@@ -725,7 +752,7 @@ Ctrl+D, /quit  ends the program
   TalkOptions options_;
   const Search* search_;
   bool terminal_;
-  int T_;
+  int context_;  // tokens
   Generator generator_;
   std::vector<std::string> tools_;
   std::string system_;
@@ -854,13 +881,16 @@ std::optional<Search> load_documents(const std::string& path, const Tokenizer& t
                       [&](std::string_view text) { return int(tokenizer.encode(text).size()); });
 }
 
+constexpr int kLongConversation = 4096;  // tokens, which the memory plan counts
+
 int talk(const TalkOptions& o) {
   check(o.model, o.sampling);
   need(o.max_tokens >= 0, "--max-tokens", o.max_tokens, "at least 1, or 0");
   Model model = open_model(o.model);
-  // The cache has room for the whole context. The plan leaves it out: on the CPU it takes memory as
-  // the conversation grows.
-  load_engine(model, o.model, 0, decode_plan({.rows = 1}));
+  GptOptions engine = engine_options(model, o.model, 0, decode_plan({.rows = 1}));
+  const int context = choose_context(model.config, o.model.context, engine);
+  engine.decode.positions = std::min(context, kLongConversation);
+  load_engine(model, o.model, engine);
   const Template chat = o.base ? Template::document : find_template(model, o.chat_template);
   require(!o.base || (!o.calculator && o.documents.empty() && o.system.empty()),
           "--base: found --system, --calculator or --documents, expected them with an assistant");
@@ -868,7 +898,12 @@ int talk(const TalkOptions& o) {
   LineInput input;
   // Ctrl+C stops an answer, or clears the line that is being typed. It does not end the program.
   std::signal(SIGINT, [](int signal) { stop_signal = signal; });
-  Talk talk(model, chat, o, search ? &*search : nullptr, input.terminal());
+  // A turn forks the one before it, and a page that both share in part is copied.
+  const GeneratorOptions generator{.rows = 1,
+                                   .cache_positions = context + 2 * int64_t(kPage),
+                                   .context = context,
+                                   .cache_type = engine.decode.cache};
+  Talk talk(model, chat, o, generator, search ? &*search : nullptr, input.terminal());
   if (input.terminal()) {
     print(concat(model.dir.string(), ", ", model.gpt->table().parameters(),
                  " parameters. /help lists commands, Ctrl+D ends.\n"));
@@ -955,13 +990,17 @@ void read_items(const Model& m, Template chat, const Task& task, const EvalOptio
 void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q);
 void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptions& o,
                 std::vector<Question>& out);
+GeneratorOptions generator_for(const Model& m, const std::vector<Question>& questions, int context,
+                               const EvalOptions& o, const GptOptions& engine);
 std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
                                const TemplateRules& rules, const Search* search,
-                               const EvalOptions& o);
+                               const GeneratorOptions& options);
 std::vector<Result> mark(const std::vector<Question>& questions, const std::vector<Answer>& answers,
                          const EvalOptions& o);
-std::vector<Result> multiple_choice(const Model& m, const Task& task, const EvalOptions& o);
-std::vector<Result> bits_per_byte(const Model& m, const Task& task, const EvalOptions& o);
+std::vector<Result> multiple_choice(const Model& m, const Task& task, int window,
+                                    const EvalOptions& o);
+std::vector<Result> bits_per_byte(const Model& m, const Task& task, int window,
+                                  const EvalOptions& o);
 using Columns = std::vector<std::pair<std::string, std::map<std::string, double>>>;
 Columns read_beside(const EvalOptions& o);
 void report(const std::vector<Result>& results, const Columns& beside, const EvalOptions& o);
@@ -973,7 +1012,6 @@ int evaluate(const EvalOptions& o) {
   const std::vector<Task> tasks = parse_tasks(o);
   const Columns beside = read_beside(o);
   Model model = open_model(o.model);
-  load_engine(model, o.model, kScoreTokens, decode_plan({.rows = o.rows}));
   // Only answers in words need a template.
   const bool in_words =
       std::any_of(tasks.begin(), tasks.end(), [](const Task& t) { return t.is_in_words(); });
@@ -983,30 +1021,43 @@ int evaluate(const EvalOptions& o) {
   const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
 
   std::vector<Question> questions;
-  std::vector<Result> results;
   for (const Task& task : tasks) {
-    std::vector<Result> more;
     if (task.name.empty()) {
       read_items(model, chat, task, o, questions);
     } else if (task.name == "gsm8k") {
       read_gsm8k(model, chat, task, o, questions);
-    } else if (task.name == "bits_per_byte") {
-      more = bits_per_byte(model, task, o);
-    } else {
-      more = multiple_choice(model, task, o);
     }
-    results.insert(results.end(), more.begin(), more.end());
-    if (stop_signal != 0) return 128 + stop_signal;
   }
   require(!in_words || !questions.empty(), "--tasks: found no item for ",
           o.base ? "a base model" : "an assistant", ", expected \"", o.base ? "prompt" : "messages",
           "\" in some");
+
+  const bool scores =
+      std::any_of(tasks.begin(), tasks.end(), [](const Task& t) { return !t.is_in_words(); });
+  GptOptions engine = engine_options(model, o.model, scores ? kScoreTokens : 0, {.rows = o.rows});
+  const int context = choose_context(model.config, o.model.context, engine);
+  // A forward pass takes more memory for a token than its keys and values do.
+  const int window = o.model.context > 0 ? context : std::min(context, kScoreTokens);
+  if (scores) engine.batch_tokens = std::max(window, kScoreTokens);
+  const GeneratorOptions options = generator_for(model, questions, context, o, engine);
+  engine.decode = questions.empty() ? DecodePlan() : decode_plan(options);
+  load_engine(model, o.model, engine);
+
+  std::vector<Result> results;
+  for (const Task& task : tasks) {
+    if (task.is_in_words()) continue;
+    const std::vector<Result> more = task.name == "bits_per_byte"
+                                         ? bits_per_byte(model, task, window, o)
+                                         : multiple_choice(model, task, window, o);
+    results.insert(results.end(), more.begin(), more.end());
+    if (stop_signal != 0) return 128 + stop_signal;
+  }
   if (!questions.empty()) {
     for (Question& q : questions) {
       q.stop.insert(q.stop.end(), rules.stop_strings.begin(), rules.stop_strings.end());
     }
     const std::vector<Answer> answers =
-        answer_all(model, questions, rules, search ? &*search : nullptr, o);
+        answer_all(model, questions, rules, search ? &*search : nullptr, options);
     if (stop_signal != 0) return 128 + stop_signal;
     const std::vector<Result> marked = mark(questions, answers, o);
     results.insert(results.begin(), marked.begin(), marked.end());
@@ -1153,19 +1204,26 @@ void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptio
   });
 }
 
-// Up to o.rows at a time. A prompt that fills the context gets an empty answer.
-std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
-                               const TemplateRules& rules, const Search* search,
-                               const EvalOptions& o) {
-  constexpr int kTools = 256;  // ids that tools may insert
-  const Config& config = m.gpt->config();
+constexpr int kToolTokens = 256;  // ids that tools may insert into an answer
+
+// For up to o.rows answers at a time.
+GeneratorOptions generator_for(const Model& m, const std::vector<Question>& questions, int context,
+                               const EvalOptions& o, const GptOptions& engine) {
   int64_t longest = 1;
   for (const Question& q : questions) {
-    longest = std::max(longest, int64_t(q.prompt.size()) + q.max_tokens + (q.tools ? kTools : 0));
+    longest =
+        std::max(longest, int64_t(q.prompt.size()) + q.max_tokens + (q.tools ? kToolTokens : 0));
   }
-  GeneratorOptions options{.rows = int(std::min<size_t>(size_t(o.rows), questions.size()))};
-  options.cache_positions =
-      cache_positions(config, options.rows, longest, int64_t(o.cache_mb) << 20);
+  const size_t rows = std::clamp<size_t>(questions.size(), 1, size_t(o.rows));
+  GeneratorOptions options{.rows = int(rows), .context = context};
+  limit_cache(options, m.config, longest, o.cache_mb, engine);
+  return options;
+}
+
+// A prompt that fills the context gets an empty answer.
+std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
+                               const TemplateRules& rules, const Search* search,
+                               const GeneratorOptions& options) {
   Generator generator(
       *m.gpt, [&](int id) { return m.tokenizer.token_bytes(id); }, options);
 
@@ -1175,15 +1233,15 @@ std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& ques
   for (size_t i = 0; i < questions.size(); i++) {
     const Question& q = questions[i];
     Answer& a = answers[i];
-    a.too_long = int(q.prompt.size()) > config.T - 1;
+    a.too_long = int(q.prompt.size()) > options.context - 1;
     if (a.too_long) continue;
     Request request{.prompt = q.prompt,
-                    .max_new = std::min(q.max_tokens, config.T - int(q.prompt.size())),
+                    .max_new = q.max_tokens,
                     .sampling = {.temperature = q.temperature, .vocab = m.tokenizer.vocab_size()},
                     .stop_ids = rules.stop_ids,
                     .stop_strings = q.stop};
     if (q.tools) {
-      request.max_inserted = kTools;
+      request.max_inserted = kToolTokens;
       request.on_turn = [&m, &a, search](int, std::span<const int> turn) {
         const Message message = read_turn(m.tokenizer, turn);
         for (const ToolCall& call : message.tool_calls) a.tools.insert(call.name);
@@ -1347,7 +1405,7 @@ void write_answers(const std::string& path, const Tokenizer& tokenizer,
 // Log-probabilities of texts, which are packed end to end
 
 struct ScoredText {
-  std::vector<int> ids;  // at most T + 1
+  std::vector<int> ids;  // at most window + 1
   size_t begin;          // index of the first id that is scored; at least 1
   double logp = 0;       // of the ids from there on, given the ids before
 };
@@ -1388,8 +1446,8 @@ struct MultipleChoice {
 
 // Encodes context and ending as one text. If the context alone has n ids, the ending's ids are
 // those from the n-th on. Spaces at the end of the context belong to the ending.
-ScoredText encode_choice(const Model& m, std::string context, const std::string& ending,
-                         bool start) {
+ScoredText encode_choice(const Model& m, std::string context, const std::string& ending, bool start,
+                         int window) {
   std::string rest = " " + ending;
   const size_t spaces = context.size() - (context.find_last_not_of(" \t\r\n") + 1);
   rest = context.substr(context.size() - spaces) + rest;
@@ -1401,7 +1459,7 @@ ScoredText encode_choice(const Model& m, std::string context, const std::string&
   if (begin == 0 || begin >= ids.size()) {
     fail("a choice: found ", json_text(context + rest), ", expected text before and in the ending");
   }
-  const size_t most = size_t(m.gpt->config().T) + 1;
+  const size_t most = size_t(window) + 1;
   if (ids.size() > most) {  // the beginning of the context is cut off
     const size_t cut = ids.size() - most;
     ids.erase(ids.begin(), ids.begin() + int64_t(cut));
@@ -1415,10 +1473,13 @@ size_t characters(std::string_view text) {  // code points
 }
 
 std::vector<Result> choose(const Model& m, const std::string& task,
-                           const std::vector<MultipleChoice>& all, bool norm, bool start) {
+                           const std::vector<MultipleChoice>& all, bool norm, bool start,
+                           int window) {
   std::vector<ScoredText> scored;
   for (const MultipleChoice& c : all) {
-    for (const std::string& e : c.endings) scored.push_back(encode_choice(m, c.context, e, start));
+    for (const std::string& e : c.endings) {
+      scored.push_back(encode_choice(m, c.context, e, start, window));
+    }
   }
   score(*m.gpt, scored, task);
   int64_t right = 0, right_norm = 0;
@@ -1531,7 +1592,8 @@ MultipleChoice read_mmlu(const Json& json, const std::string& where) {
   return c;
 }
 
-std::vector<Result> multiple_choice(const Model& m, const Task& task, const EvalOptions& o) {
+std::vector<Result> multiple_choice(const Model& m, const Task& task, int window,
+                                    const EvalOptions& o) {
   const bool is_mmlu = task.name == "mmlu";
   const auto read = task.name == "hellaswag" ? read_hellaswag : is_mmlu ? read_mmlu : read_arc;
   std::string before;
@@ -1552,15 +1614,16 @@ std::vector<Result> multiple_choice(const Model& m, const Task& task, const Eval
     }
     all.push_back(std::move(c));
   });
-  return choose(m, task.name, all, !is_mmlu, !o.no_start);
+  return choose(m, task.name, all, !is_mmlu, !o.no_start, window);
 }
 
 // ---------------------------------------------------------------------------------------------
-// Bits per byte of documents. A document of more than T tokens is scored in windows of T tokens.
-// Each window also reads the token before it. The last window begins earlier, so that it has T
-// tokens too; every token is scored once.
+// Bits per byte of documents. A document of more than `window` tokens is scored in windows of that
+// many. Each window also reads the token before it. The last window begins earlier, so that it is
+// as long; every token is scored once.
 
-std::vector<Result> bits_per_byte(const Model& m, const Task& task, const EvalOptions& o) {
+std::vector<Result> bits_per_byte(const Model& m, const Task& task, int window,
+                                  const EvalOptions& o) {
   std::vector<ScoredText> windows;
   std::vector<double> bytes;  // of each window
   DocumentReader reader({Input(task.path)});
@@ -1574,7 +1637,7 @@ std::vector<Result> bits_per_byte(const Model& m, const Task& task, const EvalOp
     std::vector<int> ids;
     if (!o.no_start && m.document_start >= 0) ids.push_back(m.document_start);
     m.tokenizer.encode(text, ids);
-    const size_t T = size_t(m.gpt->config().T);
+    const size_t T = size_t(window);
     for (size_t done = 1; done < ids.size();) {  // the first token is not scored
       const size_t end = std::min(done + T, ids.size());
       const size_t begin = end > T + 1 ? end - T - 1 : 0;
@@ -1603,12 +1666,283 @@ std::vector<Result> bits_per_byte(const Model& m, const Task& task, const EvalOp
 }
 
 // ---------------------------------------------------------------------------------------------
+// info: what a model is, without loading its weights
+
+struct InfoOptions {
+  std::string model, json, device = "auto";
+  int context = 0;  // of the estimates of memory; 0: the model's, 4,096 at most
+};
+
+// Tensors of one type in the model's files.
+struct StoredType {
+  int64_t tensors = 0, bytes = 0;
+};
+
+std::map<std::string, StoredType> stored_types(const std::filesystem::path& dir) {
+  std::map<std::string, StoredType> types;
+  const auto add = [&](const std::string& name, int64_t bytes) {
+    types[name].tensors++, types[name].bytes += bytes;
+  };
+  if (GgufFile::is_gguf(dir)) {
+    const GgufFile file(dir);
+    for (const GgufTensor& t : file.tensors())
+      add(lower_ascii(gguf_blocks(t.type).name), t.bytes());
+    return types;
+  }
+  const SafeTensors disk = has_adapters(dir) ? SafeTensors(dir / "adapter_model.safetensors")
+                                             : SafeTensors::of_model(dir);
+  for (const auto& [name, t] : disk.tensors()) {
+    add(lower_ascii(t.dtype), t.count * dtype_bytes(t.dtype));
+  }
+  return types;
+}
+
+OrderedJson parameters_json(const ParamTable& table) {
+  std::map<Kind, int64_t> sizes;
+  for (const Tensor& t : table.tensors) sizes[t.kind] += t.size();
+  OrderedJson json{{"total", table.parameters()},
+                   {"embedding", sizes[Kind::embedding]},
+                   {"matrices", sizes[Kind::matrix]}};
+  if (sizes[Kind::position] > 0) json["positions"] = sizes[Kind::position];
+  if (sizes[Kind::head] > 0) json["head"] = sizes[Kind::head];
+  json["vectors"] = sizes[Kind::vector];
+  return json;
+}
+
+OrderedJson shape_json(const Config& c) {
+  return {
+      {"layers", c.L},     {"channels", c.C},     {"heads", c.NH},     {"key_value_heads", c.NKV},
+      {"head_size", c.HS}, {"feed_forward", c.F}, {"vocabulary", c.V}, {"context", c.T},
+      {"tied", c.tied}};
+}
+
+OrderedJson rope_json(const Config& c) {
+  if (c.family == Family::gpt2) return nullptr;  // learned positions
+  OrderedJson json{{"theta", c.rope.theta}};
+  if (c.rope.factor > 0) json["factor"] = c.rope.factor;
+  if (has_llama3_rope(c)) {
+    json["low_freq_factor"] = c.rope.low_freq_factor;
+    json["high_freq_factor"] = c.rope.high_freq_factor;
+    json["original_context"] = c.rope.original_T;
+  }
+  json["type"] = c.rope.type();
+  return json;
+}
+
+OrderedJson end_tokens_info(const Config& c, const Tokenizer* tokenizer) {
+  OrderedJson list = OrderedJson::array();
+  for (const int id : c.all_end_tokens()) {
+    OrderedJson token{{"id", id}};
+    if (tokenizer) token["token"] = tokenizer->token_bytes(id);
+    list.push_back(token);
+  }
+  return list;
+}
+
+OrderedJson tokenizer_info(const Tokenizer& tokenizer) {
+  const TokenizerData& data = tokenizer.data();
+  const std::string pattern = data.pre_tokenizer.description();
+  OrderedJson specials = OrderedJson::array();
+  for (const AddedToken& t : data.added) {
+    if (t.special) specials.push_back({{"id", t.id}, {"token", t.text}});
+  }
+  // A pattern without a name is described in several lines.
+  return {{"tokens", tokenizer.vocab_size()},
+          {"pattern", pattern.find('\n') == std::string::npos ? pattern : "another"},
+          {"special_tokens", specials}};
+}
+
+const char* template_kind(const std::string& text) {
+  if (text.empty()) return "none";
+  if (text.find("<|im_start|>") != std::string::npos) return "chatml";
+  if (text.find("<|start_header_id|>") != std::string::npos) return "llama3";
+  return "another";
+}
+
+// Bytes: to write one text with a cache of `context` positions, by --weights; and to train, with
+// the stages' usual batch in memory.
+OrderedJson memory_json(const std::filesystem::path& dir, const Config& c, Device device,
+                        int context) {
+  OrderedJson run = OrderedJson::object();
+  const ParamTable table = make_table(c);
+  const DecodePlan decode{.rows = 1, .tokens = std::min(context, 256), .positions = context};
+  if (c.head == Head::lm) {
+    for (const char* type : {"auto", "f32", "bf16", "q8_0"}) {
+      const GptOptions options{.device = device,
+                               .mode = Mode::inference,
+                               .decode = decode,
+                               .weights = weight_types(dir, c, table, type)};
+      run[type] = plan_memory(c, options).total();
+    }
+  }
+  const GptOptions train{.device = device, .mode = Mode::train, .batch_tokens = context};
+  OrderedJson json{{"context", context}, {"run", run}, {"train", plan_memory(c, train).total()}};
+  if (c.head == Head::lm) {
+    GptOptions lora = train;
+    lora.lora = {.rank = 16, .alpha = 32};
+    json["train_lora_16"] = plan_memory(c, lora).total();
+  }
+  return json;
+}
+
+OrderedJson model_info(const std::filesystem::path& dir, const InfoOptions& o) {
+  const Config c = load_config(dir);
+  OrderedJson json{{"model", dir.string()},
+                   {"architecture", architecture_name(c)},
+                   {"family", kModelTypes[int(c.family)]},
+                   {"parameters", parameters_json(make_table(c))},
+                   {"shape", shape_json(c)},
+                   {"rope", rope_json(c)}};
+  OrderedJson stored = OrderedJson::object();
+  for (const auto& [name, type] : stored_types(dir)) {
+    stored[name] = {{"tensors", type.tensors}, {"bytes", type.bytes}};
+  }
+  json["stored"] = stored;
+  if (has_adapters(dir)) {
+    const Adapters adapters(dir, c);
+    json["adapters"] = {{"rank", adapters.config.lora.rank},
+                        {"alpha", adapters.config.lora.alpha},
+                        {"base", adapters.base().dir.string()},
+                        {"base_hash", adapters.base().hash}};
+  }
+  if (c.head == Head::scalar) json["reward_shift"] = c.reward_shift;
+  const std::filesystem::path place = tokenizer_place(dir);
+  std::optional<Tokenizer> tokenizer;
+  try {
+    tokenizer = Tokenizer::load(place);
+    json["tokenizer"] = tokenizer_info(*tokenizer);
+  } catch (const Error& e) {  // a model may come without one, or with one of another kind
+    json["tokenizer"] = {{"error", e.what()}};
+  }
+  json["end_tokens"] = end_tokens_info(c, tokenizer ? &*tokenizer : nullptr);
+  json["chat_template"] = template_kind(chat_template(place));
+  const int context = o.context > 0 ? std::min(o.context, c.T) : std::min(c.T, 4096);
+  json["memory"] = memory_json(dir, c, parse_device(o.device), context);
+  if (std::filesystem::exists(dir / "trainer_state.json")) {
+    const Json state = read_json(dir / "trainer_state.json");
+    json["run"] = {{"stage", state.value("stage", "")}, {"step", state.value("step", 0)}};
+  }
+  return json;
+}
+
+// ---- the same as a table
+
+// "<|im_end|> (2), <|endoftext|> (0)", at most `most` of them.
+std::string tokens_text(const OrderedJson& tokens, size_t most) {
+  std::string text;
+  for (size_t i = 0; i < std::min(most, tokens.size()); i++) {
+    const std::string name =
+        tokens[i].contains("token") ? visible_token(tokens[i]["token"].get<std::string>()) : "";
+    text += concat(i ? ", " : "", name.empty() ? "id" : name, " ", tokens[i]["id"]);
+  }
+  if (tokens.size() > most) text += concat(" and ", tokens.size() - most, " more");
+  return text.empty() ? "none" : text;
+}
+
+std::string info_text(const OrderedJson& j) {
+  std::string text;
+  const auto line = [&](const char* name, const std::string& value) {
+    text += format("%-12s%s\n", name, value.c_str());
+  };
+  const auto n = [](const OrderedJson& value) { return count_text(value.get<double>()); };
+  const auto bytes = [](const OrderedJson& value) { return bytes_text(value.get<double>()); };
+  line("model", j["model"].get<std::string>());
+  line("shape", concat(j["architecture"].get<std::string>(), ": ", j["shape"]["layers"],
+                       " layers of ", n(j["shape"]["channels"]), ", ", j["shape"]["heads"],
+                       " heads of ", j["shape"]["head_size"], ", ", j["shape"]["key_value_heads"],
+                       " of keys and values, feed-forward ", n(j["shape"]["feed_forward"])));
+  std::string parameters = n(j["parameters"]["total"]) + ":";
+  for (const auto& [kind, size] : j["parameters"].items()) {
+    if (kind == "total") continue;
+    parameters += concat(parameters.back() == ':' ? " " : ", ", n(size), " ", kind);
+    if (kind == "embedding" && j["shape"]["tied"] == true) parameters += " (also the head)";
+  }
+  line("parameters", parameters);
+  std::string stored;
+  for (const auto& [type, of_type] : j["stored"].items()) {
+    stored += concat(stored.empty() ? "" : ", ", bytes(of_type["bytes"]), " of ", type, " in ",
+                     of_type["tensors"], " tensors");
+  }
+  line("stored", stored);
+  line("context", n(j["shape"]["context"]) + " tokens");
+  if (!j["rope"].is_null()) {
+    std::string rope = format("%s, theta %.10g", j["rope"]["type"].get<std::string>().c_str(),
+                              j["rope"]["theta"].get<double>());
+    if (j["rope"].contains("factor"))
+      rope += format(", factor %.10g", j["rope"]["factor"].get<double>());
+    if (j["rope"].contains("original_context")) {
+      rope += concat(", trained on ", n(j["rope"]["original_context"]), " tokens");
+    }
+    line("rope", rope);
+  }
+  if (j["tokenizer"].contains("error")) {
+    line("tokenizer", j["tokenizer"]["error"].get<std::string>());
+  } else {
+    line("tokenizer",
+         concat(n(j["tokenizer"]["tokens"]), " tokens of ", n(j["shape"]["vocabulary"]),
+                " rows, split pattern ", j["tokenizer"]["pattern"].get<std::string>()));
+    line("specials", tokens_text(j["tokenizer"]["special_tokens"], 8));
+  }
+  line("ends with", tokens_text(j["end_tokens"], 8));
+  line("template", j["chat_template"].get<std::string>());
+  if (j.contains("adapters")) {
+    const std::string hash = j["adapters"]["base_hash"].get<std::string>();
+    line("adapters",
+         concat("rank ", j["adapters"]["rank"], ", alpha ",
+                format("%g", j["adapters"]["alpha"].get<double>()), ", added to ",
+                j["adapters"]["base"].get<std::string>(), hash.empty() ? "" : " of hash " + hash));
+  }
+  if (j.contains("reward_shift")) {
+    line("reward",
+         format("the value at the end of an answer, plus %g", j["reward_shift"].get<double>()));
+  }
+  if (j.contains("run")) {
+    line("run", concat(j["run"]["stage"].get<std::string>(), ", step ", n(j["run"]["step"])));
+  }
+  const OrderedJson& memory = j["memory"];
+  std::string run;
+  for (const auto& [type, size] : memory["run"].items()) {
+    run += concat(run.empty() ? "--weights " : ", ", type, " ", bytes(size));
+  }
+  const std::string context = n(memory["context"]) + " tokens";
+  if (!run.empty()) line("to run", run + ": one text of " + context);
+  std::string train = "AdamW " + bytes(memory["train"]);
+  if (memory.contains("train_lora_16")) {
+    train += ", LoRA of rank 16 " + bytes(memory["train_lora_16"]);
+  }
+  line("to train", train + ": " + context + " at once");
+  return text;
+}
+
+int info(const InfoOptions& o) {
+  need(o.context >= 0, "--context", o.context, "0 or more");
+  use_one_checkpoint(o.model, [&](const std::filesystem::path& dir, const auto& expect_same) {
+    const OrderedJson json = model_info(dir, o);
+    expect_same();
+    if (o.json == "-") return print(json_line(json));
+    if (!o.json.empty()) write_file(o.json, json_line(json));
+    print(info_text(json));
+  });
+  return 0;
+}
+
+// ---------------------------------------------------------------------------------------------
 // The command line
 
 void add_model_flags(CLI::App& app, ModelOptions& o) {
-  app.add_option("model", o.path, "model directory, or the directory of a run")->required();
+  app.add_option("model", o.path, "model directory, .gguf file, or the directory of a run")
+      ->required();
   app.add_option("--device", o.device, "auto, cpu or cuda");
   app.add_option("--threads", o.threads, "CPU threads; 0: one for each physical core");
+  app.add_option("--context", o.context,
+                 "longest text in tokens, its prompt included; 0: the model's context, or what a "
+                 "quarter of the free memory holds");
+  app.add_option("--cache-type", o.cache_type,
+                 "of keys and values: f32, bf16 (half the memory), or auto: f32 on the CPU, as the "
+                 "engine computes on CUDA");
+  app.add_option("--weights", o.weights,
+                 "how matrices are kept: f32, bf16 (half the memory), q8_0 (a quarter; CPU alone), "
+                 "or auto: as a .gguf file has them, otherwise f32; on CUDA auto is bf16");
 }
 
 void add_sampling_flags(CLI::App& app, Sampling& s) {
@@ -1664,7 +1998,8 @@ void add_generate_flags(CLI::App& app, GenerateOptions& g) {
       ->allow_extra_args(false);
   add_sampling_flags(app, g.sampling);
   add_batch_flags(app, g.rows, g.cache_mb);
-  app.add_flag("--stats", g.stats, "print the speed in tokens a second, on standard error");
+  app.add_flag("--stats", g.stats,
+               "print the speed in tokens a second and the memory, on standard error");
 }
 
 void add_eval_flags(CLI::App& app, EvalOptions& e) {
@@ -1695,6 +2030,30 @@ void add_eval_flags(CLI::App& app, EvalOptions& e) {
   add_batch_flags(app, e.rows, e.cache_mb);
 }
 
+void add_export_flags(CLI::App& app, ExportOptions& o, int& shard_mb) {
+  app.add_option("model", o.model, "run, model directory, adapters, or .gguf file")->required();
+  app.add_option("-o,--output", o.out,
+                 "FILE.gguf, for llama.cpp, LM Studio and Ollama; or a directory for transformers, "
+                 "vLLM and MLX")
+      ->required();
+  app.add_option("--type", o.type,
+                 "of the matrices: f32, f16, bf16, and in .gguf files q8_0, q4_0");
+  app.add_option("--name", o.name, "of the model in a .gguf file; empty: its family and size");
+  app.add_flag("--ollama", o.ollama, "also write a Modelfile beside the .gguf file");
+  app.add_option("--shard-mb", shard_mb,
+                 "megabytes of a directory's largest file: larger models become several");
+  app.add_flag("--overwrite", o.overwrite, "replace what was exported before");
+}
+
+void add_info_flags(CLI::App& app, InfoOptions& o) {
+  app.add_option("model", o.model, "run, model directory, adapters, or .gguf file")->required();
+  app.add_option(
+      "--context", o.context,
+      "tokens of a text, for the memory it takes; 0: the model's context, 4,096 at most");
+  app.add_option("--device", o.device, "auto, cpu or cuda: whose memory");
+  app.add_option("--json", o.json, "file for the same as JSON; -: print it instead; empty: none");
+}
+
 int chat(int argc, char** argv) {
   CLI::App app("Talks to a model in the terminal: ./chat DIR");
   app.option_defaults()->always_capture_default();
@@ -1708,6 +2067,14 @@ int chat(int argc, char** argv) {
   add_generate_flags(*generate_command, g);
   CLI::App* eval_command = app.add_subcommand("eval", "ask questions and mark the answers");
   add_eval_flags(*eval_command, e);
+  ExportOptions x;
+  int shard_mb = int(x.shard_bytes / 1'000'000);
+  CLI::App* export_command =
+      app.add_subcommand("export", "write a model for other programs: GGUF or Hugging Face");
+  add_export_flags(*export_command, x, shard_mb);
+  InfoOptions i;
+  CLI::App* info_command = app.add_subcommand("info", "show what a model is and what it takes");
+  add_info_flags(*info_command, i);
   const std::vector<HelpPage> pages = {
       {&app,
        {"model", "--base", "--system", "--calculator", "--documents", "--template", "--max-tokens",
@@ -1717,12 +2084,20 @@ int chat(int argc, char** argv) {
         "--temperature", "--top-p", "--seed"}},
       {eval_command,
        {"model", "--tasks", "--base", "--shots", "--shots-from", "--limit", "--max-tokens",
-        "--beside", "--json", "--output"}}};
+        "--beside", "--json", "--output"}},
+      {export_command, {"model", "--output", "--type", "--name", "--ollama", "--overwrite"}},
+      {info_command, {"model", "--context", "--json"}}};
   constexpr RenamedFlag kRenamed[] = {{"--tokens", "--max-tokens"}};
   if (!parse_flags(app, argc, argv, pages, kRenamed)) return 0;
   for (std::string& stop : g.stop) stop = with_line_breaks(stop);
   if (generate_command->parsed()) return generate(g);
   if (eval_command->parsed()) return evaluate(e);
+  if (info_command->parsed()) return info(i);
+  if (export_command->parsed()) {
+    need(shard_mb >= 1, "--shard-mb", shard_mb, "at least 1");
+    x.shard_bytes = int64_t(shard_mb) * 1'000'000;
+    return export_model(x), 0;
+  }
   if (t.model.path.empty()) fail("model is required (see --help)");
   return talk(t);
 }

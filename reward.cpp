@@ -298,9 +298,13 @@ void choose_special_tokens(PreferenceData& d) {
   bool chats = false, texts = false;
   for (const std::vector<Comparison>* all : {&d.train, &d.val})
     for (const Comparison& c : *all) (c.is_chat() ? chats : texts) = true;
-  d.config.eos = end_token(d.tokenizer, chats);
+  d.config.set_first_end_token(end_token(d.tokenizer, chats));
   const int text_end = d.tokenizer.find_document_separator();
-  const auto ends = [&](int id) { return id == d.config.eos || id == text_end; };
+  const std::vector<int> end_tokens = d.config.all_end_tokens();
+  const auto ends = [&](int id) {
+    return id == text_end ||
+           std::find(end_tokens.begin(), end_tokens.end(), id) != end_tokens.end();
+  };
   if (d.config.pad >= 0 && !ends(d.config.pad)) return;
   d.config.pad = d.tokenizer.special("<|spare_0|>");
   if (d.config.pad < 0) d.config.pad = d.tokenizer.special("<|fim_pad|>");  // Qwen's
@@ -1313,7 +1317,7 @@ OrderedJson finish(DpoTraining& t, Run& run) {
 }
 
 SaveOptions save_options(const DpoTraining& t) {
-  return {.tokenizer_from = t.data.source, .base = t.base};
+  return {.tokenizer_from = t.data.source, .started_from = t.data.source, .base = t.base};
 }
 
 // =============================================================================================
@@ -1446,7 +1450,8 @@ int run_score(const ScoreOptions& o) {
 // Command line
 
 void add_preference_flags(CLI::App& app, PreferenceSettings& s) {
-  app.add_option("--model", s.model, "a run or Hugging Face directory to begin with");
+  app.add_option("--model", s.model,
+                 "a run, a Hugging Face directory or a .gguf file to begin with");
   app.add_option("--data", s.data,
                  "JSON lines with \"prompt\", \"chosen\" and \"rejected\", or \"prompt\", "
                  "\"responses\" and \"ranking\"");

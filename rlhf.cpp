@@ -121,23 +121,26 @@ struct Seconds {  // of the parts of a step
 
 struct Models {
   std::unique_ptr<Gpt> policy;
-  std::unique_ptr<Gpt> reference;  // null with adapters: with them off, the policy is the reference
-  std::unique_ptr<Gpt> critic;     // PPO's, else null
-  float critic_shift = 0;          // added to its values: the reward_shift of where it began
-  Seconds seconds;                 // that a step has spent so far
+  // Null where the policy with its adapters off is the reference.
+  std::unique_ptr<Gpt> reference;
+  std::unique_ptr<Gpt> critic;  // PPO's, else null
+  float critic_shift = 0;       // added to its values: the reward_shift of where it began
+  Seconds seconds;              // that a step has spent so far
 };
 
 // How answers are sampled.
 struct RolloutOptions {
   const Tokenizer* tokenizer = nullptr;
+  std::vector<int> end_tokens;     // of the policy: Config::all_end_tokens
   const Search* search = nullptr;  // documents for the search tool
   int max_tokens = 128;            // sampled ids
   int tool_tokens = 256;           // ids that tools may insert in a rollout
   int rows = 64;                   // decoded at once
+  int context = 0;                 // tokens of the longest rollout, its prompt included
   float temperature = 1;
   std::vector<std::string> stops;  // that end a raw text's continuation, as its
                                    // document separator does; none: --max-tokens do too
-  int64_t cache_bytes = int64_t(2) << 30;
+  int64_t cache_bytes = int64_t(2) << 30, cache_page_bytes = 1;
 };
 
 struct Prompts;          // all of them, and how far the steps have gone through them
@@ -942,16 +945,18 @@ struct Timed {  // adds the time that it lives
   ~Timed() { sum += now() - begin; }
 };
 
-Request rollout_request(const Prompt& p, const RolloutOptions& o, uint64_t seed, int context) {
-  Request r{.prompt = p.ids, .max_new = std::min(o.max_tokens, context - int(p.ids.size()))};
+Request rollout_request(const Prompt& p, const RolloutOptions& o, uint64_t seed) {
+  Request r{.prompt = p.ids, .max_new = std::min(o.max_tokens, o.context - int(p.ids.size()))};
   r.sampling.temperature = o.temperature;  // and nothing else: what is scored is what is sampled
   r.sampling.seed = seed;
   r.stop_ids = {end_token(*o.tokenizer, !p.raw)};
-  if (p.raw) {
-    r.stop_strings = o.stops;
-  } else if (const int separator = o.tokenizer->find_document_separator(); separator >= 0) {
-    r.stop_ids.push_back(separator);
-  }
+  const auto stop_at = [&](int id) {
+    const bool known = std::find(r.stop_ids.begin(), r.stop_ids.end(), id) != r.stop_ids.end();
+    if (id >= 0 && !known) r.stop_ids.push_back(id);
+  };
+  if (p.raw) r.stop_strings = o.stops;
+  if (!p.raw) stop_at(o.tokenizer->find_document_separator());
+  for (const int id : o.end_tokens) stop_at(id);
   if (p.tools) {
     r.max_inserted = o.tool_tokens;
     r.on_turn = [&o](int, std::span<const int> turn) {
@@ -976,13 +981,14 @@ Rollout make_rollout(const Prompt& p, int group, Completion c, const RolloutOpti
 
 // The most tokens that an answer to the prompt may have, the prompt among them.
 int64_t longest_answer(const Prompt& p, const RolloutOptions& o) {
-  return int64_t(p.ids.size()) + o.max_tokens + (p.tools ? o.tool_tokens : 0);
+  const int64_t all = int64_t(p.ids.size()) + o.max_tokens + (p.tools ? o.tool_tokens : 0);
+  return std::min<int64_t>(all, o.context);
 }
 // For answers of up to `longest` tokens, `all` in number.
-GeneratorOptions rollout_generator(const RolloutOptions& o, const Config& c, int64_t longest,
-                                   int all) {
-  GeneratorOptions options{.rows = std::min(o.rows, all)};
-  options.cache_positions = cache_positions(c, options.rows, longest, o.cache_bytes);
+GeneratorOptions rollout_generator(const RolloutOptions& o, int64_t longest, int all) {
+  GeneratorOptions options{.rows = std::min(o.rows, all), .context = o.context};
+  options.cache_positions =
+      cache_positions(options.rows, longest, o.cache_bytes, o.cache_page_bytes);
   return options;
 }
 
@@ -996,11 +1002,10 @@ std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
   for (const Prompt* p : prompts) longest = std::max(longest, longest_answer(*p, o));
   Generator generator(
       gpt, [&](int id) { return o.tokenizer->token_bytes(id); },
-      rollout_generator(o, gpt.config(), longest, all));
+      rollout_generator(o, longest, all));
   for (size_t i = 0; i < prompts.size(); i++) {
     for (int k = 0; k < copies; k++) {
-      generator.submit(
-          rollout_request(*prompts[i], o, mix64(seed, i, uint64_t(k)), gpt.config().T));
+      generator.submit(rollout_request(*prompts[i], o, mix64(seed, i, uint64_t(k))));
     }
   }
   while (generator.step()) stop_if_signalled();
@@ -1639,6 +1644,7 @@ struct DataSettings {
   std::vector<std::string> prompts, val, tools;
   int max_tokens = 128, rows = 128;  // of an answer; answers decoded at once
   int cache_mb = 2048;               // keys and values of the answers that are decoded
+  int64_t context = 0;               // tokens of the longest rollout; 0: choose_context()
   std::vector<std::string> stops;
   std::vector<std::string> rewards;
   std::string gold, truncated = "penalise";
@@ -1654,7 +1660,7 @@ struct DataSettings {
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DataSettings, model, form, system, search, as_chat,
                                                 val_fraction, prompts, val, tools, max_tokens, rows,
-                                                cache_mb, stops, rewards, gold, truncated,
+                                                cache_mb, context, stops, rewards, gold, truncated,
                                                 truncated_reward, command_seconds,
                                                 command_start_seconds, command_memory,
                                                 command_processes, verifiers, ptx, ptx_weight,
@@ -1848,7 +1854,7 @@ int64_t longest_answer(const RlParts& p) {
 
 // A model that reads rollouts has room for the longest.
 void check_context(const RlParts& p, const char* flag, const std::filesystem::path& dir, int T) {
-  const int64_t longest = std::min<int64_t>(longest_answer(p), p.config.T);
+  const int64_t longest = longest_answer(p);
   if (T >= longest) return;
   fail(flag, " ", dir.string(), ": found a context of ", T, " tokens, expected at least ", longest,
        ", those of the longest prompt with an answer of --max-tokens");
@@ -1859,9 +1865,30 @@ void check_contexts(const RlParts& p) {
   }
 }
 
-void read_inputs(RlParts& p) {
+GptOptions policy_options(const RlParts& p);
+
+// How rollouts are sampled, and how long they may be. The choice is kept in the settings: a run
+// that is resumed where other memory is free makes the same rollouts.
+void choose_rollout_options(RlParts& p, Mode mode) {
+  DataSettings& d = p.s.data;
+  p.options = {.tokenizer = &p.tokenizer,
+               .end_tokens = p.config.all_end_tokens(),
+               .max_tokens = d.max_tokens,
+               .rows = d.rows,
+               .temperature = float(p.s.step.temperature),
+               .cache_bytes = int64_t(d.cache_mb) << 20};
+  for (const std::string& stop : d.stops) p.options.stops.push_back(with_line_breaks(stop));
+  GptOptions engine = policy_options(p);
+  if (mode == Mode::inference) engine.mode = mode, engine.batch_tokens = 0;
+  p.options.cache_page_bytes = cache_page_bytes(p.config, engine);
+  p.options.context = choose_context(p.config, d.context, engine);
+  d.context = p.options.context;
+}
+
+void read_inputs(RlParts& p, Mode mode) {
   RlSettings& s = p.s;
   const Tokenizer& tokenizer = p.tokenizer;
+  choose_rollout_options(p, mode);
   std::vector<std::string> tools;
   for (const std::string& tool : s.data.tools) {
     if (tool != "calculator" && tool != "search") {
@@ -1872,31 +1899,25 @@ void read_inputs(RlParts& p) {
     }
     tools.push_back(tool == "search" ? kSearchTool : kCalculatorTool);
   }
-  const int T = p.config.T, max_tokens = s.data.max_tokens;
+  const int context = p.options.context, max_tokens = s.data.max_tokens;
   const PromptForm how{s.data.form, tools, s.data.system, s.data.as_chat};
-  p.prompts.all = read_prompts(s.data.prompts, tokenizer, how, T, max_tokens);
+  p.prompts.all = read_prompts(s.data.prompts, tokenizer, how, context, max_tokens);
   if (s.data.val_fraction > 0) hold_out(p.prompts.all, s.data.val_fraction, p.held_out);
   p.prompts.pool.resize(p.prompts.all.size());
   std::iota(p.prompts.pool.begin(), p.prompts.pool.end(), 0);
   if (!s.data.val.empty()) {
-    p.held_out = read_prompts(s.data.val, tokenizer, how, T, max_tokens);
+    p.held_out = read_prompts(s.data.val, tokenizer, how, context, max_tokens);
   }
   if (!s.data.search.empty()) p.search = Search::load(s.data.search);
-  p.options = {.tokenizer = &tokenizer,
-               .search = p.search ? &*p.search : nullptr,
-               .max_tokens = max_tokens,
-               .rows = s.data.rows,
-               .temperature = float(s.step.temperature),
-               .cache_bytes = int64_t(s.data.cache_mb) << 20};
-  for (const std::string& stop : s.data.stops) p.options.stops.push_back(with_line_breaks(stop));
+  p.options.search = p.search ? &*p.search : nullptr;
   const DataSettings& d = s.data;
   const CommandLimits limits{d.command_seconds, d.command_start_seconds,
                              int64_t(d.command_memory * 1e9), d.command_processes, d.verifiers};
-  const RewardContext context{tokenizer,    p.start,
-                              d.max_tokens, parse_device(p.run.options.device),
-                              limits,       s.step.micro_batch_tokens};
+  const RewardContext reward_context{tokenizer,    p.start,
+                                     d.max_tokens, parse_device(p.run.options.device),
+                                     limits,       s.step.micro_batch_tokens};
   const auto reward = [&](const std::string& text) {
-    return make_reward(parse_reward(text), context, p.rewards.models);
+    return make_reward(parse_reward(text), reward_context, p.rewards.models);
   };
   for (const std::string& text : d.rewards) add_reward(p.rewards, reward(text));
   p.rewards.verifier = verifier_of(p.rewards.functions);
@@ -1919,14 +1940,14 @@ void read_inputs(RlParts& p) {
     fail("--ptx ", s.data.ptx, ": found another tokenizer's shards, expected those of ",
          s.data.model);
   }
-  p.text.loader =
-      std::make_unique<Loader>(*p.text.stream, int(std::min<int64_t>(T, s.data.ptx_tokens)),
-                               s.step.seed, tokenizer.document_separator());
+  p.text.loader = std::make_unique<Loader>(*p.text.stream,
+                                           int(std::min<int64_t>(p.config.T, s.data.ptx_tokens)),
+                                           s.step.seed, tokenizer.document_separator());
 }
 
 // What the engine is asked for when all rows hold the longest answers.
 DecodePlan rollout_plan(const RlParts& p) {
-  return decode_plan(rollout_generator(p.options, p.config, longest_answer(p), p.options.rows));
+  return decode_plan(rollout_generator(p.options, longest_answer(p), p.options.rows));
 }
 
 GptOptions training_options(const RlParts& p) {
@@ -1948,9 +1969,11 @@ void make_models(RlParts& p, const std::filesystem::path& dir) {
   load_weights(dir, *p.models.policy, {.seed = p.s.step.seed});
   if (o.lora.rank > 0) {
     p.base = adapter_base(dir);
-    return;  // with its adapters off the policy is the reference: its weights are there once
+    // With its adapters off the policy is the reference: its weights are there once. When the run
+    // began from adapters, these belong to the reference, which then needs weights of its own.
+    if (!has_adapters(p.start)) return;
   }
-  o.mode = Mode::inference, o.decode = {};
+  o.mode = Mode::inference, o.decode = {}, o.lora = {};
   p.models.reference = make_gpt(p.config, o);
   load_weights(p.start, *p.models.reference);
 }
@@ -2063,7 +2086,8 @@ void save_within_budget(const RlParts& p, const std::filesystem::path& dir) {
   Gpt& policy = *p.models.policy;
   const std::vector<std::vector<float>> current = copy_weights(policy);
   restore_weights(policy, p.within);
-  save_checkpoint(dir / kWithinBudget, policy, {.tokenizer_from = p.start, .base = p.base});
+  save_checkpoint(dir / kWithinBudget, policy,
+                  {.tokenizer_from = p.start, .started_from = p.start, .base = p.base});
   restore_weights(policy, current);
 }
 void load_within_budget(RlParts& p, const std::filesystem::path& dir) {
@@ -2157,7 +2181,7 @@ int64_t begin_run(RlParts& p, const Algorithm& algorithm, const Json* saved) {
   const double started = now();
   algorithm.choose(p.s, p.config);
   check_settings(p.s);
-  read_inputs(p);
+  read_inputs(p, Mode::train);
   p.run.lr_scale = p.s.step.optimizer.lr_scale;
   p.run.keeps_best = p.s.evaluation.keep == "best";
   try {
@@ -2520,7 +2544,7 @@ OrderedJson finish(RlParts& p) {
 // Tokenizer and base of adapters. A checkpoint to resume from holds the critic too, and the last
 // weights within the KL budget.
 SaveOptions save_options(const RlParts& p, bool resumable) {
-  SaveOptions o{.tokenizer_from = p.start, .base = p.base};
+  SaveOptions o{.tokenizer_from = p.start, .started_from = p.start, .base = p.base};
   if (!resumable) return o;
   o.also = [&p](const std::filesystem::path& dir) {
     if (!p.within.empty()) save_within_budget(p, dir);
@@ -2907,7 +2931,7 @@ void begin_directory(const RunOptions& o) {
 int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write) {
   const int n = s.evaluation.eval_samples, limit = s.evaluation.eval_prompts;
   RlParts p = make_parts(s, "best-of-n", o);
-  read_inputs(p);
+  read_inputs(p, Mode::inference);
   std::vector<Prompt>& prompts = p.prompts.all;
   if (limit > 0 && int(prompts.size()) > limit) prompts.resize(size_t(limit));
   OrderedJson models = OrderedJson::array({p.model_names["reference"]});
@@ -2915,7 +2939,7 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
   OrderedJson hashes = OrderedJson::array();
   for (const auto& m : models) hashes.push_back(m["hash"]);
   const OrderedJson state = {
-      {"stage", "best-of-n"}, {"models", hashes}, {"data", p.data_hashes}, {"settings", Json(s)}};
+      {"stage", "best-of-n"}, {"models", hashes}, {"data", p.data_hashes}, {"settings", Json(p.s)}};
   std::printf("policy  %s; %zu prompts, %d answers to each\n", p.start.c_str(), prompts.size(), n);
   std::vector<Candidates> all;  // of each prompt so far
   GptOptions options = gpt_options(o);
@@ -2987,7 +3011,7 @@ void add_program_flags(CLI::App& app, DataSettings& d) {
 void add_rollout_flags(CLI::App& app, RlFlags& f) {
   DataSettings& d = f.s.data;
   app.add_option("--model", d.model,
-                 "run or model directory that answers; ppo and grpo begin with it");
+                 "run, model directory or .gguf file that answers; ppo and grpo begin with it");
   app.add_option("--prompts", d.prompts,
                  "JSON lines: {\"question\", \"answer\"}, {\"messages\"} or {\"prompt\"}");
   app.add_option("--reward", d.rewards,
@@ -3008,6 +3032,10 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
       "--stop", d.stops,
       "strings that end an answer to --form, as <|endoftext|> does, \\n is a line break; "
       "none: --max-tokens do too");
+  app.add_option(
+      "--context", d.context,
+      "longest rollout in tokens, its prompt included; 0: the model's context, or what a "
+      "quarter of the free memory holds as keys and values");
   app.add_option("--cache-mb", d.cache_mb,
                  "memory for keys and values of the answers that are decoded at once");
   app.add_option("--seed", f.s.step.seed, "of prompts, answers and minibatches");

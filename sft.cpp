@@ -38,6 +38,7 @@
 
 #include "cake/chat_template.h"
 #include "cake/checkpoint.h"
+#include "cake/export.h"
 #include "cake/flags.h"
 #include "cake/generate.h"
 #include "cake/gpt.h"
@@ -566,9 +567,10 @@ void FineTuning::sample(int64_t number) {
     prompt.assign(ids.begin(), ids.begin() + n);
   }
   if (prompt.empty() || int(prompt.size()) >= config_.T) return;
+  std::vector<int> stop_ids = config_.all_end_tokens();
+  stop_ids.push_back(tokenizer_.find_document_separator());  // -1 is no token, and stops nothing
   const Completion done =
-      sample_one(*gpt_, tokenizer_, prompt, kSampleTokens, {.temperature = 0},
-                 {tokenizer_.special("<|im_end|>"), tokenizer_.find_document_separator()});
+      sample_one(*gpt_, tokenizer_, prompt, kSampleTokens, {.temperature = 0}, stop_ids);
   // The last turn before the answer, then the answer and how it ended.
   std::string asked = tokenizer_.decode(prompt);
   if (const size_t header = asked.rfind("<|im_start|>assistant\n"); header != std::string::npos) {
@@ -625,7 +627,7 @@ void FineTuning::read_data() {
     read_examples({path}, tokenizer_, s_.context, cut, 0, val_, none, report_);
   }
   if (report_.conversations > 0) {
-    config_.eos = end_of_turn(tokenizer_);
+    config_.set_first_end_token(end_of_turn(tokenizer_));
     if (config_.pad < 0 || config_.pad == config_.eos) {  // the end of turn is trained, pad never
       config_.pad = tokenizer_.find_document_separator();
     }
@@ -937,32 +939,31 @@ OrderedJson FineTuning::state() const {
 }
 
 SaveOptions FineTuning::save_options() const {
-  if (!changed_tokenizer_) return {.tokenizer_from = from_, .base = base_};
-  return {.base = base_,
-          .also = [this](const std::filesystem::path& dir) { tokenizer_.save(dir); }};
+  if (!changed_tokenizer_) {
+    return {.tokenizer_from = from_, .started_from = from_, .base = base_};
+  }
+  return {.started_from = from_, .base = base_, .also = [this](const std::filesystem::path& dir) {
+            tokenizer_.save(dir);
+          }};
 }
 
 // ---------------------------------------------------------------------------------------------
 // Adapters added to their model
 
-// Writes the model that `from` computes, adapters and all, as a directory with all its weights.
+// Writes the model that `from` computes, adapters and all, as a directory or as a .gguf file.
 void merge(const std::filesystem::path& from, const std::filesystem::path& out) {
   const std::filesystem::path dir = model_dir(from);
   if (!has_adapters(dir)) fail("--merge ", dir.string(), ": has no adapters");
   if (std::filesystem::exists(out)) fail("-o ", out.string(), ": exists");
-  const auto gpt = make_gpt(load_config(dir), {.device = Device::cpu, .mode = Mode::inference});
-  load_weights(dir, *gpt);
-  const bool own = std::filesystem::exists(dir / "tokenizer.json");
-  save_checkpoint(out, *gpt, {.tokenizer_from = own ? dir : adapter_base(dir).dir});
-  std::printf("model in %s: %s parameters, with the adapters of %s\n", out.c_str(),
-              count_text(gpt->table().parameters()).c_str(), dir.c_str());
+  export_model({.model = from, .out = out});
 }
 
 // ---------------------------------------------------------------------------------------------
 // Command line
 
 void add_data_flags(CLI::App& app, Settings& s) {
-  app.add_option("--model", s.model, "a run or Hugging Face directory to begin with");
+  app.add_option("--model", s.model,
+                 "a run, a Hugging Face directory or a .gguf file to begin with");
   app.add_option("--data", s.data,
                  "JSON lines with \"messages\", or \"prompt\" and \"completion\"; FILE:2 goes over "
                  "FILE twice an epoch, FILE:.5 over half of it");
@@ -1002,7 +1003,9 @@ int main_sft(int argc, char** argv) {
   int show = 0;
   add_data_flags(app, s);
   app.add_option("--show", show, "print so many examples, trained tokens marked, and stop");
-  app.add_option("--merge", adapters, "write a run's adapters and their model as one, and stop");
+  app.add_option(
+      "--merge", adapters,
+      "write a run's adapters and their model as one, a directory or FILE.gguf, and stop");
   add_run_flags(app, o);
   add_budget_flags(app, s);
   add_optimizer_flags(app, s.optimizer, "learning rate of matrices or adapters; 0: chosen");

@@ -8,15 +8,17 @@
 //   3. optimizers     the norm of the gradient, AdamW, Muon
 //   4. decoding       the KV cache, sampling
 //   5. memory         arenas, tensors in and out, what a model takes, make_gpt
-//   6. speed          vectors, loops over threads, and the blocked product, which does 95 % of the
-//                     work
+//   6. speed          threads that wait awake, weights in panels of four types, the blocked
+//   product,
+//                     which does 95 % of the work, and the product with q8_0
 //   7. pretraining    data, plan, loop, checkpoints, command line, main
 //
 // One invariant holds everywhere: the same bits for any number of threads and any batch
 // composition. Each output element is one chain of fused multiply-adds over k (over a head's size,
 // over keys, over tokens), begun and continued in one order, whichever tile or thread computes it.
 // So prefill, decoding of 1 or 64 rows and a packed forward agree to the last bit, gradients do not
-// depend on OMP_NUM_THREADS, and a chunked LM head equals a whole one.
+// depend on OMP_NUM_THREADS, and a chunked LM head equals a whole one. Weights in f16 and bf16 are
+// summed as their values in f32; with q8_0 the chain is over blocks of 32, whose sums are exact.
 //
 // Sources: GPT-2 (Radford et al. 2019), RoPE (Su et al. 2021), RMSNorm (Zhang, Sennrich 2019),
 // SwiGLU (Shazeer 2020), flash attention (Dao et al. 2022), AdamW (Loshchilov, Hutter 2019), Muon
@@ -31,8 +33,11 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -47,7 +52,7 @@ namespace cake {
 // in one arena, and a tensor's gradient may take its place.
 
 // Memory from the system, zeroed, on huge pages where it can. Pages never touched take no memory,
-// which lets an arena have room for what a mode does not use.
+// which lets an arena have room for what a mode does not use; small pages where most is unused.
 class Arena {
  public:
   Arena() = default;
@@ -55,7 +60,7 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   ~Arena() { release(); }
-  void reset(int64_t floats);
+  void reset(int64_t floats, bool huge_pages = true);
   void grow(int64_t floats) {  // contents are lost when it grows
     if (floats > size()) reset(floats);
   }
@@ -153,6 +158,7 @@ template <class Visit>
 static void parallel_groups(int64_t n, int group, Visit&& visit);
 
 struct Operand;  // of a product
+class CpuKvCache;
 struct Weights;
 
 class CpuGpt final : public Gpt {
@@ -220,17 +226,24 @@ class CpuGpt final : public Gpt {
   std::span<const float> entropy() override { return entropy_; }
   std::span<const float> value() override { return value_; }
 
-  std::unique_ptr<KvCache> make_cache(int64_t positions) override;
+  std::unique_ptr<KvCache> make_cache(int64_t limit, CacheType type) override;
   void decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
               bool logits) override;
 
   void read(int tensor, Slot slot, std::span<float> out) const override;
   void write(int tensor, Slot slot, std::span<const float> in) override;
+  void write_q8_0(int tensor, std::span<const Q8Block> blocks) override;
 
  private:
-  template <class Copy>
-  void visit_tensor(const Tensor& t, Slot slot, Copy&& copy) const;
+  void decode_rows(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
+                   bool logits);
+  float* floats_of(const Tensor& t, Slot slot) const;
+  template <class Visit>
+  bool visit_panel_rows(const Tensor& t, Slot slot, Visit&& visit) const;
 
+  template <class E>
+  void attend_cached(const CpuKvCache& pages, std::span<const DecodeRow> rows,
+                     const NewTokens& added, int l, LayerActivations& a) const;
   void attend_batch(LayerActivations& a) const {
     attention_forward(attention_of(a.qkv, a.rotated), a.att, a.lse);
   }
@@ -384,6 +397,13 @@ static inline vec load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+static inline vec load(const Bf16* p) {
+  typedef uint16_t half_vec __attribute__((vector_size(2 * kLanes)));
+  typedef uint32_t bits_vec __attribute__((vector_size(4 * kLanes)));
+  half_vec halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return vec(__builtin_convertvector(halves, bits_vec) << 16);
+}
 static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 // x in every lane: x - 0 is x for every x
 static inline vec splat(float x) { return x - vec{}; }
@@ -485,17 +505,35 @@ static inline vec vexp(vec x) { return vexp_below_88(x > splat(88.7f) ? splat(88
 static inline float exp1(float x) { return vexp(splat(x))[0]; }
 static inline vec vsigmoid(vec x) { return 1.f / (1.f + vexp(-x)); }
 
+// Runs work(t) for t in [0, threads), side by side. Inside with_team, threads that wait there do
+// it.
+static int loop_threads();  // that loops run on
+static void run_threads(int threads, void (*work)(void*, int), void* argument);
+static void with_team(const std::function<void()>& body);
+template <class Work>
+static void on_threads(int threads, Work&& work) {
+  if (threads == 1) return work(0);
+  const auto call = [](void* w, int t) { (*static_cast<std::remove_reference_t<Work>*>(w))(t); };
+  run_threads(threads, call, &work);
+}
 // Runs visit(i) for i in [0, n) on all threads; visits write disjoint outputs.
 template <class Visit>
 static void parallel_for(int64_t n, Visit&& visit) {
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < n; i++) visit(i);
+  if (n <= 0) return;
+  const auto threads = std::min<int64_t>(n, loop_threads());
+  on_threads(int(threads), [&](int t) {
+    for (int64_t i = n * t / threads; i < n * (t + 1) / threads; i++) visit(i);
+  });
 }
 template <class Visit>
 static void parallel_groups(int64_t n, int group, Visit&& visit) {
-  const int chunk = n >= int64_t(4) * group * omp_get_max_threads() ? group : 1;
-#pragma omp parallel for schedule(dynamic, chunk)
-  for (int64_t i = 0; i < n; i++) visit(i);
+  if (n <= 0) return;
+  const int64_t threads = loop_threads(), chunk = n >= 4 * group * threads ? group : 1;
+  std::atomic<int64_t> next{0};
+  on_threads(int(std::min(n, threads)), [&](int) {
+    for (int64_t begin; (begin = next.fetch_add(chunk)) < n;)
+      for (int64_t i = begin; i < std::min(n, begin + chunk); i++) visit(i);
+  });
 }
 
 // A product is computed in tiles of kMR x kNR.
@@ -504,11 +542,30 @@ inline constexpr int kMR = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 8;  // rows: fi
 
 enum class Inner { k, other };  // which index is contiguous in memory: k, or m (of A), n (of B)
 
+// A weight matrix (out, in) as whole-depth panels of kNR outputs each, [panel][in][kNR], in one of
+// the four types; section 6 has their layouts. Decoding reads all weights for every token, so its
+// time is what reading their bytes takes.
+struct Panels {
+  std::byte* data = nullptr;
+  WeightType type = WeightType::f32;
+};
+static int64_t panel_bytes(WeightType type, int in);  // of one panel
+static int64_t panels_bytes(WeightType type, int out, int in) {
+  return int64_t((out + kNR - 1) / kNR) * panel_bytes(type, in);
+}
+// One row (in) of the matrix, the weights of one output. f16 and bf16 are rounded to nearest, q8_0
+// is quantize_q8_0.
+static void read_row(const Panels& w, int in, int64_t row, float* x);
+static void write_row(const Panels& w, int in, int64_t row, const float* x);
+static void write_blocks(const Panels& w, int in, int64_t row, const Q8Block* blocks);  // q8_0
+// All of a matrix (out, in), as f32.
+static void pack_weights(const float* weight, int out, int in, std::byte* panels);
+
 struct Operand {
   const float* data;
   int64_t ld;  // distance between consecutive m or n (Inner::k), or consecutive k (other)
   Inner inner;
-  bool packed = false;  // B only: whole-depth panels made by pack_weights
+  Panels panels{};  // B only: then there is no data
 };
 
 // C (M, N) = init + A (M, K) B (K, N)
@@ -528,9 +585,10 @@ static void gemm(const Product& p);
 // The rectangle [m0, m1) x [n0, n1) of the product by one thread; n0 is a multiple of kNR.
 static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1);
 // c (M, N) (+)= a b with a(m,k) = a[m a_row + k a_k], b(k,n) = b[k ldb + n]; operands in cache;
-// M <= kMR, N a multiple of kLanes.
+// M <= kMR, N a multiple of kLanes. B: float or Bf16.
+template <class B>
 static void small_product(int M, int N, int K, const float* a, int64_t a_row, int64_t a_k,
-                          const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate);
+                          const B* b, int64_t ldb, float* c, int64_t ldc, bool accumulate);
 // C (size, size) = A B, known to be symmetric, by one thread: half of it is computed.
 static void gemm_symmetric(int size, int K, const Operand& a, const Operand& b, float* c);
 // Packs `count` (<= Width) lines of an operand over K steps into panel[k][Width]; lines beyond
@@ -538,9 +596,6 @@ static void gemm_symmetric(int size, int K, const Operand& a, const Operand& b, 
 // Writes up to kLanes floats past the panel's end.
 template <int Width>
 static void pack_panel(const Operand& x, const float* data, int count, int K, float* panel);
-// Weights (out, in) as whole-depth panels of kNR outputs, [panel][in][kNR]: what decoding reads.
-static int64_t packed_size(int out, int in) { return int64_t((out + kNR - 1) / kNR * kNR) * in; }
-static void pack_weights(const float* weight, int out, int in, float* packed);
 // Steps between asking for a line of memory and packing it.
 inline constexpr int kPrefetchSteps = 12;
 
@@ -548,56 +603,67 @@ inline constexpr int kPrefetchSteps = 12;
 // Weights
 
 // Weights, in one of two forms. Rows: the arena in the table's order, which training reads and
-// updates. Panels: each GEMM's matrix as pack_weights makes it, which decoding reads. Inference has
-// its matrices as panels only; training makes panels when it decodes.
+// updates. Panels: each product's matrix as decoding reads it. Inference has its matrices as panels
+// only, the embedding among them, in the types that GptOptions asks for; vectors and adapters stay
+// rows. Training makes panels of its rows when it decodes.
 struct Weights {
   struct Group {
     int64_t weight;  // its offset in the arena
     int out, in;
-    int64_t panels;  // its offset in `panels`
+    WeightType type;
+    int64_t panels;  // its offset in `panels`, in bytes
   };
   Arena rows, panels;
-  std::vector<Group> groups;
+  std::vector<Group> groups;  // in the arena's order
+  std::vector<WeightType> types;
+  int64_t panels_size = 0;      // bytes
   bool panels_only = false;     // inference
   bool panels_current = false;  // training: they equal the rows
 
-  Weights(const Config& c, const ParamTable& table, bool inference) : panels_only(inference) {
-    rows.reset(table.size);
-    int64_t size = 0;
-    for (const Linear& l : linears(c, table)) {
-      groups.push_back({l.weight, l.out, l.in, size});
-      size += packed_size(l.out, l.in);
-    }
-    if (inference) panels.reset(size);
+  Weights(const Config& c, const ParamTable& table, const GptOptions& options)
+      : groups(groups_of(c, table, options)),
+        types(options.weights),
+        panels_only(options.mode == Mode::inference) {
+    for (const Group& g : groups) panels_size += panels_bytes(g.type, g.out, g.in);
+    rows.reset(table.size, !panels_only);
+    if (panels_only) panels.reset((panels_size + 3) / 4);
   }
-  static std::vector<Linear> linears(const Config& c, const ParamTable& table) {
-    std::vector<Linear> all;
-    for (const Block& b : table.blocks) all.insert(all.end(), {b.qkv, b.o, b.up, b.down});
-    if (c.head == Head::lm) all.push_back(table.head);
+  // What is kept as panels.
+  static std::vector<Group> groups_of(const Config& c, const ParamTable& table,
+                                      const GptOptions& options) {
+    std::vector<Group> all;
+    const auto add = [&](const Linear& l) {
+      all.push_back({l.weight, l.out, l.in, weight_type(table, options.weights, l.weight), 0});
+    };
+    const bool lm = c.head == Head::lm;
+    const bool inference = options.mode == Mode::inference;
+    if (inference && !(lm && c.tied)) add({.weight = table.wte, .out = c.padded_V(), .in = c.C});
+    for (const Block& b : table.blocks)
+      for (const Linear* l : {&b.qkv, &b.o, &b.up, &b.down}) add(*l);
+    if (lm) add(table.head);
+    std::sort(all.begin(), all.end(),
+              [](const Group& a, const Group& b) { return a.weight < b.weight; });
+    int64_t size = 0;
+    for (Group& g : all) g.panels = size, size += panels_bytes(g.type, g.out, g.in);
     return all;
-  }
-  static int64_t panels_size(const Config& c, const ParamTable& table) {
-    int64_t size = 0;
-    for (const Linear& l : linears(c, table)) size += packed_size(l.out, l.in);
-    return size;
   }
 
   const Group* group_of(int64_t offset) const {  // that holds this arena offset
-    for (const Group& g : groups)
-      if (offset >= g.weight && offset < g.weight + int64_t(g.out) * g.in) return &g;
-    return nullptr;
+    const auto after = std::upper_bound(groups.begin(), groups.end(), offset,
+                                        [](int64_t x, const Group& g) { return x < g.weight; });
+    if (after == groups.begin()) return nullptr;
+    const Group& g = after[-1];
+    return offset < g.weight + int64_t(g.out) * g.in ? &g : nullptr;
+  }
+  Panels panels_of(const Group& g) const {
+    return {reinterpret_cast<std::byte*>(panels.data()) + g.panels, g.type};
   }
   void make_panels() {
     if (panels_only || panels_current) return;
-    panels.grow(groups.back().panels + packed_size(groups.back().out, groups.back().in));
+    panels.grow((panels_size + 3) / 4);
     for (const Group& g : groups)
-      pack_weights(rows.data() + g.weight, g.out, g.in, panels.data() + g.panels);
+      pack_weights(rows.data() + g.weight, g.out, g.in, panels_of(g).data);
     panels_current = true;
-  }
-  // One element of a matrix in panels; `offset` is the element's place in the arena.
-  float& in_panels(const Group& g, int64_t offset) const {
-    const int64_t o = (offset - g.weight) / g.in, i = (offset - g.weight) % g.in;
-    return panels.data()[g.panels + (o / kNR * g.in + i) * kNR + o % kNR];
   }
 };
 
@@ -645,15 +711,12 @@ void CpuGpt::begin(const Batch& batch) {
 void CpuGpt::embed(int N, const int* tokens, const int* positions, float* x) const {
   const int C = config_.C;
   const Weights& w = *weights_;
-  const bool in_panels = w.panels_only && w.group_of(table_.wte);
   parallel_for(N, [&](int64_t n) {
     float* row = x + n * C;
-    const int64_t offset = table_.wte + int64_t(tokens[n]) * C;
-    if (in_panels) {
-      const Weights::Group& g = *w.group_of(table_.wte);
-      for (int c = 0; c < C; c++) row[c] = w.in_panels(g, offset + c);
+    if (w.panels_only) {
+      read_row(w.panels_of(*w.group_of(table_.wte)), C, tokens[n], row);
     } else {
-      std::copy_n(weight(offset), C, row);
+      std::copy_n(weight(table_.wte + int64_t(tokens[n]) * C), C, row);
     }
     if (table_.wpe >= 0) {
       const float* p = weight(table_.wpe) + int64_t(positions[n]) * C;
@@ -806,9 +869,7 @@ static Product weight_gradient(int N, int in, int out, const float* x, const flo
 }
 
 Operand CpuGpt::matrix(const Linear& l, bool panels) const {  // W (out, in) as B(k = in, n = out)
-  if (panels) {
-    return {weights_->panels.data() + weights_->group_of(l.weight)->panels, 0, Inner::k, true};
-  }
+  if (panels) return {nullptr, 0, Inner::k, weights_->panels_of(*weights_->group_of(l.weight))};
   return {weight(l.weight), l.in, Inner::k};
 }
 // y (N, out) = x W^T + b [+ residual]
@@ -1021,9 +1082,11 @@ inline constexpr int kSpan = 4 * kPage;  // keys between two looks at a row's ma
 static inline int to_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // R <= kMR queries of one head at positions first .. first + R - 1; q (R, HS) is already divided by
-// sqrt(HS). out (R, HS); lse (R) log of the sum of exp of a row's scores, may be null.
+// sqrt(HS). Pages of E, float or Bf16. out (R, HS); lse (R) log of the sum of exp of a row's
+// scores, may be null.
+template <class E>
 static void attend(int R, int first_position, int HS, const float* q, int64_t q_ld,
-                   const float* const* key_pages, const float* const* value_pages, float* out,
+                   const E* const* key_pages, const E* const* value_pages, float* out,
                    int64_t out_ld, float* lse, int64_t lse_ld) {
   const int HSP = to_lanes(HS);
   alignas(64) float scores[kMR * kSpan];
@@ -1296,13 +1359,18 @@ void CpuGpt::activate_backward(float* up, const float* dact) const {
 // ---------------------------------------------------------------------------------------------
 // LM head: a row of logits -> log p(target), entropy, and in place their gradient
 
+static float largest(int n, const float* x) {
+  vec top = splat(-std::numeric_limits<float>::infinity());
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) top = vmax(top, load(x + i));
+  float highest = max_lanes(top);
+  for (; i < n; i++) highest = std::max(highest, x[i]);
+  return highest;
+}
+
 // log p(target) and the entropy of softmax(x / temperature) (plain::classifier_forward).
 static RowSoftmax row_softmax(int V, const float* x, float inverse_temperature) {
-  vec top = splat(-std::numeric_limits<float>::infinity());
-  int64_t j = 0;
-  for (; j + kLanes <= V; j += kLanes) top = vmax(top, load(x + j));
-  float highest = max_lanes(top);
-  for (; j < V; j++) highest = std::max(highest, x[j]);
+  const float highest = largest(V, x);
   vec sum{}, weighted{};
   for_vectors(V, [&](int64_t i, int n) {
     const vec s = mask_lanes((load(x + i, n) - highest) * inverse_temperature, n);
@@ -1549,50 +1617,104 @@ static void muon(int out, int in, float* w, const float* g, float* m, float scal
 // =============================================================================================
 // 4. Decoding: a KV cache in pages, and sampling
 
+// A page has for each layer and key/value head its keys, [HS][kPage], then its values,
+// [kPage][HSP], all float or all Bf16. The lanes of values beyond HS stay 0.
 class CpuKvCache : public KvCache {
  public:
-  CpuKvCache(const Config& c, int64_t positions)
-      : KvCache(positions),
-        key_floats_(int64_t(c.HS) * kPage),
-        page_floats_(key_floats_ + int64_t(to_lanes(c.HS)) * kPage),
-        layer_floats_(c.NKV * page_floats_),
+  CpuKvCache(const Config& c, int64_t limit, CacheType cache_type)
+      : KvCache(limit),
+        type(cache_type == CacheType::bf16 ? CacheType::bf16 : CacheType::f32),
+        key_size_(int64_t(c.HS) * kPage),
+        head_size_(key_size_ + int64_t(to_lanes(c.HS)) * kPage),
+        NKV_(c.NKV),
         L_(c.L),
-        memory_(floats(c, positions)) {}
-  static int64_t floats(const Config& c, int64_t positions) {  // of the keys and values
-    return (positions + kPage - 1) / kPage * kPage * c.L * c.NKV * (c.HS + to_lanes(c.HS));
+        chunk_pages_(std::clamp<int64_t>(kChunkBytes / page_bytes(c, type), 1,
+                                         std::max<int64_t>(1, pages_of(limit)))) {}
+  static int64_t page_bytes(const Config& c, CacheType type) {
+    const int64_t elements = int64_t(c.L) * c.NKV * (c.HS + to_lanes(c.HS)) * kPage;
+    return elements * (type == CacheType::bf16 ? 2 : 4);
   }
-  float* keys(int page, int layer, int head) const {  // [HS][kPage]
-    return memory_.data() + (int64_t(page) * L_ + layer) * layer_floats_ + head * page_floats_;
+  static int64_t pages_of(int64_t positions) { return (positions + kPage - 1) / kPage; }
+
+  template <class E>
+  E* keys(int page, int layer, int head) const {  // [HS][kPage]
+    return reinterpret_cast<E*>(memory(page)) + (int64_t(layer) * NKV_ + head) * head_size_;
   }
-  float* values(int page, int layer, int head) const {  // [kPage][HSP]
-    return keys(page, layer, head) + key_floats_;
+  template <class E>
+  E* values(int page, int layer, int head) const {  // [kPage][HSP]
+    return keys<E>(page, layer, head) + key_size_;
   }
-  void copy(int src, int dst) const {
-    std::copy_n(keys(src, 0, 0), L_ * layer_floats_, keys(dst, 0, 0));
-  }
+  void copy(int src, int dst) const { std::copy_n(memory(src), page_floats(), memory(dst)); }
+
+  const CacheType type;  // f32 or bf16
 
  private:
-  int64_t key_floats_, page_floats_, layer_floats_;
-  int L_;
-  Arena memory_;
+  // Memory comes in chunks of this size. A page that was never written takes none. The system's
+  // huge pages may take 2 MB more than was written, once in a chunk.
+  static constexpr int64_t kChunkBytes = int64_t(32) << 20;
+
+  void reserve_memory(int64_t pages) override;
+  int64_t page_floats() const {
+    return L_ * NKV_ * head_size_ / (type == CacheType::bf16 ? 2 : 1);  // head_size_ is even
+  }
+  float* memory(int page) const {
+    return chunks_[size_t(page / chunk_pages_)].data() + page % chunk_pages_ * page_floats();
+  }
+
+  int64_t key_size_, head_size_;  // elements
+  int64_t NKV_, L_, chunk_pages_;
+  std::deque<Arena> chunks_;
 };
 
-std::unique_ptr<KvCache> CpuGpt::make_cache(int64_t positions) {
-  return std::make_unique<CpuKvCache>(config_, positions);
+static int64_t available_memory();
+
+void CpuKvCache::reserve_memory(int64_t pages) {
+  while (int64_t(chunks_.size()) * chunk_pages_ < pages) {
+    const int64_t bytes = chunk_pages_ * page_floats() * 4, available = available_memory();
+    if (bytes > available) {
+      fail("out of memory: the KV cache holds ", bytes_text(double(bytes) * double(chunks_.size())),
+           " and needs ", bytes_text(double(bytes)), " more, found ", bytes_text(double(available)),
+           " available; lower ", kDecodeFlags);
+    }
+    chunks_.emplace_back(bytes / 4);
+  }
 }
 
+std::unique_ptr<KvCache> CpuGpt::make_cache(int64_t limit, CacheType type) {
+  return std::make_unique<CpuKvCache>(config_, limit, type);
+}
+
+static void store_rounded(float x, float* p) { *p = x; }
+static void store_rounded(float x, Bf16* p) { p->bits = float_to_bf16(x); }
+
 // One position's key (HS) into lane `lane` of a page, transposed, and its value (HS) into that row.
-static void fill_page(int HS, int lane, const float* k, const float* v, float* key_page,
-                      float* value_page) {
-  for (int d = 0; d < HS; d++) key_page[d * kPage + lane] = k[d];
-  std::copy(v, v + HS, value_page + int64_t(lane) * to_lanes(HS));
+template <class E>
+static void fill_page(int HS, int lane, const float* k, const float* v, E* key_page,
+                      E* value_page) {
+  for (int d = 0; d < HS; d++) store_rounded(k[d], key_page + d * kPage + lane);
+  E* value = value_page + int64_t(lane) * to_lanes(HS);
+  for (int d = 0; d < HS; d++) store_rounded(v[d], value + d);
+}
+
+// The first of the largest numbers, none of which is NaN.
+static int index_of_largest(int n, const float* x) {
+  constexpr int kBlock = 1024;
+  float highest = x[0];
+  int block = 0;
+  for (int begin = 0; begin < n; begin += kBlock) {
+    const float top = largest(std::min(kBlock, n - begin), x + begin);
+    if (top > highest) highest = top, block = begin;
+  }
+  return int(std::find(x + block, x + n, highest) - x);
 }
 
 // Sampling: a function of the logits and of (seed, stream, position) alone.
 static int sample_row(int V, const float* logits, const Sampling& sampling,
                       std::span<const int> history, uint64_t position, std::vector<float>& p) {
+  const bool penalty = sampling.repetition_penalty != 1;
+  if (sampling.temperature == 0 && !penalty) return index_of_largest(V, logits);
   p.assign(logits, logits + V);
-  if (sampling.repetition_penalty != 1) {
+  if (penalty) {
     std::vector<int> seen(history.begin(), history.end());
     std::sort(seen.begin(), seen.end());
     seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
@@ -1602,7 +1724,7 @@ static int sample_row(int V, const float* logits, const Sampling& sampling,
       x = x > 0 ? x / sampling.repetition_penalty : x * sampling.repetition_penalty;
     }
   }
-  const int best = int(std::max_element(p.begin(), p.end()) - p.begin());
+  const int best = index_of_largest(V, p.data());
   if (sampling.temperature == 0) return best;
   const float highest = p[size_t(best)], inverse_temperature = 1 / sampling.temperature;
   for_vectors(V, [&](int64_t j, int n) {  // proportional to probabilities; the best has 1
@@ -1659,16 +1781,60 @@ static int sample_row(int V, const float* logits, const Sampling& sampling,
   return last;
 }
 
-static bool all_finite(int n, const float* x) {
+static bool all_finite(int64_t n, const float* x) {
   vec zeros{};  // x - x is 0, and NaN where x is not finite
   for_vectors(n, [&](int64_t i, int count) { zeros += load(x + i, count) - load(x + i, count); });
   return sum_lanes(zeros) == 0;
 }
 
+// Puts the keys and values of layer l's new tokens into pages of E, then attends to all there are.
+template <class E>
+void CpuGpt::attend_cached(const CpuKvCache& pages, std::span<const DecodeRow> rows,
+                           const NewTokens& added, int l, LayerActivations& a) const {
+  const int NH = config_.NH, NKV = config_.NKV, HS = config_.HS;
+  const float scale = 1 / std::sqrt(float(HS));
+  const Attention qkv = attention_of(a.qkv, a.rotated);
+  parallel_groups(int64_t(rows.size()) * NKV, 1, [&](int64_t task) {
+    const auto r = size_t(task / NKV);
+    const int kv = int(task % NKV), before = added.lengths[r];
+    const std::vector<int>& list = pages.pages(rows[r].sequence);
+    std::vector<const E*> key_pages, value_pages;
+    for (int page : list) {
+      key_pages.push_back(pages.keys<E>(page, l, kv));
+      value_pages.push_back(pages.values<E>(page, l, kv));
+    }
+    const int n = added.starts[r + 1] - added.starts[r];
+    for (int t = 0; t < n; t++) {
+      const int page = list[size_t((before + t) / kPage)];
+      const int64_t i = added.starts[r] + t;
+      fill_page(HS, (before + t) % kPage, qkv.k + i * qkv.k_ld + kv * HS,
+                qkv.v + i * qkv.v_ld + kv * HS, pages.keys<E>(page, l, kv),
+                pages.values<E>(page, l, kv));
+    }
+    alignas(64) float q[kMR * 256];
+    for (int h = kv * (NH / NKV); h < (kv + 1) * (NH / NKV); h++) {
+      for (int t = 0; t < n; t += kMR) {
+        const int count = std::min(kMR, n - t);
+        const int64_t i = added.starts[r] + t;
+        for (int j = 0; j < count; j++)
+          for (int d = 0; d < HS; d++)
+            q[j * HS + d] = qkv.q[(i + j) * qkv.q_ld + h * HS + d] * scale;
+        attend(count, before + t, HS, q, HS, key_pages.data(), value_pages.data(),
+               a.att + i * NH * HS + h * HS, NH * HS, nullptr, 0);
+      }
+    }
+  });
+}
+
 void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
-                    bool want_logits) {
+                    bool logits) {
+  with_team([&] { decode_rows(cache, rows, result, logits); });
+}
+
+void CpuGpt::decode_rows(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
+                         bool want_logits) {
   auto& pages = dynamic_cast<CpuKvCache&>(cache);
-  const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
+  const int C = config_.C, V = config_.V;
   const auto R = int64_t(rows.size());
   const NewTokens added = pack_new_tokens(config_, cache, rows);
   NewPositions room(cache, rows, [&](int src, int dst) { pages.copy(src, dst); });
@@ -1679,39 +1845,12 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
   const int N = int(added.tokens.size());
   weights_->make_panels();
   decode_.reserve(config_, N, Saved::none);
-  const float scale = 1 / std::sqrt(float(HS));
   const auto attend_cache = [&](int l, LayerActivations& a) {
-    const Attention qkv = attention_of(a.qkv, a.rotated);
-    parallel_groups(R * NKV, 1, [&](int64_t task) {
-      const auto r = size_t(task / NKV);
-      const int kv = int(task % NKV), before = added.lengths[r];
-      const std::vector<int>& list = cache.pages(rows[r].sequence);
-      std::vector<const float*> key_pages, value_pages;
-      for (int page : list) {
-        key_pages.push_back(pages.keys(page, l, kv));
-        value_pages.push_back(pages.values(page, l, kv));
-      }
-      const int n = added.starts[r + 1] - added.starts[r];
-      for (int t = 0; t < n; t++) {
-        const int page = list[size_t((before + t) / kPage)];
-        const int64_t i = added.starts[r] + t;
-        fill_page(HS, (before + t) % kPage, qkv.k + i * qkv.k_ld + kv * HS,
-                  qkv.v + i * qkv.v_ld + kv * HS, pages.keys(page, l, kv),
-                  pages.values(page, l, kv));
-      }
-      alignas(64) float q[kMR * 256];
-      for (int h = kv * (NH / NKV); h < (kv + 1) * (NH / NKV); h++) {
-        for (int t = 0; t < n; t += kMR) {
-          const int count = std::min(kMR, n - t);
-          const int64_t i = added.starts[r] + t;
-          for (int j = 0; j < count; j++)
-            for (int d = 0; d < HS; d++)
-              q[j * HS + d] = qkv.q[(i + j) * qkv.q_ld + h * HS + d] * scale;
-          attend(count, before + t, HS, q, HS, key_pages.data(), value_pages.data(),
-                 a.att + i * NH * HS + h * HS, NH * HS, nullptr, 0);
-        }
-      }
-    });
+    if (pages.type == CacheType::bf16) {
+      attend_cached<Bf16>(pages, rows, added, l, a);
+    } else {
+      attend_cached<float>(pages, rows, added, l, a);
+    }
   };
   blocks_forward(decode_, N, added.tokens.data(), added.positions.data(), true, attend_cache);
   for (int64_t r = 0; r < R; r++)
@@ -1750,7 +1889,7 @@ void CpuGpt::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResul
 // =============================================================================================
 // 5. Memory, tensors in and out, and what make_gpt checks
 
-void Arena::reset(int64_t floats) {
+void Arena::reset(int64_t floats, bool huge_pages) {
   release();
   if (floats == 0) return;
   constexpr size_t kHugePage = size_t(2) << 20;
@@ -1764,7 +1903,7 @@ void Arena::reset(int64_t floats) {
          "; lower the batch, the context or the model");
   }
   data_ = static_cast<float*>(p), size_ = floats;
-  madvise(p, bytes_, MADV_HUGEPAGE);
+  madvise(p, bytes_, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 }
 void Arena::release() {
   if (data_) munmap(data_, bytes_);
@@ -1840,9 +1979,14 @@ CpuGpt::CpuGpt(const Config& config, const GptOptions& options)
     if (!other) fail("share: the other model is on another device");
     weights_ = other->weights_;
     if (train_) fail("share: a model that trains needs weights of its own");
+    if (!options.weights.empty() && options.weights != weights_->types) {
+      fail("share: the other model keeps its weights in other types");
+    }
   } else {
-    weights_ = std::make_shared<Weights>(config, table_, !train_);
+    check_weight_types(table_, options);
+    weights_ = std::make_shared<Weights>(config, table_, options);
   }
+  weight_types_ = weights_->types;
   if (train_) {
     gradients_.reset(table_.size);
     moment1_.reset(table_.size);
@@ -1851,23 +1995,25 @@ CpuGpt::CpuGpt(const Config& config, const GptOptions& options)
   if (options.batch_tokens > 0) a_.reserve(config, options.batch_tokens, saved_);
 }
 
-// copy(place, i, n) moves n floats between `place` and the tensor's elements from i on.
-template <class Copy>
-void CpuGpt::visit_tensor(const Tensor& t, Slot slot, Copy&& copy) const {
-  if (slot != Slot::weight) {
-    if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
-    const Arena& arena = slot == Slot::gradient  ? gradients_
-                         : slot == Slot::moment1 ? moment1_
-                                                 : moment2_;
-    copy(arena.data() + t.offset, 0, t.size());
-  } else if (const auto* g = weights_->panels_only ? weights_->group_of(t.offset) : nullptr) {
-    parallel_for(t.out, [&](int64_t o) {
-      for (int64_t i = o * t.in; i < (o + 1) * t.in; i++)
-        copy(&weights_->in_panels(*g, t.offset + i), i, 1);
-    });
-  } else {
-    copy(weight(t.offset), 0, t.size());
-  }
+// Where the tensor's floats are, unless it is kept as panels.
+float* CpuGpt::floats_of(const Tensor& t, Slot slot) const {
+  if (slot == Slot::weight) return weight(t.offset);
+  if (!train_) fail(t.name, ": an inference model has no gradients and no moments");
+  return (slot == Slot::gradient  ? gradients_
+          : slot == Slot::moment1 ? moment1_
+                                  : moment2_)
+             .data() +
+         t.offset;
+}
+// visit(panels, row, i): the tensor's row i is this row of the panels. False: it is not in panels.
+template <class Visit>
+bool CpuGpt::visit_panel_rows(const Tensor& t, Slot slot, Visit&& visit) const {
+  if (slot != Slot::weight || !weights_->panels_only) return false;
+  const Weights::Group* g = weights_->group_of(t.offset);
+  if (!g) return false;
+  const int64_t begin = (t.offset - g->weight) / g->in;
+  parallel_for(t.out, [&](int64_t o) { visit(weights_->panels_of(*g), begin + o, o); });
+  return true;
 }
 
 void CpuGpt::read(int tensor, Slot slot, std::span<float> out) const {
@@ -1875,9 +2021,10 @@ void CpuGpt::read(int tensor, Slot slot, std::span<float> out) const {
   if (int64_t(out.size()) != t.size()) {
     fail(t.name, ": found room for ", out.size(), " floats, expected ", t.size());
   }
-  visit_tensor(t, slot, [&](const float* src, int64_t i, int64_t n) {
-    std::copy_n(src, n, out.data() + i);
+  const bool panels = visit_panel_rows(t, slot, [&](const Panels& w, int64_t row, int64_t i) {
+    read_row(w, t.in, row, out.data() + i * t.in);
   });
+  if (!panels) std::copy_n(floats_of(t, slot), t.size(), out.data());
   if (slot == Slot::gradient && gradients_are_zero_) std::fill(out.begin(), out.end(), 0.f);
 }
 
@@ -1891,8 +2038,28 @@ void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
     std::fill_n(gradients_.data(), gradients_.size(), 0.f);
     gradients_are_zero_ = false;
   }
-  visit_tensor(t, slot,
-               [&](float* dst, int64_t i, int64_t n) { std::copy_n(in.data() + i, n, dst); });
+  if (slot == Slot::weight && weight_type(tensor) == WeightType::q8_0 &&
+      !all_finite(t.size(), in.data())) {
+    fail(t.name, ": found a weight that is not finite, expected numbers, as q8_0 has no other");
+  }
+  const bool panels = visit_panel_rows(t, slot, [&](const Panels& w, int64_t row, int64_t i) {
+    write_row(w, t.in, row, in.data() + i * t.in);
+  });
+  if (!panels) std::copy_n(in.data(), t.size(), floats_of(t, slot));
+}
+
+void CpuGpt::write_q8_0(int tensor, std::span<const Q8Block> blocks) {
+  const Tensor& t = table_.tensors.at(size_t(tensor));
+  if (weight_type(tensor) != WeightType::q8_0) {
+    fail(t.name, ": found blocks of q8_0 for a matrix of another type");
+  }
+  const int64_t row_blocks = t.in / kQ8Block;
+  if (int64_t(blocks.size()) != t.out * row_blocks) {
+    fail(t.name, ": found ", blocks.size(), " blocks, expected ", t.out * row_blocks);
+  }
+  visit_panel_rows(t, Slot::weight, [&](const Panels& w, int64_t row, int64_t i) {
+    write_blocks(w, t.in, row, blocks.data() + i * row_blocks);
+  });
 }
 
 void set_threads(int threads) { omp_set_num_threads(threads > 0 ? threads : usable_cores()); }
@@ -1933,12 +2100,29 @@ MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
 #endif
   const bool train = options.mode == Mode::train;
   const ParamTable table = make_table(c, options.muon, options.lora);
+  check_weight_types(table, options);
   int64_t moments = 0;
   for (const Tensor& t : table.tensors)
     if (t.trainable) moments += t.size() * (t.muon ? 1 : 2);
   MemoryPlan plan;
   const char* model = "--depth, --layers, --channels";
-  if (!options.share) plan.items.push_back({"parameters", table.size * 4, model});
+  const auto groups = Weights::groups_of(c, table, options);
+  if (!options.share && train) plan.items.push_back({"parameters", table.size * 4, model});
+  if (!options.share && !train) {
+    int64_t bytes[kWeightTypes] = {}, in_panels = 0;
+    for (const Weights::Group& g : groups) {
+      bytes[int(g.type)] += panels_bytes(g.type, g.out, g.in);
+      in_panels += int64_t(g.out) * g.in;
+    }
+    bytes[int(WeightType::f32)] += (table.size - in_panels) * 4;
+    for (const WeightType type :
+         {WeightType::bf16, WeightType::f16, WeightType::q8_0, WeightType::f32}) {
+      const char* name = kWeightTypeNames[int(type)];
+      if (bytes[int(type)] > 0)
+        plan.items.push_back({concat(plan.items.empty() ? "weights " : "", name), bytes[int(type)],
+                              "--weights, or take a smaller model"});
+    }
+  }
   if (train) {
     plan.items.push_back({"gradients", table.trainable_parameters() * 4, model});
     plan.items.push_back({"optimizer state", moments * 4, model});
@@ -1951,12 +2135,40 @@ MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
                           saved == Saved::all ? kBatchFlags : "--micro-batch-tokens, --context"});
   }
   if (const DecodePlan& d = options.decode; d.rows > 0) {
-    if (train) plan.items.push_back({"panels", Weights::panels_size(c, table) * 4, model});
+    int64_t panels = 0;
+    for (const Weights::Group& g : groups) panels += panels_bytes(g.type, g.out, g.in);
+    if (train) plan.items.push_back({"panels", panels, model});
     const int64_t decoding = layout.lay_out(c, std::max(d.rows, d.tokens), Saved::none, nullptr);
     plan.items.push_back({"decoding", decoding * 4, kDecodeFlags});
-    plan.items.push_back({"KV cache", CpuKvCache::floats(c, d.positions) * 4, kDecodeFlags});
+    plan.items.push_back({"KV cache",
+                          CpuKvCache::pages_of(d.positions) * CpuKvCache::page_bytes(c, d.cache),
+                          kDecodeFlags});
   }
   return plan;
+}
+
+Device find_device(Device device) {
+#ifdef CAKE_CUDA
+  if (on_gpu(device)) return Device::cuda;
+#endif
+  return device == Device::automatic ? Device::cpu : device;
+}
+
+int64_t cache_page_bytes(const Config& c, const GptOptions& options) {
+#ifdef CAKE_CUDA
+  if (on_gpu(options.device)) return gpu::cache_page_bytes(c, options);
+#endif
+  return CpuKvCache::page_bytes(c, options.decode.cache);
+}
+
+int64_t memory_beside_model(const Config& c, const GptOptions& options) {
+  GptOptions others = options;
+  others.decode.positions = 0;
+  const int64_t taken = plan_memory(c, others).total();
+#ifdef CAKE_CUDA
+  if (on_gpu(options.device)) return std::max<int64_t>(0, gpu::free_memory() - taken);
+#endif
+  return std::max<int64_t>(0, available_memory() - taken);
 }
 
 void check_device(Device device, Precision precision) {
@@ -2043,7 +2255,91 @@ double training_operations(const Gpt& gpt, std::span<const int> doc_starts) {
 }
 
 // =============================================================================================
-// 6. Only to be fast: products
+// 6. Only to be fast: threads that stay awake, and products
+
+// A step of decoding runs some hundred short loops. Between them the threads of a team wait awake:
+// a loop then costs .4 us, where an OpenMP region costs 1.2 us. A thread that waited for long
+// sleeps, so that other programs' threads run.
+class Team {
+ public:
+  explicit Team(int threads) : threads_(threads), left_(threads - 1) {}
+  int threads() const { return threads_; }
+  void run(int threads, void (*work)(void*, int), void* argument) noexcept {
+    work_ = work, argument_ = argument, busy_ = threads;
+    left_.store(threads_ - 1, std::memory_order_relaxed);
+    start_.fetch_add(1, std::memory_order_release);
+    start_.notify_all();
+    if (work) work(argument, 0);
+    for (int left; (left = left_.load(std::memory_order_acquire)) != 0;) wait(left_, left);
+  }
+  void finish() noexcept { run(threads_, nullptr, nullptr); }
+  void follow(int thread) noexcept {  // what all but thread 0 do
+    for (unsigned begun = 0;;) {
+      while (start_.load(std::memory_order_acquire) == begun) wait(start_, begun);
+      begun++;
+      const auto work = work_;  // the next loop's may stand there once this thread is counted out
+      if (work && thread < busy_) work(argument_, thread);
+      if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) left_.notify_one();
+      if (!work) return;
+    }
+  }
+  static inline thread_local Team* current = nullptr;  // of the thread that runs with_team's body
+
+ private:
+  // Until `x` is no longer `value`; may return before.
+  template <class T>
+  static void wait(const std::atomic<T>& x, T value) noexcept {
+    for (int spin = 0; spin < 1000; spin++) {
+      if (x.load(std::memory_order_acquire) != value) return;
+#if defined(__x86_64__)
+      _mm_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
+#endif
+    }
+    x.wait(value, std::memory_order_acquire);
+  }
+  const int threads_;
+  void (*work_)(void*, int) = nullptr;
+  void* argument_ = nullptr;
+  int busy_ = 0;
+  alignas(64) std::atomic<unsigned> start_{0};  // loops begun
+  alignas(64) std::atomic<int> left_;           // threads that are not through with the last one
+};
+
+static int loop_threads() {
+  return Team::current ? Team::current->threads() : omp_get_max_threads();
+}
+
+static void run_threads(int threads, void (*work)(void*, int), void* argument) {
+  if (Team* team = Team::current) return team->run(threads, work, argument);
+#pragma omp parallel num_threads(threads)
+  for (int t = omp_get_thread_num(); t < threads; t += omp_get_num_threads()) work(argument, t);
+}
+
+static void with_team(const std::function<void()>& body) {
+  if (Team::current || omp_get_max_threads() == 1 || omp_in_parallel()) return body();
+  std::exception_ptr failure;
+  std::unique_ptr<Team> team;
+#pragma omp parallel
+  {
+#pragma omp single
+    team = std::make_unique<Team>(omp_get_num_threads());
+    if (omp_get_thread_num() > 0) {
+      team->follow(omp_get_thread_num());
+    } else {
+      Team::current = team.get();
+      try {
+        body();
+      } catch (...) {
+        failure = std::current_exception();
+      }
+      Team::current = nullptr;
+      team->finish();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+}
 
 // In-register transposition of a kLanes x kLanes block: log2(kLanes) rounds of interleaving row i
 // with row i + kLanes / 2.
@@ -2083,9 +2379,9 @@ inline constexpr int kKC = 384;                // depth of a packed block
 inline constexpr int kBlock = 80 * kMR * kKC;  // elements of A at work at a time: most of the cache
 
 // R x NV vectors of C advance over K steps: acc[r][v] += a(r, k) b(k, v).
-template <int R, int NV>
+template <int R, int NV, class B>
 static inline __attribute__((always_inline)) void tile(int K, const float* a, int64_t a_row,
-                                                       int64_t a_k, const float* b, int64_t ldb,
+                                                       int64_t a_k, const B* b, int64_t ldb,
                                                        vec (&acc)[R][NV]) {
   for (int k = 0; k < K; k++) {
     vec bv[NV];
@@ -2192,48 +2488,367 @@ static void pack_panel(const Operand& x, const float* data, int count, int K, fl
   }
 }
 
-// The same for R <= 2 rows and whole-depth panels: one row has too few chains to keep the units
-// busy, so P panels go side by side, each a stream from memory. Decoding one row reads every weight
-// once; this is what reads them at the memory's speed.
-template <int R, int P>
-static void stream_tiles(const Product& p, const float* a, int n, int columns) {
-  vec acc[R][P][2];
-  const float* panel[P];
-  for (int j = 0; j < P; j++) panel[j] = p.b.data + int64_t(n + j * kNR) * p.K;
-  const auto width = [&](int j, int v) {
-    return std::clamp(columns - j * kNR - v * kLanes, 0, kLanes);
-  };
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < P; j++)
-      for (int v = 0; v < 2; v++) {
-        const int64_t column = n + j * kNR + v * kLanes, w = width(j, v);
-        acc[r][j][v] = p.residual ? load(p.residual + r * p.ldc + column, int(w)) : vec{};
-        if (p.bias) acc[r][j][v] += load(p.bias + column, int(w));
-      }
+// ---------------------------------------------------------------------------------------------
+// Panels. A step of f32 or f16 holds its kNR outputs in order. A step of bf16 holds kLanes words of
+// 32 bits: output i in the lower half of word i, output kLanes + i in the upper half, so that one
+// shift and one mask make two vectors of float. 32 steps of q8_0 are 8 times [kNR][4], four steps
+// of an output side by side as one instruction multiplies them, and then kNR scales in f16.
+
+// What turns a weight of q8_0 into its byte: VNNI multiplies unsigned bytes with signed ones, and
+// has w + 128.
+#if defined(__AVX512VNNI__) || (!defined(__AVX512F__) && defined(__AVXVNNI__))
+inline constexpr int kQ8Offset = 128;
+#else
+inline constexpr int kQ8Offset = 0;
+#endif
+inline constexpr int64_t kQ8Bytes = int64_t(sizeof(Q8Block)) * kNR;  // of 32 steps
+
+static int64_t panel_bytes(WeightType type, int in) {
+  if (type == WeightType::q8_0) return in / kQ8Block * kQ8Bytes;
+  return int64_t(kNR) * in * (type == WeightType::f32 ? 4 : 2);
+}
+// Where weight k of output `lane` of a panel of two-byte weights is.
+static int64_t half_index(WeightType type, int k, int lane) {
+  const int place = type == WeightType::bf16 ? lane % kLanes * 2 + lane / kLanes : lane;
+  return int64_t(k) * kNR + place;
+}
+// The same in 32 steps of q8_0, in bytes.
+static int64_t q8_index(int k, int lane) { return k / 4 * int64_t(kNR) * 4 + lane * 4 + k % 4; }
+static Q8Block read_block(const std::byte* steps, int lane) {
+  Q8Block block;
+  for (int k = 0; k < kQ8Block; k++) block.q[k] = int8_t(int(steps[q8_index(k, lane)]) - kQ8Offset);
+  std::memcpy(&block.d, steps + kNR * kQ8Block + lane * 2, 2);
+  return block;
+}
+static void write_block(std::byte* steps, int lane, const Q8Block& block) {
+  for (int k = 0; k < kQ8Block; k++) steps[q8_index(k, lane)] = std::byte(block.q[k] + kQ8Offset);
+  std::memcpy(steps + kNR * kQ8Block + lane * 2, &block.d, 2);
+}
+static void read_row(const Panels& w, int in, int64_t row, float* x) {
+  const std::byte* panel = w.data + row / kNR * panel_bytes(w.type, in);
+  const int lane = int(row % kNR);
+  if (w.type == WeightType::q8_0) {
+    for (int k = 0; k < in; k += kQ8Block, panel += kQ8Bytes)
+      dequantize_q8_0(read_block(panel, lane), x + k);
+  } else if (w.type == WeightType::f32) {
+    for (int k = 0; k < in; k++)
+      x[k] = reinterpret_cast<const float*>(panel)[int64_t(k) * kNR + lane];
+  } else {
+    for (int k = 0; k < in; k++) {
+      const uint16_t h = reinterpret_cast<const uint16_t*>(panel)[half_index(w.type, k, lane)];
+      x[k] = w.type == WeightType::bf16 ? bf16_to_float(h) : f16_to_float(h);
+    }
+  }
+}
+static void write_row(const Panels& w, int in, int64_t row, const float* x) {
+  std::byte* panel = w.data + row / kNR * panel_bytes(w.type, in);
+  const int lane = int(row % kNR);
+  if (w.type == WeightType::q8_0) {
+    for (int k = 0; k < in; k += kQ8Block, panel += kQ8Bytes)
+      write_block(panel, lane, quantize_q8_0(x + k));
+  } else if (w.type == WeightType::f32) {
+    for (int k = 0; k < in; k++) reinterpret_cast<float*>(panel)[int64_t(k) * kNR + lane] = x[k];
+  } else {
+    for (int k = 0; k < in; k++)
+      reinterpret_cast<uint16_t*>(panel)[half_index(w.type, k, lane)] =
+          w.type == WeightType::bf16 ? float_to_bf16(x[k]) : float_to_f16(x[k]);
+  }
+}
+static void write_blocks(const Panels& w, int in, int64_t row, const Q8Block* blocks) {
+  std::byte* panel = w.data + row / kNR * panel_bytes(w.type, in);
+  for (int b = 0; b < in / kQ8Block; b++)
+    write_block(panel + b * kQ8Bytes, int(row % kNR), blocks[b]);
+}
+
+typedef uint16_t half_vec __attribute__((vector_size(2 * kLanes)));
+
+static inline vec widen_f16(const std::byte* p) {  // kLanes numbers, exactly
+  half_vec h;
+  std::memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+  return vec(_mm512_maskz_cvtph_ps(0xffff, __m256i(h)));  // as in vsqrt
+#elif defined(__FMA__) && defined(__F16C__)
+  return vec(_mm256_cvtph_ps(__m128i(h)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return vec(vcvt_f32_f16(float16x4_t(h)));
+#else  // f16_to_float
+  const ivec x = __builtin_convertvector(h, ivec);
+  ivec bits = (x & 0x7fff) << 13;
+  vec y;
+  std::memcpy(&y, &bits, sizeof y);
+  y *= 0x1p112f;
+  std::memcpy(&bits, &y, sizeof y);
+  bits |= (x & 0x8000) << 16;
+  bits |= (x & 0x7c00) == 0x7c00 ? ivec{} + 0x7f800000 : ivec{};
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+#endif
+}
+// Step k of a panel as float.
+template <WeightType Type>
+static inline __attribute__((always_inline)) void load_step(const std::byte* panel, int64_t k,
+                                                            vec& low, vec& high) {
+  if constexpr (Type == WeightType::f32) {
+    const auto* p = reinterpret_cast<const float*>(panel) + k * kNR;
+    low = load(p), high = load(p + kLanes);
+  } else if constexpr (Type == WeightType::bf16) {
+    ivec words;
+    std::memcpy(&words, panel + k * kNR * 2, sizeof words);
+    const ivec shifted = words << 16, masked = words & int32_t(0xffff0000);
+    std::memcpy(&low, &shifted, sizeof low);
+    std::memcpy(&high, &masked, sizeof high);
+  } else {
+    low = widen_f16(panel + k * kNR * 2), high = widen_f16(panel + k * kNR * 2 + kLanes * 2);
+  }
+}
+// `depth` steps as f32, [depth][kNR].
+template <WeightType Type>
+static void widen_steps(const std::byte* panel, int depth, float* steps) {
+  for (int k = 0; k < depth; k++) {
+    vec low, high;
+    load_step<Type>(panel, k, low, high);
+    store(steps + k * kNR, low), store(steps + k * kNR + kLanes, high);
+  }
+}
+static void pack_weights(const float* weight, int out, int in, std::byte* panels) {
+  parallel_for((out + kNR - 1) / kNR, [&](int64_t panel) {
+    const int64_t begin = panel * kNR;
+    const Operand w{weight + begin * in, in, Inner::k};
+    pack_panel<kNR>(w, w.data, int(std::min<int64_t>(kNR, out - begin)), in,
+                    reinterpret_cast<float*>(panels) + begin * in);
+  });
+}
+
+// The start of a tile's chains, and its place in C; columns beyond `columns` are not there.
+template <int R, int V>
+static inline __attribute__((always_inline)) void begin_tile(const Product& p, int m, int n,
+                                                             int columns, vec (&acc)[R][V]) {
+  const float* start = p.accumulate ? p.c : p.residual;
+#pragma GCC unroll 8  // so that the tile never leaves the registers
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      const int column = n + v * kLanes, width = std::clamp(columns - v * kLanes, 0, kLanes);
+      acc[r][v] = start ? load(start + (m + r) * p.ldc + column, width) : vec{};
+      if (p.bias) acc[r][v] += load(p.bias + column, width);
+    }
+  }
+}
+template <int R, int V>
+static inline __attribute__((always_inline)) void end_tile(const Product& p, int m, int n,
+                                                           int columns, const vec (&acc)[R][V]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      store(p.c + (m + r) * p.ldc + n + v * kLanes, acc[r][v],
+            std::clamp(columns - v * kLanes, 0, kLanes));
+    }
+  }
+}
+
+// Up to kStreamRows rows and panels: decoding a row reads every weight once, so this is to read
+// them at the memory's speed. A thread's panels are one stream of memory, and what will be needed
+// soon is asked for: measured, one stream with this distance is faster than several, and than
+// leaving it to the hardware. Narrow vectors take two panels at a time, which makes chains enough.
+inline constexpr int kStreamAhead = 6144;                   // bytes
+inline constexpr int kStreamPanels = kLanes == 16 ? 1 : 2;  // side by side
+inline constexpr int kStreamRows = 4;
+
+template <WeightType Type, int R, int P>
+static void stream_tiles(const Product& p, int n, int columns) {
+  vec acc[R][2 * P];
+  begin_tile(p, 0, n, columns, acc);
+  const int64_t panel = panel_bytes(Type, p.K), step = panel_bytes(Type, 1);
+  const std::byte* panels = p.b.panels.data + n / kNR * panel;
   for (int k = 0; k < p.K; k++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < P; j++) {
-      const vec b0 = load(panel[j] + k * kNR), b1 = load(panel[j] + k * kNR + kLanes);
 #pragma GCC unroll 2
+    for (int j = 0; j < P; j++) {
+      const std::byte* ahead = panels + j * panel + k * step + kStreamAhead;
+      for (int i = 0; i < step; i += 64) __builtin_prefetch(ahead + i);
+      vec b0, b1;
+      load_step<Type>(panels + j * panel, k, b0, b1);
+#pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
-        const vec x = splat(a[k * kMR + r]);
-        acc[r][j][0] = fused(x, b0, acc[r][j][0]);
-        acc[r][j][1] = fused(x, b1, acc[r][j][1]);
+        const vec x = splat(p.a.data[r * p.a.ld + k]);
+        acc[r][2 * j] = fused(x, b0, acc[r][2 * j]);
+        acc[r][2 * j + 1] = fused(x, b1, acc[r][2 * j + 1]);
       }
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < P; j++)
-      for (int v = 0; v < 2; v++)
-        store(p.c + r * p.ldc + n + j * kNR + v * kLanes, acc[r][j][v], width(j, v));
+  end_tile(p, 0, n, columns, acc);
 }
 
-template <int R>
-static void stream_rows(const Product& p, const float* a, int n0, int n1) {
-  constexpr int P = 4 / R;
+template <WeightType Type, int R>
+static void stream_rows(const Product& p, int n0, int n1) {
+  constexpr int P = R <= 2 ? kStreamPanels : 1;
   int n = n0;
-  for (; n + P * kNR <= n1; n += P * kNR) stream_tiles<R, P>(p, a, n, P * kNR);
-  for (; n < n1; n += kNR) stream_tiles<R, 1>(p, a, n, std::min(kNR, n1 - n));
+  for (; n + P * kNR <= n1; n += P * kNR) stream_tiles<Type, R, P>(p, n, P * kNR);
+  for (; n < n1; n += kNR) stream_tiles<Type, R, 1>(p, n, std::min(kNR, n1 - n));
+}
+// Calls work(constant) with the panels' type, one of those that are summed in float.
+template <class Work>
+static void with_float_type(WeightType type, Work&& work) {
+  using enum WeightType;
+  if (type == bf16) return work(std::integral_constant<WeightType, bf16>{});
+  if (type == f16) return work(std::integral_constant<WeightType, f16>{});
+  return work(std::integral_constant<WeightType, f32>{});
+}
+
+// ---------------------------------------------------------------------------------------------
+// Products with q8_0 (plain::linear_forward_q8_0 defines them). A row of activations is quantized
+// once, by the rule of quantize_q8_0. The sum over a block of 32 is an integer, which is exact in
+// whatever order it is made; each output adds its blocks in order, as one chain of fused
+// multiply-adds: acc = fma(sum, d_w d_x, acc). So the bits do not depend on the tile, and are the
+// same with VNNI, AVX2, NEON and in plain code. Decoding reads a quarter of the bytes of f32.
+
+struct QuantizedRows {
+  std::vector<int8_t> q;       // (M, K)
+  std::vector<float> d;        // (M, K / 32)
+  std::vector<int32_t> start;  // (M, K / 32) of the block sums: -kQ8Offset times the sum of q
+};
+
+// A block x (32) with its scale and start. What is not finite has a scale of NaN, which all outputs
+// of the row get.
+static void quantize_block(const float* x, int8_t* q, float& scale, int32_t& start) {
+  typedef int8_t byte_vec __attribute__((vector_size(kLanes)));
+  vec top{}, zeros{};  // x - x is 0, and NaN where x is not finite
+  for (int i = 0; i < kQ8Block; i += kLanes) {
+    const vec v = load(x + i);
+    top = vmax(top, vmax(v, -v)), zeros += v - v;
+  }
+  const float d = max_lanes(top) / 127;
+  const float inverse = d > 0x1p-128f ? 1 / d : 0;  // else it is infinite
+  ivec sum{};
+  for (int i = 0; i < kQ8Block; i += kLanes) {
+    // round(x / d), halves away from zero: truncates after adding the number below .5 with x's
+    // sign. The product is rounded by itself: fused() keeps it out of the addition.
+    const vec v = load(x + i), quotient = fused(v, splat(inverse), vec{});
+    const vec half = v < vec{} ? splat(-.49999997f) : splat(.49999997f);
+    const ivec rounded = __builtin_convertvector(quotient + half, ivec);
+    sum += rounded;
+    const byte_vec bytes = __builtin_convertvector(rounded, byte_vec);
+    std::memcpy(q + i, &bytes, sizeof bytes);
+  }
+  scale = f16_to_float(float_to_f16(d)), start = 0;
+  for (int i = 0; i < kLanes; i++) start -= kQ8Offset * sum[i];
+  if (sum_lanes(zeros) != 0) {
+    scale = std::numeric_limits<float>::quiet_NaN(), start = 0;
+    std::fill_n(q, kQ8Block, 0);
+  }
+}
+
+// The operand A of a product, whose rows are contiguous.
+static const QuantizedRows& quantize_rows(const Product& p) {
+  static thread_local QuantizedRows rows;
+  const int64_t blocks = p.K / kQ8Block;
+  if (int64_t(rows.q.size()) < p.M * int64_t(p.K)) {
+    rows.q.resize(size_t(p.M) * size_t(p.K));
+    rows.d.resize(size_t(p.M * blocks)), rows.start.resize(size_t(p.M * blocks));
+  }
+  QuantizedRows& made = rows;  // the calling thread's, in every thread
+  const auto quantize = [&](int64_t m) {
+    for (int64_t b = 0; b < blocks; b++) {
+      const size_t block = size_t(m * blocks + b);
+      quantize_block(p.a.data + m * p.a.ld + b * kQ8Block, &made.q[block * kQ8Block], made.d[block],
+                     made.start[block]);
+    }
+  };
+  if (p.M <= 4) {
+    for (int m = 0; m < p.M; m++) quantize(m);
+  } else {
+    parallel_for(p.M, quantize);
+  }
+  return made;
+}
+
+// acc + the products of four weights of each lane with four activations, exactly. Weights reach
+// from -128 to 127, activations from -127 to 127.
+static inline ivec dot4(ivec acc, ivec weights, int32_t activations) {
+#if defined(__AVX512VNNI__)
+  return ivec(_mm512_dpbusd_epi32(__m512i(acc), __m512i(weights), _mm512_set1_epi32(activations)));
+#elif defined(__AVX512F__) && defined(__AVX512BW__)
+  // Unsigned by signed bytes: |w| and x with w's sign. Sums of two stay below 2 128 127 < 2^15.
+  const __m512i w = __m512i(weights), x = _mm512_set1_epi32(activations);
+  const __m512i signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), __m512i{}, x);
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x);
+  return acc + ivec(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif !defined(__AVX512F__) && defined(__AVXVNNI__)
+  return ivec(
+      _mm256_dpbusd_avx_epi32(__m256i(acc), __m256i(weights), _mm256_set1_epi32(activations)));
+#elif !defined(__AVX512F__) && defined(__AVX2__) && defined(__FMA__)
+  const __m256i w = __m256i(weights), x = _mm256_set1_epi32(activations);  // as above
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+  return acc + ivec(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return ivec(vdotq_s32(int32x4_t(acc), int8x16_t(weights),
+                        vreinterpretq_s8_s32(vdupq_n_s32(activations))));
+#else
+  for (int i = 0; i < 32; i += 8)
+    acc += (weights << (24 - i) >> 24) * int32_t(int8_t(activations >> i));
+  return acc;
+#endif
+}
+
+// R rows and one panel.
+template <int R>
+static void q8_tile(const Product& p, const QuantizedRows& x, int m, int n, int columns) {
+  vec acc[R][2];
+  begin_tile(p, m, n, columns, acc);
+  const int64_t panel = panel_bytes(WeightType::q8_0, p.K), blocks = p.K / kQ8Block;
+  const std::byte* steps = p.b.panels.data + n / kNR * panel;
+  const int8_t* q = x.q.data() + int64_t(m) * p.K;
+  const float* d = x.d.data() + m * blocks;
+  const int32_t* start = x.start.data() + m * blocks;
+  for (int64_t b = 0; b < blocks; b++, steps += kQ8Bytes) {
+    if (R <= kStreamRows)
+      for (int i = 0; i < kQ8Bytes; i += 64) __builtin_prefetch(steps + kStreamAhead + i);
+    ivec sum[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+      sum[r][0] = sum[r][1] = kQ8Offset ? ivec{} + start[r * blocks + b] : ivec{};
+#pragma GCC unroll 8
+    for (int k = 0; k < kQ8Block; k += 4) {
+      ivec low_bytes, high_bytes;  // an array of them would be copied through memory
+      std::memcpy(&low_bytes, steps + k * kNR, sizeof low_bytes);
+      std::memcpy(&high_bytes, steps + k * kNR + sizeof low_bytes, sizeof high_bytes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        int32_t activations;
+        std::memcpy(&activations, q + r * int64_t(p.K) + b * kQ8Block + k, 4);
+        sum[r][0] = dot4(sum[r][0], low_bytes, activations);
+        sum[r][1] = dot4(sum[r][1], high_bytes, activations);
+      }
+    }
+    const std::byte* scales = steps + kNR * kQ8Block;
+    const vec low = widen_f16(scales), high = widen_f16(scales + 2 * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const vec scale = splat(d[r * blocks + b]);
+      acc[r][0] = fused(__builtin_convertvector(sum[r][0], vec), low * scale, acc[r][0]);
+      acc[r][1] = fused(__builtin_convertvector(sum[r][1], vec), high * scale, acc[r][1]);
+    }
+  }
+  end_tile(p, m, n, columns, acc);
+}
+using Q8Tile = void (*)(const Product&, const QuantizedRows&, int, int, int);
+inline constexpr int kQ8Rows = kLanes == 16 ? 6 : kLanes == 8 ? 2 : 4;  // fills the registers
+template <int... R>
+static constexpr std::array<Q8Tile, kQ8Rows> q8_tiles(std::integer_sequence<int, R...>) {
+  return {q8_tile<R + 1>...};
+}
+inline constexpr auto kQ8Tiles = q8_tiles(std::make_integer_sequence<int, kQ8Rows>{});
+
+// As gemm_rectangle.
+static void q8_rectangle(const Product& p, const QuantizedRows& x, int m0, int m1, int n0, int n1) {
+  // Rows at work at a time: what the second-level cache holds beside a panel.
+  const int block = std::max(1, (256 << 10) / p.K / kQ8Rows) * kQ8Rows;
+  for (int mc = m0; mc < m1; mc += block)
+    for (int n = n0; n < n1; n += kNR)
+      for (int m = mc; m < std::min(m1, mc + block); m += kQ8Rows) {
+        const int rows = std::min({kQ8Rows, m1 - m, mc + block - m});
+        kQ8Tiles[size_t(rows - 1)](p, x, m, n, std::min(kNR, n1 - n));
+      }
 }
 
 // Asks for the cache lines of the next B panel while the tiles of this one are computed, a share at
@@ -2246,14 +2861,18 @@ struct Prefetch {
   Prefetch(const Product& p, int n, int n1, int k0, int depth, int tiles) {
     if (n >= n1) return;
     const int columns = std::min(kNR, n1 - n);
-    const bool inner = !p.b.packed && p.b.inner == Inner::k;
-    const float* begin = p.b.packed ? p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR
-                         : inner    ? p.b.data + n * p.b.ld + k0
-                                    : p.b.data + k0 * p.b.ld + n;
-    next = reinterpret_cast<const char*>(begin);
-    ld = 4 * (p.b.packed ? kNR : p.b.ld);
-    width = ((inner ? depth : columns) * 4 + 63) / 64;
-    lines_left = width * (inner ? columns : depth);
+    const bool inner = p.b.inner == Inner::k;
+    if (const Panels& w = p.b.panels; w.data) {
+      const int64_t panel = panel_bytes(w.type, p.K), step = panel / p.K;
+      next = reinterpret_cast<const char*>(w.data + n / kNR * panel + k0 * step);
+      width = lines_left = int((depth * step + 63) / 64);
+    } else {
+      next = reinterpret_cast<const char*>(inner ? p.b.data + n * p.b.ld + k0
+                                                 : p.b.data + k0 * p.b.ld + n);
+      ld = 4 * p.b.ld;
+      width = ((inner ? depth : columns) * 4 + 63) / 64;
+      lines_left = width * (inner ? columns : depth);
+    }
     lines_per_tile = (lines_left + tiles - 1) / tiles;
   }
   // Inlined, since a call without effects would be dropped.
@@ -2308,10 +2927,14 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
   thread_local Arena scratch;
   scratch.grow(std::max<int64_t>(kBlock, int64_t(kMR) * p.K) + kNR * kKC + 2 * kLanes);
   float *b_panel = scratch.data(), *a_panels = b_panel + kNR * kKC + kLanes;
-  if (p.b.packed && p.M <= 2 && !p.accumulate) {
-    pack_panel<kMR>(p.a, p.a.data, p.M, p.K, a_panels);
-    if (p.M == 1) return stream_rows<1>(p, a_panels, n0, n1);
-    return stream_rows<2>(p, a_panels, n0, n1);
+  const Panels& panels = p.b.panels;
+  if (panels.data && p.M <= kStreamRows) {
+    return with_float_type(panels.type, [&](auto type) {
+      if (p.M == 1) return stream_rows<type, 1>(p, n0, n1);
+      if (p.M == 2) return stream_rows<type, 2>(p, n0, n1);
+      if (p.M == 3) return stream_rows<type, 3>(p, n0, n1);
+      return stream_rows<type, 4>(p, n0, n1);
+    });
   }
   const auto element = [](const Operand& x, int64_t line, int64_t k) {
     return x.data + (x.inner == Inner::k ? line * x.ld + k : k * x.ld + line);
@@ -2333,8 +2956,15 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
         if (p.lower && n >= mc + rows) break;
         const int columns = std::min(kNR, n1 - n);
         const float* b = b_panel;
-        if (p.b.packed) {
-          b = p.b.data + int64_t(n) * p.K + int64_t(k0) * kNR;
+        if (panels.data) {
+          const int64_t panel = panel_bytes(panels.type, p.K);
+          const std::byte* steps = panels.data + n / kNR * panel + panel / p.K * k0;
+          if (panels.type == WeightType::f32) {
+            b = reinterpret_cast<const float*>(steps);
+          } else {
+            with_float_type(panels.type,
+                            [&](auto type) { widen_steps<type>(steps, depth, b_panel); });
+          }
         } else {
           pack_panel<kNR>(p.b, element(p.b, n, k0), columns, depth, b_panel);
         }
@@ -2359,7 +2989,7 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
 // Splits C among the threads in a grid that packs least.
 static void gemm(const Product& p) {
   if (p.M <= 0 || p.N <= 0) return;
-  const int threads = omp_get_max_threads();
+  const int threads = loop_threads();
   const int m_panels = (p.M + kMR - 1) / kMR, n_panels = (p.N + kNR - 1) / kNR;
   int best_m = 1;
   double best = 1e300;
@@ -2374,34 +3004,30 @@ static void gemm(const Product& p) {
     if (cost < best) best = cost, best_m = tm;
   }
   const int tm = best_m, tn = threads / best_m;
-  if (double(p.M) * p.N * p.K < 1 << 16)
-    return gemm_rectangle(p, 0, p.M, 0, p.N);  // not worth waking
-#pragma omp parallel num_threads(tm* tn)
-  {
-    const int t = omp_get_thread_num(), i = t % tm, j = t / tm;
+  const bool q8 = p.b.panels.data && p.b.panels.type == WeightType::q8_0;
+  const QuantizedRows* quantized = q8 ? &quantize_rows(p) : nullptr;
+  const auto rectangle = [&](int m0, int m1, int n0, int n1) {
+    if (quantized) return q8_rectangle(p, *quantized, m0, m1, n0, n1);
+    gemm_rectangle(p, m0, m1, n0, n1);
+  };
+  if (double(p.M) * p.N * p.K < 1 << 16) return rectangle(0, p.M, 0, p.N);  // not worth waking
+  on_threads(tm * tn, [&](int t) {
+    const int i = t % tm, j = t / tm;
     const auto cut = [](int panels, int part, int parts, int width, int limit) {
       return std::min(limit, int(int64_t(panels) * part / parts) * width);
     };
     const int m0 = cut(m_panels, i, tm, kMR, p.M), m1 = cut(m_panels, i + 1, tm, kMR, p.M);
     const int n0 = cut(n_panels, j, tn, kNR, p.N), n1 = cut(n_panels, j + 1, tn, kNR, p.N);
-    if (m0 < m1 && n0 < n1) gemm_rectangle(p, m0, m1, n0, n1);
-  }
-}
-
-static void pack_weights(const float* weight, int out, int in, float* packed) {
-  parallel_for((out + kNR - 1) / kNR, [&](int64_t panel) {
-    const int64_t begin = panel * kNR;
-    const Operand w{weight + begin * in, in, Inner::k};
-    pack_panel<kNR>(w, w.data, int(std::min<int64_t>(kNR, out - begin)), in, packed + begin * in);
+    if (m0 < m1 && n0 < n1) rectangle(m0, m1, n0, n1);
   });
 }
 
 // ---------------------------------------------------------------------------------------------
 // Products of operands that lie in cache
 
-template <int R, int NV>
-static void small_tile(int K, const float* a, int64_t a_row, int64_t a_k, const float* b,
-                       int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+template <class B, int R, int NV>
+static void small_tile(int K, const float* a, int64_t a_row, int64_t a_k, const B* b, int64_t ldb,
+                       float* c, int64_t ldc, bool accumulate) {
   vec acc[R][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
@@ -2415,25 +3041,29 @@ static void small_tile(int K, const float* a, int64_t a_row, int64_t a_k, const 
     for (int v = 0; v < NV; v++) store(c + r * ldc + v * kLanes, acc[r][v]);
   }
 }
-using SmallTile = void (*)(int, const float*, int64_t, int64_t, const float*, int64_t, float*,
-                           int64_t, bool);
-template <int NV, int... R>
-static constexpr std::array<SmallTile, kMR> small_tiles(std::integer_sequence<int, R...>) {
-  return {small_tile<R + 1, NV>...};
+template <class B>
+using SmallTile = void (*)(int, const float*, int64_t, int64_t, const B*, int64_t, float*, int64_t,
+                           bool);
+template <class B, int NV, int... R>
+static constexpr std::array<SmallTile<B>, kMR> small_tiles(std::integer_sequence<int, R...>) {
+  return {small_tile<B, R + 1, NV>...};
 }
-inline constexpr auto kSmallTiles1 = small_tiles<1>(std::make_integer_sequence<int, kMR>{});
-inline constexpr auto kSmallTiles2 = small_tiles<2>(std::make_integer_sequence<int, kMR>{});
+template <class B, int NV>
+inline constexpr auto kSmallTiles = small_tiles<B, NV>(std::make_integer_sequence<int, kMR>{});
 
+template <class B>
 static void small_product(int M, int N, int K, const float* a, int64_t a_row, int64_t a_k,
-                          const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+                          const B* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   int n = 0;
   if (M == 1) {  // decoding: one row has too few chains to keep the units busy
     for (; n + 8 * kLanes <= N; n += 8 * kLanes)
-      small_tile<1, 8>(K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
+      small_tile<B, 1, 8>(K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
   }
   for (; n + 2 * kLanes <= N; n += 2 * kLanes)
-    kSmallTiles2[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
-  if (n < N) kSmallTiles1[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
+    kSmallTiles<B, 2>[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
+  if (n < N) {
+    kSmallTiles<B, 1>[size_t(M - 1)](K, a, a_row, a_k, b + n, ldb, c + n, ldc, accumulate);
+  }
 }
 
 // Copies the lower triangle of a square matrix (size, size) into the upper one.
@@ -2590,6 +3220,7 @@ class Pretraining {
   Watch w_;
   DataInfo info_;
   std::filesystem::path tokenizer_path_;
+  std::filesystem::path started_from_;  // the model of --init-from; resumed, the run's own
   Tokenizer tokenizer_;
   TokenStream train_;
   std::unique_ptr<TokenStream> val_;
@@ -2694,8 +3325,10 @@ void Pretraining::evaluate_and_sample(int64_t n) {
   try_sample(run_.line, [&] { sample(prompt); });
 }
 void Pretraining::sample(const std::vector<int>& prompt) {
+  std::vector<int> stop_ids = config_.all_end_tokens();
+  stop_ids.push_back(separator_);
   const Completion c = sample_one(*gpt_, tokenizer_, prompt, kSampleTokens,
-                                  {.temperature = .8f, .seed = s_.seed}, {separator_});
+                                  {.temperature = .8f, .seed = s_.seed}, stop_ids);
   run_.line.note("sample  " + indented(w_.prompt + c.text));
 }
 
@@ -2704,7 +3337,7 @@ void Pretraining::sample(const std::vector<int>& prompt) {
 
 // Ids of one tokenizer are noise to a model that learned those of another.
 void Pretraining::check_same_tokenizer(const std::filesystem::path& dir) const {
-  const bool found = std::filesystem::exists(dir / "tokenizer.json");
+  const bool found = has_tokenizer(dir);
   if (found && Tokenizer::load(dir).hash() == info_.hash) return;
   fail("--init-from ", dir.string(), ": found ", found ? "another" : "no",
        " tokenizer, expected the one that made ", s_.data,
@@ -2715,8 +3348,9 @@ void Pretraining::check_same_tokenizer(const std::filesystem::path& dir) const {
 void Pretraining::plan_model() {
   const int V = tokenizer_.vocab_size();
   if (!s_.init_from.empty()) {
-    config_ = load_config(model_dir(s_.init_from));
-    if (!s_.tokenizer_differs) check_same_tokenizer(model_dir(s_.init_from));
+    started_from_ = model_dir(s_.init_from);
+    config_ = load_config(started_from_);
+    if (!s_.tokenizer_differs) check_same_tokenizer(started_from_);
     if (config_.head != Head::lm)
       fail(s_.init_from, ": has a scalar head, expected a language model");
     if (config_.V < V) {
@@ -2729,13 +3363,11 @@ void Pretraining::plan_model() {
     }
     return;
   }
-  Family family = Family::qwen3;
-  if (s_.family == "gpt2")
-    family = Family::gpt2;
-  else if (s_.family == "llama")
-    family = Family::llama;
-  else if (s_.family != "qwen3")
-    fail("--family: found ", s_.family, ", expected gpt2, llama or qwen3");
+  const auto* known = std::find(std::begin(kModelTypes), std::end(kModelTypes), s_.family);
+  if (known == std::end(kModelTypes)) {
+    fail("--family: found ", s_.family, ", expected gpt2, llama, qwen2 or qwen3");
+  }
+  const Family family = Family(known - kModelTypes);
   // A book is soon seen several times over: a smaller model learns less of it by heart.
   if (s_.depth == 0) {
     s_.depth = small_text() ? 3 : 4;
@@ -2768,6 +3400,7 @@ void Pretraining::plan_model() {
   if (s_.ffn) config_.F = s_.ffn;
   if (s_.tied >= 0) config_.tied = s_.tied;
   config_.bos = config_.eos = config_.pad = separator_;
+  config_.end_tokens = {separator_};
   config_.check("model flags");
 }
 
@@ -2815,11 +3448,10 @@ void Pretraining::plan_run() {
 void Pretraining::print_plan(double reserved) {
   const ParamTable table = make_table(config_);
   const Config& c = config_;
-  const char* families[] = {"gpt2", "llama", "qwen3"};
   std::printf(
       "model   %s: %d layers, %d channels, %d heads of %d%s, feed-forward %d, context %d, "
       "vocabulary %d\n        %s parameters, %s in products\n",
-      families[int(c.family)], c.L, c.C, c.NH, c.HS,
+      kModelTypes[int(c.family)], c.L, c.C, c.NH, c.HS,
       c.NKV < c.NH ? format(" over %d key/value heads", c.NKV).c_str() : "", c.F, c.T, c.V,
       count_text(double(table.parameters())).c_str(),
       count_text(double(table.matmul_parameters())).c_str());
@@ -2885,7 +3517,8 @@ void Pretraining::calibrate_speed() {
 int64_t Pretraining::begin(const Json* saved) {
   const double started = now();
   if (saved) {
-    config_ = load_config(model_dir(run_.options.out));
+    started_from_ = model_dir(run_.options.out);
+    config_ = load_config(started_from_);
     make_model();
     load_run(run_, *saved, *gpt_);
     loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, separator_);
@@ -2974,8 +3607,13 @@ OrderedJson Pretraining::state() const {
 // written as a tokenizer.json.
 SaveOptions Pretraining::save_options() const {
   const auto file = std::filesystem::absolute(Tokenizer::find(tokenizer_path_));
-  if (file.filename() == "tokenizer.json") return {.tokenizer_from = file.parent_path()};
-  return {.also = [this](const std::filesystem::path& dir) { tokenizer_.save(dir); }};
+  SaveOptions options{.started_from = started_from_};
+  if (file.filename() == "tokenizer.json") {
+    options.tokenizer_from = file.parent_path();
+  } else {
+    options.also = [this](const std::filesystem::path& dir) { tokenizer_.save(dir); };
+  }
+  return options;
 }
 
 // The user's own model on both engines: the same batch, every gradient side by side.
@@ -3007,8 +3645,9 @@ int check_engines(const std::string& model, const RunOptions& o) {
     const auto out = lm ? engines[i]->logp() : engines[i]->value();
     outputs[i].assign(out.begin(), out.end());
   }
-  // As in test/test_cuda.cpp: fp32 sums in another order, or some hundred roundings to 8 bits. Key
-  // biases have a gradient of zero in exact arithmetic: what they hold is rounding alone.
+  // As in test/test_cuda.cpp: fp32 sums in another order, or some hundred roundings to 8 bits.
+  // gpt2's key biases have a gradient of zero in exact arithmetic: what they hold is rounding
+  // alone.
   const bool bf16 = parse_precision(o.precision) != Precision::fp32;
   const double bound = bf16 ? 6e-2 : 1e-5;
   bool good = true;
@@ -3036,8 +3675,8 @@ int check_engines(const std::string& model, const RunOptions& o) {
       gradients[e].resize(size_t(t.size()));
       engines[e]->read(int(i), Slot::gradient, gradients[e]);
     }
-    const bool key_bias = t.name.size() > 7 && t.name.substr(t.name.size() - 7) == ".k.bias";
-    row(t.name, gradients[0], gradients[1], !key_bias);
+    const bool no_gradient = c.family == Family::gpt2 && t.name.ends_with(".k.bias");
+    row(t.name, gradients[0], gradients[1], !no_gradient);
   }
   std::printf(good ? "the engines agree\n" : "the engines disagree\n");
   return good ? 0 : 1;
@@ -3050,7 +3689,7 @@ void add_model_flags(CLI::App& app, Settings& s) {
   auto* model = app.add_option_group("Model", "sizes follow from --depth; each can be overridden");
   model->add_option("--depth", s.depth,
                     "layers, and with them every size; 0: 4, or 3 for a small text");
-  model->add_option("--family", s.family, "gpt2, llama or qwen3");
+  model->add_option("--family", s.family, "gpt2, llama, qwen2 or qwen3");
   model->add_option("--layers", s.layers, "0: --depth");
   model->add_option("--channels", s.channels, "width; 0: by --depth");
   model->add_option("--heads", s.heads, "query heads; 0: by the width");
@@ -3084,12 +3723,13 @@ int main_train(int argc, char** argv) {
   app.add_option("--data", s.data, "token shards: PREFIX of ./bpe encode");
   app.add_option("--tokenizer", s.tokenizer, "in place of the one that PREFIX.json names");
   app.add_option("--init-from", s.init_from,
-                 "continue from a model: a run or Hugging Face directory");
+                 "continue from a model: a run, a Hugging Face directory or a .gguf file");
   app.add_flag("--tokenizer-differs", s.tokenizer_differs,
                "train the model of --init-from on data that another tokenizer made");
   app.add_flag("--check", check,
                "compare the CPU and the CUDA engine on --model, tensor by tensor");
-  app.add_option("--model", check_model, "a run or Hugging Face directory, for --check");
+  app.add_option("--model", check_model,
+                 "a run, a Hugging Face directory or a .gguf file, for --check");
   add_run_flags(app, o);
   add_model_flags(app, s);
   add_budget_flags(app, s);

@@ -363,7 +363,7 @@ class CudaGpt final : public Gpt {
   std::span<const float> entropy() override { return fetch(entropy_, batch_.entropy, Head::lm); }
   std::span<const float> value() override { return fetch(value_, batch_.value, Head::scalar); }
 
-  std::unique_ptr<KvCache> make_cache(int64_t positions) override;
+  std::unique_ptr<KvCache> make_cache(int64_t limit, CacheType type) override;
   void decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
               bool logits) override;
 
@@ -3052,79 +3052,105 @@ UpdateStats CudaGpt<A>::stats() {
 // =============================================================================================
 // 5. Decoding
 
-// Attention over a paged KV cache. The keys of one layer, and likewise its values, lie in pages
-// (kPage, HS) for each key/value head: [page][NKV][kPage][HS]. Position t of a row is place t %
-// kPage of page page_table[row][t / kPage].
+// Attention over a paged KV cache. A page of kPage positions holds for each layer its keys, [NKV]
+// [kPage][HS], then for each layer its values. Position t of a row is place t % kPage of the page
+// page_table[row max_pages + t / kPage]; where a layer's part begins in a page is the same in all.
 
 template <class A>
-class CudaKvCache : public KvCache {  // [layer][page][NKV][kPage][HS], keys and values
- public:
-  CudaKvCache(const Config& c, int64_t positions)
-      : KvCache(positions),
-        id(++last_id),
-        pages((positions + kPage - 1) / kPage),
-        page_size(int64_t(c.NKV) * kPage * c.HS),
-        keys("keys of the KV cache", c.L * pages * page_size, kDecodeFlags),
-        values("values of the KV cache", c.L * pages * page_size, kDecodeFlags) {}
-  static int64_t bytes(const Config& c, int64_t positions) {
-    return 2 * round_up(positions, kPage) * c.L * c.NKV * c.HS * int64_t(sizeof(A));
-  }
-  A* keys_of(int layer) const { return keys.data() + layer * pages * page_size; }
-  A* values_of(int layer) const { return values.data() + layer * pages * page_size; }
+struct PageTable {
+  A* const* pages;           // (rows, max_pages)
+  int max_pages;             // of a row
+  int64_t keys, values = 0;  // where the layer's begin in a page
 
-  const int64_t id;  // no other cache of this process has it: graphs name it
-  const int64_t pages, page_size;
-  const Buffer<A> keys, values;
-
- private:
-  static inline int64_t last_id = 0;
+  __device__ A* page(int row, int t) const { return pages[int64_t(row) * max_pages + t / kPage]; }
 };
 
-// Copies pages (from, to) of every layer's keys (z = 0) and values (z = 1): grid (pairs, L, 2).
 template <class A>
-__global__ void copy_pages_kernel(A* keys, A* values, const int2* pairs, int64_t pages,
-                                  int64_t page_size) {
-  A* layer = (blockIdx.z ? values : keys) + blockIdx.y * pages * page_size;
-  const int2 pair = pairs[blockIdx.x];
-  const A* src = layer + pair.x * page_size;
-  A* dst = layer + pair.y * page_size;
-  constexpr int kSize = Pack<A>::kSize;  // page_size is a multiple of 64 HS
-  for (int64_t i = int64_t(threadIdx.x) * kSize; i < page_size; i += int64_t(blockDim.x) * kSize) {
+class CudaKvCache : public KvCache {
+ public:
+  CudaKvCache(const Config& c, int64_t limit)
+      : KvCache(limit),
+        layer_size(int64_t(c.NKV) * kPage * c.HS),
+        L_(c.L),
+        chunk_pages_(std::clamp<int64_t>(kChunkBytes / page_bytes(c), 1,
+                                         std::max<int64_t>(1, pages_of(limit)))) {}
+  static int64_t page_bytes(const Config& c) {
+    return 2 * int64_t(c.L) * c.NKV * kPage * c.HS * int64_t(sizeof(A));
+  }
+  static int64_t pages_of(int64_t positions) { return (positions + kPage - 1) / kPage; }
+  A* page(int p) const {
+    return chunks_[size_t(p / chunk_pages_)].data() + p % chunk_pages_ * page_size();
+  }
+  int64_t page_size() const { return 2 * L_ * layer_size; }
+  PageTable<A> of_layer(A* const* pages, int max_pages, int l) const {
+    return {pages, max_pages, l * layer_size, (L_ + l) * layer_size};
+  }
+
+  const int64_t layer_size;  // elements of a layer's keys in a page, and of its values
+
+ private:
+  // Memory comes in chunks of this size, since each takes a call that stops the device.
+  static constexpr int64_t kChunkBytes = int64_t(32) << 20;
+
+  void reserve_memory(int64_t pages) override {
+    while (int64_t(chunks_.size()) * chunk_pages_ < pages) {
+      chunks_.emplace_back("the KV cache", chunk_pages_ * page_size(), kDecodeFlags);
+    }
+  }
+
+  int64_t L_, chunk_pages_;
+  std::vector<Buffer<A>> chunks_;
+};
+
+template <class A>
+struct PageCopy {
+  const A* src;
+  A* dst;
+};
+
+// Copies pages, every layer's keys (z = 0) and values (z = 1): grid (copies, L, 2).
+template <class A>
+__global__ void copy_pages_kernel(const PageCopy<A>* copies, int64_t layer_size) {
+  const int64_t layer = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * layer_size;
+  const A* src = copies[blockIdx.x].src + layer;
+  A* dst = copies[blockIdx.x].dst + layer;
+  constexpr int kSize = Pack<A>::kSize;  // layer_size is a multiple of 64 HS
+  for (int64_t i = int64_t(threadIdx.x) * kSize; i < layer_size; i += int64_t(blockDim.x) * kSize) {
     store_pack(dst + i, load_pack(src + i));
   }
 }
 
-// k, v (N, NKV HS) of N new tokens, in rows of stride ld, to slot[n] = page kPage + place.
+// k, v (N, NKV HS) of N new tokens, in rows of stride ld, to position[n] of row row_of[n].
 template <class A, int W>
 __global__ void __launch_bounds__(256)
-    cache_append_kernel(A* k_pages, A* v_pages, const A* k, const A* v, int64_t ld, const int* slot,
-                        int64_t count, int NKV, int HS) {
+    cache_append_kernel(PageTable<A> table, const A* k, const A* v, int64_t ld, const int* row_of,
+                        const int* position, int64_t count, int NKV, int HS) {
   const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;  // a run of W elements
   if (i >= count) return;
   const int each = NKV * HS / W, n = int(i / each), element = int(i % each) * W;
-  const int kv = element / HS, d = element % HS, page = slot[n] / kPage;
-  const int64_t dst = ((int64_t(page) * NKV + kv) * kPage + slot[n] % kPage) * HS + d;
+  const int kv = element / HS, d = element % HS, t = position[n];
+  A* dst = table.page(row_of[n], t) + (int64_t(kv) * kPage + t % kPage) * HS + d;
   if constexpr (W > 1) {
-    store_pack(k_pages + dst, load_pack(k + n * ld + element));
-    store_pack(v_pages + dst, load_pack(v + n * ld + element));
+    store_pack(dst + table.keys, load_pack(k + n * ld + element));
+    store_pack(dst + table.values, load_pack(v + n * ld + element));
   } else {
-    k_pages[dst] = k[n * ld + element];
-    v_pages[dst] = v[n * ld + element];
+    dst[table.keys] = k[n * ld + element];
+    dst[table.values] = v[n * ld + element];
   }
 }
 template <class A>
-static void cache_append(A* k_pages, A* v_pages, const A* k, const A* v, int64_t ld,
-                         const int* slot, int N, int NKV, int HS, cudaStream_t stream) {
+static void cache_append(const PageTable<A>& table, const A* k, const A* v, int64_t ld,
+                         const int* row_of, const int* position, int N, int NKV, int HS,
+                         cudaStream_t stream) {
   constexpr int kSize = Pack<A>::kSize;
-  const bool whole = by_packs<A>(HS | ld, k_pages, v_pages, k, v);
+  const bool whole = by_packs<A>(HS | ld, k, v);  // pages begin at multiples of 128 bytes
   const int64_t count = int64_t(N) * NKV * HS / (whole ? kSize : 1);
   launch("cache_append", whole ? cache_append_kernel<A, kSize> : cache_append_kernel<A, 1>,
-         blocks_for(count, 256), 256, 0, stream, k_pages, v_pages, k, v, ld, slot, count, NKV, HS);
+         blocks_for(count, 256), 256, 0, stream, table, k, v, ld, row_of, position, count, NKV, HS);
 }
 
 // out (N, NH HS): each of N tokens attends to positions 0 .. position[n] of row row_of[n], which
-// are in the cache already; page_table (rows, max_pages). One new token of each row, or all tokens
-// of a prompt.
+// are in the cache already. One new token of each row, or all tokens of a prompt.
 //
 // One block a token and query head; the heads of a group run side by side and share the pages in
 // L2. 8 lanes form a split, which walks over its own part of the keys, kCacheKeys of them at a time
@@ -3135,14 +3161,12 @@ inline constexpr int kCacheThreads = 512, kCacheKeys = 4, kCacheEach = 128 / 8;
 
 template <class A, int W>
 __global__ void __launch_bounds__(kCacheThreads)
-    cache_attention_kernel(A* out, const A* q, int64_t q_ld, const A* k_pages, const A* v_pages,
-                           const int* row_of, const int* position, const int* page_table,
-                           int max_pages, int NH, int NKV, int HS, float scale) {
+    cache_attention_kernel(A* out, const A* q, int64_t q_ld, PageTable<A> table, const int* row_of,
+                           const int* position, int NH, int NKV, int HS, float scale) {
   constexpr int kSplits = kCacheThreads / 8, kWarps = kCacheThreads / 32;
   const int n = int(blockIdx.x) / NH, h = int(blockIdx.x) % NH, kv = h / (NH / NKV);
   const int split = int(threadIdx.x) / 8, lane = int(threadIdx.x) % 8, warp = int(threadIdx.x) / 32;
-  const int keys = position[n] + 1;
-  const int* pages = page_table + int64_t(row_of[n]) * max_pages;
+  const int keys = position[n] + 1, row = row_of[n];
   const auto element = [&](int i) { return (i / W * 8 + lane) * W; };  // of the run of x[i]
   const auto load = [&](float(&x)[kCacheEach], const A* row) {
 #pragma unroll
@@ -3159,9 +3183,8 @@ __global__ void __launch_bounds__(kCacheThreads)
       for (int e = 0; e < W; e++) x[i + e] = to_float(run.v[e]);
     }
   };
-  const auto row_at = [&](const A* memory, int t) {
-    const int64_t page = pages[t / kPage];
-    return memory + ((page * NKV + kv) * kPage + t % kPage) * HS;
+  const auto row_at = [&](int64_t layer, int t) {
+    return table.page(row, t) + layer + (int64_t(kv) * kPage + t % kPage) * HS;
   };
 
   float query[kCacheEach], sum[kCacheEach] = {}, highest = kLowest, total = 0;
@@ -3172,7 +3195,7 @@ __global__ void __launch_bounds__(kCacheThreads)
     for (int u = 0; u < kCacheKeys; u++) {
       const int t = begin + u * kSplits + split;
       float x[kCacheEach] = {};
-      if (t < keys) load(x, row_at(k_pages, t));
+      if (t < keys) load(x, row_at(table.keys, t));
       score[u] = 0;
 #pragma unroll
       for (int i = 0; i < kCacheEach; i++) score[u] += query[i] * x[i];
@@ -3190,7 +3213,7 @@ __global__ void __launch_bounds__(kCacheThreads)
       const int t = begin + u * kSplits + split;
       if (t >= keys) continue;
       float x[kCacheEach];
-      load(x, row_at(v_pages, t));
+      load(x, row_at(table.values, t));
       const float p = exp2_approx(score[u] - highest);
       total += p;
 #pragma unroll
@@ -3228,17 +3251,17 @@ __global__ void __launch_bounds__(kCacheThreads)
   }
 }
 template <class A>
-static void cache_attention(A* out, const A* q, int64_t q_ld, const A* k_pages, const A* v_pages,
-                            const int* row_of, const int* position, const int* page_table,
-                            int max_pages, int N, int NH, int NKV, int HS, cudaStream_t stream) {
+static void cache_attention(A* out, const A* q, int64_t q_ld, const PageTable<A>& table,
+                            const int* row_of, const int* position, int N, int NH, int NKV, int HS,
+                            cudaStream_t stream) {
   check_attention(NH, NKV, HS);
   constexpr int kSize = Pack<A>::kSize;
-  launch("cache_attention",
-         by_packs<A>(HS | q_ld, q, k_pages, v_pages) ? cache_attention_kernel<A, kSize>
-                                                     : cache_attention_kernel<A, 1>,
-         unsigned(N) * unsigned(NH), kCacheThreads,
-         sizeof(float) * size_t(kCacheThreads / 32 * (HS + 2)), stream, out, q, q_ld, k_pages,
-         v_pages, row_of, position, page_table, max_pages, NH, NKV, HS, kLog2E / sqrtf(float(HS)));
+  launch(
+      "cache_attention",
+      by_packs<A>(HS | q_ld, q) ? cache_attention_kernel<A, kSize> : cache_attention_kernel<A, 1>,
+      unsigned(N) * unsigned(NH), kCacheThreads,
+      sizeof(float) * size_t(kCacheThreads / 32 * (HS + 2)), stream, out, q, q_ld, table, row_of,
+      position, NH, NKV, HS, kLog2E / sqrtf(float(HS)));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -3448,9 +3471,20 @@ static void sample(int* ids, float* logp, const A* logits, int64_t ld, int V, co
 // A call: the rows' new tokens packed end to end, with pages of keys and values in place of
 // documents
 
+// Keys and values have the type of the activations.
 template <class A>
-std::unique_ptr<KvCache> CudaGpt<A>::make_cache(int64_t positions) {
-  return std::make_unique<CudaKvCache<A>>(config_, positions);
+static void check_cache_type(CacheType type) {
+  constexpr bool kIsF32 = std::is_same_v<A, float>;
+  if (type == CacheType::automatic || (type == CacheType::f32) == kIsF32) return;
+  const char* own = kIsF32 ? "f32" : "bf16";
+  fail("--cache-type ", kIsF32 ? "bf16" : "f32", ": the CUDA engine computes in ", own,
+       " here and keeps keys and values in it, expected ", own, " or auto");
+}
+
+template <class A>
+std::unique_ptr<KvCache> CudaGpt<A>::make_cache(int64_t limit, CacheType type) {
+  check_cache_type<A>(type);
+  return std::make_unique<CudaKvCache<A>>(config_, limit);
 }
 
 template <class A>
@@ -3488,18 +3522,21 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   if (!d.fits(N, R, R * max_pages, past)) resources_->graphs.clear();
   d.reserve(config_, table_.lora.rank, N, R, R * max_pages, past);
   extend_rope(1 + *std::max_element(added.positions.begin(), added.positions.end()));
-  d.staging.begin((7 * size_t(N) + size_t(R * max_pages) + size_t(past)) * sizeof(int) +
-                  size_t(R) * (sizeof(SampleRow) + sizeof(int2)) + 11 * 16);
+  d.staging.begin((6 * size_t(N) + size_t(past)) * sizeof(int) +
+                  size_t(R * max_pages) * sizeof(A*) +
+                  size_t(R) * (sizeof(SampleRow) + sizeof(PageCopy<A>)) + 10 * 16);
 
-  std::vector<int2> copies;
-  NewPositions room(cache, rows, [&](int src, int dst) { copies.push_back({src, dst}); });
-  std::vector<int> slot, page_table(size_t(R) * size_t(max_pages), 0), history;
+  std::vector<PageCopy<A>> copies;
+  NewPositions room(cache, rows, [&](int src, int dst) {
+    copies.push_back({pages.page(src), pages.page(dst)});
+  });
+  std::vector<A*> page_table(size_t(R) * size_t(max_pages), nullptr);
+  std::vector<int> history;
   std::vector<SampleRow> how;
   for (size_t r = 0; r < rows.size(); r++) {
     const std::vector<int>& list = cache.pages(rows[r].sequence);
-    std::copy(list.begin(), list.end(), page_table.begin() + int64_t(r) * max_pages);
-    for (int t = lengths[r]; t < cache.length(rows[r].sequence); t++)
-      slot.push_back(list[size_t(t / kPage)] * kPage + t % kPage);
+    for (size_t i = 0; i < list.size(); i++)
+      page_table[r * size_t(max_pages) + i] = pages.page(list[i]);
     const auto begin = int(history.size());
     if (rows[r].sampling.repetition_penalty != 1) {
       history.insert(history.end(), rows[r].history.begin(), rows[r].history.end());
@@ -3514,34 +3551,34 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   };
   upload(d.tokens, added.tokens), upload(d.positions, added.positions);
   upload(d.doc_start, doc_start), upload(d.doc_end, doc_end);
-  upload(d.row, row_of), upload(d.slot, slot), upload(d.last, last);
+  upload(d.row, row_of), upload(d.last, last);
   upload(d.rows, how), upload(d.copies, copies);
   upload(d.page_table.data(), page_table), upload(d.history.data(), history);
   d.staging.end(stream_);
   if (!copies.empty()) {
     launch("copy_pages", copy_pages_kernel<A>,
-           dim3(unsigned(copies.size()), unsigned(config_.L), 2), dim3(256), 0, stream_,
-           pages.keys.data(), pages.values.data(), d.copies, pages.pages, pages.page_size);
+           dim3(unsigned(copies.size()), unsigned(config_.L), 2), dim3(256), 0, stream_, d.copies,
+           pages.layer_size);
   }
 
   const int64_t ld = config_.padded_V();
   const auto layers = [&] {
     layers_forward(N, d.a, d.tokens, d.positions,
                    [&](const AttentionInput<A>& in, const LayerActivations<A>& a, int l) {
-                     cache_append(pages.keys_of(l), pages.values_of(l), in.k, in.v, in.k_ld, d.slot,
-                                  int(N), NKV, HS, stream_);
+                     const PageTable<A> table = pages.of_layer(d.page_table.data(), max_pages, l);
+                     cache_append(table, in.k, in.v, in.k_ld, d.row, d.positions, int(N), NKV, HS,
+                                  stream_);
                      if (prefill) {
                        attention_forward(a.att, a.lse, in,
                                          {int(N), NH, NKV, HS, d.doc_start, d.doc_end}, stream_);
                      } else {
-                       cache_attention(a.att, in.q, in.q_ld, pages.keys_of(l), pages.values_of(l),
-                                       d.row, d.positions, d.page_table.data(), max_pages, int(N),
-                                       NH, NKV, HS, stream_);
+                       cache_attention(a.att, in.q, in.q_ld, table, d.row, d.positions, int(N), NH,
+                                       NKV, HS, stream_);
                      }
                    });
   };
   if (N == R && !prefill) {  // one token a row: a shape that repeats
-    run_graph({kDecode, R, max_pages, pages.id, adapters_}, layers);
+    run_graph({kDecode, R, max_pages, adapters_}, layers);
   } else {
     layers();
   }
@@ -3966,7 +4003,7 @@ void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows,
   allocate(dup, "dup", N * up);
   allocate(att_dot, "att_dot", N * c.NH);
   const int widest = int(std::max<int64_t>(c.qkv(), up)), tokens = int(N);
-  allocate(bias_sums, "bias_sums", c.has_biases() ? widest : 0);
+  allocate(bias_sums, "bias_sums", c.has_qkv_biases() ? widest : 0);
   const size_t bytes =
       std::max({embed_backward_scratch(tokens, c.V), embed_backward_scratch(tokens, c.T),
                 norm_backward_scratch(tokens, c.C), qk_backward_scratch(tokens, c.HS),
@@ -4640,14 +4677,14 @@ struct CudaGpt<A>::Decoding {
   int64_t capacity = 0, row_capacity = 0;
   int *tokens, *positions;   // (N)
   int *doc_start, *doc_end;  // (N) of rows as documents: a prefill
-  int *row, *slot;           // (N) its row; page x kPage + place for its key and value
+  int* row;                  // (N) its row
   int* last;                 // (R) the last token of each row
   SampleRow* rows;           // (R)
   int* ids;                  // (R) sampled
   float* logp;               // (R)
   float* probabilities;      // (logit_rows, V) scratch
-  int2* copies;              // (R) pages to copy, from and to
-  Buffer<int> page_table;    // (R, max_pages)
+  PageCopy<A>* copies;       // (R)
+  Buffer<A*> page_table;     // (R, max_pages)
   Buffer<int> history;       // of all rows that have a repetition penalty
 
   bool fits(int64_t N, int64_t R, int64_t table_size, int64_t past) const {
@@ -4668,7 +4705,7 @@ struct CudaGpt<A>::Decoding {
   }
   void lay_out(const Config& c, int rank, int64_t N, int64_t R, Memory& all) {
     a.lay_out(c, rank, N, R, Saved::none, all);
-    for (int** p : {&tokens, &positions, &doc_start, &doc_end, &row, &slot})
+    for (int** p : {&tokens, &positions, &doc_start, &doc_end, &row})
       all.allocate(*p, "tokens to decode", N);
     for (int** p : {&last, &ids}) all.allocate(*p, "rows to decode", R);
     all.allocate(rows, "how to sample", R);
@@ -4678,10 +4715,11 @@ struct CudaGpt<A>::Decoding {
   }
 
  private:
-  static void grow(Buffer<int>& buffer, int64_t size, const char* name) {
+  template <class T>
+  static void grow(Buffer<T>& buffer, int64_t size, const char* name) {
     if (size <= buffer.size()) return;
     buffer = {};
-    buffer = Buffer<int>(name, round_up(2 * size, 64), kDecodeFlags);
+    buffer = Buffer<T>(name, round_up(2 * size, 64), kDecodeFlags);
   }
 };
 
@@ -4839,10 +4877,22 @@ static MemoryPlan plan_of(const Config& c, const GptOptions& options) {
   }
   if (const DecodePlan& d = options.decode; d.rows > 0) {
     plan.items.push_back({"decoding", CudaGpt<A>::decoding_bytes(c, options), kDecodeFlags});
-    plan.items.push_back({"KV cache", CudaKvCache<A>::bytes(c, d.positions), kDecodeFlags});
+    plan.items.push_back({"KV cache",
+                          CudaKvCache<A>::pages_of(d.positions) * CudaKvCache<A>::page_bytes(c),
+                          kDecodeFlags});
   }
   plan.items.push_back({"cuBLASLt's workspace", kWorkspace, kModelFlags});
   return plan;
+}
+
+int64_t cache_page_bytes(const Config& c, const GptOptions& options) {
+  return wants_bf16(options) ? CudaKvCache<bf16>::page_bytes(c) : CudaKvCache<float>::page_bytes(c);
+}
+
+int64_t free_memory() {
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "free memory");
+  return int64_t(free);
 }
 
 MemoryPlan plan_memory(const Config& config, const GptOptions& options) {
@@ -4856,6 +4906,15 @@ std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
     fail("model: head_dim: found ", config.HS,
          ", expected a multiple of 16 up to 128 on a CUDA device");
   }
+  const bool in_bf16 = wants_bf16(options);
+  in_bf16 ? check_cache_type<bf16>(options.decode.cache)
+          : check_cache_type<float>(options.decode.cache);
+  for (const WeightType type : options.weights) {
+    if (type == WeightType::f32 || (type == WeightType::bf16 && in_bf16)) continue;
+    fail("--weights ", kWeightTypeNames[int(type)], ": the CUDA engine computes in ",
+         in_bf16 ? "bf16" : "f32", " here and keeps weights in it, expected ",
+         in_bf16 ? "bf16" : "f32", " or auto");
+  }
   const MemoryPlan plan = gpu::plan_memory(config, options);
   size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "free memory");
@@ -4864,7 +4923,7 @@ std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
          plan.text(), "), found ", bytes_text(double(free)), " free of ", bytes_text(double(total)),
          "; lower ", plan.largest().lower);
   }
-  if (wants_bf16(options)) return std::make_unique<CudaGpt<bf16>>(config, options);
+  if (in_bf16) return std::make_unique<CudaGpt<bf16>>(config, options);
   return std::make_unique<CudaGpt<float>>(config, options);
 }
 

@@ -12,10 +12,10 @@
 // - A prompt is prefilled once, in pieces of bounded size. A request whose prompt has a prefix in
 //   common with a sequence in the cache forks that sequence and feeds only the rest. Finished
 //   sequences stay in the cache until others need their pages (as in SGLang: Zheng et al. 2023).
-// - The caller chooses the size of the cache. A request waits until the pages that it needs are
-//   free. When the rows together outgrow the cache, the row that was admitted last gives up its
-//   pages and is fed again later, its prompt and its tokens so far (preemption by recomputation, as
-//   in vLLM: Kwon et al. 2023).
+// - The caller chooses the limit of the cache, which takes memory as it grows. A request waits
+//   until the pages that it needs are free. When the rows together outgrow the limit, the row that
+//   was admitted last gives up its pages and is fed again later, its prompt and its tokens so far
+//   (preemption by recomputation, as in vLLM: Kwon et al. 2023).
 //
 // A sequence is token ids. Text is made from ids, and never turned back into ids. After a turn the
 // caller may append ids, such as a tool's answer, and the request continues behind them. They are
@@ -24,6 +24,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -130,7 +131,7 @@ enum class Finish {
   stop_token,   // one of stop_ids was sampled
   stop_string,  // one of stop_strings is in the text
   length,       // max_new tokens
-  context,      // the sequence is as long as the model's context
+  context,      // the sequence is as long as the generator's context
   cancelled,    // by cancel()
 };
 inline const char* finish_name(Finish f) {
@@ -153,7 +154,7 @@ struct Token {  // one sampled token of one request
 using OnTurn = std::function<std::vector<int>(int request, std::span<const int> turn)>;
 
 struct Request {
-  std::vector<int> prompt;  // 1 to T - 1 ids
+  std::vector<int> prompt;  // 1 to context - 1 ids
   int max_new = 256;        // tokens to sample at most; at least 1
   Sampling sampling;        // submit sets its stream
   std::vector<int> stop_ids;
@@ -174,16 +175,39 @@ struct Completion {
 
 struct GeneratorOptions {
   int rows = 64;                // sequences decoded together, at most
-  int64_t cache_positions = 0;  // size of the cache; see cache_positions()
+  int64_t cache_positions = 0;  // limit of the cache; see cache_positions()
   int prefill_tokens = 512;     // prompt tokens in one call, at most: bounds the activations
+  int context = 0;              // the longest sequence, prompt included; 0: the model's T
+  CacheType cache_type = CacheType::automatic;
 };
 
-// How many positions `rows` sequences of up to `longest` tokens need, but no more than fit
-// `max_bytes` of fp32 keys and values. There is always room for one sequence.
-inline int64_t cache_positions(const Config& c, int rows, int64_t longest, int64_t max_bytes) {
-  const int64_t sequence = (std::min<int64_t>(longest, c.T) + kPage - 1) / kPage * kPage;
-  const int64_t bytes = int64_t(2) * c.L * c.NKV * c.HS * int64_t(sizeof(float));
-  return std::max(sequence, std::min(rows * sequence, max_bytes / bytes / kPage * kPage));
+// The longest sequence in tokens: `wanted` (the flag --context); when that is 0, as many as the
+// model's context has and a quarter of `free_bytes` holds, in pages of `page_bytes`.
+inline int choose_context(const Config& c, int64_t wanted, int64_t free_bytes, int64_t page_bytes) {
+  require(wanted == 0 || (wanted >= 2 && wanted <= c.T), "--context: found ", wanted,
+          ", expected 2 to ", c.T, ", the context of the model, or 0");
+  if (wanted > 0) return int(wanted);
+  const int64_t pages = std::max<int64_t>(1, free_bytes / 4 / page_bytes);
+  return int(std::min<int64_t>(c.T, pages * kPage));
+}
+// The same for an engine of these options. Says so on standard error when memory is the limit.
+inline int choose_context(const Config& c, int64_t wanted, const GptOptions& options) {
+  const int64_t free_bytes = memory_beside_model(c, options);
+  const int context = choose_context(c, wanted, free_bytes, cache_page_bytes(c, options));
+  if (wanted == 0 && context < c.T) {
+    std::fprintf(stderr,
+                 "context %d of the model's %d tokens: their keys and values take a quarter of the "
+                 "free memory, %s; --context N sets another\n",
+                 context, c.T, bytes_text(double(free_bytes)).c_str());
+  }
+  return context;
+}
+
+// How many positions `rows` sequences of up to `longest` tokens need, but no more than `max_bytes`
+// hold, in pages of `page_bytes`. There is always room for one sequence.
+inline int64_t cache_positions(int rows, int64_t longest, int64_t max_bytes, int64_t page_bytes) {
+  const int64_t sequence = (longest + kPage - 1) / kPage * kPage;
+  return std::max(sequence, std::min(rows * sequence, max_bytes / page_bytes * kPage));
 }
 
 // For one continuation of a prompt.
@@ -191,9 +215,9 @@ inline GeneratorOptions options_for_one(const Config& c, int64_t prompt_tokens, 
   return {.rows = 1, .cache_positions = std::min<int64_t>(c.T, prompt_tokens + max_new)};
 }
 
-// What a generator takes of the engine.
+// What a generator takes of the engine when its cache is as full as its limit allows.
 inline DecodePlan decode_plan(const GeneratorOptions& o) {
-  return {o.rows, std::max(o.rows, o.prefill_tokens), o.cache_positions};
+  return {o.rows, std::max(o.rows, o.prefill_tokens), o.cache_positions, o.cache_type};
 }
 
 struct GeneratorStats {
@@ -216,8 +240,11 @@ class Generator {
       : gpt_(gpt),
         token_bytes_(std::move(token_bytes)),
         options_(options),
-        cache_(gpt.make_cache(options.cache_positions)),
+        context_(options.context > 0 ? options.context : gpt.config().T),
+        cache_(gpt.make_cache(options.cache_positions, options.cache_type)),
         pages_(free_pages()) {
+    require(context_ >= 1 && context_ <= gpt.config().T, "generator: context: found ", context_,
+            ", expected 1 to the model's ", gpt.config().T);
     require(options.rows >= 1, "generator: rows: found ", options.rows, ", expected at least 1");
     require(options.prefill_tokens >= 1, "generator: prefill tokens: found ",
             options.prefill_tokens, ", expected at least 1");
@@ -225,10 +252,10 @@ class Generator {
 
   // Queues a request and returns its number: 0, 1, 2, ... Its samples depend on seed and number.
   int submit(Request request) {
-    const int number = int(completions_.size()), T = gpt_.config().T;
+    const int number = int(completions_.size());
     const int64_t n = int64_t(request.prompt.size());
-    require(n >= 1 && n <= T - 1, "request ", number, ": prompt: found ", n,
-            " tokens, expected 1 to ", T - 1, ", since the model's context is ", T);
+    require(n >= 1 && n <= context_ - 1, "request ", number, ": prompt: found ", n,
+            " tokens, expected 1 to ", context_ - 1, ", since the context is ", context_);
     require_ids(request.prompt, number, "prompt");
     require(request.max_new >= 1, "request ", number, ": new tokens: found ", request.max_new,
             ", expected at least 1");
@@ -236,7 +263,7 @@ class Generator {
             request.max_inserted, ", expected 0 or more");
     require(pages_for(longest(request)) <= pages_, "request ", number, ": found up to ",
             longest(request), " positions, expected at most ", pages_ * kPage,
-            ", the size of the KV cache");
+            ", the limit of the KV cache");
     request.sampling.stream = uint64_t(number);
     auto job = std::make_unique<Job>();
     job->number = number;
@@ -343,7 +370,7 @@ class Generator {
   // How many positions a request may need. The token that is sampled last is never fed.
   int64_t longest(const Request& r) const {
     const int64_t all = int64_t(r.prompt.size()) + r.max_new + r.max_inserted;
-    return std::min<int64_t>(gpt_.config().T, all) - 1;
+    return std::min<int64_t>(context_, all) - 1;
   }
   bool may_grow(const Job& job) const {
     return pages_for(longest(job.request)) > pages_for(int64_t(job.tokens.size()));
@@ -498,7 +525,7 @@ class Generator {
     job.tokens.push_back(id);
     job.sampled++;
     std::optional<Finish> finish;
-    if (int(job.tokens.size()) >= gpt_.config().T) finish = Finish::context;
+    if (int(job.tokens.size()) >= context_) finish = Finish::context;
     if (job.sampled >= q.max_new) finish = Finish::length;
     const size_t before = c.text.size();
     std::string bytes;
@@ -531,7 +558,7 @@ class Generator {
     if (ids.empty()) return false;
     require_ids(ids, job.number, "on_turn");
     const int64_t n = int64_t(ids.size());
-    if (int64_t(job.tokens.size()) + n >= gpt_.config().T) {
+    if (int64_t(job.tokens.size()) + n >= context_) {
       c.finish = Finish::context;
       return false;
     }
@@ -564,8 +591,9 @@ class Generator {
   Gpt& gpt_;
   TokenBytes token_bytes_;
   GeneratorOptions options_;
+  int context_;  // tokens of the longest sequence
   std::unique_ptr<KvCache> cache_;
-  int64_t pages_;                           // of the cache
+  int64_t pages_;                           // the limit of the cache
   std::deque<std::unique_ptr<Job>> queue_;  // in order of submission
   std::vector<Row> rows_;                   // in order of admission
   std::vector<Finished> finished_;          // least recently used first

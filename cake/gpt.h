@@ -22,17 +22,19 @@
 #include <utility>
 #include <vector>
 
+#include "cake/number_formats.h"
 #include "cake/run.h"
 
 namespace cake {
 
 // ---------------------------------------------------------------------------------------------
-// Config: one transformer in the three shapes that Hugging Face publishes.
+// Config: one transformer in four shapes that Hugging Face publishes.
 
 enum class Family {
   gpt2,   // learned positions, LayerNorm, GELU (tanh form), biases, tied (Radford et al. 2019)
   llama,  // RoPE, RMSNorm, SwiGLU, grouped-query attention (Touvron et al. 2023)
   qwen3,  // llama with an RMSNorm over each head of q and k (Qwen3 report 2025)
+  qwen2,  // llama with biases of q, k and v (Qwen2 report 2024)
 };
 enum class Head {
   lm,      // logits over the vocabulary
@@ -44,6 +46,8 @@ struct Rope {
   // rope_type llama3: long wavelengths are divided by `factor`; factor 0 means rope_type default
   double factor = 0, low_freq_factor = 1, high_freq_factor = 4;
   int original_T = 8192;
+  bool linear = false;  // rope_type linear: every wavelength is multiplied by `factor`
+  const char* type() const { return factor == 0 ? "default" : linear ? "linear" : "llama3"; }
 };
 
 struct Config {
@@ -61,10 +65,28 @@ struct Config {
   double norm_eps = 1e-6;  // layer_norm_epsilon, rms_norm_eps
   Rope rope;
   int bos = -1, eos = -1, pad = -1;  // token ids, -1 for none
+  // Every token that ends a text or a turn: those of eos_token_id in config.json and in
+  // generation_config.json. `eos` is the first.
+  std::vector<int> end_tokens;
+  // `eos` and then the other end tokens, each once; empty where the model has none.
+  std::vector<int> all_end_tokens() const {
+    std::vector<int> ids;
+    if (eos >= 0) ids.push_back(eos);
+    for (const int id : end_tokens)
+      if (std::find(ids.begin(), ids.end(), id) == ids.end()) ids.push_back(id);
+    return ids;
+  }
+  // `id` becomes `eos`. The other end tokens go on ending a text.
+  void set_first_end_token(int id) {
+    const std::vector<int> others = all_end_tokens();
+    eos = id, end_tokens = others;
+    end_tokens = all_end_tokens();
+  }
   // reward_shift of a reward model: what is added to the value at the end of an answer
   double reward_shift = 0;
 
-  bool has_biases() const { return family == Family::gpt2; }
+  bool has_biases() const { return family == Family::gpt2; }  // of norms and of all projections
+  bool has_qkv_biases() const { return has_biases() || family == Family::qwen2; }
   bool has_gate() const { return family != Family::gpt2; }  // SwiGLU: two matrices into F
   int padded_V() const { return (V + 127) / 128 * 128; }    // in memory; the added rows are zero
   int qkv() const { return (NH + 2 * NKV) * HS; }           // columns of the joint projection
@@ -232,11 +254,11 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
     int out;
     std::string disk;
   };
-  const auto linear = [&](const std::vector<Part>& parts, int in, double std) {
+  const auto linear = [&](const std::vector<Part>& parts, int in, double std, bool has_bias) {
     Linear l{.in = in};
     for (const Part& p : parts) l.out += p.out;
     for (const bool bias : {false, true}) {
-      if (bias && !g) break;
+      if (bias && !has_bias) break;
       align();
       int begin = 0;
       for (const Part& p : parts) {
@@ -286,19 +308,19 @@ inline ParamTable make_table(const Config& c, bool muon = false, Lora lora = {})
     block.qkv = linear({{b + "q", q, attn + (g ? "c_attn" : "q_proj")},
                         {b + "k", kv, attn + (g ? "c_attn" : "k_proj")},
                         {b + "v", kv, attn + (g ? "c_attn" : "v_proj")}},
-                       c.C, fan_in_std(c.C));
+                       c.C, fan_in_std(c.C), c.has_qkv_biases());
     if (c.family == Family::qwen3) {
       block.q_norm = vector(b + "q_norm.weight", c.HS, attn + "q_norm.weight", true);
       block.k_norm = vector(b + "k_norm.weight", c.HS, attn + "k_norm.weight", true);
     }
-    block.o = linear({{b + "o", c.C, attn + (g ? "c_proj" : "o_proj")}}, q, residual_std);
+    block.o = linear({{b + "o", c.C, attn + (g ? "c_proj" : "o_proj")}}, q, residual_std, g);
     block.norm2 = norm(b + "norm2", d + (g ? "ln_2" : "post_attention_layernorm"));
     block.up =
-        g ? linear({{b + "up", c.F, d + "mlp.c_fc"}}, c.C, fan_in_std(c.C))
+        g ? linear({{b + "up", c.F, d + "mlp.c_fc"}}, c.C, fan_in_std(c.C), g)
           : linear({{b + "gate", c.F, d + "mlp.gate_proj"}, {b + "up", c.F, d + "mlp.up_proj"}},
-                   c.C, fan_in_std(c.C));
+                   c.C, fan_in_std(c.C), g);
     block.down =
-        linear({{b + "down", c.C, d + (g ? "mlp.c_proj" : "mlp.down_proj")}}, c.F, residual_std);
+        linear({{b + "down", c.C, d + (g ? "mlp.c_proj" : "mlp.down_proj")}}, c.F, residual_std, g);
     table.blocks.push_back(block);
   }
   table.final_norm = norm("final_norm", root + (g ? "ln_f" : "norm"));
@@ -364,14 +386,17 @@ inline std::vector<float> initial_values(const Tensor& t, uint64_t seed) {
   return values;
 }
 
-// Radians a position turns each of the HS/2 pairs by: theta^(-2i/HS); rope_type llama3 divides
-// those of long wavelengths by `factor`, with a smooth passage between (Llama 3 report 2024).
+// Radians a position turns each of the HS/2 pairs by: theta^(-2i/HS). rope_type linear divides all
+// of them by `factor` (position interpolation: Chen et al. 2023). llama3 divides those of long
+// wavelengths alone, with a smooth passage between (Llama 3 report 2024).
 inline std::vector<double> rope_frequencies(const Config& c) {
   std::vector<double> frequency(size_t(c.HS / 2));
   const Rope& r = c.rope;
   for (int i = 0; i < c.HS / 2; i++) {
     double f = std::pow(r.theta, -2. * i / c.HS);
-    if (r.factor > 0) {
+    if (r.linear) {
+      f /= r.factor;
+    } else if (r.factor > 0) {
       const double turns = r.original_T * f / 6.283185307179586;  // in the original context
       const double mix = std::clamp(
           (turns - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor), 0., 1.);
@@ -464,6 +489,14 @@ struct UpdateStats {     // of the last update
   double loss = 0;       // sum of dlogp logp over its batches: the mean when weights are -1/N
 };
 
+// How an inference model keeps a matrix (cake/number_formats.h). Products are summed in float; with
+// q8_0 the input is quantized too.
+enum class WeightType { f32, f16, bf16, q8_0 };
+inline constexpr const char* kWeightTypeNames[] = {"f32", "f16", "bf16", "q8_0"};
+inline constexpr int kWeightTypes = 4;
+// Of keys and values. automatic: f32 on the CPU; on CUDA the type of the activations.
+enum class CacheType { automatic, f32, bf16 };
+
 enum class Slot { weight, gradient, moment1, moment2 };  // Muon's momentum is moment1
 
 struct Sampling {  // in this order: penalty, temperature, min_p, top_k, top_p of what is left
@@ -490,16 +523,15 @@ struct DecodeResult {         // one entry a row, for the position after its las
 };
 
 // Sequences over pages of 64 positions; pages are shared between forks and copied when written.
-// This is the bookkeeping; the memory of the pages is the engine's.
+// This is the bookkeeping; the memory of the pages is the engine's. A cache grows: it takes memory
+// for a page when the page is first needed, up to a limit. Pages that were freed are used again
+// before new ones are made, and memory returns to the system with the cache.
 inline constexpr int kPage = 64;
 
 class KvCache {
  public:
-  explicit KvCache(int64_t positions) {
-    const int pages = int((positions + kPage - 1) / kPage);
-    references_.assign(size_t(pages), 0);
-    for (int p = pages; p-- > 0;) free_.push_back(p);
-  }
+  // `limit`: positions of all sequences together, rounded up to pages.
+  explicit KvCache(int64_t limit) : limit_((limit + kPage - 1) / kPage) {}
   virtual ~KvCache() = default;
 
   int create() {  // an empty sequence
@@ -528,16 +560,20 @@ class KvCache {
   }
   int length(int sequence) const { return sequences_[size_t(sequence)].length; }
   const std::vector<int>& pages(int sequence) const { return sequences_[size_t(sequence)].pages; }
-  int64_t free_positions() const { return int64_t(free_.size()) * kPage; }
-  // Free pages that n more positions would take.
+  // That are left up to the limit, in memory or not.
+  int64_t free_positions() const { return free_pages() * kPage; }
+  // Whose memory was taken: the most that were in use at one time.
+  int64_t pages_in_memory() const { return int64_t(references_.size()); }
+  // Pages that n more positions would take.
   int pages_needed(int sequence, int n) const {
     const Sequence& s = sequences_[size_t(sequence)];
     const bool copied = s.length % kPage != 0 && references_[size_t(s.pages.back())] > 1;
     return (s.length + n + kPage - 1) / kPage - int(s.pages.size()) + (n > 0 && copied);
   }
 
-  // Throws Error unless each sequence is in one row alone, and all rows' new tokens have room.
-  void expect_room(std::span<const DecodeRow> rows) const {
+  // Takes the memory that all rows' new tokens need. Throws Error, and changes no sequence, when a
+  // sequence is in two rows, when the limit is reached, or when there is no memory.
+  void make_room(std::span<const DecodeRow> rows) {
     std::vector<bool> in_call(sequences_.size());
     std::map<int, int> writers;  // of a page that ends several sequences
     int64_t need = 0;
@@ -552,10 +588,7 @@ class KvCache {
       if (s.length % kPage == 0 || references_[size_t(s.pages.back())] == 1) continue;
       need -= ++writers[s.pages.back()] == references_[size_t(s.pages.back())];
     }
-    if (need > int64_t(free_.size())) {
-      fail("the KV cache is full: found ", free_.size(), " of its ", references_.size(),
-           " pages of ", kPage, " positions free, expected ", need);
-    }
+    make_pages(need);
   }
 
   // For engines: makes room for n more positions. The first of them may stand in a page that a fork
@@ -579,11 +612,27 @@ class KvCache {
     int length = 0;
     bool alive = false;
   };
-  int pop_free_page() {
-    if (free_.empty()) {
-      fail("the KV cache is full: found all ", references_.size(), " pages of ", kPage,
-           " positions in use, expected a free one");
+  // For engines: memory for the pages 0 .. pages - 1. Those that had memory keep it and its
+  // content. Throws Error when there is none.
+  virtual void reserve_memory([[maybe_unused]] int64_t pages) {}
+
+  int64_t free_pages() const { return int64_t(free_.size()) + limit_ - pages_in_memory(); }
+  // Makes new pages until `need` of those in memory are free.
+  void make_pages(int64_t need) {
+    if (need > free_pages()) {
+      fail("the KV cache is full: found ", free_pages(), " of its ", limit_, " pages of ", kPage,
+           " positions free, expected ", need);
     }
+    const int64_t before = pages_in_memory(), added = need - int64_t(free_.size());
+    if (added <= 0) return;
+    reserve_memory(before + added);
+    references_.resize(size_t(before + added), 0);
+    std::vector<int> pages;  // the last is used first
+    for (int64_t p = before + added; p-- > before;) pages.push_back(int(p));
+    free_.insert(free_.begin(), pages.begin(), pages.end());
+  }
+  int pop_free_page() {
+    make_pages(1);
     const int p = free_.back();
     free_.pop_back();
     references_[size_t(p)] = 1;
@@ -592,7 +641,9 @@ class KvCache {
   void release(int p) {
     if (--references_[size_t(p)] == 0) free_.push_back(p);
   }
-  std::vector<int> references_, free_;  // pages
+  int64_t limit_;                // pages
+  std::vector<int> references_;  // of each page that has memory
+  std::vector<int> free_;        // pages that have memory and no reference
   std::vector<Sequence> sequences_;
 };
 
@@ -603,7 +654,7 @@ class NewPositions {
   template <class Copy>
   NewPositions(KvCache& cache, std::span<const DecodeRow> rows, Copy&& copy)
       : cache_(cache), rows_(rows) {
-    cache.expect_room(rows);
+    cache.make_room(rows);
     for (const DecodeRow& row : rows) {
       lengths_.push_back(cache.length(row.sequence));
       cache.append(row.sequence, int(row.tokens.size()), copy);
@@ -695,8 +746,10 @@ class Gpt {
   virtual std::span<const float> entropy() = 0;  // nats, of the scored distribution
   virtual std::span<const float> value() = 0;    // scalar head: read after tokens[n]
 
-  // `positions` are shared by all sequences of the cache, rounded up to pages.
-  virtual std::unique_ptr<KvCache> make_cache(int64_t positions) = 0;
+  // `limit`: positions that all sequences of the cache share, rounded up to pages. Memory is taken
+  // as they are used.
+  virtual std::unique_ptr<KvCache> make_cache(int64_t limit,
+                                              CacheType type = CacheType::automatic) = 0;
   // Appends each row's tokens to its sequence and samples the token that follows. A call that
   // throws leaves every sequence as it was.
   virtual void decode(KvCache&, std::span<const DecodeRow>, DecodeResult&, bool logits = false) = 0;
@@ -704,6 +757,15 @@ class Gpt {
   // Any tensor, (out, in) row-major as float. moment1 and moment2 exist in training only.
   virtual void read(int tensor, Slot, std::span<float> out) const = 0;
   virtual void write(int tensor, Slot, std::span<const float> in) = 0;
+  // How this model keeps the weights of a tensor: GptOptions::weights.
+  WeightType weight_type(int tensor) const {
+    return weight_types_.empty() ? WeightType::f32 : weight_types_.at(size_t(tensor));
+  }
+  // The blocks of a matrix that this model keeps as q8_0, (out, in / 32) row-major: exactly these,
+  // where write() would quantize floats.
+  virtual void write_q8_0(int tensor, std::span<const Q8Block>) {
+    fail(table_.tensors.at(size_t(tensor)).name, ": this engine keeps no matrix as q8_0");
+  }
 
   // The plans that were chosen by timing on this device, for instance which algorithm computes each
   // product, by name. They decide the last bits of results. A run saves them, so that a resumed run
@@ -727,7 +789,8 @@ class Gpt {
   }
   Config config_;
   ParamTable table_;
-  bool adapters_;  // LoRA's take part
+  bool adapters_;                         // LoRA's take part
+  std::vector<WeightType> weight_types_;  // GptOptions::weights of an engine that supports them
 };
 
 // For every engine of this process; 0: usable_cores().
@@ -742,12 +805,14 @@ enum class Precision {
   bf16,  // activations and products; master weights, gradients and moments stay fp32. CUDA alone
 };
 
-// The largest call to decode that a stage expects. The memory plan counts what it takes; nothing is
-// allocated before the first call.
+// The largest call to decode that a stage expects, and the positions that it expects the cache to
+// hold, which may be fewer than the cache's limit. The memory plan counts what they take; nothing
+// is allocated before the first call.
 struct DecodePlan {
   int rows = 0;           // sequences decoded together; 0: the model does not decode
   int tokens = 0;         // new tokens in a call
-  int64_t positions = 0;  // of the KV cache
+  int64_t positions = 0;  // that are expected to be in the KV cache at one time
+  CacheType cache = CacheType::automatic;
 };
 // What lowers the memory that decoding and training take.
 inline constexpr const char* kDecodeFlags =
@@ -763,8 +828,59 @@ struct GptOptions {
   Lora lora;               // adapters, which are then all that is trained
   int batch_tokens = 0;    // the largest N expected: sizes the activations, which grow when needed
   DecodePlan decode;
+  // Inference: the type of each of the table's tensors, in its order. Empty: all f32. Tensors that
+  // one product reads together (q, k, v; gate, up) have one type. q8_0 needs a row length that is a
+  // multiple of 32.
+  std::vector<WeightType> weights;
   Gpt* share = nullptr;  // read this model's weights, of the same Config, in place of own ones
 };
+
+// The type of the tensor at this arena offset.
+inline WeightType weight_type(const ParamTable& table, const std::vector<WeightType>& types,
+                              int64_t offset) {
+  for (size_t i = 0; i < types.size(); i++)
+    if (table.tensors[i].offset == offset) return types[i];
+  return WeightType::f32;
+}
+// Error, with the tensor's name, for types that GptOptions::weights cannot have.
+inline void check_weight_types(const ParamTable& table, const GptOptions& o) {
+  if (o.weights.empty()) return;
+  if (o.weights.size() != table.tensors.size()) {
+    fail("weights: found ", o.weights.size(), " types, expected one for each of ",
+         table.tensors.size(), " tensors");
+  }
+  const auto type_name = [](WeightType type) { return kWeightTypeNames[int(type)]; };
+  for (size_t i = 0; i < o.weights.size(); i++) {
+    const Tensor& t = table.tensors[i];
+    const WeightType type = o.weights[i];
+    if (type == WeightType::f32) continue;
+    const bool score = t.kind == Kind::head && table.head.out == 1;
+    if ((t.kind != Kind::matrix && t.kind != Kind::embedding && t.kind != Kind::head) || score) {
+      fail(
+          t.name, ": found type ", type_name(type),
+          ", expected f32: only the matrices of blocks, the embedding and the LM head are smaller");
+    }
+    if (o.mode == Mode::train) {
+      fail(t.name, ": found type ", type_name(type), ", expected f32 in a model that trains");
+    }
+    if (type == WeightType::q8_0 && t.in % kQ8Block != 0) {
+      fail(t.name, ": found rows of ", t.in, " as q8_0, expected a multiple of ", kQ8Block);
+    }
+  }
+  for (const Block& b : table.blocks) {
+    for (const Linear* l : {&b.qkv, &b.o, &b.up, &b.down}) {
+      const WeightType type = weight_type(table, o.weights, l->weight);
+      for (size_t i = 0; i < o.weights.size(); i++) {
+        const Tensor& t = table.tensors[i];
+        const bool inside = t.offset >= l->weight && t.offset < l->weight + int64_t(l->out) * l->in;
+        if (inside && o.weights[i] != type) {
+          fail(t.name, ": found type ", type_name(o.weights[i]), ", expected ", type_name(type),
+               " as the matrices that are multiplied with it have");
+        }
+      }
+    }
+  }
+}
 
 inline Saved saved_activations(const GptOptions& o) {
   if (o.mode == Mode::inference) return Saved::none;
@@ -797,6 +913,13 @@ struct MemoryPlan {
 };
 
 MemoryPlan plan_memory(const Config&, const GptOptions&);
+// Bytes of one page of a KV cache of type options.decode.cache.
+int64_t cache_page_bytes(const Config&, const GptOptions&);
+// Bytes that are free on the device once all that plan_memory counts, apart from the KV cache, has
+// been taken; 0 when there are none.
+int64_t memory_beside_model(const Config&, const GptOptions&);
+// cpu or cuda: what `automatic` means here.
+Device find_device(Device);
 // Throws Error when the device was not built in, is not there, or does not compute in `precision`.
 void check_device(Device, Precision precision = Precision::automatic);
 // Throws Error when the device was not built in, is not there, or has too little memory. Weights
@@ -814,6 +937,8 @@ double training_operations(const Gpt&, std::span<const int> doc_starts);
 namespace gpu {
 std::string unavailable();  // why no device can be used; empty when one can
 MemoryPlan plan_memory(const Config&, const GptOptions&);
+int64_t cache_page_bytes(const Config&, const GptOptions&);  // of a page of the KV cache
+int64_t free_memory();
 std::unique_ptr<Gpt> make_gpt(const Config&, const GptOptions&);
 double measure_peak(const Gpt&);
 }  // namespace gpu
@@ -823,6 +948,12 @@ inline Precision parse_precision(const std::string& name) {
   if (name == "f32" || name == "fp32") return Precision::fp32;
   if (name == "bf16") return Precision::bf16;
   fail("--precision: found ", name, ", expected auto, f32 or bf16");
+}
+inline CacheType parse_cache_type(const std::string& name) {
+  if (name == "auto") return CacheType::automatic;
+  if (name == "f32") return CacheType::f32;
+  if (name == "bf16") return CacheType::bf16;
+  fail("--cache-type: found ", name, ", expected auto, f32 or bf16");
 }
 inline Device parse_device(const std::string& name) {
   if (name == "auto") return Device::automatic;

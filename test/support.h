@@ -221,7 +221,7 @@ class FakeGpt : public Gpt {
   std::span<const float> logp() override { none(); }
   std::span<const float> entropy() override { none(); }
   std::span<const float> value() override { none(); }
-  std::unique_ptr<KvCache> make_cache(int64_t) override { none(); }
+  std::unique_ptr<KvCache> make_cache(int64_t, CacheType) override { none(); }
   void decode(KvCache&, std::span<const DecodeRow>, DecodeResult&, bool) override { none(); }
 
  private:

@@ -292,8 +292,33 @@ TEST_CASE("chat drops the oldest turns when the context is full, and says so") {
   CHECK(contains(out.text, "the context of 128 tokens is full: the oldest "));
   CHECK(contains(out.text, " are dropped\n"));
   CHECK(contains(out.text, "xxxxxxxxxx\n(the answer is as long as --max-tokens allows)\n"));
-  CHECK(contains(out.text, " in the model's context of 128: the message was not added"));
+  CHECK(contains(out.text, " in the context of 128: the message was not added"));
   CHECK(out.text.ends_with("allows)\n"));
+}
+
+TEST_CASE("chat keeps a conversation within --context") {
+  ScriptedModel m(512);
+  const std::string dir = m.save();
+  std::string lines;
+  for (int i = 0; i < 8; i++) lines += "tell me of it\n";
+  const Output out =
+      say(dir, "--context 128 --max-tokens 10", lines + std::string(300, 'z') + "\nhi\n");
+  CHECK(out.status == 0);
+  CHECK(contains(out.text, "the context of 128 tokens is full: the oldest "));
+  CHECK(contains(out.text, " in the context of 128: the message was not added"));
+  const Output whole = say(dir, "--max-tokens 10", lines);
+  CHECK(!contains(whole.text, "is full"));
+  const Output filled = say(dir, "--context 60", "tell me of it\n");
+  CHECK(contains(filled.text, "x\n(the context of 60 tokens is full)\n"));
+  const Output system = say(dir, "--context 20 --system 'tell me of the answer at length'", "hi\n");
+  CHECK(contains(system.text, "expected at most 10, half of the context"));
+}
+
+TEST_CASE("chat answers the same from keys and values in bf16 where the model is sure") {
+  ScriptedModel m(256);
+  Plan(m).user("hello").assistant("The answer is 1.").user("more").assistant("The answer is 2.");
+  const std::string dir = m.save();
+  CHECK(say(dir, "--cache-type bf16", "hello\nmore\n").text == say(dir, "", "hello\nmore\n").text);
 }
 
 TEST_CASE("a message that is too long is refused, and the conversation stays") {
@@ -303,8 +328,7 @@ TEST_CASE("a message that is too long is refused, and the conversation stays") {
   const std::string too_long(300, 'z');
   const Output out = say(dir, "", "hello\n" + too_long + "\nmore\n/save " + saved + "\n");
   CHECK(out.status == 0);
-  CHECK(contains(out.text,
-                 "expected at most 255 in the model's context of 256: the message was not"));
+  CHECK(contains(out.text, "expected at most 255 in the context of 256: the message was not"));
   CHECK(!contains(out.text, "dropped"));
   CHECK(contains(out.text, "not added\nThe answer is 2.\n"));
   CHECK(Json::parse(read_file(saved))["messages"].size() == 4);
@@ -371,6 +395,17 @@ TEST_CASE("chat knows a model's template, or says which it knows and stops") {
   const int n = 1 + int(p.tokenizer().encode("User: hi\nAssistant:").size());
   p.write(n, " Well.\nUser: never shown");
   CHECK(say(p.save(), "--template plain", "hi\n").text == " Well.\n");
+}
+
+TEST_CASE("an answer stops at every end token of generation_config.json") {
+  ScriptedModel m;
+  const std::vector<int> ids = m.tokenizer().encode(" Well done.");
+  REQUIRE(std::count(ids.begin(), ids.end(), ids.back()) == 1);
+  m.write(1 + int(m.tokenizer().encode("User: hi\nAssistant:").size()), ids);
+  const std::string dir = m.save();
+  write_file(dir + "/generation_config.json", Json{{"eos_token_id", {0, ids.back()}}}.dump());
+  const std::string shown = m.tokenizer().decode(std::span(ids).first(ids.size() - 1));
+  CHECK(say(dir, "--template plain --max-tokens 30", "hi\n").text == shown + "\n");
 }
 
 // The ids that ./chat makes are not to be seen from outside, but what a model answers that reads
@@ -444,6 +479,10 @@ TEST_CASE("chat answers bad flags with one line and status 1") {
       {"--max-tokens -1", "--max-tokens: found -1"},
       {"--template what", "--template: found what, expected auto, chatml, llama3 or plain"},
       {"--documents none.jsonl", "none.jsonl: cannot open"},
+      {"--context 513", "--context: found 513, expected 2 to 512, the context of the model, or 0"},
+      {"--context 1", "--context: found 1, expected 2 to 512"},
+      {"--cache-type q8_0", "--cache-type: found q8_0, expected auto, f32 or bf16"},
+      {"--weights int4", "--weights: found int4, expected auto, f32, bf16 or q8_0"},
       {"--base --system x", "--base: found --system"},
       {"--what", "--what"}};
   for (const auto& c : cases) {

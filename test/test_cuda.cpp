@@ -1256,8 +1256,10 @@ namespace cake::gpu::attention_test {
 template <class A>
 struct Cached {
   int max_pages = 0;
-  std::vector<int> table, slot, row_of, position;
-  std::unique_ptr<OnDevice<A>> k_pages, v_pages;
+  int64_t layer_size = 0;  // keys of a page; its values follow
+  std::vector<int> row_of, position;
+  std::unique_ptr<OnDevice<A>> memory;
+  std::vector<A*> table;
 
   Cached(const Shape& s, const Input<A>& in) {
     int pages = 0;
@@ -1269,27 +1271,31 @@ struct Cached {
     std::iota(order.begin(), order.end(), 0);
     Rng rng{11};
     for (size_t i = order.size(); i-- > 1;) std::swap(order[i], order[rng.next() % (i + 1)]);
-    table.assign(s.documents.size() * size_t(max_pages), -1);
+    layer_size = int64_t(s.NKV) * kPage * s.HS;
+    memory = std::make_unique<OnDevice<A>>(order.size() * size_t(2 * layer_size));
+    table.assign(s.documents.size() * size_t(max_pages), nullptr);
     int taken = 0;
     for (size_t r = 0; r < s.documents.size(); r++)
       for (int t = 0; t < s.documents[r]; t++) {
-        int& page = table[r * size_t(max_pages) + size_t(t / kPage)];
-        if (page < 0) page = order[size_t(taken++)];
-        slot.push_back(page * kPage + t % kPage);
+        A*& page = table[r * size_t(max_pages) + size_t(t / kPage)];
+        if (!page) page = *memory + order[size_t(taken++)] * 2 * layer_size;
         row_of.push_back(int(r)), position.push_back(t);
       }
-    const size_t size = order.size() * size_t(s.NKV) * kPage * size_t(s.HS);
-    k_pages = std::make_unique<OnDevice<A>>(size), v_pages = std::make_unique<OnDevice<A>>(size);
     const OnDevice<A> qkv(in.qkv);
-    const OnDevice<int> slots(slot);
+    const OnDevice<int> rows(row_of), positions(position);
+    const OnDevice<A*> on_device(table);
+    const PageTable<A> t = page_table(on_device);
     const int k = s.NH * s.HS, v = k + s.NKV * s.HS, ld = s.ld(), half = s.N() / 2;
     if (half > 0) {
-      cache_append<A>(*k_pages, *v_pages, qkv + k, qkv + v, ld, slots, half, s.NKV, s.HS, nullptr);
+      cache_append<A>(t, qkv + k, qkv + v, ld, rows, positions, half, s.NKV, s.HS, nullptr);
     }
     const A* rest = qkv + size_t(half) * ld;
-    cache_append<A>(*k_pages, *v_pages, rest + k, rest + v, ld, slots + half, s.N() - half, s.NKV,
+    cache_append<A>(t, rest + k, rest + v, ld, rows + half, positions + half, s.N() - half, s.NKV,
                     s.HS, nullptr);
     check(cudaDeviceSynchronize(), "cache_append");
+  }
+  PageTable<A> page_table(A* const* on_device) const {
+    return {on_device, max_pages, 0, layer_size};
   }
 
   // out (asked, NH HS)
@@ -1302,9 +1308,10 @@ struct Cached {
       rows.push_back(row_of[size_t(n)]), positions.push_back(position[size_t(n)]);
     }
     const OnDevice<A> queries(q), out(asked.size() * size_t(s.NH * s.HS));
-    const OnDevice<int> r(rows), p(positions), t(table);
-    cache_attention<A>(out, queries, s.ld(), *k_pages, *v_pages, r, p, t, max_pages,
-                       int(asked.size()), s.NH, s.NKV, s.HS, nullptr);
+    const OnDevice<int> r(rows), p(positions);
+    const OnDevice<A*> t(table);
+    cache_attention<A>(out, queries, s.ld(), page_table(t), r, p, int(asked.size()), s.NH, s.NKV,
+                       s.HS, nullptr);
     return out.raw();
   }
 };
@@ -1399,7 +1406,7 @@ using cake::gpu::CudaGpt;
 
 constexpr double kFp32 = 1e-5, kFp32AfterSteps = 1e-4;
 constexpr double kBf16Gradient = 6e-2, kBf16Logp = 4e-3, kBf16Worst = 1e-1;
-constexpr Family kEngineFamilies[] = {Family::gpt2, Family::llama, Family::qwen3};
+constexpr Family kEngineFamilies[] = {Family::gpt2, Family::llama, Family::qwen3, Family::qwen2};
 
 Config engine_config(Family family, Head head = Head::lm, bool tied = false) {
   Config c;
@@ -1409,6 +1416,8 @@ Config engine_config(Family family, Head head = Head::lm, bool tied = false) {
   if (family == Family::gpt2) c.C = 48, c.NH = 3, c.NKV = 3, c.HS = 16, c.F = 120;
   if (family == Family::llama) c.C = 40, c.NH = 4, c.NKV = 2, c.HS = 16, c.F = 56;
   if (family == Family::qwen3) c.C = 40, c.NH = 2, c.NKV = 1, c.HS = 32, c.F = 72;
+  if (family == Family::qwen2) c.C = 48, c.NH = 3, c.NKV = 1, c.HS = 16, c.F = 56;
+  if (family == Family::qwen2) c.rope.factor = 2.5, c.rope.linear = true;
   if (family == Family::llama) {  // llama 3's passage between wavelengths, in a context of 100
     c.rope = {
         .theta = 500, .factor = 8, .low_freq_factor = 1, .high_freq_factor = 4, .original_T = 40};
@@ -1479,7 +1488,9 @@ std::vector<float> all_of(const Gpt& gpt, Slot slot) {
   }
   return values;
 }
-bool is_key_bias(const Tensor& t) { return t.name.ends_with(".k.bias"); }
+bool has_no_gradient(const Config& c, const Tensor& t) {  // as in test_plain.cpp
+  return c.family == Family::gpt2 && t.name.ends_with(".k.bias");
+}
 
 double largest_difference(std::span<const float> a, std::span<const float> b) {
   double largest = a.size() == b.size() ? 0 : NAN;
@@ -1490,8 +1501,8 @@ double largest_difference(std::span<const float> a, std::span<const float> b) {
   return largest;
 }
 
-// Every tensor's slot on both engines. A key bias's gradient is rounding noise (softmax does not
-// see a constant), so its error is measured against the query bias's gradient beside it.
+// Every tensor's slot on both engines. The gradient of gpt2's key biases is rounding noise (softmax
+// does not see a constant), so its error is measured against the query bias's gradient beside it.
 void check_tensors(const Pair& p, Slot slot, double tolerance, bool key_biases = true) {
   const auto& tensors = p.cpu->table().tensors;
   for (size_t i = 0; i < tensors.size(); i++) {
@@ -1501,7 +1512,7 @@ void check_tensors(const Pair& p, Slot slot, double tolerance, bool key_biases =
       CHECK(largest_difference(gpu, cpu) == 0);
       continue;
     }
-    if (is_key_bias(tensors[i])) {
+    if (has_no_gradient(p.cpu->config(), tensors[i])) {
       if (!key_biases) continue;
       const auto scale = tensor_of(*p.cpu, i - 1, slot);  // q.bias
       double difference = 0, norm = 0;
@@ -2218,6 +2229,108 @@ TEST_CASE("cuda: a call to decode that fails leaves every sequence as it was") {
   CHECK(cache->length(a) == 60);
   CHECK(cache->length(b) == 64);
   CHECK(cache->free_positions() == 64);
+}
+
+TEST_CASE("cuda: the KV cache takes memory in chunks as it grows, and none for its limit") {
+  Config c = engine_config(Family::llama);
+  c.L = 4, c.NH = c.NKV = 16, c.HS = 128;  // a page takes 4 MB, a chunk has 8
+  const auto in_use = [] {
+    size_t free = 0, total = 0;
+    gpu::check(cudaMemGetInfo(&free, &total), "test");
+    return int64_t(total - free);
+  };
+  GptOptions options = kTrainFp32;
+  options.mode = Mode::inference;
+  const auto gpt = gpu::make_gpt(c, options);
+  randomize(*gpt, 7);
+  CHECK(gpu::cache_page_bytes(c, options) == 4 << 20);
+  const int64_t before = in_use();
+  const auto cache = gpt->make_cache(int64_t(1) << 40);
+  CHECK(in_use() == before);
+  std::vector<int> tokens, sequences;
+  for (int i = 0; i < 20; i++) tokens.push_back(i), sequences.push_back(cache->create());
+  DecodeResult result;
+  const auto decode = [&](int n) {  // a token to each of the first n sequences
+    std::vector<DecodeRow> rows;
+    for (size_t i = 0; i < size_t(n); i++) {
+      rows.push_back({sequences[i], std::span(tokens).subspan(i, 1), {}, {}});
+    }
+    gpt->decode(*cache, rows, result, true);
+  };
+  decode(8);
+  decode(1);
+  const int64_t eight = in_use();
+  CHECK(cache->pages_in_memory() == 8);
+  CHECK(eight - before >= 32 << 20);
+#ifdef CAKE_CUDA_ON_CPU
+  gpt->make_cache(64);  // takes nothing
+  decode(8);            // all but the cache has its memory
+  const int lengths = cache->length(sequences[0]);
+  cuda_on_cpu::fail_next_malloc(0);
+  const DecodeRow more[] = {{sequences[0], std::span(tokens).first(1), {}, {}},
+                            {sequences[10], std::span(tokens).first(1), {}, {}}};
+  CHECK(contains(error_of([&] { gpt->decode(*cache, more, result); }),
+                 "out of memory on the GPU: the KV cache"));
+  CHECK(cache->length(sequences[0]) == lengths);
+  CHECK(cache->length(sequences[10]) == 0);
+  CHECK(cache->pages_in_memory() == 8);
+#endif
+  for (const int s : sequences) cache->truncate(s, 0);
+  decode(20);
+  decode(20);
+  CHECK(cache->pages_in_memory() == 20);
+  CHECK(in_use() - eight >= 64 << 20);
+  // Pages in three chunks hold what was stored in them.
+  const std::vector<float> together = result.logits;
+  for (const size_t i : {0, 7, 8, 15, 16, 19}) {
+    const auto own = gpt->make_cache(64);
+    const int s = own->create();
+    for (int round = 0; round < 2; round++) {
+      const DecodeRow row{s, std::span(tokens).subspan(i, 1), {}, {}};
+      gpt->decode(*own, std::span(&row, 1), result, true);
+    }
+    const std::vector<float> row(together.begin() + int64_t(i) * c.V,
+                                 together.begin() + int64_t(i + 1) * c.V);
+    CHECK(rel_error(row, result.logits) < kFp32);  // cuBLASLt may sum one row in another order
+  }
+}
+
+TEST_CASE("cuda: weights and keys have the type of the products, and another is refused by name") {
+  const Config c = engine_config(Family::qwen3);
+  const ParamTable table = make_table(c);
+  for (const bool in_bf16 : {false, true}) {
+    GptOptions options = in_bf16 ? kTrainBf16 : kTrainFp32;
+    options.mode = Mode::inference;
+    const auto with = [&](WeightType weights, CacheType cache) {
+      GptOptions o = options;
+      o.weights.assign(table.tensors.size(), weights);
+      o.decode.cache = cache;
+      return error_of([&] { gpu::make_gpt(c, o); });
+    };
+    const CacheType own = in_bf16 ? CacheType::bf16 : CacheType::f32;
+    CHECK(with(WeightType::f32, own) == "no error");
+    CHECK(with(WeightType::f32, CacheType::automatic) == "no error");
+    CHECK(contains(with(WeightType::f32, in_bf16 ? CacheType::f32 : CacheType::bf16),
+                   in_bf16 ? "--cache-type f32: the CUDA engine computes in bf16"
+                           : "--cache-type bf16: the CUDA engine computes in f32"));
+    CHECK(contains(with(WeightType::q8_0, own), "--weights q8_0: the CUDA engine computes in "));
+    CHECK(contains(with(WeightType::f16, own), "--weights f16: "));
+    const std::string bf16 = with(WeightType::bf16, own);
+    CHECK(in_bf16 ? bf16 == "no error" : contains(bf16, "--weights bf16: "));
+    const auto gpt = gpu::make_gpt(c, options);
+    CHECK(
+        contains(error_of([&] { gpt->make_cache(64, in_bf16 ? CacheType::f32 : CacheType::bf16); }),
+                 "--cache-type "));
+    // Half the memory for keys and values, and for the matrices of a model that only computes.
+    options.decode = {.rows = 1, .tokens = 1, .positions = 640};
+    const auto bytes = [&](const char* what) {
+      for (const MemoryPlan::Item& i : gpu::plan_memory(c, options).items)
+        if (i.what == what) return i.bytes;
+      return int64_t(-1);
+    };
+    CHECK(bytes("KV cache") == int64_t(640) * 2 * c.L * c.NKV * c.HS * (in_bf16 ? 2 : 4));
+    CHECK(bytes("parameters") > 0);
+  }
 }
 
 TEST_CASE("cuda: logits that are not finite end a call to decode") {

@@ -171,6 +171,23 @@ TEST_CASE("eval of a base model continues prompts, up to the end of the paragrap
   CHECK(r["facts"]["value"] == .25);  // a cook; the baker is in the next paragraph
 }
 
+TEST_CASE(
+    "eval leaves unanswered what is longer than --context, and scores texts in windows of it") {
+  const Exam exam;
+  const Output out =
+      shell("./chat eval " + exam.dir + " --threads 1 --context 20 --tasks " + exam.items);
+  CHECK(out.status == 0);
+  CHECK(contains(out.text, "questions are longer than the context: not answered"));
+  const std::string text =
+      "test/golden/eval_model --tasks bits_per_byte=test/golden/eval_text.jsonl";
+  const auto bits = [&](const std::string& flags) {
+    return eval(text + flags)["bits_per_byte"]["value"].get<double>();
+  };
+  const int T = load_config("test/golden/eval_model").T;
+  CHECK(bits(concat(" --context ", T)) == bits(""));
+  CHECK(bits(" --context 8") > bits("") + .01);  // less is read before each token
+}
+
 TEST_CASE("GSM8K is asked in conversations and after solved examples, and marked by its number") {
   ScriptedModel m(2048);
   const Tokenizer& t = m.tokenizer();
@@ -243,6 +260,9 @@ TEST_CASE("eval answers bad input with one line and status 1") {
       {"--tasks a --shots 2", "--shots-from is missing"},
       {"--tasks a --shots 2 --shots-from b", "--shots-from: found b, expected NAME=FILE"},
       {"--tasks a --rows 0", "--rows: found 0"},
+      {"--tasks " + exam.items + " --context 1", "--context: found 1, expected 2 to "},
+      {"--tasks " + exam.items + " --cache-type f16", "--cache-type: found f16"},
+      {"--tasks " + exam.items + " --weights q4_0", "--weights: found q4_0"},
       // Before any question is asked:
       {"--tasks none --beside x=" + d + "list", "list: found [1], expected an object"},
       {"--tasks none --beside x=" + d + "value", "value: math: value: found \"high\", expected a"},

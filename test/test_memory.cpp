@@ -143,7 +143,7 @@ TEST_CASE("a sample that finds no memory is a note, and the run goes on") {
 #endif
 
 TEST_CASE("a cache that no memory can hold ends a stage before it begins, in one line") {
-  const std::string enormous = " --max-tokens 100000000 --device cpu ";
+  const std::string enormous = " --context 1073741824 --max-tokens 100000000 --device cpu ";
   check_refused(
       shell(concat("timeout 20 ./chat generate ", world() / "model", " --prompt x", enormous)),
       "KV cache 13.1 TB");
@@ -153,6 +153,53 @@ TEST_CASE("a cache that no memory can hold ends a stage before it begins, in one
       "KV cache 13.1 TB");
   CHECK(!std::filesystem::exists(world() / "rl"));
 }
+
+// A page of this model's cache, 64 positions, takes 8.4 MB.
+TEST_CASE("a context of a billion tokens takes memory for the tokens that there are") {
+  write_file(
+      world() / "items.jsonl",
+      R"({"task":"a","prompt":"Question 1?","check":{"type":"number","value":"1"},"tokens":4})"
+      "\n");
+  const std::string model = world() / "model", note = "of the model's 1073741824 tokens: ";
+  const std::string flags = " --max-tokens 8 --device cpu --threads 1 ";
+#ifdef __SANITIZE_ADDRESS__  // which takes more address space than the limit
+  const std::string limit;
+#else
+  const std::string limit = "ulimit -v 900000; ";
+#endif
+  write_file(world() / "lines.txt", "Hi\n");
+  for (const std::string& command :
+       {concat("./chat generate ", model, " --prompt Hi", flags),
+        concat("./chat ", model, " --base < ", world() / "lines.txt", flags),
+        concat("./chat eval ", model, " --base --tasks ", world() / "items.jsonl", flags),
+        concat("./rlhf grpo --model ", model, " --prompts ", world() / "problems.jsonl",
+               " --reward number --steps 1 --rollouts 4 --group 2 --micro-batch-tokens 64",
+               " --overwrite -o ", world() / "rl_long", flags)}) {
+    CAPTURE(command);
+    const auto notes = [&](const std::string& more) {
+      const Output o = shell(concat("(", limit, command, more, ")"));
+      CAPTURE(o.text);
+      CHECK(o.status == 0);
+      int n = 0;
+      for (size_t i = 0; (i = o.text.find(note, i)) != std::string::npos; i++) n++;
+      return n;
+    };
+    CHECK(notes("") == 1);
+    CHECK(notes("--context 256") == 0);
+  }
+  // What the run chose is what it goes on with.
+  const Json state = read_json(world() / "rl_long/model/trainer_state.json");
+  CHECK(state.at("settings").at("context") == 256);
+}
+
+#ifndef __SANITIZE_ADDRESS__
+TEST_CASE("a text that outgrows memory ends in one line") {
+  const std::string prompt(8000, '~');  // 1 GB of cache
+  check_refused(shell(concat("ulimit -v 900000; ./chat generate ", world() / "model", " --prompt ",
+                             prompt, " --max-tokens 8 --device cpu --threads 1")),
+                "error: out of memory: ");
+}
+#endif
 
 TEST_CASE("logits that are not finite end chat's answers and RL's rollouts with an error") {
   const std::string model = world() / "overflow", part = "logits that are not finite";

@@ -465,10 +465,13 @@ namespace {
 const std::filesystem::path& world() {
   static const TempDir dir;
   static const std::filesystem::path path = [] {
-    const auto gpt = small_model(small_config(tokenizer().vocab_size()));
+    Config config = small_config(tokenizer().vocab_size());
+    config.eos = tokenizer().document_separator();
+    const auto gpt = small_model(config);
     SaveOptions options;
     options.tokenizer_from = tokenizer_dir();
     save_checkpoint(dir / "model", *gpt, options);
+    write_file(dir / "model/generation_config.json", R"({"temperature": 0.5})");
     std::string lines;
     for (int i = 0; i < 400; i++) {
       const char letter = char('a' + i % 26);
@@ -550,9 +553,15 @@ TEST_CASE("fine-tuning learns, and writes a model with the chat template, metric
   CHECK(losses(dir / "run").size() == 60 + 10 + 1);  // before, nine on the way, the last
   CHECK(contains(o.text, "asked   say "));
   CHECK(contains(o.text, "held-out loss"));
-  const Json config = read_json(dir / "run/model/config.json");
-  CHECK(config.at("eos_token_id") == tokenizer().special("<|im_end|>"));
-  CHECK(config.at("pad_token_id") != config.at("eos_token_id"));
+  // Turns end now, as documents did before, and the base model's sampling settings go on.
+  const Config config = load_config(dir / "run/model");
+  CHECK(config.end_tokens ==
+        std::vector{tokenizer().special("<|im_end|>"), tokenizer().document_separator()});
+  CHECK(config.pad >= 0);
+  CHECK(config.pad != config.eos);
+  const Json generation = read_json(dir / "run/model/generation_config.json");
+  CHECK(generation.at("temperature") == .5);
+  CHECK(generation.at("eos_token_id") == Json(config.end_tokens));
   CHECK(read_json(dir / "run/model/tokenizer_config.json").contains("chat_template"));
   CHECK(!std::filesystem::exists(dir / "run/tokenizer"));
 }
