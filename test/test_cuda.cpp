@@ -2316,7 +2316,7 @@ TEST_CASE("cuda: weights and keys have the type of the products, and another is 
     CHECK(contains(with(WeightType::q8_0, own), "--weights q8_0: the CUDA engine computes in "));
     CHECK(contains(with(WeightType::f16, own), "--weights f16: "));
     const std::string bf16 = with(WeightType::bf16, own);
-    CHECK(in_bf16 ? bf16 == "no error" : contains(bf16, "--weights bf16: "));
+    CHECK((in_bf16 ? bf16 == "no error" : contains(bf16, "--weights bf16: ")));
     const auto gpt = gpu::make_gpt(c, options);
     CHECK(
         contains(error_of([&] { gpt->make_cache(64, in_bf16 ? CacheType::f32 : CacheType::bf16); }),
