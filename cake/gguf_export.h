@@ -117,7 +117,8 @@ inline void expect_gguf_tokenizer(const TokenizerData& data, std::vector<std::st
 enum class GgufTokenType : int32_t { normal = 1, unknown, control, user_defined, unused };
 
 // What an assistant writes for its reader or for a program: clients show these tokens, while they
-// hide control tokens.
+// hide control tokens. llama.cpp finds user-defined tokens in every text, also in what a user
+// types.
 inline bool is_shown_by_clients(std::string_view token) {
   constexpr std::string_view kShown[] = {"<tool_call>",      "</tool_call>", "<tool_response>",
                                          "</tool_response>", "<think>",      "</think>"};
