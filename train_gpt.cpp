@@ -2717,6 +2717,12 @@ static void quantize_block(const float* x, int8_t* q, float& scale, int32_t& sta
     const vec v = load(x + i);
     top = vmax(top, vmax(v, -v)), zeros += v - v;
   }
+  start = 0;
+  if (sum_lanes(zeros) != 0) {
+    scale = std::numeric_limits<float>::quiet_NaN();
+    std::fill_n(q, kQ8Block, 0);
+    return;
+  }
   const float d = max_lanes(top) / 127;
   const float inverse = d > 0x1p-128f ? 1 / d : 0;  // else it is infinite
   ivec sum{};
@@ -2730,12 +2736,8 @@ static void quantize_block(const float* x, int8_t* q, float& scale, int32_t& sta
     const byte_vec bytes = __builtin_convertvector(rounded, byte_vec);
     std::memcpy(q + i, &bytes, sizeof bytes);
   }
-  scale = f16_to_float(float_to_f16(d)), start = 0;
+  scale = f16_to_float(float_to_f16(d));
   for (int i = 0; i < kLanes; i++) start -= kQ8Offset * sum[i];
-  if (sum_lanes(zeros) != 0) {
-    scale = std::numeric_limits<float>::quiet_NaN(), start = 0;
-    std::fill_n(q, kQ8Block, 0);
-  }
 }
 
 // The operand A of a product, whose rows are contiguous.
