@@ -1,7 +1,7 @@
 // Part of ./bpe: the tokenizer in the keys of a .gguf file, where it is byte-level BPE:
 //
-//     tokenizer.ggml.tokens      texts by id: spellings as in tokenizer.json, special tokens as
-//     text tokenizer.ggml.token_type  normal, control, user-defined, unused ...
+//     tokenizer.ggml.tokens      by id: spelled as in tokenizer.json; special tokens as text
+//     tokenizer.ggml.token_type  normal, control, user-defined, unused ...
 //     tokenizer.ggml.merges      "left right", in their order
 //     tokenizer.ggml.pre         a name for how text is split: kGgufPreTokenizers
 //

@@ -2723,8 +2723,7 @@ static void quantize_block(const float* x, int8_t* q, float& scale, int32_t& sta
     std::fill_n(q, kQ8Block, 0);
     return;
   }
-  const float d = max_lanes(top) / 127;
-  const float inverse = d > 0x1p-128f ? 1 / d : 0;  // else it is infinite
+  const float d = max_lanes(top) / 127, inverse = q8_0_inverse(d);
   ivec sum{};
   for (int i = 0; i < kQ8Block; i += kLanes) {
     // round(x / d), halves away from zero: truncates after adding the number below .5 with x's
