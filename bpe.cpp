@@ -36,9 +36,10 @@
 #include <vector>
 
 #include "cake/bpe.h"
+#include "cake/documents.h"
 #include "cake/flags.h"
 #include "cake/json.h"
-#include "cake/records.h"
+#include "cake/record_flags.h"
 #include "cake/run.h"
 #include "cake/shards.h"
 #include "cake/stretches.h"
@@ -376,16 +377,18 @@ void show_command(const Tokenizer& tokenizer, const std::string& text, bool spec
 }
 
 // Prints the ids of each document, an array on a line.
-void ids_command(const Tokenizer& tokenizer, const std::vector<std::string>& inputs, bool special,
-                 bool around, bool offsets) {
+void ids_command(const Tokenizer& tokenizer, const Corpus& corpus, bool around, bool offsets) {
   TextEncoder encoder(tokenizer.data(), 1 << 20);
-  DocumentReader reader(expand_folders(inputs));
+  DocumentReader reader(expand_folders(corpus.inputs), corpus.records);
+  const bool special = corpus.specials;
+  int64_t documents = 0;
   std::string text, lines;
   IdBuffer ids;
   for (DocumentPart part; reader.next(part);) {
     if (part.begins) text.clear();
     text += part.text;
     if (!part.ends) continue;
+    documents++;
     lines += '[';
     const char* comma = "";
     if (around || offsets) {
@@ -404,6 +407,10 @@ void ids_command(const Tokenizer& tokenizer, const std::vector<std::string>& inp
     lines.clear();
   }
   print(lines);
+  // Beside the ids, which are the output.
+  const std::string notes =
+      reader.left_out().text(documents + reader.left_out().total()) + reader.divider_note(special);
+  std::fputs(notes.c_str(), stderr);
 }
 
 std::string read_all(const Input& input) {
@@ -420,8 +427,9 @@ std::string read_all(const Input& input) {
 // Command line
 
 const char* const kDocuments =
-    "plain text (each file is one document), JSON lines with \"text\", WET, each also as .gz or "
-    ".zst; parquet with \"text\"; folders of these; - is the standard input";
+    "plain text (lines of <|endoftext|> divide a file into documents), JSON lines or a JSON array "
+    "with \"text\", WET, each also as .gz or .zst; parquet with \"text\"; folders of these; - is "
+    "the standard input";
 
 // What the commands ask for.
 struct Options {
@@ -445,6 +453,7 @@ void add_corpus(CLI::App* command, Options& o) {
   command->add_option("--val-fraction", o.corpus.val_fraction,
                       "share of the text that is kept for validation, 0 to 1: the end of a single "
                       "document, or whole documents; 0: none");
+  add_record_flags(*command, o.corpus.records);
   add_threads(command, o);
 }
 
@@ -496,6 +505,7 @@ void train_command(const Options& o) {
               {"too_long_pieces", report.too_long_pieces},
               {"too_long_bytes", report.too_long_bytes},
               {"temporary_files", report.temporary_files},
+              {"left_out", report.left_out},
               {"vocab_size", tokenizer.vocab_size()},
               {"seconds", now() - start}});
 }
@@ -555,6 +565,7 @@ int run(int argc, char** argv) {
   CLI::App* ids = app.add_subcommand("ids", "documents to ids, a JSON array on a line for each");
   add_tokenizer(ids, o);
   ids->add_option("INPUT", o.corpus.inputs, kDocuments)->required()->default_str("");
+  add_record_flags(*ids, o.corpus.records);
   add_special(ids, o);
   ids->add_flag("--add-special", o.around,
                 "put the ids around each text that the tokenizer's post-processor asks for");
@@ -570,6 +581,7 @@ int run(int argc, char** argv) {
   add_tokenizer(extend, o);
   extend->add_option("INPUT", o.corpus.inputs, "documents to train further tokens on, as for train")
       ->default_str("");
+  add_record_flags(*extend, o.corpus.records);
   extend->add_option("--special", o.more.specials, "special tokens to add")->default_str("");
   extend->add_option("--tokens", o.more.tokens,
                      "number of tokens to train on the documents, as the present vocabulary "
@@ -581,6 +593,7 @@ int run(int argc, char** argv) {
   CLI::App* stats = app.add_subcommand("stats", "what a vocabulary makes of a text");
   add_tokenizer(stats, o);
   stats->add_option("INPUT", o.figures.inputs, kDocuments)->required()->default_str("");
+  add_record_flags(*stats, o.figures.records);
   stats->add_option("--with", o.figures.others, "further tokenizers to compare with")
       ->default_str("");
   stats->add_option("--html", o.figures.html, "a page to write, with each token in colour");
@@ -611,8 +624,7 @@ int run(int argc, char** argv) {
     } else if (*decode) {
       decode_command(Tokenizer::load(o.tokenizer, o.pattern), o.words, o.corpus.threads, o.output);
     } else if (*ids) {
-      ids_command(Tokenizer::load(o.tokenizer, o.pattern), o.corpus.inputs, o.special, o.around,
-                  o.offsets);
+      ids_command(Tokenizer::load(o.tokenizer, o.pattern), o.corpus, o.around, o.offsets);
     } else if (*convert) {
       convert_tokenizer(Tokenizer::load(o.tokenizer, o.pattern), o.output);
     } else if (*extend) {

@@ -250,7 +250,8 @@ TextFigures count_tokens(const StatsOptions& options, std::vector<Vocabulary>& v
   };
   std::vector<const TokenizerData*> others;
   for (size_t v = 1; v < n; v++) others.push_back(&vocabularies[v].tokenizer.data());
-  const Corpus corpus{.inputs = options.inputs, .threads = options.threads};
+  const Corpus corpus{
+      .inputs = options.inputs, .threads = options.threads, .records = options.records};
   ConsoleLog log(!isatty(STDOUT_FILENO));
   for_each_stretch<Characters>(corpus, vocabularies[0].tokenizer.data(), "reading", log, count,
                                add_up, others);

@@ -459,7 +459,7 @@ WordTable count_pieces(const Corpus& corpus, const TokenizerData& data, ConsoleL
   };
   Corpus in_cache = corpus;  // a stretch and the list of its pieces
   in_cache.stretch_bytes = std::min<size_t>(corpus.stretch_bytes, 64 << 10);
-  for_each_stretch<Result>(in_cache, data, "reading", log, count, add_up);
+  report.left_out = for_each_stretch<Result>(in_cache, data, "reading", log, count, add_up).json();
   if (report.bytes == 0) fail("training: found documents without text, expected text");
   WordTable words = counter.finish(report);
 

@@ -265,38 +265,6 @@ void TextFile::commit() {
   if (!file_ && std::fflush(stdout) != 0) fail("standard output: cannot write: ", errno_text());
 }
 
-void append_json_string(std::string& out, std::string_view text) {
-  out += '"';
-  size_t plain = 0;  // begin of what needs no escape
-  for (size_t i = 0; i < text.size(); i++) {
-    const unsigned char c = static_cast<unsigned char>(text[i]);
-    if (c >= 0x20 && c != '"' && c != '\\') continue;
-    out += text.substr(plain, i - plain);
-    plain = i + 1;
-    switch (c) {
-      case '"':
-        out += "\\\"";
-        break;
-      case '\\':
-        out += "\\\\";
-        break;
-      case '\n':
-        out += "\\n";
-        break;
-      case '\t':
-        out += "\\t";
-        break;
-      case '\r':
-        out += "\\r";
-        break;
-      default:
-        out += format("\\u%04x", c);
-    }
-  }
-  out += text.substr(plain);
-  out += '"';
-}
-
 namespace {
 
 // The shortest decimal form that gives the same double back; null: not a number.

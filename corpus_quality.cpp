@@ -142,8 +142,9 @@ struct Contamination::State {
   Counts counts;
 
   void read(const std::string& path);
-  void read_json_lines(const Input& input);
-  void read_plain_text(const Input& input);
+  void read_json(ByteWindow window);
+  void read_rows(const std::string& path);
+  void read_plain_text(ByteWindow window);
   void add_strings(simdjson::dom::element e, int64_t line);
   void add_string(std::string_view text, int64_t line);
   void build_table();
@@ -164,28 +165,33 @@ struct Contamination::State {
 void Contamination::State::read(const std::string& path) {
   require(path != "-", "decontamination: found standard input, expected a file");
   names.push_back(path);
-  std::filesystem::path name = path;
-  if (name.extension() == ".gz" || name.extension() == ".zst") name = name.stem();
-  if (name.extension() == ".json" || DocumentReader::is_jsonl(path, {})) {
-    read_json_lines(path);
-  } else {
-    read_plain_text(path);
+  const Input input(path);
+  ByteWindow window(ByteSource(input, {.any_kind = true}));
+  const std::string_view head = window.need(1 << 16);
+  const FileKind kind = file_kind(input, head, {});
+  if (kind == FileKind::json) return read_json(std::move(window));
+  if (kind == FileKind::parquet) {
+    require_mapped_parquet(input, window.source());
+    return read_rows(path);
   }
+  require_text(head, path);
+  read_plain_text(std::move(window));
 }
 
-// Each line is any JSON value.
-void Contamination::State::read_json_lines(const Input& input) {
-  LineReader lines(input);
+// Any JSON values: one on each line, or the elements of an array.
+void Contamination::State::read_json(ByteWindow window) {
+  JsonValues values(std::move(window));
+  for (simdjson::dom::element value; values.next(value);) add_strings(value, values.number());
+}
+
+void Contamination::State::read_rows(const std::string& path) {
+  parquet::JsonRows rows(path);
   simdjson::dom::parser parser;
-  for (std::string_view line; lines.next(line);) {
-    if (lines.number() == 1 && line.starts_with("\xef\xbb\xbf")) line.remove_prefix(3);
-    if (strip_ascii(line).empty()) continue;
-    simdjson::dom::element element;
-    if (const auto error = parser.parse(line.data(), line.size(), false).get(element)) {
-      fail(lines.where(), ": not JSON: ", simdjson::error_message(error),
-           "; expected a JSON value on each line");
-    }
-    add_strings(element, lines.number());
+  simdjson::dom::element row;
+  for (std::string json; rows.next(json);) {
+    const auto error = parse_and_repair(json, parser, row);
+    if (error) fail(path, ": row ", rows.row(), ": ", json_problem(error));
+    add_strings(row, rows.row());
   }
 }
 
@@ -203,16 +209,10 @@ void Contamination::State::add_strings(simdjson::dom::element e, int64_t line) {
 }
 
 // A plain text is one string, since its lines may be broken anywhere.
-void Contamination::State::read_plain_text(const Input& input) {
-  ByteSource source(input);
-  std::string text;
-  for (size_t got = 1; got > 0;) {
-    const size_t before = text.size();
-    text.resize(before + (1 << 20));
-    got = source.read(text.data() + before, 1 << 20);
-    text.resize(before + got);
-  }
-  add_string(text, 1);
+void Contamination::State::read_plain_text(ByteWindow window) {
+  window.begin_text();
+  while (!window.ended()) window.need(window.bytes().size() + (1 << 20));
+  add_string(window.bytes(), 1);
 }
 
 void Contamination::State::add_string(std::string_view text, int64_t line) {

@@ -1078,11 +1078,9 @@ class UrlLists {
   template <class Normal>
   static void read(const std::vector<std::string>& paths, Normal&& normal, Set& set) {
     for (const std::string& path : paths) {
-      const std::string text = read_file(path);
-      for (size_t i = 0; i < text.size();) {
-        const size_t end = std::min(text.find('\n', i), text.size());
-        const std::string_view line = strip_ascii(std::string_view(text).substr(i, end - i));
-        i = end + 1;
+      LineReader lines{Input(path)};
+      for (std::string_view line; lines.next(line);) {
+        line = strip_ascii(line);
         if (line.empty() || line[0] == '#') continue;
         std::string entry = normal(line);
         if (!entry.empty()) set.insert(std::move(entry));

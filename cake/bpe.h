@@ -396,6 +396,7 @@ struct StatsOptions {
   std::string html;     // empty: no page
   int sample = 20'000;  // bytes of the text that the page shows
   int threads = 1;
+  RecordOptions records = {};  // --map text=KEY and --bad-lines
 };
 void stats_command(const StatsOptions&);
 

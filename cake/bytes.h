@@ -12,6 +12,9 @@
 // frames; decompression can begin at each of them. ByteSource remembers where they begin, so that
 // an Entry names a place from which a later reader goes on without the bytes before it.
 //
+// Text. Editors write it in several ways: with a byte order mark, in UTF-16, with carriage returns.
+// ByteWindow::begin_text() and LineEnds make one of them: UTF-8 without a mark, and line feeds.
+//
 // Damage. By default damaged or truncated compression is an error. With SourceOptions::survive the
 // bytes up to the damage are a segment of the stream: read() ends there, damage() says why, and
 // resume() looks for the next member or frame, with which the next segment begins.
@@ -35,6 +38,7 @@
 #include <vector>
 
 #include "cake/run.h"
+#include "cake/unicode.h"
 
 namespace cake {
 
@@ -109,6 +113,58 @@ inline size_t binary_nuls(std::string_view head) {
   return nuls * 1000 <= sample.size() ? 0 : nuls;
 }
 
+// UTF-16 by its mark, or by its NUL bytes beside ASCII; else nullptr.
+inline const char* utf16_charset(std::string_view bytes) {
+  if (bytes.starts_with("\xff\xfe")) return "UTF-16LE";
+  if (bytes.starts_with("\xfe\xff")) return "UTF-16BE";
+  size_t nuls[2] = {0, 0};
+  const std::string_view sample = bytes.substr(0, 256);
+  if (std::memchr(sample.data(), 0, sample.size()) == nullptr) return nullptr;
+  for (size_t i = 0; i < sample.size(); i++) nuls[i & 1] += sample[i] == '\0';
+  const size_t many = sample.size() / 4;
+  if (nuls[1] > many && nuls[0] < nuls[1] / 4) return "UTF-16LE";
+  if (nuls[0] > many && nuls[1] < nuls[0] / 4) return "UTF-16BE";
+  return nullptr;
+}
+
+// UTF-16 that comes in pieces, as UTF-8. Halves of characters become U+FFFD.
+class Utf16Decoder {
+ public:
+  explicit Utf16Decoder(bool is_big_endian) : is_big_endian_(is_big_endian) {}
+
+  // Appends the text of the bytes to `out`. `is_last`: no bytes will follow.
+  void decode(std::string_view bytes, bool is_last, std::string& out) {
+    for (const char c : bytes) {
+      if (std::exchange(has_odd_, !has_odd_)) {
+        const unsigned a = odd_ & 0xff, b = c & 0xff;
+        add_unit(is_big_endian_ ? a << 8 | b : b << 8 | a, out);
+      } else {
+        odd_ = c;
+      }
+    }
+    if (is_last && (high_ || has_odd_)) append_utf8(out, kHalf), high_ = 0, has_odd_ = false;
+  }
+
+ private:
+  static constexpr unsigned kHalf = 0xfffd;
+
+  void add_unit(unsigned unit, std::string& out) {
+    const bool is_low = unit >= 0xdc00 && unit <= 0xdfff;
+    if (high_ && is_low) {
+      append_utf8(out, 0x10000 + ((high_ - 0xd800) << 10) + (unit - 0xdc00));
+      high_ = 0;
+      return;
+    }
+    if (high_) append_utf8(out, kHalf);
+    high_ = unit >= 0xd800 && unit <= 0xdbff ? unit : 0;
+    if (!high_) append_utf8(out, is_low ? kHalf : unit);
+  }
+
+  bool is_big_endian_, has_odd_ = false;
+  char odd_ = 0;       // the first byte of a unit
+  unsigned high_ = 0;  // the first unit of a pair
+};
+
 // ---------------------------------------------------------------------------------------------
 // Bytes
 
@@ -150,17 +206,19 @@ class ByteSource {
 
   // Up to `n` bytes; fewer only at the end of the segment.
   size_t read(char* out, size_t n) {
-    size_t done = 0;
-    while (done < n && !damage_) {
-      const size_t got = inflate_ ? read_gzip(out + done, n - done)
-                         : zstd_  ? read_zstd(out + done, n - done)
-                                  : read_plain(out + done, n - done);
-      if (got == 0) break;
-      done += got;
-      produced_ += got;
-    }
+    const size_t done = utf16_ ? read_utf16(out, n) : read_bytes(out, n);
+    if (cr_ends_lines_) std::replace(out, out + done, '\r', '\n');
     return done;
   }
+
+  // The stream is UTF-16, and `head` has been read of it: read() then gives all of it as UTF-8.
+  // Offsets are those in UTF-8, and entry() names the beginning.
+  void decode_utf16(std::string_view head) {
+    utf16_ = std::make_unique<Utf16Decoder>(utf16_charset(head) == std::string_view("UTF-16BE"));
+    utf16_->decode(head, false, utf8_);
+  }
+  // From here on read() gives line feeds for carriage returns.
+  void end_lines_at_cr() { cr_ends_lines_ = true; }
 
   // Why the segment ended: "truncated gzip data"; nullptr: at the end of the file, or not yet.
   const char* damage() const { return damage_; }
@@ -185,7 +243,7 @@ class ByteSource {
   // A place for a later ByteSource to seek(): the last one at or before the offset `next`. Without
   // one, it is the stream's beginning.
   Entry entry(uint64_t next) const {
-    if (!seekable_) return {0, 0, next};
+    if (!seekable_ || utf16_) return {0, 0, next};
     if (!inflate_ && !zstd_) return {next, next, next};
     const auto behind = std::upper_bound(frames_.begin(), frames_.end(), next,
                                          [](uint64_t n, const Frame& f) { return n < f.begin; });
@@ -223,6 +281,30 @@ class ByteSource {
   struct Frame {  // a gzip member or a Zstandard frame
     uint64_t compressed, begin;
   };
+
+  size_t read_bytes(char* out, size_t n) {
+    size_t done = 0;
+    while (done < n && !damage_) {
+      const size_t got = inflate_ ? read_gzip(out + done, n - done)
+                         : zstd_  ? read_zstd(out + done, n - done)
+                                  : read_plain(out + done, n - done);
+      if (got == 0) break;
+      done += got;
+      produced_ += got;
+    }
+    return done;
+  }
+
+  size_t read_utf16(char* out, size_t n) {
+    for (std::array<char, 1 << 14> block; utf8_.size() < n && !utf16_ended_;) {
+      const size_t got = read_bytes(block.data(), block.size());
+      utf16_ended_ = got < block.size();
+      utf16_->decode({block.data(), got}, utf16_ended_, utf8_);
+    }
+    const size_t done = utf8_.copy(out, n);
+    utf8_.erase(0, done);
+    return done;
+  }
 
   // Reads the next block; false at the end of the file.
   bool refill() {
@@ -416,6 +498,9 @@ class ByteSource {
   uint64_t frame_begin_ = 0;  // of the last member or frame, in the file
   std::deque<Frame> frames_;  // those that entry() may name, in order
   const char* damage_ = nullptr;
+  std::unique_ptr<Utf16Decoder> utf16_;
+  std::string utf8_;  // decoded, not yet read
+  bool utf16_ended_ = false, cr_ends_lines_ = false;
 };
 
 // Standard input copied to an unnamed temporary file, so that it can be read twice.
@@ -469,6 +554,29 @@ class ByteWindow {
     }
   }
 
+  // At the beginning of the stream, before anything is consumed: makes UTF-8 of UTF-16, passes a
+  // byte order mark, and looks at how lines end in the first 64 KiB. Where carriage returns alone
+  // end them, they become line feeds. A file with several ways has them on purpose.
+  void begin_text() {
+    if (utf16_charset(need(kBlock))) {
+      source_.decode_utf16(bytes());
+      begin_ = end_ = 0;
+      ended_ = false;
+    }
+    if (need(kBlock).starts_with("\xef\xbb\xbf")) consume(3);
+    std::string_view head = bytes().substr(0, kBlock);
+    if (head.ends_with('\r') && !(ended_ && head.size() == bytes().size())) head.remove_suffix(1);
+    size_t pairs = 0;
+    for (size_t i = 0; (i = head.find("\r\n", i)) != std::string_view::npos; i += 2) pairs++;
+    const auto cr = size_t(std::count(head.begin(), head.end(), '\r'));
+    const auto lf = size_t(std::count(head.begin(), head.end(), '\n'));
+    has_crlf_ = pairs > 0 && pairs == cr && pairs == lf;
+    if (cr == 0 || lf > 0) return;
+    std::replace(buffer_.data() + begin_, buffer_.data() + end_, '\r', '\n');
+    source_.end_lines_at_cr();
+  }
+  bool has_crlf() const { return has_crlf_; }  // begin_text() found all lines to end with \r\n
+
   uint64_t offset() const { return offset_; }  // in the stream, of the window's first byte
   bool ended() const { return ended_; }        // the window holds all of the segment that is left
 
@@ -512,11 +620,43 @@ class ByteWindow {
   std::vector<char> buffer_;
   size_t begin_ = 0, end_ = 0;  // the window in buffer_
   uint64_t offset_ = 0;
-  bool ended_ = false;
+  bool ended_ = false, has_crlf_ = false;
 };
 
 // ---------------------------------------------------------------------------------------------
 // Lines
+
+// Text that comes in pieces, with a line feed for each \r\n.
+class LineEnds {
+ public:
+  // Appends the text to `out`; an empty one is the end.
+  void append(std::string_view text, std::string& out) {
+    if (std::exchange(has_cr_, false) && !text.starts_with('\n')) out += '\r';
+    for (size_t cr; (cr = text.find('\r')) != std::string_view::npos;) {
+      has_cr_ = cr + 1 == text.size();
+      const bool ends_line = has_cr_ || text[cr + 1] == '\n';
+      out.append(text.substr(0, cr + !ends_line));
+      text.remove_prefix(cr + 1);
+    }
+    out.append(text);
+  }
+
+ private:
+  bool has_cr_ = false;  // the text so far ends with \r, which is not yet written
+};
+
+// All of a text file, whatever editor wrote it: UTF-8 without a mark, whose lines a line feed ends.
+inline std::string read_text_file(const Input& input) {
+  ByteWindow window{ByteSource(input)};
+  window.begin_text();
+  LineEnds line_ends;
+  std::string text;
+  for (std::string_view bytes = " "; !bytes.empty(); window.consume(bytes.size())) {
+    bytes = window.need(1);
+    window.has_crlf() ? line_ends.append(bytes, text) : void(text.append(bytes));
+  }
+  return text;
+}
 
 enum class LineEnd {
   none,     // the segment has ended
@@ -551,33 +691,32 @@ inline LineEnd read_line(ByteWindow& window, std::string_view& line, size_t max_
   }
 }
 
+// Whole lines with their line breaks, together about `bytes` bytes or else one long line, consumed.
+// They are valid until the window's next need(). `number` counts lines.
+inline bool read_lines(ByteWindow& window, std::string_view& lines, size_t bytes, int64_t& number) {
+  for (;; bytes *= 2) {
+    const std::string_view all = window.need(bytes);
+    const bool is_last = window.ended() && all.size() <= bytes;
+    const size_t newline = all.substr(0, bytes).rfind('\n');
+    if (newline == std::string_view::npos && !is_last) continue;
+    lines = is_last ? all : all.substr(0, newline + 1);
+    window.consume(lines.size());
+    number += std::count(lines.begin(), lines.end(), '\n');
+    if (is_last && !lines.empty() && !lines.ends_with('\n')) number++;
+    return !lines.empty();
+  }
+}
+
 class LineReader {
  public:
-  explicit LineReader(const Input& input) : window_(ByteSource(input)) {}
-  explicit LineReader(ByteWindow window) : window_(std::move(window)) {}
-  LineReader(ByteSource source, std::string_view head)  // `head` has been read from it
-      : window_(std::move(source), head) {}
+  explicit LineReader(const Input& input) : LineReader(ByteWindow(ByteSource(input))) {}
+  explicit LineReader(ByteWindow window) : window_(std::move(window)) { window_.begin_text(); }
 
   // See read_line().
   bool next(std::string_view& line) {
     if (read_line(window_, line) == LineEnd::none) return false;
     number_++;
     return true;
-  }
-  // Whole lines with their line breaks, together about `bytes` bytes or else one long line. They
-  // are valid until the next call.
-  bool next_lines(std::string_view& lines, size_t bytes) {
-    for (;; bytes *= 2) {
-      const std::string_view window = window_.need(bytes);
-      const bool is_last = window_.ended() && window.size() <= bytes;
-      const size_t newline = window.substr(0, bytes).rfind('\n');
-      if (newline == std::string_view::npos && !is_last) continue;
-      lines = is_last ? window : window.substr(0, newline + 1);
-      window_.consume(lines.size());
-      number_ += std::count(lines.begin(), lines.end(), '\n');
-      if (is_last && !lines.ends_with('\n')) number_++;
-      return !lines.empty();
-    }
   }
   int64_t number() const { return number_; }  // of the line returned last, from 1
   std::string where() const { return concat(window_.name(), ":", number_); }

@@ -18,11 +18,11 @@
 #include <string_view>
 #include <utility>
 
+#include "cake/bytes.h"
 #include "cake/run.h"
+#include "cake/utf8.h"
 
 namespace cake {
-
-inline constexpr std::string_view kReplacement = "\xef\xbf\xbd";  // U+FFFD
 
 inline bool is_utf8(std::string_view text) {
   return simdjson::validate_utf8(text.data(), text.size());
@@ -32,25 +32,6 @@ struct Utf8Census {
   size_t characters = 0;  // beyond ASCII
   size_t invalid = 0;     // maximal beginnings of characters that do not go on as they must
 };
-
-// The length of the character at text[i], which is beyond ASCII; 0 where there is none, and then
-// `bad`: the bytes that one U+FFFD stands for, as the Unicode standard says (section 3.9).
-inline size_t utf8_length(std::string_view text, size_t i, size_t& bad) {
-  const auto byte = [&](size_t k) { return k < text.size() ? text[k] & 0xff : 0; };
-  const int first = byte(i), second = byte(i + 1);
-  const size_t length = first < 0xc2   ? 0
-                        : first < 0xe0 ? 2
-                        : first < 0xf0 ? 3
-                        : first < 0xf5 ? 4
-                                       : 0;
-  const int low = first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80;
-  const int high = first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;
-  bad = 1;
-  if (length == 0 || second < low || second > high) return 0;
-  for (bad = 2; bad < length; bad++)
-    if ((byte(i + bad) & 0xc0) != 0x80) return 0;
-  return length;
-}
 
 // Appends the text to `out`, where there is one, with U+FFFD for what is invalid.
 inline Utf8Census repair_utf8(std::string_view text, std::string* out) {
@@ -266,20 +247,6 @@ inline std::string detect_charset(std::string_view text) {
   uchardet_handle_data(detector.get(), text.data(), text.size());
   uchardet_data_end(detector.get());
   return uchardet_get_charset(detector.get());
-}
-
-// UTF-16 by its mark, or by its NUL bytes beside ASCII; else nullptr.
-inline const char* utf16_charset(std::string_view bytes) {
-  if (bytes.starts_with("\xff\xfe")) return "UTF-16LE";
-  if (bytes.starts_with("\xfe\xff")) return "UTF-16BE";
-  size_t nuls[2] = {0, 0};
-  const std::string_view sample = bytes.substr(0, 256);
-  if (std::memchr(sample.data(), 0, sample.size()) == nullptr) return nullptr;
-  for (size_t i = 0; i < sample.size(); i++) nuls[i & 1] += sample[i] == '\0';
-  const size_t many = sample.size() / 4;
-  if (nuls[1] > many && nuls[0] < nuls[1] / 4) return "UTF-16LE";
-  if (nuls[0] > many && nuls[1] < nuls[0] / 4) return "UTF-16BE";
-  return nullptr;
 }
 
 // UTF-8 of a page's or a text's bytes. `declared`: a label from outside, as of the HTTP header;

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "cake/json.h"
 #include "cake/pages.h"
 #include "cake/run.h"
 
@@ -25,8 +26,6 @@ namespace cake::corpus {
 
 // ---------------------------------------------------------------------------------------------
 // Output
-
-void append_json_string(std::string& out, std::string_view utf8);  // in quotes
 
 // A text file, complete or not there at all; "-" is standard output. A name that ends in .zst:
 // Zstandard frames of 4 MB of whole lines, compressed side by side; the bytes depend on the text

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cake/run.h"
+#include "cake/utf8.h"
 
 namespace cake {
 
@@ -59,6 +60,38 @@ inline void write_json(const std::filesystem::path& path, const OrderedJson& jso
 template <class JsonType>
 std::string json_line(const JsonType& json) {
   return json.dump(-1, ' ', false, JsonType::error_handler_t::replace) + "\n";
+}
+
+// Appends a string as JSON, in quotes. Bytes that are not UTF-8 become U+FFFD.
+inline void append_json_string(std::string& out, std::string_view text) {
+  out += '"';
+  size_t copied = 0;
+  for (size_t i = 0; i < text.size();) {
+    const unsigned char c = static_cast<unsigned char>(text[i]);
+    if (c >= 0x20 && c < 0x80 && c != '"' && c != '\\') {
+      i++;
+      continue;
+    }
+    size_t bad = 1;
+    const size_t length = c < 0x80 ? 0 : utf8_length(text, i, bad);
+    if (length > 0) {
+      i += length;
+      continue;
+    }
+    out += text.substr(copied, i - copied);
+    if (c >= 0x80) {
+      out += kReplacement;
+    } else if (c == '"' || c == '\\') {
+      (out += '\\') += char(c);
+    } else if (c == '\n' || c == '\r' || c == '\t') {
+      (out += '\\') += c == '\n' ? 'n' : c == '\r' ? 'r' : 't';
+    } else {
+      out += format("\\u%04x", c);
+    }
+    copied = i += bad;
+  }
+  out += text.substr(copied);
+  out += '"';
 }
 
 // A value in a message: its JSON, shortened.

@@ -28,6 +28,7 @@
 
 #include "cake/bytes.h"
 #include "cake/charset.h"
+#include "cake/documents.h"
 #include "cake/json.h"
 #include "cake/records.h"
 #include "cake/warc.h"
@@ -78,79 +79,6 @@ inline std::vector<Input> expand_inputs(const std::vector<std::string>& argument
          it->second == input.path ? "" : concat(", first as ", it->second), ", expected each once");
   }
   return inputs;
-}
-
-// ---------------------------------------------------------------------------------------------
-// Raw JSON: the members of an object as they are written
-
-// Behind the string that begins at i, in valid JSON.
-inline size_t json_string_end(std::string_view json, size_t i) {
-  for (;;) {
-    i = json.find('"', i + 1);
-    size_t backslashes = 0;
-    while (json[i - 1 - backslashes] == '\\') backslashes++;
-    if (backslashes % 2 == 0) return i + 1;
-  }
-}
-
-// Behind the value that begins at i, in valid JSON.
-inline size_t json_value_end(std::string_view json, size_t i) {
-  if (json[i] == '"') return json_string_end(json, i);
-  if (json[i] != '{' && json[i] != '[') return json.find_first_of(" \t\r\n,]}", i);
-  for (int depth = 0;;) {
-    i = json.find_first_of("\"{}[]", i);
-    if (json[i] == '"') {
-      i = json_string_end(json, i);
-      continue;
-    }
-    depth += json[i] == '{' || json[i] == '[' ? 1 : -1;
-    i++;
-    if (depth == 0) return i;
-  }
-}
-
-struct RawMember {
-  std::string_view key, value;  // as written, the key with its quotes
-};
-
-// Of a valid JSON object.
-inline void split_members(std::string_view json, std::vector<RawMember>& members) {
-  members.clear();
-  for (size_t i = json.find('{') + 1;;) {
-    i = json.find_first_not_of(" \t\r\n,", i);
-    if (json[i] == '}') return;
-    const size_t key_end = json_string_end(json, i);
-    const size_t value = json.find_first_not_of(" \t\r\n:", key_end);
-    const size_t value_end = json_value_end(json, value);
-    members.push_back({json.substr(i, key_end - i), json.substr(value, value_end - value)});
-    i = value_end;
-  }
-}
-
-// JSON has escapes for half a character of UTF-16, which is none: they become \ufffd. Returns
-// whether there were any.
-inline bool repair_surrogates(std::string& json) {
-  const auto unit = [&](size_t i) {  // of the escape \uXXXX at i; 0: none is there
-    unsigned value = 0;
-    if (i + 6 > json.size() || json[i] != '\\' || json[i + 1] != 'u') return 0u;
-    const auto [stop, error] = std::from_chars(json.data() + i + 2, json.data() + i + 6, value, 16);
-    return error == std::errc() && stop == json.data() + i + 6 ? value : 0u;
-  };
-  bool found = false;
-  for (size_t i = 0; (i = json.find('\\', i)) != std::string::npos;) {
-    const unsigned first = unit(i);
-    if (first < 0xd800 || first > 0xdfff) {
-      i += 2;
-    } else if (const unsigned second = unit(i + 6);
-               first < 0xdc00 && second >= 0xdc00 && second <= 0xdfff) {
-      i += 12;
-    } else {
-      json.replace(i, 6, "\\ufffd");
-      found = true;
-      i += 6;
-    }
-  }
-  return found;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -249,16 +177,10 @@ class PageReader {
 
   void open(const Entry& begin) {
     const std::string_view head = window_.need(kHead);
-    kind_ = file_kind(input_, head);
+    kind_ = file_kind(input_, head, {options_.text_key, "text", "html"});
     if (kind_ == FileKind::parquet) return open_parquet(begin);
     if (kind_ == FileKind::warc) resume_prefix_ = "WARC/";
-    if (kind_ == FileKind::json_lines) {
-      resume_prefix_ = "{";
-      const bool is_array = strip_ascii(head.substr(0, 256)).starts_with('[');
-      if (is_array && inner_extension(input_.name) == ".json") {
-        fail(input_.name, ": found a JSON array, expected JSON lines: an object on each line");
-      }
-    }
+    if (kind_ == FileKind::json) open_json(begin);
     if (kind_ == FileKind::text) {
       whole_file_ = utf16_charset(head) != nullptr;
       const char* binary = binary_kind(head);
@@ -267,7 +189,8 @@ class PageReader {
         problems_[concat("skipped: ", binary ? binary : "binary data")]++;
       }
     }
-    if (begin.next == 0 && head.empty() && !window_.source().damage()) problems_["empty file"]++;
+    const bool is_empty = window_.bytes().empty() && window_.offset() == 0;
+    if (begin.next == 0 && is_empty && !window_.source().damage()) problems_["empty file"]++;
     if (begin.compressed > 0) window_.seek(begin);
     while (window_.offset() < begin.next) {  // what was counted before is not counted again
       window_.skip(begin.next - window_.offset());
@@ -281,8 +204,8 @@ class PageReader {
     switch (kind_) {
       case FileKind::warc:
         return find_warc(page);
-      case FileKind::json_lines:
-        return find_json(page);
+      case FileKind::json:
+        return layout_ == JsonLayout::lines ? find_json_line(page) : find_json_value(page);
       case FileKind::html:
         return find_html(page);
       default:
@@ -391,10 +314,10 @@ class PageReader {
       const std::string_view bytes = window_.bytes();
       divider = find_divider(bytes, searched, !too_long);
       if (divider.bytes > 0 || window_.ended()) break;
-      if (divider.begin > options_.max_page_bytes + 1) {
-        too_long = true;
-        window_.consume(divider.begin - 1);  // what is before it tells whether a line begins there
-        divider.begin = 1;
+      if (divider.begin > options_.max_page_bytes + kMaxDividerLine) {
+        too_long = true;  // the line's beginning stays: it tells whether it is a divider
+        window_.consume(divider.begin - kMaxDividerLine);
+        divider.begin = kMaxDividerLine;
       }
       searched = divider.begin;
       window_.need(window_.bytes().size() + 1);
@@ -416,28 +339,30 @@ class PageReader {
 
   // The first divider in the window from `searched` on. `is_start`: the window begins a line.
   Divider find_divider(std::string_view bytes, size_t searched, bool is_start) const {
-    static constexpr std::string_view kDivider = "<|endoftext|>";
     while (searched + kDivider.size() <= bytes.size()) {
-      const void* found = memmem(bytes.data() + searched, bytes.size() - searched, kDivider.data(),
-                                 kDivider.size());
-      if (!found) break;
-      const size_t begin = size_t(static_cast<const char*>(found) - bytes.data());
-      const std::string_view rest = bytes.substr(begin + kDivider.size());
-      if (rest.size() < 2 && !window_.ended()) return {begin, 0};
-      const size_t line_break = rest.starts_with("\r\n") ? 2 : rest.starts_with('\n') ? 1 : 0;
-      const bool begins_line = begin > 0 ? bytes[begin - 1] == '\n' : is_start;
-      if (begins_line && (line_break > 0 || rest.empty())) {
-        return {begin, kDivider.size() + line_break};
-      }
+      const size_t begin = find_end_of_text(bytes, searched);
+      if (begin == std::string_view::npos) break;
+      const DividerLine line = divider_line(bytes, begin, is_start, window_.ended());
+      if (line.is_cut) return {begin, 0};
+      if (line.is_found) return {line.begin, line.end - line.begin};
       searched = begin + 1;
     }
     if (window_.ended()) return {bytes.size(), 0};
     return {std::max(searched, bytes.size() - std::min(bytes.size(), kDivider.size() - 1)), 0};
   }
 
-  // ------------------------------------------------------------------------------ JSON lines
+  // ------------------------------------------------------------------------------ JSON
 
-  Found find_json(Page& page) {
+  void open_json(const Entry& begin) {
+    resume_prefix_ = "{";
+    window_.begin_text();
+    size_t list_begin = 0;
+    layout_ = json_layout(window_.need(kHead), window_.ended(), {}, &list_begin);
+    if (layout_ == JsonLayout::none) layout_ = JsonLayout::lines;
+    if (layout_ == JsonLayout::inside && begin.next == 0) window_.consume(list_begin);
+  }
+
+  Found find_json_line(Page& page) {
     std::string_view line;
     switch (read_line(window_, line, options_.max_page_bytes)) {
       case LineEnd::none:
@@ -449,24 +374,67 @@ class PageReader {
       case LineEnd::whole:
         break;
     }
-    if (page.place.offset == 0 && line.starts_with(kUtf8Mark)) {
-      line.remove_prefix(kUtf8Mark.size());
-    }
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) return Found::nothing;
-    simdjson::dom::element element;
-    auto error = parser_.parse(line.data(), line.size(), false).get(element);
-    if (error == simdjson::UTF8_ERROR || error == simdjson::STRING_ERROR) {
-      line_.clear();
-      repair_utf8(line, &line_);
-      page.repaired = repair_surrogates(line_) || error == simdjson::UTF8_ERROR;
-      line = line_;
-      error = parser_.parse(line_).get(element);
+    return parse_page(page, line);
+  }
+
+  // An element of an array, or an object over several lines.
+  Found find_json_value(Page& page) {
+    const std::string_view between = layout_ == JsonLayout::values ? " \t\r\n,[]" : " \t\r\n,";
+    for (;;) {
+      const std::string_view bytes = window_.need(1);
+      if (bytes.empty()) return end_segment();
+      const size_t passed = std::min(bytes.find_first_not_of(between), bytes.size());
+      window_.consume(passed);
+      if (passed < bytes.size()) break;
     }
+    page.place.offset = window_.offset();
+    if (layout_ == JsonLayout::inside && window_.bytes()[0] == ']') {
+      window_.skip(UINT64_MAX);
+      return Found::nothing;
+    }
+    bool too_long = false;
+    JsonScan scan;
+    for (size_t bytes = 1;
+         scan.scan(window_.need(bytes), window_.ended()) == JsonScan::Status::more;) {
+      if (window_.ended()) {
+        window_.consume(window_.bytes().size());
+        return window_.source().damage() ? Found::nothing : count("not JSON");
+      }
+      if (window_.bytes().size() > options_.max_page_bytes) {
+        too_long = true;
+        window_.consume(scan.offset());
+        scan.forget();
+      }
+      bytes = window_.bytes().size() + 1;
+    }
+    if (*scan.problem()) return pass_broken_value();
+    const std::string_view json = window_.bytes().substr(0, scan.offset());
+    window_.consume(json.size());
+    if (too_long || json.size() > options_.max_page_bytes) return count(kTooLong);
+    return parse_page(page, json);
+  }
+
+  // Goes to the next line that may begin an element of an array.
+  Found pass_broken_value() {
+    for (std::string_view line;;) {
+      const LineEnd end = read_line(window_, line, options_.max_page_bytes);
+      const std::string_view next = window_.need(kMaxIndent + 1);
+      const size_t indent = next.find_first_not_of(" \t");
+      if (end == LineEnd::none || (indent <= kMaxIndent && next[indent] == '{')) break;
+    }
+    return count("not JSON");
+  }
+
+  Found parse_page(Page& page, std::string_view json) {
+    simdjson::dom::element element;
+    const auto error = parse_and_repair(json, parser_, element, &repair_);
+    page.repaired = repair_.has_new;
     simdjson::dom::object object;
     if (error == simdjson::DEPTH_ERROR) return count("JSON nested too deeply");
     if (error == simdjson::NUMBER_ERROR) return count("JSON number that cannot be read");
     if (error || element.get(object)) return count("not JSON");
-    return take_members(page, line, object);
+    return take_members(page, repair_.text.empty() ? json : repair_.text, object);
   }
 
   // The text, url and id, which may be an integer; all else is kept as it is written.
@@ -499,7 +467,13 @@ class PageReader {
       }
       if (keys_[i] != Key::other) continue;
       if (!page.rest.empty()) page.rest += ',';
-      page.rest.append(member.key).append(":").append(member.value);
+      page.rest.append(member.key).append(":");
+      if (repair_.has_numbers) {
+        repair_numbers(member.value, value_, true);
+        page.rest += value_;
+      } else {
+        page.rest += member.value;
+      }
     }
     if (text.size() > options_.max_page_bytes) return count(kTooLong);
     page.text.assign(text);
@@ -509,7 +483,7 @@ class PageReader {
   // ------------------------------------------------------------------------------ parquet
   // The columns of text, url and id, then those that go into `rest`.
   void open_parquet(const Entry& begin) {
-    DocumentReader::require_mapped_parquet(input_, window_.source());
+    require_mapped_parquet(input_, window_.source());
     rows_ = std::make_unique<parquet::Reader>(input_.path);
     const auto is_text = [&](const std::string& name) {
       return rows_->has(name) && rows_->is_text(name);
@@ -564,6 +538,7 @@ class PageReader {
   }
 
   static constexpr size_t kHead = 1 << 16;
+  static constexpr size_t kMaxIndent = 4;  // of an element of an array
   static constexpr const char* kTooLong = "page too long";
   enum class Key { text, url, id, other };
 
@@ -581,7 +556,9 @@ class PageReader {
   HttpMessage http_;
 
   simdjson::dom::parser parser_;
-  std::string line_;  // repaired
+  JsonLayout layout_ = JsonLayout::lines;
+  JsonRepair repair_;
+  std::string value_;
   std::vector<Key> keys_;
   std::vector<RawMember> members_;
 

@@ -1,46 +1,48 @@
-// Reading records: documents, conversations, preferences.
+// Reading records: the JSON objects of a file, whatever shape the file has.
 //
-//     bytes of a file (cake/bytes.h) --LineReader--> lines --JsonLines--> JSON objects
-//         --DocumentReader--> documents, also of plain text, WET files and parquet
+//     bytes of a file (cake/bytes.h) --JsonValues--> JSON values --RecordReader--> records
+//         --the parsers of the stages--> conversations, preferences, problems
 //
-// Everything is streamed: memory is bounded by one part of a plain text, by the longest line or
-// record, or by a row group. Errors name the file, and the line in JSON lines.
+// A file holds JSON lines, a JSON array, objects written over several lines, an object with one
+// list of records, or parquet; each also in .gz and .zst and, but for parquet, on standard input.
+// The content tells which, not the name. Everything is streamed: memory is bounded by the longest
+// line or record, or by a row group. Errors name the file, and the line where the record begins.
+//
+// Documents (cake/documents.h) are read on top of this.
 #pragma once
 
 #include <simdjson.h>
 #include <strings.h>
 
-#include <array>
+#include <algorithm>
 #include <charconv>
-#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "cake/bytes.h"
-#include "cake/chat_template.h"
-#include "cake/parquet.h"
+#include "cake/json.h"
+#include "cake/json_text.h"
+#include "cake/parquet_rows.h"
+#include "cake/record_options.h"
 #include "cake/run.h"
-#include "cake/warc.h"
 
 namespace cake {
 
+// A record that cannot be read. The reader goes on with the one behind it.
+struct RecordError : Error {
+  using Error::Error;
+};
+
 // ---------------------------------------------------------------------------------------------
 // JSON lines
-
-inline const char* type_name(simdjson::dom::element e) {
-  return e.is_array()    ? "an array"
-         : e.is_object() ? "an object"
-         : e.is_string() ? "a string"
-         : e.is_bool()   ? "true or false"
-         : e.is_null()   ? "null"
-                         : "a number";
-}
 
 struct LinePlace {
   const std::string& file;
@@ -48,17 +50,23 @@ struct LinePlace {
   std::string where() const { return concat(file, ":", number); }
 };
 
-// Parses a line, behind which SIMDJSON_PADDING bytes are readable; false: it is blank. The object
-// is valid until the parser's next line.
+// Parses a line, behind which SIMDJSON_PADDING bytes are readable; false: it is blank. The element
+// is valid until the parser's next line. Throws RecordError.
+inline bool parse_json_value(std::string_view line, const LinePlace& place,
+                             simdjson::dom::parser& parser, simdjson::dom::element& element) {
+  if (line.find_first_not_of(" \t\r") == std::string_view::npos) return false;
+  const auto error = parse_and_repair(line, parser, element);
+  if (error) throw RecordError(concat(place.where(), ": ", json_problem(error)));
+  return true;
+}
+
 inline bool parse_json_line(std::string_view line, const LinePlace& place,
                             simdjson::dom::parser& parser, simdjson::dom::object& object) {
-  if (place.number == 1 && line.starts_with("\xef\xbb\xbf")) line.remove_prefix(3);
-  if (line.find_first_not_of(" \t\r") == std::string_view::npos) return false;
   simdjson::dom::element element;
-  auto error = parser.parse(line.data(), line.size(), false).get(element);
-  if (error) fail(place.where(), ": not JSON: ", simdjson::error_message(error));
+  if (!parse_json_value(line, place, parser, element)) return false;
   if (element.get(object) != simdjson::SUCCESS) {
-    fail(place.where(), ": found ", type_name(element), ", expected an object");
+    throw RecordError(
+        concat(place.where(), ": found ", type_name(element), ", expected an object"));
   }
   return true;
 }
@@ -75,10 +83,10 @@ inline std::string_view json_string(simdjson::dom::object object, std::string_vi
   return text;
 }
 
+// The lines of a file that this program wrote. What users bring is read by RecordReader.
 class JsonLines {
  public:
   explicit JsonLines(const Input& input) : lines_(input) {}
-  explicit JsonLines(LineReader lines) : lines_(std::move(lines)) {}
 
   // The next object, valid until the next call. Blank lines are skipped.
   bool next(simdjson::dom::object& object) {
@@ -86,11 +94,6 @@ class JsonLines {
       if (parse_json_line(line, place(), parser_, object)) return true;
     }
     return false;
-  }
-  // The next lines, unparsed: see LineReader. `number`: of the first of them.
-  bool next_lines(std::string_view& lines, size_t bytes, int64_t& number) {
-    number = lines_.number() + 1;
-    return lines_.next_lines(lines, bytes);
   }
 
   std::string_view get_string(simdjson::dom::object object, std::string_view key) const {
@@ -107,39 +110,288 @@ class JsonLines {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Kinds of files, told by the first bytes of their (decompressed) content
+// How JSON is laid out in a file, told by its first bytes
 
-enum class FileKind { warc, parquet, html, json_lines, text };
+enum class JsonLayout {
+  none,    // no JSON
+  lines,   // a value on each line
+  values,  // values over several lines; those of an array at the top are its elements
+  lists,   // the same, but an array is a value: a conversation without "messages" around it
+  inside   // an object with one list of records: {"version": 1, "data": [...]}
+};
 
-inline constexpr std::string_view kUtf8Mark = "\xef\xbb\xbf";
+// Keys under which programs put all records of a file.
+inline constexpr std::string_view kListKeys[] = {"data",     "rows",      "records", "items",
+                                                 "examples", "instances", "train"};
 
-// Whether the first line that is not blank is a JSON object, as far as the bytes go.
-inline bool begins_json_lines(std::string_view head) {
-  if (head.starts_with(kUtf8Mark)) head.remove_prefix(kUtf8Mark.size());
-  const size_t begin = head.find_first_not_of(" \t\r\n");
-  if (begin == std::string_view::npos || head[begin] != '{') return false;
-  head.remove_prefix(begin);
-  const size_t newline = head.find('\n');
-  if (newline == std::string_view::npos && head.size() >= (1 << 16)) {
-    const size_t key = head.find_first_not_of(" \t\r\n", 1);
-    return key != std::string_view::npos && head[key] == '"';
+// The first bytes of a text as UTF-8, as far as they tell what it is.
+inline std::string utf8_head(std::string_view head) {
+  std::string text;
+  if (const char* utf16 = utf16_charset(head)) {
+    Utf16Decoder(utf16 == std::string_view("UTF-16BE")).decode(head, false, text);
+  } else {
+    text = head;
   }
-  simdjson::dom::parser parser;
-  simdjson::dom::object object;
-  const auto error = parser.parse(std::string(head.substr(0, newline))).get(object);
-  // Bytes that are not UTF-8 are for the reader to repair.
-  return !error || error == simdjson::UTF8_ERROR || error == simdjson::DEPTH_ERROR;
+  if (text.starts_with("\xef\xbb\xbf")) text.erase(0, 3);
+  return text;
 }
 
-// Whether the bytes begin as a page does, behind comments and an XML declaration.
-inline bool begins_html(std::string_view head) {
-  std::string narrow;  // of UTF-16
-  if (head.starts_with("\xff\xfe") || head.starts_with("\xfe\xff")) {
-    for (const char c : head.substr(2, 4096))
-      if (c) narrow += c;
-    head = narrow;
+// What a value begins with behind white space; 0: nothing is there.
+inline char first_sign(std::string_view json, size_t i = 0) {
+  i = json.find_first_not_of(" \t\r\n", i);
+  return i == std::string_view::npos ? 0 : json[i];
+}
+
+inline bool has_key(const std::vector<RawMember>& members, std::string_view key) {
+  return std::any_of(members.begin(), members.end(), [&](const RawMember& m) {
+    return m.key.size() == key.size() + 2 && m.key.substr(1, key.size()) == key;
+  });
+}
+
+// The list of records in an object that holds all of a file; nullptr: there is none. `mapped`: keys
+// that --map reads as fields hold no such list.
+inline const RawMember* find_list(const std::vector<RawMember>& members,
+                                  const std::vector<std::string>& mapped) {
+  for (const RawMember& m : members) {
+    const std::string_view key = m.key.size() < 2 ? m.key : m.key.substr(1, m.key.size() - 2);
+    const bool is_list_key =
+        std::find(std::begin(kListKeys), std::end(kListKeys), key) != std::end(kListKeys) &&
+        std::find(mapped.begin(), mapped.end(), key) == mapped.end();
+    if (is_list_key && m.value.starts_with('[') && first_sign(m.value, 1) == '{') return &m;
   }
-  if (head.starts_with(kUtf8Mark)) head.remove_prefix(kUtf8Mark.size());
+  return nullptr;
+}
+
+// `head`: UTF-8 without a mark; `is_all`: it is the whole text. `list_begin`: for `inside`, the
+// offset behind the list's bracket.
+inline JsonLayout json_layout(std::string_view head, bool is_all,
+                              const std::vector<std::string>& mapped = {},
+                              size_t* list_begin = nullptr) {
+  const size_t begin = head.find_first_not_of(" \t\r\n");
+  if (begin == std::string_view::npos) return JsonLayout::none;
+  const std::string_view json = head.substr(begin);
+  JsonScan scan;
+  const bool is_complete = scan.scan(json, is_all) == JsonScan::Status::complete;
+  const std::string_view value = json.substr(0, scan.offset());  // as far as it can be read
+  const bool is_one_line = value.find('\n') == std::string_view::npos;
+  const char next =
+      first_sign(json.substr(value.size(), json.find('\n', value.size()) - value.size()));
+  std::vector<RawMember> members;
+  split_members(json, members);
+  if (json[0] == '{') {
+    if (members.empty() && first_sign(json, 1) != '}') return JsonLayout::none;
+    const RawMember* list = find_list(members, mapped);
+    const bool is_only_value = is_all && first_sign(json, value.size()) == 0;
+    if (list && (!is_complete || is_only_value)) {
+      if (list_begin) *list_begin = size_t(list->value.data() - head.data()) + 1;
+      return JsonLayout::inside;
+    }
+    // A line that is broken is one of JSON lines.
+    return is_one_line && !(is_complete && (next == '{' || next == ',')) ? JsonLayout::lines
+                                                                         : JsonLayout::values;
+  }
+  const char second = json[0] == '[' ? first_sign(json, 1) : '\0';
+  const char third = first_sign(json, json.find(second, 1) + 1);
+  if (second == ']') return JsonLayout::values;
+  if (second == '[') return third == '{' ? JsonLayout::values : JsonLayout::none;
+  if (second != '{' || (members.empty() && third != '}')) return JsonLayout::none;
+  const bool is_message = (has_key(members, "role") && has_key(members, "content")) ||
+                          (has_key(members, "from") && has_key(members, "value"));
+  if (!is_message) return JsonLayout::values;
+  return is_one_line && next != '[' ? JsonLayout::lines : JsonLayout::lists;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Values of a file, whatever its layout
+
+class JsonValues {
+ public:
+  // A window at the beginning of its stream. `mapped`: see find_list().
+  explicit JsonValues(ByteWindow window, const std::vector<std::string>& mapped = {})
+      : window_(std::move(window)) {
+    window_.begin_text();
+    const std::string_view head = window_.need(kHead);
+    size_t list_begin = 0;
+    layout_ = json_layout(head, window_.ended(), mapped, &list_begin);
+    line_begin_ = window_.offset();
+    if (layout_ == JsonLayout::none) layout_ = JsonLayout::lines;
+    if (layout_ == JsonLayout::inside) consume(list_begin), in_list_ = true;
+  }
+
+  // The next value, valid until the next call; false at the end. Throws RecordError for one that
+  // cannot be read, and Error where those behind it cannot be found.
+  bool next(simdjson::dom::element& value) {
+    return layout_ == JsonLayout::lines ? next_line(value) : next_value(value);
+  }
+
+  // Of JSON lines: about `bytes` bytes of whole lines, unparsed, valid until the next call.
+  // `number`: of the first of them.
+  bool next_lines(std::string_view& lines, size_t bytes, int64_t& number) {
+    number = line_ + 1;
+    return read_lines(window_, lines, bytes, line_);
+  }
+  bool has_lines() const { return layout_ == JsonLayout::lines; }
+
+  const std::string& name() const { return window_.name(); }
+  int64_t number() const { return number_; }  // of the line at which the last value begins
+  std::string where() const { return concat(name(), ":", number_); }
+
+ private:
+  static constexpr size_t kHead = 1 << 16;
+  static constexpr size_t kMaxBytes = size_t(1) << 30;
+
+  [[noreturn]] void fail_record(std::string_view problem) const {
+    throw RecordError(concat(where(), ": ", problem));
+  }
+
+  bool next_line(simdjson::dom::element& value) {
+    for (std::string_view line; read_line(window_, line) != LineEnd::none;) {
+      number_ = ++line_;
+      if (parse_json_value(line, {name(), number_}, parser_, value)) return true;
+    }
+    return false;
+  }
+
+  // Passes bytes of the window and counts their lines.
+  void consume(size_t bytes) {
+    const std::string_view passed = window_.bytes().substr(0, bytes);
+    const size_t newline = passed.rfind('\n');
+    if (newline != std::string_view::npos) {
+      line_ += std::count(passed.begin(), passed.end(), '\n');
+      line_begin_ = window_.offset() + newline + 1;
+    }
+    window_.consume(bytes);
+  }
+
+  // Passes white space; the byte behind it, 0 at the end of the file.
+  char pass_space() {
+    while (!window_.need(1).empty()) {
+      const size_t end = window_.bytes().find_first_not_of(" \t\r\n");
+      if (end != std::string_view::npos) return consume(end), window_.bytes()[0];
+      consume(window_.bytes().size());
+    }
+    return 0;
+  }
+
+  bool next_value(simdjson::dom::element& value) {
+    for (char sign; (sign = pass_space()) != 0;) {
+      number_ = line_ + 1;
+      if (in_list_ && sign == ']') {
+        consume(1);
+        in_list_ = false;
+        if (layout_ == JsonLayout::inside) pass_rest_of_object();
+      } else if (!in_list_ && sign == '[' && layout_ == JsonLayout::values) {
+        consume(1);
+        in_list_ = true;
+      } else if (sign == ',') {
+        consume(1);
+      } else {
+        return parse_value(value), true;
+      }
+    }
+    number_ = line_ + 1;
+    if (std::exchange(in_list_, false)) {
+      fail_record("found the end of the file, expected the end of the list: the file is truncated");
+    }
+    return false;
+  }
+
+  // The bytes of the value that begins the window.
+  std::string_view find_value(JsonScan& scan) {
+    for (size_t bytes = kHead;; bytes = 2 * window_.bytes().size()) {
+      const std::string_view window = window_.need(bytes);
+      const JsonScan::Status status = scan.scan(window, window_.ended());
+      if (status == JsonScan::Status::complete) return window.substr(0, scan.offset());
+      if (status == JsonScan::Status::broken) return {};
+      if (window_.ended()) {
+        consume(window.size());
+        in_list_ = false;
+        fail_record("found the end of the file inside a record: the file is truncated");
+      }
+      if (window.size() > kMaxBytes) fail(where(), ": found a record of more than 1 GiB");
+    }
+  }
+
+  void parse_value(simdjson::dom::element& value) {
+    JsonScan scan;
+    const std::string_view json = find_value(scan);
+    if (json.empty()) pass_broken_value(scan);
+    consume(json.size());  // its bytes stay
+    const auto error = parse_and_repair(json, parser_, value);
+    if (error) fail_record(json_problem(error));
+  }
+
+  // Goes to the next line that is not indented deeper than the record and begins one.
+  [[noreturn]] void pass_broken_value(const JsonScan& scan) {
+    const std::string_view window = window_.bytes();
+    const int64_t broken_line =
+        number_ + std::count(window.begin(), window.begin() + long(scan.offset()), '\n');
+    const std::string problem =
+        concat("not JSON: found ", scan.problem(),
+               broken_line > number_ ? concat(" in line ", broken_line) : std::string());
+    const size_t column = size_t(window_.offset() - line_begin_);
+    const std::string_view behind = window.substr(scan.offset());
+    const bool holds_others =
+        behind.substr(0, behind.find('\n')).find('{') != std::string_view::npos;
+    do {
+      std::string_view line;
+      read_line(window_, line);
+      line_++;
+      line_begin_ = window_.offset();
+      const std::string_view next = window_.need(column + 1);
+      const size_t indent = next.find_first_not_of(" \t");
+      if (indent <= column && (next[indent] == '{' || next[indent] == '[')) fail_record(problem);
+    } while (!window_.bytes().empty());
+    in_list_ = false;
+    if (holds_others) fail(where(), ": ", problem, ", and no line behind it begins a record");
+    fail_record(problem);
+  }
+
+  // Behind the list of an object that holds the file.
+  void pass_rest_of_object() {
+    bool is_key = true;
+    for (char sign; (sign = pass_space()) != 0 && sign != '}';) {
+      number_ = line_ + 1;
+      if (sign == ',' || sign == ':') {
+        consume(1);
+        is_key = sign == ',';
+        continue;
+      }
+      JsonScan scan;
+      const std::string_view value = find_value(scan);
+      if (value.empty()) fail(where(), ": not JSON: found ", scan.problem());
+      if (is_key) key_ = value;
+      if (!is_key && value[0] == '[' && first_sign(value, 1) == '{') {
+        fail(where(), ": found a second list of objects, ", key_,
+             ", expected one list of records in a file");
+      }
+      consume(value.size());
+    }
+    if (!window_.need(1).empty()) consume(1);
+    if (pass_space() != 0) {
+      number_ = line_ + 1;
+      fail(where(), ": found more behind the object that holds the list of records, expected the ",
+           "end of the file");
+    }
+  }
+
+  ByteWindow window_;
+  JsonLayout layout_;
+  simdjson::dom::parser parser_;
+  bool in_list_ = false;
+  int64_t line_ = 0;  // line breaks passed
+  int64_t number_ = 1;
+  uint64_t line_begin_ = 0;  // offset in the stream of the present line
+  std::string key_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Kinds of files, told by the first bytes of their (decompressed) content
+
+enum class FileKind { warc, parquet, html, json, text };
+
+// Whether a text begins as a page does, behind comments and an XML declaration.
+inline bool begins_html(std::string_view head) {
   for (;;) {
     head.remove_prefix(std::min(head.find_first_not_of(" \t\r\n\f"), head.size()));
     const std::string_view end = head.starts_with("<!--") ? "-->" : "?>";
@@ -156,522 +408,420 @@ inline bool begins_html(std::string_view head) {
   return false;
 }
 
-inline FileKind file_kind(const Input& input, std::string_view head) {
+// Whether a text, UTF-8 without a mark, begins as a file of JSON does. An object over several lines
+// may be a program's own file: it is a document only if it has one of the keys.
+inline bool begins_json(std::string_view head, bool is_all, const std::vector<std::string>& keys) {
+  const JsonLayout layout = json_layout(head, is_all);
+  if (layout != JsonLayout::values || first_sign(head) != '{' || keys.empty()) {
+    return layout != JsonLayout::none;
+  }
+  std::vector<RawMember> members;
+  split_members(head, members);
+  return std::any_of(keys.begin(), keys.end(),
+                     [&](const std::string& key) { return has_key(members, key); });
+}
+
+// `head`: the first 64 KiB, or all that there is. `keys`: of the text of a document; none: any JSON
+// is of the kind `json`.
+inline FileKind file_kind(const Input& input, std::string_view head,
+                          const std::vector<std::string>& keys = {"text", "html"}) {
   if (head.starts_with("WARC/")) return FileKind::warc;
   if (head.starts_with("PAR1")) return FileKind::parquet;
-  if (begins_html(head)) return FileKind::html;
-  if (begins_json_lines(head)) return FileKind::json_lines;
+  const std::string text = utf8_head(head);
+  if (begins_html(text)) return FileKind::html;
+  if (begins_json(text, head.size() < (1 << 16), keys)) return FileKind::json;
   const std::string extension = inner_extension(input.name);
   for (const char* html : {".html", ".htm", ".xhtml"})
     if (extension == html) return FileKind::html;
-  for (const char* json : {".jsonl", ".ndjson", ".json"})
-    if (extension == json) return FileKind::json_lines;
+  for (const char* json : {".jsonl", ".ndjson", ".json"}) {
+    const bool is_lines = extension != ".json" || json_layout(text, false) == JsonLayout::none;
+    if (extension == json && is_lines) return FileKind::json;
+  }
   return FileKind::text;
 }
 
+// A parquet file is read from its end, so it must be a file, and not compressed as a whole.
+inline void require_mapped_parquet(const Input& input, const ByteSource& source) {
+  const char* found = source.is_compressed()    ? "inside gzip or Zstandard"
+                      : source.file_size() == 0 ? "that cannot be read from its end"
+                                                : nullptr;
+  if (found) fail(input.name, ": found parquet ", found, ", expected a file");
+}
+
+// Fails where the first bytes of a file are no text.
+inline void require_text(std::string_view head, const std::string& name) {
+  if (const char* kind = binary_kind(head)) {
+    fail(name, ": found ", kind, ", expected text, JSON lines, .gz or .zst");
+  }
+  const size_t nuls = utf16_charset(head) ? 0 : binary_nuls(head);
+  require(nuls == 0, name, ": found ", nuls, " NUL bytes in the first ",
+          std::min<size_t>(head.size(), 1 << 16), ": binary data, expected text");
+}
+
 // ---------------------------------------------------------------------------------------------
-// Documents
+// Records
 
-struct DocumentPart {
-  std::string_view text;  // bytes, cut anywhere when a document has several parts
-  bool begins = false, ends = false;
+// The value at a path such as "reward_model.ground_truth" or "choices.0.text". A key that has the
+// dots itself comes first. False: it is absent.
+inline bool find_path(simdjson::dom::object object, std::string_view path,
+                      simdjson::dom::element& value) {
+  if (!object.at_key(path).get(value)) return true;
+  for (size_t dot = path.find('.'); dot != std::string_view::npos; dot = path.find('.', dot + 1)) {
+    simdjson::dom::element inner;
+    if (object.at_key(path.substr(0, dot)).get(inner)) continue;
+    std::string_view rest = path.substr(dot + 1);
+    for (simdjson::dom::array list; !inner.get(list);) {
+      size_t index = 0;
+      const std::string_view number = rest.substr(0, rest.find('.'));
+      const auto [end, error] =
+          std::from_chars(number.data(), number.data() + number.size(), index);
+      if (error != std::errc() || end != number.data() + number.size()) return false;
+      if (list.at(index).get(inner)) return false;
+      if (number.size() == rest.size()) return value = inner, true;
+      rest.remove_prefix(number.size() + 1);
+    }
+    simdjson::dom::object next;
+    if (!inner.get(next) && find_path(next, rest, value)) return true;
+  }
+  return false;
+}
+
+// The value of a field, where --map looks for it. False: it is absent or null.
+inline bool find_field(simdjson::dom::object object, std::string_view field,
+                       const FieldNames& names, simdjson::dom::element& value) {
+  const auto mapped = names.find(field);
+  const bool found = mapped == names.end() ? !object.at_key(field).get(value)
+                                           : find_path(object, mapped->second, value);
+  return found && !value.is_null();
+}
+
+// One record, valid until its reader's next one.
+struct Record {
+  simdjson::dom::object object;
+  std::string where;                  // file:line, or "file: row 3", for messages
+  const FieldNames* names = nullptr;  // of --map; nullptr: every field has its own name
+  std::set<std::string, std::less<>>* fields = nullptr;  // notes which names of --map are used
+
+  // The value of a field, where --map looks for it. False: it is absent or null.
+  bool find(std::string_view field, simdjson::dom::element& value) const {
+    static const FieldNames kNone;
+    if (fields && names && names->count(field) > 0) fields->emplace(field);
+    return find_field(object, field, names ? *names : kNone, value);
+  }
+  bool has(std::string_view field) const {
+    simdjson::dom::element ignored;
+    return find(field, ignored);
+  }
+  // A field that must be there and a string.
+  std::string_view string(std::string_view field) const {
+    std::string_view text;
+    if (!this->text(field, text)) fail(problem(field));
+    return text;
+  }
+  // The same, without an Error: false where it is no string.
+  bool text(std::string_view field, std::string_view& text) const {
+    simdjson::dom::element value;
+    return find(field, value) && !value.get(text);
+  }
+  std::string problem(std::string_view field) const {  // why not, with its place
+    simdjson::dom::element value;
+    if (!find(field, value)) return concat(where, ": \"", field, "\" is missing");
+    return concat(where, ": \"", field, "\": found ", type_name(value), ", expected a string");
+  }
+  // Its keys, for messages: "id", "text".
+  std::string keys() const {
+    std::string list;
+    for (const auto& [key, value] : object)
+      list += concat(list.empty() ? "" : ", ", json_text(std::string(key)));
+    return list.empty() ? "none" : list;
+  }
 };
 
-struct JsonBlock {  // lines of a file
-  std::string_view lines;
-  int64_t number = 0;  // of the first one
-  std::string file;
-};
+// What a record is by its keys, and which stage reads it: "a preference, which ./reward reads"; "":
+// no stage does.
+inline std::string stage_of(const Record& r) {
+  const auto any = [&](std::initializer_list<const char*> fields) {
+    return std::any_of(fields.begin(), fields.end(), [&](const char* f) { return r.has(f); });
+  };
+  if (any({"chosen", "rejected", "responses", "ranking"}) ||
+      (any({"label"}) && any({"completion"}))) {
+    return "a preference, which ./reward reads";
+  }
+  const bool asks = any({"question", "problem", "prompt", "messages", "query"});
+  if (any({"reward_model"}) || (asks && any({"answer", "answers", "solution", "ground_truth",
+                                             "choices", "target", "nums"}))) {
+    return "a problem, which ./rlhf grpo and ./rlhf ppo read";
+  }
+  if (any({"messages", "conversations", "conversation", "instruction"}) ||
+      (asks && any({"completion", "response", "output"}))) {
+    return "a conversation, which ./sft reads";
+  }
+  if (any({"text"}) && any({"label"})) return "a labelled text, which ./reward reads";
+  if (any({"html"})) return "a page, which ./corpus reads";
+  if (any({"text"})) return "a document, which ./bpe train and ./bpe encode read";
+  return asks ? "a prompt, which ./rlhf and ./chat generate --prompts read" : "";
+}
 
-// The documents of plain text (a file is one), JSON lines ("text"), WET files (text that was made
-// of pages) and parquet (the column "text"). Pages themselves are for ./corpus.
-class DocumentReader {
+// Fails because a record is of no shape that the reader knows: names the keys found and --map, and
+// the stage that reads such records, if there is one. `expected`: the shapes, in words.
+[[noreturn]] inline void fail_unknown_shape(const Record& record, std::string_view expected) {
+  const std::string stage = stage_of(record);
+  fail(record.where, ": found the keys ", record.keys(), stage.empty() ? "" : " (" + stage + ")",
+       ", expected ", expected, " (--map FIELD=KEY reads the key KEY as FIELD)");
+}
+
+// What a reader left out and why: counted for the output and for metrics.jsonl.
+class LeftOut {
  public:
-  explicit DocumentReader(std::vector<Input> inputs, size_t part_bytes = 1 << 22)
-      : inputs_(std::move(inputs)), buffer_(part_bytes) {}
-
-  // The next part of a document; only a document of plain text has several. The part is valid until
-  // the next call.
-  bool next(DocumentPart& part) {
-    for (;;) {
-      if (!text_ && !json_ && !warc_ && !parquet_) {
-        if (input_ == inputs_.size()) return false;
-        open(inputs_[input_++]);
-      }
-      if (text_) return next_text(part), true;
-      if (json_ ? next_json(part) : warc_ ? next_warc(part) : next_row(part)) {
-        records_++;
-        return true;
-      }
-      if (records_ == 0) fail_without_documents(inputs_[input_ - 1].name);
-      json_.reset(), warc_.reset(), parquet_.reset();
+  // `reason`: "equal answers", "empty answer", "too long", "bad line"; `example`: a place, or the
+  // message of an error.
+  void add(std::string_view reason, std::string_view example = {}) {
+    Reason& r = reasons_[std::string(reason)];
+    r.count++;
+    if (!example.empty() && r.examples.size() < 3) r.examples.emplace_back(example);
+  }
+  void add(const LeftOut& other) {  // of another file
+    for (const auto& [name, reason] : other.reasons_) {
+      Reason& r = reasons_[name];
+      r.count += reason.count;
+      for (const std::string& example : reason.examples)
+        if (r.examples.size() < 3) r.examples.push_back(example);
     }
   }
-
-  // If the next documents are JSON lines: about `bytes` bytes of whole lines, unparsed, so that
-  // threads can parse them. They are valid until the next call. Otherwise false.
-  bool next_json_lines(JsonBlock& block, size_t bytes) {
-    for (;;) {
-      if (!text_ && !json_ && !warc_ && !parquet_) {
-        if (input_ == inputs_.size()) return false;
-        open(inputs_[input_++]);
-      }
-      if (!json_) return false;
-      if (json_->next_lines(block.lines, bytes, block.number)) {
-        block.file = json_->name();
-        records_ += block.lines.find_first_not_of(" \t\r\n") != std::string_view::npos;
-        return true;
-      }
-      if (records_ == 0) fail_without_documents(inputs_[input_ - 1].name);
-      json_.reset();
-    }
+  int64_t count(std::string_view reason) const {
+    const auto it = reasons_.find(std::string(reason));
+    return it == reasons_.end() ? 0 : it->second.count;
   }
-
-  // Skips the rest of a plain text's document.
-  void skip_document() { text_.reset(); }
-
-  // Standard input holds JSON lines if its first byte is '{'. Of files the name tells, and where it
-  // does not, the first line.
-  static bool is_jsonl(const Input& input, std::string_view head) {
-    if (input.name == "standard input") {
-      const size_t begin = head.find_first_not_of(" \t\r\n\xef\xbb\xbf");
-      return begin != std::string_view::npos && head[begin] == '{';
+  int64_t total() const {
+    int64_t n = 0;
+    for (const auto& [name, reason] : reasons_) n += reason.count;
+    return n;
+  }
+  // {"bad line": 2, "too long": 31}
+  OrderedJson json() const {
+    OrderedJson out = OrderedJson::object();
+    for (const auto& [name, reason] : reasons_) out[name] = reason.count;
+    return out;
+  }
+  // "left out 31 of 1,000 records: too long", a line for each reason, with up to three examples of
+  // bad lines; empty: nothing was left out.
+  std::string text(int64_t records) const {
+    std::string out;
+    for (const auto& [name, reason] : reasons_) {
+      out += concat("left out ", reason.count, " of ", records, " records: ", name, "\n");
+      for (const std::string& example : reason.examples) out += concat("  ", example, "\n");
     }
-    const std::string extension = inner_extension(input.path);
-    if (extension == ".jsonl" || extension == ".ndjson") return true;
-    return extension != ".txt" && begins_json_lines(head);
+    return out;
+  }
+  // The same in one line: "2 bad line (a.jsonl:3: ...), 31 too long (a.jsonl:9)".
+  std::string summary() const {
+    std::string out;
+    for (const auto& [name, reason] : reasons_) {
+      out += concat(out.empty() ? "" : ", ", reason.count, " ", name);
+      if (!reason.examples.empty()) out += concat(" (", reason.examples[0], ")");
+    }
+    return out;
   }
 
  private:
-  struct Warc {
-    Warc(ByteSource source, std::string_view head) : window(std::move(source), head) {}
-    ByteWindow window;
-    ProblemCounts problems;
-    WarcReader reader{window, size_t(1) << 30, problems};
+  struct Reason {
+    int64_t count = 0;
+    std::vector<std::string> examples;
   };
+  std::map<std::string, Reason> reasons_;
+};
 
-  void open(const Input& input) {
-    ByteSource source(input, {.any_kind = true});
-    head_ = source.read(buffer_.data(), buffer_.size());
-    const std::string_view head(buffer_.data(), head_);
-    if (head.empty()) fail(input.name, ": found an empty file, expected text");
-    const FileKind kind = file_kind(input, head);
-    records_ = 0;
-    if (kind == FileKind::warc) {
-      warc_ = std::make_unique<Warc>(std::move(source), head);
-    } else if (kind == FileKind::parquet) {
-      parquet_ = open_parquet(input, source);
-    } else if (kind == FileKind::html) {
-      fail(input.name, ": found a page of HTML, expected text: run ./corpus clean or ./corpus ",
-           "extract first");
-    } else if (is_jsonl(input, head)) {
-      json_ = std::make_unique<JsonLines>(LineReader(std::move(source), head));
-    } else {
-      check_text(head, input.name);
-      text_ = std::make_unique<ByteSource>(std::move(source));
-      at_start_ = true;
+// The records of one file.
+class RecordReader {
+ public:
+  explicit RecordReader(const Input& input, const RecordOptions& options = {})
+      : RecordReader(ByteWindow(ByteSource(input, {.any_kind = true})), input, options) {}
+  RecordReader(ByteWindow window, const Input& input, const RecordOptions& options)
+      : names_(options.names) {
+    const std::string_view head = window.need(1 << 16);
+    require(!head.empty(), input.name, ": found an empty file, expected ", kShapes);
+    const FileKind kind = file_kind(input, head, {});
+    if (kind == FileKind::parquet) {
+      require_mapped_parquet(input, window.source());
+      rows_ = std::make_unique<parquet::JsonRows>(input.path);
+      name_ = input.name;
+      for (const auto& column : rows_->left_out()) {
+        std::fprintf(stderr, "note: %s: left out\n", column.why.c_str());
+      }
+      return;
     }
+    const bool is_page = kind == FileKind::warc || kind == FileKind::html;
+    require(!is_page, input.name, ": found ",
+            kind == FileKind::warc ? "a WARC archive" : "a page of HTML", ", expected ", kShapes,
+            ": ./corpus reads pages");
+    require_text(head, input.name);
+    const std::string text = utf8_head(head);
+    const bool has_object =
+        first_sign(text) == '{' || first_sign(text) == '[' || text.find("\n{") != std::string::npos;
+    require(kind == FileKind::json || has_object, input.name, ": found text that begins with ",
+            json_text(text.substr(0, std::min<size_t>(40, text.find_first_of("\r\n")))),
+            ", expected ", kShapes);
+    values_ = std::make_unique<JsonValues>(std::move(window), options.mapped_keys());
   }
 
-  static void check_text(std::string_view head, const std::string& name) {
-    if (const char* kind = binary_kind(head)) {
-      fail(name, ": found ", kind, ", expected text, JSON lines, .gz or .zst");
+  // False at the end. Throws RecordError for a record that cannot be read; next() then goes on with
+  // the one behind it.
+  bool next(Record& record) {
+    simdjson::dom::element value;
+    if (rows_ ? !next_row(value) : !values_->next(value)) return false;
+    record.where = where(), record.names = &names_, record.fields = &fields_;
+    if (is_messages(value)) value = with_messages(value);
+    if (value.get(record.object) || !written_number(value).empty()) {
+      throw RecordError(concat(where(), ": found ", type_name(value), ", expected an object"));
     }
-    const size_t nuls = binary_nuls(head);
-    require(nuls == 0, name, ": found ", nuls, " NUL bytes in the first ",
-            std::min<size_t>(head.size(), 1 << 16), ": binary data, expected text in UTF-8");
-  }
-
-  void fail_without_documents(const std::string& name) const {
-    if (warc_) {
-      fail(name, ": found a WARC archive without text, expected conversion records, as WET files ",
-           "have: run ./corpus clean or ./corpus extract on pages first");
-    }
-    fail(name, ": found no documents, expected ", json_ ? "JSON lines" : "rows with a text");
-  }
-
-  void next_text(DocumentPart& part) {
-    const size_t got = at_start_ ? head_ : text_->read(buffer_.data(), buffer_.size());
-    part = {{buffer_.data(), got}, std::exchange(at_start_, false), got < buffer_.size()};
-    if (part.ends) text_.reset();
-  }
-
-  bool next_json(DocumentPart& part) {
-    simdjson::dom::object object;
-    if (!json_->next(object)) return false;
-    part = {json_->get_string(object, "text"), true, true};
     return true;
   }
 
-  bool next_warc(DocumentPart& part) {
-    const std::string& name = warc_->window.name();
-    for (WarcRecord record; warc_->reader.next(record);) {
-      check_problems(name);
-      const std::string media = media_type(record.content_type);
-      if (record.type == "response" || (record.type == "resource" && is_html_type(media))) {
-        fail(name, ": found a WARC archive of pages, expected text: run ./corpus clean or ",
-             "./corpus extract first");
-      }
-      if (record.type != "conversion" || media != "text/plain") continue;
-      part = {record.block, true, true};
-      return true;
-    }
-    check_problems(name);
-    return false;
+  std::string where() const {  // of the last record
+    return rows_ ? concat(name_, ": row ", rows_->row()) : values_->where();
   }
-
-  void check_problems(const std::string& name) const {
-    for (const auto& [problem, count] : warc_->problems) {
-      fail(name, ": found a WARC archive with ", problem,
-           ", expected a whole one: ./corpus clean survives damage");
-    }
-  }
-
-  static std::unique_ptr<parquet::Reader> open_parquet(const Input& input,
-                                                       const ByteSource& source) {
-    require_mapped_parquet(input, source);
-    auto reader = std::make_unique<parquet::Reader>(input.path);
-    require(reader->has("text") && reader->is_text("text"), input.name,
-            ": found no column \"text\" of strings");
-    reader->select({"text"});
-    return reader;
-  }
-
-  bool next_row(DocumentPart& part) {
-    while (parquet_->next(row_)) {
-      if (!row_[0]) continue;  // null
-      part = {*row_[0], true, true};
-      return true;
-    }
-    return false;
-  }
-
- public:
-  // A parquet file is read from its end, so it must be a file, and not compressed as a whole.
-  static void require_mapped_parquet(const Input& input, const ByteSource& source) {
-    const char* found = source.is_compressed()    ? "inside gzip or Zstandard"
-                        : source.file_size() == 0 ? "that cannot be read from its end"
-                                                  : nullptr;
-    if (found) fail(input.name, ": found parquet ", found, ", expected a file");
-  }
+  // The fields of --map that some record was asked for.
+  const std::set<std::string, std::less<>>& fields() const { return fields_; }
 
  private:
-  std::vector<Input> inputs_;
-  size_t input_ = 0;
-  std::vector<char> buffer_;
-  std::unique_ptr<ByteSource> text_;
-  std::unique_ptr<JsonLines> json_;
-  std::unique_ptr<Warc> warc_;
-  std::unique_ptr<parquet::Reader> parquet_;
-  std::vector<std::optional<std::string>> row_;
-  size_t head_ = 0;  // bytes of buffer_ that open() has read
-  bool at_start_ = false;
-  int64_t records_ = 0;
+  static constexpr const char* kShapes = "JSON lines, a JSON array of objects or parquet";
+
+  bool next_row(simdjson::dom::element& value) {
+    try {
+      if (!rows_->next(row_)) return false;
+    } catch (const Error& e) {
+      throw RecordError(e.what());  // the rest of a row group; those behind it can be read
+    }
+    const auto error = parse_and_repair(row_, parser_, value);
+    if (error) throw RecordError(concat(where(), ": ", json_problem(error)));
+    return true;
+  }
+
+  // A conversation may be written without an object around it: [{"role": ..., "content": ...}].
+  static bool is_messages(simdjson::dom::element value) {
+    simdjson::dom::array list;
+    simdjson::dom::object message;
+    if (value.get(list) || list.at(0).get(message)) return false;
+    return !message.at_key("role").error() || !message.at_key("from").error();
+  }
+  simdjson::dom::element with_messages(simdjson::dom::element list) {
+    return parser_.parse(concat("{\"messages\":", simdjson::minify(list), "}")).value();
+  }
+
+  std::unique_ptr<JsonValues> values_;
+  std::unique_ptr<parquet::JsonRows> rows_;
+  std::string name_, row_;
+  simdjson::dom::parser parser_;
+  FieldNames names_;
+  std::set<std::string, std::less<>> fields_;
 };
 
-// ---------------------------------------------------------------------------------------------
-// Conversations: {"messages": [{"role", "content", "tool_calls"}, ...], "tools": [...]}. Calls and
-// tools may be inside OpenAI's {"type": "function", "function": {...}}.
-
-// The fewest digits that give the number back; whole numbers end in ".0".
-inline void append_json_number(std::string& out, double x) {
-  if (x == std::floor(x) && std::fabs(x) < 1e16) {
-    out += format("%.1f", x);
-    return;
-  }
-  std::array<char, 32> digits;
-  const bool scientific = std::fabs(x) >= 1e16 || std::fabs(x) < 1e-4;
-  const auto end =
-      std::to_chars(digits.begin(), digits.end(), x,
-                    scientific ? std::chars_format::scientific : std::chars_format::fixed);
-  out.append(digits.data(), end.ptr);
-}
-
-// Appends a value as Python's json.dumps(value, ensure_ascii=False) writes it, as chat templates
-// do: a space behind every colon and comma, keys in the order of the file.
-inline void append_json(std::string& out, simdjson::dom::element e) {
-  const char* comma = "";
-  if (e.is_array()) {
-    out += '[';
-    for (const auto item : e.get_array()) {
-      out += std::exchange(comma, ", ");
-      append_json(out, item);
-    }
-    out += ']';
-  } else if (e.is_object()) {
-    out += '{';
-    for (const auto& [key, value] : e.get_object()) {
-      out += std::exchange(comma, ", ") + Json(key).dump() + ": ";
-      append_json(out, value);
-    }
-    out += '}';
-  } else if (e.is_string()) {
-    out += Json(e.get_string().value()).dump();
-  } else if (e.type() == simdjson::dom::element_type::DOUBLE) {
-    append_json_number(out, e.get_double());
-  } else {
-    out += simdjson::minify(e);
+// Fails where --map names a field that no record was asked for: it would change nothing.
+inline void require_fields_used(const FieldNames& names,
+                                const std::set<std::string, std::less<>>& used) {
+  for (const auto& [field, key] : names) {
+    require(used.count(field) > 0, "--map ", field, "=", key, ": found no use of a field ",
+            json_text(field), ", expected a field that these records are read by");
   }
 }
 
-inline std::string python_json(simdjson::dom::element e) {
-  std::string out;
-  append_json(out, e);
-  return out;
-}
-
-template <class T>
-T element_as(simdjson::dom::element e, const char* expected, const std::string& where) {
-  T value;
-  if (e.get(value)) fail(where, ": found ", type_name(e), ", expected ", expected);
-  return value;
-}
-inline simdjson::dom::array as_array(simdjson::dom::element e, const std::string& where) {
-  return element_as<simdjson::dom::array>(e, "an array", where);
-}
-inline simdjson::dom::object as_object(simdjson::dom::element e, const std::string& where) {
-  return element_as<simdjson::dom::object>(e, "an object", where);
-}
-
-inline simdjson::dom::element member(simdjson::dom::object object, const char* key,
-                                     const std::string& where) {
-  simdjson::dom::element e;
-  if (object.at_key(key).get(e)) fail(where, ": ", key, " is missing");
-  return e;
-}
-inline std::string string_member(simdjson::dom::object object, const char* key,
-                                 const std::string& where) {
-  return std::string(element_as<std::string_view>(member(object, key, where), "a string",
-                                                  concat(where, ": ", key)));
-}
-
-// The object inside OpenAI's {"type": "function", "function": {...}}, or the object itself.
-inline simdjson::dom::element unwrap_function(simdjson::dom::element e, const std::string& where) {
-  simdjson::dom::element inner;
-  if (as_object(e, where).at_key("function").get(inner)) return e;
-  as_object(inner, where + ": function");
-  return inner;
-}
-
-inline ToolCall parse_call(simdjson::dom::element e, const std::string& where) {
-  const simdjson::dom::object call = as_object(unwrap_function(e, where), where);
-  const simdjson::dom::element arguments = member(call, "arguments", where);
-  return {string_member(call, "name", where),
-          arguments.is_string() ? string_member(call, "arguments", where) : python_json(arguments)};
-}
-
-// A list of messages. The order of roles is check_conversation's, in cake/chat_template.h.
-inline std::vector<Message> parse_messages(simdjson::dom::element list, const std::string& where) {
-  std::vector<Message> messages;
-  for (const simdjson::dom::element item : as_array(list, where)) {
-    const std::string place = concat(where, "[", messages.size(), "]");
-    const simdjson::dom::object object = as_object(item, place);
-    Message message{.role = string_member(object, "role", place)};
-    simdjson::dom::element e;
-    if (!object.at_key("tool_calls").get(e) && !e.is_null()) {
-      for (const simdjson::dom::element call : as_array(e, place + ": tool_calls")) {
-        message.tool_calls.push_back(
-            parse_call(call, concat(place, ": tool_calls[", message.tool_calls.size(), "]")));
-      }
+// Calls visit(item) for what next(item) reads, until that is false. visit returns why it leaves the
+// item out, or nullptr when it keeps it; it throws Error where the item is bad. Returns the number
+// of items, those that were left out among them. `name` begins the error where none is left.
+template <class Item, class Next, class Visit>
+int64_t visit_each(const std::string& name, const RecordOptions& options, LeftOut& left_out,
+                   Next&& next, Visit&& visit) {
+  LeftOut here;
+  int64_t count = 0;
+  for (Item item;;) {
+    stop_if_signalled();
+    try {
+      if (!next(item)) break;
+    } catch (const RecordError& e) {
+      if (!options.skip_bad_lines) throw;
+      count++;
+      here.add("bad line", e.what());
+      continue;
     }
-    const bool no_content = object.at_key("content").get(e) || e.is_null();
-    if (!no_content || message.tool_calls.empty()) {
-      message.content = string_member(object, "content", place);
+    count++;
+    try {
+      const char* reason = visit(std::as_const(item));
+      if (reason) here.add(reason, item.where);
+    } catch (const Error& e) {
+      if (!options.skip_bad_lines) throw;
+      here.add("bad line", e.what());
     }
-    messages.push_back(std::move(message));
   }
-  return messages;
+  if (count == 0) fail(name, ": found no records, expected one or more");
+  if (here.total() == count) fail(name, ": found no record to use: ", here.summary());
+  left_out.add(here);
+  return count;
 }
 
-// A conversation's "tools", if it has any.
-inline std::vector<std::string> parse_tools(simdjson::dom::object object,
-                                            const std::string& where) {
-  std::vector<std::string> tools;
-  simdjson::dom::element list;
-  if (object.at_key("tools").get(list) || list.is_null()) return tools;
-  for (const simdjson::dom::element e : as_array(list, where + ": tools")) {
-    tools.push_back(python_json(unwrap_function(e, concat(where, ": tools[", tools.size(), "]"))));
+// visit_each for the records of the files. A file of which no record is left is an error.
+template <class Visit>
+int64_t for_each_record(const std::vector<std::string>& paths, const RecordOptions& options,
+                        LeftOut& left_out, Visit&& visit) {
+  int64_t records = 0;
+  std::set<std::string, std::less<>> used;
+  for (const std::string& path : paths) {
+    const Input input(path);
+    RecordReader reader(input, options);
+    records += visit_each<Record>(
+        input.name, options, left_out, [&](Record& record) { return reader.next(record); }, visit);
+    used.insert(reader.fields().begin(), reader.fields().end());
   }
-  return tools;
-}
-
-// `where` is the file and line, for errors.
-inline Conversation parse_conversation(simdjson::dom::object object, const std::string& where) {
-  return {parse_messages(member(object, "messages", where), where + ": messages"),
-          parse_tools(object, where)};
+  require_fields_used(options.names, used);
+  return records;
 }
 
 // ---------------------------------------------------------------------------------------------
-// Preferences: several answers to one prompt and which is better, or one text and whether it is
-// good.
-//
-//     {"prompt", "chosen", "rejected"}        two answers
-//     {"prompt", "responses", "ranking"}      K answers, the rank of each: 1 best, equal is a tie
-//     {"chosen", "rejected"}                  whole conversations, whose common beginning is the
-//                                             prompt
-//     {"text", "label"}                       label: true, 1, "pos", "good"; false, 0, "neg", "bad"
-//
-// Prompts and answers are strings or lists of messages. A string that answers messages is the
-// assistant's message. If prompt and answers are strings, the prompt is a text and the answers
-// continue it.
+// Lines of text: prompts
 
-struct Preference {
-  bool is_chat = false;
-  std::string text;                           // the prompt, or the labelled text
-  Conversation prompt;                        // of a chat
-  std::vector<std::string> continuations;     // of a text
-  std::vector<std::vector<Message>> answers;  // of a chat
-  std::vector<int> ranking;                   // of each answer; 1 is the best
-  std::optional<bool> label;                  // of the text
-  double chance = 0;  // that labellers choose the first answer, if known (synthetic data); else 0
+struct TextLine {
+  std::string where, text;  // where: file:line, or "file: row 3"
 };
 
-namespace preferences {
-using simdjson::dom::element;
-using simdjson::dom::object;
-
-// A prompt or an answer as messages.
-inline std::vector<Message> messages_of(element list, const std::string& where) {
-  if (!list.is_array()) fail(where, ": found ", type_name(list), ", expected messages");
-  std::vector<Message> messages = parse_messages(list, where + ": messages");
-  if (messages.empty()) fail(where, ": found an empty list, expected messages");
-  return messages;
-}
-
-// The answer to a chat is one or more messages, or a string; to a text it is a string.
-inline void add_answer(Preference& p, element e, const std::string& where) {
-  std::string_view text;
-  if (!e.get(text)) {
-    require(!strip_ascii(text).empty(), where, ": found nothing, expected an answer");
-    if (p.is_chat) {
-      p.answers.push_back({{"assistant", std::string(text), {}}});
-    } else {
-      p.continuations.emplace_back(text);
+// The lines of a text file, or a field of records. The text may come from any editor: a mark,
+// UTF-16, \r\n or \r change nothing, nor does a line break at the end or blank lines behind the
+// last text. A blank line before it is an empty text. Records that cannot be read are left out with
+// --bad-lines skip, and counted.
+inline std::vector<TextLine> read_text_lines(const Input& input, std::string_view field,
+                                             const RecordOptions& options = {},
+                                             LeftOut* left_out = nullptr) {
+  std::vector<TextLine> lines;
+  ByteWindow window(ByteSource(input, {.any_kind = true}));
+  const std::string_view head = window.need(1 << 16);
+  require(!head.empty(), input.name, ": found an empty file, expected a text on each line");
+  if (file_kind(input, head, {std::string(field)}) != FileKind::text) {
+    RecordReader reader(std::move(window), input, options);
+    LeftOut ignored;
+    const auto read = [&](const Record& record) -> const char* {
+      std::string_view text;
+      if (!record.has(field)) fail_unknown_shape(record, json_text(std::string(field)));
+      if (!record.text(field, text)) throw RecordError(record.problem(field));
+      lines.push_back({record.where, std::string(text)});
+      return nullptr;
+    };
+    visit_each<Record>(
+        input.name, options, left_out ? *left_out : ignored,
+        [&](Record& record) { return reader.next(record); }, read);
+    require_fields_used(options.names, reader.fields());
+    return lines;
+  }
+  require_text(head, input.name);
+  LineReader reader(std::move(window));
+  for (std::string_view line; reader.next(line);) {
+    for (size_t begin = 0; begin <= line.size();) {
+      const size_t end = std::min(line.size(), line.find('\r', begin));
+      lines.push_back({concat(input.name, ":", lines.size() + 1),
+                       std::string(line.substr(begin, end - begin))});
+      begin = end + 1;
     }
-    return;
   }
-  if (!p.is_chat) {
-    fail(where, ": found ", type_name(e), ", expected a string, as the prompt is");
-  }
-  p.answers.push_back(messages_of(e, where));
-}
-
-inline std::vector<int> parse_ranking(element e, size_t answers, const std::string& where) {
-  std::vector<int> ranking;
-  for (const element rank :
-       element_as<simdjson::dom::array>(e, "a rank for each response", where)) {
-    int64_t r = 0;
-    if (rank.get(r) || r < 1 || r > 1 << 20) {
-      fail(where, ": found ", std::string(simdjson::minify(rank)), ", expected ranks from 1 on");
-    }
-    ranking.push_back(int(r));
-  }
-  require(ranking.size() == answers, where, ": found ", ranking.size(), " ranks, expected ",
-          answers, ", one for each response");
-  return ranking;
-}
-
-inline bool parse_label(element e, const std::string& where) {
-  const std::string json = simdjson::minify(e);
-  for (const char* good : {"true", "1", R"("pos")", R"("positive")", R"("good")", R"("1")"})
-    if (json == good) return true;
-  for (const char* bad : {"false", "0", R"("neg")", R"("negative")", R"("bad")", R"("0")"})
-    if (json == bad) return false;
-  fail(where, ": found ", json, ", expected true or false");
-}
-
-// Splits two whole conversations: the messages that both begin with become the prompt.
-inline void split_common_prompt(Preference& p, const std::string& where) {
-  std::vector<Message>&a = p.answers[0], &b = p.answers[1];
-  auto n = size_t(std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin());
-  if (n == a.size() && n == b.size()) return;  // equal answers: check_preference refuses them
-  while (n > 0 && (n == a.size() || n == b.size() || a[n - 1].role == "assistant")) n--;
-  if (n == 0) fail(where, ": found no message that both sides begin with, expected a prompt");
-  p.prompt.messages.assign(a.begin(), a.begin() + long(n));
-  a.erase(a.begin(), a.begin() + long(n));
-  b.erase(b.begin(), b.begin() + long(n));
-}
-
-// Every answer must make a conversation with its prompt (check_conversation). Equal answers must
-// have equal ranks.
-inline void check_preference(const Preference& p, const std::string& where) {
-  const size_t answers = p.ranking.size();
-  if (answers < 2) fail(where, ": found ", answers, " answers, expected at least 2");
-  for (size_t i = 0; i < answers; i++) {
-    for (size_t j = 0; j < i; j++) {
-      const bool equal =
-          p.is_chat ? p.answers[i] == p.answers[j] : p.continuations[i] == p.continuations[j];
-      require(!equal || p.ranking[i] == p.ranking[j], where,
-              ": found the same answer twice, as number ", j + 1, " and ", i + 1,
-              " with different ranks, expected different answers");
-    }
-    if (!p.is_chat) continue;
-    Conversation whole = p.prompt;
-    whole.messages.insert(whole.messages.end(), p.answers[i].begin(), p.answers[i].end());
-    check_conversation(whole, concat(where, ": answer ", i + 1));
-  }
-}
-
-// "prompt": a text, or a chat as a string or as messages.
-inline void read_prompt(Preference& p, object from, bool pair, const std::string& where) {
-  const element prompt = member(from, "prompt", where);
-  std::string_view text;
-  if (prompt.get(text)) {
-    p.is_chat = true;
-    p.prompt.messages = messages_of(prompt, where + ": prompt");
-    return;
-  }
-  p.is_chat = pair && member(from, "chosen", where).is_array();
-  if (p.is_chat) {  // a string that is answered by messages is the user's message
-    p.prompt.messages = {{"user", std::string(text), {}}};
-  } else {
-    p.text = text;
-  }
-}
-
-// "responses" and "ranking".
-inline void read_responses(Preference& p, object from, const std::string& where) {
-  size_t n = 0;
-  for (const element e : as_array(member(from, "responses", where), where + ": responses")) {
-    add_answer(p, e, concat(where, ": responses[", n++, "]"));
-  }
-  p.ranking = parse_ranking(member(from, "ranking", where), n, where + ": ranking");
-}
-}  // namespace preferences
-
-// `where` is the file and line, for errors.
-inline Preference parse_preference(simdjson::dom::object object, const std::string& where) {
-  using namespace preferences;
-  element e;
-  const auto has = [&](const char* key) { return !object.at_key(key).get(e); };
-  Preference p;
-  if (has("text") && has("label")) {
-    p.text = string_member(object, "text", where);
-    if (p.text.empty()) fail(where, ": text: found nothing, expected text");
-    p.label = parse_label(member(object, "label", where), where + ": label");
-    return p;
-  }
-  const bool pair = has("chosen") && has("rejected");
-  require(pair || (has("prompt") && has("responses") && has("ranking")), where,
-          ": found neither \"chosen\" and \"rejected\", nor \"prompt\", \"responses\" and "
-          "\"ranking\", nor \"text\" and \"label\"");
-  const bool whole = pair && !has("prompt");
-  p.is_chat = whole;
-  if (!whole) read_prompt(p, object, pair, where);
-  if (pair) {
-    add_answer(p, member(object, "chosen", where), where + ": chosen");
-    add_answer(p, member(object, "rejected", where), where + ": rejected");
-    p.ranking = {1, 2};
-    if (has("chance") && (e.get(p.chance) || !(p.chance >= 0 && p.chance <= 1))) {
-      fail(where, ": chance: expected a number from 0 to 1");
-    }
-  } else {
-    read_responses(p, object, where);
-  }
-  if (whole) split_common_prompt(p, where);
-  if (p.is_chat) p.prompt.tools = parse_tools(object, where);
-  check_preference(p, where);
-  return p;
+  while (!lines.empty() && strip_ascii(lines.back().text).empty()) lines.pop_back();
+  require_fields_used(options.names, {});
+  return lines;
 }
 
 }  // namespace cake

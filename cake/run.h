@@ -223,6 +223,12 @@ inline std::string read_file(const std::filesystem::path& path) {
   return text;
 }
 
+// A large file of a Git repository that was not downloaded: a few lines of text stand in its place.
+inline void refuse_git_lfs_pointer(std::string_view content, const std::string& where) {
+  if (!content.starts_with("version https://git-lfs.")) return;
+  fail(where, ": found a pointer of Git LFS, expected the file itself: `git lfs pull` gets it");
+}
+
 // Four functions change what is on the disk: every write, sync, rename and removal of a run is one
 // of theirs. A test sets CAKE_EXIT_AT=n, and the process ends in place of the n-th change as if it
 // had been killed: nothing is flushed, nothing is cleaned up.

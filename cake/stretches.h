@@ -1,6 +1,6 @@
 // A corpus for many threads: its documents as stretches of text, and work that is written in order.
 //
-//     documents (cake/records.h) --CorpusReader--> stretches --work, in all threads--> results
+//     documents (cake/documents.h) --CorpusReader--> stretches --work, in all threads--> results
 //         --write, in the order of the text--> shards, counts
 //
 // One thread at a time reads the next stretch, every thread works on a stretch of its own, and
@@ -26,7 +26,7 @@
 #include <vector>
 
 #include "cake/bpe.h"
-#include "cake/records.h"
+#include "cake/documents.h"
 #include "cake/run.h"
 
 namespace cake {
@@ -46,6 +46,7 @@ struct Stretch {
   int64_t json_line = 0;  // the number of the first line
   std::string json_file;
   simdjson::dom::parser parser;
+  LeftOut left_out;  // lines of JSON, with --bad-lines skip
   // The chunk and what follows it in its document: whether a piece ends can depend on that.
   std::string_view text_of(const Chunk& c) const {
     return std::string_view(text).substr(c.begin, c.text_end - c.begin);
@@ -173,13 +174,14 @@ class ValidationSplit {
  public:
   static constexpr size_t kFew = 64;
 
-  ValidationSplit(const std::vector<Input>& inputs, double fraction) {
+  ValidationSplit(const std::vector<Input>& inputs, double fraction,
+                  const RecordOptions& options = {}) {
     require(fraction >= 0 && fraction < 1, "--val-fraction: found ", fraction,
             ", expected 0 or more and less than 1");
     if (fraction == 0) return;
     std::set<uint64_t> hashes;
     size_t documents = 0;
-    DocumentReader reader(inputs);
+    DocumentReader reader(inputs, options);
     for (DocumentPart part; documents <= kFew && reader.next(part);) {
       if (!part.begins || part.text.empty()) continue;
       documents++;
@@ -187,7 +189,7 @@ class ValidationSplit {
       if (!part.ends) reader.skip_document();
     }
     if (documents == 1) {
-      find_tail(inputs, fraction);
+      find_tail(inputs, fraction, options);
     } else if (documents > kFew) {
       threshold_ = uint64_t(std::ldexp(fraction, 63)) << 1;
     } else if (hashes.size() < 2) {
@@ -207,14 +209,14 @@ class ValidationSplit {
   }
 
  private:
-  void find_tail(const std::vector<Input>& inputs, double fraction) {
+  void find_tail(const std::vector<Input>& inputs, double fraction, const RecordOptions& options) {
     int64_t bytes = 0;
-    DocumentReader counter(inputs);
+    DocumentReader counter(inputs, options);
     for (DocumentPart part; counter.next(part);) bytes += int64_t(part.text.size());
     const int64_t wanted = bytes - int64_t(double(bytes) * fraction);
     std::string near;  // the bytes from `wanted` on
     int64_t offset = 0;
-    DocumentReader reader(inputs);
+    DocumentReader reader(inputs, options);
     for (DocumentPart part; near.size() < 4096 && reader.next(part);) {
       const int64_t skip = std::clamp<int64_t>(wanted - offset, 0, int64_t(part.text.size()));
       near += part.text.substr(size_t(skip), 4096 - near.size());
@@ -242,10 +244,10 @@ class ValidationSplit {
 class CorpusReader {
  public:
   // `others`: vocabularies that are to encode the same stretches.
-  CorpusReader(const std::vector<Input>& inputs, const ValidationSplit& split,
-               const TokenizerData& data, size_t stretch_bytes,
+  CorpusReader(const std::vector<Input>& inputs, const RecordOptions& options,
+               const ValidationSplit& split, const TokenizerData& data, size_t stretch_bytes,
                std::span<const TokenizerData* const> others = {})
-      : reader_(inputs, kPartBytes),
+      : reader_(inputs, options, kPartBytes),
         split_(split),
         data_(data),
         others_(others),
@@ -258,6 +260,7 @@ class CorpusReader {
     rest_.clear();
     stretch.chunks.clear();
     stretch.json.clear();
+    stretch.left_out = {};
     chunk_begin_ = 0;
     if (!open_ && !part_is_open_ && !split_.has_tail() && next_json(stretch)) return true;
     // Where there was no safe cut, twice as much text as before: looking for a cut anew takes no
@@ -279,10 +282,13 @@ class CorpusReader {
       const size_t end = std::min(lines.size(), lines.find('\n', begin));
       const std::string_view line = lines.substr(begin, end - begin);
       begin = end + 1;
-      const LinePlace place{stretch.json_file, number};
-      simdjson::dom::object object;
-      if (!parse_json_line(line, place, stretch.parser, object)) continue;
-      const std::string_view document = json_string(object, "text", place);
+      std::string_view document;
+      try {
+        document = parse_document(line, {stretch.json_file, number}, stretch.parser);
+      } catch (const RecordError& e) {
+        if (!reader_.options().skip_bad_lines) throw;
+        stretch.left_out.add("bad line", e.what());
+      }
       if (document.empty()) continue;
       const size_t chunk_begin = stretch.text.size();
       stretch.text += document;
@@ -291,7 +297,22 @@ class CorpusReader {
     }
   }
 
+  // What was left out before the stretches, and the line about <|endoftext|> inside lines.
+  const LeftOut& left_out() const { return reader_.left_out(); }
+  std::string divider_note(bool specials) const { return reader_.divider_note(specials); }
+
  private:
+  // The text in a line of JSON; "": the line is blank, or the text is.
+  std::string_view parse_document(std::string_view line, const LinePlace& place,
+                                  simdjson::dom::parser& parser) const {
+    simdjson::dom::element record;
+    std::string_view text;
+    if (!parse_json_value(line, place, parser, record)) return {};
+    const FieldNames& names = reader_.options().names;
+    if (document_text(record, names, text)) return text;
+    throw RecordError(document_problem(record, names, place.where()));
+  }
+
   // What is read at once: it is copied into a stretch while it is in the processor's cache.
   static constexpr size_t kPartBytes = 256 << 10;
 
@@ -381,10 +402,11 @@ class CorpusReader {
 // ---------------------------------------------------------------------------------------------
 // The whole: work(stretch, result, thread) for each stretch, then write(stretch, result) in order.
 // `verb` is for the progress line. `others`: further vocabularies that encode the same stretches.
+// Returns the records that were left out, which the log names.
 template <class Result, class Work, class Write>
-void for_each_stretch(const Corpus& corpus, const TokenizerData& data, const char* verb,
-                      ConsoleLog& log, Work&& work, Write&& write,
-                      std::span<const TokenizerData* const> others = {}) {
+LeftOut for_each_stretch(const Corpus& corpus, const TokenizerData& data, const char* verb,
+                         ConsoleLog& log, Work&& work, Write&& write,
+                         std::span<const TokenizerData* const> others = {}) {
   if (corpus.inputs.empty()) fail("found no inputs, expected text, JSON lines, WET or parquet");
   if (corpus.threads < 1) fail("--threads: found ", corpus.threads, ", expected 1 or more");
   std::vector<Input> inputs = expand_folders(corpus.inputs);
@@ -392,13 +414,14 @@ void for_each_stretch(const Corpus& corpus, const TokenizerData& data, const cha
   if (corpus.val_fraction > 0) {
     for (Input& input : inputs) copies.emplace_back(input);
   }
-  const ValidationSplit split(inputs, corpus.val_fraction);
-  CorpusReader reader(inputs, split, data, corpus.stretch_bytes, others);
+  const ValidationSplit split(inputs, corpus.val_fraction, corpus.records);
+  CorpusReader reader(inputs, corpus.records, split, data, corpus.stretch_bytes, others);
   struct Item {
     Stretch stretch;
     Result result;
   };
-  int64_t bytes = 0;
+  int64_t bytes = 0, documents = 0;
+  LeftOut left_out;
   run_in_order<Item>(
       corpus.threads, [&](Item& item) { return reader.next(item.stretch); },
       [&](Item& item, size_t thread) {
@@ -407,11 +430,22 @@ void for_each_stretch(const Corpus& corpus, const TokenizerData& data, const cha
       },
       [&](Item& item) {
         write(item.stretch, item.result);
-        for (const Chunk& c : item.stretch.chunks) bytes += int64_t(c.size());
+        for (const Chunk& c : item.stretch.chunks) {
+          bytes += int64_t(c.size());
+          documents += c.begins_document;
+        }
+        left_out.add(item.stretch.left_out);
         if (log.progress_is_due()) {
           log.progress(concat(verb, ": ", bytes_text(double(bytes)), ", ", log.rate(bytes)));
         }
       });
+  left_out.add(reader.left_out());
+  require(documents > 0 || left_out.total() == 0, "found no document to use: ", left_out.summary());
+  std::string notes =
+      left_out.text(documents + left_out.total()) + reader.divider_note(corpus.specials);
+  if (notes.ends_with('\n')) notes.pop_back();
+  if (!notes.empty()) log.note(notes);
+  return left_out;
 }
 
 }  // namespace cake

@@ -185,13 +185,18 @@ TEST_CASE("the first bytes tell the kind of a file, then its name") {
   }
   CHECK(kind("a.txt", "<header> is a tag") == FileKind::text);
   CHECK(kind("a.txt", "<htmlish>") == FileKind::text);
-  CHECK(kind("a.txt", "{\"text\": 1}\n{") == FileKind::json_lines);
-  CHECK(kind("a.txt", "\n\n {}\n") == FileKind::json_lines);
+  CHECK(kind("a.txt", "{\"text\": 1}\n{") == FileKind::json);
+  CHECK(kind("a.txt", "\n\n {}\n") == FileKind::json);
   CHECK(kind("a.txt", "{ a set }\n") == FileKind::text);
-  CHECK(kind("a.txt", "{\"text\": \"" + std::string(1 << 17, 'a')) == FileKind::json_lines);
-  CHECK(kind("a.jsonl.gz", "garbage") == FileKind::json_lines);
-  CHECK(kind("a.json", "[") == FileKind::json_lines);
-  CHECK(kind("a.ndjson.zst", "") == FileKind::json_lines);
+  CHECK(kind("a.txt", "[\n {\"text\": 1}\n]") == FileKind::json);
+  CHECK(kind("a.txt", "[1, 2]\n") == FileKind::text);
+  CHECK(kind("a.txt", "[[a link]]\n") == FileKind::text);
+  CHECK(kind("a", "{\n  \"html\": \"<p>\"\n}") == FileKind::json);
+  CHECK(kind("package.json", "{\n  \"name\": \"a\"\n}") == FileKind::text);
+  CHECK(kind("a.txt", "{\"text\": \"" + std::string(1 << 17, 'a')) == FileKind::json);
+  CHECK(kind("a.jsonl.gz", "garbage") == FileKind::json);
+  CHECK(kind("a.json", "[") == FileKind::json);
+  CHECK(kind("a.ndjson.zst", "") == FileKind::json);
   CHECK(kind("a.htm", "text") == FileKind::html);
   CHECK(kind("a.xhtml.gz", "text") == FileKind::html);
   CHECK(kind("html", "text") == FileKind::text);
@@ -207,8 +212,6 @@ TEST_CASE("files of no text are counted, and those that must be unpacked") {
   CHECK(read(path_of(dir, "a", "")).problems == Counts{{"empty file", 1}});
   CHECK(read(path_of(dir, "a.html", "")).problems == Counts{{"empty file", 1}});
   CHECK(contains(error_of([&] { read(path_of(dir, "a.gz", "text")); }), "expected gzip data"));
-  CHECK(contains(error_of([&] { read(path_of(dir, "a.json", "[\n{\"text\": \"a\"}]")); }),
-                 "a.json: found a JSON array, expected JSON lines"));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -570,18 +573,59 @@ TEST_CASE("of JSON lines text, url and id are taken and the rest is kept as writ
   CHECK(page("\xef\xbb\xbf{\"text\":\"behind a mark\"}\r").text == "behind a mark");
 }
 
+TEST_CASE("numbers that few programs read pass, and the rest of a page stays JSON") {
+  TempDir dir;
+  const Reading r = read(path_of(
+      dir, "a.jsonl",
+      "{\"text\":\"a\",\"n\":92233720368547758423,\"x\":{\"y\":[NaN,-Infinity,\"NaN\"]}}\n"));
+  CHECK(r.texts() == Texts{"a"});
+  CHECK(r.problems.empty());
+  CHECK(r.pages[0].rest == R"("n":92233720368547758423,"x":{"y":[null,null,"NaN"]})");
+}
+
+TEST_CASE("pages of a JSON array, of objects over several lines and of a list in an object") {
+  TempDir dir;
+  std::string list, lines;
+  Texts texts;
+  for (int i = 0; i < 300; i++) {
+    texts.push_back(std::string(size_t(1 + i * 7), char('a' + i % 26)));
+    lines +=
+        concat("{\n  \"id\": ", i, ",\n  \"text\": \"", texts.back(), "\",\n  \"m\": [{}]\n}\n");
+    list += concat(i ? ",\n " : "", "{\"id\": ", i, ", \"text\": \"", texts.back(), "\"}");
+  }
+  for (const std::string& bytes :
+       {"[" + list + "]\n", lines, "{\"version\": 1, \"data\": [" + list + "], \"n\": {}}"}) {
+    CAPTURE(bytes.substr(0, 30));
+    for (const std::string& path :
+         {path_of(dir, "a.json", bytes), path_of(dir, "a.gz", gzip(bytes))}) {
+      const Reading r = read(path);
+      CHECK(r.texts() == texts);
+      CHECK(r.problems.empty());
+      CHECK(r.pages[7].id == "7");
+      check_restarts(path);
+    }
+  }
+  const std::string bad =
+      path_of(dir, "bad.json",
+              "[\n  {\"text\": \"a\"},\n  {\"text\": 1},\n  {\"text\": \"b\n  },\n  {\"text\": \"" +
+                  std::string(5000, 'x') + "\"},\n  {\"text\": \"c\"}\n]");
+  const Reading r = read(bad, {.max_page_bytes = 1000});
+  CHECK(r.texts() == Texts{"a", "c"});
+  CHECK(r.problems == Counts{{"no text", 1}, {"not JSON", 1}, {"page too long", 1}});
+  check_restarts(bad);
+}
+
 TEST_CASE("lines that are no documents are counted") {
   TempDir dir;
   const std::string deep =
       "{\"text\":\"x\",\"a\":" + std::string(100000, '[') + std::string(100000, ']') + "}\n";
   const std::string deep_object =
       join(std::vector<std::string>(100000, "{\"a\":")) + "1" + std::string(100000, '}') + "\n";
-  const std::string path =
-      path_of(dir, "a.jsonl",
-              "{\"text\":\"one\"}\n\n \r\nnot JSON\n[1]\n{\"text\":1}\n{}\n{\"text\":\"x\"\n" +
-                  deep + deep_object + std::string("{\"text\":\"\0\"}\n", 13) +
-                  "{\"text\":\"nul\\u0000\"}\n" + std::string(3, '\0') +
-                  "\n{\"text\":\"x\",\"n\":123456789012345678901234567890}\n{\"text\":\"last\"}");
+  const std::string path = path_of(
+      dir, "a.jsonl",
+      "{\"text\":\"one\"}\n\n \r\nnot JSON\n[1]\n{\"text\":1}\n{}\n{\"text\":\"x\"\n" + deep +
+          deep_object + std::string("{\"text\":\"\0\"}\n", 13) + "{\"text\":\"nul\\u0000\"}\n" +
+          std::string(3, '\0') + "\n{\"text\":\"x\",\"n\":01}\n{\"text\":\"last\"}");
   const Reading r = read(path);
   CHECK(r.texts() == Texts{"one", std::string("nul\0", 4), "last"});
   CHECK(r.problems == Counts{{"JSON number that cannot be read", 1},
