@@ -1,19 +1,21 @@
-// Parquet files, read row by row: FineWeb and most corpora are published in this format.
+// Parquet files, column by column: FineWeb and most data sets are published in this format.
 //
 //     footer (Thrift) -> schema, row groups -> select columns
 //         -> for each column: page header (Thrift) -> page -> decompressed -> levels and values
 //
 // A file is a sequence of row groups. A row group holds one chunk for each column, a chunk is a
-// sequence of pages, and a page holds the values of some rows: first a level for each row (1: it
-// has a value, 0: null; absent in columns without nulls), then the values that are there. A chunk
-// may begin with a dictionary page; its data pages then hold indices into the dictionary, and
-// where the dictionary grew too large the writer goes on with plain values. The footer at the
-// file's end says where each chunk is.
+// sequence of pages, and a page holds entries: first their levels, then the values that are there.
+// A flat column has one entry for each row, with a definition level (1: it has a value, 0: null;
+// absent in columns without nulls). A column within lists has an entry for each element, and its
+// levels say where the lists and rows begin (cake/parquet_rows.h). A chunk may begin with a
+// dictionary page; its data pages then hold indices into the dictionary, and where the dictionary
+// grew too large the writer goes on with plain values. The footer at the file's end says where
+// each chunk is.
 //
-// Read are flat columns of strings and integers, which is what corpora have. Other columns are
-// listed, and refused by name when they are selected. Memory: one decompressed page and one
-// dictionary of each selected column; the file itself is mapped, and what has been read of it is
-// given back to the system.
+// Reader gives the values of flat columns of strings and integers, which is what corpora have;
+// it refuses other columns by name when they are selected. cake/parquet_rows.h reads every column.
+// Memory: one decompressed page and one dictionary of each selected column; the file itself is
+// mapped, and what has been read of it is given back to the system.
 //
 // No number in a file is trusted: offsets, sizes and counts are compared with the bytes that are
 // there before they are used. Whatever the bytes are, reading ends with rows or with an Error.
@@ -28,6 +30,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -52,7 +55,34 @@ using ByteSpan = std::span<const unsigned char>;
 // ---------------------------------------------------------------------------------------------
 // Names of the format's numbers
 
-enum PhysicalType { kInt32 = 1, kInt64 = 2, kByteArray = 6 };
+enum PhysicalType {
+  kBoolean = 0,
+  kInt32 = 1,
+  kInt64 = 2,
+  kInt96 = 3,
+  kFloat = 4,
+  kDouble = 5,
+  kByteArray = 6,
+  kFixedBytes = 7
+};
+enum Logical {  // what the values mean
+  kString = 1,
+  kMap = 2,
+  kList = 3,
+  kEnum = 4,
+  kDecimal = 5,
+  kDate = 6,
+  kTime = 7,
+  kTimestamp = 8,
+  kInterval = 9,
+  kInteger = 10,
+  kUnknown = 11,
+  kJson = 12,
+  kBson = 13,
+  kUuid = 14,
+  kFloat16 = 15,
+  kVariant = 16
+};
 enum Repetition { kRequired = 0, kOptional = 1, kRepeated = 2 };
 enum Codec { kUncompressed = 0, kSnappy = 1, kGzip = 2, kZstd = 6 };
 enum PageType { kDataPage = 0, kIndexPage = 1, kDictionaryPage = 2, kDataPageV2 = 3 };
@@ -63,7 +93,9 @@ enum Encoding {
   kBitPacked = 4,
   kDeltaBinaryPacked = 5,
   kDeltaLengthByteArray = 6,
-  kRleDictionary = 8
+  kDeltaByteArray = 7,
+  kRleDictionary = 8,
+  kByteStreamSplit = 9
 };
 
 template <size_t N>
@@ -116,7 +148,7 @@ inline std::string converted_name(int64_t converted) {  // the older annotation 
 inline std::string logical_name(int64_t logical) {  // the newer one
   return name_of(
       std::array<const char*, 19>{nullptr, "STRING", "MAP", "LIST", "ENUM", "DECIMAL", "DATE",
-                                  "TIME", "TIMESTAMP", nullptr, "INTEGER", "UNKNOWN", "JSON",
+                                  "TIME", "TIMESTAMP", "INTERVAL", "INTEGER", "UNKNOWN", "JSON",
                                   "BSON", "UUID", "FLOAT16", "VARIANT", "GEOMETRY", "GEOGRAPHY"},
       logical);
 }
@@ -298,14 +330,35 @@ class ThriftReader {
 // ---------------------------------------------------------------------------------------------
 // The footer: schema and row groups
 
+struct SchemaElement {
+  std::string name;
+  int64_t type = -1, type_length = 0, repetition = kRequired, children = 0;
+  int64_t converted = -1, logical = -1;  // the older annotation, the newer one
+  int64_t meaning = -1;                  // Logical: what either of them says; -1: neither
+  int64_t scale = 0;                     // DECIMAL: digits behind the point
+  int unit_digits = 0;                   // TIME, TIMESTAMP: 3, 6, 9: milli-, micro-, nanoseconds
+  bool is_utc = false;                   // TIME, TIMESTAMP: adjusted to UTC
+  bool is_signed = true;                 // INTEGER
+
+  bool is_group() const { return type < 0 || children > 0; }
+};
+
+struct Leaf {           // a column of values
+  int64_t number = -1;  // among the chunks of a row group
+  int64_t type = -1;    // PhysicalType
+  int64_t type_length = 0;
+  // The levels of an entry that has a value: how many of its ancestors and itself are optional or
+  // repeated; how many are repeated.
+  int max_definition = 0, max_repetition = 0;
+};
+
 struct Column {  // at the schema's top
   enum Kind { text, integer, other };
   std::string name;
   Kind kind = other;
   std::string found;  // its type, for errors: "DOUBLE", "INT64 with TIMESTAMP", "a nested column"
-  int64_t leaf = -1;  // its number among the chunks of a row group; -1: nested
-  int type = -1;      // PhysicalType
-  bool has_nulls = false, is_unsigned = false;
+  Leaf leaf;          // of a flat column
+  bool is_unsigned = false;
 };
 
 struct Chunk {  // of one column in one row group
@@ -322,62 +375,86 @@ struct RowGroup {
 
 struct Footer {
   int64_t rows = -1;
+  std::vector<SchemaElement> schema;  // a tree, depth first
   std::vector<Column> columns;
   std::vector<RowGroup> groups;
 };
 
-struct SchemaElement {
-  std::string name;
-  int64_t type = -1, repetition = kRequired, children = 0, converted = -1, logical = -1;
-  bool is_signed = true;  // of the logical type INTEGER
-};
+// The annotation of time: whether it is in UTC, and its unit, a union.
+inline void read_time(ThriftReader& in, SchemaElement& e) {
+  in.read_struct([&](int field, int type) {
+    if (field == 1) return e.is_utc = in.read_bool(type), true;
+    if (field != 2 || type != ThriftReader::kStruct) return false;
+    in.read_struct([&](int unit, int) {
+      e.unit_digits = unit >= 1 && unit <= 3 ? 3 * unit : 0;
+      return false;
+    });
+    return true;
+  });
+}
+
+// The newer annotation, a union: one field.
+inline void read_logical(ThriftReader& in, SchemaElement& e) {
+  in.read_struct([&](int logical, int type) {
+    e.logical = logical;
+    if (type != ThriftReader::kStruct) return false;
+    if (logical == kTime || logical == kTimestamp) return read_time(in, e), true;
+    if (logical != kDecimal && logical != kInteger) return false;
+    in.read_struct([&](int field, int field_type) {
+      if (logical == kDecimal && field == 1) return e.scale = in.read_integer(field_type), true;
+      if (logical == kInteger && field == 2) return e.is_signed = in.read_bool(field_type), true;
+      return false;
+    });
+    return true;
+  });
+}
 
 inline SchemaElement read_schema_element(ThriftReader& in) {
   SchemaElement e;
   in.read_struct([&](int id, int type) {
     if (id == 1) return e.type = in.read_integer(type), true;
+    if (id == 2) return e.type_length = in.read_integer(type), true;
     if (id == 3) return e.repetition = in.read_integer(type), true;
     if (id == 4) return e.name = in.read_string(type), true;
     if (id == 5) return e.children = in.read_integer(type), true;
     if (id == 6) return e.converted = in.read_integer(type), true;
+    if (id == 7) return e.scale = in.read_integer(type), true;
     if (id != 10 || type != ThriftReader::kStruct) return false;
-    in.read_struct([&](int logical, int logical_type) {  // a union: one field
-      e.logical = logical;
-      if (logical != 10 || logical_type != ThriftReader::kStruct) return false;
-      in.read_struct([&](int field, int field_type) {
-        if (field == 2) return e.is_signed = in.read_bool(field_type), true;
-        return false;
-      });
-      return true;
-    });
+    read_logical(in, e);
     return true;
   });
+  e.meaning = e.logical;
+  if (e.logical >= 0 || e.converted < 0 || e.converted > 21) return e;
+  static constexpr int kMeanings[] = {
+      kString,  kMap,       kMap,       kList,    kEnum,    kDecimal, kDate,    kTime,
+      kTime,    kTimestamp, kTimestamp, kInteger, kInteger, kInteger, kInteger, kInteger,
+      kInteger, kInteger,   kInteger,   kJson,    kBson,    kInterval};
+  e.meaning = kMeanings[e.converted];
+  e.is_signed = e.converted < 11 || e.converted > 14;            // UINT_8 to UINT_64
+  e.unit_digits = e.converted == 7 || e.converted == 9 ? 3 : 6;  // _MILLIS, _MICROS
   return e;
 }
 
-// What a column at the schema's top can be read as.
-inline Column make_column(const SchemaElement& e, int64_t leaf) {
-  Column c{.name = e.name};
-  if (e.type < 0 || e.children > 0 || e.repetition == kRepeated) {
+// What a column at the schema's top can be read as. `number`: of the next leaf.
+inline Column make_column(const SchemaElement& e, int64_t number) {
+  Column c;
+  c.name = e.name;
+  if (e.is_group() || e.repetition == kRepeated) {
     c.found = "a nested column";
     return c;
   }
-  c.leaf = leaf;
-  c.type = int(std::min<int64_t>(e.type, 100));
-  c.has_nulls = e.repetition == kOptional;
+  c.leaf = {number, e.type, e.type_length, e.repetition == kOptional, 0};
   const bool annotated = e.logical >= 0 || e.converted >= 0;
   c.found = type_name(e.type);
   if (annotated) {
     c.found += " with " + (e.logical >= 0 ? logical_name(e.logical) : converted_name(e.converted));
   }
-  if (e.type == kByteArray) {  // STRING, ENUM, JSON; UTF8, ENUM, JSON; bytes
-    const bool text = e.logical >= 0 ? e.logical == 1 || e.logical == 4 || e.logical == 12
-                                     : e.converted == 0 || e.converted == 4 || e.converted == 19;
+  if (e.type == kByteArray) {
+    const bool text = e.meaning == kString || e.meaning == kEnum || e.meaning == kJson;
     if (text || !annotated) c.kind = Column::text;
-  } else if (e.type == kInt32 || e.type == kInt64) {  // INTEGER; UINT_8 to INT_64
-    const bool integer = e.logical >= 0 ? e.logical == 10 : e.converted >= 11 && e.converted <= 18;
-    if (integer || !annotated) c.kind = Column::integer;
-    c.is_unsigned = e.logical >= 0 ? !e.is_signed : e.converted >= 11 && e.converted <= 14;
+  } else if (e.type == kInt32 || e.type == kInt64) {
+    if (e.meaning == kInteger || !annotated) c.kind = Column::integer;
+    c.is_unsigned = !e.is_signed;
   }
   return c;
 }
@@ -399,11 +476,11 @@ inline int64_t make_columns(const std::vector<SchemaElement>& schema, std::vecto
   for (int64_t n = 0; n < schema[0].children; n++) {
     const SchemaElement& top = next();
     columns.push_back(make_column(top, leaves));
-    if (top.children == 0 && top.type >= 0) leaves++;
+    if (!top.is_group()) leaves++;
     for (int64_t below = top.children; below > 0; below--) {
       const SchemaElement& e = next();
       below += e.children;
-      if (e.children == 0 && e.type >= 0) leaves++;
+      if (!e.is_group()) leaves++;
     }
   }
   require(i == schema.size(), where, ": found ", schema.size(),
@@ -443,7 +520,7 @@ inline Chunk read_chunk(ThriftReader& in, const std::string& where) {
 
 inline Footer read_footer(ByteSpan bytes, const std::string& where) {
   Footer footer;
-  std::vector<SchemaElement> schema;
+  std::vector<SchemaElement>& schema = footer.schema;
   ThriftReader in(bytes, where);
   in.read_struct([&](int id, int type) {
     if (id == 3) return footer.rows = in.read_integer(type), true;
@@ -585,6 +662,14 @@ class RleReader {
   RleReader() = default;
   RleReader(ByteSpan bytes, int width) : bytes_(bytes), width_(width) {}
 
+  // Encoding BIT_PACKED, which early writers used for levels: one group, highest bits first.
+  static RleReader bit_packed(ByteSpan bytes, int width) {
+    RleReader reader(bytes, width);
+    reader.packed_ = reader.highest_first_ = true;
+    reader.left_ = std::numeric_limits<int64_t>::max();
+    return reader;
+  }
+
   uint32_t next(const std::string& where) {
     while (left_ == 0) next_run(where);
     left_--;
@@ -595,6 +680,11 @@ class RleReader {
       fail(where, ": found a page that ends within packed numbers, expected more bytes");
     }
     offset_ = size_t((bit_ + 7) / 8);
+    if (highest_first_) {
+      uint32_t x = 0;
+      for (uint64_t b = bit; b < bit_; b++) x = x << 1 | (bytes_[b / 8] >> (7 - b % 8) & 1u);
+      return x;
+    }
     return uint32_t(load_bits(bytes_, bit, width_));
   }
 
@@ -622,7 +712,7 @@ class RleReader {
   int width_ = 0;  // bits of a number, 0 to 32
   size_t offset_ = 0;
   int64_t left_ = 0;  // of the run
-  bool packed_ = false;
+  bool packed_ = false, highest_first_ = false;
   uint32_t value_ = 0;  // of the run
   uint64_t bit_ = 0;    // of the next packed number
 };
@@ -715,9 +805,9 @@ struct PageHeader {
   int64_t type = -1, size = -1, compressed_size = -1;  // bytes
   std::optional<uint32_t> crc;                         // of the bytes behind the header
   int64_t values = -1, encoding = -1;
-  int64_t level_encoding = kRle;                       // v1
-  int64_t definition_bytes = 0, repetition_bytes = 0;  // v2
-  bool is_compressed = true;                           // v2
+  int64_t definition_encoding = kRle, repetition_encoding = kRle;  // v1
+  int64_t definition_bytes = 0, repetition_bytes = 0;              // v2
+  bool is_compressed = true;                                       // v2
 };
 
 inline PageHeader read_page_header(ThriftReader& in) {
@@ -732,7 +822,8 @@ inline PageHeader read_page_header(ThriftReader& in) {
     in.read_struct([&](int field, int field_type) {
       if (field == 1) return h.values = in.read_integer(field_type), true;
       if (field == (v2 ? 4 : 2)) return h.encoding = in.read_integer(field_type), true;
-      if (id == 5 && field == 3) return h.level_encoding = in.read_integer(field_type), true;
+      if (id == 5 && field == 3) return h.definition_encoding = in.read_integer(field_type), true;
+      if (id == 5 && field == 4) return h.repetition_encoding = in.read_integer(field_type), true;
       if (v2 && field == 5) return h.definition_bytes = in.read_integer(field_type), true;
       if (v2 && field == 6) return h.repetition_bytes = in.read_integer(field_type), true;
       if (v2 && field == 7) return h.is_compressed = in.read_bool(field_type), true;
@@ -746,16 +837,23 @@ inline PageHeader read_page_header(ThriftReader& in) {
 class ColumnReader {
  public:
   // file: up to the footer. `where`: "file.parquet: column "text"".
-  ColumnReader(ByteSpan file, const Column& column, std::string where, int64_t max_page_bytes)
-      : file_(file), column_(column), where_(std::move(where)), max_page_bytes_(max_page_bytes) {}
+  ColumnReader(ByteSpan file, const Leaf& leaf, std::string where, int64_t max_page_bytes)
+      : file_(file),
+        leaf_(leaf),
+        is_bytes_(leaf.type == kByteArray || leaf.type == kFixedBytes || leaf.type == kInt96),
+        width_(width_of(leaf)),
+        where_(std::move(where)),
+        max_page_bytes_(max_page_bytes) {}
   ColumnReader(const ColumnReader&) = delete;
 
-  // Fails where the column cannot be read in this row group, as far as the footer tells.
-  void check(const Chunk& chunk, int64_t rows) const {
+  const std::string& where() const { return where_; }
+
+  // Fails where this reader does not read what the footer names: a type, codec or encoding.
+  void check_known(const Chunk& chunk) const {
     require(!chunk.in_other_file, where_, ": found values in another file, expected them in this");
-    if (chunk.type != column_.type) {
-      fail(where_, ": found values of ", type_name(chunk.type), ", expected ",
-           type_name(column_.type), " as the schema says");
+    if (leaf_.type > kFixedBytes || (leaf_.type == kFixedBytes && width_ == 0)) {
+      fail(where_, ": found ", type_name(leaf_.type), " of ", leaf_.type_length,
+           " bytes, expected 1 or more of a known type");
     }
     if (chunk.codec != kUncompressed && chunk.codec != kSnappy && chunk.codec != kGzip &&
         chunk.codec != kZstd) {
@@ -766,8 +864,18 @@ class ColumnReader {
     for (int e = 0; e < 32; e++) {
       if ((chunk.encodings & ~of_levels) >> e & 1) check_encoding(e);
     }
-    if (chunk.values != rows) {
-      fail(where_, ": found ", chunk.values, " values in a row group, expected ", rows);
+  }
+
+  // Fails where the chunk cannot be read in this row group, as far as the footer tells.
+  void check(const Chunk& chunk, int64_t rows) const {
+    check_known(chunk);
+    if (chunk.type != leaf_.type) {
+      fail(where_, ": found values of ", type_name(chunk.type), ", expected ",
+           type_name(leaf_.type), " as the schema says");
+    }
+    if (leaf_.max_repetition > 0 ? chunk.values < rows : chunk.values != rows) {
+      fail(where_, ": found ", chunk.values, " values in a row group, expected ", rows,
+           leaf_.max_repetition > 0 ? " or more" : "");
     }
     if (rows == 0) return;  // where pages would be is not written
     const int64_t begin = first_offset(chunk), size = int64_t(file_.size());
@@ -784,12 +892,19 @@ class ColumnReader {
     codec_ = chunk.codec;
     offset_ = page_begin_ = size_t(first_offset(chunk));
     end_ = offset_ + size_t(chunk.bytes);
-    rows_left_ = rows;
+    entries_left_ = rows == 0 ? 0 : chunk.values;
     page_left_ = 0;
-    has_dictionary_ = false;
+    has_dictionary_ = peeked_ = false;
   }
 
+  // The next rows. No entry may be peeked at.
   void skip(int64_t rows) {
+    for (; leaf_.max_repetition > 0 && rows > 0; rows--) {
+      do {
+        if (definition() == leaf_.max_definition) skip_value();
+        pop();
+      } while (repetition() > 0);
+    }
     while (rows > 0) {
       while (page_left_ == 0) next_page();
       if (!page_is_loaded_ && rows >= page_left_) {  // whole, without decompressing it
@@ -797,53 +912,155 @@ class ColumnReader {
         page_left_ = 0;
         continue;
       }
-      if (!page_is_loaded_) load_page();
-      for (; rows > 0 && page_left_ > 0; rows--, page_left_--) {
-        if (!has_value()) continue;
-        if (column_.kind == Column::text) {
-          next_text();
-        } else {
-          next_integer();
-        }
+      for (; rows > 0 && page_left_ > 0; rows--) {
+        if (next_entry()) skip_value();
       }
     }
   }
 
-  void read(std::optional<std::string>& value) {
+  // Goes to the next entry, and says whether it has a value, which must be read before the next
+  // entry: by next_text() where is_bytes(), otherwise by next_number().
+  bool next_entry() {
     while (page_left_ == 0) next_page();
     if (!page_is_loaded_) load_page();
     page_left_--;
-    if (!has_value()) {
-      value.reset();
-      return;
+    if (leaf_.max_repetition > 0) {
+      repetition_ = next_level(repetitions_, leaf_.max_repetition);
     }
-    if (!value) value.emplace();
-    if (column_.kind == Column::text) {
-      value->assign(next_text());
-      return;
+    if (leaf_.max_definition > 0) {
+      definition_ = next_level(definitions_, leaf_.max_definition);
     }
-    const uint64_t x = next_integer();  // the low 32 bits count in a column of INT32
-    const bool narrow = column_.type == kInt32;
-    *value = column_.is_unsigned ? std::to_string(narrow ? uint32_t(x) : x)
-                                 : std::to_string(narrow ? int32_t(uint32_t(x)) : int64_t(x));
+    return definition_ == leaf_.max_definition;
+  }
+
+  // The levels of the next entry, which stays the next until pop(). Its value must be read before.
+  int definition() {
+    if (!peeked_) next_entry();
+    peeked_ = true;
+    return definition_;
+  }
+  int repetition() {  // 0 behind the row group's last entry
+    if (!peeked_ && page_left_ == 0 && entries_left_ == 0) return 0;
+    definition();
+    return repetition_;
+  }
+  void pop() { peeked_ = false; }
+  bool begins_row() { return leaf_.max_repetition == 0 || repetition() == 0; }
+
+  bool is_bytes() const { return is_bytes_; }
+
+  // BYTE_ARRAY, FIXED_LEN_BYTE_ARRAY and INT96; valid until the next entry.
+  std::string_view next_text() {
+    if (!values_are_begun_) begin_values();
+    switch (header_.encoding) {
+      case kPlain:
+        return plain_text(values_, value_offset_);
+      case kDeltaLengthByteArray:
+        return cut_text(values_, value_offset_, delta_.next(where_));
+      case kDeltaByteArray:
+        return next_with_prefix();
+      case kByteStreamSplit:
+        joined_.resize(width_);
+        join_streams(joined_.data());
+        return joined_;
+      default:
+        size_t offset = size_t(next_index());
+        offset = width_ > 0 ? offset * width_ : dictionary_begins_[offset];
+        return plain_text(dictionary_, offset);
+    }
+  }
+
+  // The bits of BOOLEAN, INT32, INT64, FLOAT and DOUBLE. Of INT32 and FLOAT the low 32 count.
+  uint64_t next_number() {
+    if (!values_are_begun_) begin_values();
+    switch (header_.encoding) {
+      case kPlain:
+        return leaf_.type == kBoolean ? plain_bit() : plain_number(values_, value_offset_);
+      case kRle:
+        return indices_.next(where_);
+      case kDeltaBinaryPacked:
+        return delta_.next(where_);
+      case kByteStreamSplit: {
+        unsigned char bytes[8] = {};
+        join_streams(reinterpret_cast<char*>(bytes));
+        return load_little_endian<uint64_t>(bytes);
+      }
+      default:
+        size_t offset = size_t(next_index()) * width_;
+        return plain_number(dictionary_, offset);
+    }
   }
 
  private:
+  // Bytes of a value; 0: BOOLEAN and BYTE_ARRAY, which have no such number.
+  static size_t width_of(const Leaf& leaf) {
+    switch (leaf.type) {
+      case kInt32:
+      case kFloat:
+        return 4;
+      case kInt64:
+      case kDouble:
+        return 8;
+      case kInt96:
+        return 12;
+      case kFixedBytes:
+        return size_t(std::clamp<int64_t>(leaf.type_length, 0, 1 << 30));
+      default:
+        return 0;
+    }
+  }
+
   static int64_t first_offset(const Chunk& chunk) {
     const bool dictionary =
         chunk.dictionary_offset > 0 && chunk.dictionary_offset < chunk.data_offset;
     return dictionary ? chunk.dictionary_offset : chunk.data_offset;
   }
 
-  void check_encoding(int64_t encoding) const {
-    const bool text = column_.kind == Column::text;
-    if (encoding == kPlain || encoding == kPlainDictionary || encoding == kRleDictionary ||
-        encoding == (text ? kDeltaLengthByteArray : kDeltaBinaryPacked)) {
-      return;
+  bool knows_encoding(int64_t encoding) const {
+    const int64_t type = leaf_.type;
+    const bool integer = type == kInt32 || type == kInt64;
+    switch (encoding) {
+      case kPlain:
+        return true;
+      case kPlainDictionary:
+      case kRleDictionary:
+        return type != kBoolean;
+      case kRle:
+        return type == kBoolean;
+      case kDeltaBinaryPacked:
+        return integer;
+      case kDeltaLengthByteArray:
+        return type == kByteArray;
+      case kDeltaByteArray:
+        return type == kByteArray || type == kFixedBytes;
+      case kByteStreamSplit:
+        return integer || type == kFloat || type == kDouble || type == kFixedBytes;
+      default:
+        return false;
     }
-    fail(where_, ": found encoding ", encoding_name(encoding),
-         ", expected PLAIN, PLAIN_DICTIONARY, RLE_DICTIONARY or ",
-         text ? "DELTA_LENGTH_BYTE_ARRAY" : "DELTA_BINARY_PACKED");
+  }
+
+  void check_encoding(int64_t encoding) const {
+    if (knows_encoding(encoding)) return;
+    std::string known;
+    for (int e = 0; e < 32; e++) {
+      if (knows_encoding(e)) known += (known.empty() ? "" : ", ") + encoding_name(e);
+    }
+    fail(where_, ": found encoding ", encoding_name(encoding), ", expected one of ", known);
+  }
+
+  uint32_t next_level(RleReader& levels, int max) {
+    const uint32_t level = levels.next(where_);
+    if (level > uint32_t(max)) fail(where_, ": found level ", level, ", expected 0 to ", max);
+    return level;
+  }
+
+  void skip_value() {
+    if (is_bytes_) {
+      next_text();
+    } else {
+      next_number();
+    }
   }
 
   // Reads the header of the next page; a dictionary is read at once, a data page by load_page().
@@ -851,7 +1068,7 @@ class ColumnReader {
     release(page_begin_, offset_);
     page_begin_ = offset_;
     if (offset_ >= end_) {
-      fail(where_, ": found the end of a row group's pages with ", rows_left_,
+      fail(where_, ": found the end of a row group's pages with ", entries_left_,
            " rows to come, expected them");
     }
     ThriftReader in(file_.subspan(offset_, end_ - offset_), where_);
@@ -873,13 +1090,13 @@ class ColumnReader {
     if (h.type != kDataPage && h.type != kDataPageV2) {
       fail(where_, ": found a page of type ", h.type, ", expected 0 to 3");
     }
-    if (h.values < 0 || h.values > rows_left_) {
-      fail(where_, ": found a page of ", h.values, " values, expected 0 to ", rows_left_,
-           ", the rows that are left in the row group");
+    if (h.values < 0 || h.values > entries_left_) {
+      fail(where_, ": found a page of ", h.values, " values, expected 0 to ", entries_left_,
+           ", those that are left in the row group");
     }
     check_encoding(h.encoding);
     page_left_ = h.values;
-    rows_left_ -= h.values;
+    entries_left_ -= h.values;
     page_is_loaded_ = false;
   }
 
@@ -899,7 +1116,7 @@ class ColumnReader {
            ", expected PLAIN or PLAIN_DICTIONARY");
     }
     dictionary_ = decompress(codec_, page_, size_t(header_.size), dictionary_buffer_, where_);
-    const int64_t least = column_.type == kInt64 ? 8 : 4;  // bytes of a value
+    const int64_t least = width_ > 0 ? int64_t(width_) : 4;  // bytes of a value
     if (header_.values < 0 || header_.values > int64_t(dictionary_.size()) / least) {
       fail(where_, ": found a dictionary of ", header_.values, " values in ", dictionary_.size(),
            " bytes, expected fewer");
@@ -907,7 +1124,7 @@ class ColumnReader {
     has_dictionary_ = true;
     dictionary_size_ = uint64_t(header_.values);
     dictionary_begins_.clear();
-    if (column_.kind != Column::text) return;
+    if (leaf_.type != kByteArray) return;
     size_t offset = 0;
     for (uint64_t i = 0; i < dictionary_size_; i++) {
       dictionary_begins_.push_back(uint32_t(offset));
@@ -920,7 +1137,8 @@ class ColumnReader {
     page_is_loaded_ = true;
     values_are_begun_ = false;
     const size_t size = size_t(header_.size);
-    ByteSpan levels;
+    const int r_width = width_of_level(leaf_.max_repetition);
+    const int d_width = width_of_level(leaf_.max_definition);
     if (header_.type == kDataPageV2) {  // levels are not compressed
       const int64_t r = header_.repetition_bytes, d = header_.definition_bytes;
       const int64_t room = std::min(header_.size, header_.compressed_size);
@@ -928,52 +1146,79 @@ class ColumnReader {
         fail(where_, ": found levels of ", r, " and ", d, " bytes in a page of ", room,
              ", expected fewer");
       }
-      levels = page_.subspan(size_t(r), size_t(d));
+      repetitions_ = RleReader(page_.subspan(0, size_t(r)), r_width);
+      definitions_ = RleReader(page_.subspan(size_t(r), size_t(d)), d_width);
       values_ = decompress(header_.is_compressed ? codec_ : int64_t(kUncompressed),
                            page_.subspan(size_t(r + d)), size - size_t(r + d), buffer_, where_);
     } else {
       values_ = decompress(codec_, page_, size, buffer_, where_);
-      if (column_.has_nulls) {
-        if (header_.level_encoding != kRle) {
-          fail(where_, ": found levels of encoding ", encoding_name(header_.level_encoding),
-               ", expected RLE");
-        }
-        const size_t bytes =
-            values_.size() < 4 ? values_.size() : load_little_endian<uint32_t>(values_.data());
-        if (values_.size() < 4 || bytes > values_.size() - 4) {
-          fail(where_, ": found levels of ", bytes, " bytes in a page of ", values_.size(),
-               ", expected fewer");
-        }
-        levels = values_.subspan(4, bytes);
-        values_ = values_.subspan(4 + bytes);
-      }
+      if (r_width > 0) repetitions_ = cut_levels(header_.repetition_encoding, r_width);
+      if (d_width > 0) definitions_ = cut_levels(header_.definition_encoding, d_width);
     }
-    levels_ = RleReader(levels, 1);
   }
 
-  bool has_value() {  // of the next row
-    if (!column_.has_nulls) return true;
-    const uint32_t level = levels_.next(where_);
-    if (level > 1) fail(where_, ": found level ", level, ", expected 0 or 1");
-    return level == 1;
+  static int width_of_level(int max) { return std::bit_width(unsigned(max)); }
+
+  // The levels before the values of a page v1.
+  RleReader cut_levels(int64_t encoding, int width) {
+    size_t bytes = 0, begin = 0;
+    if (encoding == kBitPacked) {
+      bytes = (size_t(header_.values) * size_t(width) + 7) / 8;
+    } else if (encoding != kRle) {
+      fail(where_, ": found levels of encoding ", encoding_name(encoding),
+           ", expected RLE or BIT_PACKED");
+    } else if (values_.size() < 4) {
+      bytes = values_.size() + 1;
+    } else {
+      bytes = load_little_endian<uint32_t>(values_.data());
+      begin = 4;
+    }
+    if (bytes > values_.size() - begin) {
+      fail(where_, ": found levels of ", bytes, " bytes in a page of ", values_.size(),
+           ", expected fewer");
+    }
+    const ByteSpan levels = values_.subspan(begin, bytes);
+    values_ = values_.subspan(begin + bytes);
+    return encoding == kRle ? RleReader(levels, width) : RleReader::bit_packed(levels, width);
   }
 
   // A page of nulls alone may have no bytes for values.
   void begin_values() {
     values_are_begun_ = true;
     value_offset_ = 0;
-    if (header_.encoding == kDeltaBinaryPacked) {
-      delta_ = DeltaReader(values_, where_);
-    } else if (header_.encoding == kDeltaLengthByteArray) {
-      delta_ = DeltaReader(values_, where_);
-      value_offset_ = delta_.end(where_);
-    } else if (header_.encoding != kPlain) {
-      require(has_dictionary_, where_, ": found indices without a dictionary, expected one");
-      if (values_.empty() || values_[0] > 32) {
-        fail(where_, ": found indices of ", values_.empty() ? 0 : int(values_[0]), " bits in ",
-             values_.size(), " bytes, expected 0 to 32 bits");
-      }
-      indices_ = RleReader(values_.subspan(1), values_[0]);
+    switch (header_.encoding) {
+      case kPlain:
+        return;
+      case kRle:  // BOOLEAN
+        indices_ = cut_levels(kRle, 1);
+        return;
+      case kDeltaBinaryPacked:
+        delta_ = DeltaReader(values_, where_);
+        return;
+      case kDeltaLengthByteArray:
+        delta_ = DeltaReader(values_, where_);
+        value_offset_ = delta_.end(where_);
+        return;
+      case kDeltaByteArray:
+        prefixes_ = DeltaReader(values_, where_);
+        values_ = values_.subspan(prefixes_.end(where_));
+        delta_ = DeltaReader(values_, where_);
+        value_offset_ = delta_.end(where_);
+        joined_.clear();
+        return;
+      case kByteStreamSplit:
+        if (values_.size() % width_ != 0) {
+          fail(where_, ": found streams of ", values_.size(), " bytes, expected a multiple of ",
+               width_);
+        }
+        return;
+      default:
+        require(has_dictionary_, where_, ": found indices without a dictionary, expected one");
+        if (values_.empty() || values_[0] > 32) {
+          fail(where_, ": found indices of ", values_.empty() ? 0 : int(values_[0]), " bits in ",
+               values_.size(), " bytes, expected 0 to 32 bits");
+        }
+        indices_ = RleReader(values_.subspan(1), values_[0]);
     }
   }
 
@@ -986,35 +1231,51 @@ class ColumnReader {
     return i;
   }
 
-  std::string_view next_text() {
-    if (!values_are_begun_) begin_values();
-    if (header_.encoding == kPlain) return plain_text(values_, value_offset_);
-    if (header_.encoding == kDeltaLengthByteArray) {
-      return cut_text(values_, value_offset_, delta_.next(where_));
+  // DELTA_BYTE_ARRAY: how many bytes of the value before it begin this one, and the rest.
+  std::string_view next_with_prefix() {
+    const uint64_t prefix = prefixes_.next(where_);
+    if (prefix > joined_.size()) {
+      fail(where_, ": found a value that shares ", int64_t(prefix), " bytes with one of ",
+           joined_.size(), ", expected no more");
     }
-    size_t offset = dictionary_begins_[size_t(next_index())];
-    return plain_text(dictionary_, offset);
-  }
-
-  uint64_t next_integer() {
-    if (!values_are_begun_) begin_values();
-    if (header_.encoding == kPlain) return plain_integer(values_, value_offset_);
-    if (header_.encoding == kDeltaBinaryPacked) return delta_.next(where_);
-    size_t offset = size_t(next_index()) * (column_.type == kInt32 ? 4 : 8);
-    return plain_integer(dictionary_, offset);
-  }
-
-  uint64_t plain_integer(ByteSpan bytes, size_t& offset) {
-    const size_t n = column_.type == kInt32 ? 4 : 8;
-    if (n > bytes.size() - offset) {
-      fail(where_, ": found a page that ends within an integer, expected ", n, " bytes");
+    joined_.resize(size_t(prefix));
+    joined_ += cut_text(values_, value_offset_, delta_.next(where_));
+    if (width_ > 0 && joined_.size() != width_) {
+      fail(where_, ": found a value of ", joined_.size(), " bytes, expected ", width_);
     }
-    offset += n;
-    const unsigned char* p = bytes.data() + offset - n;
-    return n == 4 ? load_little_endian<uint32_t>(p) : load_little_endian<uint64_t>(p);
+    return joined_;
   }
 
-  std::string_view plain_text(ByteSpan bytes, size_t& offset) {  // its length, then itself
+  // BYTE_STREAM_SPLIT: first the first bytes of all values, then their second bytes, ...
+  void join_streams(char* value) {
+    const size_t values = values_.size() / width_;
+    if (value_offset_ == values) {
+      fail(where_, ": found a page of ", values, " values, expected more");
+    }
+    for (size_t i = 0; i < width_; i++) value[i] = char(values_[i * values + value_offset_]);
+    value_offset_++;
+  }
+
+  uint64_t plain_bit() {
+    const size_t i = value_offset_++;
+    if (i / 8 >= values_.size()) {
+      fail(where_, ": found a page of ", values_.size(), " bytes of bits, expected more");
+    }
+    return values_[i / 8] >> i % 8 & 1;
+  }
+
+  uint64_t plain_number(ByteSpan bytes, size_t& offset) {
+    if (width_ > bytes.size() - offset) {
+      fail(where_, ": found a page that ends within a number, expected ", width_, " bytes");
+    }
+    offset += width_;
+    const unsigned char* p = bytes.data() + offset - width_;
+    return width_ == 4 ? load_little_endian<uint32_t>(p) : load_little_endian<uint64_t>(p);
+  }
+
+  // Of BYTE_ARRAY its length, then itself; of others themselves.
+  std::string_view plain_text(ByteSpan bytes, size_t& offset) {
+    if (width_ > 0) return cut_text(bytes, offset, width_);
     if (bytes.size() - offset < 4) {
       fail(where_, ": found a page that ends within a string's length, expected 4 bytes");
     }
@@ -1044,14 +1305,16 @@ class ColumnReader {
   }
 
   ByteSpan file_;
-  const Column column_;
+  const Leaf leaf_;
+  const bool is_bytes_;
+  const size_t width_;  // bytes of a value; 0: BOOLEAN, BYTE_ARRAY
   const std::string where_;
   const int64_t max_page_bytes_;
 
   int64_t codec_ = 0;
   size_t offset_ = 0, end_ = 0;  // in the file: of the next page; of the chunk's end
   size_t page_begin_ = 0;        // in the file: of the page that is read
-  int64_t rows_left_ = 0;        // in the row group, behind the page that is read
+  int64_t entries_left_ = 0;     // in the row group, behind the page that is read
 
   PageHeader header_;
   ByteSpan page_;  // behind its header, as it is in the file
@@ -1059,9 +1322,12 @@ class ColumnReader {
   bool page_is_loaded_ = false, values_are_begun_ = false;
   PageBuffer buffer_;
   ByteSpan values_;
-  size_t value_offset_ = 0;  // into values_: of the next plain value or string
-  RleReader levels_, indices_;
-  DeltaReader delta_;
+  size_t value_offset_ = 0;  // into values_: of the next value (BYTE_STREAM_SPLIT, BOOLEAN: number)
+  RleReader repetitions_, definitions_, indices_;
+  int repetition_ = 0, definition_ = 0;  // of the entry
+  bool peeked_ = false;                  // the entry is still the next one
+  DeltaReader delta_, prefixes_;
+  std::string joined_;  // a value that does not stand in the page as it is
 
   bool has_dictionary_ = false;
   PageBuffer dictionary_buffer_;
@@ -1073,11 +1339,10 @@ class ColumnReader {
 // ---------------------------------------------------------------------------------------------
 // The file
 
-class Reader {
+class File {
  public:
-  // Reads the footer. Errors name the file, and the column where it is one's.
-  explicit Reader(std::string path, int64_t max_page_bytes = kMaxPageBytes)
-      : path_(std::move(path)), max_page_bytes_(max_page_bytes), file_(path_) {
+  // Reads the footer. Errors name the file.
+  explicit File(std::string path) : path_(std::move(path)), file_(path_) {
     const int64_t size = file_.size();
     const auto begins = [&](int64_t offset, const char* magic) {
       return std::memcmp(file_.data() + offset, magic, 4) == 0;
@@ -1096,11 +1361,36 @@ class Reader {
     footer_ = read_footer({file_.data() + data_bytes_, size_t(bytes)}, path_ + ": footer");
   }
 
-  int64_t rows() const { return footer_.rows; }
+  const std::string& path() const { return path_; }
+  const Footer& footer() const { return footer_; }
+  ByteSpan data() const { return {file_.data(), data_bytes_}; }  // before the footer
+
+  // The row group that holds a row, which is less than the file's rows.
+  const RowGroup& group_of(int64_t row) const {
+    const auto behind =
+        std::upper_bound(footer_.groups.begin(), footer_.groups.end(), row,
+                         [](int64_t r, const RowGroup& group) { return r < group.first_row; });
+    return *(behind - 1);
+  }
+
+ private:
+  std::string path_;
+  MappedFile file_;
+  size_t data_bytes_ = 0;
+  Footer footer_;
+};
+
+class Reader {
+ public:
+  // Reads the footer. Errors name the file, and the column where it is one's.
+  explicit Reader(std::string path, int64_t max_page_bytes = kMaxPageBytes)
+      : file_(std::move(path)), max_page_bytes_(max_page_bytes) {}
+
+  int64_t rows() const { return file_.footer().rows; }
 
   std::vector<std::string> columns() const {  // at the schema's top, in the file's order
     std::vector<std::string> names;
-    for (const Column& c : footer_.columns) names.push_back(c.name);
+    for (const Column& c : file_.footer().columns) names.push_back(c.name);
     return names;
   }
   bool has(const std::string& column) const { return find(column) != nullptr; }
@@ -1109,23 +1399,22 @@ class Reader {
 
   // The columns that next() returns, in this order; goes to the first row. Fails where a column
   // is not there, not of strings or integers, or of an unknown encoding in any row group.
-  void select(std::vector<std::string> columns) {
-    readers_.clear();
-    leaves_.clear();
-    const ByteSpan data(file_.data(), data_bytes_);
+  void select(const std::vector<std::string>& columns) {
+    selected_.clear();
+    const Footer& footer = file_.footer();
     for (const std::string& name : columns) {
-      const std::string where = concat(path_, ": column ", json_text(name));
+      const std::string where = concat(file_.path(), ": column ", json_text(name));
       const Column* column = find(name);
       if (!column) fail(where, ": found no such column, expected one of ", list_of_columns());
       const auto same_name = [&](const Column& c) { return c.name == name; };
-      require(std::count_if(footer_.columns.begin(), footer_.columns.end(), same_name) == 1, where,
+      require(std::count_if(footer.columns.begin(), footer.columns.end(), same_name) == 1, where,
               ": found several columns of this name, expected one");
       require(column->kind != Column::other, where, ": found ", column->found,
               ", expected strings or integers");
-      readers_.push_back(std::make_unique<ColumnReader>(data, *column, where, max_page_bytes_));
-      leaves_.push_back(size_t(column->leaf));
-      for (const RowGroup& group : footer_.groups) {
-        readers_.back()->check(group.chunks[leaves_.back()], group.rows);
+      selected_.push_back({*column, std::make_unique<ColumnReader>(file_.data(), column->leaf,
+                                                                   where, max_page_bytes_)});
+      for (const RowGroup& group : footer.groups) {
+        selected_.back().reader->check(group.chunks[size_t(column->leaf.number)], group.rows);
       }
     }
     seek(0);
@@ -1133,8 +1422,8 @@ class Reader {
 
   // The next row to be read, 0 to rows().
   void seek(int64_t row) {
-    require(row >= 0 && row <= rows(), path_, ": found row ", row, " to go to, expected 0 to ",
-            rows());
+    require(row >= 0 && row <= rows(), file_.path(), ": found row ", row,
+            " to go to, expected 0 to ", rows());
     row_ = row;
     is_open_ = false;
   }
@@ -1143,17 +1432,39 @@ class Reader {
   bool next(std::vector<std::optional<std::string>>& row) {
     if (row_ == rows()) return false;
     if (!is_open_ || row_ == group_end_) open_row_group();
-    row.resize(readers_.size());
+    row.resize(selected_.size());
     is_open_ = false;  // where a column fails, the others are behind it: the row is sought again
-    for (size_t i = 0; i < readers_.size(); i++) readers_[i]->read(row[i]);
+    for (size_t i = 0; i < selected_.size(); i++) read(selected_[i], row[i]);
     is_open_ = true;
     row_++;
     return true;
   }
 
  private:
+  struct Selected {
+    Column column;
+    std::unique_ptr<ColumnReader> reader;
+  };
+
+  static void read(Selected& selected, std::optional<std::string>& value) {
+    if (!selected.reader->next_entry()) {
+      value.reset();
+      return;
+    }
+    if (!value) value.emplace();
+    if (selected.column.kind == Column::text) {
+      value->assign(selected.reader->next_text());
+      return;
+    }
+    const uint64_t x = selected.reader->next_number();
+    const bool narrow = selected.column.leaf.type == kInt32;
+    *value = selected.column.is_unsigned
+                 ? std::to_string(narrow ? uint32_t(x) : x)
+                 : std::to_string(narrow ? int32_t(uint32_t(x)) : int64_t(x));
+  }
+
   const Column* find(const std::string& name) const {
-    for (const Column& c : footer_.columns)
+    for (const Column& c : file_.footer().columns)
       if (c.name == name) return &c;
     return nullptr;
   }
@@ -1164,34 +1475,26 @@ class Reader {
 
   std::string list_of_columns() const {
     std::string list;
-    for (const Column& c : footer_.columns) {
+    for (const Column& c : file_.footer().columns) {
       if (list.size() > 300) return list + ", ...";
       list += (list.empty() ? "" : ", ") + json_text(c.name);
     }
     return list.empty() ? "none" : list;
   }
 
-  // The row group that holds row_, which is less than rows().
   void open_row_group() {
-    const auto behind =
-        std::upper_bound(footer_.groups.begin(), footer_.groups.end(), row_,
-                         [](int64_t row, const RowGroup& group) { return row < group.first_row; });
-    const RowGroup& group = *(behind - 1);
-    for (size_t i = 0; i < readers_.size(); i++) {
-      readers_[i]->open(group.chunks[leaves_[i]], group.rows);
-      readers_[i]->skip(row_ - group.first_row);
+    const RowGroup& group = file_.group_of(row_);
+    for (const Selected& selected : selected_) {
+      selected.reader->open(group.chunks[size_t(selected.column.leaf.number)], group.rows);
+      selected.reader->skip(row_ - group.first_row);
     }
     group_end_ = group.first_row + group.rows;
     is_open_ = true;
   }
 
-  std::string path_;
+  File file_;
   int64_t max_page_bytes_;
-  MappedFile file_;
-  size_t data_bytes_ = 0;  // of the file, before the footer
-  Footer footer_;
-  std::vector<std::unique_ptr<ColumnReader>> readers_;  // of the selected columns
-  std::vector<size_t> leaves_;                          // and which chunk of a row group is theirs
+  std::vector<Selected> selected_;
   int64_t row_ = 0, group_end_ = 0;
   bool is_open_ = false;  // the readers stand at row_
 };
