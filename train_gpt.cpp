@@ -3741,7 +3741,7 @@ int main_train(int argc, char** argv) {
   watch->add_option("--eval-every", w.eval_every, "steps; 0: a tenth of the run");
   watch->add_option("--eval-tokens", w.eval_tokens, "most tokens of the final validation");
   watch->add_option("--sample-every", w.sample_every, "steps; 0: a quarter of the run");
-  watch->add_option("--prompt", w.prompt, "of the samples");
+  add_raw_flag(app, {watch->add_option("--prompt", w.prompt, "of the samples, \\n: line break")});
   const RenamedFlag renamed[] = {{"--matrix-lr", "--lr"}, {"--clip", "--clip-norm"}};
   const std::vector<std::string> shown = {"--data",    "--out",    "--depth",     "--minutes",
                                           "--steps",   "--tokens", "--init-from", "--resume",

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <filesystem>
 #include <memory>
 #include <span>
 #include <string>
@@ -25,50 +26,149 @@ struct RenamedFlag {
   std::string_view subcommand = {};  // only there; empty: everywhere
 };
 
-// The words of a command line, CLI11's order (the program's name left out), with renamed flags
-// under their new names.
-inline std::vector<std::string> rename_flags(int argc, char** argv,
-                                             std::span<const RenamedFlag> renamed) {
+// ---------------------------------------------------------------------------------------------
+// Texts in flags: --prompt, --system, --stop, --form. A shell does not turn \n into a line break,
+// so that these flags read escapes, unless --raw is given. The text of a file has none.
+
+// \n is a line break, \t a tab, \\ a backslash, and \xHH the byte of these two hexadecimal digits.
+// Any other character behind a backslash is an error: LaTeX and paths of Windows are full of them,
+// and where \frac stayed as it is, \times would still become a tab without a word. `flag` begins
+// the message.
+inline std::string unescape(std::string_view text, std::string_view flag) {
+  std::string out;
+  const auto digit = [&](size_t i) {
+    const char c = i < text.size() ? text[i] : '\0';
+    return c >= '0' && c <= '9'                 ? c - '0'
+           : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10
+                                                : -1;
+  };
+  for (size_t i = 0; i < text.size(); i++) {
+    if (text[i] != '\\') {
+      out += text[i];
+      continue;
+    }
+    const char c = i + 1 < text.size() ? text[i + 1] : '\0';
+    const int high = digit(i + 2), low = digit(i + 3);
+    if (c == 'n' || c == 't' || c == '\\') {
+      out += c == 'n' ? '\n' : c == 't' ? '\t' : c;
+      i++;
+    } else if (c == 'x' && high >= 0 && low >= 0) {
+      out += char(16 * high + low);
+      i += 3;
+    } else {
+      size_t end = std::min(text.size(), i + 2);  // of the character behind the backslash
+      while (end < text.size() && (text[end] & 0xC0) == 0x80) end++;
+      fail(flag, ": found ", text.substr(i, end - i),
+           ", expected \\n, \\t, \\\\ or \\xHH (write \\\\ for a backslash, or give --raw)");
+    }
+  }
+  return out;
+}
+
+// The same for a flag that takes a text or a file: the name of a file stays as it is.
+inline std::string unescape_unless_file(std::string_view text, std::string_view flag) {
+  std::error_code ignored;
+  const bool is_file = std::filesystem::is_regular_file(std::filesystem::path(text), ignored);
+  return is_file ? std::string(text) : unescape(text, flag);
+}
+
+// Adds --raw, which turns escapes off, and makes `texts` flags that read them. A value that is read
+// in another way, as the texts in it ask, has a `read` of its own.
+inline void add_raw_flag(CLI::App& app, const std::vector<CLI::Option*>& texts,
+                         std::string (*read)(std::string_view, std::string_view) = unescape) {
+  CLI::Option* raw = app.get_option_no_throw("--raw");
+  if (!raw) {
+    raw = app.add_flag("--raw")->description(
+        "a backslash in a flag's text is itself; otherwise \\n is a line break, \\t a tab, "
+        "\\\\ a backslash, and \\xHH a byte");
+  }
+  for (CLI::Option* text : texts) {
+    text->transform([=](const std::string& value) {
+      return raw->count() > 0 ? value : read(value, text->get_name());
+    });
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The words of a command line
+
+// The flags of a program or subcommand and of its groups.
+inline void collect_flags(const CLI::App& app, std::vector<const CLI::Option*>& flags) {
+  for (const CLI::Option* option : app.get_options({})) flags.push_back(option);
+  for (const CLI::App* group : app.get_subcommands({})) {
+    if (group->get_name().empty()) collect_flags(*group, flags);
+  }
+}
+
+// CLI11 reads meaning into values: it splits '[1,2]' where a flag may be given several times, drops
+// '++', takes the next word where the text behind = is empty, and takes a text for a subcommand of
+// that name. So every value is given to it with a mark in front, which unmark_values removes when
+// the value has been parsed.
+inline constexpr char kValueMark = '\x01';
+
+inline void unmark_values(CLI::App& app) {
+  for (CLI::Option* option : app.get_options({})) {
+    if (option->get_items_expected_max() == 0) continue;  // a flag without a value
+    option->transform([](const std::string& value) {
+      return value.substr(value.starts_with(kValueMark) ? 1 : 0);
+    });
+  }
+  for (CLI::App* sub : app.get_subcommands({})) unmark_values(*sub);
+}
+
+// The words of a command line for CLI11, the program's name left out: renamed flags under their new
+// names, values marked, and no -- in front of words that are all values. --help-all becomes --help
+// and sets `all`.
+inline std::vector<std::string> read_words(const CLI::App& app, int argc, char** argv,
+                                           std::span<const RenamedFlag> renamed, bool& all) {
   std::vector<std::string> words(argv + std::min(1, argc), argv + argc);
-  const std::string subcommand = words.empty() ? "" : words[0];
+  const CLI::App* command = &app;  // then the subcommand that was named, and its own
+  std::string subcommand;          // the program's
+  std::vector<const CLI::Option*> flags;
+  collect_flags(app, flags);
+  const auto takes_value = [&](const std::string& name) {
+    return std::any_of(flags.begin(), flags.end(), [&](const CLI::Option* flag) {
+      return flag->get_items_expected_max() > 0 && flag->check_name(name);
+    });
+  };
+  bool is_value = false, only_values = false;  // behind a flag that takes a value; behind --
   for (std::string& word : words) {
-    if (word == "--") break;
-    const std::string name = word.substr(0, word.find('='));
+    const bool is_flag = word.size() > 1 && word[0] == '-';
+    if (is_value || only_values || !is_flag) {
+      const auto subs = command->get_subcommands([&](const CLI::App* sub) {
+        return !is_value && !only_values && sub->get_name() == word;
+      });
+      if (!subs.empty() && !word.empty()) {
+        if (command == &app) subcommand = word;
+        command = subs[0];
+        collect_flags(*command, flags);
+      } else {
+        word.insert(0, 1, kValueMark);
+      }
+      is_value = false;
+      continue;
+    }
+    if (word == "--") {
+      only_values = true;
+      continue;
+    }
+    if (word == "--help-all") word = "--help", all = true;
+    std::string name = word.substr(0, word.find('='));
     for (const RenamedFlag& r : renamed) {
       if (name != r.old_name || (!r.subcommand.empty() && r.subcommand != subcommand)) continue;
       if (!r.reason.empty()) fail(name, ": ", r.reason);
       word = std::string(r.new_name) + word.substr(name.size());
+      name = r.new_name;
       break;
     }
+    const bool is_short = word[1] != '-';
+    if (is_short) name = word.substr(0, 2);
+    if (!takes_value(name)) continue;
+    is_value = word == name;
+    if (!is_value) word.insert(name.size() + !is_short, 1, kValueMark);  // --name=value, -nvalue
   }
+  std::erase(words, "--");
   return words;
-}
-
-// Where a flag may be given several times, CLI11 takes a value in square brackets for a printed
-// list: it would read '[1,2]' as two values and '[END]' as END. mark_brackets puts a mark before
-// such a value, and read_brackets removes the mark when the value has been parsed.
-inline constexpr char kBracketMark = '\x01';
-
-inline void mark_brackets(std::vector<std::string>& words) {
-  for (std::string& word : words) {
-    if (!word.ends_with(']')) continue;
-    const bool short_flag = word.size() > 2 && word[0] == '-' && word[1] != '-';  // -o[x]
-    const size_t begin = word.starts_with("--") ? word.find('=') + 1 : short_flag ? 2 : 0;
-    if (word[begin] == '[') word.insert(begin, 1, kBracketMark);
-  }
-}
-
-inline std::string without_mark(std::string value) {
-  const bool is_marked = value.size() > 1 && value[0] == kBracketMark && value[1] == '[';
-  return value.substr(is_marked ? 1 : 0);
-}
-
-inline void read_brackets(CLI::App& app) {
-  for (CLI::Option* option : app.get_options({})) {
-    if (option->get_items_expected_max() == 0) continue;  // a flag without a value
-    option->transform(without_mark);
-  }
-  for (CLI::App* sub : app.get_subcommands({})) read_brackets(*sub);
 }
 
 // The help of the flags that matter, in one list.
@@ -111,18 +211,15 @@ struct HelpPage {
 // so that `app.option_defaults()->always_capture_default()` belongs before the first add_option.
 inline bool parse_flags(CLI::App& app, int argc, char** argv, std::vector<HelpPage> pages,
                         std::span<const RenamedFlag> renamed = {}) {
-  std::vector<std::string> words = rename_flags(argc, argv, renamed);
-  const auto all = std::find(words.begin(), words.end(), "--help-all");
-  if (all != words.end()) {
-    *all = "--help";
-  } else {
+  bool all = false;
+  std::vector<std::string> words = read_words(app, argc, argv, renamed, all);
+  if (!all) {
     for (HelpPage& page : pages) {
       page.app->formatter(std::make_shared<ShortHelp>(std::move(page.shown)));
     }
   }
   hide_empty_defaults(app);
-  mark_brackets(words);
-  read_brackets(app);
+  unmark_values(app);
   if (argc > 0) app.name(argv[0]);
   std::reverse(words.begin(), words.end());  // CLI11 takes them from the back
   try {
@@ -132,8 +229,9 @@ inline bool parse_flags(CLI::App& app, int argc, char** argv, std::vector<HelpPa
     return false;
   } catch (const CLI::ParseError& e) {
     std::string what = e.what();
-    std::erase(what, kBracketMark);
-    fail(what, " (see --help)");
+    std::erase(what, kValueMark);
+    const bool is_dash = what.find("not expected: -") != std::string::npos;
+    fail(what, " (see --help", is_dash ? "; -- stands before a text that begins with -)" : ")");
   }
   return true;
 }

@@ -100,3 +100,43 @@ TEST_CASE("a text in square brackets is one text on every command line") {
   CHECK(contains(shell(generate + "'[x]'").text, "axxxxxxxxx\n"));
   CHECK(contains(shell(generate + "x").text, "a\n"));
 }
+
+TEST_CASE("a name in square brackets is the name of a file, in every stage") {
+  const TempDir dir;
+  const std::string model = "test/golden/eval_model", out = " -o " + (dir / "out").string();
+  for (const std::string& command :
+       {"./bpe train '[a]' --vocab-size 300" + out, "./bpe encode " + model + " '[a]'" + out,
+        "./bpe ids " + model + " '[a]'", "./bpe stats " + model + " '[a]'",
+        "./corpus clean '[a]'" + out, "./corpus dedup '[a]'" + out,
+        "./sft --model " + model + " --data '[a]'" + out,
+        "./sft --model " + model + " '--data=[a]'" + out,
+        "./reward train --model " + model + " --data '[a]' '[b]'" + out,
+        "./rlhf grpo --model " + model + " --prompts '[a]' --reward number" + out,
+        "./rlhf best-of-n --model '[a]' --prompts x --reward number" + out,
+        "./train_gpt --data '[a]'" + out, "./chat generate " + model + " --prompts '[a]'",
+        "./chat eval " + model + " --base '--tasks=[a],b'", std::string("./chat info '[a]'"),
+        std::string("./chat '[a]'")}) {
+    check_refused(command, "error: [a]");
+  }
+  check_refused("./train_gpt --data x '-o[x]' --device '[1,2]'", "found [1,2], expected");
+  CHECK(!std::filesystem::exists(dir / "out"));
+}
+
+TEST_CASE("texts of flags read escapes in every stage that has them") {
+  const TempDir dir;
+  const std::string model = "test/golden/eval_model", out = " -o " + (dir / "out").string();
+  const std::string rl = " --model " + model + " --prompts x" + out;
+  for (const std::string& command :
+       {"./chat " + model + " --system '\\q'", "./chat generate " + model + " --prompt '\\q'",
+        "./chat generate " + model + " --stop '\\q'", "./train_gpt --data x --prompt '\\q'" + out,
+        "./sft --data x --prompt '\\q'" + out, "./rlhf grpo --reward number --stop '\\q'" + rl,
+        "./rlhf ppo --reward number --system '\\q'" + rl,
+        "./rlhf grpo --reward number --form '\\q{question}'" + rl,
+        "./rlhf best-of-n --reward 'format:\\q'" + rl,
+        "./rlhf grpo --reward number --gold '.5*format:\\q'" + rl}) {
+    check_refused(command, ": found \\q, expected \\n, \\t, \\\\ or \\xHH");
+    CHECK(!contains(shell(command + " --raw < /dev/null").text, "found \\q"));
+  }
+  // A user's program is no text.
+  CHECK(!contains(shell("./rlhf grpo --reward 'check:\\q'" + rl).text, "found \\q"));
+}
