@@ -31,6 +31,8 @@
 #include <optional>
 #include <set>
 #include <span>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -38,12 +40,14 @@
 
 #include "cake/chat_template.h"
 #include "cake/checkpoint.h"
+#include "cake/conversations.h"
 #include "cake/export.h"
 #include "cake/flags.h"
 #include "cake/generate.h"
 #include "cake/gpt.h"
 #include "cake/json.h"
 #include "cake/packed.h"
+#include "cake/record_flags.h"
 #include "cake/records.h"
 #include "cake/run.h"
 #include "cake/schedule.h"
@@ -114,45 +118,22 @@ struct Examples {
 
 struct ReadReport {
   int64_t conversations = 0, completions = 0;  // read
-  int64_t cut = 0, dropped = 0;                // longer than the context
-  int longest = 0;                             // positions
+  int64_t records = 0;
+  LeftOut left_out;
+  int64_t cut = 0;  // longer than the context, and cut
+  int longest = 0;  // positions
 };
 
-// A line's text to ids: {"messages", "tools"} or {"prompt", "completion"}.
-//
-// A prompt with its completion is a document: <|endoftext|> prompt completion <|endoftext|>, of
-// which completion and end are trained. They are encoded apart, as when the prompt is given and the
-// rest generated.
-struct Record {
-  std::optional<Conversation> conversation;
-  std::string prompt, completion;
-};
-
-Record parse_record(simdjson::dom::object object, const JsonLines& lines) {
-  const std::string where = lines.where();
-  simdjson::dom::element ignored;
-  const auto has = [&](const char* key) { return !object.at_key(key).get(ignored); };
-  Record record;
-  if (has("messages")) {
-    record.conversation = parse_conversation(object, where);
-    check_conversation(*record.conversation, where);
-  } else if (has("prompt") && has("completion")) {
-    record.prompt = lines.get_string(object, "prompt");
-    record.completion = lines.get_string(object, "completion");
-    if (record.completion.empty()) fail(where, ": completion: found nothing, expected text");
-  } else {
-    fail(where, ": found neither \"messages\" nor \"prompt\" and \"completion\"");
-  }
-  return record;
-}
-
-Rendered render(const Tokenizer& tokenizer, const Record& record) {
-  if (record.conversation) return render_chat(tokenizer, *record.conversation);
+// A text to ids. A prompt with its completion is a document: <|endoftext|> prompt completion
+// <|endoftext|>, of which completion and end are trained. They are encoded apart, as when the
+// prompt is given and the rest generated.
+Rendered render(const Tokenizer& tokenizer, const TrainingText& text) {
+  if (text.conversation) return render_chat(tokenizer, *text.conversation);
   Rendered r;
   r.ids.push_back(tokenizer.document_separator());
-  tokenizer.encode(record.prompt, r.ids);
+  tokenizer.encode(text.prompt, r.ids);
   r.trained.resize(r.ids.size(), false);
-  tokenizer.encode(record.completion, r.ids);
+  tokenizer.encode(text.completion, r.ids);
   r.ids.push_back(tokenizer.document_separator());
   r.trained.resize(r.ids.size(), true);
   return r;
@@ -168,13 +149,11 @@ bool trim(Rendered& r, int context, bool cut, ReadReport& report) {
   drop_tail();
   report.longest = std::max(report.longest, int(r.ids.size()) - 1);
   if (int(r.ids.size()) <= context + 1) return true;
-  if (cut) {
-    r.trained.resize(size_t(context) + 1);
-    drop_tail();
-  }
-  const bool kept = cut && !r.ids.empty();
-  (kept ? report.cut : report.dropped)++;
-  return kept;
+  if (!cut) return false;
+  r.trained.resize(size_t(context) + 1);
+  drop_tail();
+  report.cut += !r.ids.empty();
+  return !r.ids.empty();
 }
 
 // True for the share `fraction` of all examples: by a hash of their ids, so that equal ones are all
@@ -185,35 +164,82 @@ bool is_held_out(const Rendered& r, double fraction) {
   return uniform01(h) < fraction;
 }
 
-// Reads a file's lines: into `held_out` the share `val_fraction`, the rest into `examples`.
-void read_examples(const Source& source, const Tokenizer& tokenizer, int context, bool cut,
-                   double val_fraction, Examples& examples, Examples& held_out,
-                   ReadReport& report) {
-  JsonLines lines{Input(source.path)};
-  simdjson::dom::object object;
-  std::vector<Record> records;
-  std::vector<Rendered> rendered;
-  int64_t read = 0;
-  const auto flush = [&] {  // texts to ids by all threads, in the file's order
-    rendered.assign(records.size(), {});
-#pragma omp parallel for schedule(dynamic, 16)
-    for (size_t i = 0; i < records.size(); i++) rendered[i] = render(tokenizer, records[i]);
-    for (Rendered& r : rendered) {
-      const bool out = is_held_out(r, val_fraction);
-      if (trim(r, context, cut, report)) (out ? held_out : examples).add(r, float(source.weight));
-    }
-    records.clear();
-  };
-  while (lines.next(object)) {
-    records.push_back(parse_record(object, lines));
-    const bool chat = records.back().conversation.has_value();
-    chat ? end_of_turn(tokenizer) : tokenizer.document_separator();  // an Error where it lacks them
-    (chat ? report.conversations : report.completions)++;
-    read++;
-    if (records.size() == 4096) flush();
+// A failure that no record is to blame for, and that --bad-lines does not skip.
+struct TokenizerError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+void check_tokenizer(const Tokenizer& tokenizer, bool is_chat) {
+  try {
+    end_token(tokenizer, is_chat);
+  } catch (const Error& e) {
+    throw TokenizerError(e.what());
   }
+}
+
+struct ReadOptions {
+  int context = 0;
+  bool cut = false;         // what is longer, instead of leaving it out
+  double val_fraction = 0;  // the share of examples that are held out
+  RecordOptions records;
+};
+
+// Reads a file's records: into `held_out` the share `val_fraction`, the rest into `examples`.
+void read_examples(const Source& source, const Tokenizer& tokenizer, const ReadOptions& options,
+                   Examples& examples, Examples& held_out, ReadReport& report) {
+  struct Text {
+    TrainingText text;
+    std::string where;
+    bool same_record = false;  // as the text before it: both are held out or both are not
+  };
+  std::vector<Text> texts;
+  std::vector<Rendered> rendered;
+  LeftOut left_out;
+  const int before = examples.size() + held_out.size();
+  const auto flush = [&] {  // texts to ids by all threads, in the file's order
+    rendered.assign(texts.size(), {});
+#pragma omp parallel for schedule(dynamic, 16)
+    for (size_t i = 0; i < texts.size(); i++) rendered[i] = render(tokenizer, texts[i].text);
+    bool out = false;
+    for (size_t i = 0; i < texts.size(); i++) {
+      Rendered& r = rendered[i];
+      if (!texts[i].same_record) out = is_held_out(r, options.val_fraction);
+      if (trim(r, options.context, options.cut, report)) {
+        (out ? held_out : examples).add(r, float(source.weight));
+      } else {
+        left_out.add("too long", texts[i].where);
+      }
+    }
+    texts.clear();
+  };
+  const auto visit = [&](const Record& record) -> const char* {
+    TrainingText text = parse_training_text(record);
+    if (const char* reason = nothing_to_learn(text)) return reason;
+    const bool is_chat = text.conversation.has_value();
+    check_tokenizer(tokenizer, is_chat);
+    (is_chat ? report.conversations : report.completions)++;
+    if (is_chat) {
+      check_conversation(*text.conversation, record.where);
+      bool same_record = false;
+      for (Conversation& example : examples_of(*text.conversation)) {
+        texts.push_back({{std::move(example), {}, {}}, record.where, same_record});
+        same_record = true;
+      }
+    } else {
+      texts.push_back({std::move(text), record.where});
+    }
+    if (texts.size() >= 4096) flush();
+    return nullptr;
+  };
+  const int64_t records = for_each_record({source.path}, options.records, left_out, visit);
   flush();
-  if (read == 0) fail(source.path, ": found no examples, expected JSON lines");
+  report.records += records, report.left_out.add(left_out);
+  if (examples.size() + held_out.size() > before) return;
+  const bool is_short = left_out.count("too long") > 0;
+  fail(source.path, ": found nothing to train on in ", records, " records: ", left_out.summary(),
+       is_short ? concat("; the longest has ", report.longest, " tokens, the context ",
+                         options.context, ": --long cut cuts it, a larger --context holds it")
+                : "");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -375,6 +401,7 @@ struct Settings {
   int64_t bins = 0;  // of the whole run
   int64_t batch_tokens = 0, micro_batch_tokens = 0;
   int64_t eval_every = 0, eval_tokens = 1 << 18, eval_some = 0;
+  RecordOptions records;
   Budget budget;
   OptimizerFlags optimizer{.name = ""};
   uint64_t seed = 1;
@@ -383,7 +410,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Settings, model, data, val, too_
                                                 add_chat_tokens, context, patience, lora,
                                                 lora_alpha, val_fraction, bins, batch_tokens,
                                                 micro_batch_tokens, eval_every, eval_tokens,
-                                                eval_some, budget, optimizer, seed)
+                                                eval_some, records, budget, optimizer, seed)
 
 // Samples on the way: how often, and what is asked.
 struct Watch {
@@ -440,6 +467,7 @@ class FineTuning {
   int64_t bins_of(double epochs) const;
   int64_t steps_of(int64_t bins) const { return (bins + bins_a_step() - 1) / bins_a_step(); }
   void print_plan(double reserved);
+  void print_left_out() const;
   void make_model(const std::filesystem::path& dir);
   void load_grown(const std::filesystem::path& dir);
   void calibrate_speed();
@@ -617,25 +645,27 @@ void FineTuning::read_data() {
   if (!(s_.val_fraction < 1)) {
     fail("--val-fraction: found ", s_.val_fraction, ", expected 0 or more and less than 1");
   }
-  const bool cut = s_.too_long == "cut";
+  ReadOptions options{s_.context, s_.too_long == "cut", s_.val_fraction, s_.records};
   for (const std::string& text : s_.data) {
-    read_examples(parse_source(text), tokenizer_, s_.context, cut, s_.val_fraction, train_, val_,
-                  report_);
+    read_examples(parse_source(text), tokenizer_, options, train_, val_, report_);
   }
+  options.val_fraction = 0;
   for (const std::string& path : s_.val) {
     Examples none;
-    read_examples({path}, tokenizer_, s_.context, cut, 0, val_, none, report_);
+    read_examples({path}, tokenizer_, options, val_, none, report_);
   }
+  run_.records = report_.records, run_.left_out = report_.left_out;
   if (report_.conversations > 0) {
+    note_default_system_message(from_);
     config_.set_first_end_token(end_of_turn(tokenizer_));
     if (config_.pad < 0 || config_.pad == config_.eos) {  // the end of turn is trained, pad never
       config_.pad = tokenizer_.find_document_separator();
     }
   }
   if (train_.size() == 0) {
-    fail(s_.data[0], ": found no example within the context of ", s_.context, " tokens among ",
-         report_.conversations + report_.completions, ", the longest has ", report_.longest,
-         ": --long cut cuts them, a larger --context holds them");
+    fail(s_.data[0],
+         ": found examples to hold out and none to train on, expected more of them, or ",
+         "a smaller --val-fraction");
   }
 }
 
@@ -645,7 +675,8 @@ void FineTuning::show(int count) const {
   int shown = 0;
   for (const std::vector<int>& bin : order) {
     for (const int i : bin) {
-      if (shown++ == count) return;
+      if (shown == count) break;
+      shown++;
       const auto ids = train_.ids_of(i);
       Rendered r{{ids.begin(), ids.end()}, {}};
       for (int p = 0; p < int(ids.size()); p++) r.trained.push_back(train_.is_trained(i, p));
@@ -654,6 +685,7 @@ void FineTuning::show(int count) const {
                   train_.trained_counts[size_t(i)]);
     }
   }
+  std::printf("%s", report_.left_out.text(report_.records).c_str());
 }
 
 // Batch, budget, optimizer: what the flags left open.
@@ -744,6 +776,12 @@ void FineTuning::plan_adapters() {
   }
 }
 
+// What of the files is no example, and why.
+void FineTuning::print_left_out() const {
+  std::istringstream lines(report_.left_out.text(report_.records));
+  for (std::string line; std::getline(lines, line);) std::printf("        %s\n", line.c_str());
+}
+
 // `reserved`: seconds of the last evaluation.
 void FineTuning::print_plan(double reserved) {
   const ParamTable table = make_table(config_, false, options().lora);
@@ -763,12 +801,12 @@ void FineTuning::print_plan(double reserved) {
               count_text(train_.size()).c_str(), count_text(all).c_str(),
               100 * double(train_.all_trained()) / all, count_text(val_.size()).c_str(),
               count_text(val_.all_positions()).c_str());
-  if (report_.cut + report_.dropped > 0) {
-    std::printf(
-        "        longer than the context of %d: %s dropped, %s cut; the longest %s tokens\n",
-        s_.context, count_text(report_.dropped).c_str(), count_text(report_.cut).c_str(),
-        count_text(report_.longest).c_str());
+  if (report_.cut > 0) {
+    std::printf("        %s longer than the context of %d were cut; the longest had %s tokens\n",
+                count_text(double(report_.cut)).c_str(), s_.context,
+                count_text(report_.longest).c_str());
   }
+  print_left_out();
   const auto bins = Stream(train_, s_.context, s_.seed).make_epoch(0);
   int64_t packed = 0;
   for (const auto& bin : bins)
@@ -928,7 +966,7 @@ OrderedJson FineTuning::finish() {
           {"train_loss", loss},
           {"val_loss", val_.size() > 0 ? Json(score.loss) : Json()},
           {"val_tokens", score.trained},
-          {"dropped", report_.dropped},
+          {"left_out", report_.left_out.json()},
           {"cut", report_.cut}};
 }
 
@@ -965,11 +1003,13 @@ void add_data_flags(CLI::App& app, Settings& s) {
   app.add_option("--model", s.model,
                  "a run, a Hugging Face directory or a .gguf file to begin with");
   app.add_option("--data", s.data,
-                 "JSON lines with \"messages\", or \"prompt\" and \"completion\"; FILE:2 goes over "
-                 "FILE twice an epoch, FILE:.5 over half of it");
+                 "conversations, prompts with completions, or questions with answers, in JSON or "
+                 "parquet; - is standard input; FILE:2 goes over FILE twice an epoch, FILE:.5 over "
+                 "half of it");
   app.add_option("--val", s.val, "held-out examples in files of their own");
   app.add_option("--val-fraction", s.val_fraction,
                  "or this share of --data; -1: .05, or 0 with --val");
+  add_record_flags(app, s.records);
   app.add_option("--context", s.context, "tokens of a bin; 0: the model's context, 4,096 at most");
   app.add_option("--long", s.too_long, "examples longer than that: drop or cut");
   app.add_flag("--add-chat-tokens", s.add_chat_tokens,
@@ -997,7 +1037,8 @@ int main_sft(int argc, char** argv) {
   Settings s;
   Watch w;
   RunOptions o;
-  CLI::App app("Fine-tunes a model on conversations, or on prompts with completions.");
+  CLI::App app(
+      "Fine-tunes a model on conversations, prompts with completions, or questions with answers.");
   app.option_defaults()->always_capture_default();
   std::string adapters;
   int show = 0;
@@ -1015,10 +1056,13 @@ int main_sft(int argc, char** argv) {
   watch->add_option("--eval-every", s.eval_every, "steps; 0: a tenth of the run");
   watch->add_option("--eval-tokens", s.eval_tokens, "most tokens of the last evaluation");
   watch->add_option("--sample-every", w.sample_every, "steps; 0: a quarter of the run");
-  watch->add_option("--prompt", w.prompt, "answered in samples; empty: held-out examples");
+  auto* prompt = watch->add_option(
+      "--prompt", w.prompt, "answered in samples, \\n: line break; empty: held-out examples");
+  add_raw_flag(app, {prompt});
   const RenamedFlag renamed[] = {{"--clip", "--clip-norm"}};
-  const std::vector<std::string> shown = {"--model",   "--data", "--out",  "--val",    "--epochs",
-                                          "--minutes", "--lora", "--show", "--resume", "--device"};
+  const std::vector<std::string> shown = {"--model", "--data",   "--map",     "--out",
+                                          "--val",   "--epochs", "--minutes", "--lora",
+                                          "--show",  "--resume", "--device"};
   if (!parse_flags(app, argc, argv, {{&app, shown}}, renamed)) return 0;
   if (show < 0) fail("--show: found ", show, ", expected a number of examples");
   if (!adapters.empty()) {

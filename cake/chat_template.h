@@ -5,7 +5,13 @@
 // The format is ChatML, `<|im_start|>{role}\n{content}<|im_end|>\n`, with tools as in Qwen3. It is
 // written here twice: as C++ for this project, and as Jinja for other programs, which read it in
 // tokenizer_config.json. Both give the same ids, except for a content with text that looks like a
-// special token: the C++ code encodes it as text.
+// special token: the C++ code encodes it as text, but for the markers <think>, </think>,
+// <tool_call> and </tool_call> in the assistant's contents, which are its own.
+//
+// Reasoning is written as Qwen3 does: <think>\n...\n</think>\n\n before the answer, and only in
+// what follows the last message of the user. The reasoning of earlier answers is left out: a model
+// that answers again does not see it. It is the message's own field, or the beginning of its
+// content between <think> and </think>.
 //
 // The text between two special tokens is encoded as a whole. If the assistant's content began with
 // white space, a split pattern could join it to the line end of "assistant\n", and one token would
@@ -14,7 +20,11 @@
 // because a small model has a short context.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
+#include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -36,6 +46,8 @@ struct Message {
   std::string role;  // system, user, assistant or tool
   std::string content;
   std::vector<ToolCall> tool_calls;  // an assistant's
+  std::string reasoning;             // an assistant's, before its content
+  bool trained = true;               // an assistant's: false leaves it out of the loss
   bool operator==(const Message&) const = default;
 };
 
@@ -60,11 +72,10 @@ inline int end_of_turn(const Tokenizer&);  // <|im_end|>; throws Error when abse
 inline int end_token(const Tokenizer&, bool is_chat);
 
 // Throws Error with `where` (file:line) and the message's number unless
-// - the roles are known; only the first message may be the system's; then user and assistant
-//   alternate, and the user begins; a tool's messages follow an assistant's calls, and the
-//   assistant's next message follows them;
-// - no content is empty, but a tool's, and that of an assistant who calls tools;
-// - every call is of a declared tool, and its arguments are a JSON object;
+// - the roles are known; user and assistant alternate, and either begins; a tool's messages follow
+//   an assistant's calls, and calls are answered before anyone else speaks;
+// - no content is empty, but a tool's, and that of an assistant who calls tools or reasons;
+// - the arguments of every call are a JSON object, and it calls a declared tool if any is declared;
 // - the assistant has a message; in a `prompt`, the last message is a user's or a tool's instead.
 inline void check_conversation(const Conversation&, const std::string& where, bool prompt = false);
 
@@ -82,23 +93,34 @@ inline constexpr const char* kChatTemplate = R"({%- if tools %}
 {%- elif messages[0].role == 'system' %}
     {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
 {%- endif %}
+{%- set query = namespace(last=-1) %}
 {%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {{- '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}
+    {%- if message.role == 'user' %}{%- set query.last = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
     {%- elif message.role == 'assistant' %}
+        {%- set content = (message.content or '') | trim %}
+        {%- set reasoning = (message.reasoning_content or '') | trim or none %}
+        {%- if reasoning is none and content.startswith('<think>') and '</think>' in content %}
+            {%- set parts = content.split('</think>') %}
+            {%- set reasoning = parts[0][7:] | trim %}
+            {%- set content = parts[1:] | join('</think>') | trim %}
+        {%- endif %}
+        {%- if loop.index0 < query.last %}{%- set reasoning = none %}{%- endif %}
         {{- '<|im_start|>assistant\n' }}
         {%- generation %}
-            {%- set content = (message.content or '') | trim %}
+            {%- if reasoning is not none %}
+                {{- '<think>\n' + reasoning + '\n</think>\n\n' }}
+            {%- endif %}
             {{- content }}
             {%- for call in message.tool_calls or [] %}
                 {%- if content or not loop.first %}{{- '\n' }}{%- endif %}
                 {%- set function = call.function if call.function is defined else call %}
                 {{- '<tool_call>\n{"name": "' + function.name + '", "arguments": ' }}
-                {%- if function.arguments is string %}
-                    {{- function.arguments }}
-                {%- else %}
-                    {{- function.arguments | tojson }}
-                {%- endif %}
+                {%- set arguments = function.arguments or {} %}
+                {{- arguments if arguments is string else arguments | tojson }}
                 {{- '}\n</tool_call>' }}
             {%- endfor %}
             {{- '<|im_end|>' }}
@@ -108,7 +130,7 @@ inline constexpr const char* kChatTemplate = R"({%- if tools %}
         {%- if loop.first or loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
         {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
         {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
-    {%- elif message.role != 'system' or not loop.first %}
+    {%- elif message.role != 'system' %}
         {{- raise_exception('found role ' + message.role + ', expected user, assistant or tool') }}
     {%- endif %}
 {%- endfor %}
@@ -174,10 +196,54 @@ class TurnWriter {
   bool trained_ = false;
 };
 
-inline void write_answer(TurnWriter& out, const Message& message) {
-  const std::string_view content = strip(message.content);
-  out.begin("assistant").train(true);
-  out.text(content);
+// What an assistant's message says, both without white space at their ends.
+struct Answer {
+  std::optional<std::string_view> reasoning;  // "": the model was to reason and did not
+  std::string_view content;
+};
+
+inline Answer split_answer(const Message& message) {
+  constexpr std::string_view kBegin = "<think>", kEnd = "</think>";
+  Answer answer{{}, strip(message.content)};
+  if (const auto reasoning = strip(message.reasoning); !reasoning.empty()) {
+    answer.reasoning = reasoning;
+  } else if (answer.content.starts_with(kBegin)) {
+    if (const size_t end = answer.content.find(kEnd); end != std::string_view::npos) {
+      answer.reasoning = strip(answer.content.substr(kBegin.size(), end - kBegin.size()));
+      answer.content = strip(answer.content.substr(end + kEnd.size()));
+    }
+  }
+  return answer;
+}
+
+// Reasoning is written behind this message alone: the last one of the user. -1: there is none.
+inline int last_query(const std::vector<Message>& messages) {
+  int last = int(messages.size()) - 1;
+  while (last >= 0 && messages[size_t(last)].role != "user") last--;
+  return last;
+}
+
+// The assistant's text, whose markers are tokens where the tokenizer has them.
+inline void write_content(TurnWriter& out, std::string_view content) {
+  constexpr const char* kMarkers[] = {"<think>", "</think>", "<tool_call>", "</tool_call>"};
+  for (size_t i = 0, begin = 0; i <= content.size(); i++) {
+    if (i == content.size()) out.text(content.substr(begin));
+    if (i == content.size() || content[i] != '<') continue;
+    for (const char* marker : kMarkers) {
+      if (!content.substr(i).starts_with(marker)) continue;
+      out.text(content.substr(begin, i - begin)).special(marker);
+      begin = i + std::string_view(marker).size();
+    }
+  }
+}
+
+inline void write_answer(TurnWriter& out, const Message& message, bool with_reasoning) {
+  const auto [reasoning, content] = split_answer(message);
+  out.begin("assistant").train(message.trained);
+  if (reasoning && with_reasoning) {
+    out.special("<think>").text("\n").text(*reasoning).text("\n").special("</think>").text("\n\n");
+  }
+  write_content(out, content);
   for (size_t i = 0; i < message.tool_calls.size(); i++) {
     const ToolCall& call = message.tool_calls[i];
     if (i > 0 || !content.empty()) out.text("\n");
@@ -193,6 +259,7 @@ inline Rendered render_chat(const Tokenizer& tokenizer, const Conversation& conv
   end_of_turn(tokenizer);
   const std::vector<Message>& messages = conversation.messages;
   const bool has_system = !messages.empty() && messages[0].role == "system";
+  const int query = last_query(messages);
   TurnWriter out(tokenizer);
   if (has_system || !conversation.tools.empty()) {
     out.begin("system");
@@ -207,7 +274,7 @@ inline Rendered render_chat(const Tokenizer& tokenizer, const Conversation& conv
   for (size_t i = has_system; i < messages.size(); i++) {
     const Message& message = messages[i];
     if (message.role == "assistant") {
-      write_answer(out, message);
+      write_answer(out, message, int(i) > query);
     } else if (message.role == "tool") {  // the answers to the calls of one turn share a turn
       if (i == 0 || messages[i - 1].role != "tool") out.special("<|im_start|>").text("user");
       out.text("\n").special("<tool_response>").text("\n").text(message.content).text("\n");
@@ -245,20 +312,27 @@ inline std::set<std::string> tool_names(const std::vector<std::string>& tools,
   return names;
 }
 
-// Whether the message may follow the one before it (nullptr: it is the first one).
+// Whether the message may follow the one before it (nullptr: it is the first one). A system message
+// may stand anywhere, as Qwen3's template has it, but between calls and their answers.
 inline void check_role(const Message& message, const Message* before, const std::string& where) {
   const std::string& role = message.role;
   require(role == "system" || role == "user" || role == "assistant" || role == "tool", where,
           ": role: found \"", role, "\", expected system, user, assistant or tool");
+  const std::string previous = before ? before->role : "";
   const bool called = before && !before->tool_calls.empty();
-  const std::string expected = !before                  ? "system or user"
-                               : called                 ? "tool, the answer to a call"
-                               : before->role == "tool" ? "assistant or tool"
-                               : before->role == "user" ? "assistant"
-                                                        : "user";
+  // Calls that the content spells out have names and arguments of any form.
+  const bool wrote_calls =
+      previous == "assistant" && before->content.find("<tool_call>") != std::string::npos;
+  std::string expected = !before                   ? "system, user or assistant"
+                         : called                  ? "tool, the answer to a call"
+                         : previous == "tool"      ? "assistant, tool, user or system"
+                         : previous == "user"      ? "assistant or system"
+                         : previous == "assistant" ? "user or system"
+                                                   : "user or assistant";
+  if (wrote_calls && !called) expected += ", or tool";
   const bool may_follow = called ? role == "tool" : expected.find(role) != std::string::npos;
   if (may_follow) return;
-  fail(where, ": role: found ", role, before ? " after " + before->role : " first", ", expected ",
+  fail(where, ": role: found ", role, before ? " after " + previous : " first", ", expected ",
        expected);
 }
 
@@ -267,8 +341,9 @@ inline void check_content(const Message& message, const std::set<std::string>& t
   require(message.tool_calls.empty() || message.role == "assistant", where,
           ": tool_calls: found calls by the ", message.role,
           ", expected calls by the assistant only");
-  const bool is_blank =
-      message.role == "assistant" ? strip(message.content).empty() : message.content.empty();
+  const bool is_blank = message.role == "assistant"
+                            ? strip(message.content).empty() && strip(message.reasoning).empty()
+                            : message.content.empty();
   if (is_blank && message.tool_calls.empty() &&
       message.role != "tool") {  // a tool may find nothing
     fail(where, ": content: found nothing, expected text");
@@ -277,8 +352,8 @@ inline void check_content(const Message& message, const std::set<std::string>& t
     require(Json::parse(call.arguments, nullptr, false).is_object(), where,
             ": tool_calls: ", call.name, ": arguments: found ", call.arguments.substr(0, 60),
             ", expected a JSON object");
-    require(tools.count(call.name), where, ": tool_calls: found a call of \"", call.name,
-            "\", expected one of the ", tools.size(), " declared tools");
+    require(tools.empty() || tools.count(call.name), where, ": tool_calls: found a call of \"",
+            call.name, "\", expected one of the ", tools.size(), " declared tools");
   }
 }
 
@@ -291,8 +366,6 @@ inline void check_conversation(const Conversation& conversation, const std::stri
   bool answered = false;
   for (size_t i = 0; i < messages.size(); i++) {
     const std::string place = concat(where, ": messages[", i, "]");
-    require(i == 0 || messages[i].role != "system" || messages[0].role != "system", place,
-            ": role: found a second system message, expected at most one");
     check_role(messages[i], i > 0 ? &messages[i - 1] : nullptr, place);
     check_content(messages[i], tools, place);
     answered |= messages[i].role == "assistant";
@@ -302,6 +375,30 @@ inline void check_conversation(const Conversation& conversation, const std::stri
   const std::string& last = messages.back().role;
   require(!prompt || last == "user" || last == "tool", where, ": messages: found ", last,
           " last, expected user or tool");
+}
+
+// The ids of an answered turn as later turns see them: without reasoning. `turn`: what the model
+// wrote behind the header, and whatever its tools answered.
+inline std::vector<int> without_reasoning(const Tokenizer& tokenizer, std::span<const int> turn) {
+  const int think = tokenizer.special("<think>"), end = tokenizer.special("</think>");
+  std::set<int> markers;  // no text, whether the tokenizer's file calls them special or not
+  for (const char* name : kSpecialTokens) markers.insert(tokenizer.special(name));
+  std::vector<int> ids;
+  for (size_t i = 0; i < turn.size(); i++) {
+    const auto closed = std::find(turn.begin() + long(i), turn.end(), end);
+    if (think < 0 || turn[i] != think || closed == turn.end()) {
+      ids.push_back(turn[i]);
+      continue;
+    }
+    // The text behind it begins without the line ends, in tokens of its own.
+    i = size_t(closed - turn.begin()) + 1;
+    size_t last = i;
+    while (last < turn.size() && !markers.count(turn[last])) last++;
+    const std::string text = tokenizer.decode(turn.subspan(i, last - i));
+    tokenizer.encode(text.substr(std::min(text.find_first_not_of(" \t\r\n"), text.size())), ids);
+    i = last - 1;
+  }
+  return ids;
 }
 
 // A prompt as ids: a chat up to the header of the assistant's turn, or the document separator and a

@@ -11,6 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "cake/json.h"
+#include "cake/record_options.h"
+
 namespace cake {
 
 struct TokenizerData;
@@ -84,8 +87,8 @@ inline constexpr int kSpecials = int(std::size(kSpecialTokens));
 Tokenizer with_chat_tokens(const Tokenizer&, bool add = true);
 
 // Documents: plain text, JSON lines, WET and parquet, the first three also as .gz or .zst, or "-";
-// see cake/records.h. The validation part depends only on the documents and the fraction: it is the
-// end of a single document, or whole documents, chosen by a hash of their text.
+// see cake/documents.h. The validation part depends only on the documents and the fraction: it is
+// the end of a single document, or whole documents, chosen by a hash of their text.
 struct Corpus {
   std::vector<std::string> inputs;
   double val_fraction = 0;  // of the text, from 0 to less than 1
@@ -95,6 +98,7 @@ struct Corpus {
   bool specials = false;             // encoding: the names of special tokens are special tokens
   int64_t max_memory = 0;            // training: bytes, about; 0: half of the machine's
   size_t stretch_bytes = 256 << 10;  // of text that a thread works on at once
+  RecordOptions records = {};        // --map text=KEY and --bad-lines
 };
 
 // What training had to leave out, and what of.
@@ -107,6 +111,7 @@ struct TrainingReport {
   // Pieces longer than kLongestTrainingPiece were left out: no language has such words.
   int64_t too_long_pieces = 0, too_long_bytes = 0;
   int64_t temporary_files = 0;  // tables of counts that did not fit into memory
+  OrderedJson left_out;         // records by reason, with --bad-lines skip: {"bad line": 2}
 };
 inline constexpr size_t kLongestTrainingPiece = 4096;  // bytes
 

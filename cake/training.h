@@ -1,6 +1,8 @@
 // A run of steps, once: what pretraining, fine-tuning, reward models and RL share.
 //
-//     RUN/metrics.jsonl   one JSON object a line, {"step": n, "kind": step, eval or final, ...}
+//     RUN/metrics.jsonl   one JSON object a line, {"step": n, "kind": K, ...}, where K is
+//                         data (at the beginning: what was left out of the files), step, eval or
+//                         final
 //     RUN/model/          the last checkpoint: a model directory with the trainer's state
 //     RUN/model-N/        earlier ones, of step N, with --keep-checkpoints
 //     RUN/best/           the best weights so far, where a stage keeps them; gone at the end
@@ -33,6 +35,7 @@
 #include "cake/flags.h"
 #include "cake/generate.h"
 #include "cake/json.h"
+#include "cake/records.h"
 #include "cake/run.h"
 #include "cake/schedule.h"
 #include "cake/tokenizer.h"
@@ -338,12 +341,17 @@ struct Run {
   double lr_scale = 1;      // for the advice when a run diverges
   std::string hint;         // a command to try the model with
   std::string stopped;      // why it ends before its last step; empty: it does not
+  // Of the files that were read: how many records, and which were left out. The stage sets them
+  // before `begin` returns; a stage that reads no records leaves `records` at 0.
+  int64_t records = 0;
+  LeftOut left_out;
   ProgressLine line;
   Metrics metrics;
 
   std::filesystem::path model() const { return options.out / "model"; }
   std::filesystem::path best() const { return options.out / "best"; }
-  // `kind`: eval or final; run_loop writes those of a step. What is not finite is written as null.
+  // `kind`: eval or final; run_loop writes those of a step, run_steps that of the data. What is
+  // not finite is written as null.
   void write_metrics(const char* kind, int64_t step, const OrderedJson& fields) {
     OrderedJson all = {{"step", step}, {"kind", kind}};
     all.update(fields);
@@ -755,6 +763,9 @@ inline int run_steps(Run& run) {
   check_disk(o.out, checkpoint * (o.resume ? 1 : 2 + o.keep_checkpoints) +
                         (run.keeps_best ? checkpoint_bytes(table, false) : 0));
   run.metrics.open(o.out / "metrics.jsonl", run.state.step);
+  if (!o.resume && run.records > 0) {
+    run.write_metrics("data", 0, {{"records", run.records}, {"left_out", run.left_out.json()}});
+  }
   return run_to_end(run, started - run.state.seconds);
 }
 

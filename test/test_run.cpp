@@ -367,7 +367,7 @@ TEST_CASE("metrics are JSON with a kind, a rate and a speed, also where a number
     CHECK(line.at("seconds").get<double>() > 0);
     CHECK(line.at("tokens_per_second").get<double>() > 0);
   }
-  CHECK(kinds == std::map<std::string, int>{{"eval", 3}, {"final", 1}, {"step", 3}});
+  CHECK(kinds == std::map<std::string, int>{{"data", 1}, {"eval", 3}, {"final", 1}, {"step", 3}});
 }
 
 TEST_CASE("the progress line is cut to the terminal's width") {

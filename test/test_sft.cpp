@@ -3,6 +3,7 @@
 #include <sstream>
 
 #include "cake/checkpoint.h"
+#include "cake/conversations.h"
 #include "cake/json.h"
 #include "cake/schedule.h"
 #define main sft_main  // the test binary has its own main
@@ -37,7 +38,7 @@ Conversation conversation(const std::string& json, const std::string& where = "h
   static simdjson::dom::parser parser;
   simdjson::dom::object object;
   REQUIRE(parser.parse(json).get(object) == simdjson::SUCCESS);
-  return parse_conversation(object, where);
+  return parse_conversation({object, where});
 }
 
 std::string rendered(const std::string& json, bool generation_prompt = false) {
@@ -63,14 +64,18 @@ Examples examples_of(const std::vector<int>& lengths) {
   return e;
 }
 
+std::string replaced_once(std::string text, const std::string& part, const std::string& by) {
+  return text.replace(text.find(part), part.size(), by);
+}
+
 Examples read_lines(const std::string& lines, int context = 1000, bool cut = false,
-                    ReadReport* report = nullptr) {
+                    ReadReport* report = nullptr, const RecordOptions& records = {}) {
   TempDir dir;
   write_file(dir / "data.jsonl", lines);
   Examples examples, held_out;
   ReadReport ignored;
-  read_examples({(dir / "data.jsonl").string()}, tokenizer(), context, cut, 0, examples, held_out,
-                report ? *report : ignored);
+  read_examples({(dir / "data.jsonl").string()}, tokenizer(), {context, cut, 0, records}, examples,
+                held_out, report ? *report : ignored);
   return examples;
 }
 
@@ -92,7 +97,8 @@ TEST_CASE("the chat template gives the ids and masks of transformers' apply_chat
     CHECK(config.at("chat_template") == g.at("config").at("chat_template"));  // the golden's Jinja
     size_t i = 0;
     for (const simdjson::dom::object object : file["conversations"].get_array()) {
-      Conversation c = parse_conversation(object, concat("conversation ", i));
+      Conversation c = parse_conversation({object, concat("conversation ", i)});
+      for (Message& m : c.messages) m.trained = true;  // the Jinja trains greetings too
       const Json& want = g.at("rendered").at(i++);
       const Rendered r = render_chat(t, c);
       CHECK(r.ids == want.at("ids").get<std::vector<int>>());
@@ -160,7 +166,7 @@ TEST_CASE("text that looks like special tokens stays text") {
   const Rendered r = render_chat(tokenizer(), c);
   int specials = 0;
   for (const int id : r.ids) specials += tokenizer().is_special(id);
-  CHECK(specials == 4);  // two turns: a start and an end each
+  CHECK(specials == 5);  // two turns: a start and an end each; the assistant's <tool_call>
 }
 
 TEST_CASE("a tokenizer without chat tokens gets them behind its last id") {
@@ -212,35 +218,17 @@ TEST_CASE("bad conversations are refused with file, line and message") {
   };
   CHECK(turns({{"user", "a"}, {"robot", "b"}}) ==
         "messages[1]: role: found \"robot\", expected system, user, assistant or tool");
-  CHECK(turns({{"user", "a"}}) ==
-        "messages: found none by the assistant, expected at least one to train on");
-  CHECK(turns({{"system", "s"}, {"system", "t"}, {"user", "a"}, {"assistant", "b"}}) ==
-        "messages[1]: role: found a second system message, expected at most one");
-  CHECK(turns({{"user", "a"}, {"assistant", " \\n"}}) ==
-        "messages[1]: content: found nothing, expected text");
-  CHECK(turns({{"user", ""}, {"assistant", "b"}}) ==
-        "messages[0]: content: found nothing, expected text");
-  CHECK(turns({{"assistant", "b"}}) ==
-        "messages[0]: role: found assistant first, expected system or user");
-  CHECK(turns({{"user", "a"}, {"user", "a"}, {"assistant", "b"}}) ==
-        "messages[1]: role: found user after user, expected assistant");
   CHECK(turns({{"user", "a"}, {"assistant", "b"}, {"tool", "c"}}) ==
-        "messages[2]: role: found tool after assistant, expected user");
-  CHECK(turns({{"user", "a"}, {"system", "s"}, {"assistant", "b"}}) ==
-        "messages[1]: role: found system after user, expected assistant");
-  CHECK(turns({}) == "messages: found none, expected a user's message and an assistant's");
+        "messages[2]: role: found tool after assistant, expected user or system");
   CHECK(contains(refused("{\"messages\":[{]}"), "not JSON"));
   CHECK(refused("[1]") == "found an array, expected an object");
-  CHECK(refused("{\"text\":\"x\"}") ==
-        "found neither \"messages\" nor \"prompt\" and \"completion\"");
+  CHECK(contains(refused("{\"url\":\"x\"}"), "found the keys \"url\", expected a conversation"));
   CHECK(refused(R"({"messages":7})") == "messages: found a number, expected an array");
   CHECK(refused(R"({"messages":[7]})") == "messages[0]: found a number, expected an object");
   CHECK(refused(R"({"messages":[{"role":"user"}]})") == "messages[0]: content is missing");
-  CHECK(refused(R"({"messages":[{"role":"user","content":["a"]}]})") ==
-        "messages[0]: content: found an array, expected a string");
-  CHECK(refused(R"({"prompt":"a","completion":""})") == "completion: found nothing, expected text");
-  CHECK(refused(R"({"prompt":"a","completion":1})") ==
-        "\"completion\": found a number, expected a string");
+  CHECK(refused(R"({"messages":[{"role":"user","content":["a"]}]})") == "unexpected: no error");
+  CHECK(refused(R"({"prompt":"a","completion":true})") ==
+        "completion: found true or false, expected a string to train on");
   const auto call = [&](const std::string& arguments, const std::string& name = "calculator") {
     return refused(concat(
         R"({"messages":[{"role":"user","content":"a"},{"role":"assistant","tool_calls":[{"name":")",
@@ -252,7 +240,7 @@ TEST_CASE("bad conversations are refused with file, line and message") {
   CHECK(call("[1]") ==
         "messages[1]: tool_calls: calculator: arguments: found [1], expected a JSON object");
   CHECK(call("{}").substr(0, 10) == "unexpected");  // a good line: "unexpected: no error"
-  CHECK(contains(error_of([&] { read_lines("\n"); }), "found no examples"));
+  CHECK(contains(error_of([&] { read_lines("\n"); }), "found no records"));
 }
 
 TEST_CASE("a prompt ends with a user's or a tool's message") {
@@ -272,7 +260,42 @@ TEST_CASE("a prompt with its completion is a document whose completion is traine
   CHECK(marked(tokenizer(), r, false) == "<|endoftext|>the user[[ asks<|endoftext|>]]");
 }
 
-TEST_CASE("examples longer than the context are dropped or cut, and counted") {
+TEST_CASE("what teaches nothing is left out and counted, and bad lines where they are skipped") {
+  const std::string good = R"({"question":"a","answer":"b"})",
+                    empty = R"({"question":"a","answer":" "})",
+                    unasked = R"({"messages":[{"role":"user","content":"a"}]})";
+  const std::string lines =
+      concat(good, "\n{\n", empty, "\n", unasked, "\n", good, "\n{\"x\":1}\n");
+  CHECK(contains(error_of([&] { read_lines(lines); }), "data.jsonl:2: not JSON"));
+  ReadReport report;
+  CHECK(read_lines(lines, 1000, false, &report, {{}, true}).size() == 2);
+  CHECK(report.records == 6);
+  CHECK(report.left_out.json() ==
+        Json{{"bad line", 2}, {"empty answer", 1}, {"no trained message", 1}});
+  CHECK(contains(report.left_out.text(6), "data.jsonl:6: found the keys \"x\", expected"));
+  CHECK(contains(error_of([&] { read_lines(empty + "\n" + unasked + "\n"); }),
+                 "data.jsonl: found no record to use: 1 empty answer ("));
+}
+
+TEST_CASE("a tokenizer without chat tokens is no fault of a line") {
+  TempDir dir;
+  Json json = read_json(tokenizer_dir() / "tokenizer.json");
+  json.at("added_tokens").erase(json.at("added_tokens").begin() + 1, json.at("added_tokens").end());
+  write_file(dir / "tokenizer.json", json.dump());
+  write_file(dir / "data.jsonl", R"({"question":"a","answer":"b"})");
+  Examples examples;
+  ReadReport report;
+  std::string message;
+  try {
+    read_examples({(dir / "data.jsonl").string()}, Tokenizer::load(dir.path()),
+                  {100, false, 0, {{}, true}}, examples, examples, report);
+  } catch (const std::exception& e) {
+    message = e.what();
+  }
+  CHECK(contains(message, "--add-chat-tokens"));
+}
+
+TEST_CASE("examples longer than the context are left out or cut, and counted") {
   const std::string answer(40, 'z');  // no merges: a token a letter
   const std::string line =
       concat(R"({"messages":[{"role":"user","content":"q"},{"role":"assistant","content":")",
@@ -280,18 +303,23 @@ TEST_CASE("examples longer than the context are dropped or cut, and counted") {
   const int whole = read_lines(line).positions(0);
   ReadReport report;
   CHECK(read_lines(line, whole, false, &report).size() == 1);
-  CHECK(report.dropped + report.cut == 0);
-  CHECK(read_lines(line + line, whole - 1, false, &report).size() == 0);
-  CHECK(report.dropped == 2);
+  CHECK(report.left_out.total() + report.cut == 0);
+  const std::string shorter = replaced_once(line, answer, "z");
+  CHECK(read_lines(line + shorter + line, whole - 1, false, &report).size() == 1);
+  CHECK(report.left_out.json() == Json{{"too long", 2}});
   CHECK(report.longest == whole);
   report = {};
   const Examples cut = read_lines(line, whole - 1, true, &report);
   CHECK(report.cut == 1);
   CHECK(cut.positions(0) == whole - 1);
   CHECK(cut.trained_counts[0] == 40);  // all but the end of turn
-  report = {};
-  CHECK(read_lines(line, 3, true, &report).size() == 0);  // nothing trained is left
-  CHECK(report.dropped == 1);
+  // Nothing trained is left, or nothing at all.
+  CHECK(contains(error_of([&] { read_lines(line, 3, true); }),
+                 "found nothing to train on in 1 records: 1 too long"));
+  const std::string none = error_of([&] { read_lines(line + line, whole - 1); });
+  CHECK(contains(none, "data.jsonl: found nothing to train on in 2 records: 2 too long ("));
+  CHECK(contains(none, concat("; the longest has ", whole, " tokens, the context ", whole - 1,
+                              ": --long cut cuts it")));
   // What follows the last trained token teaches nothing and takes no position.
   CHECK(cut.trained.back());
 }
@@ -306,6 +334,31 @@ TEST_CASE("equal examples are held out together, and the share is as asked") {
     CHECK(is_held_out(r, .2) == held);
   }
   CHECK(std::abs(out / 4 - 200) < 45);  // 3.5 standard deviations of a binomial
+}
+
+TEST_CASE("the examples of one conversation with reasoning are held out together") {
+  std::string lines;
+  for (int i = 0; i < 200; i++) {
+    lines += concat(R"({"messages":[{"role":"user","content":"a)", i,
+                    R"("},{"role":"assistant","content":"b","thinking":"x"},{"role":"user",)",
+                    R"("content":"c"},{"role":"assistant","content":"d","thinking":"y"}]})", "\n");
+  }
+  TempDir dir;
+  write_file(dir / "data.jsonl", lines);
+  Examples examples, held_out;
+  ReadReport report;
+  read_examples({(dir / "data.jsonl").string()}, tokenizer(), {1000, false, .5, {}}, examples,
+                held_out, report);
+  CHECK(examples.size() + held_out.size() == 400);
+  CHECK(held_out.size() > 100);
+  for (const Examples* e : {&examples, &held_out}) {
+    std::map<std::string, int> conversations;  // by the first message
+    for (int i = 0; i < e->size(); i++) {
+      const std::string text = tokenizer().decode(e->ids_of(i));
+      conversations[text.substr(0, text.find("<|im_end|>"))]++;
+    }
+    for (const auto& conversation : conversations) CHECK(conversation.second == 2);
+  }
 }
 
 TEST_CASE("a source is a path, or a path and a weight") {
@@ -504,7 +557,7 @@ TEST_CASE("the losses of a run are those of its conversations one by one in a pl
   Examples train, val;
   ReadReport report;
   const Config c = load_config(world() / "model");
-  read_examples({(world() / "data.jsonl").string()}, tokenizer(), c.T, false, .05, train, val,
+  read_examples({(world() / "data.jsonl").string()}, tokenizer(), {c.T, false, .05, {}}, train, val,
                 report);
   const auto gpt = small_model(c);
   load_weights(world() / "model", *gpt);
@@ -596,7 +649,8 @@ namespace {
 std::vector<float> score(Gpt& gpt) {
   Examples train, val;
   ReadReport report;
-  read_examples({(world() / "data.jsonl").string()}, tokenizer(), 64, false, 0, train, val, report);
+  read_examples({(world() / "data.jsonl").string()}, tokenizer(), {64, false, 0, {}}, train, val,
+                report);
   Packed p;
   for (int i = 0; i < 40; i++) add_example(p, train, i);
   gpt.forward(p.batch(), Pass::score);
@@ -641,7 +695,7 @@ TEST_CASE("--lora trains adapters alone, which load as a model does, and --merge
   CHECK(score(*with_rows) == before);
   std::istringstream lines(read_file(dir / "run/metrics.jsonl"));
   std::string first;
-  std::getline(lines, first);  // before the first step
+  for (int line = 0; line < 2; line++) std::getline(lines, first);  // data, before the first step
   CHECK(read_json(dir / "run/summary.json").at("val_loss").get<double>() <
         Json::parse(first).at("val_loss").get<double>() - .1);
 
@@ -854,9 +908,67 @@ TEST_CASE("./sft says in one line what is wrong") {
   CHECK(contains(error(concat("./sft --merge ", world().string(), " -o ", out)), "no adapters"));
   CHECK(contains(error(concat("./sft --merge ", world().string())), "-o: missing"));
   CHECK(contains(error(sft(out, "--resume --overwrite")), "expected one"));
-  CHECK(contains(error(sft(out, "--context 4")), "found no example within the context of 4"));
+  CHECK(contains(error(sft(out, "--context 4")), "found nothing to train on in"));
   CHECK(contains(error(sft(world(), "")), "which the run reads"));
   CHECK(contains(error(sft(world(), "--overwrite")), "which the run reads"));
   CHECK(std::filesystem::exists(world() / "model"));
   CHECK(!std::filesystem::exists(out));
+}
+
+TEST_CASE("./sft reads standard input, arrays and .gz, with --map, and says what it leaves out") {
+  const TempDir dir;
+  const std::string model = concat("./sft --model ", (world() / "model").string(), " ");
+  const std::string good = R"({"Frage":"say a","Antwort":"a"})",
+                    empty = R"({"Frage":"say a","Antwort":""})", bad = R"({"Frage":1})";
+  const std::string map = " --map question=Frage --map answer=Antwort --val-fraction 0 ";
+  const std::string shown =
+      "<|im_start|>user\nsay a<|im_end|>\n<|im_start|>assistant\n[[a<|im_end|>]]";
+  const auto show = [&](const std::string& text, const std::string& flags) {
+    write_file(dir / "data", text);
+    return shell(concat(model, "--show 5 --data - ", map, flags, " < ", (dir / "data").string()));
+  };
+  for (const std::string& text : {good + "\r\n" + good, "[" + good + ",\n" + good + "]",
+                                  deflated(good + "\n" + good), zstandard(good + "\n" + good)}) {
+    const Output o = show(text, "");
+    CHECK_MESSAGE(o.status == 0, o.text);
+    CHECK(contains(o.text, shown));
+    CHECK(contains(o.text, "-- example 2 of 2"));
+  }
+  const Output stopped = show(good + "\n" + bad + "\n", "");
+  CHECK(stopped.status == 1);
+  CHECK(contains(stopped.text, "standard input:2: "));
+  const std::string lines = concat(good, "\n", bad, "\n", empty, "\n");
+  const Output skipped = show(lines, "--bad-lines skip");
+  CHECK(skipped.status == 0);
+  CHECK(contains(skipped.text, "left out 1 of 3 records: bad line"));
+  CHECK(contains(skipped.text, "left out 1 of 3 records: empty answer"));
+
+  write_file(dir / "data.jsonl", lines);
+  const Output o = shell(concat(model, "--data ", (dir / "data.jsonl").string(), map,
+                                "--bad-lines skip --steps 2 -o ", (dir / "run").string()));
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  CHECK(contains(o.text, "left out 1 of 3 records: empty answer"));
+  const std::string metrics = read_file(dir / "run/metrics.jsonl");
+  CHECK(metrics.substr(0, metrics.find('\n')) ==
+        R"({"step":0,"kind":"data","records":3,"left_out":{"bad line":1,"empty answer":1}})");
+  CHECK(read_json(dir / "run/summary.json").at("left_out").at("empty answer") == 1);
+  const Output resumed = shell(concat("./sft --resume --steps 4 -o ", (dir / "run").string()));
+  CHECK_MESSAGE(resumed.status == 0, resumed.text);  // with the flags that the run was begun with
+}
+
+TEST_CASE("questions with answers of gsm8k are conversations to learn") {
+  if (skip_without_data("gsm8k/train.jsonl")) return;
+  Examples examples, held_out;
+  ReadReport report;
+  read_examples({data_path("gsm8k/train.jsonl").string()}, tokenizer(), {4096, false, .05, {}},
+                examples, held_out, report);
+  CHECK(examples.size() + held_out.size() == 7473);
+  CHECK(report.left_out.total() == 0);
+  const auto ids = examples.ids_of(0);
+  const Rendered first{{ids.begin(), ids.end()},
+                       {examples.trained.begin(), examples.trained.begin() + long(ids.size())}};
+  CHECK(contains(marked(tokenizer(), first, false),
+                 "<|im_end|>\n<|im_start|>assistant\n[[Natalia sold 48/2 = <<48/2=24>>24 clips in "
+                 "May.\nNatalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n"
+                 "#### 72<|im_end|>]]"));
 }

@@ -4,7 +4,7 @@
 For each split pattern a small vocabulary is trained by `./bpe train` on the conversations' texts;
 its tokenizer_config.json holds the template. Kept are the tokenizer, each conversation, the ids
 that apply_chat_template gives with the mask of its {% generation %} parts, and the ids with a
-generation prompt. Needs transformers (5.23 wrote the file), and ./bpe.
+generation prompt. Needs transformers (5.24 wrote the file), and ./bpe.
 
     python dev/golden/chat_template.py
 """
@@ -25,6 +25,10 @@ def message(role, content, *calls):
     if calls:
         out["tool_calls"] = [{"type": "function", "function": c} for c in calls]
     return out
+
+
+def thought(content, reasoning):
+    return {**message("assistant", content), "reasoning_content": reasoning}
 
 
 def call(name, **arguments):
@@ -62,6 +66,18 @@ CONVERSATIONS = [
     {"messages": [message("user", "As text."), {"role": "assistant", "content": "", "tool_calls": [{"name": "search", "arguments": "{\"query\":\"q\"}"}]}],
      "tools": [SEARCH["function"]]},
     {"messages": [message("user", "<tools> and <think and im_start|>"), message("assistant", "</ tool_call> <|im_end")]},
+    # Reasoning: a field or the beginning of the content, in the last answer and in earlier ones.
+    {"messages": [message("user", "2+2?"), thought("4", "\n2 and 2. \n")]},
+    {"messages": [message("user", "a"), thought("b", "cut"), message("user", "c"), message("assistant", "<think>\nkept\n</think>\n\nd")]},
+    {"messages": [message("user", "a"), message("assistant", "<think>cut</think> \n b"), message("user", "c"),
+                  message("assistant", "<think>\n\n</think>\n\nd </think> <think>e")]},
+    {"messages": [message("user", "Call."), {**message("assistant", "", call("search", query="x", most=1)), "reasoning_content": "I look."},
+                  message("tool", "Nothing."), thought("None.", "Nothing there."), message("user", "Sure?"), thought("Yes.", " ")], "tools": [SEARCH]},
+    {"messages": [message("user", "Write it."), message("assistant", "So: <tool_call>\n{'name': 'f'}\n</tool_call> and <think> open")]},
+    # Calls without arguments; a system message in the middle; the assistant begins.
+    {"messages": [message("user", "Now?"), message("assistant", "", {"name": "search", "arguments": ""}, {"name": "search", "arguments": None}),
+                  message("tool", "1"), message("tool", "2"), message("assistant", "Now.")], "tools": [SEARCH]},
+    {"messages": [message("system", "A"), message("assistant", "Welcome."), message("user", "b"), message("system", "C"), message("assistant", "d")]},
 ]
 
 
