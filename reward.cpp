@@ -19,6 +19,7 @@
 // step, measures, normalization, folds); DPO and its kin (objectives, step, references); scores.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -38,6 +39,8 @@
 #include "cake/gpt.h"
 #include "cake/json.h"
 #include "cake/packed.h"
+#include "cake/preferences.h"
+#include "cake/record_flags.h"
 #include "cake/records.h"
 #include "cake/reward_model.h"
 #include "cake/run.h"
@@ -64,14 +67,21 @@ struct Mismatch {
   AnswerLogp reference;  // in answer to this prompt, under the reference
 };
 
+// Two of a comparison's answers, w better than l by a margin of at least so much reward.
+struct Pair {
+  size_t w = 0, l = 0;
+  double margin = 0;
+};
+
 // Answers to one prompt, each as the ids of the whole: prompt, answer, and the end_token of its
-// kind. A labelled text is a comparison of its own, of one answer and no prompt.
+// kind. A labelled answer is a comparison of its own; a labelled text has no prompt, either.
 struct Comparison {
   std::vector<std::vector<int>> sequences;  // (K) of each answer
   std::vector<std::vector<bool>> written;   // (K) of a chat's ids: by the assistant, not by a tool
   int prompt_length = 0;                    // ids that all sequences begin with
   std::vector<int> ranking;                 // (K) 1 is best; equal ranks are a tie
-  std::optional<bool> label;                // of a text: is it good?
+  std::vector<Pair> pairs;                  // what there is to learn; see pairs_of
+  std::optional<bool> label;                // of the one answer: is it good?
   double chance = 0;     // that labellers choose as they did, where it is known; else 0
   uint64_t problem = 0;  // a hash of the prompt: comparisons of one problem stay together
   std::vector<AnswerLogp> reference;  // (K) of DPO: under the reference
@@ -90,18 +100,22 @@ struct Comparison {
   }
 };
 
-// The pairs (w, l) of answers of which w is the better one.
-std::vector<std::pair<size_t, size_t>> pairs_of(std::span<const int> ranking) {  // (K)
-  std::vector<std::pair<size_t, size_t>> pairs;
+// The pairs of answers of which one is the better one.
+std::vector<Pair> pairs_of(std::span<const int> ranking) {  // (K)
+  std::vector<Pair> pairs;
   for (size_t w = 0; w < ranking.size(); w++)
     for (size_t l = 0; l < ranking.size(); l++)
-      if (ranking[w] < ranking[l]) pairs.emplace_back(w, l);
+      if (ranking[w] < ranking[l]) pairs.push_back({w, l});
   return pairs;
 }
 
 // Strings are a text and what continues it, or with `as_chat` a user's message and the assistant's
-// answer. A preference without answers is a text alone.
-Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_chat) {
+// answer. A preference without answers is a text alone. `score_margin`: the margin of a pair for
+// each point by which the scores of its answers differ.
+//
+// Answers with the same ids make no pair: its gradient would be 0.
+Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_chat,
+                           double score_margin = 0) {
   if (as_chat && !p.is_chat && !p.continuations.empty()) {
     p.is_chat = true;
     p.prompt.messages = {{"user", p.text, {}}};
@@ -131,75 +145,94 @@ Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_cha
     tokenizer.encode(text, ids);
     c.sequences.push_back(with_end(std::move(ids), end));
   }
+  // Reasoning before a later question is not written again: then they part earlier.
+  for (const std::vector<int>& ids : c.sequences) {
+    const auto end = std::mismatch(prompt.begin(), prompt.end(), ids.begin(), ids.end()).first;
+    c.prompt_length = std::min(c.prompt_length, int(end - prompt.begin()));
+  }
   for (const int id : prompt) c.problem = mix64(c.problem ^ uint64_t(id));
+  if (c.label) return c;
+  for (Pair pair : pairs_of(c.ranking)) {
+    if (c.sequences[pair.w] == c.sequences[pair.l]) continue;
+    if (p.margin) pair.margin = *p.margin;
+    if (!p.scores.empty()) pair.margin += score_margin * (p.scores[pair.w] - p.scores[pair.l]);
+    c.pairs.push_back(pair);
+  }
   return c;
 }
 
-// What read_comparisons met.
-struct ReadCounts {
-  int64_t lines = 0, too_long = 0, all_tied = 0;
-  int longest = 0;  // ids
+// What a stage learns from besides pairs.
+enum class Labels { none, answers, texts_too };
+
+struct ReadOptions {
+  RecordOptions records;
+  int context = 0;  // ids
+  bool as_chat = false;
+  double score_margin = 0;
+  Labels labels = Labels::none;
+  std::string loss;  // that takes them or not, for messages
 };
 
-// Reads every line; leaves out comparisons with an answer longer than the context or without a
-// pair. `labels`: labelled texts may be among them.
-std::vector<Comparison> read_comparisons(const std::vector<std::string>& paths,
-                                         const Tokenizer& tokenizer, int context, bool as_chat,
-                                         bool labels, ReadCounts& counts) {
-  std::vector<Comparison> all;
-  for (const std::string& path : paths) {
-    JsonLines lines{Input(path)};
-    simdjson::dom::object object;
-    int64_t read = 0;
-    while (lines.next(object)) {
-      read++;
-      stop_if_signalled();
-      Comparison c = make_comparison(tokenizer, parse_preference(object, lines.where()), as_chat);
-      if (c.label && !labels) {
-        fail(lines.where(), ": found a labelled text, expected answers that are compared");
-      }
-      const int longest = c.longest();
-      counts.longest = std::max(counts.longest, longest);
-      const bool tied = !c.label && std::set<int>(c.ranking.begin(), c.ranking.end()).size() < 2;
-      counts.too_long += longest > context;
-      counts.all_tied += tied;
-      if (longest <= context && !tied) all.push_back(std::move(c));
-    }
-    if (read == 0) fail(path, ": found no preferences, expected JSON lines");
-    counts.lines += read;
-  }
-  if (all.empty() && !paths.empty()) {
-    fail(paths[0], ": found nothing to learn from among ", counts.lines,
-         " lines: ", counts.too_long, " longer than the context of ", context, ", ",
-         counts.all_tied, " with all answers tied");
-  }
-  return all;
+// What read_comparisons met.
+struct ReadCounts {
+  int64_t records = 0;
+  LeftOut left_out;
+  int longest = 0;             // ids
+  int64_t margins = 0;         // preferences with a margin of their own
+  int64_t without_prompt = 0;  // pairs of texts whose beginning is the prompt
+};
+
+// How a tokenizer without chat tokens reads a transcript: as a text.
+PreferenceOptions preference_options(const Tokenizer& tokenizer) {
+  return {.transcripts_are_chats = tokenizer.special("<|im_start|>") >= 0};
 }
 
-// A line with answers to be scored, which need not be compared: what parse_preference reads, a
-// conversation (its last turn is the answer), a prompt with one completion, or a text.
-Preference parse_answers(simdjson::dom::object object, const JsonLines& lines) {
-  simdjson::dom::element e;
-  const auto has = [&](const char* key) { return !object.at_key(key).get(e); };
-  Preference p;
-  if (has("messages")) {
-    p.is_chat = true;
-    p.prompt = parse_conversation(object, lines.where());
-    std::vector<Message>& messages = p.prompt.messages;
-    auto answer = messages.end();
-    while (answer != messages.begin() && std::prev(answer)->role != "user") --answer;
-    p.answers = {{answer, messages.end()}};
-    messages.erase(answer, messages.end());
-  } else if (has("completion")) {
-    p.text = lines.get_string(object, "prompt");
-    p.continuations = {std::string(lines.get_string(object, "completion"))};
-  } else if (has("text") && !has("label")) {
-    p.text = lines.get_string(object, "text");
-  } else {
-    return parse_preference(object, lines.where());
+void check_label(const Preference& p, const ReadOptions& o, const std::string& where) {
+  const bool is_text = p.continuations.empty() && p.answers.empty();
+  if (!p.label || o.labels == Labels::texts_too) return;
+  if (is_text && o.labels == Labels::answers) {
+    fail(where, ": found a labelled text, expected a \"prompt\" and a \"completion\" with it");
   }
-  p.ranking = {1};
-  return p;
+  if (o.labels == Labels::none) {
+    fail(where, ": found a labelled ", is_text ? "text" : "answer", ", and --loss ", o.loss,
+         " learns from pairs: --loss kto takes labelled answers");
+  }
+}
+
+// Reads every record; leaves out those from which nothing can be learned.
+std::vector<Comparison> read_comparisons(const std::vector<std::string>& paths,
+                                         const Tokenizer& tokenizer, const ReadOptions& o,
+                                         ReadCounts& counts) {
+  std::vector<Comparison> all;
+  bool lacks_chat_tokens = false;  // which is no line's fault
+  const auto visit = [&](const Record& record) -> const char* {
+    const PreferenceOptions options = preference_options(tokenizer);
+    Preference p = parse_preference(record, options);
+    check_label(p, o, record.where);
+    if (p.left_out) return p.left_out;
+    if (o.as_chat && !p.has_prompt) {
+      fail(record.where, ": found texts without a \"prompt\", expected one for --as-chat");
+    }
+    lacks_chat_tokens |= (p.is_chat || o.as_chat) && !options.transcripts_are_chats;
+    if (lacks_chat_tokens) return nullptr;
+    const bool has_margin = p.margin.has_value(), has_prompt = p.has_prompt;
+    Comparison c;
+    try {
+      c = make_comparison(tokenizer, std::move(p), o.as_chat, o.score_margin);
+    } catch (const Error& e) {  // a byte that the vocabulary lacks
+      fail(record.where, ": ", e.what());
+    }
+    if (!c.label && c.pairs.empty()) return "equal answers";  // as ids
+    const int longest = c.longest();
+    counts.longest = std::max(counts.longest, longest);
+    if (longest > o.context) return "too long";
+    counts.margins += has_margin, counts.without_prompt += !has_prompt;
+    all.push_back(std::move(c));
+    return nullptr;
+  };
+  if (!paths.empty()) counts.records += for_each_record(paths, o.records, counts.left_out, visit);
+  if (lacks_chat_tokens) end_of_turn(tokenizer);  // throws
+  return all;
 }
 
 uint64_t hash_of(std::span<const Comparison> comparisons) {  // of everything that decides a run
@@ -209,6 +242,8 @@ uint64_t hash_of(std::span<const Comparison> comparisons) {  // of everything th
     for (const auto& s : c.sequences)
       for (const int id : s) h = mix64(h ^ uint64_t(id));
     for (const int r : c.ranking) h = mix64(h ^ uint64_t(r));
+    for (const Pair& pair : c.pairs)
+      if (pair.margin != 0) h = mix64(h ^ std::bit_cast<uint64_t>(pair.margin));
     if (c.label) h = mix64(h ^ (*c.label ? 3u : 5u));
   }
   return h;
@@ -244,6 +279,7 @@ std::vector<int> all_of(std::span<const Comparison> comparisons) {  // 0, 1, ...
 struct PreferenceSettings {
   std::string model;
   std::vector<std::string> data, val;
+  RecordOptions records;
   bool as_chat = false;
   int64_t limit = 0;         // comparisons to train on; 0: all
   int context = 0;           // ids; 0: the model's
@@ -257,10 +293,10 @@ struct PreferenceSettings {
 
   int64_t steps() const { return (comparisons + batch - 1) / batch; }
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(PreferenceSettings, model, data, val, as_chat,
-                                                limit, context, folds, fold, val_fraction, budget,
-                                                batch, micro_batch_tokens, eval_every, comparisons,
-                                                optimizer, seed)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(PreferenceSettings, model, data, val, records,
+                                                as_chat, limit, context, folds, fold, val_fraction,
+                                                budget, batch, micro_batch_tokens, eval_every,
+                                                comparisons, optimizer, seed)
 
 // The saved settings of a run. Older versions had other names for some.
 Json with_new_names(Json s) {
@@ -298,6 +334,7 @@ void choose_special_tokens(PreferenceData& d) {
   bool chats = false, texts = false;
   for (const std::vector<Comparison>* all : {&d.train, &d.val})
     for (const Comparison& c : *all) (c.is_chat() ? chats : texts) = true;
+  if (chats) note_default_system_message(d.source);
   d.config.set_first_end_token(end_token(d.tokenizer, chats));
   const int text_end = d.tokenizer.find_document_separator();
   const std::vector<int> end_tokens = d.config.all_end_tokens();
@@ -311,8 +348,9 @@ void choose_special_tokens(PreferenceData& d) {
   if (d.config.pad < 0 && !texts) d.config.pad = text_end;
 }
 
-// `labels`: labelled texts may be in it.
-PreferenceData read_data(PreferenceSettings& s, const RunOptions& options, bool labels) {
+// `o`: what the objective takes; the rest of it is set here.
+PreferenceData read_data(PreferenceSettings& s, Run& run, ReadOptions& o) {
+  const RunOptions& options = run.options;
   PreferenceData d;
   d.source = model_dir(options.resume ? options.out : std::filesystem::path(s.model));
   d.config = load_config(d.source);
@@ -325,16 +363,12 @@ PreferenceData read_data(PreferenceSettings& s, const RunOptions& options, bool 
   if (!(s.val_fraction >= 0 && s.val_fraction < 1)) {
     fail("--val-fraction: found ", s.val_fraction, ", expected 0 or more and less than 1");
   }
-  const auto read = [&](const std::vector<std::string>& paths, ReadCounts& counts) {
-    return read_comparisons(paths, d.tokenizer, s.context, s.as_chat, labels, counts);
-  };
-  for (Comparison& c : read(s.data, d.counts)) {
+  o.records = s.records, o.context = s.context, o.as_chat = s.as_chat;
+  for (Comparison& c : read_comparisons(s.data, d.tokenizer, o, d.counts)) {
     (is_held_out(c, s) ? d.val : d.train).push_back(std::move(c));
   }
-  ReadCounts of_val;
-  std::ranges::move(read(s.val, of_val), std::back_inserter(d.val));
-  d.counts.too_long += of_val.too_long, d.counts.all_tied += of_val.all_tied;
-  d.counts.longest = std::max(d.counts.longest, of_val.longest);
+  std::ranges::move(read_comparisons(s.val, d.tokenizer, o, d.counts), std::back_inserter(d.val));
+  run.records = d.counts.records, run.left_out = d.counts.left_out;
   if (s.limit > 0 && int64_t(d.train.size()) > s.limit) d.train.resize(size_t(s.limit));
   if (d.train.empty()) fail(s.data[0], ": found all of it held out, expected some to train on");
   choose_special_tokens(d);
@@ -369,16 +403,14 @@ void print_plan(const PreferenceSettings& s, const PreferenceData& d) {
   std::printf("model   %s: %d layers, %d channels, context %d, %s parameters\n", d.source.c_str(),
               d.config.L, d.config.C, d.config.T,
               count_text(make_table(d.config).parameters()).c_str());
-  std::string dropped;
-  if (d.counts.too_long > 0) {
-    dropped = concat("; ", count_text(d.counts.too_long), " dropped, longer than ", s.context);
-  }
-  if (d.counts.all_tied > 0) {
-    dropped += concat("; ", count_text(d.counts.all_tied), " dropped, all tied");
-  }
-  std::printf("data    %s prompts or texts, held out %s; the longest has %d tokens%s\n",
+  std::printf("data    %s prompts or texts, held out %s; the longest has %d tokens, of %d\n",
               count_text(d.train.size()).c_str(), count_text(d.val.size()).c_str(),
-              d.counts.longest, dropped.c_str());
+              d.counts.longest, s.context);
+  std::fputs(d.counts.left_out.text(d.counts.records).c_str(), stdout);
+  if (d.counts.without_prompt > 0) {
+    std::printf("%s pairs of texts have no \"prompt\": what both begin with is it\n",
+                count_text(d.counts.without_prompt).c_str());
+  }
   std::printf("budget  %s steps of %s prompts, %.2f epochs; learning rate %g, %s\n",
               count_text(s.steps()).c_str(), count_text(s.batch).c_str(),
               double(s.comparisons) / double(d.train.size()), s.optimizer.lr,
@@ -513,19 +545,19 @@ struct RankLoss {
   std::vector<double> dreward;  // (K)
 };
 
-// K answers to one prompt, ranked (1 is best, equal ranks make no pair). Bradley, Terry 1952; all
-// pairs of a prompt in one batch, Ouyang et al. 2022; centering, Eisenstein et al. 2023:
-//   L = scale / pairs * sum over pairs of -log s(r_w - r_l - margin) + center (r_w + r_l)^2
+// K answers to one prompt, and the pairs among them. Bradley, Terry 1952; all pairs of a prompt in
+// one batch, Ouyang et al. 2022; a pair's own margin m, Touvron et al. 2023; centering, Eisenstein
+// et al. 2023:
+//   L = scale / pairs * sum over pairs of -log s(r_w - r_l - margin - m) + center (r_w + r_l)^2
 // `scale`: 1 / prompts of the step. Without pairs the loss is 0.
 RankLoss rank_loss(std::span<const double> reward,  // (K)
-                   std::span<const int> ranking,    // (K)
-                   double margin, double center, double scale) {
-  const auto pairs = pairs_of(ranking);
+                   std::span<const Pair> pairs, double margin, double center, double scale) {
   RankLoss out{0, std::vector<double>(reward.size())};
-  for (const auto& [w, l] : pairs) {
+  for (const auto& [w, l, own] : pairs) {
     const double difference = reward[w] - reward[l], sum = reward[w] + reward[l];
-    out.loss += -log_sigmoid(difference - margin) + center * sum * sum;
-    const double dpair = -sigmoid(margin - difference), dcenter = 2 * center * sum;
+    const double expected = margin + own;
+    out.loss += -log_sigmoid(difference - expected) + center * sum * sum;
+    const double dpair = -sigmoid(expected - difference), dcenter = 2 * center * sum;
     out.dreward[w] += dpair + dcenter;
     out.dreward[l] += -dpair + dcenter;
   }
@@ -546,13 +578,14 @@ RankLoss comparison_loss(const Comparison& c,
                          std::span<const float> reward,  // (K)
                          double margin, double center, double scale) {
   if (c.label) return label_loss(reward[0], *c.label, scale);
-  return rank_loss(std::vector<double>(reward.begin(), reward.end()), c.ranking, margin, center,
+  return rank_loss(std::vector<double>(reward.begin(), reward.end()), c.pairs, margin, center,
                    scale);
 }
 
 struct RewardSettings {
   PreferenceSettings common;
   double margin = 0, center = 0;  // see rank_loss
+  double score_margin = 0;        // see make_comparison
   // Mean 0 and standard deviation 1 on: "training" answers, a file of answers, or "none".
   std::string normalize_on = "training";
 
@@ -561,7 +594,7 @@ struct RewardSettings {
   }
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(RewardSettings, common, margin, center,
-                                                normalize_on)
+                                                score_margin, normalize_on)
 
 struct RewardTraining {
   RewardSettings settings;
@@ -630,7 +663,7 @@ Agreement agreement_on(const Comparison& c,
                        double loss) {
   Agreement a{.comparisons = 1, .loss = loss, .texts = c.label.has_value()};
   if (c.label) a.add_pair(*c.label ? reward[0] : -reward[0]);
-  for (const auto& [w, l] : pairs_of(c.ranking)) {
+  for (const auto& [w, l, margin] : c.pairs) {
     a.add_pair(double(reward[w]) - reward[l]);
     const size_t length_w = c.sequences[w].size(), length_l = c.sequences[l].size();
     a.longer += length_w > length_l ? 1 : length_w == length_l ? .5 : 0;
@@ -787,15 +820,22 @@ std::vector<std::vector<int>> read_reference_answers(const RewardSettings& s, Pr
     for (const Comparison& c : d.train)
       answers.insert(answers.end(), c.sequences.begin(), c.sequences.end());
   } else if (s.normalize_on != "none") {
-    JsonLines lines{Input(s.normalize_on)};
-    simdjson::dom::object object;
-    while (lines.next(object)) {
-      const Comparison c =
-          make_comparison(d.tokenizer, parse_answers(object, lines), s.common.as_chat);
+    PreferenceOptions options = preference_options(d.tokenizer);
+    options.compared = false;
+    LeftOut left_out;
+    const auto visit = [&](const Record& record) -> const char* {
+      Preference p = parse_preference(record, options);
+      if (p.left_out) return p.left_out;
+      const Comparison c = make_comparison(d.tokenizer, std::move(p), s.common.as_chat);
       d.answers_hash = mix64(d.answers_hash, hash_of({&c, 1}));
-      for (const auto& ids : c.sequences)
-        if (int(ids.size()) <= s.common.context) answers.push_back(ids);
-    }
+      if (c.longest() > s.common.context) return "too long";
+      answers.insert(answers.end(), c.sequences.begin(), c.sequences.end());
+      return nullptr;
+    };
+    RecordOptions reading;  // --map is for the keys of --data
+    reading.skip_bad_lines = s.common.records.skip_bad_lines;
+    const int64_t records = for_each_record({s.normalize_on}, reading, left_out, visit);
+    std::fputs(left_out.text(records).c_str(), stdout);
     if (answers.empty()) {
       fail(s.normalize_on, ": found no answer within the context of ", s.common.context, " tokens");
     }
@@ -846,14 +886,18 @@ Spread normalize(RewardTraining& t, Run& run) {
 void check_settings(const RewardSettings& s) {
   if (!(s.center >= 0)) fail("--center: found ", s.center, ", expected 0 or more");
   if (!std::isfinite(s.margin)) fail("--margin: found ", s.margin, ", expected a number");
+  require(std::isfinite(s.score_margin), "--score-margin: found ", s.score_margin,
+          ", expected a number");
 }
 
 void begin(RewardTraining& t, Run& run, const Json* saved) {
   PreferenceSettings& s = t.settings.common;
-  t.data = read_data(s, run.options, true);
+  check_settings(t.settings);
+  ReadOptions reading;
+  reading.score_margin = t.settings.score_margin, reading.labels = Labels::texts_too;
+  t.data = read_data(s, run, reading);
   // Measured on the demo's assistant and 1,500 prompts once over: 82 % right, at 5e-4 78 %.
   plan(s, t.data, run, 2e-3);
-  check_settings(t.settings);
   t.reference_answers = read_reference_answers(t.settings, t.data);  // an error in them shows now
   t.data.config.head = Head::scalar;
   if (t.data.config.pad < 0) {
@@ -989,8 +1033,8 @@ PairLoss orpo_loss(double chosen, double rejected, double lambda) {
 struct KtoLoss {
   double loss = 0, dlogp = 0;
 };
-// KTO (Ethayarajh et al. 2024), of one answer that is good or not, from sums; weight 1 where both
-// kinds are equally many. `baseline`: kto_baseline, through which no gradient flows.
+// KTO (Ethayarajh et al. 2024), of one answer that is good or not, from sums. `weight`: of its
+// kind, see DpoSettings. `baseline`: kto_baseline, through which no gradient flows.
 //   L = weight (1 - s(x)), x = beta (l - ref - baseline) of a good answer, -x of the other
 KtoLoss kto_loss(double logp, double reference, bool good, double baseline, double beta,
                  double weight = 1) {
@@ -1009,14 +1053,18 @@ struct DpoSettings {
   PreferenceSettings common;
   std::string loss = "dpo", reference;  // a model; empty: the one that training begins with
   double beta = .1, smoothing = 0;
+  // Of KTO: lambda_D and lambda_U, the weights of good and of bad answers.
+  double desirable_weight = 1, undesirable_weight = 1;
   int lora = 0;  // the adapters' rank; 0: all weights are trained
   double lora_alpha = 32;
 
   bool of_means() const { return loss == "ipo" || loss == "orpo"; }  // log p per token, not sums
   const std::string& further_input() const { return reference; }     // a model, or nothing
+  double kto_weight(bool good) const { return good ? desirable_weight : undesirable_weight; }
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DpoSettings, common, loss, reference, beta,
-                                                smoothing, lora, lora_alpha)
+                                                smoothing, desirable_weight, undesirable_weight,
+                                                lora, lora_alpha)
 
 // Of every answer of a batch.
 std::vector<AnswerLogp> answer_logps(std::span<const float> logp,  // (N)
@@ -1032,31 +1080,52 @@ std::vector<AnswerLogp> answer_logps(std::span<const float> logp,  // (N)
   return answers;
 }
 
-// What preferences make of a policy. Sums over pairs, of which each comparison's have weight 1
-// together.
+// What preferences make of a policy. Sums over comparisons; over pairs, of which each comparison's
+// have weight 1 together; and over the better and the worse answers of these pairs and the good and
+// the bad labelled answers.
 struct DpoStats {
-  double comparisons = 0, loss = 0, right = 0, margin = 0;
-  double chosen = 0, rejected = 0;                // log-probabilities of answers
-  double chosen_reward = 0, rejected_reward = 0;  // beta (l - l_ref)
-  std::optional<double> kl;                       // KTO's baseline
+  double comparisons = 0, right = 0;
+  double answers = 0, loss = 0;  // see loss_weight
+  double pairs = 0, margin = 0;
+  struct Kind {
+    double n = 0, logp = 0, reward = 0;  // reward: beta (l - l_ref)
+    void add(double weight, double l, double r) {
+      n += weight, logp += weight * l, reward += weight * r;
+    }
+    double mean_logp() const { return logp / n; }  // NaN where there is none
+    double mean_reward() const { return reward / n; }
+  };
+  Kind chosen, rejected;
+  std::optional<double> kl;  // KTO's baseline
 
+  double mean_loss() const { return loss / std::max(1., answers); }
+  double accuracy() const { return right / std::max(1., comparisons); }
+  // Labelled answers have no pair: what the means of both kinds differ by.
+  double mean_margin() const {
+    return kl ? chosen.mean_reward() - rejected.mean_reward() : margin / std::max(1., pairs);
+  }
   OrderedJson json(const std::string& prefix = "") const {
-    const double n = std::max(1., comparisons);
-    OrderedJson json = {{prefix + "loss", loss / n},
-                        {prefix + "accuracy", right / n},
-                        {prefix + "margin", margin / n},
-                        {prefix + "logp_chosen", chosen / n},
-                        {prefix + "logp_rejected", rejected / n},
-                        {prefix + "reward_chosen", chosen_reward / n},
-                        {prefix + "reward_rejected", rejected_reward / n}};
+    OrderedJson json = {{prefix + "loss", mean_loss()},
+                        {prefix + "accuracy", accuracy()},
+                        {prefix + "margin", mean_margin()},
+                        {prefix + "logp_chosen", chosen.mean_logp()},
+                        {prefix + "logp_rejected", rejected.mean_logp()},
+                        {prefix + "reward_chosen", chosen.mean_reward()},
+                        {prefix + "reward_rejected", rejected.mean_reward()}};
     if (kl) json[prefix + "kl"] = *kl;
     return json;
   }
   std::string text() const {
-    const double n = std::max(1., comparisons);
-    return format("loss %.4f  accuracy %3.0f%%  log p chosen %.1f (%+.2f)  rejected %.1f (%+.2f)",
-                  loss / n, 100 * right / n, chosen / n, chosen_reward / n, rejected / n,
-                  rejected_reward / n);
+    std::string text = format("loss %.4f  accuracy %3.0f%%", mean_loss(), 100 * accuracy());
+    if (chosen.n > 0 || rejected.n > 0) text += "  log p";
+    if (chosen.n > 0) {
+      text += format(" chosen %.1f (%+.2f)", chosen.mean_logp(), chosen.mean_reward());
+    }
+    if (rejected.n > 0) {
+      text += format("%s rejected %.1f (%+.2f)", chosen.n > 0 ? " " : "", rejected.mean_logp(),
+                     rejected.mean_reward());
+    }
+    return text;
   }
 };
 
@@ -1066,34 +1135,52 @@ PairLoss pair_loss(const DpoSettings& s, const AnswerLogp& w, const AnswerLogp& 
   if (s.loss == "ipo") return ipo_loss(w.mean(), l.mean(), ref_w.mean(), ref_l.mean(), s.beta);
   if (s.loss == "orpo") return orpo_loss(w.mean(), l.mean(), s.beta);
   if (s.loss == "dpo") return dpo_loss(w.sum, l.sum, ref_w.sum, ref_l.sum, s.beta, s.smoothing);
-  const KtoLoss good = kto_loss(w.sum, ref_w.sum, true, kl, s.beta);
-  const KtoLoss bad = kto_loss(l.sum, ref_l.sum, false, kl, s.beta);
+  // KTO learns from a pair as from a good answer and a bad one.
+  const KtoLoss good = kto_loss(w.sum, ref_w.sum, true, kl, s.beta, s.kto_weight(true));
+  const KtoLoss bad = kto_loss(l.sum, ref_l.sum, false, kl, s.beta, s.kto_weight(false));
   return {(good.loss + bad.loss) / 2, good.dlogp / 2, bad.dlogp / 2,
           s.beta * ((w.sum - ref_w.sum) - (l.sum - ref_l.sum))};
 }
 
-// A comparison's loss is the mean over its pairs, times `scale`. Adds it to `seen`, and returns
-// dL/dlogp of each answer's tokens: (K)
+// How much a comparison weighs in the mean that the loss is. KTO's is a mean over answers, and a
+// pair has two.
+double loss_weight(const DpoSettings& s, const Comparison& c) {
+  return s.loss == "kto" && !c.label ? 2 : 1;
+}
+
+// A labelled answer's loss, times `scale`. Adds it to `seen`, and returns dL/dlogp of its tokens.
+std::vector<double> labelled_loss(const DpoSettings& s, const Comparison& c, const AnswerLogp& logp,
+                                  double kl, double scale, DpoStats& seen) {
+  const double reference = c.reference.at(0).sum, difference = logp.sum - reference;
+  const KtoLoss l = kto_loss(logp.sum, reference, *c.label, kl, s.beta, s.kto_weight(*c.label));
+  const double above = *c.label ? difference - kl : kl - difference;
+  seen.comparisons++, seen.answers++, seen.loss += l.loss;
+  seen.right += above > 0 ? 1 : above == 0 ? .5 : 0;
+  (*c.label ? seen.chosen : seen.rejected).add(1, logp.sum, s.beta * difference);
+  return {scale * l.dlogp};
+}
+
+// A comparison's loss is the mean over its pairs, times loss_weight and `scale`. Adds it to `seen`,
+// and returns dL/dlogp of each answer's tokens: (K)
 std::vector<double> comparison_loss(const DpoSettings& s, const Comparison& c,
                                     std::span<const AnswerLogp> logp,  // (K)
                                     double kl, double scale, DpoStats& seen) {
+  if (c.label) return labelled_loss(s, c, logp[0], kl, scale, seen);
   const std::vector<AnswerLogp>& ref = c.reference;
-  const auto pairs = pairs_of(c.ranking);
-  const double n = double(pairs.size());
+  const double weight = loss_weight(s, c), n = double(c.pairs.size());
   std::vector<double> d(c.sequences.size());
-  for (const auto& [w, l] : pairs) {
+  for (const auto& [w, l, margin] : c.pairs) {
     const PairLoss p = pair_loss(s, logp[w], logp[l], ref[w], ref[l], kl);
-    d[w] += scale / n * p.dchosen / (s.of_means() ? logp[w].tokens : 1);
-    d[l] += scale / n * p.drejected / (s.of_means() ? logp[l].tokens : 1);
-    seen.loss += p.loss / n;
+    d[w] += weight * scale / n * p.dchosen / (s.of_means() ? logp[w].tokens : 1);
+    d[l] += weight * scale / n * p.drejected / (s.of_means() ? logp[l].tokens : 1);
+    seen.loss += weight * p.loss / n;
     seen.margin += p.margin / n;
     seen.right += (p.margin > 0 ? 1 : p.margin == 0 ? .5 : 0) / n;
-    seen.chosen += logp[w].sum / n, seen.rejected += logp[l].sum / n;
-    if (s.loss == "orpo") continue;
-    seen.chosen_reward += s.beta * (logp[w].sum - ref[w].sum) / n;
-    seen.rejected_reward += s.beta * (logp[l].sum - ref[l].sum) / n;
+    const bool has_reference = s.loss != "orpo";
+    seen.chosen.add(1 / n, logp[w].sum, has_reference * s.beta * (logp[w].sum - ref[w].sum));
+    seen.rejected.add(1 / n, logp[l].sum, has_reference * s.beta * (logp[l].sum - ref[l].sum));
   }
-  seen.comparisons++;
+  seen.comparisons++, seen.pairs++, seen.answers += weight;
   return d;
 }
 
@@ -1104,24 +1191,28 @@ struct DpoTraining {
   AdapterBase base;  // of adapters
 };
 
-// Gives each comparison an answer to another prompt; chosen and rejected ones take turns. In an
-// order by problem, the comparison as many places further on as the most frequent problem fills is
-// of another problem, and each comparison serves once.
+// Gives each comparison an answer to another prompt, if there is another; chosen and rejected ones,
+// good and bad ones take turns as they stand. In an order by problem, the comparison as many places
+// further on as the most frequent problem fills is of another problem, and each comparison serves
+// once; unless that problem fills more than half of the places: then it takes those of the others
+// in turn.
 void match_with_other_prompts(std::span<Comparison> all) {
   std::vector<int> order = all_of(all);
   std::ranges::stable_sort(order, {}, [&](int i) { return all[size_t(i)].problem; });
-  const auto at = [&](size_t place) -> Comparison& {
-    return all[size_t(order[place % order.size()])];
-  };
-  size_t most = 0;  // places that one problem fills
-  for (size_t place = 0, begin = 0; place < order.size(); place++) {
+  const size_t n = order.size();
+  const auto at = [&](size_t place) -> Comparison& { return all[size_t(order[place % n])]; };
+  size_t most = 0, most_begin = 0;  // places that one problem fills
+  for (size_t place = 0, begin = 0; place < n; place++) {
     if (at(place).problem != at(begin).problem) begin = place;
-    most = std::max(most, place + 1 - begin);
+    if (place + 1 - begin > most) most = place + 1 - begin, most_begin = begin;
   }
-  for (size_t place = 0; place < order.size(); place++) {
-    const Comparison& other = at(place + most);
-    if (other.problem == at(place).problem) continue;  // it has more than half of them
-    at(place).mismatch = {order[(place + most) % order.size()], place % other.sequences.size()};
+  if (most == n) return;
+  for (size_t place = 0; place < n; place++) {
+    size_t other = (place + most) % n;
+    if (at(other).problem == at(place).problem) {
+      other = (most_begin + most + place % (n - most)) % n;
+    }
+    at(place).mismatch = {order[other], place % at(other).sequences.size()};
   }
 }
 
@@ -1162,7 +1253,9 @@ DpoStats pass_over(Gpt& gpt, const DpoSettings& s, std::span<const Comparison> a
     for (const auto& [i, logp] : mismatched_logps(gpt, s.common, all, chosen))
       differences.push_back(logp.sum - all[size_t(i)].mismatch.reference.sum);
   }
-  const double kl = kto_baseline(differences), scale = 1. / double(chosen.size());
+  double weights = 0;
+  for (const int number : chosen) weights += loss_weight(s, all[size_t(number)]);
+  const double kl = kto_baseline(differences), scale = 1 / weights;
   DpoStats seen;
   if (s.loss == "kto") seen.kl = kl;
   for (const Packed& b : comparison_batches(all, chosen, s.common.micro_batch_tokens)) {
@@ -1271,6 +1364,12 @@ void check_settings(const DpoSettings& s) {
   if (s.smoothing > 0 && s.loss != "dpo") {
     fail("--label-smoothing: found with --loss ", s.loss, ", expected dpo");
   }
+  for (const auto& [flag, weight] : {std::pair("--desirable-weight", s.desirable_weight),
+                                     std::pair("--undesirable-weight", s.undesirable_weight)}) {
+    require(weight > 0 && std::isfinite(weight), flag, ": found ", weight, ", expected above 0");
+    require(weight == 1 || s.loss == "kto", flag, ": found with --loss ", s.loss,
+            ", expected --loss kto");
+  }
   if (s.lora < 0) fail("--lora: found ", s.lora, ", expected a rank");
   if (!(s.lora_alpha > 0)) fail("--lora-alpha: found ", s.lora_alpha, ", expected above 0");
   if (s.lora > 0 && !s.reference.empty()) {
@@ -1278,11 +1377,41 @@ void check_settings(const DpoSettings& s) {
   }
 }
 
+// How much good and bad answers weigh together. KTO's paper advises that lambda_D n_D be 1 to 4/3
+// times lambda_U n_U; each pair is one of both.
+void print_balance(const DpoSettings& s, const PreferenceData& d) {
+  double good = 0, bad = 0;
+  for (const Comparison& c : d.train) {
+    good += !c.label || *c.label, bad += !c.label || !*c.label;
+  }
+  std::printf("answers %s good of weight %g, %s bad of weight %g\n",
+              count_text(size_t(good)).c_str(), s.desirable_weight, count_text(size_t(bad)).c_str(),
+              s.undesirable_weight);
+  const double ratio = s.desirable_weight * good / (s.undesirable_weight * bad);
+  if (ratio > .99 && ratio < 1.35) return;
+  if (good == 0 || bad == 0) {
+    std::printf("        all answers are of one kind: expected good and bad ones\n");
+  } else if (ratio < 1) {
+    std::printf(
+        "        good ones weigh %.2g times the bad ones, advised is 1 to 4/3: "
+        "--desirable-weight %.3g\n",
+        ratio, s.undesirable_weight * bad / good);
+  } else {
+    std::printf(
+        "        good ones weigh %.2g times the bad ones, advised is 1 to 4/3: "
+        "--undesirable-weight %.3g\n",
+        ratio, s.desirable_weight * good / bad);
+  }
+}
+
 void begin(DpoTraining& t, Run& run, const Json* saved) {
   PreferenceSettings& s = t.settings.common;
   const int lora = t.settings.lora;
   check_settings(t.settings);
-  t.data = read_data(s, run.options, false);
+  const bool kto = t.settings.loss == "kto";
+  ReadOptions reading;
+  reading.labels = kto ? Labels::answers : Labels::none, reading.loss = t.settings.loss;
+  t.data = read_data(s, run, reading);
   plan(s, t.data, run, lora > 0 ? 1e-3 : 1e-4);
   if (t.data.config.head != Head::lm) {
     fail(t.data.source.string(), ": has a scalar head, expected a language model");
@@ -1291,6 +1420,11 @@ void begin(DpoTraining& t, Run& run, const Json* saved) {
   if (!t.settings.reference.empty()) check_reference(t, reference);
   t.data.models["reference"] = {{"path", reference.string()}, {"hash", model_hash(reference)}};
   print_plan(s, t.data);
+  if (kto) print_balance(t.settings, t.data);
+  if (t.data.counts.margins > 0) {
+    std::printf("%s preferences have a margin: --loss %s does not use it, ./reward train does\n",
+                count_text(t.data.counts.margins).c_str(), t.settings.loss.c_str());
+  }
   if (saved) check_state(t, *saved);
   if (run.options.dry_run) return;
   GptOptions o = gpt_options(run.options);
@@ -1328,6 +1462,7 @@ SaveOptions save_options(const DpoTraining& t) {
 
 struct ScoreOptions {
   std::string model, data, out, reference, device = "auto";
+  RecordOptions records;
   double beta = 0;  // 0: the run's, or DPO's default
   bool as_chat = false;
   int threads = 0;
@@ -1377,6 +1512,19 @@ std::vector<float> implicit_rewards(const DpoSettings& s, const std::filesystem:
   return rewards;
 }
 
+// The record as JSON without its last bracket, where the new score will stand. Its other fields
+// stay as they are, numbers of any size among them.
+std::string without_scores(const Record& record) {
+  std::string json = "{";
+  for (const auto& [key, value] : record.object) {
+    if (key == "score" || key == "scores") continue;
+    if (json.size() > 1) json += ", ";
+    json += concat(Json(key).dump(), ": ");
+    append_json(json, value);
+  }
+  return json;
+}
+
 int run_score(const ScoreOptions& o) {
   if (o.model.empty()) fail("MODEL: missing, expected a reward model or a policy of ./reward dpo");
   if (o.data.empty()) fail("--data: missing, expected JSON lines with answers");
@@ -1395,52 +1543,57 @@ int run_score(const ScoreOptions& o) {
     expect_same_vocabulary(dpo.reference, tokenizer, dir);
   }
 
-  std::vector<OrderedJson> records;
-  std::vector<Comparison> answers;  // of each record; none where one is longer than the context
+  std::vector<std::string> records;  // JSON, without the closing bracket
+  std::vector<Comparison> answers;   // of each record; none where it is left out
   std::vector<std::vector<int>> sequences;
-  JsonLines lines{Input(o.data)};
-  simdjson::dom::object object;
-  while (lines.next(object)) {
-    Comparison c = make_comparison(tokenizer, parse_answers(object, lines), o.as_chat);
-    if (c.longest() > context) c.sequences.clear();
+  LeftOut left_out;
+  PreferenceOptions options = preference_options(tokenizer);
+  options.compared = false;
+  const auto visit = [&](const Record& record) -> const char* {
+    Preference p = parse_preference(record, options);
+    const char* reason = p.left_out;
+    Comparison c{.ranking = p.ranking};
+    if (!reason) c = make_comparison(tokenizer, std::move(p), o.as_chat);
+    if (c.longest() > context) reason = "too long", c.sequences.clear();
     sequences.insert(sequences.end(), c.sequences.begin(), c.sequences.end());
     answers.push_back(std::move(c));
-    records.push_back(OrderedJson::parse(std::string(simdjson::minify(object))));
-  }
-  if (records.empty()) fail(o.data, ": found no answers, expected JSON lines");
+    records.push_back(without_scores(record));
+    return reason;
+  };
+  const int64_t read = for_each_record({o.data}, o.records, left_out, visit);
+  require(!sequences.empty(), o.data, ": found nothing to score among ", read,
+          " records: left out ", left_out.json().dump(), ", the context is ", context);
   const std::vector<float> rewards = config.head == Head::scalar
                                          ? RewardModel(dir, device).score(sequences)
                                          : implicit_rewards(dpo, dir, device, answers);
 
   AtomicFile out(o.out);
   Agreement seen;
-  int64_t too_long = 0;
   size_t n = 0;  // answers so far
   for (size_t i = 0; i < records.size(); i++) {
     const Comparison& c = answers[i];
     const auto reward = std::span(rewards).subspan(n, c.sequences.size());
     n += reward.size();
-    too_long += reward.empty();
     for (const float r : reward) {
       if (!std::isfinite(r)) fail(dir.string(), ": gave a score that is not finite");
     }
     if (!reward.empty()) {
       seen.add(agreement_on(c, reward, comparison_loss(c, reward, 0, 0, 1).loss));
     }
-    const bool several = c.ranking.size() > 1;
-    OrderedJson& score = records[i][several ? "scores" : "score"] = nullptr;
+    OrderedJson score;
     if (reward.size() == 1) score = reward[0];
     if (reward.size() > 1) score = std::vector<float>(reward.begin(), reward.end());
-    out.write(json_line(records[i]));
+    out.write(concat(records[i], records[i] == "{" ? "" : ", ", "\"",
+                     c.ranking.size() > 1 ? "scores" : "score", "\": ", score.dump(), "}\n"));
   }
   out.commit();
   const Spread spread = spread_of(seen.rewards);
   std::printf("%s: scores of %s answers in %s lines, mean %.3f, standard deviation %.3f\n",
               o.out.c_str(), count_text(n).c_str(), count_text(records.size()).c_str(), spread.mean,
               spread.std);
-  if (too_long > 0) {
-    std::printf("%s lines have an answer longer than the context of %d: their score is null\n",
-                count_text(too_long).c_str(), context);
+  std::fputs(left_out.text(read).c_str(), stdout);
+  if (left_out.total() > left_out.count("bad line")) {
+    std::printf("the score of what is left out is null\n");
   }
   if (seen.pairs > 0) std::printf("%s\n", agreement_text(seen).c_str());
   return 0;
@@ -1452,12 +1605,15 @@ int run_score(const ScoreOptions& o) {
 void add_preference_flags(CLI::App& app, PreferenceSettings& s) {
   app.add_option("--model", s.model,
                  "a run, a Hugging Face directory or a .gguf file to begin with");
-  app.add_option("--data", s.data,
-                 "JSON lines with \"prompt\", \"chosen\" and \"rejected\", or \"prompt\", "
-                 "\"responses\" and \"ranking\"");
+  app.add_option(
+      "--data", s.data,
+      "preferences: \"prompt\", \"chosen\" and \"rejected\"; \"prompt\", \"responses\" "
+      "and \"ranking\" or \"scores\"; whole conversations; \"prompt\", \"completion\" and "
+      "\"label\"; and the shapes of the public data sets");
   app.add_option("--val", s.val, "held-out preferences in files of their own");
   app.add_option("--val-fraction", s.val_fraction,
                  "share of the prompts to hold out; -1: .1, or 0 with --val");
+  add_record_flags(app, s.records);
   app.add_flag("--as-chat", s.as_chat,
                "strings are a user's message and the assistant's answer, not a text that goes on");
   app.add_option("--limit", s.limit, "train on so many prompts; 0: all");
@@ -1490,6 +1646,9 @@ int main_reward(int argc, char** argv) {
                     "cross-validation: train so many models, each without the prompts of one part, "
                     "on which it is evaluated; 0: one model");
   train->add_option("--margin", reward.margin, "how much higher the better answer has to score");
+  train->add_option("--score-margin", reward.score_margin,
+                    "add to a pair's margin so much times the difference of its scores, such as "
+                    "\"score_chosen\" - \"score_rejected\"");
   train->add_option("--center", reward.center, "weight of (r_w + r_l)^2, for instance .01");
   train->add_option("--normalize-on", reward.normalize_on,
                     "scores get mean 0 and standard deviation 1 on: training (answers), none, or a "
@@ -1503,6 +1662,10 @@ int main_reward(int argc, char** argv) {
   direct->add_option("--beta", dpo.beta,
                      "higher: nearer to the reference; orpo: weight of the odds");
   direct->add_option("--label-smoothing", dpo.smoothing, "share of comparisons that are wrong");
+  direct->add_option("--desirable-weight", dpo.desirable_weight,
+                     "of kto: the weight of good answers (lambda_D)");
+  direct->add_option("--undesirable-weight", dpo.undesirable_weight,
+                     "of kto: the weight of bad answers (lambda_U)");
   direct->add_option("--reference", dpo.reference, "a model; empty: --model");
   direct->add_option("--lora", dpo.lora, "train adapters of this rank; 0: all weights");
   direct->add_option("--lora-alpha", dpo.lora_alpha, "adapters are added alpha / rank times");
@@ -1511,8 +1674,9 @@ int main_reward(int argc, char** argv) {
   CLI::App* scores = app.add_subcommand("score", "answers to their rewards");
   scores->add_option("MODEL", score.model, "a reward model, or a policy of ./reward dpo");
   scores->add_option("--data", score.data,
-                     "JSON lines: preferences, conversations (\"messages\"), \"prompt\" and "
+                     "preferences, lists of answers, conversations (\"messages\"), \"prompt\" and "
                      "\"completion\", or \"text\"");
+  add_record_flags(*scores, score.records);
   scores->add_option("-o,--out", score.out, "the same lines with \"score\" or \"scores\"");
   scores->add_option("--reference", score.reference,
                      "of a policy: the model that its training began with; empty: the run's");
@@ -1528,12 +1692,12 @@ int main_reward(int argc, char** argv) {
                                  {"--normalise-on", "--normalize-on"}};
   if (!parse_flags(app, argc, argv,
                    {{train,
-                     {"--model", "--data", "--val", "--as-chat", "--epochs", "--steps", "--lr",
-                      "--folds", "--normalize-on", "-o", "--resume"}},
+                     {"--model", "--data", "--val", "--map", "--as-chat", "--epochs", "--steps",
+                      "--lr", "--folds", "--normalize-on", "-o", "--resume"}},
                     {direct,
-                     {"--model", "--data", "--val", "--as-chat", "--epochs", "--steps", "--lr",
-                      "--loss", "--beta", "--lora", "-o", "--resume"}},
-                    {scores, {"MODEL", "--data", "-o", "--as-chat", "--reference"}}},
+                     {"--model", "--data", "--val", "--map", "--as-chat", "--epochs", "--steps",
+                      "--lr", "--loss", "--beta", "--lora", "-o", "--resume"}},
+                    {scores, {"MODEL", "--data", "--map", "-o", "--as-chat", "--reference"}}},
                    renamed)) {
     return 0;
   }

@@ -67,7 +67,7 @@ Doubles differences(Doubles x, const std::function<double(const Doubles&)>& f) {
 }
 
 // What an objective says of a batch's log-probabilities and entropies.
-struct Answer {
+struct LossAndSlopes {
   double loss = 0;
   Doubles dlogp, dentropy = {};
 };
@@ -90,9 +90,9 @@ struct Softmaxes {
   }
   // The objective's weights, carried to the logits, against its loss's differences there.
   void check(const std::string& name,
-             const std::function<Answer(const Doubles&, const Doubles&)>& objective) const {
+             const std::function<LossAndSlopes(const Doubles&, const Doubles&)>& objective) const {
     const auto [l, H] = both(logits);
-    const Answer a = objective(l, H);
+    const LossAndSlopes a = objective(l, H);
     REQUIRE(a.dlogp.size() == size_t(N));
     Doubles dlogits(size_t(N * V));
     for (int n = 0; n < N; n++) {

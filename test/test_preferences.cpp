@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cake/json.h"
+#include "cake/preferences.h"
 #include "cake/records.h"
 #include "cake/rubric.h"
 #include "dev/world.h"
@@ -212,7 +213,8 @@ TEST_CASE("judgements are of pairs and of rankings, of answers that differ, and 
 
 TEST_CASE("the best possible accuracy is what labellers drawn anew leave to be foretold") {
   for (const double bias : {0., .1}) {
-    const PreferenceOptions options{.pairs = 0, .rankings = 0, .noise = .12, .length_bias = bias};
+    const world::PreferenceOptions options{
+        .pairs = 0, .rankings = 0, .noise = .12, .length_bias = bias};
     const Preferences p = make_preferences(the_world(), options);
     Rng rng{99};
     constexpr int kDraws = 200;
@@ -235,7 +237,7 @@ TEST_CASE("the best possible accuracy is what labellers drawn anew leave to be f
 }
 
 TEST_CASE("any two answers of a ranking are ordered as Bradley and Terry have it") {
-  const PreferenceOptions options{.pairs = 0, .rankings = 2000};
+  const world::PreferenceOptions options{.pairs = 0, .rankings = 2000};
   const Preferences p = make_preferences(the_world(), options);
   // By tenths of the better one's chance: how often it was preferred.
   std::vector<double> expected(5), found(5), n(5);
@@ -269,8 +271,8 @@ TEST_CASE("labellers with a length bias choose the longer answer more often, of 
     }
     return longer / n;
   };
-  const PreferenceOptions plain{.pairs = 10, .rankings = 10};
-  PreferenceOptions biased = plain;
+  const world::PreferenceOptions plain{.pairs = 10, .rankings = 10};
+  world::PreferenceOptions biased = plain;
   biased.length_bias = .1;
   const Preferences p = make_preferences(the_world(), plain),
                     q = make_preferences(the_world(), biased);
@@ -284,7 +286,7 @@ TEST_CASE("labellers with a length bias choose the longer answer more often, of 
 }
 
 TEST_CASE("preferences are a function of the seed and the options") {
-  const PreferenceOptions few{.pairs = 50, .rankings = 20};
+  const world::PreferenceOptions few{.pairs = 50, .rankings = 20};
   const auto text = [&](uint64_t seed) {
     std::string all;
     for (const Judgement& j : make_preferences(make_world({.seed = seed}), few).training) {
@@ -354,7 +356,7 @@ TEST_CASE("a world's files of preferences can be read, and other labellers chang
   JsonLines reader{Input(world + "/preferences.jsonl")};
   simdjson::dom::object object;
   std::map<size_t, int> sizes;
-  while (reader.next(object)) sizes[parse_preference(object, reader.where()).ranking.size()]++;
+  while (reader.next(object)) sizes[parse_preference({object, reader.where()}).ranking.size()]++;
   CHECK(sizes == std::map<size_t, int>{{2, 40}, {4, 10}});
 
   double best = 0;

@@ -8,6 +8,7 @@
 
 #include "cake/checkpoint.h"
 #include "cake/json.h"
+#include "cake/preferences.h"
 #include "cake/records.h"
 #include "cake/tokenizer.h"
 #include "test/preference_world.h"
@@ -75,93 +76,15 @@ std::vector<Line> lines_of(const std::string& name) {
   return out;
 }
 
-Preference preference(const std::string& json) {
-  static simdjson::dom::parser parser;
-  simdjson::dom::object object;
-  REQUIRE(parser.parse(json).get(object) == simdjson::SUCCESS);
-  return parse_preference(object, "here");
-}
-std::string complaint(const std::string& json) {
-  return error_of([&] { preference(json); });
+// A file of lines.
+std::string write_lines(const std::filesystem::path& path, const std::vector<std::string>& lines) {
+  std::string text;
+  for (const std::string& line : lines) text += line + "\n";
+  write_file(path, text);
+  return path;
 }
 
 }  // namespace
-
-// ---------------------------------------------------------------------------------------------
-// Reading
-
-TEST_CASE("preferences are pairs or rankings, of texts or of messages") {
-  const Preference text = preference(R"({"prompt":"a","chosen":"b","rejected":"c"})");
-  CHECK(!text.is_chat);
-  CHECK(text.text == "a");
-  CHECK(text.continuations == std::vector<std::string>{"b", "c"});
-  CHECK(text.ranking == std::vector<int>{1, 2});
-
-  const Preference chat = preference(
-      R"({"prompt":[{"role":"user","content":"a"}],"responses":["x","y","z"],"ranking":[2,1,2]})");
-  CHECK(chat.is_chat);
-  CHECK(chat.prompt.messages.size() == 1);
-  CHECK(chat.answers.size() == 3);
-  CHECK(chat.answers[1][0].role == "assistant");
-  CHECK(chat.answers[1][0].content == "y");
-  CHECK(chat.ranking == std::vector<int>{2, 1, 2});
-
-  const Preference messages = preference(
-      R"({"prompt":"a","chosen":[{"role":"assistant","content":"b"}],
-          "rejected":[{"role":"assistant","content":"c"}]})");
-  CHECK(messages.is_chat);
-  CHECK(messages.prompt.messages[0].content == "a");
-
-  // Whole conversations: what they share is the prompt, and an answer is all that differs.
-  const Preference whole = preference(
-      R"({"chosen":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},
-                    {"role":"user","content":"c"},{"role":"assistant","content":"d"}],
-        "rejected":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},
-                    {"role":"user","content":"c"},{"role":"assistant","content":"e"}]})");
-  CHECK(whole.prompt.messages.size() == 3);
-  CHECK(whole.answers[0].size() == 1);
-  CHECK(whole.answers[1][0].content == "e");
-
-  CHECK(preference(R"({"text":"fine","label":"pos"})").label == true);
-  CHECK(preference(R"({"text":"fine","label":0})").label == false);
-  CHECK(preference(R"({"text":"fine","label":true})").label == true);
-}
-
-TEST_CASE("bad preferences are refused with file, line and what was found") {
-  const auto refused = [](const std::string& json, const std::string& part) {
-    const std::string found = complaint(json);
-    CHECK_MESSAGE((contains(found, part) && contains(found, "here")), found);
-  };
-  refused(R"({"prompt":"a","chosen":"b","rejected":"b"})", "the same answer twice");
-  refused(R"({"prompt":"a","chosen":"","rejected":"b"})", "chosen: found nothing");
-  refused(R"({"prompt":"a","chosen":"b","rejected":" \n"})", "rejected: found nothing");
-  refused(R"({"prompt":"a","chosen":"b"})", "found neither");
-  refused(R"({"prompt":"a","chosen":3,"rejected":"b"})", "found a number, expected a string");
-  refused(R"({"prompt":"a","responses":["x","y"],"ranking":[1]})", "found 1 ranks, expected 2");
-  refused(R"({"prompt":"a","responses":["x","y"],"ranking":[1,0]})", "expected ranks from 1 on");
-  refused(R"({"prompt":"a","responses":["x","y"],"ranking":"1,2"})", "expected a rank for each");
-  refused(R"({"prompt":"a","responses":["x"],"ranking":[1]})", "expected at least 2");
-  refused(R"({"prompt":"a","responses":["x","x"],"ranking":[1,2]})", "the same answer twice");
-  refused(R"({"text":"a","label":"maybe"})", "expected true or false");
-  refused(R"({"text":"","label":1})", "found nothing");
-  refused(R"({"prompt":[{"role":"assistant","content":"a"}],"chosen":"b","rejected":"c"})",
-          "answer 1");
-  CHECK(complaint(R"({"prompt":"a","responses":["x","x","y"],"ranking":[1,1,2]})") == "no error");
-}
-
-TEST_CASE("real pairs of solutions are read, two answers each") {
-  const std::string name = "preferences/gsm8k_solutions.jsonl";
-  if (skip_without_data(name)) return;
-  JsonLines lines{Input(data_path(name).string())};
-  simdjson::dom::object object;
-  int pairs = 0;
-  while (lines.next(object)) {
-    const Preference p = parse_preference(object, lines.where());
-    CHECK(p.continuations.size() == 2);
-    pairs++;
-  }
-  CHECK(pairs == 2429);
-}
 
 // ---------------------------------------------------------------------------------------------
 // Reward models
@@ -399,6 +322,218 @@ TEST_CASE("KTO estimates the KL from answers to other prompts, and without any t
   CHECK(last > 0);
 }
 
+// Of the world's answers, each with its label: a third of them good.
+std::string labelled_answers(const std::filesystem::path& path) {
+  std::vector<std::string> lines;
+  int i = 0;
+  for (const Line& l : lines_of("pairs.jsonl")) {
+    const bool good = i++ % 3 == 0;
+    lines.push_back(Json{
+        {"prompt", l.prompt},
+        {"completion", good ? l.chosen : l.rejected},
+        {"label", good}}.dump());
+  }
+  return write_lines(path, lines);
+}
+
+TEST_CASE("KTO learns from labelled answers alone, and from them and pairs together") {
+  const TempDir dir;
+  const std::string data = labelled_answers(dir / "labels.jsonl");
+  const std::string flags = " --loss kto --as-chat --val-fraction 0 --batch 16 --lr .002 ";
+  for (const std::string& files : {data, data + " " + file("pairs.jsonl")}) {
+    CAPTURE(files);
+    const std::string out = dir / concat("run_", files.size());
+    const Output o = good(stage("reward dpo", out,
+                                "--epochs 4 --val " + file("pairs.jsonl") + flags + "--data " +
+                                    files + " --desirable-weight 2"));
+    const auto steps = metrics(out, "loss");
+    CHECK(std::abs(steps.at(0).at("kl").get<double>()) == 0);
+    const Json summary = read_json(out + "/summary.json");
+    CHECK(summary.at("val_accuracy").get<double>() > .95);
+    CHECK(summary.at("val_margin").get<double>() > .5);
+    CHECK(steps.back().at("reward_chosen").get<double>() >
+          steps.back().at("reward_rejected").get<double>() + .5);
+    CHECK(contains(o.text, files == data ? "answers 54 good of weight 2, 106 bad of weight 1\n"
+                                         : "answers 214 good of weight 2, 266 bad of weight 1\n"));
+  }
+  // A killed run goes on to the same bytes.
+  const std::string one = dir / "one", killed = dir / "killed",
+                    run = "--steps 60 --data " + data + flags;
+  good(stage("reward dpo", one, run));
+  int status = 0;
+  REQUIRE(interrupt(stage("reward dpo", killed, run), killed, 10, SIGTERM, &status));
+  good("./reward dpo --resume -o " + killed);
+  CHECK(model_bytes(killed) == model_bytes(one));
+}
+
+TEST_CASE("KTO's plan advises weights where good and bad answers are unequally many") {
+  const TempDir dir;
+  const std::string flags = "--dry-run --loss kto --as-chat --val-fraction 0 --data ";
+  const std::string data = labelled_answers(dir / "labels.jsonl");
+  const auto plan = [&](const std::string& more) {
+    return good(stage("reward dpo", dir / "run", flags + data + more)).text;
+  };
+  CHECK(contains(plan(""), "answers 54 good of weight 1, 106 bad of weight 1\n"));
+  CHECK(contains(plan(""), "--desirable-weight 1.96\n"));
+  CHECK(contains(plan(" --desirable-weight 4"), "--undesirable-weight 2.04\n"));
+  CHECK(!contains(plan(" --desirable-weight 2"), "advised"));
+  const std::string one_kind =
+      write_lines(dir / "good.jsonl", {R"({"prompt":"a","completion":"b","label":true})",
+                                       R"({"prompt":"c","completion":"d","label":true})"});
+  CHECK(contains(good(stage("reward dpo", dir / "run", flags + one_kind)).text,
+                 "all answers are of one kind"));
+}
+
+TEST_CASE("the first step of KTO on labels has each answer's log p and weights the kinds") {
+  const TempDir dir;
+  const std::string data = labelled_answers(dir / "labels.jsonl");
+  good(stage("reward dpo", dir / "run",
+             "--loss kto --as-chat --val-fraction 0 --steps 1 --batch 160 --micro-batch-tokens 200 "
+             "--desirable-weight 3 --undesirable-weight .5 --data " +
+                 data));
+  const auto policy = load(world() / "model", load_config(world() / "model"));
+  const Tokenizer t = Tokenizer::load(world() / "model");
+  double good_sum = 0, bad_sum = 0;
+  int i = 0;
+  for (const Line& l : lines_of("pairs.jsonl")) {
+    const bool is_good = i++ % 3 == 0;
+    const size_t prompt = render_chat(t, {{{"user", l.prompt, {}}}, {}}, true).ids.size();
+    const double logp =
+        logp_of(*policy, turn(t, l.prompt, is_good ? l.chosen : l.rejected), prompt);
+    (is_good ? good_sum : bad_sum) += logp;
+  }
+  const Json first = metrics(dir / "run", "loss").at(0);
+  // The policy is its own reference: each answer loses a half of its weight.
+  CHECK(std::abs(first.at("loss").get<double>() - (54 * 3 + 106 * .5) / 2 / 160) < 1e-12);
+  CHECK(std::abs(first.at("logp_chosen").get<double>() - good_sum / 54) < 1e-6);
+  CHECK(std::abs(first.at("logp_rejected").get<double>() - bad_sum / 106) < 1e-6);
+  CHECK(first.at("accuracy") == .5);
+}
+
+TEST_CASE("what nothing can be learned from is left out, counted, and changes nothing") {
+  const TempDir dir;
+  std::vector<std::string> lines, with;
+  for (const Line& l : lines_of("pairs.jsonl")) {
+    lines.push_back(
+        Json{{"prompt", l.prompt}, {"chosen", l.chosen}, {"rejected", l.rejected}}.dump());
+    with.push_back(lines.back());
+    if (lines.size() % 40 == 0) {
+      with.push_back(R"({"prompt":"p","chosen":"same","rejected":"same"})");
+      with.push_back(R"({"prompt":"p","chosen":"same","rejected":"same \n"})");  // as ids of a chat
+      with.push_back(R"({"prompt":"p","chosen":"a","rejected":""})");
+      with.push_back(R"({"prompt":"p","responses":["a","b"],"ranking":[1,1]})");
+      with.push_back(
+          Json{{"prompt", "p"}, {"chosen", "a"}, {"rejected", std::string(2000, 'x')}}.dump());
+    }
+  }
+  const std::string plain = write_lines(dir / "plain.jsonl", lines),
+                    mixed = write_lines(dir / "mixed.jsonl", with);
+  const Json expected = {{"empty answer", 4}, {"equal answers", 8}, {"tie", 4}, {"too long", 4}};
+  for (const std::string command : {"reward train", "reward dpo"}) {
+    const std::string flags = " --as-chat --steps 4 --batch 8 ",
+                      a = dir / (command + " a").substr(7), b = dir / (command + " b").substr(7);
+    const auto quoted = [](const std::string& path) { return "'" + path + "'"; };
+    good(stage(command, quoted(a), "--data " + plain + flags));
+    const Output o = good(stage(command, quoted(b), "--data " + mixed + flags));
+    CHECK(model_bytes(a) == model_bytes(b));
+    CHECK(contains(o.text, "left out 8 of 180 records: equal answers\n"));
+    CHECK(contains(o.text, "left out 4 of 180 records: too long\n"));
+    const Json data = metrics(b, "left_out").at(0);
+    CHECK(data.at("left_out") == expected);
+    CHECK(data.at("records") == 180);
+    CHECK(data.at("kind") == "data");
+  }
+}
+
+TEST_CASE("bad lines of preferences stop a run, or are skipped, counted and shown") {
+  const TempDir dir;
+  const std::string data =
+      write_lines(dir / "data.jsonl", {R"({"prompt":"p","chosen":"yes","rejected":"no"})", "{",
+                                       R"({"prompt":"p","chosen":3,"rejected":"no"})",
+                                       R"({"prompt":"q","chosen":"yes 1","rejected":"no 2"})"});
+  const std::string flags = "--as-chat --val-fraction 0 --steps 1 --batch 2 --data " + data;
+  const Output stopped = shell(stage("reward dpo", dir / "run", flags));
+  CHECK(stopped.status == 1);
+  CHECK(contains(stopped.text, "data.jsonl:2: not JSON"));
+  CHECK(!std::filesystem::exists(dir / "run"));
+  const Output o = good(stage("reward dpo", dir / "run", flags + " --bad-lines skip"));
+  CHECK(contains(o.text, "left out 2 of "));
+  CHECK(contains(o.text, "data.jsonl:2: not JSON"));
+  CHECK(contains(o.text, "data.jsonl:3: chosen: found a number"));
+  CHECK(metrics(dir / "run", "left_out").at(0).at("left_out") == Json{{"bad line", 2}});
+}
+
+TEST_CASE("--map and the shapes of other programs train the same model") {
+  const TempDir dir;
+  std::vector<std::string> mapped, ultra, hh, compared;
+  for (const Line& l : lines_of("pairs.jsonl")) {
+    const auto message = [](const char* role, const std::string& content) {
+      return Json{{"role", role}, {"content", content}};
+    };
+    const auto whole = [&](const std::string& answer) {
+      return Json::array({message("user", l.prompt), message("assistant", answer)});
+    };
+    mapped.push_back(
+        Json{{"data", {{"ask", l.prompt}}}, {"good", l.chosen}, {"bad", l.rejected}}.dump());
+    ultra.push_back(Json{
+        {"prompt", l.prompt},
+        {"chosen", whole(l.chosen)},
+        {"rejected", whole(l.rejected)},
+        {"messages", whole(l.chosen)},
+        {"score_chosen", 8},
+        {"score_rejected",
+         4}}.dump());
+    const std::string human = "\n\nHuman: " + l.prompt + "\n\nAssistant: ";
+    hh.push_back(Json{{"chosen", human + l.chosen}, {"rejected", human + l.rejected}}.dump());
+    compared.push_back(Json{{"model_a", "m"},
+                            {"model_b", "n"},
+                            {"winner", "model_a"},
+                            {"conversation_a", whole(l.chosen)},
+                            {"conversation_b", whole(l.rejected)}}
+                           .dump());
+  }
+  const std::string flags = "--steps 3 --batch 8 --data ", one = dir / "one";
+  good(stage("reward dpo", one, "--as-chat " + flags + file("pairs.jsonl")));
+  const auto same = [&](const std::string& name, const std::vector<std::string>& lines,
+                        const std::string& more) {
+    const std::string out = dir / name;
+    good(stage("reward dpo", out, flags + write_lines(dir / (name + ".jsonl"), lines) + more));
+    CHECK_MESSAGE(model_bytes(out) == model_bytes(one), name);
+  };
+  same("mapped", mapped, " --map prompt=data.ask --map chosen=good --map rejected=bad --as-chat");
+  same("ultra", ultra, "");
+  same("hh", hh, "");
+  same("arena", compared, "");
+  // Scores are margins where they are asked for: a difference of 4, a quarter each.
+  const std::string scores = "--steps 2 --batch 8 --data " + (dir / "ultra.jsonl").string();
+  good(stage("reward train", dir / "by_scores", scores + " --score-margin .25"));
+  good(stage("reward train", dir / "by_flag", scores + " --margin 1"));
+  good(stage("reward train", dir / "without", scores));
+  CHECK(model_bytes(dir / "by_scores") == model_bytes(dir / "by_flag"));
+  CHECK(model_bytes(dir / "by_scores") != model_bytes(dir / "without"));
+}
+
+TEST_CASE("a tokenizer without chat tokens reads transcripts as texts, for DPO and KTO") {
+  const TempDir dir;
+  const std::string human = R"(\n\nHuman: hi there\n\nAssistant: )";
+  const std::string data = write_lines(
+      dir / "hh.jsonl", {R"({"chosen":")" + human + R"(yes","rejected":")" + human + R"(no"})",
+                         R"({"prompt":"a b","chosen":"yes","rejected":"no"})"});
+  const std::string run =
+      "./reward dpo --model test/golden/eval_model --steps 1 --batch 2 "
+      "--val-fraction 0 --data " +
+      data + " -o ";
+  good(run + (dir / "dpo").string());
+  good(run + (dir / "kto").string() + " --loss kto");
+  const Tokenizer t = Tokenizer::load("test/golden/eval_model");
+  const auto policy = load("test/golden/eval_model", load_config("test/golden/eval_model"));
+  const std::string prompt = "\n\nHuman: hi there\n\nAssistant:";
+  const double sum = logp_of(*policy, document(t, prompt, " yes"), document(t, prompt).size() - 1) +
+                     logp_of(*policy, document(t, "a b", "yes"), document(t, "a b").size() - 1);
+  const double found = metrics(dir / "dpo", "logp_chosen").at(0).at("logp_chosen");
+  CHECK(std::abs(found - sum / 2) < 1e-6);
+}
+
 TEST_CASE("DPO counts the assistant's tokens of an answer of several messages, and no other") {
   const TempDir dir;
   const auto messages = [](const std::string& a, const std::string& b, const std::string& c) {
@@ -488,6 +623,42 @@ double accuracy_of(const std::vector<Json>& scored) {
   return right / double(scored.size());
 }
 
+TEST_CASE(
+    "score reads every shape, keeps what is beside the answers, and leaves out what is empty") {
+  const TempDir dir;
+  good(stage("reward train", dir / "run",
+             "--data " + file("pairs.jsonl") + " --as-chat --steps 2 --batch 8"));
+  const std::string chat = R"([{"role":"user","content":"ask 1"}])";
+  const std::string data = write_lines(
+      dir / "data.jsonl",
+      {R"({"prompt":)" + chat + R"(,"chosen":"yes","rejected":"no","id":92233720368547758423})",
+       R"({"prompt":)" + chat + R"(,"responses":["yes","no","yes"],"x":NaN})",
+       R"({"prompt":)" + chat + R"(,"completion":"yes","label":true,"score":7})",
+       R"({"chosen":"\n\nHuman: ask 1\n\nAssistant: yes","rejected":"\n\nHuman: ask 1\n\nAssistant: no"})",
+       R"({"prompt":)" + chat + R"(,"chosen":"yes","rejected":""})",
+       R"({"prompt":)" + chat + R"(,"chosen":"yes","rejected":"yes"})"});
+  const std::string out = dir / "out.jsonl";
+  const Output o =
+      good("./reward score " + (dir / "run").string() + " --data " + data + " -o " + out);
+  std::vector<std::string> lines;
+  std::istringstream in(read_file(out));
+  for (std::string line; std::getline(in, line);) lines.push_back(line);
+  REQUIRE(lines.size() == 6);
+  CHECK(contains(lines[0], R"("id": 92233720368547758423, "scores": [)"));
+  CHECK(contains(lines[1], R"("x": NaN, "scores": [)"));
+  const double yes = Json::parse(lines[2]).at("score");
+  CHECK(yes != 7);
+  for (const size_t i : {0u, 3u}) {
+    const Json scores = Json::parse(lines[i]).at("scores");
+    CHECK(scores.at(0).get<double>() == doctest::Approx(yes));
+    CHECK(scores.at(1).get<double>() != scores.at(0).get<double>());
+  }
+  CHECK(Json::parse(lines[4]).at("scores").is_null());
+  CHECK(Json::parse(lines[5]).at("scores").size() == 2);
+  CHECK(contains(o.text, "left out 1 of 6 records: empty answer\n"));
+  CHECK(contains(o.text, "3 texts, accuracy"));
+}
+
 TEST_CASE("a reward model's scores are its values, and agree with preferences as its run says") {
   const TempDir dir;
   good(stage("reward train", dir / "run",
@@ -537,7 +708,7 @@ TEST_CASE("a reward model's scores are its values, and agree with preferences as
   CHECK(a[1].at("score").get<double>() == expected(document(t, "yes", " or no")));
   CHECK(a[2].at("score").get<double>() == expected(document(t, "yes")));
   CHECK(a[3].at("score").is_null());
-  CHECK(contains(answers.text, "1 lines have an answer longer than the context of 96"));
+  CHECK(contains(answers.text, "left out 1 of 4 records: too long"));
   CHECK(!contains(answers.text, "accuracy"));
 }
 
@@ -732,7 +903,7 @@ TEST_CASE("metrics of preference runs have kinds, the learning rate, and the spe
       CHECK(line.at("lr").get<double>() > 0);
       CHECK(line.at("lr").get<double>() <= .001);
     }
-    CHECK(kinds == std::map<std::string, int>{{"step", 4}, {"eval", 4}, {"final", 1}});
+    CHECK(kinds == std::map<std::string, int>{{"data", 1}, {"step", 4}, {"eval", 4}, {"final", 1}});
   }
 }
 
@@ -843,14 +1014,14 @@ TEST_CASE("./reward says in one line what is wrong with preferences and flags") 
   CHECK(contains(error("./reward train --data x -o " + out), "--model: missing"));
   CHECK(contains(error("./reward train --model x"), "-o: missing"));
   CHECK(contains(error(stage("reward train", out, "--data " + (dir / "equal.jsonl").string())),
-                 "equal.jsonl:1: found the same answer twice"));
+                 "equal.jsonl: found no record to use: 1 equal answers ("));
   CHECK(contains(error(stage("reward train", out, "--data " + (dir / "tied.jsonl").string())),
-                 "1 with all answers tied"));
+                 "tied.jsonl: found no record to use: 1 tie ("));
   CHECK(contains(error(stage("reward train", out, "--data " + (dir / "empty.jsonl").string())),
-                 "found no preferences"));
+                 "empty.jsonl: found an empty file"));
   CHECK(contains(error(stage("reward train", out, data + "--context 500")), "to the model's 96"));
   CHECK(contains(error(stage("reward train", out, data + "--context 3")),
-                 "longer than the context of 3"));
+                 "pairs.jsonl: found no record to use: 160 too long ("));
   CHECK(contains(error(stage("reward train", out, data + "--folds 1")), "expected 2 to 100"));
   CHECK(contains(error(stage("reward train", out, data + "--val-fraction 1")), "less than 1"));
   CHECK(contains(error(stage("reward train", out, data + "--schedule wild")), "linear, cosine"));
@@ -861,7 +1032,29 @@ TEST_CASE("./reward says in one line what is wrong with preferences and flags") 
   CHECK(contains(error(stage("reward dpo", out, data + "--beta 0")), "expected above 0"));
   CHECK(contains(error(stage("reward dpo", out, data + "--label-smoothing .5")), "less than .5"));
   CHECK(contains(error(stage("reward dpo", out, "--data " + file("labels.jsonl"))),
-                 "labels.jsonl:1: found a labelled text"));
+                 "labels.jsonl:1: found a labelled text, and --loss dpo learns from pairs"));
+  CHECK(
+      contains(error(stage("reward dpo", out, "--loss kto --data " + file("labels.jsonl"))),
+               R"(labels.jsonl:1: found a labelled text, expected a "prompt" and a "completion")"));
+  const std::string kto =
+      write_lines(dir / "kto.jsonl", {R"({"prompt":"a","completion":"b","label":true})"});
+  for (const std::string loss : {"dpo", "ipo", "orpo"}) {
+    CHECK(contains(error(stage("reward dpo", out, "--loss " + loss + " --data " + kto)),
+                   "kto.jsonl:1: found a labelled answer, and --loss " + loss +
+                       " learns from pairs: --loss kto takes labelled answers"));
+  }
+  CHECK(contains(error(stage("reward dpo", out, data + "--desirable-weight 2")),
+                 "--desirable-weight: found with --loss dpo, expected --loss kto"));
+  CHECK(contains(error(stage("reward dpo", out, data + "--loss kto --undesirable-weight 0")),
+                 "--undesirable-weight: found 0, expected above 0"));
+  CHECK(contains(error(stage("reward train", out, data + "--score-margin nan")),
+                 "--score-margin: found nan"));
+  const std::string texts =
+      write_lines(dir / "texts.jsonl", {R"({"chosen":"it is a","rejected":"it is b"})"});
+  CHECK(contains(error(stage("reward dpo", out, "--as-chat --data " + texts)),
+                 R"(texts.jsonl:1: found texts without a "prompt", expected one for --as-chat)"));
+  CHECK(contains(error(stage("reward dpo", out, data + "--bad-lines maybe")),
+                 "--bad-lines: found \"maybe\", expected stop or skip"));
   CHECK(contains(error(stage("reward dpo", out, data + "--val-fraction -.5")), "found -0.5"));
   write_file(dir / "same.jsonl", R"({"text":"yes"})"
                                  "\n"
