@@ -60,9 +60,17 @@ inline double true_reward(const Rubric& rubric, std::string_view text, bool ende
 
 // The letters A to Z in lower case, and the typographic apostrophe as '.
 inline std::string lower_ascii(std::string_view text) {
-  std::string out(text);
-  for (char& c : out) c = c >= 'A' && c <= 'Z' ? char(c + ('a' - 'A')) : c;
-  for (size_t i; (i = out.find("\xe2\x80\x99")) != std::string::npos;) out.replace(i, 3, "'");
+  constexpr std::string_view kApostrophe = "\u2019";
+  std::string out;
+  out.reserve(text.size());
+  for (size_t i = 0; i < text.size(); i++) {
+    const char c = text[i];
+    if (text.compare(i, kApostrophe.size(), kApostrophe) == 0) {
+      out += '\'', i += kApostrophe.size() - 1;
+    } else {
+      out += c >= 'A' && c <= 'Z' ? char(c + ('a' - 'A')) : c;
+    }
+  }
   return out;
 }
 

@@ -20,181 +20,15 @@
 #include <utility>
 #include <vector>
 
+#include "cake/calculator.h"
 #include "cake/chat_template.h"
+#include "cake/documents.h"
 #include "cake/json.h"
-#include "cake/records.h"
 #include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
 
 namespace cake {
-
-// ---------------------------------------------------------------------------------------------
-// The calculator: + - * / ( ), decimals and unary minus, over fractions of integers, so that
-// 0.1+0.2 is 0.3.
-
-class Calculator {
- public:
-  explicit Calculator(std::string_view expression) : text_(expression) {}
-
-  std::string result() {
-    const Fraction x = sum();
-    if (offset_ < text_.size()) unexpected("an operator");
-    return decimal(x);
-  }
-
- private:
-  using Integer = __int128;
-  struct Fraction {  // in lowest terms; below > 0
-    Integer above = 0, below = 1;
-  };
-  static constexpr int kDigits = 36;       // of numerators and denominators: ten times fits Integer
-  static constexpr int kSignificant = 12;  // digits of a result with infinitely many
-  static constexpr int kMaxDepth = 100;
-
-  static Integer largest() {
-    Integer x = 1;
-    for (int i = 0; i < kDigits; i++) x *= 10;
-    return x;
-  }
-  static Integer size(Integer a) { return a < 0 ? -a : a; }
-  static Integer product(Integer a, Integer b) {
-    if (b != 0 && size(a) > largest() / size(b)) too_large();
-    return a * b;
-  }
-  static Integer gcd(Integer a, Integer b) {
-    a = size(a), b = size(b);
-    while (b != 0) a = std::exchange(b, a % b);
-    return a;
-  }
-  static Fraction reduced(Integer above, Integer below) {
-    if (size(above) > largest() || size(below) > largest()) too_large();
-    const Integer g = (below < 0 ? -1 : 1) * gcd(above, below);
-    return {above / g, below / g};
-  }
-  static Fraction times(const Fraction& a, const Fraction& b) {
-    const Fraction x = reduced(a.above, b.below), y = reduced(b.above, a.below);
-    return {product(x.above, y.above), product(x.below, y.below)};
-  }
-  static Fraction plus(const Fraction& a, const Fraction& b) {
-    const Integer g = gcd(a.below, b.below);
-    return reduced(product(a.above, b.below / g) + product(b.above, a.below / g),
-                   product(a.below, b.below / g));
-  }
-
-  // sum = term {(+|-) term}; term = signed {(*|/) signed}; signed = {-|+} (number | "(" sum ")")
-  Fraction sum() {
-    Fraction x = term();
-    while (sees("+-")) x = plus(x, term());  // the sign is read as the term's own
-    return x;
-  }
-  Fraction term() {
-    Fraction x = signed_number();
-    while (sees("*/")) {
-      const bool divides = text_[offset_++] == '/';
-      Fraction y = signed_number();
-      if (divides && y.above == 0) fail("calculator: division by zero");
-      if (divides) y = y.above < 0 ? Fraction{-y.below, -y.above} : Fraction{y.below, y.above};
-      x = times(x, y);
-    }
-    return x;
-  }
-  Fraction signed_number() {
-    bool negative = false;
-    while (sees("+-")) negative ^= text_[offset_++] == '-';
-    Fraction x;
-    if (sees("(")) {
-      offset_++;
-      if (++depth_ > kMaxDepth) fail("calculator: parentheses are nested deeper than ", kMaxDepth);
-      x = sum();
-      if (!sees(")")) unexpected(")");
-      offset_++, depth_--;
-    } else {
-      x = number();
-    }
-    if (negative) x.above = -x.above;
-    return x;
-  }
-  Fraction number() {
-    Integer above = 0, below = 1;
-    int digits = 0;
-    bool in_decimals = false;
-    for (; offset_ < text_.size(); offset_++) {
-      const char c = text_[offset_];
-      if (c == '.' && !in_decimals) {
-        in_decimals = true;
-      } else if (c >= '0' && c <= '9') {
-        above = product(above, 10) + (c - '0');
-        if (in_decimals) below = product(below, 10);
-        digits++;
-      } else {
-        break;
-      }
-    }
-    if (digits == 0) unexpected("a number");
-    return reduced(above, below);
-  }
-
-  // Skips spaces. True when one of `signs` follows.
-  bool sees(std::string_view signs) {
-    offset_ = std::min(text_.find_first_not_of(" \t", offset_), text_.size());
-    return offset_ < text_.size() && signs.find(text_[offset_]) != signs.npos;
-  }
-  [[noreturn]] void unexpected(const char* expected) const {
-    if (offset_ >= text_.size()) fail("calculator: found the end, expected ", expected);
-    fail("calculator: found ", json_text(std::string(text_.substr(offset_, 20))), ", expected ",
-         expected);
-  }
-  [[noreturn]] static void too_large() {
-    fail("calculator: found a number of more than ", kDigits, " digits");
-  }
-
-  // All digits if the decimal ends (its denominator has no prime factor but 2 and 5); otherwise
-  // rounded.
-  static std::string decimal(const Fraction& x) {
-    Integer rest = x.below;
-    while (rest % 2 == 0) rest /= 2;
-    while (rest % 5 == 0) rest /= 5;
-    Integer above = size(x.above);
-    std::string whole, part;
-    for (Integer w = above / x.below; w > 0; w /= 10) whole.insert(0, 1, char('0' + int(w % 10)));
-    if (whole.empty()) whole = "0";
-    int significant = whole == "0" ? 0 : int(whole.size());
-    const bool ends = rest == 1;
-    for (above %= x.below; above != 0 && (ends || part.empty() || significant < kSignificant);
-         above %= x.below) {
-      above *= 10;
-      part += char('0' + int(above / x.below));
-      significant += significant > 0 || part.back() != '0';
-    }
-    if (above * 2 >= x.below) round_up(whole, part);
-    while (!part.empty() && part.back() == '0') part.pop_back();
-    const bool zero = whole == "0" && part.empty();
-    return (x.above < 0 && !zero ? "-" : "") + whole + (part.empty() ? "" : "." + part);
-  }
-  static void round_up(std::string& whole, std::string& part) {
-    for (std::string* digits : {&part, &whole}) {
-      for (size_t i = digits->size(); i-- > 0;) {
-        if ((*digits)[i]++ < '9') return;
-        (*digits)[i] = '0';
-      }
-    }
-    whole.insert(0, 1, '1');
-  }
-
-  std::string_view text_;
-  size_t offset_ = 0;
-  int depth_ = 0;
-};
-
-// The value in decimal: exact, or with 12 significant digits if its decimals never end. Throws
-// Error on anything but arithmetic, on division by zero, on numbers of more than 36 digits, and on
-// parentheses nested deeper than 100.
-inline std::string calculate(std::string_view expression) {
-  expression = strip_ascii(expression);
-  if (expression.empty()) fail("calculator: found nothing, expected an expression");
-  return Calculator(expression).result();
-}
 
 // ---------------------------------------------------------------------------------------------
 // The search: BM25 (Robertson and Zaragoza 2009) over passages of documents, with k1 = 1.2, b = .75
@@ -211,7 +45,7 @@ class Search {
     for (const std::string& d : documents) cut(d, count_tokens, max_tokens);
     build_index();
   }
-  // From a file of documents as cake/records.h reads them.
+  // From a file of documents as cake/documents.h reads them.
   static Search load(const std::string& path, CountTokens count_tokens = {}, int max_tokens = 64) {
     std::vector<std::string> documents;
     DocumentReader reader({Input(path)});
@@ -219,6 +53,7 @@ class Search {
       if (part.begins) documents.emplace_back();
       documents.back() += part.text;
     }
+    std::fputs(reader.divider_note(false).c_str(), stderr);
     return Search(documents, std::move(count_tokens), max_tokens);
   }
 
@@ -345,6 +180,8 @@ inline std::string run_tool(const ToolCall& call, const Search* search) {
 // A message of a line of conversations, in the form in which parse_conversation reads it.
 inline OrderedJson message_json(const Message& m) {
   OrderedJson json{{"role", m.role}, {"content", m.content}};
+  if (!m.reasoning.empty()) json["reasoning_content"] = m.reasoning;
+  if (!m.trained) json["weight"] = 0;
   for (const ToolCall& call : m.tool_calls) {
     // Without a name it is no call: the arguments are what the model wrote.
     const std::string text = call.name.empty() ? "" : call.arguments;
