@@ -57,6 +57,8 @@
 #include "cake/gpt.h"
 #include "cake/json.h"
 #include "cake/packed.h"
+#include "cake/problems.h"
+#include "cake/record_flags.h"
 #include "cake/records.h"
 #include "cake/reward_model.h"
 #include "cake/run.h"
@@ -75,7 +77,6 @@ namespace {
 
 struct Prompt : Problem {  // question: as a person or a verifier reads it
   std::vector<int> ids;    // up to where the answer begins
-  Conversation chat;       // empty where the prompt is raw
   bool raw = false;        // a text to continue, not a chat
   bool tools = false;      // the tools that the model calls are run
 };
@@ -794,91 +795,105 @@ Step grpo_step(int64_t n, const StepSettings& s, const GrpoSettings& grpo, Promp
 // =============================================================================================
 // The pieces: prompts
 
-// How a line of a prompts file is asked.
+// How a problem is asked.
 struct PromptForm {
   std::string form;                // a text with {question} in place of the chat template
-  std::vector<std::string> tools;  // declared to every question
+  std::vector<std::string> tools;  // declared to chats that declare none
   std::string system;              // the system message of chats that have none
   bool as_chat = false;            // a "prompt" that is a string is a user's message
 };
 
-// {"question", "answer"}, {"messages"}, or {"prompt"}: a string (a text to continue) or messages.
-Prompt parse_prompt(simdjson::dom::object object, const std::string& where,
-                    const Tokenizer& tokenizer, const PromptForm& how) {
-  simdjson::dom::element e;
-  const auto has = [&](const char* key) { return !object.at_key(key).get(e); };
-  const auto string_of = [&](const char* key) {
-    std::string_view text;
-    if (!has(key) || e.get(text)) fail(where, ": ", key, ": expected a string");
-    return std::string(text);
-  };
-  Prompt p;
-  p.line = Json::parse(simdjson::minify(object)), p.where = where;
-  if (has("answer") && !e.is_null()) {
-    p.answer = e.is_string() ? string_of("answer") : simdjson::minify(e);
+// The form with a problem's question and, where it has a place for them, its choices. Choices that
+// have no place of their own stand below the question.
+std::string fill_form(const std::string& form, const Problem& problem) {
+  const bool has_place = form.find("{choices}") != std::string::npos;
+  const std::pair<std::string_view, std::string> parts[] = {
+      {"{question}", has_place ? problem.question : question_with_choices(problem)},
+      {"{choices}", list_choices(problem)}};
+  std::string text;
+  for (size_t i = 0; i < form.size();) {
+    const auto part = std::ranges::find_if(
+        parts, [&](const auto& p) { return form.compare(i, p.first.size(), p.first) == 0; });
+    const bool is_part = part != std::end(parts);
+    text += is_part ? part->second : std::string(1, form[i]);
+    i += is_part ? part->first.size() : 1;
   }
-  if (has("rubric")) p.rubric = parse_rubric(p.line.at("rubric"), where + ": rubric");
-  Conversation chat;
-  if (has("question")) {
-    p.question = string_of("question");
-    if (p.question.empty()) fail(where, ": question: found nothing, expected text");
-    chat = {{{"user", p.question, {}}}, how.tools};
-  } else if (has("messages")) {
-    chat = parse_conversation(object, where);
-  } else if (has("prompt") && e.is_string()) {
-    p.question = string_of("prompt"), p.raw = !how.as_chat;
-    if (how.as_chat) chat = {{{"user", p.question, {}}}, how.tools};
-  } else if (has("prompt")) {
-    chat.messages = preferences::messages_of(e, where + ": prompt");
-  } else {
-    fail(where, ": found neither \"question\", \"messages\" nor \"prompt\"");
-  }
+  return text;
+}
+
+Prompt make_prompt(Problem problem, const Tokenizer& tokenizer, const PromptForm& how) {
+  Prompt p{std::move(problem)};
+  p.raw = p.chat.messages.empty() || !how.form.empty();
   if (!how.form.empty()) {
-    std::string text = form_text(how.form);
-    const size_t place = text.find("{question}");
-    if (place == std::string::npos) fail("--form: found no {question} in it");
-    if (p.question.empty()) p.question = chat.messages.back().content;
-    p.ids = prompt_ids(tokenizer, text.replace(place, 10, p.question));
-    p.raw = true;
-  } else if (p.raw) {
-    p.ids = prompt_ids(tokenizer, p.question);
-  } else {
-    if (!how.system.empty() && chat.messages.front().role != "system") {
-      chat.messages.insert(chat.messages.begin(), {"system", how.system, {}});
-    }
-    check_conversation(chat, where, true);
-    if (p.question.empty()) p.question = chat.messages.back().content;
-    p.tools = !chat.tools.empty();
-    p.ids = prompt_ids(tokenizer, chat);
-    p.chat = std::move(chat);
+    p.ids = prompt_ids(tokenizer, fill_form(how.form, p));
+    p.chat = {};
+    return p;
   }
+  p.question = question_with_choices(p);
+  if (p.raw && how.as_chat) p.raw = false, p.chat.messages = {{"user", p.question, {}}};
+  if (p.raw) {
+    p.ids = prompt_ids(tokenizer, p.question);
+    return p;
+  }
+  p.chat.messages.back().content = p.question;
+  if (p.chat.tools.empty()) p.chat.tools = how.tools;
+  if (!how.system.empty() && p.chat.messages.front().role != "system") {
+    p.chat.messages.insert(p.chat.messages.begin(), {"system", how.system, {}});
+  }
+  check_conversation(p.chat, p.where, true);
+  p.tools = !p.chat.tools.empty();
+  p.ids = prompt_ids(tokenizer, p.chat);
   return p;
 }
 
-// Of every line, except those that leave no room for an answer of `max_tokens` in the context.
-std::vector<Prompt> read_prompts(const std::vector<std::string>& paths, const Tokenizer& tokenizer,
-                                 const PromptForm& how, int context, int max_tokens) {
+struct PromptReader {
+  const Tokenizer& tokenizer;
+  PromptForm how;
+  int context = 0, max_tokens = 0;
+  RecordOptions options;
+  // Throws Error where a reward could not judge answers to the problem.
+  std::function<void(const Problem&)> check_problem;
+
+  int64_t records = 0;  // that were read
+  LeftOut left_out;
+  // How many problems have their question, or what is right, under each key of the files.
+  std::map<std::string, int64_t> question_keys, answer_keys;
+};
+
+// Of every record, except those that leave no room for an answer in the context. Problems that the
+// rewards cannot judge are an error, which counts them and names the first, or are left out as bad
+// lines are.
+std::vector<Prompt> read_prompts(const std::vector<std::string>& paths, PromptReader& reader) {
   std::vector<Prompt> prompts;
-  int64_t read = 0, too_long = 0;
-  for (const std::string& path : paths) {
-    JsonLines lines{Input(path)};
-    simdjson::dom::object object;
-    while (lines.next(object)) {
-      read++;
-      prompts.push_back(parse_prompt(object, lines.where(), tokenizer, how));
-      if (int(prompts.back().ids.size()) + max_tokens <= context) continue;
-      too_long++, prompts.pop_back();
+  int64_t too_long = 0, unjudged = 0;
+  std::string complaints;  // of the first three
+  const auto visit = [&](const Record& record) -> const char* {
+    Prompt p = make_prompt(parse_problem(record), reader.tokenizer, reader.how);
+    if (int(p.ids.size()) + reader.max_tokens > reader.context) return too_long++, "too long";
+    try {
+      if (reader.check_problem) reader.check_problem(p);
+    } catch (const Error& e) {
+      if (reader.options.skip_bad_lines) throw;
+      if (++unjudged <= 3) complaints += concat(unjudged > 1 ? "; " : "", e.what());
     }
+    reader.question_keys[p.question_key]++;
+    if (!p.answer_key.empty()) reader.answer_keys[p.answer_key]++;
+    prompts.push_back(std::move(p));
+    return nullptr;
+  };
+  int64_t records = 0;
+  try {
+    records = for_each_record(paths, reader.options, reader.left_out, visit);
+  } catch (const Error& e) {
+    if (too_long == 0 || !prompts.empty()) throw;
+    fail(e.what(), "; too long: no room for an answer of ", reader.max_tokens,
+         " tokens (--max-tokens) within the context of ", reader.context);
   }
-  if (prompts.empty()) {
-    fail(paths.at(0), ": found no prompt that leaves room for ", max_tokens,
-         " tokens within the context of ", context, ", among ", read, " lines");
-  }
-  if (too_long > 0) {
-    std::printf(
-        "%s: left out %lld of %lld prompts, which leave no room for %d tokens in the "
-        "context of %d\n",
-        paths[0].c_str(), (long long)too_long, (long long)read, max_tokens, context);
+  reader.records += records;
+  if (unjudged > 0) {
+    fail(complaints, unjudged > 3 ? "; ..." : "", ": found ", unjudged, " of ", records,
+         " problems that --reward or --gold cannot judge, expected none (--bad-lines skip leaves ",
+         "them out, --map answer=KEY reads the answer from the key KEY)");
   }
   return prompts;
 }
@@ -1174,19 +1189,20 @@ int verifier_of(std::span<const RewardFunction> functions) {
   return !functions.empty() && functions[heaviest].is_pass_fail ? int(heaviest) : -1;
 }
 
-// Before the run: every problem has what its judges need, and a user's program works.
-void check_problems(const Rewards& rewards, std::span<const Prompt> prompts,
-                    std::span<const Prompt> held_out) {
-  const auto check = [&](const RewardFunction& f) {
-    for (const auto& problems : {prompts, held_out}) {
-      for (const Prompt& p : problems) {
-        if (f.check_problem) f.check_problem(p);
-      }
-    }
-    if (f.try_out) f.try_out(prompts[0]);
-  };
-  for (const RewardFunction& f : rewards.functions) check(f);
-  if (rewards.gold) check(*rewards.gold);
+// Fails where a problem lacks what one of its judges needs.
+void check_problem(const Rewards& rewards, const Problem& problem) {
+  for (const RewardFunction& f : rewards.functions) {
+    if (f.check_problem) f.check_problem(problem);
+  }
+  if (rewards.gold && rewards.gold->check_problem) rewards.gold->check_problem(problem);
+}
+
+// Before the run: a user's program works.
+void try_programs(const Rewards& rewards, const Problem& problem) {
+  for (const RewardFunction& f : rewards.functions) {
+    if (f.try_out) f.try_out(problem);
+  }
+  if (rewards.gold && rewards.gold->try_out) rewards.gold->try_out(problem);
 }
 
 // An answer that was cut off gets its own reward, `most`, or the lowest reward of the finished
@@ -1640,6 +1656,7 @@ void show(ProgressLine& line, std::span<const Rollout> rollouts) {
 struct DataSettings {
   std::string model, form, system, search;  // search: documents
   bool as_chat = false;
+  RecordOptions records;    // of prompts and val
   double val_fraction = 0;  // of the prompts, held out in place of `val`
   std::vector<std::string> prompts, val, tools;
   int max_tokens = 128, rows = 128;  // of an answer; answers decoded at once
@@ -1659,9 +1676,9 @@ struct DataSettings {
   double lora_alpha = 32;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DataSettings, model, form, system, search, as_chat,
-                                                val_fraction, prompts, val, tools, max_tokens, rows,
-                                                cache_mb, context, stops, rewards, gold, truncated,
-                                                truncated_reward, command_seconds,
+                                                records, val_fraction, prompts, val, tools,
+                                                max_tokens, rows, cache_mb, context, stops, rewards,
+                                                gold, truncated, truncated_reward, command_seconds,
                                                 command_start_seconds, command_memory,
                                                 command_processes, verifiers, ptx, ptx_weight,
                                                 ptx_tokens, lora, lora_alpha)
@@ -1877,7 +1894,7 @@ void choose_rollout_options(RlParts& p, Mode mode) {
                .rows = d.rows,
                .temperature = float(p.s.step.temperature),
                .cache_bytes = int64_t(d.cache_mb) << 20};
-  for (const std::string& stop : d.stops) p.options.stops.push_back(with_line_breaks(stop));
+  p.options.stops = d.stops;
   GptOptions engine = policy_options(p);
   if (mode == Mode::inference) engine.mode = mode, engine.batch_tokens = 0;
   p.options.cache_page_bytes = cache_page_bytes(p.config, engine);
@@ -1885,37 +1902,13 @@ void choose_rollout_options(RlParts& p, Mode mode) {
   d.context = p.options.context;
 }
 
-void read_inputs(RlParts& p, Mode mode) {
-  RlSettings& s = p.s;
-  const Tokenizer& tokenizer = p.tokenizer;
-  choose_rollout_options(p, mode);
-  std::vector<std::string> tools;
-  for (const std::string& tool : s.data.tools) {
-    if (tool != "calculator" && tool != "search") {
-      fail("--tool: found ", tool, ", expected calculator or search");
-    }
-    if (tool == "search" && s.data.search.empty()) {
-      fail("--tool search: expected --documents FILE");
-    }
-    tools.push_back(tool == "search" ? kSearchTool : kCalculatorTool);
-  }
-  const int context = p.options.context, max_tokens = s.data.max_tokens;
-  const PromptForm how{s.data.form, tools, s.data.system, s.data.as_chat};
-  p.prompts.all = read_prompts(s.data.prompts, tokenizer, how, context, max_tokens);
-  if (s.data.val_fraction > 0) hold_out(p.prompts.all, s.data.val_fraction, p.held_out);
-  p.prompts.pool.resize(p.prompts.all.size());
-  std::iota(p.prompts.pool.begin(), p.prompts.pool.end(), 0);
-  if (!s.data.val.empty()) {
-    p.held_out = read_prompts(s.data.val, tokenizer, how, context, max_tokens);
-  }
-  if (!s.data.search.empty()) p.search = Search::load(s.data.search);
-  p.options.search = p.search ? &*p.search : nullptr;
-  const DataSettings& d = s.data;
+void make_rewards(RlParts& p) {
+  const DataSettings& d = p.s.data;
   const CommandLimits limits{d.command_seconds, d.command_start_seconds,
                              int64_t(d.command_memory * 1e9), d.command_processes, d.verifiers};
-  const RewardContext reward_context{tokenizer,    p.start,
+  const RewardContext reward_context{p.tokenizer,  p.start,
                                      d.max_tokens, parse_device(p.run.options.device),
-                                     limits,       s.step.micro_batch_tokens};
+                                     limits,       p.s.step.micro_batch_tokens};
   const auto reward = [&](const std::string& text) {
     return make_reward(parse_reward(text), reward_context, p.rewards.models);
   };
@@ -1923,8 +1916,69 @@ void read_inputs(RlParts& p, Mode mode) {
   p.rewards.verifier = verifier_of(p.rewards.functions);
   if (!d.gold.empty()) p.rewards.gold = reward(d.gold);
   p.rewards.truncated = d.truncated, p.rewards.truncated_reward = d.truncated_reward;
-  check_problems(p.rewards, p.prompts.all, p.held_out);
+}
+
+// "answer", or "answer (700), solution (20)" where records differ.
+std::string keys_text(const std::map<std::string, int64_t>& keys) {
+  std::string text;
+  for (const auto& [key, count] : keys) {
+    text += (text.empty() ? "" : ", ") + key;
+    if (keys.size() > 1) text += concat(" (", count_text(double(count)), ")");
+  }
+  return text.empty() ? "none" : text;
+}
+
+// The prompts and the held-out ones. Returns, for the output, what was left out of the files and
+// which keys were read.
+std::string read_problems(RlParts& p) {
+  const DataSettings& d = p.s.data;
+  std::vector<std::string> tools;
+  for (const std::string& tool : d.tools) {
+    if (tool != "calculator" && tool != "search") {
+      fail("--tool: found ", tool, ", expected calculator or search");
+    }
+    if (tool == "search" && d.search.empty()) fail("--tool search: expected --documents FILE");
+    tools.push_back(tool == "search" ? kSearchTool : kCalculatorTool);
+  }
+  const std::string form = d.form.empty() ? "" : form_text(d.form);
+  if (!form.empty() && form.find("{question}") == std::string::npos) {
+    fail("--form: found no {question} in it");
+  }
+  PromptReader reader{.tokenizer = p.tokenizer,
+                      .how = {form, tools, d.system, d.as_chat},
+                      .context = p.options.context,
+                      .max_tokens = d.max_tokens,
+                      .options = d.records,
+                      .check_problem = [&](const Problem& q) { check_problem(p.rewards, q); }};
+  p.prompts.all = read_prompts(d.prompts, reader);
+  if (d.val_fraction > 0) hold_out(p.prompts.all, d.val_fraction, p.held_out);
+  p.prompts.pool.resize(p.prompts.all.size());
+  std::iota(p.prompts.pool.begin(), p.prompts.pool.end(), 0);
+  if (!d.val.empty()) p.held_out = read_prompts(d.val, reader);
+  const bool chats = std::ranges::count(p.prompts.all, false, &Prompt::raw) > 0;
+  if (chats && d.system.empty()) note_default_system_message(p.start);
+  try_programs(p.rewards, p.prompts.all[0]);
+  p.run.records = reader.records, p.run.left_out = reader.left_out;
+  std::string read = reader.left_out.text(reader.records);
+  if (reader.left_out.count("too long") > 0) {
+    read += concat("  no room for ", d.max_tokens, " tokens behind them in the context of ",
+                   p.options.context, "\n");
+  }
+  return read + concat("keys    questions: ", keys_text(reader.question_keys),
+                       "; answers: ", keys_text(reader.answer_keys), "\n");
+}
+
+void read_inputs(RlParts& p, Mode mode) {
+  RlSettings& s = p.s;
+  const DataSettings& d = s.data;
+  choose_rollout_options(p, mode);
+  make_rewards(p);
+  if (!d.search.empty()) p.search = Search::load(d.search);
+  p.options.search = p.search ? &*p.search : nullptr;
+  const std::string read = read_problems(p);
   check_contexts(p);
+  std::printf("%s", read.c_str());
+  std::fflush(stdout);
   p.data_hashes = {{"prompts", hash_of(p.prompts.all)}, {"val", hash_of(p.held_out)}};
   if (!d.search.empty()) p.data_hashes["documents"] = hash64(read_file(d.search));
   OrderedJson models = OrderedJson::array();
@@ -1933,7 +1987,8 @@ void read_inputs(RlParts& p, Mode mode) {
   }
   p.model_names = {{"reference", {{"path", p.start.string()}, {"hash", model_hash(p.start)}}},
                    {"reward_models", models}};
-  if (s.data.ptx.empty()) return;
+  if (d.ptx.empty()) return;
+  const Tokenizer& tokenizer = p.tokenizer;
   p.text = {std::make_unique<TokenStream>(s.data.ptx, "train"), nullptr, s.data.ptx_weight,
             s.data.ptx_tokens};
   if (p.text.stream->vocab_size() > 0 && read_data_info(s.data.ptx).hash != tokenizer.hash()) {
@@ -1989,7 +2044,10 @@ void print_plan(const RlParts& p, const std::string& algorithm) {
   const auto raw = std::ranges::count(p.prompts.all, true, &Prompt::raw);
   std::printf("prompts %s%s, held out %s; %d rollouts a step%s, up to %d tokens each\n",
               count_text(double(p.prompts.all.size())).c_str(),
-              raw > 0 ? format(" (%lld of them texts to continue)", (long long)raw).c_str() : "",
+              raw > 0 ? format(" (%lld of them texts to continue%s)", (long long)raw,
+                               s.data.form.empty() ? "; --as-chat asks them as a user" : "")
+                            .c_str()
+                      : "",
               count_text(double(p.held_out.size())).c_str(), s.step.rollouts,
               m.critic ? "" : format(" in groups of %d", s.grpo.group).c_str(), s.data.max_tokens);
   std::string rewards;
@@ -2977,6 +3035,7 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
         all.size() == prompts.size());
   }
   OrderedJson summary = {{"stage", "best-of-n"}, {"prompts", prompts.size()}, {"n", n}};
+  summary["records"] = p.run.records, summary["left_out"] = p.run.left_out.json();
   summary["curve"] = best_of_n_curve(all, n, bool(p.rewards.gold));
   write_json(o.out / "summary.json", summary);
   if (!write.empty()) write_answers(write, prompts, all, p.tokenizer);
@@ -2985,6 +3044,13 @@ int best_of_n(const RlSettings& s, const RunOptions& o, const std::string& write
 
 // =============================================================================================
 // Command line
+
+// Of a reward, the pattern of format:PATTERN alone is a text.
+std::string unescape_pattern(std::string_view reward, std::string_view flag) {
+  const size_t begin = reward.find(':') + 1;  // 0: none
+  if (begin == 0 || parse_reward(std::string(reward)).name != "format") return std::string(reward);
+  return std::string(reward.substr(0, begin)) + unescape_unless_file(reward.substr(begin), flag);
+}
 
 struct RlFlags {
   RlSettings s;
@@ -3013,25 +3079,36 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
   app.add_option("--model", d.model,
                  "run, model directory or .gguf file that answers; ppo and grpo begin with it");
   app.add_option("--prompts", d.prompts,
-                 "JSON lines: {\"question\", \"answer\"}, {\"messages\"} or {\"prompt\"}");
-  app.add_option("--reward", d.rewards,
-                 "[WEIGHT*]number, exact, choice, countdown (some of the numbers make the target), "
-                 "countdown:all, check:COMMAND, command:COMMAND, rubric, format:PATTERN, "
-                 "length:TOKENS, ended, model:DIRECTORY, probability:DIRECTORY (of a model of "
-                 "labels); several make a sum");
-  app.add_option("--gold", d.gold,
-                 "a reward that judges answers: never trained on, and it chooses no weights");
+                 "problems as JSON lines, a JSON array or parquet, .gz and .zst too, -: standard "
+                 "input: {\"question\" or \"problem\", \"answer\", \"choices\"}, {\"messages\"}, "
+                 "{\"prompt\"}, verl's; the plan says which keys were read");
+  add_record_flags(app, d.records);
+  auto* reward = app.add_option(
+      "--reward", d.rewards,
+      "[WEIGHT*]number, exact, choice, countdown (some of the numbers make the target), "
+      "countdown:all, check:COMMAND, command:COMMAND, rubric, format:PATTERN, "
+      "length:TOKENS, ended, model:DIRECTORY, probability:DIRECTORY (of a model of "
+      "labels); several make a sum");
+  auto* gold =
+      app.add_option("--gold", d.gold,
+                     "a reward that judges answers: never trained on, and it chooses no weights");
   app.add_option("--max-tokens", d.max_tokens, "sampled tokens of an answer");
   app.add_option("--temperature", f.s.step.temperature, "of the distribution that is sampled");
-  app.add_option("--system", d.system, "system message of chats that have none");
+  auto* system = app.add_option("--system", d.system,
+                                "system message of chats that have none, \\n: line break");
   app.add_flag("--as-chat", d.as_chat,
                "a \"prompt\" that is a string is a user's message, not a text to continue");
-  app.add_option("--form", d.form,
-                 "text with {question} in it, or its file, in place of the chat template");
-  app.add_option(
+  auto* form = app.add_option(
+      "--form", d.form,
+      "text with {question} in it, and {choices} where they shall stand apart, \\n: line break, or "
+      "its file, in place of the chat template");
+  auto* stop = app.add_option(
       "--stop", d.stops,
-      "strings that end an answer to --form, as <|endoftext|> does, \\n is a line break; "
+      "strings that end an answer to --form, as <|endoftext|> does, \\n: line break; "
       "none: --max-tokens do too");
+  add_raw_flag(app, {system, stop});
+  add_raw_flag(app, {form}, unescape_unless_file);
+  add_raw_flag(app, {reward, gold}, unescape_pattern);
   app.add_option(
       "--context", d.context,
       "longest rollout in tokens, its prompt included; 0: the model's context, or what a "

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "cake/conversations.h"
 #include "cake/tools.h"
 #include "test/preference_world.h"
 #include "test/scripted_model.h"
@@ -55,7 +56,7 @@ TEST_CASE("the best of n: means over all subsets, the exact bound, answers for f
   int conversations = 0;
   while (lines.next(object)) {
     conversations++;
-    CHECK(parse_conversation(object, lines.where()).messages.back().role == "assistant");
+    CHECK(parse_conversation({object, lines.where()}).messages.back().role == "assistant");
   }
   CHECK(conversations == fit);
 }
@@ -83,7 +84,7 @@ TEST_CASE("the best of n with tools is written with its calls and their answers,
     simdjson::dom::object object;
     CHECK(lines.next(object) == is_call);
     if (!is_call) continue;  // a call that is none cannot be learned from
-    const Conversation whole = parse_conversation(object, "answers.jsonl:1");
+    const Conversation whole = parse_conversation({object, "answers.jsonl:1"});
     check_conversation(whole, "answers.jsonl:1");
     REQUIRE(whole.messages.size() == 4);
     CHECK(whole.messages[1].tool_calls.at(0).name == "calculator");

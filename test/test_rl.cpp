@@ -217,6 +217,7 @@ Outcome run(const Algorithm& algorithm, const RlSettings& s, const std::filesyst
   std::istringstream lines(read_file(out / "metrics.jsonl"));
   for (std::string line; std::getline(lines, line);) {
     const Json j = Json::parse(line);
+    if (j.at("kind") == "data") continue;  // what was left out of the prompts
     (j.contains("held_out") ? o.held_out : o.steps).push_back(j);
   }
   return o;
@@ -379,7 +380,7 @@ TEST_CASE("a KL budget without --val ends with success, and with the last weight
   // A killed run keeps the same ones.
   int status = 0;
   REQUIRE(interrupt(command("killed", "--steps 20 --kl-budget .3 --save-every 1"), dir / "killed",
-                    size_t(kept), SIGKILL, &status));
+                    size_t(kept) + 1, SIGKILL, &status));
   const Output resumed = shell("./rlhf ppo --resume -o " + (dir / "killed").string());
   REQUIRE_MESSAGE(resumed.status == 0, resumed.text);
   CHECK(weights("killed") == weights("run"));
@@ -596,7 +597,7 @@ TEST_CASE("DAPO's penalty of long answers holds for those that were cut off") {
     rewards.functions.push_back(make_reward(parse_reward(text), context, rewards.models));
   }
   Prompt p;
-  p.answer = "b";
+  p.answers = {"b"};
   std::vector<Rollout> rollouts = made_rollouts({0, 0, 0}, 3);
   for (Rollout& r : rollouts) r.prompt = &p, r.text = "a";
   rollouts[0].length = 10, rollouts[1].length = 96;
@@ -730,10 +731,8 @@ TEST_CASE("prompts without room for an answer are left out, which is said") {
       shell(concat("./rlhf grpo --dry-run --model ", bandit().path("model"), " --prompts ",
                    (dir / "p.jsonl").string(), " --reward exact --max-tokens 20"));
   CHECK(o.status == 0);
-  CHECK_MESSAGE(contains(o.text,
-                         "p.jsonl: left out 1 of 2 prompts, which leave no room for 20 "
-                         "tokens in the context of 64"),
-                o.text);
+  CHECK_MESSAGE(contains(o.text, "left out 1 of 2 records: too long\n"), o.text);
+  CHECK(contains(o.text, "  no room for 20 tokens behind them in the context of 64\n"));
 }
 
 TEST_CASE("the generator and the forward pass may differ a little, and not by ten times as much") {
@@ -859,7 +858,8 @@ TEST_CASE("a form puts questions into a text, whose answers end at a stop string
   simdjson::dom::parser parser;
   const simdjson::dom::object line =
       parser.parse(std::string(R"({"question":"6*7?","answer":"42"})"));
-  const Prompt p = parse_prompt(line, "here", t, {.form = "Q: {question}\\nA:"});
+  const Problem problem = parse_problem({line, "here"});
+  const Prompt p = make_prompt(problem, t, {.form = "Q: {question}\nA:"});
   CHECK(t.decode(p.ids) == "<|endoftext|>Q: 6*7?\nA:");
   CHECK(p.question == "6*7?");
   script.write(int(p.ids.size()), " 42.\n\nQ: and then");
@@ -877,8 +877,58 @@ TEST_CASE("a form puts questions into a text, whose answers end at a stop string
   CHECK(right_number(p, r.text));
   o.max_tokens = 2;
   CHECK(!roll_out(models, o, prompts, 1, 1).at(0).ended);
-  CHECK(contains(error_of([&] { parse_prompt(line, "here", t, {.form = "no place"}); }),
-                 "--form: found no {question}"));
+}
+
+TEST_CASE("choices stand below the question, or where the form has a place for them") {
+  ScriptedModel script;
+  const Tokenizer& t = script.tokenizer();
+  simdjson::dom::parser parser;
+  const simdjson::dom::object line =
+      parser.parse(std::string(R"({"question":"{choices}?","choices":["x","y"],"answer":1})"));
+  const Problem problem = parse_problem({line, "here"});
+  const auto text = [&](const std::string& form) {
+    return t.decode(make_prompt(problem, t, {.form = form}).ids);
+  };
+  CHECK(text("Q: {question}\nA:") == "<|endoftext|>Q: {choices}?\nA. x\nB. y\nA:");
+  CHECK(text("{choices} Q: {question} {x}") == "<|endoftext|>A. x\nB. y Q: {choices}? {x}");
+  const Prompt chat = make_prompt(problem, t, {.system = "Be brief."});
+  CHECK(chat.question == "{choices}?\nA. x\nB. y");
+  CHECK(chat.chat.messages ==
+        std::vector<Message>{{"system", "Be brief."}, {"user", chat.question}});
+  CHECK(chat.ids == prompt_ids(t, chat.chat));
+  CHECK(right_choice(chat, "The answer is B."));
+  CHECK(!right_choice(chat, "The answer is A."));
+  for (const char* right : {"B", "y\n"}) CHECK(right_exact(chat, right));
+  for (const char* wrong : {"A", "x", "b"}) CHECK(!right_exact(chat, wrong));
+}
+
+TEST_CASE("problems are the same from lines, an array, gzip, Zstandard, and under other keys") {
+  const TempDir dir;
+  ScriptedModel script;
+  std::string lines, other;
+  Json array = Json::array();
+  for (int i = 0; i < 20; i++) {
+    const Json problem = {{"question", concat(i, "+1?")}, {"answer", i + 1}};
+    array.push_back(problem);
+    lines += problem.dump() + "\r\n";
+    other += Json{{"text", {problem["question"]}}, {"of", {{"it", concat(i + 1)}}}}.dump() + "\n";
+  }
+  write_file(dir / "lines.jsonl", lines), write_file(dir / "array.json", array.dump(2));
+  write_file(dir / "lines.json.gz", deflated(lines)), write_file(dir / "a.zst", zstandard(lines));
+  write_file(dir / "other.txt", other);
+  const auto read = [&](const char* name, const FieldNames& names = {}) {
+    PromptReader reader{.tokenizer = script.tokenizer(), .context = 64, .max_tokens = 8};
+    reader.options.names = names;
+    std::string all;
+    for (const Prompt& p : read_prompts({(dir / name).string()}, reader)) {
+      all += concat(hash_of(std::span(p.ids)), " ", p.answers.at(0), "\n");
+    }
+    CHECK(reader.records == 20);
+    return all;
+  };
+  const std::string expected = read("lines.jsonl");
+  for (const char* name : {"array.json", "lines.json.gz", "a.zst"}) CHECK(read(name) == expected);
+  CHECK(read("other.txt", {{"question", "text.0"}, {"answer", "of.it"}}) == expected);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1055,14 +1105,15 @@ TEST_CASE("./rlhf ppo and grpo say in one line what is wrong") {
       {"grpo" + base + prompts + "--reward exact --rollouts 9", "a multiple of --group 8"},
       {"grpo" + base + prompts + "--reward exact --method magic", "--method: found magic"},
       {"grpo" + base + prompts + "--reward exact --temperature 0", "--temperature: found 0"},
-      {"grpo" + base + prompts + "--reward exact --max-tokens 100", "leaves room for 100 tokens"},
+      {"grpo" + base + prompts + "--reward exact --max-tokens 100",
+       "too long: no room for an answer of 100 tokens"},
       {"grpo" + base + prompts + "--reward exact --pass-rate high", "--pass-rate: found high"},
       {"grpo" + base + prompts + "--reward exact --keep best", "--keep best: expected --val"},
       {"grpo" + base + prompts + "--reward rubric --max-tokens 4", "same.jsonl:"},
       {"grpo" + base + "--reward exact --prompts " + (dir / "empty.jsonl").string(),
-       "empty.jsonl: found no prompt"},
+       "empty.jsonl: found"},
       {"grpo" + base + "--reward exact --max-tokens 4 --prompts " + (dir / "bad.jsonl").string(),
-       "bad.jsonl:2: found neither"},
+       "bad.jsonl:2: found the keys \"text\" (a document, which"},
       {"grpo" + base + "--reward number --max-tokens 4 --prompts " + (dir / "words.jsonl").string(),
        "words.jsonl:1: answer: found \"many\", expected one number"},
       {"ppo" + base + prompts + "--reward exact --critic " + bandit().path("model"),

@@ -81,6 +81,7 @@ TEST_CASE("./rlhf refuses numbers out of their range before it reads a model") {
       {"--pass-rate .8:.2 --dry-run", "--pass-rate: found .8:.2"},
       {"--reward countdown:few", "expected countdown or countdown:all"},
       {"--stop ''", "--stop: found \"\", expected some text"},
+      {"--form 'no place'", "--form: found no {question}"},
       {"--form {question} --as-chat", "--form: found --as-chat too"}};
   for (const auto& c : both) {
     refused(dir, "rlhf grpo", kGrpo + "--reward ended " + c.first, c.second);
@@ -109,10 +110,48 @@ TEST_CASE("every problem has what its verifier needs, or the run does not begin"
           "p.jsonl:31: answer: found \"no solution\", expected one number");
   refused(dir, "rlhf grpo",
           flags + file("prompts.jsonl") + " --reward ended --gold number --val " + p,
-          "prompts.jsonl:1: answer: found \"\"");
+          "prompts.jsonl:1: answer is missing");
   refused(dir, "rlhf ppo", flags + p + " --reward choice", "expected a letter from A to Z");
   refused(dir, "rlhf best-of-n", flags + p + " --reward countdown",
           "p.jsonl:1: found no countdown");
+  refused(dir, "rlhf best-of-n", flags + p + " --reward countdown",
+          "; ...: found 40 of 40 problems that --reward or --gold cannot judge, expected none");
+  refused(dir, "rlhf grpo", flags + p + " --reward number --map answer=id",
+          "p.jsonl:1: found no id, expected the answer there, as --map says");
+}
+
+TEST_CASE("--bad-lines skip leaves bad problems out, says so, and counts them in metrics.jsonl") {
+  const TempDir dir;
+  std::string lines, words;
+  for (int i = 0; i < 60; i++) words += " ask";
+  for (int i = 0; i < 16; i++)
+    lines += Json{{"problem", concat("ask ", i)}, {"sol", i}}.dump() + "\n";
+  lines += Json{{"problem", "ask"}, {"sol", "none"}}.dump() + "\n";  // line 17
+  lines += "{\"problem\": \"ask\n";
+  lines += Json{{"prompt", "ask"}, {"chosen", "yes"}, {"rejected", "no"}}.dump() + "\n";
+  lines += Json{{"title", "ask"}}.dump() + "\n";
+  lines += Json{{"problem", words}, {"sol", 3}}.dump() + "\n";
+  write_file(dir / "p.jsonl", lines);
+  const std::string flags =
+      " --max-tokens 6 --device cpu --save-minutes 0 --rollouts 8 --group 4 --steps 1 --prompts " +
+      (dir / "p.jsonl").string() + " --reward number ";
+  const std::string mapped = "--map answer=sol ";
+  refused(dir, "rlhf grpo", flags + mapped, "p.jsonl:18");
+  const Output o = good(stage("rlhf grpo", dir / "run", flags + mapped + "--bad-lines skip"));
+  CHECK_MESSAGE(contains(o.text, "left out 4 of 21 records: bad line\n"), o.text);
+  CHECK_MESSAGE(contains(o.text, "p.jsonl:17: answer: found \"none\", expected one number"),
+                o.text);
+  CHECK(contains(o.text, "left out 1 of 21 records: too long\n"));
+  CHECK(contains(o.text, "  no room for 6 tokens behind them in the context of 96\n"));
+  CHECK(contains(o.text, "keys    questions: problem; answers: sol\n"));
+  CHECK(contains(o.text, "prompts 16, "));
+  std::istringstream metrics(read_file(dir / "run" / "metrics.jsonl"));
+  std::string first;
+  std::getline(metrics, first);
+  CHECK(Json::parse(first) == Json{{"step", 0},
+                                   {"kind", "data"},
+                                   {"records", 21},
+                                   {"left_out", {{"bad line", 4}, {"too long", 1}}}});
 }
 
 TEST_CASE("critics and reward models have the policy's vocabulary and room for its answers") {

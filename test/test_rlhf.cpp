@@ -193,11 +193,11 @@ TEST_CASE("policy losses' gradients match finite differences through a softmax")
   REQUIRE(tokens.ratios.clipped < 8);
   s.check("clipped policy", [&](const Doubles& logp, const Doubles&) {
     const auto a = clipped_policy<double>(logp, old, A, w, .2, .28);
-    return Answer{a.loss, a.dlogp};
+    return LossAndSlopes{a.loss, a.dlogp};
   });
   s.check("with an entropy bonus", [&](const Doubles& logp, const Doubles& entropy) {
     const auto a = clipped_policy<double>(logp, old, A, w, .2, .28);
-    Answer answer{a.loss, a.dlogp};
+    LossAndSlopes answer{a.loss, a.dlogp};
     for (size_t t = 0; t < w.size(); t++) {
       answer.loss -= .1 * w[t] * entropy[t];
       answer.dentropy.push_back(-.1 * w[t]);
@@ -216,7 +216,7 @@ TEST_CASE("policy losses' gradients match finite differences through a softmax")
     };
     CHECK(run(l).ratios.clipped == (first > 0 ? 1 : 0));
     s.check("GSPO", [&](const Doubles& logp, const Doubles&) {
-      return Answer{run(logp).loss, run(logp).dlogp};
+      return LossAndSlopes{run(logp).loss, run(logp).dlogp};
     });
   }
 }
@@ -277,7 +277,7 @@ TEST_CASE("KL losses' gradients match finite differences through a softmax") {
   for (const KlEstimator k : {KlEstimator::k1, KlEstimator::k2, KlEstimator::k3}) {
     s.check("k" + std::to_string(int(k) + 1), [&](const Doubles& logp, const Doubles&) {
       const auto a = kl_loss<double>(k, logp, ref, w);
-      return Answer{a.loss, a.dlogp};
+      return LossAndSlopes{a.loss, a.dlogp};
     });
   }
 }
