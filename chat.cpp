@@ -38,17 +38,22 @@
 
 #include "cake/chat_template.h"
 #include "cake/checkpoint.h"
+#include "cake/conversations.h"
+#include "cake/documents.h"
 #include "cake/export.h"
 #include "cake/flags.h"
 #include "cake/generate.h"
 #include "cake/gpt.h"
 #include "cake/json.h"
 #include "cake/packed.h"
+#include "cake/problems.h"
+#include "cake/record_flags.h"
 #include "cake/records.h"
 #include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
 #include "cake/tools.h"
+#include "cake/unicode.h"
 #include "cake/verify.h"
 
 namespace cake {
@@ -152,6 +157,7 @@ struct GenerateOptions {
   Sampling sampling{.temperature = .8f};
   std::vector<std::string> stop;
   bool stats = false;
+  RecordOptions records;
 };
 
 struct Prompt {
@@ -160,17 +166,20 @@ struct Prompt {
 };
 
 void check(const GenerateOptions& o);
-std::vector<Prompt> read_prompts(const std::string& path);
-std::vector<int> encode_prompt(const Model& m, const Prompt& p, int context);
+std::vector<Prompt> read_prompts(const GenerateOptions& o, LeftOut& left_out);
+std::vector<std::vector<int>> encode_prompts(const Model& m, std::vector<Prompt>& prompts,
+                                             int context, const GenerateOptions& o,
+                                             LeftOut& left_out);
 int stream(Generator& generator, Request request, const Prompt& prompt, int context);
 int batch(Generator& generator, const Request& settings, const std::vector<Prompt>& prompts,
-          std::vector<std::vector<int>> ids, const GenerateOptions& o);
+          const std::vector<std::vector<int>>& ids, const GenerateOptions& o);
 void print_stats(const Generator& generator, const Config& config, const GptOptions& engine);
 
 int generate(const GenerateOptions& o) {
   check(o);
   std::vector<Prompt> prompts{{"--prompt", o.prompt}};
-  if (!o.prompts.empty()) prompts = read_prompts(o.prompts);
+  LeftOut left_out;
+  if (!o.prompts.empty()) prompts = read_prompts(o, left_out);
 
   const int64_t total = int64_t(prompts.size()) * o.samples;
   if (total > 1 << 30) fail("--samples: found ", total, " texts to write, expected fewer");
@@ -179,12 +188,9 @@ int generate(const GenerateOptions& o) {
   const Config& config = model.config;
   GptOptions engine = engine_options(model, o.model, 0, decode_plan(options));
   options.context = choose_context(config, o.model.context, engine);
-  std::vector<std::vector<int>> ids;
+  const auto ids = encode_prompts(model, prompts, options.context, o, left_out);
   int64_t longest = 0;
-  for (const Prompt& p : prompts) {
-    ids.push_back(encode_prompt(model, p, options.context));
-    longest = std::max(longest, int64_t(ids.back().size()) + o.max_tokens);
-  }
+  for (const auto& prompt : ids) longest = std::max(longest, int64_t(prompt.size()) + o.max_tokens);
   limit_cache(options, config, longest, o.cache_mb, engine);
   engine.decode = decode_plan(options);
   load_engine(model, o.model, engine);
@@ -201,7 +207,7 @@ int generate(const GenerateOptions& o) {
     request.prompt = ids[0];
     status = stream(generator, std::move(request), prompts[0], options.context);
   } else {
-    status = batch(generator, request, prompts, std::move(ids), o);
+    status = batch(generator, request, prompts, ids, o);
   }
   if (o.stats) print_stats(generator, config, engine);
   return status;
@@ -227,24 +233,12 @@ void check(const GenerateOptions& o) {
   for (const std::string& stop : o.stop) need(!stop.empty(), "--stop", "\"\"", "some text");
 }
 
-// One prompt a line: a text, or, in JSON lines, an object with "prompt".
-std::vector<Prompt> read_prompts(const std::string& path) {
-  const Input input(path);
+// One prompt a line of text, or the "prompt" of each record.
+std::vector<Prompt> read_prompts(const GenerateOptions& o, LeftOut& left_out) {
+  const Input input(o.prompts);
   std::vector<Prompt> prompts;
-  ByteSource source(input);
-  std::string head(1 << 16, '\0');
-  head.resize(source.read(head.data(), head.size()));
-  const bool is_jsonl = DocumentReader::is_jsonl(input, head);
-  LineReader reader(std::move(source), head);
-  if (is_jsonl) {
-    JsonLines lines(std::move(reader));
-    for (simdjson::dom::object object; lines.next(object);) {
-      prompts.push_back({lines.where(), std::string(lines.get_string(object, "prompt"))});
-    }
-  } else {
-    for (std::string_view line; reader.next(line);) {
-      prompts.push_back({reader.where(), std::string(line)});
-    }
+  for (TextLine& line : read_text_lines(input, "prompt", o.records, &left_out)) {
+    prompts.push_back({std::move(line.where), std::move(line.text)});
   }
   if (prompts.empty()) fail(input.name, ": found no prompt, expected one a line");
   return prompts;
@@ -258,6 +252,29 @@ std::vector<int> encode_prompt(const Model& m, const Prompt& p, int context) {
           m.dir.string(), " has no <|endoftext|> to begin a document with");
   require(int64_t(ids.size()) <= context - 1, p.where, ": found ", ids.size(),
           " tokens, expected at most ", context - 1, ", since the context is ", context);
+  return ids;
+}
+
+// The ids of the prompts. Of --prompts, those that fill the context are errors, or left out as
+// --bad-lines says.
+std::vector<std::vector<int>> encode_prompts(const Model& m, std::vector<Prompt>& prompts,
+                                             int context, const GenerateOptions& o,
+                                             LeftOut& left_out) {
+  const size_t records = prompts.size() + size_t(left_out.total());
+  std::vector<std::vector<int>> ids;
+  std::vector<Prompt> kept;
+  for (Prompt& p : prompts) {
+    try {
+      ids.push_back(encode_prompt(m, p, context));
+      kept.push_back(std::move(p));
+    } catch (const Error& e) {
+      if (o.prompts.empty() || !o.records.skip_bad_lines) throw;
+      left_out.add("too long", e.what());
+    }
+  }
+  prompts = std::move(kept);
+  require(!prompts.empty(), o.prompts, ": found no record to use: ", left_out.summary());
+  std::fputs(left_out.text(int64_t(records)).c_str(), stderr);
   return ids;
 }
 
@@ -317,7 +334,7 @@ int stream(Generator& generator, Request request, const Prompt& prompt, int cont
 // Many prompts: writes each text, in order, as soon as it is done, to the file or to standard
 // output.
 int batch(Generator& generator, const Request& settings, const std::vector<Prompt>& prompts,
-          std::vector<std::vector<int>> ids, const GenerateOptions& o) {
+          const std::vector<std::vector<int>>& ids, const GenerateOptions& o) {
   std::optional<AtomicFile> file;
   if (!o.output.empty()) file.emplace(o.output);
   const int total = int(prompts.size()) * o.samples;
@@ -657,6 +674,9 @@ class Talk {
     } else {
       if (!whole && rules_.end_of_turn >= 0) turn.answered.push_back(rules_.end_of_turn);
       turn.answered.insert(turn.answered.end(), rules_.closing.begin(), rules_.closing.end());
+      if (chat_ == Template::chatml) {
+        turn.answered = without_reasoning(model_.tokenizer, turn.answered);
+      }
       const bool is_added = chat_ == Template::chatml && whole;  // on_turn added it
       if (!is_added) turn.messages.push_back({.role = "assistant", .content = c.text});
     }
@@ -894,6 +914,7 @@ int talk(const TalkOptions& o) {
   const Template chat = o.base ? Template::document : find_template(model, o.chat_template);
   require(!o.base || (!o.calculator && o.documents.empty() && o.system.empty()),
           "--base: found --system, --calculator or --documents, expected them with an assistant");
+  if (!o.base && o.system.empty()) note_default_system_message(model.dir);
   const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
   LineInput input;
   // Ctrl+C stops an answer, or clears the line that is being typed. It does not end the program.
@@ -940,16 +961,28 @@ struct EvalOptions {
   ModelOptions model;
   std::vector<std::string> tasks, shots_from;  // NAME=FILE, or FILE with items
   std::vector<std::string> beside;             // NAME=FILE of earlier results
+  RecordOptions records;
   std::string documents, json, output, chat_template = "auto";
   bool base = false, no_start = false;
   int shots = 0, limit = 0, max_tokens = 0, rows = 64, cache_mb = 2048;
+};
+
+struct MultipleChoice {
+  std::string where;    // file:line
+  std::string subject;  // of MMLU; otherwise empty
+  std::string context;
+  std::vector<std::string> endings;  // each follows the context and a space
+  size_t right = 0;
 };
 
 struct Task {
   std::string name;   // of NAME=FILE; empty for a file of items
   std::string path;   // the file
   std::string shots;  // the file of solved examples; empty: none
+  std::vector<MultipleChoice> choices;
+  LeftOut left_out;  // of the records of `path`
   bool is_in_words() const { return name.empty() || name == "gsm8k"; }
+  bool is_of_choices() const { return !is_in_words() && name != "bits_per_byte"; }
 };
 
 // What is answered in words: greedily once, or in several samples, each a Question of its own. The
@@ -958,7 +991,8 @@ struct Question {
   std::string task, where;
   std::vector<int> prompt;
   Check check;
-  int max_tokens = 256;  // of the answer
+  std::shared_ptr<const Problem> problem;  // of gsm8k, in place of the check
+  int max_tokens = 256;                    // of the answer
   std::vector<std::string> stop;
   bool tools = false;  // calls of tools are run
   Rubric rubric;       // empty: the check decides
@@ -981,15 +1015,17 @@ struct Result {
   double value = 0;
   int64_t n = 0;  // items
   Interval ci95{};
+  OrderedJson left_out;  // records of the task's file by reason; null: none
 };
 
 std::vector<Task> parse_tasks(const EvalOptions& o);
 void check(const EvalOptions& o);
-void read_items(const Model& m, Template chat, const Task& task, const EvalOptions& o,
+void read_items(const Model& m, Template chat, Task& task, const EvalOptions& o,
                 std::vector<Question>& out);
 void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q);
-void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptions& o,
+void read_gsm8k(const Model& m, Template chat, Task& task, const EvalOptions& o,
                 std::vector<Question>& out);
+void read_choices(Task& task, const EvalOptions& o);
 GeneratorOptions generator_for(const Model& m, const std::vector<Question>& questions, int context,
                                const EvalOptions& o, const GptOptions& engine);
 std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
@@ -998,18 +1034,18 @@ std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& ques
 std::vector<Result> mark(const std::vector<Question>& questions, const std::vector<Answer>& answers,
                          const EvalOptions& o);
 std::vector<Result> multiple_choice(const Model& m, const Task& task, int window,
-                                    const EvalOptions& o);
+                                    const EvalOptions& o, std::string& lines);
 std::vector<Result> bits_per_byte(const Model& m, const Task& task, int window,
                                   const EvalOptions& o);
 using Columns = std::vector<std::pair<std::string, std::map<std::string, double>>>;
 Columns read_beside(const EvalOptions& o);
 void report(const std::vector<Result>& results, const Columns& beside, const EvalOptions& o);
-void write_answers(const std::string& path, const Tokenizer& tokenizer,
-                   const std::vector<Question>& questions, const std::vector<Answer>& answers);
+std::string answer_lines(const Tokenizer& tokenizer, const std::vector<Question>& questions,
+                         const std::vector<Answer>& answers);
 
 int evaluate(const EvalOptions& o) {
   check(o);
-  const std::vector<Task> tasks = parse_tasks(o);
+  std::vector<Task> tasks = parse_tasks(o);
   const Columns beside = read_beside(o);
   Model model = open_model(o.model);
   // Only answers in words need a template.
@@ -1018,14 +1054,17 @@ int evaluate(const EvalOptions& o) {
   const Template chat =
       o.base || !in_words ? Template::document : find_template(model, o.chat_template);
   const TemplateRules rules = template_rules(model, chat);
+  if (chat != Template::document) note_default_system_message(model.dir);
   const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
 
   std::vector<Question> questions;
-  for (const Task& task : tasks) {
+  for (Task& task : tasks) {
     if (task.name.empty()) {
       read_items(model, chat, task, o, questions);
     } else if (task.name == "gsm8k") {
       read_gsm8k(model, chat, task, o, questions);
+    } else if (task.is_of_choices()) {
+      read_choices(task, o);
     }
   }
   require(!in_words || !questions.empty(), "--tasks: found no item for ",
@@ -1044,11 +1083,12 @@ int evaluate(const EvalOptions& o) {
   load_engine(model, o.model, engine);
 
   std::vector<Result> results;
+  std::string lines;  // of --output
   for (const Task& task : tasks) {
     if (task.is_in_words()) continue;
-    const std::vector<Result> more = task.name == "bits_per_byte"
-                                         ? bits_per_byte(model, task, window, o)
-                                         : multiple_choice(model, task, window, o);
+    const std::vector<Result> more = task.is_of_choices()
+                                         ? multiple_choice(model, task, window, o, lines)
+                                         : bits_per_byte(model, task, window, o);
     results.insert(results.end(), more.begin(), more.end());
     if (stop_signal != 0) return 128 + stop_signal;
   }
@@ -1061,8 +1101,16 @@ int evaluate(const EvalOptions& o) {
     if (stop_signal != 0) return 128 + stop_signal;
     const std::vector<Result> marked = mark(questions, answers, o);
     results.insert(results.begin(), marked.begin(), marked.end());
-    if (!o.output.empty()) write_answers(o.output, model.tokenizer, questions, answers);
+    lines.insert(0, answer_lines(model.tokenizer, questions, answers));
   }
+  for (Result& r : results) {
+    const auto is_its_task = [&](const Task& t) {
+      return !t.name.empty() && (r.task == t.name || r.task == t.name + "_acc");
+    };
+    const auto task = std::find_if(tasks.begin(), tasks.end(), is_its_task);
+    if (task != tasks.end() && task->left_out.total() > 0) r.left_out = task->left_out.json();
+  }
+  if (!o.output.empty()) write_file(o.output, lines);
   report(results, beside, o);
   return 0;
 }
@@ -1107,16 +1155,41 @@ std::vector<Task> parse_tasks(const EvalOptions& o) {
   return tasks;
 }
 
-// Calls read(json, where) for each line of the file, `limit` at most (0: all).
+// Calls read(record) for the records of a file, until it has taken `limit` of them (0: all).
 template <class Read>
-void for_each_json(const std::string& path, int limit, Read&& read) {
-  JsonLines lines{Input(path)};
-  int n = 0;
-  simdjson::dom::object object;
-  for (; (limit == 0 || n < limit) && lines.next(object); n++) {
-    read(parse_json(simdjson::minify(object), lines.where()), lines.where());
+void for_each_item(const std::string& path, int limit, const EvalOptions& o, LeftOut& left_out,
+                   Read&& read) {
+  int taken = 0;
+  const auto visit = [&](const Record& record) -> const char* {
+    // --map is of all tasks: a field may be that of another one.
+    for (const auto& [field, key] : o.records.names) record.has(field);
+    if (limit > 0 && taken == limit) return nullptr;
+    read(record);
+    taken++;
+    return nullptr;
+  };
+  const int64_t records = for_each_record({path}, o.records, left_out, visit);
+  std::fputs(left_out.text(records).c_str(), stderr);
+}
+
+// A record with the fields of --map under their own names.
+Json json_of(const Record& record) {
+  Json json = parse_json(simdjson::minify(record.object), record.where);
+  if (!record.names) return json;
+  for (const auto& [field, key] : *record.names) {
+    json.erase(field);
+    simdjson::dom::element value;
+    if (record.find(field, value)) json[field] = parse_json(simdjson::minify(value), record.where);
   }
-  if (n == 0) fail(path, ": found no item, expected one a line");
+  return json;
+}
+
+// Fails where a record lacks a field that every record of a task has. `expected`: its shape.
+void expect_fields(const Record& record, std::initializer_list<const char*> fields,
+                   const char* expected) {
+  for (const char* field : fields) {
+    if (!record.has(field)) fail_unknown_shape(record, expected);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1125,33 +1198,35 @@ void for_each_json(const std::string& path, int limit, Read&& read) {
 // {"task", how it is marked; for an assistant "messages" and "tools"; for a base model "prompt" and
 // "stop"}. A base model continues behind its answer, so its answer ends at a stop string; the
 // default is an empty line.
-void read_items(const Model& m, Template chat, const Task& task, const EvalOptions& o,
+void read_items(const Model& m, Template chat, Task& task, const EvalOptions& o,
                 std::vector<Question>& out) {
-  JsonLines lines{Input(task.path)};
-  int n = 0;
   std::map<std::string, int> counts;
-  for (simdjson::dom::object object; lines.next(object); n++) {
-    const std::string where = lines.where();
-    const Json json = parse_json(simdjson::minify(object), where);
+  for_each_item(task.path, 0, o, task.left_out, [&](const Record& record) {
+    const std::string& where = record.where;
+    const Json json = json_of(record);
+    if (!json.contains("task") || !(json.contains("check") || json.contains("rubric"))) {
+      fail_unknown_shape(record,
+                         "an item with \"task\" and \"check\" or \"rubric\"; a file of a "
+                         "benchmark is --tasks NAME=FILE");
+    }
     Question q{.task = json_get<std::string>(json, "task", where), .where = where};
-    if (o.limit > 0 && counts[q.task]++ >= o.limit) continue;
+    if (o.limit > 0 && counts[q.task]++ >= o.limit) return;
     read_marking(json, where, o, q);
     if (chat == Template::document) {
       q.stop = json_get_or<Strings>(json, "stop", {"\n\n"}, where);
-      if (!json.contains("prompt") || json["prompt"].is_null()) continue;
+      if (!json.contains("prompt") || json["prompt"].is_null()) return;
       const Message message{.role = "user",
                             .content = json_get<std::string>(json, "prompt", where)};
       q.prompt = render(m, chat, {.messages = {message}}, !o.no_start, false);
     } else {
-      if (!json.contains("messages")) continue;
-      const Conversation conversation = parse_conversation(object, where);
+      if (!record.has("messages")) return;
+      const Conversation conversation = parse_conversation(record);
       check_conversation(conversation, where, true);
       q.tools = !conversation.tools.empty();
       q.prompt = render(m, chat, conversation, true, true);
     }
     for (q.sample = 0; q.sample < q.samples; q.sample++) out.push_back(q);
-  }
-  if (n == 0) fail(task.path, ": found no item, expected one a line");
+  });
 }
 
 // How an item is asked and marked: "check" or "rubric"; "tokens" of the answer; "samples" at a
@@ -1176,32 +1251,72 @@ void read_marking(const Json& json, const std::string& where, const EvalOptions&
     q.shares.emplace_back(name, json_as<std::string>(text, name, where + ": shares"));
 }
 
-// {"question", "answer"}, where the answer ends in "#### 42". A base model reads the solved
-// examples before the question.
-void read_gsm8k(const Model& m, Template chat, const Task& task, const EvalOptions& o,
-                std::vector<Question>& out) {
+// The solved examples of --shots, in the file's order, that stand before a question: those of its
+// subject, without the question itself, which the file may hold too. `examples`: (subject, text).
+std::string shots_for(const std::vector<std::pair<std::string, std::string>>& examples,
+                      const std::string& subject, const std::string& question, const Task& task,
+                      int shots) {
   std::string before;
-  if (!task.shots.empty())
-    for_each_json(task.shots, o.shots, [&](const Json& json, const std::string& where) {
-      before += "Question: " + json_get<std::string>(json, "question", where) +
-                "\nAnswer: " + json_get<std::string>(json, "answer", where) + "\n\n";
-    });
-  for_each_json(task.path, o.limit, [&](const Json& json, const std::string& where) {
-    const auto question = json_get<std::string>(json, "question", where);
-    const std::string value = final_number(json_get<std::string>(json, "answer", where));
-    if (value.empty()) fail(where, ": answer: found no number, expected one behind ####");
-    const bool document = chat == Template::document;
-    const Message message{
-        .role = "user",
-        .content = document ? before + "Question: " + question + "\nAnswer:" : question};
-    Question q{.task = task.name,
-               .where = where,
-               .prompt = render(m, chat, {.messages = {message}}, !o.no_start, !document),
-               .check = {{"type", "number"}, {"value", value}},
-               .max_tokens = o.max_tokens > 0 ? o.max_tokens : 256};
-    if (document) q.stop = {"Question:"};
-    out.push_back(std::move(q));
+  int found = 0;
+  for (const auto& [of, text] : examples) {
+    if (found == shots) break;
+    if (of != subject || text == question) continue;
+    before += text + "\n\n";
+    found++;
+  }
+  require(found == shots, task.shots, ": found ", found, " examples",
+          subject.empty() ? "" : concat(" of the subject ", json_text(subject)), ", expected ",
+          shots, ", those of --shots");
+  return before;
+}
+
+// Whether the questions of a task are those of its solved examples.
+bool is_its_own_shots(const Task& task) {
+  std::error_code ignored;
+  return std::filesystem::equivalent(task.path, task.shots, ignored);
+}
+
+// Problems whose answer is a number, as in GSM8K: {"question", "answer"}, where the answer ends in
+// "#### 42". A base model reads the solved examples before the question. The texts and the strings
+// that end an answer are lm-evaluation-harness's.
+void read_gsm8k(const Model& m, Template chat, Task& task, const EvalOptions& o,
+                std::vector<Question>& out) {
+  const bool document = chat == Template::document;
+  const auto solved = [](const Problem& p) {
+    return "Question: " + p.question + "\nAnswer: " + p.answers.front();
+  };
+  const auto read = [](const Record& record) {
+    Problem problem = parse_problem(record);
+    expected_numbers(problem);
+    return problem;
+  };
+  std::vector<std::pair<std::string, std::string>> examples;
+  LeftOut ignored;
+  if (!task.shots.empty()) {
+    for_each_item(task.shots, 0, o, ignored,
+                  [&](const Record& record) { examples.emplace_back("", solved(read(record))); });
+  }
+  std::vector<std::shared_ptr<const Problem>> problems;
+  for_each_item(task.path, o.limit, o, task.left_out, [&](const Record& record) {
+    problems.push_back(std::make_shared<const Problem>(read(record)));
   });
+  const bool own = is_its_own_shots(task);
+  for (const auto& problem : problems) {
+    Conversation conversation = problem->chat;
+    if (document) {
+      const std::string before = shots_for(examples, "", own ? solved(*problem) : "", task,
+                                           task.shots.empty() ? 0 : o.shots);
+      conversation = {
+          .messages = {{"user", before + "Question: " + problem->question + "\nAnswer:", {}}}};
+    }
+    Question q{.task = task.name,
+               .where = problem->where,
+               .prompt = render(m, chat, conversation, document ? !o.no_start : true, !document),
+               .problem = problem,
+               .max_tokens = o.max_tokens > 0 ? o.max_tokens : 256};
+    if (document) q.stop = {"Question:", "</s>", "<|im_end|>"};
+    out.push_back(std::move(q));
+  }
 }
 
 constexpr int kToolTokens = 256;  // ids that tools may insert into an answer
@@ -1264,8 +1379,9 @@ std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& ques
     answers[i].finish = c.finish;
     const Question& q = questions[i];
     const bool ended = c.finish == Finish::stop_token || c.finish == Finish::stop_string;
-    answers[i].score = q.rubric.empty() ? passes(q.check, answers[i].text, answers[i].tools)
-                                        : true_reward(q.rubric, answers[i].text, ended);
+    answers[i].score = q.problem          ? right_number(*q.problem, answers[i].text)
+                       : q.rubric.empty() ? passes(q.check, answers[i].text, answers[i].tools)
+                                          : true_reward(q.rubric, answers[i].text, ended);
   }
   return answers;
 }
@@ -1377,13 +1493,15 @@ void report(const std::vector<Result>& results, const Columns& beside, const Eva
               (long long)r.n));
     json[r.task] = {
         {"metric", r.metric}, {"value", r.value}, {"n", r.n}, {"ci95", {r.ci95.low, r.ci95.high}}};
+    if (!r.left_out.is_null()) json[r.task]["left_out"] = r.left_out;
   }
   if (!o.json.empty()) write_json(o.json, json);
 }
 
-void write_answers(const std::string& path, const Tokenizer& tokenizer,
-                   const std::vector<Question>& questions, const std::vector<Answer>& answers) {
-  AtomicFile file(path);
+// Of --output, a line of JSON for each answer.
+std::string answer_lines(const Tokenizer& tokenizer, const std::vector<Question>& questions,
+                         const std::vector<Answer>& answers) {
+  std::string lines;
   for (size_t i = 0; i < questions.size(); i++) {
     OrderedJson json{{"task", questions[i].task},
                      {"item", questions[i].where},
@@ -1396,9 +1514,9 @@ void write_answers(const std::string& path, const Tokenizer& tokenizer,
     } else {
       json["reward"] = answers[i].score;
     }
-    file.write(json_line(json));
+    lines += json_line(json);
   }
-  file.commit();
+  return lines;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1438,12 +1556,6 @@ void score(Gpt& gpt, std::vector<ScoredText>& all, const std::string& task) {
 // has the highest log-probability behind the context (acc), or the highest log-probability divided
 // by its number of characters (acc_norm).
 
-struct MultipleChoice {
-  std::string context;
-  std::vector<std::string> endings;  // each follows the context and a space
-  size_t right = 0;
-};
-
 // Encodes context and ending as one text. If the context alone has n ids, the ending's ids are
 // those from the n-th on. Spaces at the end of the context belong to the ending.
 ScoredText encode_choice(const Model& m, std::string context, const std::string& ending, bool start,
@@ -1472,9 +1584,10 @@ size_t characters(std::string_view text) {  // code points
   return size_t(std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
 }
 
+// `lines`: of --output, one more for each item.
 std::vector<Result> choose(const Model& m, const std::string& task,
                            const std::vector<MultipleChoice>& all, bool norm, bool start,
-                           int window) {
+                           int window, std::string& lines) {
   std::vector<ScoredText> scored;
   for (const MultipleChoice& c : all) {
     for (const std::string& e : c.endings) {
@@ -1490,10 +1603,18 @@ std::vector<Result> choose(const Model& m, const std::string& task,
       logp.push_back(scored[offset + i].logp);
       normed.push_back(logp[i] / double(characters(c.endings[i])));
     }
-    right += std::max_element(logp.begin(), logp.end()) == logp.begin() + int64_t(c.right);
-    right_norm +=
-        std::max_element(normed.begin(), normed.end()) == normed.begin() + int64_t(c.right);
+    const auto best = [](const std::vector<double>& of) {
+      return size_t(std::max_element(of.begin(), of.end()) - of.begin());
+    };
+    right += best(logp) == c.right;
+    right_norm += best(normed) == c.right;
     offset += c.endings.size();
+    OrderedJson json{{"task", task},         {"item", c.where},
+                     {"prompt", c.context},  {"choices", c.endings},
+                     {"logp", logp},         {"expected", c.right},
+                     {"chosen", best(logp)}, {"right", best(logp) == c.right}};
+    if (norm) json["chosen_norm"] = best(normed), json["right_norm"] = best(normed) == c.right;
+    lines += json_line(json);
   }
   std::vector<Result> results;
   const int64_t n = int64_t(all.size());
@@ -1502,7 +1623,8 @@ std::vector<Result> choose(const Model& m, const std::string& task,
   return results;
 }
 
-// ---- the files of HellaSwag, ARC and MMLU: one JSON object a line
+// ---- the files of HellaSwag, ARC and MMLU. The texts are those of lm-evaluation-harness 0.4.13,
+// byte for byte.
 
 void replace_all(std::string& text, std::string_view old_part, std::string_view new_part) {
   for (size_t i = 0; (i = text.find(old_part, i)) != std::string::npos; i += new_part.size()) {
@@ -1526,12 +1648,15 @@ std::string clean_hellaswag(std::string_view raw) {
   return out;
 }
 
-MultipleChoice read_hellaswag(const Json& json, const std::string& where) {
-  std::string b = lower_ascii(json_get<std::string>(json, "ctx_b", where));
-  if (!b.empty() && b[0] >= 'a' && b[0] <= 'z') b[0] = char(b[0] - ('a' - 'A'));
-  MultipleChoice c;
+MultipleChoice read_hellaswag(const Record& record) {
+  expect_fields(record, {"activity_label", "ctx_a", "ctx_b", "endings", "label"},
+                "HellaSwag's \"activity_label\", \"ctx_a\", \"ctx_b\", \"endings\" and \"label\"");
+  const std::string& where = record.where;
+  const Json json = json_of(record);
+  MultipleChoice c{.where = where};
   c.context = clean_hellaswag(json_get<std::string>(json, "activity_label", where) + ": " +
-                              json_get<std::string>(json, "ctx_a", where) + " " + b);
+                              json_get<std::string>(json, "ctx_a", where) + " " +
+                              capitalize(json_get<std::string>(json, "ctx_b", where)));
   for (const std::string& e : json_get<Strings>(json, "endings", where)) {
     c.endings.push_back(clean_hellaswag(e));
   }
@@ -1546,11 +1671,15 @@ MultipleChoice read_hellaswag(const Json& json, const std::string& where) {
 
 // {"question", "choices": {"text": [...], "label": [...]}, "answerKey"}, or the first release's
 // {"question": {"stem", "choices": [{"text", "label"}...]}, "answerKey"}.
-MultipleChoice read_arc(const Json& json, const std::string& where) {
+MultipleChoice read_arc(const Record& record) {
+  expect_fields(record, {"question", "answerKey"},
+                "ARC's \"question\", \"choices\" and \"answerKey\"");
+  const std::string& where = record.where;
+  const Json json = json_of(record);
   const Json question = json_get<Json>(json, "question", where);
   const Json& source = question.is_object() ? question : json;
   const Json choices = json_get<Json>(source, "choices", where);
-  MultipleChoice c;
+  MultipleChoice c{.where = where};
   Strings labels;
   if (choices.is_array()) {
     for (const Json& item : choices) {
@@ -1571,11 +1700,24 @@ MultipleChoice read_arc(const Json& json, const std::string& where) {
   return c;
 }
 
-// {"question", "subject", "choices": [...], "answer": 2 or "C"}. The endings are the letters.
-MultipleChoice read_mmlu(const Json& json, const std::string& where) {
-  const auto choices = json_get<Strings>(json, "choices", where);
+// {"question", "subject", "choices": [...], "answer": 2 or "C"}, or the choices under A, B, C and
+// D. The endings are the letters.
+MultipleChoice read_mmlu(const Record& record) {
+  expect_fields(record, {"question", "subject", "answer"},
+                "MMLU's \"question\", \"subject\", \"choices\" and \"answer\"");
+  const std::string& where = record.where;
+  const Json json = json_of(record);
+  Strings choices;
+  if (json.contains("choices") || !json.contains("A")) {
+    choices = json_get<Strings>(json, "choices", where);
+  } else {
+    for (std::string key = "A"; json.contains(key); key[0]++) {
+      choices.push_back(json_get<std::string>(json, key, where));
+    }
+  }
   need(choices.size() <= 26, where + ": choices", choices.size(), "at most 26");
-  MultipleChoice c{.context = std::string(strip(json_get<std::string>(json, "question", where)))};
+  MultipleChoice c{.where = where, .subject = json_get<std::string>(json, "subject", where)};
+  c.context = std::string(strip(json_get<std::string>(json, "question", where)));
   for (const std::string& choice : choices) {
     const char letter = char('A' + c.endings.size());
     c.context += concat("\n", letter, ". ", choice);
@@ -1592,29 +1734,40 @@ MultipleChoice read_mmlu(const Json& json, const std::string& where) {
   return c;
 }
 
-std::vector<Result> multiple_choice(const Model& m, const Task& task, int window,
-                                    const EvalOptions& o) {
+// The solved examples of MMLU are those of the question's subject.
+void read_choices(Task& task, const EvalOptions& o) {
   const bool is_mmlu = task.name == "mmlu";
   const auto read = task.name == "hellaswag" ? read_hellaswag : is_mmlu ? read_mmlu : read_arc;
-  std::string before;
-  if (!task.shots.empty())
-    for_each_json(task.shots, o.shots, [&](const Json& json, const std::string& where) {
-      const MultipleChoice c = read(json, where);
-      before += c.context + " " + c.endings[c.right] + "\n\n";
+  const auto solved = [](const MultipleChoice& c) { return c.context + " " + c.endings[c.right]; };
+  std::vector<std::pair<std::string, std::string>> examples;
+  LeftOut ignored;
+  if (!task.shots.empty()) {
+    for_each_item(task.shots, 0, o, ignored, [&](const Record& record) {
+      const MultipleChoice c = read(record);
+      examples.emplace_back(c.subject, solved(c));
     });
-  std::vector<MultipleChoice> all;
-  for_each_json(task.path, o.limit, [&](const Json& json, const std::string& where) {
-    MultipleChoice c = read(json, where);
-    c.context = before + c.context;
+  }
+  for_each_item(task.path, o.limit, o, task.left_out,
+                [&](const Record& record) { task.choices.push_back(read(record)); });
+  const bool own = is_its_own_shots(task);
+  for (MultipleChoice& c : task.choices) {
+    std::string before;
     if (is_mmlu) {
-      std::string subject = json_get<std::string>(json, "subject", where);
+      std::string subject = c.subject;
       replace_all(subject, "_", " ");
-      c.context = "The following are multiple choice questions (with answers) about " + subject +
-                  ".\n\n" + c.context;
+      before =
+          "The following are multiple choice questions (with answers) about " + subject + ".\n\n";
     }
-    all.push_back(std::move(c));
-  });
-  return choose(m, task.name, all, !is_mmlu, !o.no_start, window);
+    if (!task.shots.empty()) {
+      before += shots_for(examples, c.subject, own ? solved(c) : "", task, o.shots);
+    }
+    c.context = before + c.context;
+  }
+}
+
+std::vector<Result> multiple_choice(const Model& m, const Task& task, int window,
+                                    const EvalOptions& o, std::string& lines) {
+  return choose(m, task.name, task.choices, task.name != "mmlu", !o.no_start, window, lines);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1626,7 +1779,10 @@ std::vector<Result> bits_per_byte(const Model& m, const Task& task, int window,
                                   const EvalOptions& o) {
   std::vector<ScoredText> windows;
   std::vector<double> bytes;  // of each window
-  DocumentReader reader({Input(task.path)});
+  RecordOptions options{.skip_bad_lines = o.records.skip_bad_lines};
+  const auto key = o.records.names.find("text");  // other fields are those of other tasks
+  if (key != o.records.names.end()) options.names.insert(*key);
+  DocumentReader reader({Input(task.path)}, options);
   std::string text;
   int documents = 0;
   for (DocumentPart part; (o.limit == 0 || documents < o.limit) && reader.next(part);) {
@@ -1649,6 +1805,9 @@ std::vector<Result> bits_per_byte(const Model& m, const Task& task, int window,
     }
   }
   if (windows.empty()) fail(task.path, ": found no text of two tokens or more");
+  const LeftOut& left_out = reader.left_out();
+  std::fputs((left_out.text(documents + left_out.total()) + reader.divider_note(false)).c_str(),
+             stderr);
   score(*m.gpt, windows, task.name);
   // A ratio of two sums over windows; the variance of a ratio estimator (Cochran 1977, 2.9).
   double bits = 0, all_bytes = 0, squares = 0;
@@ -1800,8 +1959,8 @@ OrderedJson model_info(const std::filesystem::path& dir, const InfoOptions& o) {
   json["stored"] = stored;
   if (has_adapters(dir)) {
     const Adapters adapters(dir, c);
-    json["adapters"] = {{"rank", adapters.config.lora.rank},
-                        {"alpha", adapters.config.lora.alpha},
+    json["adapters"] = {{"rank", adapters.lora.rank},
+                        {"alpha", adapters.lora.alpha},
                         {"base", adapters.base().dir.string()},
                         {"base_hash", adapters.base().hash}};
   }
@@ -1967,10 +2126,12 @@ void add_talk_flags(CLI::App& app, TalkOptions& t) {
   add_model_flags(app, t.model);
   app.get_option("model")->required(false);
   app.add_flag("--base", t.base, "the model is a base model: it continues the text that you type");
-  app.add_option("--system", t.system, "the system message; empty: none");
+  CLI::Option* system =
+      app.add_option("--system", t.system, "the system message, \\n: line break; empty: none");
+  add_raw_flag(app, {system});
   app.add_flag("--calculator", t.calculator, "the assistant may use a calculator");
   app.add_option("--documents", t.documents,
-                 "file of documents in which the assistant may search: .jsonl with \"text\", or "
+                 "file of documents in which the assistant may search: records with \"text\", or "
                  "plain text; empty: no search");
   app.add_option("--template", t.chat_template,
                  "chat template: chatml, llama3, plain, or auto: chosen by the model's files");
@@ -1981,21 +2142,24 @@ void add_talk_flags(CLI::App& app, TalkOptions& t) {
 
 void add_generate_flags(CLI::App& app, GenerateOptions& g) {
   add_model_flags(app, g.model);
-  CLI::Option* prompt =
-      app.add_option("--prompt", g.prompt, "text to continue; empty: begin a new document");
+  CLI::Option* prompt = app.add_option(
+      "--prompt", g.prompt, "text to continue, \\n: line break; empty: begin a new document");
   app.add_option(
          "--prompts", g.prompts,
-         "file of prompts, one a line, or .jsonl objects with \"prompt\"; -: standard input, "
-         "JSON lines if it begins with {")
+         "file of prompts, -: standard input: a text on each line, or the \"prompt\" of records "
+         "(JSON lines, a JSON array or parquet), as the content tells")
       ->excludes(prompt);
   app.add_option("-o,--output", g.output,
                  "file for the results, JSONL: prompt, completion, tokens, logp, finish; empty: "
                  "print them");
   app.add_option("--max-tokens", g.max_tokens, "longest text, in new tokens");
   app.add_option("--samples", g.samples, "texts for each prompt");
-  app.add_option("--stop", g.stop,
-                 "end before this text, in which \\n is a line break; may be given several times")
-      ->allow_extra_args(false);
+  CLI::Option* stop =
+      app.add_option("--stop", g.stop,
+                     "end before this text, \\n: line break; may be given several times")
+          ->allow_extra_args(false);
+  add_raw_flag(app, {prompt, stop});
+  add_record_flags(app, g.records);
   add_sampling_flags(app, g.sampling);
   add_batch_flags(app, g.rows, g.cache_mb);
   app.add_flag("--stats", g.stats,
@@ -2006,14 +2170,16 @@ void add_eval_flags(CLI::App& app, EvalOptions& e) {
   add_model_flags(app, e.model);
   app.add_option("--tasks", e.tasks,
                  "files of items, and NAME=FILE where NAME is hellaswag, arc, arc_easy, "
-                 "arc_challenge, mmlu, gsm8k (.jsonl) or bits_per_byte (text or .jsonl)")
+                 "arc_challenge, mmlu or gsm8k (JSON lines, a JSON array or parquet), or "
+                 "bits_per_byte (documents)")
       ->required()
       ->delimiter(',');
   app.add_flag("--base", e.base,
                "the model is a base model: ask the items' \"prompt\", not their \"messages\"");
   app.add_option("--shots", e.shots, "solved examples before each question of NAME=FILE tasks");
   app.add_option("--shots-from", e.shots_from,
-                 "NAME=FILE, the solved examples of a task: the first ones of the file")
+                 "NAME=FILE, the solved examples of a task: the first ones of the file, for mmlu "
+                 "the first ones of the question's subject")
       ->delimiter(',');
   app.add_option("--documents", e.documents,
                  "file of documents for the search tool; empty: no search");
@@ -2024,6 +2190,7 @@ void add_eval_flags(CLI::App& app, EvalOptions& e) {
                  "longest answer, in tokens; 0: as the items say, 256 for gsm8k");
   app.add_flag("--no-start", e.no_start,
                "no <|endoftext|> before documents, as in lm-evaluation-harness with GPT-2");
+  add_record_flags(app, e.records);
   app.add_option("--beside", e.beside, "NAME=FILE: earlier results of --json, one column each");
   app.add_option("--json", e.json, "file for the results, JSON; empty: none");
   app.add_option("-o,--output", e.output, "file for every answer, JSONL; empty: none");
@@ -2089,9 +2256,12 @@ int chat(int argc, char** argv) {
       {info_command, {"model", "--context", "--json"}}};
   constexpr RenamedFlag kRenamed[] = {{"--tokens", "--max-tokens"}};
   if (!parse_flags(app, argc, argv, pages, kRenamed)) return 0;
-  for (std::string& stop : g.stop) stop = with_line_breaks(stop);
-  if (generate_command->parsed()) return generate(g);
-  if (eval_command->parsed()) return evaluate(e);
+  try {
+    if (generate_command->parsed()) return generate(g);
+    if (eval_command->parsed()) return evaluate(e);
+  } catch (const Interrupted&) {
+    return 128 + stop_signal;
+  }
   if (info_command->parsed()) return info(i);
   if (export_command->parsed()) {
     need(shard_mb >= 1, "--shard-mb", shard_mb, "at least 1");

@@ -179,25 +179,29 @@ inline bool is_symbol(uint32_t c) {  // S
 }
 
 // -------------------------------------------------------------------------------------------------
-// Lower case
+// Lower and title case
 
 namespace unicode {
 
-struct LowerCase {
+// Code points of one case to another, unpacked from runs of cake/unicode_tables.h.
+struct CaseMap {
   std::vector<uint8_t> index;        // of a code point, into `distances`; behind its end: 0
-  std::vector<int> distances = {0};  // to the lower case
+  std::vector<int> distances = {0};  // to the other case
 
-  LowerCase() {
+  CaseMap(const int* runs, const int* end) {
     int begin = 0;
-    for (size_t i = 0; i < std::size(kLowerRuns); i += 4) {
-      const int count = kLowerRuns[i + 1], stride = kLowerRuns[i + 2], distance = kLowerRuns[i + 3];
-      begin += kLowerRuns[i];
+    for (; runs != end; runs += 4) {
+      const int count = runs[1], stride = runs[2], distance = runs[3];
+      begin += runs[0];
       size_t k = 0;
       while (k < distances.size() && distances[k] != distance) k++;
       if (k == distances.size()) distances.push_back(distance);
       index.resize(size_t(begin + (count - 1) * stride) + 1);
       for (int n = 0; n < count; n++) index[size_t(begin + n * stride)] = uint8_t(k);
     }
+  }
+  uint32_t operator()(uint32_t c) const {
+    return c < index.size() ? uint32_t(int(c) + distances[index[c]]) : c;
   }
 };
 
@@ -207,8 +211,88 @@ struct LowerCase {
 // above) is i and U+0307 in full, and i here.
 inline uint32_t lower_case(uint32_t c) {
   if (c < 0x80) return c - 'A' < 26u ? c + 32 : c;
-  static const unicode::LowerCase table;
-  return c < table.index.size() ? uint32_t(int(c) + table.distances[table.index[c]]) : c;
+  static const unicode::CaseMap table(std::begin(unicode::kLowerRuns),
+                                      std::end(unicode::kLowerRuns));
+  return table(c);
+}
+
+// Titlecase_Mapping: capital, and of letters that are two in one, the first capital alone.
+inline void append_title_case(std::string& out, uint32_t c) {
+  static const unicode::CaseMap table(std::begin(unicode::kTitleRuns),
+                                      std::end(unicode::kTitleRuns));
+  for (size_t i = 0; i < std::size(unicode::kLongTitles); i += 4) {
+    const int* title = unicode::kLongTitles + i;
+    if (uint32_t(title[0]) != c) continue;
+    for (int part = 1; part < 4 && title[part] != 0; part++)
+      append_utf8(out, uint32_t(title[part]));
+    return;
+  }
+  append_utf8(out, table(c));
+}
+
+namespace unicode {
+
+// Case_Ignorable: what stands in words without being a letter of them. The punctuation is that of
+// Word_Break (MidLetter, MidNumLet, Single_Quote).
+inline bool is_case_ignorable(uint32_t c) {
+  for (const uint32_t mark : {0x27, 0x2E, 0x3A, 0xB7, 0x387, 0x55F, 0x5F4, 0x2018, 0x2019, 0x2024,
+                              0x2027, 0xFE13, 0xFE52, 0xFE55, 0xFF07, 0xFF0E, 0xFF1A}) {
+    if (c == mark) return true;
+  }
+  const Category k = general_category(c);
+  return k == Category::Mn || k == Category::Me || k == Category::Cf || k == Category::Lm ||
+         k == Category::Sk;
+}
+
+// Cased, of code points that are not case-ignorable. Beside letters: ordinals, Roman numbers and
+// letters in circles and squares.
+inline bool is_cased(uint32_t c) {
+  static constexpr uint32_t kOthers[][2] = {
+      {0xAA, 0xAA},       {0xBA, 0xBA},       {0x2160, 0x217F},  {0x24B6, 0x24E9},
+      {0x1F130, 0x1F149}, {0x1F150, 0x1F169}, {0x1F170, 0x1F189}};
+  for (const auto& range : kOthers)
+    if (c >= range[0] && c <= range[1]) return true;
+  return is_between(general_category(c), Category::Lu, Category::Ll);
+}
+
+// Whether the sigma at text[begin, end) is the last letter of a word of several letters
+// (Final_Sigma).
+inline bool is_final_sigma(std::string_view text, size_t begin, size_t end) {
+  while (begin > 0) {
+    const CodePoint before = decode_utf8_before(text, begin);
+    begin -= size_t(before.bytes);
+    if (is_case_ignorable(before.code)) continue;
+    if (!is_cased(before.code)) return false;
+    while (end < text.size()) {
+      const CodePoint next = decode_utf8(text.data() + end, text.size() - end);
+      end += size_t(next.bytes);
+      if (!is_case_ignorable(next.code)) return !is_cased(next.code);
+    }
+    return true;
+  }
+  return false;
+}
+
+}  // namespace unicode
+
+// The first character in title case, the others in lower case, as Python's str.capitalize() has it.
+inline std::string capitalize(std::string_view text) {
+  constexpr uint32_t kSigma = 0x3A3, kSmallSigma = 0x3C3, kFinalSigma = 0x3C2, kDottedI = 0x130;
+  std::string out;
+  for (size_t i = 0; i < text.size();) {
+    const CodePoint c = decode_utf8(text.data() + i, text.size() - i);
+    const size_t end = i + size_t(c.bytes);
+    if (i == 0) {
+      append_title_case(out, c.code);
+    } else if (c.code == kSigma) {
+      append_utf8(out, unicode::is_final_sigma(text, i, end) ? kFinalSigma : kSmallSigma);
+    } else {
+      append_utf8(out, lower_case(c.code));
+      if (c.code == kDottedI) append_utf8(out, 0x307);
+    }
+    i = end;
+  }
+  return out;
 }
 
 }  // namespace cake

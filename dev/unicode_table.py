@@ -8,8 +8,9 @@ Needed again only when the tables move to a newer version of Unicode. General ca
 decompositions and combining classes are the Unicode Character Database's, as packaged by
 unicodedata2. It has neither properties nor letter case. White_Space is copied from PropList.txt.
 Script Han is found by name, and by the few code points whose names do not tell (Scripts.txt). Lower
-case is Python's own, of whatever version of Unicode, for code points that are in this version; the
-pairs that are newer than the oldest Python allowed here (3.11, Unicode 14) are written out.
+and title case are Python's own, of whatever version of Unicode, for code points that are in this
+version; the pairs that are newer than the oldest Python allowed here (3.11, Unicode 14) are written
+out.
 """
 
 import textwrap
@@ -103,11 +104,19 @@ def lower_case(c):
     return c if ucd.category(chr(c)) == "Cn" else ord(lower)
 
 
-def lower_runs():
-    """[step from the first of the run before, count, stride, lower - upper]"""
+def title_case(c):
+    """Code points: one, or up to three (ß is Ss)."""
+    older = {lower: upper for upper, lower in NEW_PAIRS.items()}
+    if c in older:
+        return [older[c]]
+    return [c] if ucd.category(chr(c)) == "Cn" else [ord(x) for x in chr(c).title()]
+
+
+def case_runs(mapping):
+    """[step from the first of the run before, count, stride, mapping - code point]"""
     runs = []  # [first, count, stride, difference]
     for c in range(END):
-        difference = lower_case(c) - c
+        difference = mapping(c) - c
         if difference == 0:
             continue
         if runs and runs[-1][3] == difference:
@@ -190,7 +199,15 @@ inline constexpr int kCombiningRuns[] = {{
 // Simple_Lowercase_Mapping: the distance from the first code point of the run before, the number of
 // code points, the distance from one to the next, the distance to the lower case.
 inline constexpr int kLowerRuns[] = {{
-{numbers(flat(lower_runs()))}}};
+{numbers(flat(case_runs(lower_case)))}}};
+
+// Simple_Titlecase_Mapping, in the same way, of those that have no longer one.
+inline constexpr int kTitleRuns[] = {{
+{numbers(flat(case_runs(lambda c: title_case(c)[0] if len(title_case(c)) == 1 else c)))}}};
+
+// Titlecase_Mapping to several code points: the code point and three, of which the last may be 0.
+inline constexpr int kLongTitles[] = {{
+{numbers(flat((c, *title_case(c), 0)[:4] for c in range(END) if len(title_case(c)) > 1), True)}}};
 
 // clang-format on
 

@@ -169,6 +169,153 @@ TEST_CASE("a turn's ids are read as its message, and its tools' answers continue
 }
 
 // ---------------------------------------------------------------------------------------------
+// ./chat generate: the texts of its command line and the files of its prompts
+
+namespace {
+
+// Continues "ask" with "The answer\nis 1." and any other prompt with "xxx...".
+struct Asked {
+  ScriptedModel m;
+  std::string dir;
+
+  Asked() {
+    m.write(1 + int(m.tokenizer().encode("ask").size()), "The answer\nis 1.<|endoftext|>");
+    dir = m.save();
+  }
+  Output generate(const std::string& arguments) const {
+    const bool samples = contains(arguments, "--temperature");
+    return shell("./chat generate " + dir + " --threads 1 " + (samples ? "" : "--temperature 0 ") +
+                 arguments);
+  }
+  // The lines of --output.
+  std::vector<Json> results(const std::string& arguments) const {
+    const std::string path = m.dir() / "results.jsonl";
+    const Output out = generate(arguments + " -o " + path);
+    REQUIRE_MESSAGE(out.status == 0, out.text);
+    std::vector<Json> results;
+    std::istringstream lines(read_file(path));
+    for (std::string line; std::getline(lines, line);) results.push_back(Json::parse(line));
+    return results;
+  }
+  std::vector<std::string> prompts(const std::string& arguments) const {
+    std::vector<std::string> prompts;
+    for (const Json& result : results(arguments + " --max-tokens 1")) {
+      prompts.push_back(result["prompt"]);
+    }
+    return prompts;
+  }
+};
+
+using Texts = std::vector<std::string>;
+
+}  // namespace
+
+TEST_CASE("--stop and --prompt of chat generate read escapes; --raw and files have none") {
+  const Asked asked;
+  CHECK(asked.generate("--prompt ask").text == "askThe answer\nis 1.\n");
+  CHECK(asked.generate("--prompt ask --stop '\\n'").text == "askThe answer\n");
+  CHECK(asked.generate("--prompt ask --stop '\\x0ais'").text == "askThe answer\n");
+  CHECK(asked.generate("--prompt ask --stop '\\n' --raw").text == "askThe answer\nis 1.\n");
+  CHECK(asked.prompts("--prompt 'a\\n\\tb\\\\'") == Texts{"a\n\tb\\"});
+  CHECK(asked.prompts("--raw --prompt 'a\\n\\frac'") == Texts{"a\\n\\frac"});
+  for (const std::string name : {"p.txt", "p.jsonl"}) {
+    const std::string path = asked.m.dir() / name;
+    write_file(path, name == "p.txt" ? "a\\nb\\frac\n" : Json{{"prompt", "a\\nb\\frac"}}.dump());
+    CHECK(asked.prompts("--prompts " + path) == Texts{"a\\nb\\frac"});
+  }
+  const Output bad = asked.generate("--prompt '\\frac{1}{2}'");
+  CHECK(bad.status == 1);
+  CHECK(bad.text.starts_with("error: --prompt: found \\f, expected "));
+  CHECK(std::count(bad.text.begin(), bad.text.end(), '\n') == 1);
+  // The system message of a conversation, which /system shows.
+  const Output system = shell("echo /system | ./chat " + asked.dir + " --system 'Be\\nkind.'");
+  CHECK_MESSAGE(contains(system.text, "system: Be\nkind.\n"), system.text);
+}
+
+TEST_CASE("nothing of a stop string that spans tokens is printed") {
+  const Asked asked;
+  const Tokenizer& t = asked.m.tokenizer();
+  REQUIRE(t.encode("answer\nis").size() > 1);
+  for (const std::string stop : {"answer\nis", "r\nis 1", "swer", "e answer\ni"}) {
+    CAPTURE(stop);
+    const std::string all = "The answer\nis 1.";
+    const Output out = asked.generate("--prompt ask --stop '" + stop + "'");
+    CHECK(out.text == "ask" + all.substr(0, all.find(stop)) + "\n");
+  }
+}
+
+TEST_CASE("prompts are read from every shape of file, told apart by content") {
+  const Asked asked;
+  const std::string file = asked.m.dir() / "prompts";
+  const Texts expected = {"a", "the \u00e9"};
+  const std::pair<std::string, std::string> files[] = {
+      {"a\nthe \u00e9\n", ""},
+      {"a\r\nthe \u00e9", ""},
+      {"\xef\xbb\xbf"
+       "a\nthe \u00e9\n\n\n",
+       ""},
+      {"{\"prompt\": \"a\"}\n{\"prompt\": \"the \\u00e9\"}\n", ""},
+      {" \n[{\"prompt\": \"a\"},\n {\"prompt\": \"the \u00e9\"}]", ""},
+      {"{\"x\": {\"y\": [\"a\"]}}\n{\"x\": {\"y\": [\"the \u00e9\"]}}\n", " --map prompt=x.y.0"},
+      {"{\"prompt\": \"a\"}\n{\"prompt\": 3}\nnot JSON\n{}\n{\"prompt\": \"the \u00e9\"}\n",
+       " --bad-lines skip"}};
+  for (const auto& f : files) {
+    const std::string text = f.first, flags = f.second;
+    CAPTURE(text);
+    write_file(file, text);
+    CHECK(asked.prompts("--prompts " + file + flags) == expected);
+    CHECK(asked.prompts("--prompts -" + flags + " < " + file) == expected);
+    write_file(file + ".gz", deflated(text));
+    CHECK(asked.prompts("--prompts " + file + ".gz" + flags) == expected);
+  }
+  const Output out = asked.generate("--max-tokens 1 --bad-lines skip --prompts " + file);
+  CHECK(contains(out.text, "left out 3 of 5 records: bad line\n"));
+  CHECK(contains(out.text, "prompts:2: \"prompt\": found a number"));
+  write_file(file, "{\"question\": \"a\"}\n");
+  CHECK(contains(asked.generate("--prompts " + file).text, "found the keys \"question\""));
+}
+
+TEST_CASE("a prompt that fills the context is named, or left out") {
+  const Asked asked;
+  const int T = asked.m.T();
+  const Tokenizer& t = asked.m.tokenizer();
+  REQUIRE(t.encode("zz").size() == 2);  // z is no part of the vocabulary's words
+  const std::string file = asked.m.dir() / "prompts";
+  const auto prompt_of = [](int tokens) { return std::string(size_t(tokens - 1), 'z'); };
+  for (const int left : {2, 1}) {  // tokens of the context behind the prompt
+    write_file(file, prompt_of(T - left) + "\n");
+    const std::vector<Json> results = asked.results("--max-tokens 5 --prompts " + file);
+    CHECK(results.at(0)["tokens"].size() == size_t(left));
+    CHECK(results.at(0)["finish"] == "context");
+  }
+  write_file(file, "a\n" + prompt_of(T) + "\nthe\n");
+  const Output out = asked.generate("--prompts " + file);
+  CHECK(out.status == 1);
+  CHECK(out.text == concat("error: ", file, ":2: found ", T, " tokens, expected at most ", T - 1,
+                           ", since the context is ", T, "\n"));
+  CHECK(asked.prompts("--bad-lines skip --prompts " + file) == Texts{"a", "the"});
+  CHECK(contains(asked.generate("--max-tokens 1 --bad-lines skip --prompts " + file).text,
+                 "left out 1 of 3 records: too long\n"));
+  write_file(file, prompt_of(T) + "\n");
+  const Output none = asked.generate("--bad-lines skip --prompts " + file);
+  CHECK(none.status == 1);
+  CHECK(contains(none.text, "prompts: found no record to use: 1 too long"));
+}
+
+TEST_CASE("the smallest temperature writes the most likely text, with finite log-probabilities") {
+  const Asked asked;
+  const Json greedy = asked.results("--prompt ask --max-tokens 9").at(0);
+  for (const char* temperature : {"1e-3", "1e-30", "1e-39", "1e-45"}) {
+    CAPTURE(temperature);
+    const Json small =
+        asked.results(concat("--prompt ask --max-tokens 9 --temperature ", temperature)).at(0);
+    CHECK(small["completion"] == greedy["completion"]);
+    CHECK(small["completion"] != "");
+    for (const Json& logp : small["logp"]) CHECK(logp == 0);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
 // ./chat through a pipe
 
 namespace {
