@@ -204,6 +204,7 @@ std::string read_whole(const fs::path& path) {
     text.resize(begin + n);
   }
   if (std::ferror(file.get())) fail(path.string(), ": cannot read: ", errno_text());
+  refuse_git_lfs_pointer(text, path.string());
   return text;
 }
 
@@ -1036,14 +1037,18 @@ std::shared_ptr<TokenizerData> read_json_file(std::string content, const fs::pat
   simdjson::dom::parser parser;
   const JsonNode root = parse_file(parser, content, path.string());
   root.object();
-  JsonElement element;
-  if (!root.value.at_key("model").get(element)) {
+  // In a vocabulary "model", "config" and "vocab" may be tokens, whose values are numbers.
+  const auto holds = [&](const char* key) {
+    JsonElement element;
+    return !root.value.at_key(key).get(element) && !element.is_int64();
+  };
+  if (holds("model")) {
     refuse_pattern();
     auto data = read_tokenizer_json(std::move(content), root);
     data->config = config_beside(path);
     return data;
   }
-  if (!root.value.at_key("config").get(element) && !root.value.at_key("vocab").get(element)) {
+  if (holds("config") && holds("vocab")) {
     refuse_pattern();
     return read_tekken(root, path);
   }

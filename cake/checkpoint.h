@@ -104,6 +104,19 @@ inline void check_finite(const std::string& what, std::span<const float> values,
   }
 }
 
+// Whether two tensors hold the same numbers.
+inline bool are_equal(const StoredTensor& a, const StoredTensor& b) {
+  if (a.shape != b.shape) return false;
+  constexpr int64_t kChunk = 1 << 16;
+  std::vector<float> x(kChunk), y(kChunk);
+  for (int64_t i = 0; i < a.count; i += kChunk) {
+    const size_t n = size_t(std::min(kChunk, a.count - i));
+    a.read(i, std::span(x).first(n)), b.read(i, std::span(y).first(n));
+    if (std::memcmp(x.data(), y.data(), n * sizeof(float)) != 0) return false;
+  }
+  return true;
+}
+
 // ---------------------------------------------------------------------------------------------
 // Where the weights of a whole model are: the safetensors files of a directory, or a .gguf file
 
@@ -172,10 +185,7 @@ class SafeTensorsSource : public WeightSource {
   void expect_equal_to_embedding(const StoredTensor& lm_head, const ParamTable& table) const {
     const StoredTensor& embedding = stored(table.tensors[size_t(table.find("wte"))]);
     lm_head.expect_shape(embedding.shape);
-    std::vector<float> head(size_t(lm_head.count)), wanted(size_t(lm_head.count));
-    lm_head.read(0, head);
-    embedding.read(0, wanted);
-    if (std::memcmp(head.data(), wanted.data(), head.size() * sizeof(float)) != 0) {
+    if (!are_equal(lm_head, embedding)) {
       fail(lm_head.where,
            ": found values that differ from the embedding, expected the same: "
            "tie_word_embeddings is true");
@@ -248,12 +258,31 @@ inline std::string weights_hash(const std::filesystem::path& model) {
 // ---------------------------------------------------------------------------------------------
 // The config of a model: of a directory, which may hold adapters alone, or of a .gguf file
 
+// Whether the head is the embedding, as the tensors say it: where config.json says otherwise, some
+// program wrote one of the two and forgot the other. transformers goes by the tensors too.
+inline bool is_tied(const std::filesystem::path& dir, const Config& c) {
+  const bool has_weights = std::filesystem::exists(dir / "model.safetensors") ||
+                           std::filesystem::exists(dir / "model.safetensors.index.json");
+  if (c.head != Head::lm || !has_weights) return c.tied;
+  const SafeTensors disk = SafeTensors::of_model(dir);
+  const StoredTensor* head = disk.find("lm_head.weight");
+  if (!head) return true;
+  if (!c.tied) return false;
+  for (const char* name : {"model.embed_tokens.weight", "embed_tokens.weight",
+                           "transformer.wte.weight", "wte.weight"}) {
+    if (const StoredTensor* embedding = disk.find(name)) return are_equal(*head, *embedding);
+  }
+  return true;
+}
+
 inline Config load_config(const std::filesystem::path& model) {
   if (GgufFile::is_gguf(model)) return gguf_config(GgufFile(model));
   if (!std::filesystem::exists(model / "config.json") && has_adapters(model)) {
     return load_config(load_adapter_config(model).base);
   }
-  return read_config(model);
+  Config c = read_config(model);
+  c.tied = is_tied(model, c);
+  return c;
 }
 
 // The config of `model`, which must have the head that is asked for.
@@ -282,23 +311,32 @@ constexpr const char* kBaseHash =
 struct Adapters {
   AdapterConfig config;
   SafeTensors disk;
+  Lora lora;  // of the first module that has adapters
+  // Every module has this rank and alpha, and nothing beside A and B was trained: the rows of an
+  // engine can hold them.
+  bool is_uniform = true;
 
   Adapters(const std::filesystem::path& dir, const Config& c)
-      : config(load_adapter_config(dir)), disk(dir / "adapter_model.safetensors") {
-    const std::string where = (dir / "adapter_model.safetensors").string();
+      : config(load_adapter_config(dir)),
+        disk(dir / "adapter_model.safetensors"),
+        path_(dir / "adapter_model.safetensors") {
     std::set<std::string> known;
     for (const Tensor& t : make_table(c, false, config.lora).tensors) {
-      known.insert(t.disk);
-      if (t.kind != Kind::adapter) continue;
-      const StoredTensor* stored = disk.find(t.disk);
-      if (!stored && !targeted(t)) continue;
-      if (!stored) fail(where, ": tensor ", t.disk, " is missing");
-      stored->expect_shape(disk_shape(t));
+      t.kind == Kind::adapter ? check_adapter(t, known) : check_saved(t, c, known);
     }
+    int left_out = 0;
     for (const auto& [name, stored] : disk.tensors()) {
-      if (known.count(name)) continue;
+      const bool buffer = name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");
+      left_out += known.count(name) && !is_used(name);
+      if (known.count(name) || buffer) continue;
       fail(stored.where, ": found a tensor that adapters of a ", architecture_name(c),
            " do not have here: they stand beside the matrices of its blocks");
+    }
+    if (left_out > 0) {
+      std::fprintf(stderr,
+                   "note: %s: %d tensors are not used: target_modules, exclude_modules or "
+                   "layers_to_transform leave their modules out\n",
+                   path_.c_str(), left_out);
     }
   }
   AdapterBase base() const {
@@ -306,17 +344,30 @@ struct Adapters {
     return {config.base, hash == disk.metadata().end() ? "" : hash->second};
   }
 
+  // The tensor of a row of kind adapter; null where its module has none.
+  const StoredTensor* find(const Tensor& t) const {
+    return config.adapts(module_of(t.disk)) ? disk.find(t.disk) : nullptr;
+  }
+  // The weights that replace a row of the base model: those of modules_to_save, and biases.
+  const StoredTensor* find_saved(const Tensor& t) const {
+    if (!is_saved(t)) return nullptr;
+    const StoredTensor* stored = disk.find("base_model.model." + t.disk);
+    return stored ? stored : disk.find(wrapped_name(t.disk));
+  }
+
   // W += alpha / rank B A, on the row W of a matrix: (out, in)
   void add_to(const Tensor& t, std::span<float> w) const {
-    const StoredTensor* stored_a = disk.find(adapter_name(t.disk, "A"));
-    const StoredTensor* stored_b = disk.find(adapter_name(t.disk, "B"));
-    if (!stored_a || !stored_b) return;
-    const size_t rank = size_t(config.lora.rank), in = size_t(t.in);
+    const std::string name = adapter_name(t.disk, "A");
+    if (!is_used(name) || !disk.find(name)) return;
+    const StoredTensor& stored_a = *disk.find(name);
+    const StoredTensor& stored_b = *disk.find(adapter_name(t.disk, "B"));
+    const Lora of_module = config.lora_of(module_of(name));
+    const size_t rank = size_t(of_module.rank), in = size_t(t.in);
     std::vector<float> a(rank * in), b(size_t(t.out) * rank);
-    stored_a->read(0, a);
-    stored_b->read(int64_t(t.disk_begin) * config.lora.rank, b);
-    check_finite(stored_a->where, a), check_finite(stored_b->where, b);
-    const float scale = config.lora.scale();
+    stored_a.read(0, a);
+    stored_b.read(int64_t(t.disk_begin) * of_module.rank, b);
+    check_finite(stored_a.where, a), check_finite(stored_b.where, b);
+    const float scale = of_module.scale();
 #pragma omp parallel for schedule(static)
     for (int o = 0; o < t.out; o++) {
       float* row = w.data() + size_t(o) * in;
@@ -327,11 +378,63 @@ struct Adapters {
     }
   }
 
-  bool targeted(const Tensor& t) const {
-    const std::string module = t.disk.substr(0, t.disk.rfind(".lora_"));
-    return std::any_of(config.targets.begin(), config.targets.end(),
-                       [&](const std::string& end) { return module.ends_with("." + end); });
+ private:
+  // "base_model.model.X.lora_A.weight" -> "X"
+  static std::string module_of(const std::string& name) {
+    const size_t begin = std::strlen("base_model.model.");
+    return name.substr(begin, name.rfind(".lora_") - begin);
   }
+  bool is_used(const std::string& name) const {  // of a tensor that is known
+    return name.rfind(".lora_") == std::string::npos || config.adapts(module_of(name));
+  }
+  // PEFT's name for a tensor of a module that has adapters: "....q_proj.base_layer.bias".
+  static std::string wrapped_name(const std::string& disk) {
+    return concat("base_model.model.", disk.substr(0, disk.rfind('.')), ".base_layer",
+                  disk.substr(disk.rfind('.')));
+  }
+  bool is_saved(const Tensor& t) const {
+    const ModuleNames saved{.names = config.saved_modules};
+    return saved.contain(t.disk.substr(0, t.disk.rfind('.'))) ||
+           (config.saves_biases && t.disk.ends_with(".bias"));
+  }
+
+  // A tensor of adapters as PEFT would have it: present where its module is a target, of the
+  // module's rank.
+  void check_adapter(const Tensor& t, std::set<std::string>& known) {
+    known.insert(t.disk);
+    const bool is_a = t.disk.ends_with(".lora_A.weight");
+    const StoredTensor* stored = disk.find(t.disk);
+    if (!stored) {
+      std::string other = t.disk;
+      other[other.rfind(".weight") - 1] = is_a ? 'B' : 'A';
+      const bool required = config.has_targets && config.adapts(module_of(t.disk));
+      if (required || disk.find(other)) {
+        fail(path_.string(), ": tensor ", t.disk, " is missing");
+      }
+      return;
+    }
+    const Lora of_module = config.lora_of(module_of(t.disk));
+    std::vector<int64_t> shape = disk_shape(t);
+    shape[is_a ? 0 : 1] = of_module.rank;
+    stored->expect_shape(shape);
+    if (!is_used(t.disk)) return;
+    if (lora.rank == 0) lora = of_module;
+    is_uniform &= lora.rank == of_module.rank && lora.alpha == of_module.alpha;
+  }
+  void check_saved(const Tensor& t, const Config& c, std::set<std::string>& known) {
+    if (!is_saved(t)) return;
+    known.insert("base_model.model." + t.disk), known.insert(wrapped_name(t.disk));
+    const StoredTensor* stored = find_saved(t);
+    if (!stored && t.disk.ends_with(".bias")) return;  // PEFT writes them in some versions only
+    if (!stored) fail(path_.string(), ": tensor base_model.model.", t.disk, " is missing");
+    stored->expect_shape(disk_shape(t));
+    if (t.kind == Kind::embedding && c.tied) {
+      fail(stored->where, ": found new values of the embedding, expected a model whose ",
+           "tie_word_embeddings is false: PEFT leaves the head as it was");
+    }
+    is_uniform = false;
+  }
+  std::filesystem::path path_;
 };
 
 // The base model of adapters that are trained on top of `model`: `model` itself, or, where `model`
@@ -367,7 +470,7 @@ inline void load_whole_model(const std::filesystem::path& model, Gpt& gpt, const
     const Tensor& t = tensors[i];
     values.resize(size_t(t.size()));
     if (t.kind == Kind::adapter) {
-      const StoredTensor* stored = adapters ? adapters->disk.find(t.disk) : nullptr;
+      const StoredTensor* stored = adapters ? adapters->find(t) : nullptr;
       if (stored) {
         stored->expect_shape(disk_shape(t));
         gather_row(t, *stored, values);
@@ -382,6 +485,12 @@ inline void load_whole_model(const std::filesystem::path& model, Gpt& gpt, const
       gpt.write(int(i), Slot::weight, initial_values(t, options.seed));
       continue;
     }
+    if (const StoredTensor* saved = adapters ? adapters->find_saved(t) : nullptr) {
+      gather_row(t, *saved, values);
+      check_finite(saved->where, values);
+      gpt.write(int(i), Slot::weight, values);
+      continue;
+    }
     const bool added = adapters && !rows && t.kind == Kind::matrix;
     if (!added && gpt.weight_type(int(i)) == WeightType::q8_0 && source->read_q8_0(t, blocks)) {
       gpt.write_q8_0(int(i), blocks);
@@ -393,6 +502,13 @@ inline void load_whole_model(const std::filesystem::path& model, Gpt& gpt, const
     gpt.write(int(i), Slot::weight, values);
   }
   source->expect_no_others(gpt.table(), options.new_score);
+  if (gpt.config().head != Head::lm || GgufFile::is_gguf(model)) return;
+  if (const bool said = read_config(model).tied; said != gpt.config().tied) {
+    std::fprintf(stderr, "note: %s: tie_word_embeddings is %s, but %s\n",
+                 (model / "config.json").c_str(), said ? "true" : "false",
+                 said ? "lm_head.weight differs from the embedding: it is the head"
+                      : "there is no lm_head.weight: the embedding is the head");
+  }
 }
 
 // Fills every weight from a model directory or a .gguf file. Throws an Error that names the tensor
@@ -403,7 +519,12 @@ inline void load_weights(const std::filesystem::path& dir, Gpt& gpt,
                          const LoadOptions& options = {}) {
   if (!has_adapters(dir)) return load_whole_model(dir, gpt, nullptr, options);
   const Adapters adapters(dir, gpt.config());
-  const Lora &found = adapters.config.lora, &expected = gpt.table().lora;
+  const Lora &found = adapters.lora, &expected = gpt.table().lora;
+  if (expected.rank > 0 && !adapters.is_uniform) {
+    fail((dir / "adapter_config.json").string(), ": found adapters of several ranks or alphas, or ",
+         "other weights beside them, expected one rank and alpha for all of them: ./sft --merge ",
+         "makes a model of them, from which new ones begin");
+  }
   if (expected.rank > 0 && (found.rank != expected.rank || found.alpha != expected.alpha)) {
     fail((dir / "adapter_config.json").string(), ": found adapters of rank ", found.rank,
          " and alpha ", found.alpha, ", expected rank ", expected.rank, " and alpha ",
@@ -622,7 +743,72 @@ inline std::string chat_template(const std::filesystem::path& dir) {
   if (!std::filesystem::exists(dir / "tokenizer_config.json")) return "";
   const Json config = read_json(dir / "tokenizer_config.json");
   const auto it = config.find("chat_template");
-  return it != config.end() && it->is_string() ? it->get<std::string>() : "";
+  if (it == config.end()) return "";
+  if (it->is_string()) return it->get<std::string>();
+  // A list of named templates, {"name", "template"}: "default" is the one for conversations.
+  const auto text_of = [](const Json& item, const char* key) {
+    const auto found = item.find(key);
+    return found != item.end() && found->is_string() ? found->get<std::string>() : "";
+  };
+  for (const Json& item : it->is_array() ? *it : Json::array()) {
+    if (item.is_object() && text_of(item, "name") == "default") return text_of(item, "template");
+  }
+  return "";
+}
+
+// The text at `begin` of a template, without white space around it: up to `quote`, the end of a
+// Jinja string, or, without a quote, up to the next bracket of Jinja; and to the end of the turn.
+inline std::string template_text(std::string_view text, size_t begin, char quote) {
+  std::string out;
+  for (size_t i = begin; i < text.size() && text[i] != quote; i++) {
+    if (quote == 0 && text[i] == '{') break;
+    const bool escaped = quote != 0 && text[i] == '\\' && i + 1 < text.size();
+    if (escaped) i++;
+    out += escaped && text[i] == 'n' ? '\n' : text[i];
+  }
+  for (const char* end : {"<|im_end|>", "<|eot_id|>"}) out = out.substr(0, out.find(end));
+  const size_t first = out.find_first_not_of(" \n"), last = out.find_last_not_of(" \n");
+  return first == out.npos ? "" : out.substr(first, last + 1 - first);
+}
+
+// The system message that a chat template puts before a conversation without one; empty: none was
+// found. Templates have it as '<|im_start|>system\nYou are ...<|im_end|>' (SmolLM2, Qwen2.5), as
+// {% set system_message = 'You are ...' %}, or as Llama 3's date.
+inline std::string default_system_message(const std::string& chat_template) {
+  const std::string_view text = chat_template;
+  const auto is_quote = [](char c) { return c == '\'' || c == '"'; };
+  for (const std::string_view mark :
+       {"<|im_start|>system", "<|start_header_id|>system<|end_header_id|>"}) {
+    for (size_t i = text.find(mark); i != text.npos; i = text.find(mark, i + 1)) {
+      const char quote = i > 0 && is_quote(text[i - 1]) ? text[i - 1] : 0;
+      const std::string message = template_text(text, i + mark.size(), quote);
+      if (!message.empty()) return message;
+    }
+  }
+  constexpr std::string_view kSet = " set ";
+  for (size_t i = text.find(kSet); i != text.npos; i = text.find(kSet, i + 1)) {
+    const size_t equals = text.find('=', i), end = text.find('%', i);
+    if (equals == text.npos || end < equals) continue;
+    const std::string_view name = text.substr(i + kSet.size(), equals - i - kSet.size());
+    const size_t value = text.find_first_not_of(' ', equals + 1);
+    if (name.find("system") == name.npos || value == text.npos || !is_quote(text[value])) continue;
+    const std::string message = template_text(text, value + 1, text[value]);
+    if (!message.empty()) return message;
+  }
+  return text.find("Cutting Knowledge Date") == text.npos ? "" : "Cutting Knowledge Date: ...";
+}
+
+// Says so where the template of the model in `dir` has a system message of its own: conversations
+// without one are rendered here without any.
+inline void note_default_system_message(const std::filesystem::path& dir) {
+  const std::string message = default_system_message(chat_template(dir));
+  if (message.empty()) return;
+  std::fprintf(
+      stderr,
+      "note: %s: the chat template has a system message of its own, %s; conversations "
+      "without one are rendered without it\n",
+      dir.c_str(),
+      Json(message.substr(0, 300)).dump(-1, ' ', false, Json::error_handler_t::replace).c_str());
 }
 
 // Gives `fresh` the name `dir`. Returns where the directory that had this name is now; empty: there

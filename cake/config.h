@@ -3,8 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <map>
+#include <optional>
+#include <regex>
 #include <set>
 #include <string>
 #include <utility>
@@ -342,10 +345,72 @@ inline void add_generation_config(const Json& json, const std::string& where, Co
 // ---------------------------------------------------------------------------------------------
 // adapter_config.json
 
+// Which modules of a model are meant: names of modules or ends of them, such as q_proj; or one
+// regular expression for the whole name.
+struct ModuleNames {
+  std::vector<std::string> names;
+  std::optional<std::regex> pattern;
+  bool all = false;
+
+  bool contain(const std::string& module) const {  // model.layers.3.self_attn.q_proj
+    if (all) return true;
+    if (pattern) return std::regex_match(module, *pattern);
+    return std::any_of(names.begin(), names.end(), [&](const std::string& name) {
+      return module == name || module.ends_with("." + name);
+    });
+  }
+};
+
+// Another rank or alpha for the modules whose name, or the end of it behind a dot, is the pattern.
+template <class T>
+using ModulePatterns = std::vector<std::pair<std::regex, T>>;
+
 struct AdapterConfig {
-  Lora lora;
-  std::vector<std::string> targets;  // ends of the names of matrices that have them; empty: any
-  std::filesystem::path base;        // the directory of the model that they were added to
+  Lora lora;                   // rank and alpha where no pattern says otherwise
+  std::filesystem::path base;  // the directory of the model that they were added to
+  bool has_targets = false;    // false: the modules that have adapters in the file
+  ModuleNames targets, excluded;
+  std::set<int> layers;                    // those with adapters; empty: all
+  std::vector<std::regex> layer_patterns;  // the name before a layer's number; empty: any
+  ModulePatterns<int> ranks;
+  ModulePatterns<float> alphas;
+  bool rank_stabilized = false;            // the scale is alpha / sqrt(rank): "use_rslora"
+  std::vector<std::string> saved_modules;  // they have new weights in place of adapters
+  bool saves_biases = false;
+
+  // Whether the module should have adapters.
+  bool adapts(const std::string& module) const {
+    return targets.contain(module) && !excluded.contain(module) && adapts_layer(module);
+  }
+  // Its rank, and the alpha that gives its scale as alpha / rank.
+  Lora lora_of(const std::string& module) const {
+    Lora of_module = lora;
+    for (const auto& [pattern, rank] : ranks) {
+      if (!std::regex_match(module, pattern)) continue;
+      of_module.rank = rank;
+      break;
+    }
+    for (const auto& [pattern, alpha] : alphas) {
+      if (!std::regex_match(module, pattern)) continue;
+      of_module.alpha = alpha;
+      break;
+    }
+    if (rank_stabilized) of_module.alpha *= std::sqrt(float(of_module.rank));
+    return of_module;
+  }
+
+ private:
+  bool adapts_layer(const std::string& module) const {
+    if (layers.empty()) return true;
+    // The last number between dots, behind any name or one of those that are given.
+    static const std::regex number(R"(.*\.[^.]*\.(\d{1,9})\..*)");
+    std::smatch match;
+    bool found = layer_patterns.empty() && std::regex_match(module, match, number);
+    for (size_t i = 0; i < layer_patterns.size() && !found; i++) {
+      found = std::regex_match(module, match, layer_patterns[i]);
+    }
+    return found && layers.count(std::stoi(match[match.size() - 1])) > 0;
+  }
 };
 
 // Whether the directory holds adapters and takes its other weights from a base model.
@@ -370,26 +435,103 @@ inline std::filesystem::path find_base(const std::filesystem::path& dir, const s
        dir.string(), " or from here");
 }
 
+// PEFT's patterns are regular expressions of Python. What the two kinds have in common is all that
+// names of modules need; the rest is refused.
+inline std::regex parse_module_pattern(const std::string& text, const std::string& found,
+                                       const std::string& where) {
+  constexpr size_t kLongest = 1000;
+  try {
+    if (text.size() <= kLongest) return std::regex(text);
+  } catch (const std::regex_error&) {
+  }
+  fail(where, ": found ", json_text(found), ", expected a regular expression of at most ", kLongest,
+       " characters, in the syntax that Python and ECMAScript share");
+}
+
+// A name, a list of names, or, where a string may be one, a regular expression.
+inline ModuleNames parse_module_names(const ConfigReader& in, const char* key) {
+  ModuleNames modules;
+  if (!in.has(key)) return modules;
+  if (in.json[key].is_array()) {
+    modules.names = in.get<std::vector<std::string>>(key);
+    return modules;
+  }
+  const auto text = in.get<std::string>(key);
+  modules.all = text == "all-linear";
+  if (!modules.all) modules.pattern = parse_module_pattern(text, text, in.where + ": " + key);
+  return modules;
+}
+
+// rank_pattern and alpha_pattern: the first pattern that fits a module's name counts.
+template <class T>
+ModulePatterns<T> parse_module_patterns(const OrderedJson& json, const char* key,
+                                        const std::string& where) {
+  ModulePatterns<T> patterns;
+  const auto it = json.find(key);
+  if (it == json.end() || it->is_null()) return patterns;
+  const std::string place = where + ": " + key;
+  if (!it->is_object()) fail(place, ": found ", json_text(*it), ", expected an object");
+  for (const auto& item : it->items()) {
+    const T value = json_as<T>(Json(item.value()), item.key(), place);
+    if (!(value > 0)) fail(place, ": ", item.key(), ": found ", value, ", expected above 0");
+    patterns.emplace_back(parse_module_pattern("(.*\\.)?(" + item.key() + ")", item.key(), place),
+                          value);
+  }
+  return patterns;
+}
+
+// layers_to_transform and layers_pattern
+inline void parse_adapted_layers(const ConfigReader& in, AdapterConfig& c) {
+  constexpr const char *kLayers = "layers_to_transform", *kPattern = "layers_pattern";
+  if (!in.has(kLayers)) return;
+  const Json& layers = in.json[kLayers];
+  for (const Json& layer : layers.is_array() ? layers : Json::array({layers})) {
+    const int number = json_as<int>(layer, kLayers, in.where);
+    if (number < 0) fail(in.where, ": ", kLayers, ": found ", number, ", expected 0 or more");
+    c.layers.insert(number);
+  }
+  if (c.layers.empty()) return;
+  if (c.targets.pattern || c.targets.all) {
+    fail(in.where, ": ", kLayers, ": found ", json_text(layers),
+         ", expected no such key beside a target_modules that is no list, as PEFT has it");
+  }
+  if (!in.has(kPattern)) return;
+  const Json& patterns = in.json[kPattern];
+  for (const Json& pattern : patterns.is_array() ? patterns : Json::array({patterns})) {
+    const auto text = json_as<std::string>(pattern, kPattern, in.where);
+    if (text.empty()) continue;
+    c.layer_patterns.push_back(parse_module_pattern(".*\\.(" + text + ")\\.(\\d{1,9})\\..*", text,
+                                                    in.where + ": " + kPattern));
+  }
+}
+
 inline AdapterConfig load_adapter_config(const std::filesystem::path& dir) {
   const std::string where = (dir / "adapter_config.json").string();
-  const Json json = read_json(where);
+  const auto ordered = parse_json<OrderedJson>(read_file(where), where);
+  const Json json = ordered;
   const ConfigReader in{json, where};
   in.get<std::string>("peft_type");
   in.only<std::string>("peft_type", "LORA");
-  in.only<std::string>("bias", "none");
-  for (const char* variant : {"use_rslora", "use_dora", "use_qalora", "lora_bias"}) {
-    in.only(variant, false);
+  for (const char* variant : {"use_dora", "use_qalora", "lora_bias", "alora_invocation_tokens"}) {
+    if (in.has(variant) && json[variant] != false) {
+      fail(where, ": ", variant, ": found ", json_text(json[variant]),
+           ", expected false, all that is supported");
+    }
   }
-  // These features train more than A and B, give matrices different ranks, or change the base.
-  for (const char* key : {"modules_to_save", "layer_replication", "trainable_token_indices",
-                          "target_parameters", "rank_pattern", "alpha_pattern"}) {
+  // These features train more than A and B, or change the base.
+  for (const char* key : {"layer_replication", "trainable_token_indices", "target_parameters"}) {
     if (in.has(key) && !json[key].empty()) {
       fail(where, ": ", key, ": found ", json_text(json[key]), ", expected none, all that is ",
            "supported");
     }
   }
+  // PiSSA, CorDA, OLoRA and LoftQ train beside a base that they changed first.
   if (in.has("init_lora_weights") && json["init_lora_weights"].is_string()) {
-    in.only<std::string>("init_lora_weights", "gaussian");
+    const auto init = in.get<std::string>("init_lora_weights");
+    if (init != "gaussian" && init != "eva" && init != "orthogonal") {
+      fail(where, ": init_lora_weights: found ", json_text(init), ", expected true, false, ",
+           "\"gaussian\", \"eva\" or \"orthogonal\", which leave the model's weights as they are");
+    }
   }
   AdapterConfig c;
   c.lora.rank = in.get<int>("r");
@@ -398,11 +540,22 @@ inline AdapterConfig load_adapter_config(const std::filesystem::path& dir) {
   if (!(c.lora.alpha > 0)) {
     fail(where, ": lora_alpha: found ", c.lora.alpha, ", expected above 0");
   }
-  if (in.has("target_modules") && json["target_modules"].is_array()) {
-    for (const Json& t : json["target_modules"]) {
-      c.targets.push_back(json_as<std::string>(t, "target_modules", where));
-    }
+  c.rank_stabilized = in.get_or<bool>("use_rslora", false);
+  c.targets = parse_module_names(in, "target_modules");
+  c.has_targets = in.has("target_modules");
+  c.targets.all |= !c.has_targets;
+  c.excluded = parse_module_names(in, "exclude_modules");
+  c.ranks = parse_module_patterns<int>(ordered, "rank_pattern", where);
+  c.alphas = parse_module_patterns<float>(ordered, "alpha_pattern", where);
+  parse_adapted_layers(in, c);
+  if (in.has("modules_to_save")) {
+    c.saved_modules = in.get<std::vector<std::string>>("modules_to_save");
   }
+  const auto bias = in.get_or<std::string>("bias", "none");
+  if (bias != "none" && bias != "all" && bias != "lora_only") {
+    fail(where, ": bias: found ", json_text(bias), ", expected none, all or lora_only");
+  }
+  c.saves_biases = bias != "none";
   c.base = find_base(dir, in.get<std::string>("base_model_name_or_path"), where);
   if (has_adapters(c.base)) {
     fail(where, ": base_model_name_or_path: found ", c.base.string(),

@@ -265,6 +265,11 @@ class Generator {
             longest(request), " positions, expected at most ", pages_ * kPage,
             ", the limit of the KV cache");
     request.sampling.stream = uint64_t(number);
+    // Engines multiply by 1 / temperature, which must be a float; far below this limit it is none.
+    constexpr float kLowest = 1e-30f;
+    if (request.sampling.temperature > 0) {
+      request.sampling.temperature = std::max(request.sampling.temperature, kLowest);
+    }
     auto job = std::make_unique<Job>();
     job->number = number;
     job->tokens = request.prompt;

@@ -617,6 +617,7 @@ inline std::map<std::string, GgufValue> GgufFile::add_file(const std::filesystem
   files_.emplace_back(path);
   const MappedFile& file = files_.back();
   const std::string where = path.string();
+  refuse_git_lfs_pointer({reinterpret_cast<const char*>(file.data()), size_t(file.size())}, where);
   Reader in(file);
 
   in.what = "the header";

@@ -142,6 +142,8 @@ class SafeTensors {
     files_.emplace_back(path);
     const MappedFile& file = files_.back();
     const std::string where = path.string();
+    refuse_git_lfs_pointer({reinterpret_cast<const char*>(file.data()), size_t(file.size())},
+                           where);
     if (file.size() < 8) fail(where, ": found ", file.size(), " bytes, expected a header");
     uint64_t length;
     std::memcpy(&length, file.data(), 8);

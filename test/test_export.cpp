@@ -513,7 +513,7 @@ TEST_CASE("generation tags leave the chat template with the white space that the
   const std::string ours = without_generation_tags(kChatTemplate);
   CHECK(!contains(ours, "generation %}"));
   CHECK(contains(ours, "add_generation_prompt"));
-  CHECK(contains(ours, "assistant\\n' }}            {%- set content"));
+  CHECK(contains(ours, "assistant\\n' }}            {%- if reasoning"));
   const TempDir dir;
   const GgufFile file =
       exported(dir / "x.gguf", tiny(Family::llama, true), {.chat_template = kChatTemplate});
