@@ -138,12 +138,13 @@ bench-bpe: $(BIN)/bpe $(BUILD)/bench_tokenizer ## ./bpe beside gigatoken, tiktok
 	$(PEER) dev/bench/tokenizer.py "$(TEXT)" --texts $(MORE) --data $(TEXTS)/tokenizers --bpe $(BIN)/bpe --bench $(BUILD)/bench_tokenizer --work $(BUILD)/tokenizers --json $(BUILD)/bench_tokenizer.json
 
 # Ten minutes for each: FUZZ_SECONDS=n, FUZZ="warc html".
-FUZZ ?= warc jsonl parquet html regex encode tokenizer gguf
+FUZZ ?= warc jsonl records parquet html regex encode tokenizer gguf safetensors config verify
 FUZZ_SECONDS ?= 600
-fuzz: ## any bytes as WARC, JSON lines, parquet, HTML, split patterns, text to encode, tokenizer files and GGUF files, under the sanitizers, with clang's libFuzzer
+fuzz: ## any bytes as WARC, JSON lines, records, parquet, HTML, split patterns, text to encode, tokenizer files, GGUF and safetensors files, configs, and answers to judge, under the sanitizers, with clang's libFuzzer
 	+@$(MAKE) --no-print-directory CXX=clang++ BUILD=$(BUILD)/fuzz CXXFLAGS="-O1 -g1 -fsanitize=fuzzer-no-link,address,undefined" $(FUZZ:%=$(BUILD)/fuzz/fuzz_%)
 	@for target in $(FUZZ); do mkdir -p $(BUILD)/fuzz/corpus_$$target && \
-	  $(BUILD)/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=2000 -malloc_limit_mb=4096 $(BUILD)/fuzz/corpus_$$target || exit 1; done
+	  $(BUILD)/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -timeout=20 -max_len=65536 -rss_limit_mb=2000 -malloc_limit_mb=4096 $(BUILD)/fuzz/corpus_$$target \
+	  $$(find test/fuzz/seeds/$$target test/golden/$$target test/golden/$${target}_rows -maxdepth 0 2>/dev/null) || exit 1; done
 
 format: ## format all sources
 	@$(CLANG_FORMAT) -i $(SOURCES)

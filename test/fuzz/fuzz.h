@@ -1,36 +1,13 @@
-// What the fuzz targets share: the bytes of a try as a file in memory, and the check that reading
-// in one go equals reading with a restart behind a page.
+// The check of pages: reading in one go equals reading with a restart behind a page.
 #pragma once
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <string>
+#include <memory>
 
 #include "cake/pages.h"
+#include "test/fuzz/expect.h"
 
 namespace cake::fuzz {
-
-class MemoryFile {
- public:
-  MemoryFile(const uint8_t* data, size_t size) : fd_(memfd_create("fuzz", MFD_CLOEXEC)) {
-    if (fd_ < 0 || write(fd_, data, size) != ssize_t(size)) std::abort();
-  }
-  ~MemoryFile() { close(fd_); }
-  std::string path() const { return concat("/proc/self/fd/", fd_); }
-
- private:
-  int fd_;
-};
-
-inline void expect(bool good, const char* what) {
-  if (good) return;
-  std::fprintf(stderr, "not so: %s\n", what);
-  std::abort();
-}
 
 // `extension`: of the name that the file has.
 inline void read_pages(const uint8_t* data, size_t size, const char* extension) {
@@ -46,7 +23,9 @@ inline void read_pages(const uint8_t* data, size_t size, const char* extension) 
       expect(is_utf8(page.text) && is_utf8(page.url) && is_utf8(page.id), "pages are UTF-8");
       expect(page.text.size() <= options.max_page_bytes, "pages have at most max_page_bytes");
       simdjson::dom::parser parser;
-      expect(!parser.parse("{" + page.rest + "}").error(), "the rest is JSON");
+      simdjson::dom::element rest;
+      const simdjson::padded_string json("{" + page.rest + "}");
+      expect(!parse_and_repair(json, parser, rest), "the rest is JSON");
       if (other) {
         expect(other->next(again), "a restarted reader has the next page");
         expect(again.place == page.place && again.text == page.text && again.url == page.url &&
