@@ -372,20 +372,20 @@ TEST_CASE("documents are mixed as promised, have the lengths promised, and none 
 
 TEST_CASE("an answer counts where it must stand, and only there") {
   const Probe sentence{"context", "Where does Ben live?", "Oakford", Probe::sentence};
-  CHECK(answers(sentence, " Ben lives in Oakford. Ann lives in Ashby."));
-  CHECK(answers(sentence, "Oakford"));
-  CHECK_FALSE(answers(sentence, " Ben lives in Ashby. Ann lives in Oakford."));
-  CHECK_FALSE(answers(sentence, " Ben lives in Oakfords."));
-  CHECK_FALSE(answers(sentence, ""));
+  CHECK(world::answers(sentence, " Ben lives in Oakford. Ann lives in Ashby."));
+  CHECK(world::answers(sentence, "Oakford"));
+  CHECK_FALSE(world::answers(sentence, " Ben lives in Ashby. Ann lives in Oakford."));
+  CHECK_FALSE(world::answers(sentence, " Ben lives in Oakfords."));
+  CHECK_FALSE(world::answers(sentence, ""));
   const Probe steps{"sums", "4 + 5 = ?\nSteps:", "9", Probe::final};
-  CHECK(answers(steps, " 4 + 5 = 9\nAnswer: 9.\nAnswer: 1."));
-  CHECK_FALSE(answers(steps, " 4 + 5 = 9\nAnswer: 91."));
-  CHECK_FALSE(answers(steps, " 4 + 5 = 9.\n1 + 8 = ?\nAnswer: 9."));
-  CHECK_FALSE(answers(steps, " 9."));
+  CHECK(world::answers(steps, " 4 + 5 = 9\nAnswer: 9.\nAnswer: 1."));
+  CHECK_FALSE(world::answers(steps, " 4 + 5 = 9\nAnswer: 91."));
+  CHECK_FALSE(world::answers(steps, " 4 + 5 = 9.\n1 + 8 = ?\nAnswer: 9."));
+  CHECK_FALSE(world::answers(steps, " 9."));
   const Probe direct{"direct", "4 + 5 = ?\nAnswer:", "9", Probe::final};
-  CHECK(answers(direct, " 9.\nAnswer: 1."));
-  CHECK_FALSE(answers(direct, " 19."));
-  CHECK_FALSE(answers(direct, ""));
+  CHECK(world::answers(direct, " 9.\nAnswer: 1."));
+  CHECK_FALSE(world::answers(direct, " 19."));
+  CHECK_FALSE(world::answers(direct, ""));
 }
 
 TEST_CASE("a world that is too small or has too many people is refused") {
