@@ -1091,6 +1091,7 @@ void expect_own_directory(const fs::path& dir) {
   for (const auto& entry : fs::recursive_directory_iterator(dir)) {
     const std::string name = fs::relative(entry.path(), dir).string();
     if (name != "parts" && name != "parts/job.lock" && name != "job.json.partial") {
+      if (fs::exists(path)) return expect_own_directory(dir);  // another process began meanwhile
       fail(dir.string(), ": found ", name, ", which no run wrote, expected a new directory");
     }
   }
