@@ -8,8 +8,8 @@
 //
 //     {"role", "content"}                 OpenAI's, with "tool_calls" or the older "function_call"
 //     {"from", "value"}                   ShareGPT's, with the roles human, gpt, function_call, ...
-//     {"human", "assistant"}              a turn of both (ms-swift), or "input" and "output"
-//     (XTuner)
+//     {"human", "assistant"}              a turn of both: ms-swift's
+//     {"input", "output"}                 the same: XTuner's
 //
 // and beside the list stand "tools" (or "functions") and "system". What is read:
 // - Roles. developer is system; human is user; gpt, model and bot are assistant; function,
