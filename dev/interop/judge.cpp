@@ -20,8 +20,7 @@ int main() {
       if (expected.empty())
         fail(where, ": expected: found ", json_text(answer), ", expected a number");
       const std::string found = final_number(json_get<std::string>(json, "text", where));
-      std::cout << json_line(Json{{"right", is_same_number(expected, found)}, {"found", found}})
-               ;
+      std::cout << json_line(Json{{"right", is_same_number(expected, found)}, {"found", found}});
     }
     return 0;
   });
