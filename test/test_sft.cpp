@@ -270,8 +270,8 @@ TEST_CASE("what teaches nothing is left out and counted, and bad lines where the
   ReadReport report;
   CHECK(read_lines(lines, 1000, false, &report, {{}, true}).size() == 2);
   CHECK(report.records == 6);
-  CHECK(report.left_out.json() ==
-        Json{{"bad line", 2}, {"empty answer", 1}, {"no trained message", 1}});
+  const OrderedJson left_out{{"bad line", 2}, {"empty answer", 1}, {"no trained message", 1}};
+  CHECK(report.left_out.json() == left_out);
   CHECK(contains(report.left_out.text(6), "data.jsonl:6: found the keys \"x\", expected"));
   CHECK(contains(error_of([&] { read_lines(empty + "\n" + unasked + "\n"); }),
                  "data.jsonl: found no record to use: 1 empty answer ("));
@@ -306,7 +306,7 @@ TEST_CASE("examples longer than the context are left out or cut, and counted") {
   CHECK(report.left_out.total() + report.cut == 0);
   const std::string shorter = replaced_once(line, answer, "z");
   CHECK(read_lines(line + shorter + line, whole - 1, false, &report).size() == 1);
-  CHECK(report.left_out.json() == Json{{"too long", 2}});
+  CHECK(report.left_out.json() == OrderedJson{{"too long", 2}});
   CHECK(report.longest == whole);
   report = {};
   const Examples cut = read_lines(line, whole - 1, true, &report);
