@@ -1163,7 +1163,7 @@ void for_each_item(const std::string& path, int limit, const EvalOptions& o, Lef
   const auto visit = [&](const Record& record) -> const char* {
     // --map is of all tasks: a field may be that of another one.
     for (const auto& [field, key] : o.records.names) record.has(field);
-    if (limit > 0 && taken == limit) return nullptr;
+    if (limit > 0 && taken == limit) return kEnough;
     read(record);
     taken++;
     return nullptr;
@@ -2247,10 +2247,10 @@ int chat(int argc, char** argv) {
        {"model", "--base", "--system", "--calculator", "--documents", "--template", "--max-tokens",
         "--temperature", "--top-p", "--seed"}},
       {generate_command,
-       {"model", "--prompt", "--prompts", "--output", "--max-tokens", "--samples", "--stop",
-        "--temperature", "--top-p", "--seed"}},
+       {"model", "--prompt", "--prompts", "--map", "--output", "--max-tokens", "--samples",
+        "--stop", "--temperature", "--top-p", "--seed"}},
       {eval_command,
-       {"model", "--tasks", "--base", "--shots", "--shots-from", "--limit", "--max-tokens",
+       {"model", "--tasks", "--map", "--base", "--shots", "--shots-from", "--limit", "--max-tokens",
         "--beside", "--json", "--output"}},
       {export_command, {"model", "--output", "--type", "--name", "--ollama", "--overwrite"}},
       {info_command, {"model", "--context", "--json"}}};

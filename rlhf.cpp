@@ -1711,9 +1711,23 @@ void to_json(Json& json, const RlSettings& s) {
   }
   json["budget"] = s.budget;
 }
+// Older versions kept --form, --stop and the patterns of format: as they were typed, with \n for a
+// line break.
+void read_old_line_breaks(DataSettings& d) {
+  const auto read = [](std::string& text) {
+    for (size_t i; (i = text.find("\\n")) != std::string::npos;) text.replace(i, 2, "\n");
+  };
+  std::error_code ignored;
+  if (!std::filesystem::is_regular_file(d.form, ignored)) read(d.form);
+  std::ranges::for_each(d.stops, read);
+  for (std::string& reward : d.rewards)
+    if (reward.find("format:") != std::string::npos) read(reward);
+  if (d.gold.find("format:") != std::string::npos) read(d.gold);
+}
 void from_json(const Json& json, RlSettings& s) {
   json.get_to(s.data), json.get_to(s.step), json.get_to(s.ppo), json.get_to(s.grpo);
   json.get_to(s.evaluation);
+  if (!json.contains("records")) read_old_line_breaks(s.data);
   s.budget = {.steps = s.step.steps};  // all that older versions knew
   if (const auto it = json.find("budget"); it != json.end()) {
     s.budget.steps = it->value("steps", s.step.steps), s.budget.minutes = it->value("minutes", 0.);
@@ -3276,13 +3290,13 @@ int main_rlhf(int argc, char** argv) {
       "best-of-n", "choose the best of several answers: a baseline, and data for ./sft");
   RlFlags of_ppo, of_grpo, of_best;
   add_ppo_flags(*ppo, of_ppo), add_grpo_flags(*grpo, of_grpo), add_best_of_n_flags(*best, of_best);
-  std::vector<std::string> shown = {"--model",      "--prompts",  "--val",   "--reward",
-                                    "--out",        "--resume",   "--steps", "--rollouts",
-                                    "--max-tokens", "--kl-budget"};
+  std::vector<std::string> shown = {"--model",    "--prompts",    "--map",      "--val",
+                                    "--reward",   "--out",        "--resume",   "--steps",
+                                    "--rollouts", "--max-tokens", "--kl-budget"};
   std::vector<HelpPage> pages = {{ppo, shown},
                                  {grpo, shown},
                                  {best,
-                                  {"--model", "--prompts", "--reward", "--gold", "--out",
+                                  {"--model", "--prompts", "--map", "--reward", "--gold", "--out",
                                    "--resume", "--write", "--samples", "--limit", "--max-tokens"}}};
   pages[1].shown.back() = "--group";
   if (!parse_flags(app, argc, argv, pages, kRenamed)) return 0;

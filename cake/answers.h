@@ -83,13 +83,6 @@ inline bool is_digit(char c) { return c >= '0' && c <= '9'; }
 inline bool is_letter(char c) { return std::isalpha(static_cast<unsigned char>(c)) != 0; }
 inline bool is_one_of(char c, std::string_view set) { return set.find(c) != set.npos; }
 
-// Letters in lower case; the length stays.
-inline std::string lower(std::string_view text) {
-  std::string out(text);
-  for (char& c : out) c = c >= 'A' && c <= 'Z' ? char(c + ('a' - 'A')) : c;
-  return out;
-}
-
 inline std::string_view final_turn(std::string_view text) {
   constexpr std::string_view kThink = "<think>", kThought = "</think>";
   const size_t thought = text.rfind(kThought);
@@ -716,7 +709,7 @@ class NumberReader {
     while (sign > 0 && is_one_of(before(sign), " \x02")) sign--;
     const size_t word = std::min<size_t>(sign, 8);
     if (sign < i && word >= 5) {
-      const std::string said = lower(std::string_view(s_).substr(sign - word, word));
+      const std::string said = ascii_lower(std::string_view(s_).substr(sign - word, word));
       const bool minus = said.ends_with("minus"), negative = said.ends_with("negative");
       if (negative && !is_letter(before(sign - 8))) return true;
       if (minus && !is_letter(before(sign - 5))) {
@@ -802,7 +795,7 @@ class NumberText {
   }
 
   Marked behind_answer() const {
-    const std::string text = lower(plain_);
+    const std::string text = ascii_lower(plain_);
     constexpr std::string_view kAnswer = "answer";
     for (size_t i = 0; (i = text.find(kAnswer, i)) != text.npos;) {
       const bool is_word = i == 0 || !is_letter(text[i - 1]);
@@ -887,7 +880,8 @@ class NumberText {
     constexpr size_t kLongest = 80;
     const size_t k = first_number(i);
     if (k == numbers_.size() || numbers_[k].begin - i > kLongest) return {};
-    const std::string between = lower(std::string_view(plain_).substr(i, numbers_[k].begin - i));
+    const std::string between =
+        ascii_lower(std::string_view(plain_).substr(i, numbers_[k].begin - i));
     for (size_t j = 0; j < between.size();) {
       const char c = between[j];
       if (is_letter(c)) {
@@ -1076,7 +1070,7 @@ class ChoiceText {
     for (char& c : plain_) {
       if (is_one_of(c, "*`")) c = ' ';
     }
-    lower_ = lower(plain_);
+    lower_ = ascii_lower(plain_);
     for (const std::string& text : choices.texts) {
       texts_.emplace_back(strip_ascii(plain_spelling(text)));
     }

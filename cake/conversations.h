@@ -54,15 +54,18 @@ void visit_json(std::string_view text, const char* expected, const std::string& 
   visit(e);
 }
 
-// The first of the fields that the record has.
+// The first of the fields that the record has; nullptr: it has none.
+inline const char* first_field(const Record& record, std::initializer_list<const char*> fields,
+                               simdjson::dom::element& value) {
+  for (const char* field : fields)
+    if (record.find(field, value)) return field;
+  return nullptr;
+}
 inline bool find_any(const Record& record, std::initializer_list<const char*> fields,
                      simdjson::dom::element& value, std::string* found = nullptr) {
-  for (const char* field : fields) {
-    if (!record.find(field, value)) continue;
-    if (found) *found = field;
-    return true;
-  }
-  return false;
+  const char* field = first_field(record, fields, value);
+  if (field && found) *found = field;
+  return field != nullptr;
 }
 
 // ---------------------------------------------------------------------------------------------

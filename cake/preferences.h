@@ -80,20 +80,6 @@ namespace preferences {
 using simdjson::dom::element;
 using Messages = std::vector<Message>;
 
-// The first of the fields that the record has; nullptr: it has none.
-inline const char* first_field(const Record& record, std::initializer_list<const char*> fields,
-                               element& value) {
-  for (const char* field : fields)
-    if (record.find(field, value)) return field;
-  return nullptr;
-}
-
-inline std::string lower_case(std::string_view text) {
-  std::string out(strip(text));
-  for (char& c : out) c = char(std::tolower(static_cast<unsigned char>(c)));
-  return out;
-}
-
 // A number, or a string that is one ("4"). Labellers also write null and "N/A".
 inline std::optional<double> number_of(element e) {
   double x = 0;
@@ -143,7 +129,7 @@ inline std::vector<int> ranks_of(const std::vector<double>& scores) {
 inline bool is_tie(element e) {
   std::string_view text;
   if (e.get(text)) return false;
-  const std::string word = lower_case(text);
+  const std::string word = ascii_lower(strip(text));
   for (const char* tie : {"tie", "tie (bothbad)", "tie_bothbad", "bothbad", "both_bad", "both",
                           "equal", "same", "draw", "neither"})
     if (word == tie) return true;
@@ -206,15 +192,15 @@ inline int parse_verdict(const Record& record, const Sides& sides, const std::st
   std::string_view text;
   std::string found = simdjson::minify(e);
   if (!e.get(text)) {
-    found = lower_case(text);
+    found = ascii_lower(strip(text));
   } else if (!e.get(x) && x == std::floor(x) && std::fabs(x) < 100) {
     if (field == "labels" && (x == 0 || x == 1)) return x == 1 ? -1 : 1;  // SHP: A is better
     found = std::to_string(int(x));
   }
   for (const int side : {-1, 1}) {
     const char* field_name = side < 0 ? sides.first : sides.second;
-    const std::string name = lower_case(side < 0 ? sides.first_name : sides.second_name);
-    if (found == lower_case(field_name) || found == name) return side;
+    const std::string name = ascii_lower(side < 0 ? sides.first_name : sides.second_name);
+    if (found == ascii_lower(field_name) || found == name) return side;
     for (const char* prefix : {"model_", "model ", "response_", "answer_", "assistant_"})
       if (found == prefix + name) return side;
     element model;  // the winner by its model's name
@@ -372,7 +358,8 @@ inline bool find_list(const Record& record, bool compared, RawAnswers& found) {
 
 inline bool parse_label(element e, const std::string& where) {
   std::string_view text;
-  const std::string found = e.get(text) ? std::string(simdjson::minify(e)) : lower_case(text);
+  const std::string found =
+      e.get(text) ? std::string(simdjson::minify(e)) : ascii_lower(strip(text));
   for (const char* good : {"true", "1", "1.0", "pos", "positive", "good", "yes", "desirable",
                            "chosen", "up", "thumbs_up"})
     if (found == good) return true;

@@ -137,7 +137,7 @@ inline std::string utf8_head(std::string_view head) {
 }
 
 // What a value begins with behind white space; 0: nothing is there.
-inline char first_sign(std::string_view json, size_t i = 0) {
+inline char first_byte(std::string_view json, size_t i = 0) {
   i = json.find_first_not_of(" \t\r\n", i);
   return i == std::string_view::npos ? 0 : json[i];
 }
@@ -157,7 +157,7 @@ inline const RawMember* find_list(const std::vector<RawMember>& members,
     const bool is_list_key =
         std::find(std::begin(kListKeys), std::end(kListKeys), key) != std::end(kListKeys) &&
         std::find(mapped.begin(), mapped.end(), key) == mapped.end();
-    if (is_list_key && m.value.starts_with('[') && first_sign(m.value, 1) == '{') return &m;
+    if (is_list_key && m.value.starts_with('[') && first_byte(m.value, 1) == '{') return &m;
   }
   return nullptr;
 }
@@ -175,13 +175,13 @@ inline JsonLayout json_layout(std::string_view head, bool is_all,
   const std::string_view value = json.substr(0, scan.offset());  // as far as it can be read
   const bool is_one_line = value.find('\n') == std::string_view::npos;
   const char next =
-      first_sign(json.substr(value.size(), json.find('\n', value.size()) - value.size()));
+      first_byte(json.substr(value.size(), json.find('\n', value.size()) - value.size()));
   std::vector<RawMember> members;
   split_members(json, members);
   if (json[0] == '{') {
-    if (members.empty() && first_sign(json, 1) != '}') return JsonLayout::none;
+    if (members.empty() && first_byte(json, 1) != '}') return JsonLayout::none;
     const RawMember* list = find_list(members, mapped);
-    const bool is_only_value = is_all && first_sign(json, value.size()) == 0;
+    const bool is_only_value = is_all && first_byte(json, value.size()) == 0;
     if (list && (!is_complete || is_only_value)) {
       if (list_begin) *list_begin = size_t(list->value.data() - head.data()) + 1;
       return JsonLayout::inside;
@@ -190,8 +190,8 @@ inline JsonLayout json_layout(std::string_view head, bool is_all,
     return is_one_line && !(is_complete && (next == '{' || next == ',')) ? JsonLayout::lines
                                                                          : JsonLayout::values;
   }
-  const char second = json[0] == '[' ? first_sign(json, 1) : '\0';
-  const char third = first_sign(json, json.find(second, 1) + 1);
+  const char second = json[0] == '[' ? first_byte(json, 1) : '\0';
+  const char third = first_byte(json, json.find(second, 1) + 1);
   if (second == ']') return JsonLayout::values;
   if (second == '[') return third == '{' ? JsonLayout::values : JsonLayout::none;
   if (second != '{' || (members.empty() && third != '}')) return JsonLayout::none;
@@ -274,16 +274,16 @@ class JsonValues {
   }
 
   bool next_value(simdjson::dom::element& value) {
-    for (char sign; (sign = pass_space()) != 0;) {
+    for (char byte; (byte = pass_space()) != 0;) {
       number_ = line_ + 1;
-      if (in_list_ && sign == ']') {
+      if (in_list_ && byte == ']') {
         consume(1);
         in_list_ = false;
         if (layout_ == JsonLayout::inside) pass_rest_of_object();
-      } else if (!in_list_ && sign == '[' && layout_ == JsonLayout::values) {
+      } else if (!in_list_ && byte == '[' && layout_ == JsonLayout::values) {
         consume(1);
         in_list_ = true;
-      } else if (sign == ',') {
+      } else if (byte == ',') {
         consume(1);
       } else {
         return parse_value(value), true;
@@ -350,18 +350,18 @@ class JsonValues {
   // Behind the list of an object that holds the file.
   void pass_rest_of_object() {
     bool is_key = true;
-    for (char sign; (sign = pass_space()) != 0 && sign != '}';) {
+    for (char byte; (byte = pass_space()) != 0 && byte != '}';) {
       number_ = line_ + 1;
-      if (sign == ',' || sign == ':') {
+      if (byte == ',' || byte == ':') {
         consume(1);
-        is_key = sign == ',';
+        is_key = byte == ',';
         continue;
       }
       JsonScan scan;
       const std::string_view value = find_value(scan);
       if (value.empty()) fail(where(), ": not JSON: found ", scan.problem());
       if (is_key) key_ = value;
-      if (!is_key && value[0] == '[' && first_sign(value, 1) == '{') {
+      if (!is_key && value[0] == '[' && first_byte(value, 1) == '{') {
         fail(where(), ": found a second list of objects, ", key_,
              ", expected one list of records in a file");
       }
@@ -412,7 +412,7 @@ inline bool begins_html(std::string_view head) {
 // may be a program's own file: it is a document only if it has one of the keys.
 inline bool begins_json(std::string_view head, bool is_all, const std::vector<std::string>& keys) {
   const JsonLayout layout = json_layout(head, is_all);
-  if (layout != JsonLayout::values || first_sign(head) != '{' || keys.empty()) {
+  if (layout != JsonLayout::values || first_byte(head) != '{' || keys.empty()) {
     return layout != JsonLayout::none;
   }
   std::vector<RawMember> members;
@@ -657,7 +657,7 @@ class RecordReader {
     require_text(head, input.name);
     const std::string text = utf8_head(head);
     const bool has_object =
-        first_sign(text) == '{' || first_sign(text) == '[' || text.find("\n{") != std::string::npos;
+        first_byte(text) == '{' || first_byte(text) == '[' || text.find("\n{") != std::string::npos;
     require(kind == FileKind::json || has_object, input.name, ": found text that begins with ",
             json_text(text.substr(0, std::min<size_t>(40, text.find_first_of("\r\n")))),
             ", expected ", kShapes);
@@ -725,9 +725,13 @@ inline void require_fields_used(const FieldNames& names,
   }
 }
 
+// What visit returns to end the reading: it does not need this item, nor those behind it.
+inline constexpr const char* kEnough = "enough";
+
 // Calls visit(item) for what next(item) reads, until that is false. visit returns why it leaves the
-// item out, or nullptr when it keeps it; it throws Error where the item is bad. Returns the number
-// of items, those that were left out among them. `name` begins the error where none is left.
+// item out, or nullptr when it keeps it, or kEnough; it throws Error where the item is bad. Returns
+// the number of items, those that were left out among them. `name` begins the error where none is
+// left.
 template <class Item, class Next, class Visit>
 int64_t visit_each(const std::string& name, const RecordOptions& options, LeftOut& left_out,
                    Next&& next, Visit&& visit) {
@@ -746,6 +750,10 @@ int64_t visit_each(const std::string& name, const RecordOptions& options, LeftOu
     count++;
     try {
       const char* reason = visit(std::as_const(item));
+      if (reason == kEnough) {
+        count--;
+        break;
+      }
       if (reason) here.add(reason, item.where);
     } catch (const Error& e) {
       if (!options.skip_bad_lines) throw;

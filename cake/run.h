@@ -394,6 +394,12 @@ inline std::string hash_files(const std::vector<MappedFile>& files) {
 // ---------------------------------------------------------------------------------------------
 // Text
 
+inline std::string ascii_lower(std::string_view text) {  // A to Z as a to z
+  std::string lower(text);
+  for (char& c : lower)
+    if (c >= 'A' && c <= 'Z') c = char(c + ('a' - 'A'));
+  return lower;
+}
 inline std::string_view strip_ascii(std::string_view text) {  // no white space at both ends
   const size_t begin = text.find_first_not_of(" \t\r\n");
   if (begin == std::string_view::npos) return {};

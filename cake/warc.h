@@ -31,13 +31,6 @@ inline bool equal_ignoring_case(std::string_view a, std::string_view b) {
   return a.size() == b.size() && strncasecmp(a.data(), b.data(), a.size()) == 0;
 }
 
-inline std::string ascii_lower(std::string_view text) {
-  std::string lower(text);
-  for (char& c : lower)
-    if (c >= 'A' && c <= 'Z') c = char(c + ('a' - 'A'));
-  return lower;
-}
-
 // "text/html" of "Text/HTML; charset=utf-8".
 inline std::string media_type(std::string_view content_type) {
   return ascii_lower(strip_ascii(content_type.substr(0, content_type.find(';'))));

@@ -357,6 +357,17 @@ TEST_CASE("bad lines stop the run at the first, or are counted and three are sho
   CHECK(std::count(text.begin(), text.end(), '\n') == 4);
 }
 
+TEST_CASE("a visitor that has enough ends the reading before what is bad") {
+  TempDir dir;
+  const std::string path = write(dir, "a.jsonl", "{\"a\":1}\n{\"a\":2}\n{\"a\":3}\n{\"a\":}\n");
+  LeftOut none;
+  int visited = 0;
+  const auto visit = [&](const Record&) { return ++visited > 2 ? kEnough : nullptr; };
+  CHECK(for_each_record({path}, {}, none, visit) == 2);
+  CHECK(visited == 3);
+  CHECK(none.total() == 0);
+}
+
 TEST_CASE("behind a bad element of an array the next one is found") {
   TempDir dir;
   const auto kept = [&](const std::string& bytes) {

@@ -292,6 +292,31 @@ TEST_CASE("--resume refuses other flags and other prompts by name, and takes mor
   }
 }
 
+TEST_CASE("a run of an older version, whose texts hold \\n as it was typed, resumes as it began") {
+  const TempDir dir;
+  const auto out = [&](const char* name) { return std::filesystem::path(dir / name); };
+  for (const char* name : {"new", "old"}) {
+    good(stage("rlhf grpo", out(name),
+               kGrpo + "--steps 2 --reward ended '.1*format:*\\n*' --form 'Q: {question}\\nA:' " +
+                   "--stop '\\n'"));
+  }
+  const std::filesystem::path path = out("old") / "model/trainer_state.json";
+  Json state = read_json(path);
+  Json& settings = state.at("settings");
+  CHECK(settings.at("stops") == Json{"\n"});
+  CHECK(settings.at("form") == "Q: {question}\nA:");
+  settings.erase("records");  // which older versions did not have
+  settings["stops"] = {"\\n"}, settings["form"] = "Q: {question}\\nA:";
+  settings["rewards"] = {"ended", ".1*format:*\\n*"};
+  write_json(path, state);
+  for (const char* name : {"new", "old"}) {
+    good("./rlhf grpo --resume --steps 4 -o " + out(name).string());
+  }
+  CHECK(read_file(out("old") / "model/model.safetensors") ==
+        read_file(out("new") / "model/model.safetensors"));
+  CHECK(read_json(path).at("settings").at("rewards").at(1) == ".1*format:*\n*");
+}
+
 TEST_CASE("--dry-run prints the plan and writes nothing, --minutes fits its steps") {
   const TempDir dir;
   const std::string out = dir / "run";
