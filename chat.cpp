@@ -2256,12 +2256,8 @@ int chat(int argc, char** argv) {
       {info_command, {"model", "--context", "--json"}}};
   constexpr RenamedFlag kRenamed[] = {{"--tokens", "--max-tokens"}};
   if (!parse_flags(app, argc, argv, pages, kRenamed)) return 0;
-  try {
-    if (generate_command->parsed()) return generate(g);
-    if (eval_command->parsed()) return evaluate(e);
-  } catch (const Interrupted&) {
-    return 128 + stop_signal;
-  }
+  if (generate_command->parsed()) return generate(g);
+  if (eval_command->parsed()) return evaluate(e);
   if (info_command->parsed()) return info(i);
   if (export_command->parsed()) {
     need(shard_mb >= 1, "--shard-mb", shard_mb, "at least 1");

@@ -78,19 +78,6 @@ void require(bool good, const Parts&... parts) {
   if (!good) fail(parts...);
 }
 
-// Runs a stage's body; every failure becomes one line on stderr and exit status 1.
-template <class Body>
-int guarded_main(Body&& body) {
-  try {
-    return body();
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "error: out of memory\n");
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-  }
-  return 1;
-}
-
 // ---------------------------------------------------------------------------------------------
 // Cores: the physical cores this process may use. Affinity and the container's quota count; two
 // hardware threads of one core count once, since both share its vector units.
@@ -166,6 +153,23 @@ inline void watch_signals() {
   };
   std::signal(SIGINT, handler);
   std::signal(SIGTERM, handler);
+}
+
+// Runs a stage's body. Every failure becomes one line on stderr and exit status 1; where a signal
+// stopped it, the status is 128 and the signal's number.
+template <class Body>
+int guarded_main(Body&& body) {
+  try {
+    return body();
+  } catch (const Interrupted&) {
+    std::fprintf(stderr, "stopped\n");
+    return 128 + stop_signal;
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "error: out of memory\n");
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "error: %s\n", e.what());
+  }
+  return 1;
 }
 
 // ---------------------------------------------------------------------------------------------

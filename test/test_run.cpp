@@ -192,6 +192,21 @@ TEST_CASE("Ctrl+C before the first step says that nothing was saved") {
   CHECK(!std::filesystem::exists(out));
 }
 
+TEST_CASE("a signal while files are read ends a stage with its number, and nothing is written") {
+  // A pipe without an end: the stage is still reading when the signal comes.
+  const TempDir dir;
+  const Output o = shell(
+      "yes '{\"prompt\":\"a\",\"completion\":\"b\"}' | timeout --foreground "
+      "--preserve-status -s INT .5 ./sft --model test/golden/eval_model --data - -o " +
+      (dir / "run").string());
+  CHECK(o.status == 128 + SIGINT);
+  CHECK_MESSAGE(contains(o.text, "stopped\n"), o.text);
+  CHECK(!std::filesystem::exists(dir / "run"));
+  stop_signal = SIGTERM;
+  CHECK(guarded_main([]() -> int { throw Interrupted(); }) == 128 + SIGTERM);
+  stop_signal = 0;
+}
+
 TEST_CASE("an error in the middle of a run saves what is done, and --resume goes on from there") {
   const TempDir dir;
   const std::string flags = "--steps 400 --lora 1 --eval-every 999 --sample-every 999";
