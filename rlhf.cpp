@@ -1020,7 +1020,9 @@ std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
       rollout_generator(o, longest, all));
   for (size_t i = 0; i < prompts.size(); i++) {
     for (int k = 0; k < copies; k++) {
-      generator.submit(rollout_request(*prompts[i], o, mix64(seed, i, uint64_t(k))));
+      Request request = rollout_request(*prompts[i], o, mix64(seed, i, uint64_t(k)));
+      request.sampling.stream = i * size_t(copies) + size_t(k);
+      generator.submit(std::move(request));
     }
   }
   while (generator.step()) stop_if_signalled();

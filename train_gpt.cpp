@@ -1199,8 +1199,11 @@ static void attention_backward(const Attention& a, const float* out, const float
     const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
     const int kv = int(task % a.NKV), padded = (length + kPage - 1) / kPage * kPage;
     thread_local Arena memory;
-    memory.grow(int64_t(padded) * (3 * HSP + 2 * HS));
-    float* keys = memory.data();                   // (padded, HSP)
+    constexpr int64_t kTile = kPage * 256, kSquare = kPage * kPage;
+    memory.grow(int64_t(padded) * (3 * HSP + 2 * HS) + 3 * kTile + 2 * kSquare);
+    float* q = memory.data();  // of one page of queries, as the next four
+    float *d_out = q + kTile, *d_q = d_out + kTile, *p = d_q + kTile, *ds = p + kSquare;
+    float* keys = ds + kSquare;                    // (padded, HSP)
     float* keys_t = keys + int64_t(padded) * HSP;  // pages [HS][kPage]
     float* values_t = keys_t + int64_t(padded) * HS;
     float* dkeys = values_t + int64_t(padded) * HS;  // (padded, HSP), as the next two
@@ -1219,8 +1222,6 @@ static void attention_backward(const Attention& a, const float* out, const float
       pack_panel<kPage>({nullptr, a.k_ld, Inner::k}, k, count, HS, keys_t + int64_t(t0) * HS);
       pack_panel<kPage>({nullptr, a.v_ld, Inner::k}, v, count, HS, values_t + int64_t(t0) * HS);
     }
-    alignas(64) static thread_local float q[kPage * 256], d_out[kPage * 256], d_q[kPage * 256];
-    alignas(64) static thread_local float p[kPage * kPage], ds[kPage * kPage];
     for (int h = kv * group; h < (kv + 1) * group; h++) {
       for (int t0 = 0; t0 < length; t0 += kPage) {
         const int rows = std::min(kPage, length - t0);
@@ -1709,13 +1710,16 @@ static int index_of_largest(int n, const float* x) {
 }
 
 // Sampling: a function of the logits and of (seed, stream, position) alone.
-static int sample_row(int V, const float* logits, const Sampling& sampling,
-                      std::span<const int> history, uint64_t position, std::vector<float>& p) {
+static int sample_row(int V, const float* logits, const DecodeRow& row, uint64_t position,
+                      std::vector<float>& p) {
+  const Sampling& sampling = row.sampling;
   const bool penalty = sampling.repetition_penalty != 1;
-  if (sampling.temperature == 0 && !penalty) return index_of_largest(V, logits);
+  if (sampling.temperature == 0 && !penalty && row.biases.empty()) {
+    return index_of_largest(V, logits);
+  }
   p.assign(logits, logits + V);
   if (penalty) {
-    std::vector<int> seen(history.begin(), history.end());
+    std::vector<int> seen(row.history.begin(), row.history.end());
     std::sort(seen.begin(), seen.end());
     seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
     for (int id : seen) {
@@ -1723,6 +1727,9 @@ static int sample_row(int V, const float* logits, const Sampling& sampling,
       float& x = p[size_t(id)];
       x = x > 0 ? x / sampling.repetition_penalty : x * sampling.repetition_penalty;
     }
+  }
+  for (const LogitBias& b : row.biases) {
+    if (b.id < V) p[size_t(b.id)] += b.bias;
   }
   const int best = index_of_largest(V, p.data());
   if (sampling.temperature == 0) return best;
@@ -1787,6 +1794,40 @@ static bool all_finite(int64_t n, const float* x) {
   return sum_lanes(zeros) == 0;
 }
 
+// The k likeliest of V tokens, likeliest first, the smallest id first among equals.
+static std::vector<TopToken> likeliest(int V, const float* logits, int k,
+                                       const RowSoftmax& softmax) {
+  struct Entry {
+    float logit;
+    int id;
+  };
+  std::vector<Entry> best;  // a heap: the first entry is the next to leave
+  const auto likelier = [](const Entry& a, const Entry& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+  };
+  const size_t kept = size_t(std::clamp(k, 0, V));
+  constexpr int kBlock = 1024;
+  for (int begin = 0; begin < V && kept > 0; begin += kBlock) {
+    const int end = std::min(V, begin + kBlock);
+    // Ids rise, so that an equal logit that comes later is not likelier.
+    if (best.size() == kept && largest(end - begin, logits + begin) <= best[0].logit) continue;
+    for (int id = begin; id < end; id++) {
+      const Entry entry{logits[id], id};
+      if (best.size() == kept) {
+        if (!likelier(entry, best[0])) continue;
+        std::pop_heap(best.begin(), best.end(), likelier);
+        best.pop_back();
+      }
+      best.push_back(entry);
+      std::push_heap(best.begin(), best.end(), likelier);
+    }
+  }
+  std::sort_heap(best.begin(), best.end(), likelier);
+  std::vector<TopToken> top;
+  for (const Entry& e : best) top.push_back({e.id, softmax.logp(e.logit, 1)});
+  return top;
+}
+
 // Puts the keys and values of layer l's new tokens into pages of E, then attends to all there are.
 template <class E>
 void CpuGpt::attend_cached(const CpuKvCache& pages, std::span<const DecodeRow> rows,
@@ -1841,6 +1882,7 @@ void CpuGpt::decode_rows(KvCache& cache, std::span<const DecodeRow> rows, Decode
   result.ids.assign(size_t(R), 0);
   result.logp.assign(size_t(R), 0.f);
   result.logits.resize(want_logits ? size_t(R * V) : 0);
+  result.make_scores(rows);
   if (R == 0) return;
   const int N = int(added.tokens.size());
   weights_->make_panels();
@@ -1853,34 +1895,66 @@ void CpuGpt::decode_rows(KvCache& cache, std::span<const DecodeRow> rows, Decode
     }
   };
   blocks_forward(decode_, N, added.tokens.data(), added.positions.data(), true, attend_cache);
-  for (int64_t r = 0; r < R; r++)
-    std::copy_n(decode_.x + int64_t(added.starts[size_t(r) + 1] - 1) * C, C,
-                decode_.final_norm + r * C);
-  norm(int(R), table_.final_norm, decode_.final_norm, decode_.head_in, decode_.final_stats);
+  // The positions whose logits are needed: those with a target, and the last one of each row.
+  struct HeadRow {
+    int64_t n;       // of the N tokens
+    size_t row;      //
+    size_t offset;   // in its row
+    bool is_target;  //
+    bool is_last;    //
+  };
+  std::vector<HeadRow> head_rows;
+  for (size_t r = 0; r < rows.size(); r++) {
+    const size_t tokens = rows[r].tokens.size(), targets = rows[r].targets.size();
+    for (size_t t = 0; t < tokens; t++) {
+      const bool is_target = t < targets, is_last = t + 1 == tokens;
+      if (is_target || is_last) {
+        head_rows.push_back({added.starts[r] + int64_t(t), r, t, is_target, is_last});
+      }
+    }
+  }
+  const auto M = int64_t(head_rows.size());
+  std::vector<char> finite(head_rows.size());
+  for (int64_t m = 0; m < M; m++) {
+    std::copy_n(decode_.x + head_rows[size_t(m)].n * C, C, decode_.final_norm + m * C);
+  }
+  norm(int(M), table_.final_norm, decode_.final_norm, decode_.head_in, decode_.final_stats);
   const int64_t chunk = logit_rows(config_, decode_.capacity), ld = config_.padded_V();
-  for (int64_t begin = 0; begin < R; begin += chunk) {
-    const int64_t count = std::min(chunk, R - begin);
+  for (int64_t begin = 0; begin < M; begin += chunk) {
+    const int64_t count = std::min(chunk, M - begin);
     Product p =
         forward_product(int(count), C, V, decode_.head_in + begin * C, nullptr, decode_.logits);
     p.b = matrix(table_.head, true), p.ldc = ld;
     gemm(p);
     parallel_groups(count, 1, [&](int64_t i) {
-      const auto r = size_t(begin + i);
+      const HeadRow& head = head_rows[size_t(begin + i)];
+      const size_t r = head.row;
+      const DecodeRow& row = rows[r];
       const float* x = decode_.logits + i * ld;
-      const Sampling& sampling = rows[r].sampling;
+      const Sampling& sampling = row.sampling;
+      const int vocab = sampling.vocab > 0 ? std::min(V, sampling.vocab) : V;
       thread_local std::vector<float> scratch;
-      if (!all_finite(V, x)) {
-        result.ids[r] = -1;
-        return;
-      }
+      finite[size_t(begin + i)] = all_finite(V, x);
+      if (!finite[size_t(begin + i)]) return;
+      const bool scored = head.is_target || row.top >= 0;
+      const RowSoftmax softmax = scored ? row_softmax(V, x, 1) : RowSoftmax{};
+      const auto score = [&](int id) -> TokenScore {
+        return {softmax.logp(x[id], 1), likeliest(vocab, x, row.top, softmax)};
+      };
+      if (head.is_target) result.target_scores[r][head.offset] = score(row.targets[head.offset]);
+      if (!head.is_last) return;
       const int id =
-          sample_row(sampling.vocab > 0 ? std::min(V, sampling.vocab) : V, x, sampling,
-                     rows[r].history, uint64_t(added.lengths[r]) + rows[r].tokens.size(), scratch);
+          sample_row(vocab, x, row, uint64_t(added.lengths[r]) + row.tokens.size(), scratch);
       const float inverse = sampling.temperature > 0 ? 1 / sampling.temperature : 1;
+      result.logp[r] =
+          (scored && inverse == 1 ? softmax : row_softmax(V, x, inverse)).logp(x[id], inverse);
+      if (row.top >= 0) result.scores[r] = score(id);
       result.ids[r] = id;
-      result.logp[r] = row_softmax(V, x, inverse).logp(x[id], inverse);
       if (want_logits) std::copy_n(x, V, result.logits.data() + int64_t(r) * V);
     });
+  }
+  for (size_t m = 0; m < head_rows.size(); m++) {
+    if (!finite[m]) result.ids[head_rows[m].row] = -1;
   }
   expect_sampled(result, added);
   room.keep();
@@ -2161,14 +2235,17 @@ int64_t cache_page_bytes(const Config& c, const GptOptions& options) {
   return CpuKvCache::page_bytes(c, options.decode.cache);
 }
 
+int64_t free_memory([[maybe_unused]] Device device) {
+#ifdef CAKE_CUDA
+  if (on_gpu(device)) return gpu::free_memory();
+#endif
+  return available_memory();
+}
+
 int64_t memory_beside_model(const Config& c, const GptOptions& options) {
   GptOptions others = options;
   others.decode.positions = 0;
-  const int64_t taken = plan_memory(c, others).total();
-#ifdef CAKE_CUDA
-  if (on_gpu(options.device)) return std::max<int64_t>(0, gpu::free_memory() - taken);
-#endif
-  return std::max<int64_t>(0, available_memory() - taken);
+  return std::max<int64_t>(0, free_memory(options.device) - plan_memory(c, others).total());
 }
 
 void check_device(Device device, Precision precision) {

@@ -3273,6 +3273,12 @@ static void cache_attention(A* out, const A* q, int64_t q_ld, const PageTable<A>
 struct SampleRow : Sampling {
   uint64_t position = 0;
   int history_begin = 0, history_end = 0;  // in `history`
+  int bias_begin = 0, bias_end = 0;        // in `biases`
+};
+struct ScoreRow {  // a row of logits whose token is scored
+  int id = -1;     // -1: the sampled one
+  int vocab = 0;   // of ids below, the likeliest are looked for
+  int top = -1;    // how many of them; -1: the row is not scored
 };
 using Word = unsigned long long;
 inline constexpr int kIdBits = 20, kKeyBits = 50, kBinBits = 10, kBins = 1 << kBinBits;
@@ -3378,14 +3384,21 @@ __device__ inline int draw(const float* p, int V, Word floor, double u, int best
   return int(words[32]);
 }
 
-// One id a row: penalty, temperature, min_p, top_k, top_p in this order, then a draw by (seed,
-// stream, position); temperature 0: the likeliest; -1: a logit is not finite. logp: of the id under
-// softmax(logits / temperature). ids, logp (count); logits (count, ld) with V tokens; rows (count),
-// history: on the device; scratch (count, V). V up to 2^20.
+// A float's order as an unsigned number.
+__device__ inline unsigned ordered_bits(float x) {
+  const unsigned bits = bits_of(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// One id a row: penalty, biases, temperature, min_p, top_k, top_p in this order, then a draw by
+// (seed, stream, position); temperature 0: the likeliest; -1: a logit is not finite. logp: of the
+// id under softmax(logits / temperature). ids, logp (count); logits (count, ld) with V tokens; rows
+// (count), history, biases: on the device; scratch (count, V). V up to 2^20.
 template <class A>
 __global__ void __launch_bounds__(kBlockThreads)
     sample_kernel(int* ids, float* logp, const A* logits, int64_t ld, int all,
-                  const SampleRow* rows, const int* history, float* scratch) {
+                  const SampleRow* rows, const int* history, const LogitBias* biases,
+                  float* scratch) {
   Word* words = shared_memory<Word>();  // (34) reductions, then (kBins + 2)
   Word* bins = words + 34;
   float* floats = reinterpret_cast<float*>(bins);  // (32) of block_max and block_sum
@@ -3415,10 +3428,16 @@ __global__ void __launch_bounds__(kBlockThreads)
     }
     __syncthreads();
   }
-  Word most = 0;  // a float's bits, ordered as unsigned, then the id's complement
+  if (how.bias_begin < how.bias_end) {  // each id once
+    for (int b = how.bias_begin + threadIdx.x; b < how.bias_end; b += blockDim.x) {
+      const int id = biases[b].id;
+      if (id >= 0 && id < V) p[id] = p[id] + biases[b].bias + 0.f;
+    }
+    __syncthreads();
+  }
+  Word most = 0;  // the logit's order, then the id's complement
   for (int j = threadIdx.x; j < V; j += blockDim.x) {
-    const unsigned bits = bits_of(p[j]), ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-    most = max(most, Word(ordered) << 32 | Word(kAllLanes - unsigned(j)));
+    most = max(most, Word(ordered_bits(p[j])) << 32 | Word(kAllLanes - unsigned(j)));
   }
   most = block_reduce(most, words, [](Word a, Word b) { return a > b ? a : b; });
   const int best = int(kAllLanes - unsigned(most & kAllLanes));
@@ -3460,11 +3479,59 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 template <class A>
 static void sample(int* ids, float* logp, const A* logits, int64_t ld, int V, const SampleRow* rows,
-                   const int* history, int count, float* scratch, cudaStream_t stream) {
+                   const int* history, const LogitBias* biases, int count, float* scratch,
+                   cudaStream_t stream) {
   if (V > 1 << kIdBits)
     fail("cuda: sampling: found ", V, " tokens, expected at most ", 1 << kIdBits);
   launch("sample", sample_kernel<A>, count, V > 1024 ? kBlockThreads : 256,
-         (34 + kBins + 2) * sizeof(Word), stream, ids, logp, logits, ld, V, rows, history, scratch);
+         (34 + kBins + 2) * sizeof(Word), stream, ids, logp, logits, ld, V, rows, history, biases,
+         scratch);
+}
+
+// How likely the model finds a token of each row of logits, and its likeliest tokens in order, the
+// smallest id first among equals: log softmax(logits) of all V tokens. logp (count); top (count,
+// top_ld); logits (count, ld); rows (count); ids (count): the sampled ones. The likeliest are found
+// one after the other, each as the largest below the one before.
+template <class A>
+__global__ void __launch_bounds__(kBlockThreads)
+    score_kernel(float* logp, TopToken* top, int top_ld, const A* logits, int64_t ld, int V,
+                 const ScoreRow* rows, const int* ids) {
+  Word* words = shared_memory<Word>();  // (33)
+  float* floats = reinterpret_cast<float*>(words);
+  const ScoreRow row = rows[blockIdx.x];
+  if (row.top < 0) return;
+  const A* x = logits + blockIdx.x * ld;
+  float highest = -INFINITY;
+  for (int j = threadIdx.x; j < V; j += blockDim.x) highest = fmaxf(highest, to_float(x[j]));
+  highest = block_max(highest, floats);
+  float sum = 0;
+  for (int j = threadIdx.x; j < V; j += blockDim.x) {
+    sum += exp2_approx((to_float(x[j]) - highest) * kLog2E);
+  }
+  const float log2_sum = log2f(block_sum(sum, floats));
+  const auto logp_of = [&](int id) {
+    return ((to_float(x[id]) - highest) * kLog2E - log2_sum) * kLn2;
+  };
+  Word last = ~Word(0);
+  for (int k = 0; k < row.top; k++) {
+    Word most = 0;
+    for (int j = threadIdx.x; j < row.vocab; j += blockDim.x) {
+      const Word key =
+          Word(ordered_bits(to_float(x[j]) + 0.f)) << 32 | Word(kAllLanes - unsigned(j));
+      if (key < last) most = max(most, key);
+    }
+    last = block_reduce(most, words, [](Word a, Word b) { return a > b ? a : b; });
+    const int id = int(kAllLanes - unsigned(last & kAllLanes));
+    if (threadIdx.x == 0) top[blockIdx.x * int64_t(top_ld) + k] = {id, logp_of(id)};
+  }
+  const int id = row.id >= 0 ? row.id : ids[blockIdx.x];
+  if (threadIdx.x == 0) logp[blockIdx.x] = id >= 0 ? logp_of(id) : 0;
+}
+template <class A>
+static void score(float* logp, TopToken* top, int top_ld, const A* logits, int64_t ld, int V,
+                  const ScoreRow* rows, const int* ids, int count, cudaStream_t stream) {
+  launch("score", score_kernel<A>, count, V > 1024 ? kBlockThreads : 256, 33 * sizeof(Word), stream,
+         logp, top, top_ld, logits, ld, V, rows, ids);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -3498,6 +3565,8 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   std::vector<int> row_of, doc_start, doc_end, last;
   bool prefill = true;            // all rows begin here
   int64_t longest = 0, past = 1;  // of the rows' sequences; tokens for repetition penalties
+  int64_t targets = 0, biases = 1;
+  int top = -1;  // the largest of the rows
   for (size_t r = 0; r < rows.size(); r++) {
     const size_t n = rows[r].tokens.size();
     row_of.insert(row_of.end(), n, int(r));
@@ -3507,10 +3576,13 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     prefill = prefill && lengths[r] == 0;
     longest = std::max(longest, int64_t(lengths[r]) + int64_t(n));
     if (rows[r].sampling.repetition_penalty != 1) past += int64_t(rows[r].history.size());
+    targets += int64_t(rows[r].targets.size()), biases += int64_t(rows[r].biases.size());
+    top = std::max(top, std::min(rows[r].top, V));
   }
   result.ids.assign(size_t(R), 0);
   result.logp.assign(size_t(R), 0.f);
   result.logits.resize(want_logits ? size_t(R * V) : 0);
+  result.make_scores(rows);
   if (R == 0) return;
 
   // All memory comes before the cache grows: a page that was replaced has been copied, then, or
@@ -3521,10 +3593,15 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   Decoding& d = *decoding_;
   if (!d.fits(N, R, R * max_pages, past)) resources_->graphs.clear();
   d.reserve(config_, table_.lora.rank, N, R, R * max_pages, past);
+  // Scores: of the rows' sampled tokens, then of their targets
+  const bool scored = top >= 0 || targets > 0;
+  const int64_t scores = scored ? R + targets : 0, top_ld = std::max(top, 1);
+  d.reserve_scores(scores, targets, scores * top_ld, biases);
   extend_rope(1 + *std::max_element(added.positions.begin(), added.positions.end()));
-  d.staging.begin((6 * size_t(N) + size_t(past)) * sizeof(int) +
-                  size_t(R * max_pages) * sizeof(A*) +
-                  size_t(R) * (sizeof(SampleRow) + sizeof(PageCopy<A>)) + 10 * 16);
+  d.staging.begin((6 * size_t(N) + size_t(past + targets)) * sizeof(int) +
+                  size_t(R * max_pages) * sizeof(A*) + size_t(biases) * sizeof(LogitBias) +
+                  size_t(R) * (sizeof(SampleRow) + sizeof(PageCopy<A>)) +
+                  size_t(scores) * sizeof(ScoreRow) + 13 * 16);
 
   std::vector<PageCopy<A>> copies;
   NewPositions room(cache, rows, [&](int src, int dst) {
@@ -3533,6 +3610,24 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   std::vector<A*> page_table(size_t(R) * size_t(max_pages), nullptr);
   std::vector<int> history;
   std::vector<SampleRow> how;
+  std::vector<LogitBias> all_biases;
+  std::vector<ScoreRow> score_rows;  // (scores)
+  std::vector<int> target_of;        // (targets) of the N tokens
+  const auto vocab_of = [&](const DecodeRow& row) {
+    return row.sampling.vocab > 0 ? std::min(V, row.sampling.vocab) : V;
+  };
+  if (scored) {
+    for (const DecodeRow& row : rows) {
+      score_rows.push_back({-1, vocab_of(row), std::min(row.top, vocab_of(row))});
+    }
+  }
+  for (size_t r = 0; r < rows.size(); r++) {
+    const int row_top = std::clamp(rows[r].top, 0, vocab_of(rows[r]));
+    for (size_t t = 0; t < rows[r].targets.size(); t++) {
+      score_rows.push_back({rows[r].targets[t], vocab_of(rows[r]), row_top});
+      target_of.push_back(starts[r] + int(t));
+    }
+  }
   for (size_t r = 0; r < rows.size(); r++) {
     const std::vector<int>& list = cache.pages(rows[r].sequence);
     for (size_t i = 0; i < list.size(); i++)
@@ -3541,8 +3636,10 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     if (rows[r].sampling.repetition_penalty != 1) {
       history.insert(history.end(), rows[r].history.begin(), rows[r].history.end());
     }
+    const auto bias_begin = int(all_biases.size());
+    all_biases.insert(all_biases.end(), rows[r].biases.begin(), rows[r].biases.end());
     how.push_back({rows[r].sampling, uint64_t(lengths[r]) + rows[r].tokens.size(), begin,
-                   int(history.size())});
+                   int(history.size()), bias_begin, int(all_biases.size())});
   }
 
   // To the device
@@ -3554,6 +3651,8 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   upload(d.row, row_of), upload(d.last, last);
   upload(d.rows, how), upload(d.copies, copies);
   upload(d.page_table.data(), page_table), upload(d.history.data(), history);
+  upload(d.biases.data(), all_biases), upload(d.score_rows.data(), score_rows);
+  upload(d.target_of.data(), target_of);
   d.staging.end(stream_);
   if (!copies.empty()) {
     launch("copy_pages", copy_pages_kernel<A>,
@@ -3588,7 +3687,11 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     move_rows<false>(d.a.head_in, d.a.final_norm, d.last + begin, int(count), C, stream_);
     matmul(linear_product(count, table_.head, d.a.head_in, d.a.logits));
     sample(d.ids + begin, d.logp + begin, d.a.logits, ld, V, d.rows + begin, d.history.data(),
-           int(count), d.probabilities, stream_);
+           d.biases.data(), int(count), d.probabilities, stream_);
+    if (top >= 0) {
+      score(d.score_logp.data() + begin, d.top_tokens.data() + begin * top_ld, int(top_ld),
+            d.a.logits, ld, V, d.score_rows.data() + begin, d.ids + begin, int(count), stream_);
+    }
     if (!want_logits) continue;
     logits.resize(size_t(count * V));
     check(
@@ -3599,9 +3702,35 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     for (size_t i = 0; i < logits.size(); i++)
       result.logits[size_t(begin * V) + i] = float(logits[i]);
   }
+  for (int64_t begin = 0; begin < targets; begin += d.a.logit_rows) {
+    const int64_t count = std::min(d.a.logit_rows, targets - begin), offset = R + begin;
+    move_rows<false>(d.a.head_in, d.a.final_norm, d.target_of.data() + begin, int(count), C,
+                     stream_);
+    matmul(linear_product(count, table_.head, d.a.head_in, d.a.logits));
+    score(d.score_logp.data() + offset, d.top_tokens.data() + offset * top_ld, int(top_ld),
+          d.a.logits, ld, V, d.score_rows.data() + offset, d.ids, int(count), stream_);
+  }
+  std::vector<float> score_logp(static_cast<size_t>(scores));
+  std::vector<TopToken> top_tokens(static_cast<size_t>(scores * top_ld));
+  if (scored) {
+    copy_to_host(score_logp.data(), d.score_logp.data(), score_logp.size(), stream_, "scores");
+    copy_to_host(top_tokens.data(), d.top_tokens.data(), top_tokens.size(), stream_, "scores");
+  }
   copy_to_host(result.ids.data(), d.ids, size_t(R), stream_, "sampled tokens");
   copy_to_host(result.logp.data(), d.logp, size_t(R), stream_, "sampled tokens");
   wait();
+  const auto score_at = [&](size_t i) {
+    const auto begin = top_tokens.begin() + int64_t(i) * top_ld;
+    return TokenScore{score_logp[i], {begin, begin + score_rows[i].top}};
+  };
+  auto target = size_t(R);  // in score_rows
+  for (size_t r = 0; r < rows.size() && scored; r++) {
+    if (rows[r].top >= 0) result.scores[r] = score_at(r);
+    for (TokenScore& s : result.target_scores[r]) {
+      s = score_at(target++);
+      if (!std::isfinite(s.logp)) result.ids[r] = -1;
+    }
+  }
   expect_sampled(result, added);
   room.keep();
 }
@@ -4675,17 +4804,22 @@ struct CudaGpt<A>::Decoding {
   std::unique_ptr<Memory> memory;
   Activations<A> a{};
   int64_t capacity = 0, row_capacity = 0;
-  int *tokens, *positions;   // (N)
-  int *doc_start, *doc_end;  // (N) of rows as documents: a prefill
-  int* row;                  // (N) its row
-  int* last;                 // (R) the last token of each row
-  SampleRow* rows;           // (R)
-  int* ids;                  // (R) sampled
-  float* logp;               // (R)
-  float* probabilities;      // (logit_rows, V) scratch
-  PageCopy<A>* copies;       // (R)
-  Buffer<A*> page_table;     // (R, max_pages)
-  Buffer<int> history;       // of all rows that have a repetition penalty
+  int *tokens, *positions;      // (N)
+  int *doc_start, *doc_end;     // (N) of rows as documents: a prefill
+  int* row;                     // (N) its row
+  int* last;                    // (R) the last token of each row
+  SampleRow* rows;              // (R)
+  int* ids;                     // (R) sampled
+  float* logp;                  // (R)
+  float* probabilities;         // (logit_rows, V) scratch
+  PageCopy<A>* copies;          // (R)
+  Buffer<A*> page_table;        // (R, max_pages)
+  Buffer<int> history;          // of all rows that have a repetition penalty
+  Buffer<LogitBias> biases;     // of all rows
+  Buffer<ScoreRow> score_rows;  // (R + targets), when a row is scored
+  Buffer<int> target_of;        // (targets) of the N tokens, each before a target
+  Buffer<float> score_logp;     // (R + targets)
+  Buffer<TopToken> top_tokens;  // (R + targets, the largest `top`)
 
   bool fits(int64_t N, int64_t R, int64_t table_size, int64_t past) const {
     return N <= capacity && R <= row_capacity && table_size <= page_table.size() &&
@@ -4702,6 +4836,11 @@ struct CudaGpt<A>::Decoding {
     a = {};
     lay_out(c, rank, N, R, *memory);
     capacity = N, row_capacity = R;
+  }
+  void reserve_scores(int64_t scores, int64_t targets, int64_t top, int64_t bias_count) {
+    grow(biases, bias_count, "logit biases");
+    grow(score_rows, scores, "scores"), grow(score_logp, scores, "scores");
+    grow(target_of, targets, "scores"), grow(top_tokens, top, "scores");
   }
   void lay_out(const Config& c, int rank, int64_t N, int64_t R, Memory& all) {
     a.lay_out(c, rank, N, R, Saved::none, all);

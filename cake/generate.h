@@ -4,14 +4,17 @@
 //     text
 //
 // Up to `rows` requests are decoded together. When one finishes, the next of the queue takes its
-// row (continuous batching: Yu et al. 2022, Orca). The engine computes the same bits for a row
-// whatever the other rows are, and a sampled token is a function of (seed, request, position).
-// Therefore a request's text does not depend on the other requests, nor on the two ways in which
-// the generator saves time and memory:
+// row (continuous batching: Yu et al. 2022, Orca). Where someone reads along, every call feeds the
+// next token of every row that decodes, and beside them a slice of the prompts (chunked prefill:
+// Agrawal et al. 2024, Sarathi-Serve), so that a long prompt does not make the others wait;
+// otherwise prompts come first, so that all rows fill up. The CPU engine computes the same bits for
+// a row whatever the other rows are, and a sampled token is a function of (seed, stream, position).
+// Therefore a request's text does not depend on the other requests, on the slices, nor on the two
+// ways in which the generator saves time and memory:
 //
-// - A prompt is prefilled once, in pieces of bounded size. A request whose prompt has a prefix in
-//   common with a sequence in the cache forks that sequence and feeds only the rest. Finished
-//   sequences stay in the cache until others need their pages (as in SGLang: Zheng et al. 2023).
+// - A prompt is prefilled once. A request whose prompt has a prefix in common with a sequence in
+//   the cache forks that sequence and feeds only the rest. Finished sequences stay in the cache
+//   until others need their pages (as in SGLang: Zheng et al. 2023).
 // - The caller chooses the limit of the cache, which takes memory as it grows. A request waits
 //   until the pages that it needs are free. When the rows together outgrow the limit, the row that
 //   was admitted last gives up its pages and is fed again later, its prompt and its tokens so far
@@ -25,8 +28,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <ctime>
 #include <deque>
+#include <exception>
 #include <functional>
+#include <limits>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -133,9 +140,11 @@ enum class Finish {
   length,       // max_new tokens
   context,      // the sequence is as long as the generator's context
   cancelled,    // by cancel()
+  failed,       // see Request::on_failed
 };
 inline const char* finish_name(Finish f) {
-  constexpr const char* names[] = {"stop_token", "stop_string", "length", "context", "cancelled"};
+  constexpr const char* names[] = {"stop_token", "stop_string", "length",
+                                   "context",    "cancelled",   "failed"};
   return names[int(f)];
 }
 
@@ -143,9 +152,10 @@ struct Token {  // one sampled token of one request
   int request;  // the number that submit gave
   int index;    // of the completion's ids: 0 for the first new one
   int id;
-  float logp;             // of the id under softmax(logits / temperature)
-  std::string_view text;  // the characters that this token completes; may be empty
-  bool last;              // of its turn: the request is finished, or on_turn is called next
+  float logp;               // of the id under softmax(logits / temperature)
+  const TokenScore* score;  // of the id; null unless the request has top_logprobs
+  std::string_view text;    // the characters that this token completes; may be empty
+  bool last;                // of its turn: the request is finished, or on_turn is called next
 };
 
 // Called when a stop token ends a turn, with the request's number and the ids of the turn,
@@ -156,11 +166,26 @@ using OnTurn = std::function<std::vector<int>(int request, std::span<const int> 
 struct Request {
   std::vector<int> prompt;  // 1 to context - 1 ids
   int max_new = 256;        // tokens to sample at most; at least 1
-  Sampling sampling;        // submit sets its stream
+  Sampling sampling;        // the samples are a function of its seed and stream, and nothing else
+  // OpenAI's penalties: from the logit of a token that was sampled n > 0 times in this request,
+  // presence_penalty + n frequency_penalty is taken away. logit_bias: each id once.
+  float presence_penalty = 0, frequency_penalty = 0;
+  std::vector<LogitBias> logit_bias;
+  int top_logprobs = -1;  // tokens are scored, with so many of the likeliest ones; -1: not scored
+  // The prompt's tokens after the first are scored too. Then the whole prompt is fed, whatever the
+  // cache holds of it.
+  bool score_prompt = false;
   std::vector<int> stop_ids;
   std::vector<std::string> stop_strings;
+  // The callbacks run inside step(), and must not call step() or cancel().
+  std::function<void()> on_admitted;  // called once, when the request gets a row
+  // Called once, before the first on_token, when the prompt is scored: scores of prompt[1] ...
+  std::function<void(std::vector<TokenScore>)> on_prompt_scores;
   std::function<void(const Token&)> on_token;  // called for every sampled token, in order
   OnTurn on_turn;
+  // Logits that are not finite, and exceptions of its callbacks, end this request alone, and this
+  // is called with the error. Without it, step() throws the error.
+  std::function<void(const std::string&)> on_failed;
   int max_inserted = 0;  // ids that on_turn may append in all; the request ends before more
 };
 
@@ -171,6 +196,7 @@ struct Completion {
   int last_turn = 0;          // index of the last turn's first id
   std::string text;           // of the last turn: valid UTF-8, without stop token or stop string
   Finish finish = Finish::length;
+  int cached_tokens = 0;  // of the prompt: found in the cache when the request got a row
 };
 
 struct GeneratorOptions {
@@ -179,6 +205,13 @@ struct GeneratorOptions {
   int prefill_tokens = 512;     // prompt tokens in one call, at most: bounds the activations
   int context = 0;              // the longest sequence, prompt included; 0: the model's T
   CacheType cache_type = CacheType::automatic;
+  // Prompt tokens in a call in which other rows decode, at most. 0: so many that the call takes
+  // about twice the time of one without them, as measured on the way; then the calls differ from
+  // run to run, and with them the last bits of an engine whose rows are not independent (CUDA's).
+  // kPromptsFirst: the rows wait while there are prompts, which is the fastest where nobody reads
+  // along, since large calls are the most efficient.
+  static constexpr int kPromptsFirst = -1;
+  int prefill_slice = kPromptsFirst;
 };
 
 // The longest sequence in tokens: `wanted` (the flag --context); when that is 0, as many as the
@@ -223,9 +256,64 @@ inline DecodePlan decode_plan(const GeneratorOptions& o) {
 struct GeneratorStats {
   int64_t prompt_tokens = 0;  // fed; those of preempted rows count again
   int64_t reused_tokens = 0;  // found in the cache by a fork
-  int64_t new_tokens = 0;     // sampled in calls without a prompt: all but the first of each row
+  int64_t new_tokens = 0;     // sampled by rows that decode: all but the first of each row
   int64_t preemptions = 0;
+  // The time of a call that feeds both prompts and rows that decode is divided by their tokens.
   double prompt_seconds = 0, decode_seconds = 0;
+};
+
+// Processor time of this thread: other programs that want the cores do not add to it.
+inline double thread_seconds() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+// Chooses how many tokens of prompts go into a call beside the rows that decode, from the times of
+// the calls so far. A call with d rows that decode takes D seconds, and each token of a prompt adds
+// c seconds: D / c tokens double the call's time. A token of a prompt takes no more time than one
+// of a row that decodes, and the weights are read once for all: at least d tokens, and 4.
+class PrefillSlice {
+ public:
+  // 0: this call shall have no tokens of prompts, so that its time can be measured.
+  int tokens(int decoding) const {
+    if (!like_the_measured(decoding) || measures_ < 2 || calls_since_ >= kMeasureEvery) return 0;
+    const double seconds = token_seconds_ > 0 ? token_seconds_ : decode_seconds_ / 16;
+    return std::max({4, decoding, int(std::min(decode_seconds_ / seconds, 1e6))});
+  }
+  // A call of `decoding` rows that decode and `prompt` tokens of prompts took `seconds`.
+  void add(int decoding, int prompt, double seconds) {
+    if (decoding == 0) {
+      if (token_seconds_ == 0 && prompt >= 16) token_seconds_ = seconds / prompt;
+    } else if (prompt == 0) {
+      if (!like_the_measured(decoding)) measures_ = 0;
+      if (measures_ == 0) {
+        decode_seconds_ = seconds;
+      } else if (measures_ == 1) {  // one that was interrupted does not count
+        decode_seconds_ = std::min(decode_seconds_, seconds);
+      } else {  // the mean of the last ones; an interruption counts twice at most
+        decode_seconds_ += (std::min(seconds, 2 * decode_seconds_) - decode_seconds_) / 4;
+      }
+      measures_ = std::min(measures_ + 1, 2);
+      rows_ = decoding, calls_since_ = 0;
+    } else {  // goes to the median of what a token adds, which interruptions do not move
+      calls_since_++;
+      const double added = std::max(seconds - decode_seconds_, decode_seconds_ / 100) / prompt;
+      if (token_seconds_ == 0) token_seconds_ = added;
+      token_seconds_ *= added > token_seconds_ ? 1.1 : 1 / 1.1;
+    }
+  }
+
+ private:
+  static constexpr int kMeasureEvery = 32;  // calls
+  bool like_the_measured(int decoding) const {
+    return decoding <= 1.25 * rows_ && decoding >= .8 * rows_ && rows_ > 0;
+  }
+  double decode_seconds_ = 0;  // of a call without prompts
+  int rows_ = 0;               // that decoded in it; 0: there was none yet
+  int measures_ = 0;           // calls with about so many rows; 2: two or more
+  int calls_since_ = 0;        // with prompts
+  double token_seconds_ = 0;   // that a token of a prompt adds; 0: not known yet
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -248,11 +336,13 @@ class Generator {
     require(options.rows >= 1, "generator: rows: found ", options.rows, ", expected at least 1");
     require(options.prefill_tokens >= 1, "generator: prefill tokens: found ",
             options.prefill_tokens, ", expected at least 1");
+    require(options.prefill_slice >= GeneratorOptions::kPromptsFirst,
+            "generator: prefill slice: found ", options.prefill_slice, ", expected -1 or more");
   }
 
-  // Queues a request and returns its number: 0, 1, 2, ... Its samples depend on seed and number.
+  // Queues a request and returns its number: 0, 1, 2, ...
   int submit(Request request) {
-    const int number = int(completions_.size());
+    const int number = next_number_;
     const int64_t n = int64_t(request.prompt.size());
     require(n >= 1 && n <= context_ - 1, "request ", number, ": prompt: found ", n,
             " tokens, expected 1 to ", context_ - 1, ", since the context is ", context_);
@@ -261,10 +351,10 @@ class Generator {
             ", expected at least 1");
     require(request.max_inserted >= 0, "request ", number, ": inserted tokens: found ",
             request.max_inserted, ", expected 0 or more");
+    for (const LogitBias& b : request.logit_bias) require_ids({&b.id, 1}, number, "logit bias");
     require(pages_for(longest(request)) <= pages_, "request ", number, ": found up to ",
             longest(request), " positions, expected at most ", pages_ * kPage,
             ", the limit of the KV cache");
-    request.sampling.stream = uint64_t(number);
     // Engines multiply by 1 / temperature, which must be a float; far below this limit it is none.
     constexpr float kLowest = 1e-30f;
     if (request.sampling.temperature > 0) {
@@ -275,12 +365,14 @@ class Generator {
     job->tokens = request.prompt;
     job->stops = StopStrings(request.stop_strings);
     job->request = std::move(request);
+    job->update_biases();
     queue_.push_back(std::move(job));
-    completions_.emplace_back();
+    next_number_ = number < std::numeric_limits<int>::max() ? number + 1 : 0;
     return number;
   }
 
-  // One call of the engine. False when every request is finished.
+  // One call of the engine. False when every request is finished. After an Error the requests are
+  // still in work: they can be cancelled, and step() called again.
   bool step() {
     admit();
     if (rows_.empty()) return false;
@@ -294,16 +386,16 @@ class Generator {
     }
   }
 
-  bool done(int request) const { return completions_.at(size_t(request)).has_value(); }
-  // Removes and returns the completion of a request that is done.
+  bool done(int request) const { return completions_.contains(request); }
+  // Removes and returns the completion of a request that is done. Nothing of the request is left.
   Completion pop(int request) {
-    std::optional<Completion>& c = completions_.at(size_t(request));
-    if (!c) fail("request ", request, ": found it unfinished or popped, expected a completion");
-    return *std::exchange(c, std::nullopt);
+    auto node = completions_.extract(request);
+    if (!node) fail("request ", request, ": found it unfinished or popped, expected a completion");
+    return std::move(node.mapped());
   }
 
-  // Ends a request that is not done. Its completion holds the tokens so far, and its sequence stays
-  // in the cache like a finished one.
+  // Ends a request that is queued or in a row. Its completion holds the tokens so far, and its
+  // sequence stays in the cache like a finished one.
   void cancel(int request) {
     for (size_t i = 0; i < rows_.size(); i++) {
       if (rows_[i].job->number != request) continue;
@@ -313,7 +405,7 @@ class Generator {
     for (size_t i = 0; i < queue_.size(); i++) {
       if (queue_[i]->number != request) continue;
       queue_[i]->finish(Finish::cancelled);
-      completions_[size_t(request)] = std::move(queue_[i]->completion);
+      completions_.emplace(request, std::move(queue_[i]->completion));
       queue_.erase(queue_.begin() + int64_t(i));
       return;
     }
@@ -325,6 +417,8 @@ class Generator {
     while (evict()) {
     }
   }
+  int running() const { return int(rows_.size()); }  // requests that have a row
+  int queued() const { return int(queue_.size()); }  // requests that wait for one
   const GeneratorStats& stats() const { return stats_; }
   const KvCache& cache() const { return *cache_; }
 
@@ -335,8 +429,25 @@ class Generator {
     std::vector<int> tokens;  // the prompt and all ids behind it
     Completion completion;
     int sampled = 0, inserted = 0;
+    bool admitted = false;                  // it had a row, and may have been preempted since
+    std::vector<TokenScore> prompt_scores;  // of prompt[1], ...; until they are reported
+    std::map<int, int> counts;              // of the sampled ids, when penalties need them
+    std::vector<LogitBias> biases;          // of the next token: logit_bias less the penalties
+    int waits_for = -1, waits_until = 0;    // queued: until that request's row has fed so many
     StopStrings stops;
     Utf8Stream utf8;
+
+    void update_biases() {
+      const Request& q = request;
+      std::map<int, float> sums;
+      for (const LogitBias& b : q.logit_bias) sums[b.id] += b.bias;
+      for (const auto& [id, n] : counts) {
+        sums[id] -= q.presence_penalty + float(n) * q.frequency_penalty;
+      }
+      biases.clear();
+      for (const auto& [id, bias] : sums) biases.push_back({id, bias});
+    }
+    bool scores_prompt() const { return request.score_prompt && sampled == 0; }
 
     void finish(Finish why) {  // appends the text that was held back
       std::string bytes;
@@ -404,23 +515,44 @@ class Generator {
     return best;
   }
 
-  // True when a row is about to feed a long part of the prefix of `tokens`, beyond the `cached`
-  // tokens: then waiting for it saves time. Long is 32 tokens, or half of a short prompt.
-  bool worth_waiting(const std::vector<int>& tokens, int cached) const {
-    const int size = int(tokens.size()), enough = std::max(1, std::min(32, size / 2));
+  // True while a queued request waits for a row to feed a long part of its prefix, beyond the
+  // `cached` tokens, since that saves time. Long is 32 tokens, or half of a short prompt.
+  bool is_worth_waiting(Job& job, int cached) const {
+    const int size = int(job.tokens.size()), enough = std::max(1, std::min(32, size / 2));
     for (const Row& r : rows_) {
-      if (pending(r) > 1 && common_prefix(r.job->tokens, tokens, size - 1) - cached >= enough)
-        return true;
+      if (pending(r) <= 1) continue;
+      const int n = common_prefix(r.job->tokens, job.tokens, size - 1);
+      if (n - cached < enough) continue;
+      job.waits_for = r.job->number, job.waits_until = n;
+      return true;
+    }
+    return false;
+  }
+  bool waits(const Job& job) const {
+    for (const Row& r : rows_) {
+      if (r.job->number == job.waits_for) return pending(r) > 1 && fed(r) < job.waits_until;
     }
     return false;
   }
 
-  // Moves requests from the queue into rows, in order, while there are rows and pages.
+  // Moves requests from the queue into rows, in order, while there are rows and pages. Those that
+  // wait for a prefix let the others pass.
   void admit() {
-    while (!queue_.empty() && int(rows_.size()) < options_.rows) {
-      const std::vector<int>& tokens = queue_.front()->tokens;
-      Prefix prefix = longest_prefix(tokens);
-      if (worth_waiting(tokens, prefix.length)) return;
+    for (size_t k = 0; k < queue_.size() && int(rows_.size()) < options_.rows;) {
+      Job& job = *queue_[k];
+      if (waits(job)) {
+        k++;
+        continue;
+      }
+      // The logits of a cached prefix are gone: a prompt that is scored is fed from its beginning.
+      const bool fed_whole = job.scores_prompt();
+      const std::vector<int>& tokens = job.tokens;
+      const auto find_prefix = [&] { return fed_whole ? Prefix{} : longest_prefix(tokens); };
+      Prefix prefix = find_prefix();
+      if (!fed_whole && is_worth_waiting(job, prefix.length)) {
+        k++;
+        continue;
+      }
       for (;;) {
         // Full pages of the prefix are shared; a page in part is copied. The pages that the rows'
         // prompts still need are reserved, and one more for each row that may grow.
@@ -433,7 +565,7 @@ class Generator {
           if (prefix.finished < 0) return;
           evict();
         }
-        prefix = longest_prefix(tokens);
+        prefix = find_prefix();
       }
       const int sequence = prefix.length > 0 ? cache_->fork(prefix.sequence) : cache_->create();
       cache_->truncate(sequence, prefix.length);
@@ -442,22 +574,50 @@ class Generator {
         std::rotate(finished_.begin() + prefix.finished, finished_.begin() + prefix.finished + 1,
                     finished_.end());
       }
-      rows_.push_back({std::move(queue_.front()), sequence});
-      queue_.pop_front();
+      if (fed_whole) job.prompt_scores.clear();  // of a row that was preempted on the way
+      rows_.push_back({std::move(queue_[k]), sequence});
+      queue_.erase(queue_.begin() + int64_t(k));
+      if (std::exchange(job.admitted, true)) continue;
+      job.completion.cached_tokens = prefix.length;
+      if (job.request.on_admitted) job.request.on_admitted();
     }
   }
 
-  // The tokens to feed next: pieces of prompts, as long as there are any, so that all rows fill up;
-  // otherwise the next token of every row.
+  // The tokens to feed next: one of each row that decodes, and a slice of the prompts; or prompts
+  // alone, as long as there are any, where they come first. Half of a slice goes to the prompt that
+  // has the fewest tokens left, so that a short one need not wait for a long one, and the rest in
+  // the order of admission.
   std::vector<Part> next_call() const {
-    std::vector<Part> call;
-    int budget = options_.prefill_tokens;
-    for (size_t i = 0; i < rows_.size() && budget > 0; i++) {
-      const int n = std::min(budget, pending(rows_[i]));
-      if (pending(rows_[i]) > 1) call.push_back({i, n}), budget -= n;
+    int decoding = 0;
+    size_t shortest = rows_.size();
+    std::vector<int> counts(rows_.size());
+    for (size_t i = 0; i < rows_.size(); i++) {
+      const int left = pending(rows_[i]);
+      if (left == 1) decoding++, counts[i] = 1;
+      if (left > 1 && (shortest == rows_.size() || left < pending(rows_[shortest]))) shortest = i;
     }
-    if (call.empty()) {
-      for (size_t i = 0; i < rows_.size(); i++) call.push_back({i, 1});
+    if (shortest < rows_.size()) {
+      int slice = options_.prefill_tokens;
+      const bool prompts_first = options_.prefill_slice == GeneratorOptions::kPromptsFirst;
+      if (prompts_first) {
+        std::fill(counts.begin(), counts.end(), 0);
+      } else if (decoding > 0) {
+        const int wanted =
+            options_.prefill_slice > 0 ? options_.prefill_slice : slice_.tokens(decoding);
+        slice = std::min(wanted, std::max(1, slice - decoding));
+      }
+      const auto give = [&](size_t i, int n) {
+        n = std::min(n, pending(rows_[i]) - counts[i]);
+        counts[i] += n, slice -= n;
+      };
+      if (!prompts_first) give(shortest, slice / 2);
+      for (size_t i = 0; i < rows_.size(); i++) {
+        if (pending(rows_[i]) > 1) give(i, slice);
+      }
+    }
+    std::vector<Part> call;
+    for (size_t i = 0; i < rows_.size(); i++) {
+      if (counts[i] > 0) call.push_back({i, counts[i]});
     }
     return call;
   }
@@ -490,45 +650,101 @@ class Generator {
 
   void decode(const std::vector<Part>& call) {
     std::vector<DecodeRow> rows;
-    bool prompts = false;
+    int decoding = 0, prompt = 0;  // tokens
     for (const Part& p : call) {
       const Row& r = rows_[p.row];
+      const Request& q = r.job->request;
       const std::span<const int> tokens(r.job->tokens);
       const size_t begin = size_t(fed(r)), n = size_t(p.n);
-      prompts |= pending(r) > 1;
+      (pending(r) > 1 ? prompt : decoding) += p.n;
       rows.push_back({.sequence = r.sequence,
                       .tokens = tokens.subspan(begin, n),
-                      .sampling = r.job->request.sampling,
-                      .history = tokens.first(begin + n)});
+                      .sampling = q.sampling,
+                      .history = tokens.first(begin + n),
+                      .top = p.n == pending(r) ? q.top_logprobs : -1,
+                      .biases = r.job->biases});
+      if (r.job->scores_prompt()) {
+        rows.back().targets = tokens.subspan(begin + 1, std::min(n, tokens.size() - begin - 1));
+        rows.back().top = std::max(0, q.top_logprobs);
+      }
     }
-    const double start = now();
-    gpt_.decode(*cache_, rows, result_);
+    result_.ids.clear();
+    const double start = now(), thread_start = thread_seconds();
+    try {
+      gpt_.decode(*cache_, rows, result_);
+    } catch (const Error& e) {
+      if (!fail_rows(call, e.what())) throw;
+      return;
+    }
     const double seconds = now() - start;
-    if (prompts) {
-      for (const Part& p : call) stats_.prompt_tokens += p.n;
-      stats_.prompt_seconds += seconds;
-    } else {
-      stats_.new_tokens += int64_t(call.size());
-      stats_.decode_seconds += seconds;
-    }
+    slice_.add(decoding, prompt, thread_seconds() - thread_start);
+    stats_.prompt_tokens += prompt;
+    stats_.new_tokens += decoding;
+    stats_.prompt_seconds += seconds * prompt / (prompt + decoding);
+    stats_.decode_seconds += seconds * decoding / (prompt + decoding);
     std::vector<size_t> finished_rows;
+    std::exception_ptr failure;  // of a callback; it is thrown when all rows have their tokens
     for (size_t i = 0; i < call.size(); i++) {
       Row& r = rows_[call[i].row];
+      if (r.job->scores_prompt()) {
+        for (TokenScore& s : result_.target_scores[i]) {
+          r.job->prompt_scores.push_back(std::move(s));
+        }
+      }
       if (pending(r) > 0) continue;  // a piece of a prompt: the next token is known
-      if (accept(*r.job, result_.ids[i], result_.logp[i])) finished_rows.push_back(call[i].row);
+      const bool scored = r.job->request.top_logprobs >= 0;
+      const TokenScore* score = scored ? &result_.scores[i] : nullptr;
+      bool finished = false;
+      try {
+        finished = accept(*r.job, result_.ids[i], result_.logp[i], score);
+      } catch (const std::exception& e) {
+        finished = r.job->request.on_failed != nullptr;
+        if (!finished) failure = std::current_exception();
+        if (finished) r.job->finish(Finish::failed), r.job->request.on_failed(e.what());
+      }
+      if (finished) finished_rows.push_back(call[i].row);
     }
     for (size_t i = finished_rows.size(); i-- > 0;) retire(finished_rows[i]);
+    if (failure) std::rethrow_exception(failure);
+  }
+
+  // After a call that failed: ends the rows whose logits are not finite. The others are as they
+  // were before the call. False when there is no such row, or one that cannot fail by itself.
+  bool fail_rows(const std::vector<Part>& call, const std::string& error) {
+    std::vector<size_t> failed;
+    for (size_t i = 0; i < result_.ids.size() && i < call.size(); i++) {
+      if (result_.ids[i] >= 0) continue;
+      if (!rows_[call[i].row].job->request.on_failed) return false;
+      failed.push_back(call[i].row);
+    }
+    for (size_t i = failed.size(); i-- > 0;) {
+      Row& r = rows_[failed[i]];
+      cache_->truncate(r.sequence, 0);  // no other request shall read what is in it
+      r.job->finish(Finish::failed);
+      const std::function<void(const std::string&)> on_failed = r.job->request.on_failed;
+      retire(failed[i]);
+      on_failed(error);
+    }
+    return !failed.empty();
   }
 
   // Appends the token that was sampled for a job. True when the job is finished.
-  bool accept(Job& job, int id, float logp) {
+  bool accept(Job& job, int id, float logp, const TokenScore* score) {
     Completion& c = job.completion;
     const Request& q = job.request;
+    if (job.scores_prompt()) {
+      std::vector<TokenScore> scores = std::exchange(job.prompt_scores, {});
+      if (q.on_prompt_scores) q.on_prompt_scores(std::move(scores));
+    }
     c.ids.push_back(id);
     c.logp.push_back(logp);
     c.sampled.push_back(true);
     job.tokens.push_back(id);
     job.sampled++;
+    if (q.presence_penalty != 0 || q.frequency_penalty != 0) {
+      job.counts[id]++;
+      job.update_biases();
+    }
     std::optional<Finish> finish;
     if (int(job.tokens.size()) >= context_) finish = Finish::context;
     if (job.sampled >= q.max_new) finish = Finish::length;
@@ -546,6 +762,7 @@ class Generator {
                   .index = int(c.ids.size()) - 1,
                   .id = id,
                   .logp = logp,
+                  .score = score,
                   .text = std::string_view(c.text).substr(before),
                   .last = finish.has_value()});
     }
@@ -587,10 +804,11 @@ class Generator {
   void retire(size_t row) {
     Row r = std::move(rows_[row]);
     rows_.erase(rows_.begin() + int64_t(row));
+    completions_.emplace(r.job->number, std::move(r.job->completion));
+    if (fed(r) == 0) return cache_->free(r.sequence);
     r.job->tokens.resize(size_t(fed(r)));
     finished_.push_back({std::move(r.job->tokens), r.sequence});
     if (int(finished_.size()) > options_.rows) evict();
-    completions_[size_t(r.job->number)] = std::move(r.job->completion);
   }
 
   Gpt& gpt_;
@@ -602,8 +820,10 @@ class Generator {
   std::deque<std::unique_ptr<Job>> queue_;  // in order of submission
   std::vector<Row> rows_;                   // in order of admission
   std::vector<Finished> finished_;          // least recently used first
-  std::vector<std::optional<Completion>> completions_;
+  std::map<int, Completion> completions_;   // that were not popped
+  int next_number_ = 0;
   DecodeResult result_;
+  PrefillSlice slice_;
   GeneratorStats stats_;
 };
 

@@ -499,7 +499,8 @@ enum class CacheType { automatic, f32, bf16 };
 
 enum class Slot { weight, gradient, moment1, moment2 };  // Muon's momentum is moment1
 
-struct Sampling {  // in this order: penalty, temperature, min_p, top_k, top_p of what is left
+struct Sampling {  // in this order: penalty, biases, temperature, min_p, top_k, top_p of what is
+                   // left
   float temperature = 1;  // 0: the most likely token, the smallest id among equals
   int top_k = 0;          // 0: all
   float top_p = 1, min_p = 0;
@@ -509,17 +510,47 @@ struct Sampling {  // in this order: penalty, temperature, min_p, top_k, top_p o
   uint64_t stream = 0;           // tells sequences with one seed apart
 };
 
+struct LogitBias {  // is added to the logit of a token before one is sampled
+  int id = 0;
+  float bias = 0;
+};
+
 struct DecodeRow {
   int sequence = 0;             // of the cache
   std::span<const int> tokens;  // to append: a prompt, or the token sampled last
   Sampling sampling;
   std::span<const int> history;  // for the repetition penalty: all tokens of the sequence so far
+  int top = -1;  // score the sampled token, with so many of the likeliest ones; -1: no score
+  std::span<const LogitBias> biases;  // each id once; after the repetition penalty
+  // Known tokens to score: targets[t] as the one after tokens[t]. No more than tokens.
+  std::span<const int> targets;
+};
+
+// How likely the model finds a token: under softmax(logits), which is the model's own distribution,
+// before temperature, penalties and truncation.
+struct TopToken {
+  int id = 0;
+  float logp = 0;
+};
+struct TokenScore {
+  float logp = 0;
+  std::vector<TopToken> top;  // the likeliest tokens, in order; the smallest id first among equals
 };
 
 struct DecodeResult {         // one entry a row, for the position after its last token
   std::vector<int> ids;       // -1 where a logit is not finite: then decode throws Error
   std::vector<float> logp;    // of the id under softmax(logits / temperature) (temperature 0: 1)
   std::vector<float> logits;  // (rows, V), on request
+  // Of a row with top >= 0: of its sampled id. Otherwise empty.
+  std::vector<TokenScore> scores;
+  // Of each row's targets, with as many of the likeliest tokens as `top` says.
+  std::vector<std::vector<TokenScore>> target_scores;
+
+  void make_scores(std::span<const DecodeRow> rows) {  // empty ones, for an engine to fill
+    scores.assign(rows.size(), {});
+    target_scores.assign(rows.size(), {});
+    for (size_t r = 0; r < rows.size(); r++) target_scores[r].resize(rows[r].targets.size());
+  }
 };
 
 // Sequences over pages of 64 positions; pages are shared between forks and copied when written.
@@ -692,9 +723,17 @@ inline NewTokens pack_new_tokens(const Config& c, const KvCache& cache,
       fail("decode: found ", n, " tokens after ", length, ", expected 1 up to the context of ",
            c.T);
     }
+    const auto expect_token = [&](int token) {
+      if (token < 0 || token >= c.V) fail("decode: found token ", token, ", expected below ", c.V);
+    };
+    if (row.targets.size() > size_t(n)) {
+      fail("decode: found ", row.targets.size(), " targets of ", n, " tokens, expected no more");
+    }
+    for (const int target : row.targets) expect_token(target);
+    for (const LogitBias& b : row.biases) expect_token(b.id);
     for (int t = 0; t < n; t++) {
       const int token = row.tokens[size_t(t)];
-      if (token < 0 || token >= c.V) fail("decode: found token ", token, ", expected below ", c.V);
+      expect_token(token);
       all.tokens.push_back(token);
       all.positions.push_back(length + t);
     }
@@ -915,6 +954,8 @@ struct MemoryPlan {
 MemoryPlan plan_memory(const Config&, const GptOptions&);
 // Bytes of one page of a KV cache of type options.decode.cache.
 int64_t cache_page_bytes(const Config&, const GptOptions&);
+// Bytes that are free on the device: what the system has, or what the container's limit leaves.
+int64_t free_memory(Device);
 // Bytes that are free on the device once all that plan_memory counts, apart from the KV cache, has
 // been taken; 0 when there are none.
 int64_t memory_beside_model(const Config&, const GptOptions&);

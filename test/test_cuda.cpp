@@ -9,6 +9,7 @@
 
 #include "train_gpt.cu"
 //
+#include "cake/generate.h"
 #include "cake/layers.h"
 #include "test/support.h"
 #ifdef CAKE_CUDA_ON_CPU
@@ -794,12 +795,16 @@ KERNEL_TEST("cuda: Muon's kernels, the products between them apart, match the fo
 // Sampling
 
 // sample_row's rules by sorting, in double.
-int plain_sample(Doubles x, const SampleRow& how, const std::vector<int>& history) {
+int plain_sample(Doubles x, const SampleRow& how, const std::vector<int>& history,
+                 const std::vector<LogitBias>& biases) {
   const int V = int(x.size());
   const std::set<int> seen(history.begin() + how.history_begin, history.begin() + how.history_end);
   for (const int id : seen) {
     if (id < V)
       x[size_t(id)] *= std::pow(double(how.repetition_penalty), x[size_t(id)] > 0 ? -1 : 1);
+  }
+  for (int b = how.bias_begin; b < how.bias_end; b++) {
+    if (biases[size_t(b)].id < V) x[size_t(biases[size_t(b)].id)] += double(biases[size_t(b)].bias);
   }
   std::vector<int> order(x.size());
   std::iota(order.begin(), order.end(), 0);
@@ -844,6 +849,10 @@ KERNEL_TEST("cuda: sampling follows its rules, ties and limits included") {
     Doubles logits = random<A>(V, "logits", 2);
     for (double& x : logits) x = std::round(x / grid) * grid;
     const auto history = random_ids(12, V + 3, "history");
+    std::vector<LogitBias> biases;
+    for (int id = 0; id < V + 3; id += 1 + V / 9) {
+      biases.push_back({id, float(grid * (id % 2 ? 3 : -2))});
+    }
     std::vector<SampleRow> rows;
     Rng rng{5};
     const auto add = [&](SampleRow r) {
@@ -865,13 +874,14 @@ KERNEL_TEST("cuda: sampling follows its rules, ties and limits included") {
       r.top_p = .7f, add(r);
       r = one, r.temperature = temperature;
       r.repetition_penalty = 1.5f, r.history_begin = 2, r.history_end = 12, add(r);
+      r.bias_begin = 1, r.bias_end = int(biases.size()), add(r);
       r.vocab = std::max(1, V / 2), r.top_k = 3, add(r);
     }
     std::vector<int> want;
     Doubles want_logp;
     for (const SampleRow& r : rows) {
       Doubles x(logits.begin(), logits.begin() + (r.vocab ? r.vocab : V));
-      want.push_back(plain_sample(x, r, history));
+      want.push_back(plain_sample(x, r, history, biases));
       double entropy;
       want_logp.emplace_back();
       plain::classifier_forward<double>(V, logits.data(), want.back(),
@@ -888,8 +898,9 @@ KERNEL_TEST("cuda: sampling follows its rules, ties and limits included") {
       const OnDevice<A> logits_(padded);
       const OnDevice<SampleRow> rows_(rows);
       const OnDevice<int> history_(history), ids(count);
+      const OnDevice<LogitBias> biases_(biases);
       const OnDevice<float> logp(count), scratch(int64_t(count) * V);
-      sample<A>(ids, logp, logits_, ld, V, rows_, history_, count, scratch, nullptr);
+      sample<A>(ids, logp, logits_, ld, V, rows_, history_, biases_, count, scratch, nullptr);
       const std::vector<int> got = ids.raw();
       for (size_t r = 0; r < rows.size(); r++) {
         CAPTURE(r);
@@ -921,12 +932,66 @@ KERNEL_TEST("cuda: nucleus sampling stops at a sum it meets exactly") {
     const OnDevice<A> both(Doubles{-9, 1, -9, 1, 1, 1, -9, -9, 1, -9, 1, 1, 1, -9});
     const OnDevice<int> ids(2);
     const OnDevice<float> logp(2), scratch(14);
-    sample<A>(ids, logp, both, 7, 7, rows, nullptr, 2, scratch, nullptr);
+    sample<A>(ids, logp, both, 7, 7, rows, nullptr, nullptr, 2, scratch, nullptr);
     by_p.insert(ids.raw()[0]);
     by_k.insert(ids.raw()[1]);
   }
   CHECK(by_p == std::set<int>{1, 3});
   CHECK(by_k == std::set<int>{1, 3, 4});
+}
+
+KERNEL_TEST("cuda: scores are of the whole row, and the likeliest of the vocabulary in order") {
+  for (const int V : {1, 5, 257, 3000}) {
+    CAPTURE(V);
+    const int ld = V + 7, top_ld = 4;
+    std::vector<ScoreRow> rows = {{-1, V, std::min(V, 4)},
+                                  {V - 1, V, 0},
+                                  {0, V, -1},
+                                  {V / 2, (V + 1) / 2, std::min(V / 2, 3)}};
+    const std::vector<int> sampled = {V / 3, 0, 0, 0};
+    Doubles logits, padded;
+    for (size_t r = 0; r < rows.size(); r++) {
+      Doubles x = random<A>(V, concat("logits", r).c_str(), 2);
+      for (double& v : x) v = std::round(v / .25) * .25;  // ties
+      logits.insert(logits.end(), x.begin(), x.end());
+      padded.insert(padded.end(), x.begin(), x.end());
+      padded.insert(padded.end(), 7, 1e9);
+    }
+    const auto run = [&] {
+      const OnDevice<A> logits_(padded);
+      const OnDevice<ScoreRow> rows_(rows);
+      const OnDevice<int> ids(sampled);
+      const OnDevice<float> logp(4);
+      const OnDevice<TopToken> top(16);
+      score<A>(logp, top, top_ld, logits_, ld, V, rows_, ids, 4, nullptr);
+      const auto got_logp = logp.raw();
+      const auto got_top = top.raw();
+      for (size_t r = 0; r < rows.size(); r++) {
+        CAPTURE(r);
+        if (rows[r].top < 0) continue;
+        const double* x = logits.data() + r * size_t(V);
+        const auto want = [&](int id) {
+          double logp_want, entropy;
+          plain::classifier_forward<double>(V, x, id, 1., logp_want, entropy);
+          return logp_want;
+        };
+        const int id = rows[r].id >= 0 ? rows[r].id : sampled[r];
+        CHECK(std::abs(double(got_logp[r]) - want(id)) < 1e-5);
+        std::vector<int> order(size_t(rows[r].vocab));
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return x[a] > x[b]; });
+        for (int k = 0; k < rows[r].top; k++) {
+          const TopToken& t = got_top[r * 4 + size_t(k)];
+          CHECK(t.id == order[size_t(k)]);
+          CHECK(std::abs(double(t.logp) - want(t.id)) < 1e-5);
+        }
+      }
+    };
+    if (V > 1000)
+      run();
+    else
+      every_schedule(run);
+  }
 }
 
 #undef CHECK_CLOSE
@@ -2426,6 +2491,102 @@ TEST_CASE("cuda, fp32: sampling draws the CPU engine's tokens and leaves a live 
   CHECK(largest_difference(results[1].logp, results[0].logp) < 5e-5);
   for (Gpt* gpt : {p.cpu.get(), p.gpu.get()}) gpt->backward(b.dlogp);
   check_tensors(p, Slot::gradient, kFp32);
+}
+
+TEST_CASE("cuda: scores of sampled tokens and of targets are the CPU engine's") {
+  for (const bool bf16 : {false, true}) {
+    CAPTURE(bf16);
+    const Config c = engine_config(Family::qwen3);
+    GptOptions options = bf16 ? kTrainBf16 : kTrainFp32;
+    options.mode = Mode::inference;
+    Pair p(c, options);
+    const Packed prompts = packed(c, {70, 5, 3}, false, 6);
+    const auto tokens = std::span(prompts.tokens);
+    const LogitBias bias[] = {{11, 50}};
+    Gpt* engines[] = {p.cpu.get(), p.gpu.get()};
+    DecodeResult results[2];
+    for (const int e : {0, 1}) {
+      const auto cache = engines[e]->make_cache(512);
+      std::vector<DecodeRow> rows;
+      const int begin[] = {0, 70, 75}, size[] = {70, 5, 3}, top[] = {6, 0, -1};
+      for (size_t r = 0; r < 3; r++) {
+        rows.push_back({.sequence = cache->create(),
+                        .tokens = tokens.subspan(size_t(begin[r]), size_t(size[r])),
+                        .sampling = {.temperature = 0, .vocab = 200},
+                        .top = top[r]});
+      }
+      rows[0].targets = tokens.subspan(1, 70);  // the last one is scored too
+      rows[1].targets = tokens.subspan(71, 2);
+      rows[2].biases = bias;
+      engines[e]->decode(*cache, rows, results[e], true);
+    }
+    const double limit = bf16 ? kBf16Worst : 5e-5;
+    const DecodeResult& gpu = results[1];
+    CHECK(gpu.ids[2] == 11);
+    REQUIRE(gpu.scores.size() == 3);
+    REQUIRE(gpu.target_scores.size() == 3);
+    CHECK(gpu.scores[0].top.size() == 6);
+    CHECK(gpu.scores[1].top.empty());
+    CHECK(gpu.target_scores[0].size() == 70);
+    CHECK(gpu.target_scores[1].size() == 2);
+    CHECK(gpu.target_scores[2].empty());
+    CHECK(gpu.scores[0].logp == gpu.logp[0]);  // temperature 0 scores as 1 does
+    CHECK(gpu.scores[0].top[0].id == gpu.ids[0]);
+    CHECK(gpu.scores[0].top[0].logp == gpu.scores[0].logp);
+    for (size_t r = 0; r < 2; r++) {
+      for (size_t t = 0; t < gpu.target_scores[r].size(); t++) {
+        const TokenScore &a = results[0].target_scores[r][t], &b = gpu.target_scores[r][t];
+        CHECK(std::abs(a.logp - b.logp) < limit);
+        REQUIRE(a.top.size() == b.top.size());
+        for (size_t k = 0; k < b.top.size(); k++) {
+          CHECK(std::abs(a.top[k].logp - b.top[k].logp) < limit);
+          CHECK(b.top[k].id < 200);
+          if (k > 0) CHECK(b.top[k].logp <= b.top[k - 1].logp);
+          if (!bf16) CHECK(b.top[k].id == a.top[k].id);
+          if (b.top[k].id == int(tokens[t + 1]) && r == 0) CHECK(b.top[k].logp == b.logp);
+        }
+      }
+    }
+    // The likeliest are those of the logits that this engine made.
+    const float* z = gpu.logits.data();
+    std::vector<int> order(200);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return z[a] > z[b]; });
+    for (size_t k = 0; k < 6; k++) CHECK(gpu.scores[0].top[k].id == order[k]);
+  }
+}
+
+TEST_CASE("cuda: equal requests in equal company get equal bits") {
+  const Config c = engine_config(Family::qwen3);
+  GptOptions options = kTrainBf16;
+  options.mode = Mode::inference;
+  const auto gpt = gpu::make_gpt(c, options);
+  randomize(*gpt, 7);
+  const Packed text = packed(c, {40}, false, 3);
+  const auto run = [&] {
+    Generator g(*gpt, [](int) { return std::string_view("x"); },
+                {.rows = 4, .cache_positions = 64 * 20, .prefill_tokens = 16, .prefill_slice = 5});
+    std::vector<float> all;
+    for (int i = 0; i < 6; i++) {
+      Request r{.prompt = {text.tokens.begin() + i, text.tokens.begin() + 12 + 4 * i},
+                .max_new = 5 + i};
+      r.sampling = {.seed = 3, .stream = uint64_t(i)};
+      r.top_logprobs = 2, r.score_prompt = i % 2 == 0;
+      r.on_prompt_scores = [&](const std::vector<TokenScore>& scores) {
+        for (const TokenScore& s : scores) all.push_back(s.logp);
+      };
+      r.on_token = [&](const Token& t) {
+        all.push_back(float(t.id)), all.push_back(t.logp), all.push_back(t.score->top[1].logp);
+      };
+      g.submit(r);
+    }
+    g.run();
+    return all;
+  };
+  const std::vector<float> first = run(), second = run();
+  CHECK(first.size() > 100);
+  CHECK(std::all_of(first.begin(), first.end(), [](float x) { return std::isfinite(x); }));
+  CHECK(first == second);
 }
 
 TEST_CASE("cuda: every tensor's slots are read as they were written") {
