@@ -51,6 +51,7 @@
 #include "cake/records.h"
 #include "cake/rubric.h"
 #include "cake/run.h"
+#include "cake/text_model.h"
 #include "cake/tokenizer.h"
 #include "cake/tools.h"
 #include "cake/unicode.h"
@@ -69,82 +70,6 @@ void print(std::string_view text) {
   if (good && std::fflush(stdout) == 0) return;
   if (errno == EPIPE) std::exit(0);
   fail("standard output: cannot write: ", errno_text());
-}
-
-// ---------------------------------------------------------------------------------------------
-// A model with its tokenizer
-
-struct ModelOptions {
-  std::string path;  // a model directory, a .gguf file, or the directory of a run
-  std::string device = "auto";
-  int threads = 0;      // 0: one for each physical core that the process may use
-  int64_t context = 0;  // the longest text in tokens; 0: choose_context()
-  std::string cache_type = "auto", weights = "auto";
-};
-
-struct Model {
-  std::filesystem::path dir;
-  Config config;
-  Tokenizer tokenizer;
-  std::unique_ptr<Gpt> gpt;   // null: without its weights
-  int document_start = -1;    // the id that documents begin with, -1 for none
-  std::vector<int> stop_ids;  // ids that end a document
-};
-
-void add_stop_id(std::vector<int>& ids, int id) {
-  if (id >= 0 && std::find(ids.begin(), ids.end(), id) == ids.end()) ids.push_back(id);
-}
-
-Model open_model(const ModelOptions& options) {
-  const std::filesystem::path dir = model_dir(options.path);
-  Model m{.dir = dir,
-          .config = load_config_with_head(dir, Head::lm),
-          .tokenizer = Tokenizer::load(dir)};
-  require(m.tokenizer.vocab_size() <= m.config.V, dir.string(), ": found a tokenizer of ",
-          m.tokenizer.vocab_size(), " tokens, expected at most vocab_size ", m.config.V);
-  const int separator = m.tokenizer.find_document_separator();
-  m.document_start = separator >= 0 ? separator : m.config.bos;
-  m.stop_ids = m.config.all_end_tokens();
-  add_stop_id(m.stop_ids, separator);
-  return m;
-}
-
-// The engine's options, for scoring `batch_tokens` at a time (0: none) and for decoding.
-GptOptions engine_options(const Model& m, const ModelOptions& o, int batch_tokens,
-                          DecodePlan decode) {
-  decode.cache = parse_cache_type(o.cache_type);
-  GptOptions options{.device = parse_device(o.device),
-                     .mode = Mode::inference,
-                     .batch_tokens = batch_tokens,
-                     .decode = decode};
-  options.weights = weight_types(m.dir, m.config, make_table(m.config), o.weights);
-  if (find_device(options.device) == Device::cuda) {  // one type for all: that of the products
-    require(o.weights != "q8_0", "--weights q8_0: the CUDA engine has no such products, expected ",
-            "auto, f32, bf16 or --device cpu");
-    options.weights.clear();
-    if (o.weights != "auto") options.precision = parse_precision(o.weights);
-  }
-  return options;
-}
-
-void load_engine(Model& m, const ModelOptions& o, const GptOptions& options) {
-  set_threads(o.threads);
-  m.gpt = make_gpt(m.config, options);
-  load_weights(m.dir, *m.gpt);
-}
-
-// Sets how long sequences may be and how far the cache may grow, for sequences of up to `longest`
-// tokens. `cache_mb`: of the cache, unless one sequence needs more.
-void limit_cache(GeneratorOptions& g, const Config& c, int64_t longest, int cache_mb,
-                 const GptOptions& options) {
-  const int64_t bytes = std::min(int64_t(cache_mb) << 20, memory_beside_model(c, options) / 4);
-  g.cache_type = options.decode.cache;
-  g.cache_positions = cache_positions(g.rows, std::min<int64_t>(longest, g.context), bytes,
-                                      cache_page_bytes(c, options));
-}
-
-void need(bool good, const std::string& flag, const auto& found, const char* expected) {
-  if (!good) fail(flag, ": found ", found, ", expected ", expected);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -167,7 +92,7 @@ struct Prompt {
 
 void check(const GenerateOptions& o);
 std::vector<Prompt> read_prompts(const GenerateOptions& o, LeftOut& left_out);
-std::vector<std::vector<int>> encode_prompts(const Model& m, std::vector<Prompt>& prompts,
+std::vector<std::vector<int>> encode_prompts(const TextModel& m, std::vector<Prompt>& prompts,
                                              int context, const GenerateOptions& o,
                                              LeftOut& left_out);
 int stream(Generator& generator, Request request, const Prompt& prompt, int context);
@@ -184,7 +109,7 @@ int generate(const GenerateOptions& o) {
   const int64_t total = int64_t(prompts.size()) * o.samples;
   if (total > 1 << 30) fail("--samples: found ", total, " texts to write, expected fewer");
   GeneratorOptions options{.rows = int(std::min<int64_t>(o.rows, total))};
-  Model model = open_model(o.model);
+  TextModel model = open_model(o.model);
   const Config& config = model.config;
   GptOptions engine = engine_options(model, o.model, 0, decode_plan(options));
   options.context = choose_context(config, o.model.context, engine);
@@ -213,23 +138,12 @@ int generate(const GenerateOptions& o) {
   return status;
 }
 
-void check(const ModelOptions& model, const Sampling& s) {
-  need(model.threads >= 0 && model.threads <= 4096, "--threads", model.threads,
-       "1 to 4096, or 0 for all cores");
-  need(s.temperature >= 0 && s.temperature <= 100, "--temperature", s.temperature, "0 to 100");
-  need(s.top_k >= 0, "--top-k", s.top_k, "0 (all) or more");
-  need(s.top_p > 0 && s.top_p <= 1, "--top-p", s.top_p, "above 0, at most 1");
-  need(s.min_p >= 0 && s.min_p <= 1, "--min-p", s.min_p, "0 to 1");
-  need(s.repetition_penalty > 0 && s.repetition_penalty <= 100, "--repetition-penalty",
-       s.repetition_penalty, "above 0, at most 100");
-}
-
 void check(const GenerateOptions& o) {
   need(o.max_tokens >= 1, "--max-tokens", o.max_tokens, "at least 1");
   need(o.samples >= 1, "--samples", o.samples, "at least 1");
   need(o.rows >= 1 && o.rows <= 4096, "--rows", o.rows, "1 to 4096");
   need(o.cache_mb >= 1, "--cache-mb", o.cache_mb, "at least 1");
-  check(o.model, o.sampling);
+  check_model_options(o.model, o.sampling);
   for (const std::string& stop : o.stop) need(!stop.empty(), "--stop", "\"\"", "some text");
 }
 
@@ -244,7 +158,7 @@ std::vector<Prompt> read_prompts(const GenerateOptions& o, LeftOut& left_out) {
   return prompts;
 }
 
-std::vector<int> encode_prompt(const Model& m, const Prompt& p, int context) {
+std::vector<int> encode_prompt(const TextModel& m, const Prompt& p, int context) {
   std::vector<int> ids;
   if (m.document_start >= 0) ids.push_back(m.document_start);
   m.tokenizer.encode(p.text, ids);
@@ -257,7 +171,7 @@ std::vector<int> encode_prompt(const Model& m, const Prompt& p, int context) {
 
 // The ids of the prompts. Of --prompts, those that fill the context are errors, or left out as
 // --bad-lines says.
-std::vector<std::vector<int>> encode_prompts(const Model& m, std::vector<Prompt>& prompts,
+std::vector<std::vector<int>> encode_prompts(const TextModel& m, std::vector<Prompt>& prompts,
                                              int context, const GenerateOptions& o,
                                              LeftOut& left_out) {
   const size_t records = prompts.size() + size_t(left_out.total());
@@ -341,6 +255,7 @@ int batch(Generator& generator, const Request& settings, const std::vector<Promp
   for (int i = 0; i < total; i++) {
     Request request = settings;
     request.prompt = ids[size_t(i / o.samples)];
+    request.sampling.stream = uint64_t(i);  // equal prompts get different texts
     generator.submit(std::move(request));
   }
   ProgressLine progress;
@@ -367,110 +282,6 @@ int batch(Generator& generator, const Request& settings, const std::vector<Promp
 }
 
 // ---------------------------------------------------------------------------------------------
-// Chat templates: how a conversation becomes ids. Ours is ChatML (render_chat). Two others are
-// known.
-
-enum class Template {
-  chatml,    // <|im_start|>user\n...<|im_end|>\n
-  llama3,    // <|start_header_id|>user<|end_header_id|>\n\n...<|eot_id|>
-  plain,     // User: ...\nAssistant: ...\n\n
-  document,  // none: messages are plain text, and a base model continues it
-};
-
-struct TemplateRules {
-  std::vector<int> stop_ids;
-  std::vector<std::string> stop_strings;
-  std::vector<int> closing;  // ids between the end of an answer and the next turn
-  int end_of_turn = -1;      // the id that ends a turn, -1 for none
-};
-
-Template find_template(const Model& m, const std::string& name) {
-  if (name == "chatml") return Template::chatml;
-  if (name == "llama3") return Template::llama3;
-  if (name == "plain") return Template::plain;
-  require(name == "auto", "--template: found ", name, ", expected auto, chatml, llama3 or plain");
-  const std::string text = chat_template(m.dir);
-  // Known by the tokens that mark turns: templates of one kind differ in their default system
-  // message.
-  if (text.find("<|im_start|>") != std::string::npos) return Template::chatml;
-  if (text.find("<|start_header_id|>") != std::string::npos) return Template::llama3;
-  fail(
-      m.dir.string(), ": found ", text.empty() ? "no chat template" : "an unknown chat template",
-      ", expected ChatML (<|im_start|>), Llama 3 (<|start_header_id|>) or plain; --template names ",
-      "one, --base talks to a base model");
-}
-
-TemplateRules template_rules(const Model& m, Template t) {
-  TemplateRules rules{.stop_ids = m.stop_ids};
-  const auto need = [&](const char* name) {
-    const int id = m.tokenizer.special(name);
-    if (id < 0) {
-      fail(m.dir.string(), ": found no token ", name,
-           " in the tokenizer, expected it for --template ",
-           t == Template::llama3 ? "llama3" : "chatml");
-    }
-    return id;
-  };
-  if (t == Template::chatml) {
-    need("<|im_start|>");
-    rules.end_of_turn = need("<|im_end|>");
-    rules.closing = m.tokenizer.encode("\n");
-  } else if (t == Template::llama3) {
-    need("<|start_header_id|>"), need("<|end_header_id|>");
-    rules.end_of_turn = need("<|eot_id|>");
-  } else if (t == Template::plain) {
-    rules.stop_strings = {"\nUser:"};
-    rules.closing = m.tokenizer.encode("\n\n");
-  }
-  add_stop_id(rules.stop_ids, rules.end_of_turn);
-  return rules;
-}
-
-// The ids of whole turns. `begins`: they are the first ones of a conversation. `answer`: the header
-// of the assistant's next turn follows.
-std::vector<int> render(const Model& m, Template t, const Conversation& c, bool begins,
-                        bool answer) {
-  if (t == Template::chatml) return render_chat(m.tokenizer, c, answer).ids;
-  std::vector<int> ids;
-  const Tokenizer& tokenizer = m.tokenizer;
-  if (!c.tools.empty())
-    fail("--template: found tools, expected chatml for a model that calls them");
-  if (t == Template::llama3) {
-    const auto special = [&](const char* name) {
-      if (const int id = tokenizer.special(name); id >= 0) ids.push_back(id);
-    };
-    const auto header = [&](const std::string& role) {
-      special("<|start_header_id|>");
-      tokenizer.encode(role, ids);
-      special("<|end_header_id|>");
-    };
-    if (begins) special("<|begin_of_text|>");
-    for (const Message& message : c.messages) {
-      header(message.role);
-      tokenizer.encode(concat("\n\n", strip(message.content)), ids);
-      special("<|eot_id|>");
-    }
-    if (answer) header("assistant"), tokenizer.encode("\n\n", ids);
-    return ids;
-  }
-  if (begins && m.document_start >= 0) ids.push_back(m.document_start);
-  std::string text;
-  for (const Message& message : c.messages) {
-    if (t == Template::document) {
-      text += message.content;
-    } else if (message.role == "system") {
-      text += message.content + "\n\n";
-    } else {
-      text += (message.role == "user" ? "User: " : "Assistant: ") + message.content;
-      text += message.role == "user" ? "\n" : "\n\n";
-    }
-  }
-  if (answer && t == Template::plain) text += "Assistant:";
-  tokenizer.encode(text, ids);
-  return ids;
-}
-
-// ---------------------------------------------------------------------------------------------
 // A conversation: lines of the user -> answers, tool calls, commands
 
 struct TalkOptions {
@@ -483,8 +294,8 @@ struct TalkOptions {
 
 class Talk {
  public:
-  Talk(const Model& model, Template chat, const TalkOptions& o, const GeneratorOptions& generator,
-       const Search* search, bool terminal)
+  Talk(const TextModel& model, Template chat, const TalkOptions& o,
+       const GeneratorOptions& generator, const Search* search, bool terminal)
       : model_(model),
         chat_(chat),
         rules_(template_rules(model, chat)),
@@ -611,6 +422,7 @@ class Talk {
     request.max_new = wanted;
     request.max_inserted = room;
     request.sampling = options_.sampling;
+    request.sampling.stream = answers_++;  // /retry gives another answer
     request.stop_ids = rules_.stop_ids;
     request.stop_strings = rules_.stop_strings;
 
@@ -766,7 +578,7 @@ Ctrl+D, /quit  ends the program
     note(file ? "saved in " + path : path + ": cannot write: " + errno_text());
   }
 
-  const Model& model_;
+  const TextModel& model_;
   Template chat_;
   TemplateRules rules_;
   TalkOptions options_;
@@ -774,6 +586,7 @@ Ctrl+D, /quit  ends the program
   bool terminal_;
   int context_;  // tokens
   Generator generator_;
+  uint64_t answers_ = 0;  // begun so far
   std::vector<std::string> tools_;
   std::string system_;
   std::vector<int> opening_;  // ids before the first turn
@@ -895,18 +708,12 @@ class LineInput {
 // ---------------------------------------------------------------------------------------------
 // The conversation in the terminal
 
-std::optional<Search> load_documents(const std::string& path, const Tokenizer& tokenizer) {
-  if (path.empty()) return std::nullopt;
-  return Search::load(path,
-                      [&](std::string_view text) { return int(tokenizer.encode(text).size()); });
-}
-
 constexpr int kLongConversation = 4096;  // tokens, which the memory plan counts
 
 int talk(const TalkOptions& o) {
-  check(o.model, o.sampling);
+  check_model_options(o.model, o.sampling);
   need(o.max_tokens >= 0, "--max-tokens", o.max_tokens, "at least 1, or 0");
-  Model model = open_model(o.model);
+  TextModel model = open_model(o.model);
   GptOptions engine = engine_options(model, o.model, 0, decode_plan({.rows = 1}));
   const int context = choose_context(model.config, o.model.context, engine);
   engine.decode.positions = std::min(context, kLongConversation);
@@ -1020,22 +827,22 @@ struct Result {
 
 std::vector<Task> parse_tasks(const EvalOptions& o);
 void check(const EvalOptions& o);
-void read_items(const Model& m, Template chat, Task& task, const EvalOptions& o,
+void read_items(const TextModel& m, Template chat, Task& task, const EvalOptions& o,
                 std::vector<Question>& out);
 void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q);
-void read_gsm8k(const Model& m, Template chat, Task& task, const EvalOptions& o,
+void read_gsm8k(const TextModel& m, Template chat, Task& task, const EvalOptions& o,
                 std::vector<Question>& out);
 void read_choices(Task& task, const EvalOptions& o);
-GeneratorOptions generator_for(const Model& m, const std::vector<Question>& questions, int context,
-                               const EvalOptions& o, const GptOptions& engine);
-std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
+GeneratorOptions generator_for(const TextModel& m, const std::vector<Question>& questions,
+                               int context, const EvalOptions& o, const GptOptions& engine);
+std::vector<Answer> answer_all(const TextModel& m, const std::vector<Question>& questions,
                                const TemplateRules& rules, const Search* search,
                                const GeneratorOptions& options);
 std::vector<Result> mark(const std::vector<Question>& questions, const std::vector<Answer>& answers,
                          const EvalOptions& o);
-std::vector<Result> multiple_choice(const Model& m, const Task& task, int window,
+std::vector<Result> multiple_choice(const TextModel& m, const Task& task, int window,
                                     const EvalOptions& o, std::string& lines);
-std::vector<Result> bits_per_byte(const Model& m, const Task& task, int window,
+std::vector<Result> bits_per_byte(const TextModel& m, const Task& task, int window,
                                   const EvalOptions& o);
 using Columns = std::vector<std::pair<std::string, std::map<std::string, double>>>;
 Columns read_beside(const EvalOptions& o);
@@ -1047,7 +854,7 @@ int evaluate(const EvalOptions& o) {
   check(o);
   std::vector<Task> tasks = parse_tasks(o);
   const Columns beside = read_beside(o);
-  Model model = open_model(o.model);
+  TextModel model = open_model(o.model);
   // Only answers in words need a template.
   const bool in_words =
       std::any_of(tasks.begin(), tasks.end(), [](const Task& t) { return t.is_in_words(); });
@@ -1198,7 +1005,7 @@ void expect_fields(const Record& record, std::initializer_list<const char*> fiel
 // {"task", how it is marked; for an assistant "messages" and "tools"; for a base model "prompt" and
 // "stop"}. A base model continues behind its answer, so its answer ends at a stop string; the
 // default is an empty line.
-void read_items(const Model& m, Template chat, Task& task, const EvalOptions& o,
+void read_items(const TextModel& m, Template chat, Task& task, const EvalOptions& o,
                 std::vector<Question>& out) {
   std::map<std::string, int> counts;
   for_each_item(task.path, 0, o, task.left_out, [&](const Record& record) {
@@ -1279,7 +1086,7 @@ bool is_its_own_shots(const Task& task) {
 // Problems whose answer is a number, as in GSM8K: {"question", "answer"}, where the answer ends in
 // "#### 42". A base model reads the solved examples before the question. The texts and the strings
 // that end an answer are lm-evaluation-harness's.
-void read_gsm8k(const Model& m, Template chat, Task& task, const EvalOptions& o,
+void read_gsm8k(const TextModel& m, Template chat, Task& task, const EvalOptions& o,
                 std::vector<Question>& out) {
   const bool document = chat == Template::document;
   const auto solved = [](const Problem& p) {
@@ -1322,8 +1129,8 @@ void read_gsm8k(const Model& m, Template chat, Task& task, const EvalOptions& o,
 constexpr int kToolTokens = 256;  // ids that tools may insert into an answer
 
 // For up to o.rows answers at a time.
-GeneratorOptions generator_for(const Model& m, const std::vector<Question>& questions, int context,
-                               const EvalOptions& o, const GptOptions& engine) {
+GeneratorOptions generator_for(const TextModel& m, const std::vector<Question>& questions,
+                               int context, const EvalOptions& o, const GptOptions& engine) {
   int64_t longest = 1;
   for (const Question& q : questions) {
     longest =
@@ -1336,7 +1143,7 @@ GeneratorOptions generator_for(const Model& m, const std::vector<Question>& ques
 }
 
 // A prompt that fills the context gets an empty answer.
-std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& questions,
+std::vector<Answer> answer_all(const TextModel& m, const std::vector<Question>& questions,
                                const TemplateRules& rules, const Search* search,
                                const GeneratorOptions& options) {
   Generator generator(
@@ -1363,6 +1170,7 @@ std::vector<Answer> answer_all(const Model& m, const std::vector<Question>& ques
         return answer_calls(m.tokenizer, message, search);
       };
     }
+    request.sampling.stream = i;
     request.on_token = [&done](const Token& t) { done += t.last; };
     numbers[i] = generator.submit(std::move(request));
     asked++;
@@ -1558,8 +1366,8 @@ void score(Gpt& gpt, std::vector<ScoredText>& all, const std::string& task) {
 
 // Encodes context and ending as one text. If the context alone has n ids, the ending's ids are
 // those from the n-th on. Spaces at the end of the context belong to the ending.
-ScoredText encode_choice(const Model& m, std::string context, const std::string& ending, bool start,
-                         int window) {
+ScoredText encode_choice(const TextModel& m, std::string context, const std::string& ending,
+                         bool start, int window) {
   std::string rest = " " + ending;
   const size_t spaces = context.size() - (context.find_last_not_of(" \t\r\n") + 1);
   rest = context.substr(context.size() - spaces) + rest;
@@ -1585,7 +1393,7 @@ size_t characters(std::string_view text) {  // code points
 }
 
 // `lines`: of --output, one more for each item.
-std::vector<Result> choose(const Model& m, const std::string& task,
+std::vector<Result> choose(const TextModel& m, const std::string& task,
                            const std::vector<MultipleChoice>& all, bool norm, bool start,
                            int window, std::string& lines) {
   std::vector<ScoredText> scored;
@@ -1765,7 +1573,7 @@ void read_choices(Task& task, const EvalOptions& o) {
   }
 }
 
-std::vector<Result> multiple_choice(const Model& m, const Task& task, int window,
+std::vector<Result> multiple_choice(const TextModel& m, const Task& task, int window,
                                     const EvalOptions& o, std::string& lines) {
   return choose(m, task.name, task.choices, task.name != "mmlu", !o.no_start, window, lines);
 }
@@ -1775,7 +1583,7 @@ std::vector<Result> multiple_choice(const Model& m, const Task& task, int window
 // many. Each window also reads the token before it. The last window begins earlier, so that it is
 // as long; every token is scored once.
 
-std::vector<Result> bits_per_byte(const Model& m, const Task& task, int window,
+std::vector<Result> bits_per_byte(const TextModel& m, const Task& task, int window,
                                   const EvalOptions& o) {
   std::vector<ScoredText> windows;
   std::vector<double> bytes;  // of each window
@@ -2087,40 +1895,6 @@ int info(const InfoOptions& o) {
 
 // ---------------------------------------------------------------------------------------------
 // The command line
-
-void add_model_flags(CLI::App& app, ModelOptions& o) {
-  app.add_option("model", o.path, "model directory, .gguf file, or the directory of a run")
-      ->required();
-  app.add_option("--device", o.device, "auto, cpu or cuda");
-  app.add_option("--threads", o.threads, "CPU threads; 0: one for each physical core");
-  app.add_option("--context", o.context,
-                 "longest text in tokens, its prompt included; 0: the model's context, or what a "
-                 "quarter of the free memory holds");
-  app.add_option("--cache-type", o.cache_type,
-                 "of keys and values: f32, bf16 (half the memory), or auto: f32 on the CPU, as the "
-                 "engine computes on CUDA");
-  app.add_option("--weights", o.weights,
-                 "how matrices are kept: f32, bf16 (half the memory), q8_0 (a quarter; CPU alone), "
-                 "or auto: as a .gguf file has them, otherwise f32; on CUDA auto is bf16");
-}
-
-void add_sampling_flags(CLI::App& app, Sampling& s) {
-  app.add_option("--temperature", s.temperature, "of sampling; 0: always the most likely token");
-  app.add_option("--top-k", s.top_k, "sample among the K most likely tokens; 0: among all");
-  app.add_option("--top-p", s.top_p,
-                 "sample among the most likely tokens whose probabilities sum to P; 1: among all");
-  app.add_option("--min-p", s.min_p,
-                 "sample among tokens at least P times as likely as the most likely; 0: among all");
-  app.add_option("--repetition-penalty", s.repetition_penalty,
-                 "above 1: tokens that the text contains already become less likely");
-  app.add_option("--seed", s.seed, "of the random numbers: the same seed gives the same texts");
-}
-
-void add_batch_flags(CLI::App& app, int& rows, int& cache_mb) {
-  app.add_option("--rows", rows, "texts that are generated together, at most");
-  app.add_option("--cache-mb", cache_mb,
-                 "memory for keys and values, in MiB; more if one text needs more");
-}
 
 void add_talk_flags(CLI::App& app, TalkOptions& t) {
   add_model_flags(app, t.model);

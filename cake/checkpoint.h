@@ -450,7 +450,8 @@ struct LoadOptions {
   // A model with a scalar head may begin as a language model: the LM head is dropped and the score
   // row gets initial values.
   bool new_score = false;
-  uint64_t seed = 0;  // of the score's and of new adapters' initial values
+  uint64_t seed = 0;           // of the score's and of new adapters' initial values
+  bool interruptible = false;  // a signal ends it between two tensors: throws Interrupted
 };
 
 // Reads the weights of `model`, which must have all of them. Adapters, if there are any, go into
@@ -467,6 +468,7 @@ inline void load_whole_model(const std::filesystem::path& model, Gpt& gpt, const
   std::vector<float> values;
   std::vector<Q8Block> blocks;
   for (size_t i = 0; i < tensors.size(); i++) {
+    if (options.interruptible) stop_if_signalled();
     const Tensor& t = tensors[i];
     values.resize(size_t(t.size()));
     if (t.kind == Kind::adapter) {

@@ -47,6 +47,9 @@ class Search {
   }
   // From a file of documents as cake/documents.h reads them.
   static Search load(const std::string& path, CountTokens count_tokens = {}, int max_tokens = 64) {
+    return Search(read_documents(path), std::move(count_tokens), max_tokens);
+  }
+  static std::vector<std::string> read_documents(const std::string& path) {
     std::vector<std::string> documents;
     DocumentReader reader({Input(path)});
     for (DocumentPart part; reader.next(part);) {
@@ -54,7 +57,7 @@ class Search {
       documents.back() += part.text;
     }
     std::fputs(reader.divider_note(false).c_str(), stderr);
-    return Search(documents, std::move(count_tokens), max_tokens);
+    return documents;
   }
 
   // The passage with the highest score, the first one of equals; "" if no word of the query occurs.
@@ -195,8 +198,22 @@ inline OrderedJson message_json(const Message& m) {
   return json;
 }
 
-// An assistant's message from the ids of its turn, with or without the end of turn. Text between
-// <tool_call> and </tool_call> that is no call becomes a call without a name.
+// The text between <tool_call> and </tool_call>. What is no call becomes one without a name, whose
+// arguments are the text.
+inline ToolCall read_call(std::string text) {
+  OrderedJson json;  // null: no JSON
+  try {
+    json = parse_json<OrderedJson>(text, "a call");
+  } catch (const Error&) {
+  }
+  if (json.is_object() && json.contains("name") && json["name"].is_string() &&
+      json.contains("arguments") && json["arguments"].is_object()) {
+    return {json["name"], json["arguments"].dump()};
+  }
+  return {"", std::move(text)};
+}
+
+// An assistant's message from the ids of its turn, with or without the end of turn.
 inline Message read_turn(const Tokenizer& tokenizer, std::span<const int> turn) {
   const int begin = tokenizer.special("<tool_call>"), end = tokenizer.special("</tool_call>");
   const auto last = [&](int id) {
@@ -212,17 +229,7 @@ inline Message read_turn(const Tokenizer& tokenizer, std::span<const int> turn) 
     }
     std::vector<int> inside;
     while (++i < turn.size() && turn[i] != end && !last(turn[i])) inside.push_back(turn[i]);
-    ToolCall call{.arguments = tokenizer.decode(inside)};
-    OrderedJson json;  // null: no JSON
-    try {
-      json = parse_json<OrderedJson>(call.arguments, "a call");
-    } catch (const Error&) {
-    }
-    if (json.is_object() && json.contains("name") && json["name"].is_string() &&
-        json.contains("arguments") && json["arguments"].is_object()) {
-      call = {json["name"], json["arguments"].dump()};
-    }
-    message.tool_calls.push_back(std::move(call));
+    message.tool_calls.push_back(read_call(tokenizer.decode(inside)));
   }
   message.content = tokenizer.decode(text);
   while (!message.content.empty() && message.content.back() == '\n') message.content.pop_back();
