@@ -19,20 +19,23 @@ GCC_ONLY := $(if $(findstring clang,$(CXX)),,-Wno-restrict)
 FLAGS := -std=c++20 -O3 -march=$(MARCH) -ffp-contract=fast -fopenmp -I. \
          -Wall -Wextra -Wno-missing-field-initializers $(GCC_ONLY) $(if $(WERROR),-Werror)
 LIBRARIES := -Wl,--as-needed -lgumbo -lcld2 -lpsl -luchardet -ldivsufsort64 -lsnappy \
-             -lsimdjson -lzstd -lz -ledit
-HEADERS := CLI/CLI.hpp cld2/public/compact_lang_det.h divsufsort64.h doctest/doctest.h gumbo.h histedit.h libpsl.h \
+             -lsimdjson -lzstd -lz -ledit -lcpp-httplib
+# cpp-httplib is built in parts that its users must have too: its header says the same as the library.
+HTTP_FLAGS := $(shell pkg-config --cflags cpp-httplib 2>/dev/null)
+HEADERS := CLI/CLI.hpp cld2/public/compact_lang_det.h divsufsort64.h doctest/doctest.h gumbo.h histedit.h httplib.h libpsl.h \
            nlohmann/json.hpp omp.h simdjson.h snappy.h uchardet/uchardet.h xxhash.h zlib.h zstd.h
 
 # The longest to compile first.
-MODEL_STAGES := rlhf reward chat sft
+MODEL_STAGES := rlhf reward chat sft serve
 STAGES := train_gpt $(MODEL_STAGES) corpus bpe
 BPE = $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard bpe*.cpp))
+SERVE = $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard serve*.cpp))
 CORPUS = $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard corpus*.cpp))
 TOOLS := world report overoptimize
 SOURCES = $(wildcard *.cpp *.cu cake/*.h dev/*.cpp dev/*.h dev/*/*.cpp dev/*/*.h test/*.cpp test/*.h \
             test/*/*.cpp test/*/*.h test/*/*/*.h)
 
-# Two stages are libraries too: their main is weak, and gives way to that of a program which links
+# Some stages are libraries too: their main is weak, and gives way to that of a program which links
 # them. test/test_gpt.cpp and dev/bench/bench.cpp include train_gpt.cpp itself: they look at what is
 # inside.
 OBJECTS := $(BUILD)/objects
@@ -100,10 +103,11 @@ variant = $(MAKE) --no-print-directory BIN=build/$(1) BUILD=build/$(1)/build $(2
   CAKE_DATA="$${CAKE_DATA:-$(CURDIR)/../shared/data}" build/test
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
-test-all: ## sanitized, for x86-64-v3, and test-faults: takes an hour, and dev/setup.sh --all
+test-all: ## sanitized, for x86-64-v3, test-threads and test-faults: takes an hour, and dev/setup.sh --all
 	@dev/setup.sh --all
 	@$(MAKE) --no-print-directory test-sanitized
 	@CAKE_TEST_ALL=1 $(MAKE) --no-print-directory test-v3
+	@$(MAKE) --no-print-directory test-threads
 	@$(MAKE) --no-print-directory test-faults
 
 test-sanitized: ## every test under AddressSanitizer and UBSan, in build/sanitized
@@ -111,6 +115,12 @@ test-sanitized: ## every test under AddressSanitizer and UBSan, in build/sanitiz
 
 test-v3: ## every test compiled for MARCH=x86-64-v3, in build/v3
 	+@$(call variant,v3,MARCH=x86-64-v3)
+
+# GCC's OpenMP library is not instrumented, so the engine has one thread. The stages are not built.
+MINUTES_OF_LOAD ?= 1
+test-threads: ## the server under a mixed load and ThreadSanitizer, in build/threads: MINUTES_OF_LOAD=n
+	+@$(MAKE) --no-print-directory BUILD=$(BUILD)/threads CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread" $(BUILD)/threads/test_threads
+	@OMP_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1" CAKE_SERVE_MINUTES=$(MINUTES_OF_LOAD) $(BUILD)/threads/test_threads
 
 emulate: $(STAGES:%=$(EMULATE)/%) ## the stages with --device cuda running on the CPU, in build/emulate
 
@@ -137,10 +147,16 @@ bench-bpe: $(BIN)/bpe $(BUILD)/bench_tokenizer ## ./bpe beside gigatoken, tiktok
 	@$(if $(and $(PEER),$(TEXT)),,echo "error: PEER or TEXT is missing: a python with gigatoken, tiktoken and tokenizers; a large text" >&2; exit 1)
 	$(PEER) dev/bench/tokenizer.py "$(TEXT)" --texts $(MORE) --data $(TEXTS)/tokenizers --bpe $(BIN)/bpe --bench $(BUILD)/bench_tokenizer --work $(BUILD)/tokenizers --json $(BUILD)/bench_tokenizer.json
 
+# DEMO: the folder of make run. With PEER, a Python with xllamacpp, and SMOLLM2, a .gguf file:
+# llama.cpp's server too.
+DEMO ?= runs/demo
+bench-serve: $(BIN)/serve $(BIN)/chat $(BIN)/bpe $(BIN)/train_gpt $(BUILD)/serve_load ## ./serve under load, beside ./chat generate and llama.cpp's server: DEMO=runs/demo PEER=python SMOLLM2=file
+	@python3 dev/bench/serve.py --demo "$(DEMO)" --texts "$(TEXTS)" $(if $(PEER),--peer "$(PEER)") $(if $(SMOLLM2),--smollm2 "$(SMOLLM2)") $(if $(ONLY),--only "$(ONLY)")
+
 # Ten minutes for each: FUZZ_SECONDS=n, FUZZ="warc html".
-FUZZ ?= warc jsonl records parquet html regex encode tokenizer gguf safetensors config verify
+FUZZ ?= warc jsonl records parquet html regex encode tokenizer gguf safetensors config verify serve_http serve_api
 FUZZ_SECONDS ?= 600
-fuzz: ## any bytes as WARC, JSON lines, records, parquet, HTML, split patterns, text to encode, tokenizer files, GGUF and safetensors files, configs, and answers to judge, under the sanitizers, with clang's libFuzzer
+fuzz: ## any bytes as WARC, JSON lines, records, parquet, HTML, split patterns, text to encode, tokenizer files, GGUF and safetensors files, configs, answers to judge, and bytes sent to ./serve, under the sanitizers, with clang's libFuzzer
 	+@$(MAKE) --no-print-directory CXX=clang++ BUILD=$(BUILD)/fuzz CXXFLAGS="-O1 -g1 -fsanitize=fuzzer-no-link,address,undefined" $(FUZZ:%=$(BUILD)/fuzz/fuzz_%)
 	@for target in $(FUZZ); do mkdir -p $(BUILD)/fuzz/corpus_$$target && \
 	  $(BUILD)/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -timeout=20 -max_len=65536 -rss_limit_mb=2000 -malloc_limit_mb=4096 $(BUILD)/fuzz/corpus_$$target \
@@ -168,6 +184,7 @@ $(BIN)/train_gpt: $(ENGINE) $(BPE)
 $(EMULATE)/train_gpt: $(EMULATED_ENGINE) $(BPE)
 $(MODEL_STAGES:%=$(BIN)/%): $(BIN)/%: $(OBJECTS)/%.o $(ENGINE) $(BPE)
 $(MODEL_STAGES:%=$(EMULATE)/%): $(EMULATE)/%: $(OBJECTS)/%.o $(EMULATED_ENGINE) $(BPE)
+$(BIN)/serve $(EMULATE)/serve: $(SERVE)
 $(TOOLS:%=$(BUILD)/%): $(BUILD)/%: $(OBJECTS)/dev/%.o
 $(BUILD)/bench_rules: $(OBJECTS)/dev/bench/corpus_rules.o $(CORPUS)
 $(BUILD)/bench_duplicates: $(OBJECTS)/dev/bench/corpus_duplicates.o $(CORPUS)
@@ -177,14 +194,18 @@ $(BUILD)/logits: $(OBJECTS)/dev/logits.o $(ENGINE) $(BPE)
 $(BUILD)/fuzz_%: $(OBJECTS)/test/fuzz/fuzz_%.o $(CORPUS) $(BPE)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) -fsanitize=fuzzer,address,undefined $^ $(LIBRARIES) -o $@
+$(BUILD)/fuzz_serve_http: $(OBJECTS)/serve_http.o $(OBJECTS)/serve_http_request.o
+$(BUILD)/fuzz_serve_api: $(OBJECTS)/serve_api.o
 $(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(BPE)
 $(BUILD)/bench_decode: $(OBJECTS)/dev/bench/decode.o $(ENGINE) $(BPE)
 $(BUILD)/bench_tokenizer: $(OBJECTS)/dev/bench/tokenizer.o $(BPE)
+$(BUILD)/serve_load: $(OBJECTS)/dev/bench/serve_load.o
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
                    $(OBJECTS)/train_gpt.o $(BPE)
-$(BUILD)/test: $(TESTS) $(CORPUS) $(BPE) $(OBJECTS)/dev/world.o $(ON_CPU)
+$(BUILD)/test_threads: $(OBJECTS)/test/test_serve_threads.o $(OBJECTS)/test/main.o $(SERVE) $(ENGINE) $(BPE)
+$(BUILD)/test: $(TESTS) $(CORPUS) $(SERVE) $(BPE) $(OBJECTS)/dev/world.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_decode $(BUILD)/bench_tokenizer $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/extraction_blocks $(BUILD)/split_pieces $(BUILD)/logits $(BUILD)/test $(BUILD)/test_gpu:
+$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_decode $(BUILD)/bench_tokenizer $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/serve_load $(BUILD)/extraction_blocks $(BUILD)/split_pieces $(BUILD)/logits $(BUILD)/test $(BUILD)/test_gpu $(BUILD)/test_threads:
 	@mkdir -p $(@D)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
@@ -201,7 +222,7 @@ $(OBJECTS)/%.o: %.cpp $(BUILD)/command | $(BUILD)/packages
 # Code that waits for an engine, a tokenizer or a file need not be the fastest: it compiles in two
 # thirds of the time. GCC fuses products and sums at -O1 only with a flag; without it the stages'
 # weights could round in another way.
-$(MODEL_STAGES:%=$(OBJECTS)/%.o) $(OBJECTS)/corpus.o $(OBJECTS)/corpus_report.o $(TOOLS:%=$(OBJECTS)/dev/%.o) $(OBJECTS)/dev/logits.o: private FLAGS += \
+$(MODEL_STAGES:%=$(OBJECTS)/%.o) $(SERVE) $(OBJECTS)/corpus.o $(OBJECTS)/corpus_report.o $(TOOLS:%=$(OBJECTS)/dev/%.o) $(OBJECTS)/dev/logits.o: private FLAGS += \
   -O1 $(if $(GCC_ONLY),-fexpensive-optimizations)
 $(TESTS): private FLAGS += -O1
 $(OBJECTS)/test/test_gpt.o: private FLAGS += -O3  # the engine itself is in it
@@ -233,6 +254,7 @@ $(OBJECTS)/test/test_cuda.cuda.o: test/test_cuda.cpp $(BUILD)/command
 $(OBJECTS)/bpe_page.o: $(wildcard web/*)
 
 $(OBJECTS)/train_gpt.o: private FLAGS += $(ENGINE_FLAGS)
+$(SERVE) $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_serve*.cpp test/fuzz/fuzz_serve*.cpp dev/bench/serve*.cpp)): private FLAGS += $(HTTP_FLAGS)
 $(ON_CPU) $(OBJECTS)/emulate/train_gpt.cuda.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_cuda*.cpp)): private FLAGS += $(ON_CPU_FLAGS)
 
 -include $(shell find $(OBJECTS) -name '*.d' 2>/dev/null)
@@ -252,6 +274,6 @@ $(BUILD)/packages: $(BUILD)/command
 	done
 	@touch $@
 
-.PHONY: all run reviews overoptimize base-to-chat test test-all test-sanitized test-v3 emulate test-faults spills bench bench-bpe bench-corpus fuzz format format-check clean help FORCE
+.PHONY: all run reviews overoptimize base-to-chat test test-all test-sanitized test-v3 test-threads emulate test-faults spills bench bench-bpe bench-corpus bench-serve fuzz format format-check clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:

@@ -10,7 +10,8 @@ needs="g++:g++ make:make doctest-dev:doctest/doctest.h libcli11-dev:CLI/CLI.hpp
 nlohmann-json3-dev:nlohmann/json.hpp libsimdjson-dev:simdjson.h libxxhash-dev:xxhash.h
 zlib1g-dev:zlib.h libzstd-dev:zstd.h libedit-dev:histedit.h libgumbo-dev:gumbo.h
 libcld2-dev:cld2/public/compact_lang_det.h libpsl-dev:libpsl.h
-libuchardet-dev:uchardet/uchardet.h libdivsufsort-dev:divsufsort64.h libsnappy-dev:snappy.h"
+libuchardet-dev:uchardet/uchardet.h libdivsufsort-dev:divsufsort64.h libsnappy-dev:snappy.h
+libcpp-httplib-dev:httplib.h pkgconf:pkg-config"
 
 if [ "${1:-}" = --all ]; then
   needs="$needs clang:clang++ libomp-dev:omp.h clang-format-14:clang-format-14"

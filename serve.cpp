@@ -1,0 +1,792 @@
+// Stage 7: models behind HTTP, as OpenAI's API has them.
+//
+//     ./serve runs/demo/ppo                           one model, on http://127.0.0.1:8080/v1
+//     ./serve base=runs/demo/base ppo=runs/demo/ppo   several, by name
+//     ./serve model.gguf --port 9000 --weights q8_0
+//
+// Any client of OpenAI's API works with it: curl, openai-python, Open WebUI. The same seed gives
+// the same text, whatever else is served at the time: a row of the engine is computed alone
+// (cake/generate.h), and its samples are a function of the seed and the number of the choice.
+//
+// How a request becomes an answer:
+//
+//     HttpServer (serve_http.cpp)     a connection's thread reads the request; who may not ask is
+//                                     refused before its body is read
+//     read_chat, make_requests        JSON -> ids; what is wrong is refused here, with the name of
+//     (serve_api.cpp)                 the field
+//     Engine::submit                  -> a queue of bounded length; beyond it: 503 at once
+//     (serve_engine.cpp)                 one thread decodes the rows of all calls together
+//     Mailbox::wait                   -> tokens, on the connection's thread again
+//     AnswerWriter (serve_answer.cpp) -> JSON, or a chunk of the stream
+//
+// The status is sent when the engine has begun with the call. From then on errors are events of the
+// stream. When the client leaves, whether its call is queued, read or answered, the engine forgets
+// the call.
+//
+// The server listens first and loads the models then: meanwhile every answer is 503. The first
+// signal lets the calls in work end, --grace seconds at most. The second one ends the process.
+//
+// The order of this file: the server from its first to its last moment; routes; a call and its
+// stream; the smaller answers; the command line.
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <atomic>
+#include <condition_variable>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <ctime>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cake/checkpoint.h"
+#include "cake/flags.h"
+#include "cake/json.h"
+#include "cake/run.h"
+#include "cake/serve.h"
+#include "cake/utf8.h"
+
+namespace cake {
+namespace {
+
+using Strings = std::vector<std::string>;
+using Handler = std::function<void(const httplib::Request&, httplib::Response&)>;
+
+constexpr double kPollSeconds = .1;      // how long a client that left goes unnoticed, at most
+constexpr double kLastWordsSeconds = 1;  // for answers to be sent once the engine has stopped
+constexpr const char* kEvents = "text/event-stream";  // exactly: with parameters it is compressed
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------
+// The server, from its first to its last moment
+
+struct Server::State {
+  explicit State(const ServeOptions&);
+
+  int run();
+  void serve_until_stopped();
+  void announce() const;
+  void close();
+  void print(const std::string& line) const {
+    if (options.print) options.print(line);
+  }
+
+  // Routes
+  void add_routes();
+  void add_route(const std::string& method, const std::string& path, const Handler& handler);
+  void expect_ready() const;
+  size_t find_model(const std::string& name) const;
+  [[noreturn]] void refuse_model(const std::string& name) const;
+  const ServedModel& model_of(const OrderedJson& body) const;
+  void log(const std::string& route, const httplib::Response& response, double seconds) const;
+
+  // Handlers
+  void answer(const httplib::Request&, httplib::Response&, bool chat);
+  OrderedJson models_json() const;
+  OrderedJson props_json(size_t model) const;
+  OrderedJson tokenizer_info() const;
+  OrderedJson tokenize(const OrderedJson& body) const;
+  OrderedJson detokenize(const OrderedJson& body) const;
+  OrderedJson apply_template(const OrderedJson& body) const;
+  std::string metrics() const;
+
+  ServeOptions options;
+  HttpServer http;
+  int port;
+  LoadedModels loaded;
+  Strings templates;  // of the models' files, as text
+  std::unique_ptr<Engine> engine;
+  std::atomic<bool> ready{false}, stopped{false};
+  std::mutex mutex;
+  std::condition_variable stop_called;
+};
+
+static ServeOptions with_derived_options(ServeOptions o) {
+  o.http.public_paths = {"/", "/health", "/v1/health"};
+  o.engine.threads = o.model.threads;
+  o.limits.max_choices = o.engine.rows + o.engine.queue;  // more could never be queued
+  return o;
+}
+
+Server::State::State(const ServeOptions& o) : options(with_derived_options(o)), http(options.http) {
+  add_routes();
+  port = http.bind();
+}
+
+int Server::State::run() {
+  std::thread accepting([this] { http.run(); });
+  try {
+    print(concat("listening on port ", port, "; answers 503 until the models are loaded"));
+    loaded = load_models(options, options.print);
+    for (const ServedModel& m : loaded.models) {
+      templates.push_back(chat_template(m.text.dir));
+      if (m.chat != Template::document) note_default_system_message(m.text.dir);
+    }
+    engine = std::make_unique<Engine>(loaded.models, loaded.caches, options.engine);
+    ready = true;
+    serve_until_stopped();
+  } catch (const Interrupted&) {  // while a model was loaded
+  } catch (...) {
+    close();
+    accepting.join();
+    throw;
+  }
+  close();
+  accepting.join();
+  print("stopped");
+  return 0;
+}
+
+void Server::State::serve_until_stopped() {
+  if (!stopped && !stop_signal) announce();
+  std::unique_lock lock(mutex);
+  while (!stopped && !stop_signal) {  // a signal handler may not notify
+    stop_called.wait_for(lock, std::chrono::milliseconds(50));
+  }
+}
+
+void Server::State::announce() const {
+  const std::string& host = options.http.host;
+  const bool any = host == "0.0.0.0" || host == "::";
+  const std::string url = concat("http://",
+                                 any                                   ? "127.0.0.1"
+                                 : host.find(':') != std::string::npos ? "[" + host + "]"
+                                                                       : host,
+                                 ":", port, "/v1");
+  Strings names;
+  const ServedModel* example = &loaded.models[0];
+  for (const ServedModel& m : loaded.models) {
+    names.push_back(m.id);
+    if (example->chat == Template::document) example = &m;
+  }
+  std::string list;
+  for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
+  const bool chat = example->chat != Template::document;
+  OrderedJson body{{"model", example->id}};
+  if (chat) body["messages"] = {{{"role", "user"}, {"content", "Hello"}}};
+  if (!chat) body["prompt"] = "Once upon a time";
+  std::string quoted = json_line(body);
+  quoted.pop_back();
+  for (size_t i = 0; (i = quoted.find('\'', i)) != std::string::npos; i += 4) {
+    quoted.replace(i, 1, "'\\''");  // for the shell
+  }
+  print(concat("ready: ", url, any ? ", and every other address of this machine" : "", ", ",
+               names.size() == 1 ? "model " : "models ", list));
+  print(concat("  curl ", url, chat ? "/chat/completions" : "/completions",
+               options.http.keys.empty() ? "" : " -H \"Authorization: Bearer $KEY\"", " -d '",
+               quoted, "'"));
+}
+
+// What is in work may end, within the grace; then every connection is closed.
+void Server::State::close() {
+  http.stop();
+  if (engine) engine->drain(options.grace_seconds);
+  if (!http.wait_until_closed(kLastWordsSeconds)) {
+    http.close_all();
+    while (!http.wait_until_closed(1)) http.close_all();
+  }
+}
+
+Server::Server(const ServeOptions& options) : state_(std::make_unique<State>(options)) {}
+Server::~Server() = default;
+int Server::port() const { return state_->port; }
+int Server::run() { return state_->run(); }
+void Server::stop() {
+  const std::lock_guard lock(state_->mutex);
+  state_->stopped = true;
+  state_->stop_called.notify_all();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Routes. Each has two paths: with and without /v1, because a base URL without it is the usual
+// mistake. Nothing in a URL starts a generation: web pages can make a browser open any URL.
+
+namespace {
+
+void send_json(httplib::Response& response, const OrderedJson& json) {
+  response.set_content(json_line(json), "application/json");
+}
+
+}  // namespace
+
+void Server::State::add_routes() {
+  using httplib::Request, httplib::Response;
+  add_route("GET", "/health", [](const Request&, Response& response) {
+    send_json(response, {{"status", "ok"}});
+  });
+  add_route("GET", "/models", [this](const Request&, Response& response) {
+    send_json(response, {{"object", "list"}, {"data", models_json()}});
+  });
+  add_route("GET", "/models/*", [this](const Request& request, Response& response) {
+    constexpr std::string_view kModels = "/models/";  // an id may hold slashes
+    const std::string id = request.path.substr(request.path.find(kModels) + kModels.size());
+    for (const OrderedJson& model : models_json()) {
+      if (model["id"] == id) return send_json(response, model);
+    }
+    refuse_model(id);
+  });
+  add_route("GET", "/props", [this](const Request&, Response& response) {
+    OrderedJson json = props_json(0);
+    json["models"] = OrderedJson::array();
+    for (size_t i = 0; i < loaded.models.size(); i++) json["models"].push_back(props_json(i));
+    send_json(response, json);
+  });
+  add_route("GET", "/tokenizer_info",
+            [this](const Request&, Response& response) { send_json(response, tokenizer_info()); });
+  add_route("GET", "/metrics", [this](const Request&, Response& response) {
+    response.set_content(metrics(), "text/plain; version=0.0.4; charset=utf-8");
+  });
+  for (const bool chat : {true, false}) {
+    add_route("POST", chat ? "/chat/completions" : "/completions",
+              [this, chat](const Request& request, Response& response) {
+                answer(request, response, chat);
+              });
+  }
+  using JsonHandler = OrderedJson (State::*)(const OrderedJson&) const;
+  const auto add_json_route = [this](const char* path, JsonHandler handler) {
+    add_route("POST", path, [this, handler](const Request& request, Response& response) {
+      send_json(response, (this->*handler)(read_body(request.body, options.limits)));
+    });
+  };
+  add_json_route("/tokenize", &State::tokenize);
+  add_json_route("/detokenize", &State::detokenize);
+  add_json_route("/apply-template", &State::apply_template);
+  http.Get("/", [](const Request&, Response& response) {
+    response.set_content(
+        "Language models are served here. Their API is under /v1, as /v1/models.\n",
+        "text/plain; charset=utf-8");
+  });
+}
+
+void Server::State::add_route(const std::string& method, const std::string& path,
+                              const Handler& handler) {
+  for (const char* prefix : {"", "/v1"}) {
+    const std::string route = prefix + path;
+    const Handler whole = [this, method, route, handler](const auto& request, auto& response) {
+      const double begin = now();
+      try {
+        expect_ready();
+        response.set_header("Cache-Control", "no-store");
+        handler(request, response);
+      } catch (const ApiError& e) {
+        set_error(response, e);
+      }
+      log(method + " " + route, response, now() - begin);
+    };
+    method == "GET" ? http.Get(route, whole) : http.Post(route, whole);
+  }
+}
+
+void Server::State::expect_ready() const {
+  if (http.stopping()) {
+    throw ApiError(503, "server_error", "shutting_down", "", "the server is shutting down");
+  }
+  if (!ready) throw ApiError(503, "unavailable_error", "loading_model", "", "Loading model");
+}
+
+// The model of a request: by its id. Where there is only one, or with --any-model, every other name
+// means the first one: many clients have a name of OpenAI's built in. The answer says which it is.
+size_t Server::State::find_model(const std::string& name) const {
+  for (size_t i = 0; i < loaded.models.size(); i++) {
+    if (loaded.models[i].id == name) return i;
+  }
+  if (name.empty() || options.any_model || loaded.models.size() == 1) return 0;
+  refuse_model(name);
+}
+
+void Server::State::refuse_model(const std::string& name) const {
+  std::string served;
+  for (const ServedModel& m : loaded.models) served += (served.empty() ? "" : ", ") + m.id;
+  throw ApiError(404, "not_found_error", "model_not_found", "model",
+                 concat("model: found ", json_text(name), ", expected one of: ", served));
+}
+
+const ServedModel& Server::State::model_of(const OrderedJson& body) const {
+  return loaded.models[find_model(requested_model(body))];
+}
+
+// --verbose: no text of the user's, not even a path that is not in the table above.
+void Server::State::log(const std::string& route, const httplib::Response& response,
+                        double seconds) const {
+  if (!options.verbose) return;
+  const std::time_t time = std::time(nullptr);
+  std::tm local{};
+  localtime_r(&time, &local);
+  const int status = response.status < 0 ? 200 : response.status;
+  print(format("%02d:%02d:%02d %s %d %.3f s", local.tm_hour, local.tm_min, local.tm_sec,
+               route.c_str(), status, seconds));
+}
+
+// ---------------------------------------------------------------------------------------------
+// A call and its answer
+
+namespace {
+
+struct ClientLeft {};
+
+// Whoever holds this waits for its answer: the engine forgets the call with it.
+struct CallInWork {
+  CallInWork(ApiCall api_call, const ServedModel& model, std::vector<std::vector<int>> prompts,
+             std::shared_ptr<Mailbox> events)
+      : api(std::move(api_call)),
+        writer(api, model, std::move(prompts)),
+        mailbox(std::move(events)) {}
+  CallInWork(const CallInWork&) = delete;
+  CallInWork& operator=(const CallInWork&) = delete;
+  ~CallInWork() { mailbox->cancel(); }
+
+  ApiCall api;
+  AnswerWriter writer;
+  std::shared_ptr<Mailbox> mailbox;
+};
+
+// Waits for events before the status is sent, so that errors still have one of their own. Throws
+// ClientLeft, and ApiError for a call that failed.
+std::vector<Event> wait_for_events(Mailbox& mailbox, bool until_over) {
+  for (;;) {
+    std::vector<Event> events = mailbox.wait(kPollSeconds, until_over);
+    for (const Event& e : events) {
+      if (e.kind != Event::failed) continue;
+      throw ApiError(e.status, e.status == 503 ? "unavailable_error" : "server_error", e.code, "",
+                     e.text);
+    }
+    if (mailbox.over()) return events;
+    if (client_left()) throw ClientLeft();
+    if (!events.empty()) return events;
+  }
+}
+
+std::string whole_answer(CallInWork& call) {
+  while (!call.mailbox->over()) call.writer.add(wait_for_events(*call.mailbox, true));
+  return call.writer.whole();
+}
+
+// Writes the stream from its first to its last event, `events` first. A chunk holds what is there;
+// none waits for more. `keep_alive`: seconds of silence, after which an empty delta is sent. False
+// when the client has left.
+bool write_stream(CallInWork& call, std::span<const Event> events, double keep_alive,
+                  httplib::DataSink& sink) {
+  double written = now(), looked = written;
+  const auto write = [&](const std::string& text) {
+    if (text.empty()) return true;
+    written = now();
+    return sink.write(text.data(), text.size());
+  };
+  if (!write(call.writer.begin() + call.writer.add(events))) return false;
+  while (!call.writer.failed() && !call.mailbox->over()) {
+    const std::vector<Event> more = call.mailbox->wait(kPollSeconds);
+    const double t = now();
+    if (t - looked >= kPollSeconds / 2) {
+      if (client_left()) return false;
+      looked = t;
+    }
+    std::string text = call.writer.add(more);
+    if (text.empty() && t - written >= keep_alive) text = call.writer.keep_alive();
+    if (!write(text)) return false;
+  }
+  if (!call.writer.failed() && !write(call.writer.end())) return false;
+  sink.done();
+  return true;
+}
+
+}  // namespace
+
+void Server::State::answer(const httplib::Request& request, httplib::Response& response,
+                           bool chat) {
+  const OrderedJson body = read_body(request.body, options.limits);
+  const size_t number = find_model(requested_model(body));
+  const ServedModel& model = loaded.models[number];
+  ApiCall api =
+      chat ? read_chat(body, model, options.limits) : read_completion(body, model, options.limits);
+  std::vector<cake::Request> requests = make_requests(api, model, options.limits);
+  std::vector<std::vector<int>> prompts;
+  for (size_t i = 0; i < requests.size(); i += size_t(api.n)) prompts.push_back(requests[i].prompt);
+  std::shared_ptr<Mailbox> mailbox = engine->submit(number, std::move(requests));
+  const auto call =
+      std::make_shared<CallInWork>(std::move(api), model, std::move(prompts), std::move(mailbox));
+  try {
+    if (!call->api.stream) {
+      return response.set_content(whole_answer(*call), "application/json");
+    }
+    std::vector<Event> events = wait_for_events(*call->mailbox, false);
+    response.headers.erase("Cache-Control");
+    response.set_header("Cache-Control", "no-cache");
+    response.set_header("X-Accel-Buffering", "no");  // nginx would collect it
+    const double keep_alive = options.keep_alive_seconds;
+    response.set_chunked_content_provider(
+        kEvents, [call, events = std::move(events), keep_alive](size_t, httplib::DataSink& sink) {
+          return write_stream(*call, events, keep_alive, sink);
+        });
+  } catch (const ClientLeft&) {
+    response.status = 499;  // nobody reads it; as nginx logs it
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The smaller answers
+
+namespace {
+
+// The value of a key of the body, of exactly this type; ApiError 400 for another. An absent key and
+// null are the fallback.
+template <class T>
+T body_value(const OrderedJson& body, const std::string& key, T fallback) {
+  const auto it = body.find(key);
+  if (it == body.end() || it->is_null()) return fallback;
+  try {
+    return json_as<T>(Json(*it), key, "body");
+  } catch (const Error& e) {
+    bad_request(key, e.what());
+  }
+}
+
+bool is_utf8(std::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    size_t bad = 0;
+    const size_t length = (text[i] & 0x80) == 0 ? 1 : utf8_length(text, i, bad);
+    if (length == 0) return false;
+    i += length;
+  }
+  return true;
+}
+
+// The text of a token: a string, or the bytes of what is no text.
+OrderedJson piece_json(std::string_view bytes) {
+  if (is_utf8(bytes)) return bytes;
+  OrderedJson list = OrderedJson::array();
+  for (const char byte : bytes) list.push_back(int(static_cast<unsigned char>(byte)));
+  return list;
+}
+
+const char* template_name(Template t) {
+  return t == Template::chatml ? "chatml" : t == Template::llama3 ? "llama3" : "plain";
+}
+
+// What compiled this: the same weights may round otherwise in another build.
+std::string build_text() {
+#ifdef __clang__
+  std::string text = concat("clang++ ", __clang_version__);
+#else
+  std::string text = concat("g++ ", __VERSION__);
+#endif
+#if defined(__AVX512F__)
+  text += ", AVX-512";
+#elif defined(__AVX2__)
+  text += ", AVX2";
+#endif
+  return text;
+}
+
+}  // namespace
+
+// "created" and "owned_by" are what openai-python wants, "meta" is llama.cpp's, and "max_model_len"
+// vLLM's.
+OrderedJson Server::State::models_json() const {
+  OrderedJson list = OrderedJson::array();
+  for (const ServedModel& m : loaded.models) {
+    list.push_back({{"id", m.id},
+                    {"object", "model"},
+                    {"created", m.created},
+                    {"owned_by", "cake"},
+                    {"max_model_len", m.context},
+                    {"meta",
+                     {{"n_vocab", m.text.tokenizer.vocab_size()},
+                      {"n_ctx", m.context},
+                      {"n_ctx_train", m.text.config.T},
+                      {"n_params", m.text.gpt->table().parameters()}}}});
+  }
+  return list;
+}
+
+// In llama.cpp's form, without its path of the model's file.
+OrderedJson Server::State::props_json(size_t number) const {
+  const ServedModel& m = loaded.models[number];
+  const bool chat = m.chat != Template::document;
+  OrderedJson json{{"model", m.id},
+                   {"default_generation_settings",
+                    {{"n_ctx", m.context},
+                     {"params",
+                      {{"temperature", m.sampling.temperature},
+                       {"top_k", m.sampling.top_k},
+                       {"top_p", m.sampling.top_p},
+                       {"min_p", m.sampling.min_p},
+                       {"repeat_penalty", m.sampling.repetition_penalty}}}}},
+                   {"total_slots", options.engine.rows},
+                   {"is_chat", chat},
+                   {"template", chat ? OrderedJson(template_name(m.chat)) : OrderedJson()},
+                   {"chat_template", chat ? templates[number] : ""},
+                   {"tools", OrderedJson::array()},
+                   {"deterministic", m.deterministic},
+                   {"system_fingerprint", m.fingerprint},
+                   {"build_info", build_text()}};
+  for (const std::string& tool : m.tools) json["tools"].push_back(OrderedJson::parse(tool)["name"]);
+  return json;
+}
+
+// Of the first model: what lm-evaluation-harness asks before it uses /tokenize.
+OrderedJson Server::State::tokenizer_info() const {
+  const ServedModel& m = loaded.models[0];
+  const Config& c = m.text.config;
+  const auto token = [&](int id) {
+    return id < 0 ? OrderedJson() : OrderedJson(m.text.tokenizer.token_bytes(id));
+  };
+  const std::vector<int> ends = c.all_end_tokens();
+  return {{"eos_token", token(ends.empty() ? m.text.document_start : ends[0])},
+          {"bos_token", token(c.bos)},
+          {"pad_token", token(c.pad)},
+          {"chat_template", templates[0].empty() ? OrderedJson() : OrderedJson(templates[0])}};
+}
+
+// llama.cpp's form, {"content", "add_special", "parse_special", "with_pieces"}, and vLLM's,
+// {"prompt", "add_special_tokens"} or {"messages"}, whose answer has "count" and "max_model_len".
+OrderedJson Server::State::tokenize(const OrderedJson& body) const {
+  const ServedModel& m = model_of(body);
+  const bool is_content = body.contains("content"), is_prompt = body.contains("prompt");
+  const bool is_messages = body.contains("messages");
+  if (is_content + is_prompt + is_messages != 1) {
+    bad_request(is_content || is_prompt ? "messages" : "content",
+                "found none or several of content, prompt and messages, expected one of them");
+  }
+  std::vector<int> ids;
+  if (is_messages) {
+    const ApiCall call = read_chat(body, m, options.limits);
+    ids = prompt_of(m, call.conversation, call.continues);
+  } else {
+    const char* key = is_content ? "content" : "prompt";
+    const auto text = body_value<std::string>(body, key, "");
+    const bool add = is_content ? body_value(body, "add_special", false)
+                                : body_value(body, "add_special_tokens", true);
+    const bool parse = body_value(body, "parse_special", true);
+    if (add && m.text.document_start >= 0) ids.push_back(m.text.document_start);
+    m.text.tokenizer.encode(text, ids, parse);
+  }
+  OrderedJson tokens = OrderedJson::array();
+  const bool pieces = body_value(body, "with_pieces", false);
+  for (const int id : ids) {
+    if (pieces) {
+      tokens.push_back({{"id", id}, {"piece", piece_json(m.text.tokenizer.token_bytes(id))}});
+    } else {
+      tokens.push_back(id);
+    }
+  }
+  OrderedJson json{{"tokens", std::move(tokens)}};
+  if (!is_content) json["count"] = ids.size(), json["max_model_len"] = m.context;
+  return json;
+}
+
+OrderedJson Server::State::detokenize(const OrderedJson& body) const {
+  const ServedModel& m = model_of(body);
+  const auto it = body.find("tokens");
+  if (it == body.end() || !it->is_array()) {
+    bad_request("tokens", concat("tokens: found ", it == body.end() ? "none" : json_text(*it),
+                                 ", expected an array of ids"));
+  }
+  std::vector<int> ids;
+  const int vocab = m.text.tokenizer.vocab_size();
+  for (size_t i = 0; i < it->size(); i++) {
+    const OrderedJson& id = (*it)[i];
+    if (!id.is_number_integer() || id < 0 || id >= vocab) {
+      const std::string key = concat("tokens[", i, "]");
+      bad_request(key,
+                  concat(key, ": found ", json_text(id), ", expected an id, 0 to ", vocab - 1));
+    }
+    ids.push_back(id.get<int>());
+  }
+  const std::string text = m.text.tokenizer.decode(ids);
+  return {{"content", text}, {"prompt", text}};  // llama.cpp's name, and vLLM's
+}
+
+OrderedJson Server::State::apply_template(const OrderedJson& body) const {
+  const ServedModel& m = model_of(body);
+  const ApiCall call = read_chat(body, m, options.limits);
+  return {{"prompt", m.text.tokenizer.decode(prompt_of(m, call.conversation, call.continues))}};
+}
+
+// Prometheus's text format, 0.0.4.
+std::string Server::State::metrics() const {
+  const EngineCounts c = engine->counts();
+  const HttpCounts h = http.counts();
+  std::string text;
+  const auto head = [&](const char* name, const char* type, const char* help) {
+    text += concat("# HELP cake_", name, " ", help, "\n# TYPE cake_", name, " ", type, "\n");
+  };
+  const auto value = [&](const char* name, const char* type, const char* help, auto x) {
+    head(name, type, help);
+    text += concat("cake_", name, " ", x, "\n");
+  };
+  const auto counter = [&](const char* name, const char* help, auto x) {
+    value(name, "counter", help, x);
+  };
+  const auto histogram = [&](const char* name, const char* help,
+                             const EngineCounts::Histogram& values) {
+    head(name, "histogram", help);
+    int64_t count = 0;
+    for (size_t i = 0; i < values.counts.size(); i++) {
+      count += values.counts[i];
+      const bool last = i == values.bounds.size();
+      text += concat("cake_", name, "_bucket{le=\"", last ? "+Inf" : format("%g", values.bounds[i]),
+                     "\"} ", count, "\n");
+    }
+    text += concat("cake_", name, "_sum ", format("%.9g", values.sum), "\ncake_", name, "_count ",
+                   count, "\n");
+  };
+  value("requests_running", "gauge", "Choices that are being answered.", c.running);
+  value("requests_queued", "gauge", "Choices that wait for a row.", c.queued);
+  counter("requests_total", "Choices that were asked for.", c.requests);
+  counter("requests_finished_total", "Choices that were answered.", c.finished);
+  counter("requests_cancelled_total", "Choices whose client left.", c.cancelled);
+  counter("requests_refused_total", "Choices that found the queue full or waited too long.",
+          c.refused);
+  counter("prompt_tokens_total", "Tokens of prompts that were computed.", c.prompt_tokens);
+  counter("reused_tokens_total", "Tokens of prompts that were found in the cache.",
+          c.reused_tokens);
+  counter("generated_tokens_total", "Tokens that were sampled.", c.new_tokens);
+  counter("preemptions_total", "Rows that gave up their memory for others.", c.preemptions);
+  counter("busy_seconds_total", "Time in which the engine computed.",
+          format("%.9g", c.busy_seconds));
+  histogram("first_token_seconds", "From a request to its first token.", c.first_token_seconds);
+  histogram("between_tokens_seconds", "Between two tokens of a choice.", c.between_tokens_seconds);
+  histogram("queue_seconds", "From a request to its row.", c.queue_seconds);
+  value("connections_open", "gauge", "Connections that are open.", h.open);
+  counter("connections_total", "Connections that were accepted.", h.accepted);
+  counter("connections_refused_total", "Connections that were one too many.", h.refused);
+  counter("connections_closed_idle_total", "Connections that were closed while idle.",
+          h.closed_idle);
+  counter("connections_timed_out_total", "Connections whose request took too long.", h.timed_out);
+  return text;
+}
+
+// ---------------------------------------------------------------------------------------------
+// The command line
+
+namespace {
+
+// A key on each line. A key on the command line would be in every list of processes.
+void read_keys(const std::string& path, Strings& keys) {
+  std::istringstream lines(read_file(path));
+  int number = 0;
+  const size_t before = keys.size();
+  for (std::string line; std::getline(lines, line);) {
+    number++;
+    const std::string key(strip_ascii(line));
+    if (key.empty()) continue;
+    for (const char c : key) {
+      if (c <= ' ' || c > '~') {
+        fail(path, ":", number, ": found a key with a space or a character that is not ASCII, ",
+             "expected one key on each line");
+      }
+    }
+    keys.push_back(key);
+  }
+  if (keys.size() == before) fail(path, ": found no key, expected one on each line");
+}
+
+void add_flags(CLI::App& app, ServeOptions& o, std::string& key_file) {
+  app.add_option("model", o.models,
+                 "PATH or NAME=PATH of each model: a run, a model directory or a .gguf file; NAME "
+                 "is the model's name in requests")
+      ->required();
+  app.add_option("--port", o.http.port, "to listen on; 0: any that is free");
+  app.add_option("--host", o.http.host,
+                 "address to listen on; any but this machine's own (127.0.0.1, ::1) needs a key");
+  add_engine_flags(app, o.model);
+  app.add_option("--rows", o.engine.rows, "answers of one model that are written together");
+  app.add_option("--queue", o.engine.queue,
+                 "answers that may wait for a row; more are refused with status 503");
+  app.add_option("--queue-seconds", o.engine.queue_seconds,
+                 "answers that wait longer are refused with status 503");
+  app.add_option("--cache-mb", o.cache_mb,
+                 "memory for keys and values of each model, in MiB; 0: what --memory-mb leaves");
+  app.add_option("--memory-mb", o.memory_mb,
+                 "memory for weights, keys and values of all models, in MiB; 0: what is free");
+  app.add_option("--max-tokens", o.limits.max_tokens,
+                 "longest answer, in tokens; 0: as many as the context holds");
+  app.add_option("--template", o.chat_template,
+                 "chat template: chatml, llama3, plain, none (base models), or auto: chosen by "
+                 "the model's files");
+  app.add_flag("--calculator", o.calculator, "assistants may use a calculator, on this server");
+  app.add_option("--documents", o.documents,
+                 "file of documents in which assistants may search, on this server: records with "
+                 "\"text\", or plain text; empty: no search");
+  app.add_flag("--any-model", o.any_model,
+               "a name that no model has means the first one; so it is where there is one model");
+  app.add_option("--api-key-file", key_file,
+                 "file with a key on each line; requests need one of them, or the one in the "
+                 "environment variable CAKE_API_KEY");
+  app.add_flag("--no-key", o.http.no_key,
+               "any --host without a key: everyone in the network may ask");
+  app.add_option("--allow-host", o.http.hosts,
+                 "name by which clients may call this server, besides localhost; may be given "
+                 "several times")
+      ->allow_extra_args(false);
+  app.add_option("--allow-origin", o.http.origins,
+                 "web pages that may call this server, as in https://chat.example; may be given "
+                 "several times")
+      ->allow_extra_args(false);
+  app.add_option("--connections", o.http.connections, "that may be open at one time");
+  app.add_option("--request-seconds", o.http.request_seconds,
+                 "for a request to arrive, from its first to its last byte");
+  app.add_option("--idle-seconds", o.http.idle_seconds,
+                 "between two requests of a connection; it is closed then");
+  app.add_option("--write-seconds", o.http.write_seconds,
+                 "a client that takes no byte for so long is closed");
+  app.add_option("--grace", o.grace_seconds,
+                 "seconds that answers in work may take when Ctrl+C or SIGTERM stops the server");
+  app.add_flag("--verbose", o.verbose,
+               "print a line for each request: time, path, status; never its texts");
+}
+
+void check(const ServeOptions& o) {
+  check_model_options(o.model, {});
+  const auto check_seconds = [](const char* flag, double value) {
+    need(value > 0 && value <= 1e6, flag, value, "above 0, at most 1000000");
+  };
+  need(o.engine.rows >= 1 && o.engine.rows <= 4096, "--rows", o.engine.rows, "1 to 4096");
+  need(o.engine.queue >= 1 && o.engine.queue <= 1 << 20, "--queue", o.engine.queue, "1 to 1048576");
+  need(o.http.connections >= 1 && o.http.connections <= 1 << 16, "--connections",
+       o.http.connections, "1 to 65536");
+  need(o.cache_mb >= 0, "--cache-mb", o.cache_mb, "0 or more");
+  need(o.memory_mb >= 0, "--memory-mb", o.memory_mb, "0 or more");
+  need(o.limits.max_tokens >= 0, "--max-tokens", o.limits.max_tokens, "0 or more");
+  need(o.grace_seconds >= 0 && o.grace_seconds <= 3600, "--grace", o.grace_seconds, "0 to 3600");
+  check_seconds("--queue-seconds", o.engine.queue_seconds);
+  check_seconds("--request-seconds", o.http.request_seconds);
+  check_seconds("--idle-seconds", o.http.idle_seconds);
+  check_seconds("--write-seconds", o.http.write_seconds);
+}
+
+int serve(int argc, char** argv) {
+  CLI::App app("Serves models over HTTP, as OpenAI's API: ./serve MODEL");
+  app.option_defaults()->always_capture_default();
+  ServeOptions o;
+  std::string key_file;
+  add_flags(app, o, key_file);
+  const std::vector<HelpPage> pages = {
+      {&app,
+       {"model", "--port", "--host", "--weights", "--context", "--memory-mb", "--max-tokens",
+        "--calculator", "--documents", "--api-key-file", "--allow-origin"}}};
+  if (!parse_flags(app, argc, argv, pages)) return 0;
+  check(o);
+  if (!key_file.empty()) read_keys(key_file, o.http.keys);
+  if (const char* key = std::getenv("CAKE_API_KEY"); key && *key) o.http.keys.push_back(key);
+  o.print = [](const std::string& line) { std::fprintf(stderr, "%s\n", line.c_str()); };
+  return Server(o).run();
+}
+
+}  // namespace
+}  // namespace cake
+
+// Weak: programs that link this file as a library have a main of their own.
+__attribute__((weak)) int main(int argc, char** argv) {
+  cake::spin_briefly(argv);
+  std::signal(SIGPIPE, SIG_IGN);
+  cake::watch_signals();
+  return cake::guarded_main([&] { return cake::serve(argc, argv); });
+}

@@ -1,0 +1,140 @@
+// A server for tests: in this process, on a free port, with a scripted or a small random model.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "cake/serve.h"
+#include "test/http_client.h"
+#include "test/scripted_model.h"
+#include "test/support.h"
+
+namespace cake {
+
+// Waits until the condition holds, `seconds` at most: whether it does.
+template <class Condition>
+bool wait_until(Condition&& condition, double seconds = 20) {
+  for (const double end = now() + seconds; now() < end;) {
+    if (condition()) return true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+  return condition();
+}
+
+// The options of a test's server: one engine thread, any free port, little memory.
+inline ServeOptions serve_options(const std::string& model) {
+  ServeOptions options;
+  options.models = {model};
+  options.chat_template = "chatml";
+  options.model.device = "cpu";
+  options.model.threads = 1;
+  options.http.port = 0;
+  options.engine.rows = 16;
+  options.cache_mb = 64;
+  options.grace_seconds = 1;
+  return options;
+}
+
+// Serves from construction to destruction.
+class RunningServer {
+ public:
+  explicit RunningServer(const ServeOptions& options, bool wait_for_models = true)
+      : server_(std::make_unique<Server>(options)), port_(server_->port()) {
+    thread_ = std::thread([this] {
+      try {
+        status_ = server_->run();
+      } catch (const std::exception& e) {
+        error_ = e.what();
+      }
+      ended_ = true;
+    });
+    if (!wait_for_models) return;
+    const bool ready = wait_until(
+        [&] { return ended_ || cake::ask(port_, http_get("/health")).status == 200; }, 60);
+    if (!ready || ended_) {
+      stop();
+      fail("the test's server: found it ", ready ? "ended: " : "not ready after 60 s", error_);
+    }
+  }
+  explicit RunningServer(const std::string& model) : RunningServer(serve_options(model)) {}
+  ~RunningServer() { stop(); }
+  // Stops it and waits. Its exit status.
+  int stop() {
+    if (thread_.joinable()) {
+      server_->stop();
+      thread_.join();
+    }
+    return status_;
+  }
+  int port() const { return port_; }
+  Server& server() { return *server_; }
+  bool ended() const { return ended_; }
+  const std::string& error() const { return error_; }  // that run() threw; "" for none
+
+  Reply get(const std::string& path, const Headers& headers = {}) {
+    return cake::ask(port_, http_get(path, headers));
+  }
+  Reply post(const std::string& path, const OrderedJson& body, const Headers& headers = {}) {
+    return cake::ask(port_, http_post(path, body, headers));
+  }
+  StreamedReply stream(const std::string& path, OrderedJson body, const Headers& headers = {}) {
+    body["stream"] = true;
+    return ask_stream(port_, http_post(path, body, headers));
+  }
+
+  // A value of /metrics, by its name with its labels as they are printed.
+  double metric(const std::string& name) {
+    const Reply reply = get("/metrics");
+    require(reply.status == 200, "/metrics: found status ", reply.status);
+    std::istringstream lines(reply.body);
+    for (std::string line; std::getline(lines, line);) {
+      if (line.starts_with(name + " ")) return std::stod(line.substr(name.size() + 1));
+    }
+    fail("/metrics: found no ", name, " in:\n", reply.body);
+  }
+
+ private:
+  std::unique_ptr<Server> server_;
+  int port_;
+  std::thread thread_;
+  std::atomic<bool> ended_{false};
+  int status_ = -1;
+  std::string error_;
+};
+
+// A model with random weights, whose texts differ with the seed: ScriptedModel's tokenizer, T
+// positions. Its directory.
+inline std::string save_random_model(const ScriptedModel& scripted, const std::string& name,
+                                     int T = 256, double std = .3) {
+  const Config c{.family = Family::llama,
+                 .V = scripted.tokenizer().vocab_size(),
+                 .T = T,
+                 .L = 2,
+                 .C = 64,
+                 .NH = 4,
+                 .NKV = 2,
+                 .HS = 16,
+                 .F = 96,
+                 .tied = true};
+  const auto gpt = make_gpt(c, {.device = Device::cpu, .mode = Mode::inference});
+  for (size_t i = 0; i < gpt->table().tensors.size(); i++) {
+    const Tensor& t = gpt->table().tensors[i];
+    Rng rng{mix64(7, i)};
+    std::vector<float> values(size_t(t.size()));
+    for (float& x : values) x = float((t.init_one ? 1 : 0) + std * rng.normal());
+    gpt->write(int(i), Slot::weight, values);
+  }
+  const std::string dir = scripted.dir() / name;
+  save_checkpoint(dir, *gpt, {.tokenizer_from = scripted.dir() / "tokenizer"});
+  return dir;
+}
+
+}  // namespace cake
