@@ -12,12 +12,14 @@ values before anything is called with them, so that another version is refused a
     dev/interop/llama.py chat FILE.gguf "a question"
     dev/interop/llama.py perplexity FILE.gguf TEXT --windows 40
     dev/interop/llama.py speed FILE.gguf --threads 2
+    dev/interop/llama.py serve FILE.gguf --port 8081 --rows 8
 """
 
 import argparse
 import ctypes
 import math
 import os
+import signal
 import time
 
 import numpy as np
@@ -332,9 +334,26 @@ def chat(path, conversations, max_tokens=128, context=1024, threads=2):
     return out
 
 
+def serve(path, port, rows, context, threads):
+    """llama.cpp's HTTP server, until this process is killed. `context`: of each of the rows."""
+    import xllamacpp
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.port = port
+    params.n_ctx = rows * context
+    params.n_parallel = rows
+    params.n_gpu_layers = 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.verbosity = -1
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    signal.pause()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=["ids", "logp", "greedy", "chat", "perplexity", "speed"])
+    parser.add_argument("what", choices=["ids", "logp", "greedy", "chat", "perplexity", "speed",
+                                         "serve"])
     parser.add_argument("model")
     parser.add_argument("words", nargs="*", help="a text, a file, or ids")
     parser.add_argument("--special", action="store_true")
@@ -342,7 +361,12 @@ def main():
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--port", type=int, default=8081, help="of serve")
+    parser.add_argument("--rows", type=int, default=8, help="of serve: requests side by side")
+    parser.add_argument("--context", type=int, default=1024, help="of serve: tokens of each")
     o = parser.parse_args()
+    if o.what == "serve":
+        serve(o.model, o.port, o.rows, o.context, o.threads)
     text = " ".join(o.words)
     if o.what == "chat":
         answer = chat(o.model, [[{"role": "user", "content": text}]], o.tokens,
