@@ -120,7 +120,7 @@ test-v3: ## every test compiled for MARCH=x86-64-v3, in build/v3
 MINUTES_OF_LOAD ?= 1
 test-threads: ## the server under a mixed load and ThreadSanitizer, in build/threads: MINUTES_OF_LOAD=n
 	+@$(MAKE) --no-print-directory BUILD=$(BUILD)/threads CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread" $(BUILD)/threads/test_threads
-	@OMP_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1" CAKE_SERVE_MINUTES=$(MINUTES_OF_LOAD) $(BUILD)/threads/test_threads
+	@OMP_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 second_deadlock_stack=1 suppressions=test/tsan_suppressions.txt" CAKE_SERVE_MINUTES=$(MINUTES_OF_LOAD) $(BUILD)/threads/test_threads
 
 emulate: $(STAGES:%=$(EMULATE)/%) ## the stages with --device cuda running on the CPU, in build/emulate
 

@@ -423,11 +423,13 @@ void Engine::State::end_choices(ModelState& model, Call& call, size_t n, int run
 // connection's thread wakes up, sends a chunk, and the client reads it. A small model writes a
 // token for each of 64 clients in 2 ms, so two cores would spend half of their time on it. So the
 // threads are woken at intervals, of 200 us for each of them, and a chunk has the tokens of several
-// steps: a token may wait 13 ms where 64 clients read. First tokens and ends wait for nothing, and
-// neither does any token of a model whose steps take longer than the interval.
+// steps: a token waits 13 ms at most, where 64 clients read. First tokens and ends wait for
+// nothing, and neither does any token of a model whose steps take longer than the interval.
 constexpr double kWakeSeconds = 200e-6;
 
-double Engine::State::wake_interval() const { return kWakeSeconds * double(sleepers.size()); }
+double Engine::State::wake_interval() const {
+  return kWakeSeconds * double(std::min<size_t>(64, sleepers.size()));
+}
 
 void Engine::State::wake_sleepers() {
   next_wake = now() + wake_interval();
@@ -442,7 +444,10 @@ void Engine::State::deliver() {
       sleepers.push_back(mailboxes[begin]);
     }
   }
-  for (const auto& mailbox : urgent_mailboxes) mailbox->wake();
+  for (const auto& mailbox : urgent_mailboxes) {
+    mailbox->wake();
+    std::erase(sleepers, mailbox);
+  }
   if (!sleepers.empty() && now() >= next_wake) wake_sleepers();
   if (!events.empty()) idle.notify_all();
   events.clear();

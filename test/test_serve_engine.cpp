@@ -258,6 +258,24 @@ TEST_CASE("an answer that is awaited as a whole comes with one wake-up") {
   CHECK(ids_of(events) == expected_ids(r));
 }
 
+TEST_CASE("nothing of a call is left in the engine when it is over") {
+  SteppedEngine stepped;
+  Engine& engine = stepped.start();
+  for (const bool until_over : {false, true}) {
+    std::vector<std::weak_ptr<Mailbox>> over;
+    for (uint64_t seed = 0; seed < 20; seed++) {
+      const auto mailbox = engine.submit(0, {request_of(seed, 5)});
+      all_events(*mailbox, until_over);
+      over.push_back(mailbox);
+    }
+    const auto forgotten = [&] {
+      return std::all_of(over.begin(), over.end(), [](const auto& m) { return m.expired(); });
+    };
+    for (const double end = now() + 10; !forgotten() && now() < end;) usleep(1000);
+    CHECK(forgotten());
+  }
+}
+
 TEST_CASE("a mailbox gives what it has when the time has passed") {
   Mailbox mailbox(2);
   CHECK(mailbox.wait(.01).empty());
