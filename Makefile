@@ -259,12 +259,14 @@ $(ON_CPU) $(OBJECTS)/emulate/train_gpt.cuda.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(
 
 -include $(shell find $(OBJECTS) -name '*.d' 2>/dev/null)
 
-COMMAND = $(CXX) $(FLAGS) $(CXXFLAGS) $(LIBRARIES) $(ENGINE_FLAGS) $(if $(filter 1,$(CUDA)),$(NVCC_FLAGS))
+COMMAND = $(CXX) $(FLAGS) $(CXXFLAGS) $(HTTP_FLAGS) $(LIBRARIES) $(ENGINE_FLAGS) $(if $(filter 1,$(CUDA)),$(NVCC_FLAGS))
 $(BUILD)/command: FORCE
 	@mkdir -p $(@D)
 	@echo '$(COMMAND)' | cmp -s - $@ || echo '$(COMMAND)' > $@
 
 $(BUILD)/packages: $(BUILD)/command
+	@pkg-config --exists cpp-httplib || \
+	  { echo "error: pkg-config does not find cpp-httplib: run dev/setup.sh" >&2; exit 1; }
 	@command -v $(firstword $(CXX)) >/dev/null || \
 	  { echo "error: $(firstword $(CXX)) is missing: run dev/setup.sh" >&2; exit 1; }
 	@for header in $(HEADERS); do \

@@ -45,12 +45,12 @@
 #include <thread>
 #include <vector>
 
+#include "cake/charset.h"
 #include "cake/checkpoint.h"
 #include "cake/flags.h"
 #include "cake/json.h"
 #include "cake/run.h"
 #include "cake/serve.h"
-#include "cake/utf8.h"
 
 namespace cake {
 namespace {
@@ -445,16 +445,6 @@ T body_value(const OrderedJson& body, const std::string& key, T fallback) {
   } catch (const Error& e) {
     bad_request(key, e.what());
   }
-}
-
-bool is_utf8(std::string_view text) {
-  for (size_t i = 0; i < text.size();) {
-    size_t bad = 0;
-    const size_t length = (text[i] & 0x80) == 0 ? 1 : utf8_length(text, i, bad);
-    if (length == 0) return false;
-    i += length;
-  }
-  return true;
 }
 
 // The text of a token: a string, or the bytes of what is no text.

@@ -678,7 +678,7 @@ bool runs_on_server(const ApiCall& call, const Message& turn) {
 std::vector<ToolResult> run_calls(const ServedModel& model, const Message& turn) {
   std::vector<ToolResult> results;
   for (const ToolCall& call : turn.tool_calls) {
-    results.push_back({call, run_tool(call, model.search)});
+    results.push_back({call, run_tool(call, model.search.get())});
   }
   return results;
 }
@@ -690,7 +690,7 @@ OnTurn run_tools(const ApiCall& call, const ServedModel& model) {
   return [tools, &model](int, std::span<const int> ids) -> std::vector<int> {
     const Message turn = read_turn(model.text.tokenizer, ids);
     if (!runs_on_server(tools, turn)) return {};
-    std::vector<int> next = answer_calls(model.text.tokenizer, turn, model.search);
+    std::vector<int> next = answer_calls(model.text.tokenizer, turn, model.search.get());
     // A turn that was ended behind its first call lacks the id that ends turns.
     const int end = model.rules.end_of_turn;
     if (!next.empty() && ids.back() != end) next.insert(next.begin(), end);

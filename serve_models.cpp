@@ -97,10 +97,9 @@ void add_tools(std::vector<ServedModel>& models, const ServeOptions& o) {
     if (o.calculator) m.tools.push_back(kCalculatorTool);
     if (o.documents.empty()) continue;
     m.tools.push_back(kSearchTool);
-    m.documents = std::make_shared<const Search>(documents, [&](std::string_view text) {
+    m.search = std::make_shared<const Search>(documents, [&](std::string_view text) {
       return int(m.text.tokenizer.encode(text).size());
     });
-    m.search = m.documents.get();
   }
   require(used || (!o.calculator && o.documents.empty()), "--calculator, --documents: found no ",
           "model that talks in ChatML, the template with calls of tools");

@@ -43,8 +43,7 @@ struct ServedModel {
   bool deterministic = false;      // the same seed gives the same text, whatever else is served
   Sampling sampling;               // the default: generation_config.json's, else temperature 1
   std::vector<std::string> tools;  // that run on this server: declarations of cake/tools.h
-  const Search* search = nullptr;  // of --documents
-  std::shared_ptr<const Search> documents;  // what `search` points to
+  std::shared_ptr<const Search> search;  // of --documents; null: none
 };
 
 // ---------------------------------------------------------------------------------------------

@@ -276,6 +276,31 @@ TEST_CASE("nothing of a call is left in the engine when it is over") {
   }
 }
 
+TEST_CASE("a connection hears of a token before the step that follows, where steps take long") {
+  SteppedEngine stepped;
+  std::atomic<int64_t> received{0};
+  std::atomic<int> unheard{0};
+  // Longer than the interval of wake-ups. Then the step waits until the token before it is heard
+  // of.
+  stepped.gpt->on_step = [&](auto) {
+    usleep(2000);
+    const int64_t before = stepped.gpt->steps;  // each step made a token
+    const double end = now() + 10;
+    while (received < before && now() < end) usleep(100);
+    unheard += received < before;
+  };
+  const auto mailbox = stepped.start().submit(0, {request_of(1, 10)});
+  std::vector<Event> events;
+  while (!mailbox->over()) {
+    for (Event& e : mailbox->wait(30)) {
+      received += e.kind == Event::token;
+      events.push_back(std::move(e));
+    }
+  }
+  CHECK(ids_of(events).size() == 10);
+  CHECK(unheard == 0);
+}
+
 TEST_CASE("a mailbox gives what it has when the time has passed") {
   Mailbox mailbox(2);
   CHECK(mailbox.wait(.01).empty());

@@ -19,13 +19,13 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 
 os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
 import lm_eval
 from lm_eval.tasks import TaskManager
+
+from serve_process import serving
 
 GOLDEN = pathlib.Path("test/golden").resolve()
 TASKS = {"hellaswag": "hellaswag/hellaswag.yaml", "arc_easy": "arc/arc_easy.yaml",
@@ -63,24 +63,12 @@ def chat_eval(o, folder):
 
 
 def harness(o, folder):
-    server = subprocess.Popen([o.serve, f"model={o.model}", "--port", str(o.port)],
-                              stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{o.port}/health")
-                break
-            except OSError:
-                assert server.poll() is None, "./serve has ended"
-                time.sleep(.1)
+    with serving([o.serve, f"model={o.model}"], o.port, stderr=subprocess.DEVNULL):
         return lm_eval.simple_evaluate(
             model="local-completions", tasks=list(TASKS), batch_size=o.batch, bootstrap_iters=0,
             model_args=dict(base_url=f"http://127.0.0.1:{o.port}/v1/completions", model="model",
                             tokenizer=o.model, tokenizer_backend=o.tokenizer, num_concurrent=4),
             task_manager=TaskManager(include_path=str(folder), include_defaults=False))
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def main():

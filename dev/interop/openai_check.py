@@ -18,13 +18,12 @@ import concurrent.futures
 import json
 import math
 import os
-import subprocess
 import sys
-import time
 import traceback
-import urllib.request
 
 import openai
+
+from serve_process import serving
 
 TOOL = {"type": "function", "function": {
     "name": "calculator", "description": "Computes an arithmetic expression.",
@@ -400,17 +399,9 @@ def main():
     parser.add_argument("--port", type=int, default=18080)
     parser.add_argument("--only", default="", help="checks whose names hold this")
     o = parser.parse_args()
-    server = subprocess.Popen([o.serve, f"model={o.model}", "--port", str(o.port), "--rows", "4",
-                               "--queue", "4"], env={**os.environ, "CAKE_API_KEY": "a-key"})
     failures = 0
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{o.port}/health")
-                break
-            except OSError:
-                assert server.poll() is None, "./serve has ended"
-                time.sleep(.1)
+    with serving([o.serve, f"model={o.model}", "--rows", "4", "--queue", "4"], o.port,
+                 env={**os.environ, "CAKE_API_KEY": "a-key"}):
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{o.port}/v1", api_key="a-key",
                                max_retries=0, _strict_response_validation=True)
         print(f"openai-python {openai.__version__}")
@@ -424,9 +415,6 @@ def main():
                 failures += 1
                 print(f"FAILED  {f.__name__.replace('_', ' ')}\n{traceback.format_exc(limit=-3)}")
             sys.stdout.flush()
-    finally:
-        server.terminate()
-        server.wait()
     print(f"{failures} failed")
     return failures > 0
 
