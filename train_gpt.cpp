@@ -1709,13 +1709,18 @@ static int index_of_largest(int n, const float* x) {
   return int(std::find(x + block, x + n, highest) - x);
 }
 
-// Sampling: a function of the logits and of (seed, stream, position) alone.
+// Sampling: a function of the logits and of (seed, stream, position) alone. `distribution` gets the
+// probability of each token; null: nobody wants it.
 static int sample_row(int V, const float* logits, const DecodeRow& row, uint64_t position,
-                      std::vector<float>& p) {
+                      std::vector<float>& p, Distribution* distribution) {
   const Sampling& sampling = row.sampling;
   const bool penalty = sampling.repetition_penalty != 1;
+  const auto certain = [&](int id) {
+    if (distribution) distribution->probability[size_t(id)] = 1;
+    return id;
+  };
   if (sampling.temperature == 0 && !penalty && row.biases.empty()) {
-    return index_of_largest(V, logits);
+    return certain(index_of_largest(V, logits));
   }
   p.assign(logits, logits + V);
   if (penalty) {
@@ -1732,7 +1737,7 @@ static int sample_row(int V, const float* logits, const DecodeRow& row, uint64_t
     if (b.id < V) p[size_t(b.id)] += b.bias;
   }
   const int best = index_of_largest(V, p.data());
-  if (sampling.temperature == 0) return best;
+  if (sampling.temperature == 0) return certain(best);
   const float highest = p[size_t(best)], inverse_temperature = 1 / sampling.temperature;
   for_vectors(V, [&](int64_t j, int n) {  // proportional to probabilities; the best has 1
     store(&p[size_t(j)], vexp((load(&p[size_t(j)], n) - highest) * inverse_temperature), n);
@@ -1775,6 +1780,11 @@ static int sample_row(int V, const float* logits, const DecodeRow& row, uint64_t
     blocks.push_back(sum_lanes(sum));
     total += blocks.back();
   }
+  if (distribution) {
+    for (int j = 0; j < V; j++) {
+      distribution->probability[size_t(j)] = float(double(p[size_t(j)]) / total);
+    }
+  }
   double left = total * uniform01(mix64(sampling.seed, sampling.stream, position));
   size_t block = 0;
   while (block + 1 < blocks.size() && left >= blocks[block]) left -= blocks[block++];
@@ -1792,6 +1802,16 @@ static bool all_finite(int64_t n, const float* x) {
   vec zeros{};  // x - x is 0, and NaN where x is not finite
   for_vectors(n, [&](int64_t i, int count) { zeros += load(x + i, count) - load(x + i, count); });
   return sum_lanes(zeros) == 0;
+}
+
+// The place of a token in the order of `likeliest`, from 1 on. Ids from V on have one too.
+static int rank_of(int V, const float* logits, int id) {
+  const float own = logits[id];
+  const int before = std::min(id, V);
+  int likelier = 0;
+  for (int j = 0; j < before; j++) likelier += logits[j] >= own;
+  for (int j = before; j < V; j++) likelier += logits[j] > own;
+  return 1 + likelier;
 }
 
 // The k likeliest of V tokens, likeliest first, the smallest id first among equals.
@@ -1936,15 +1956,21 @@ void CpuGpt::decode_rows(KvCache& cache, std::span<const DecodeRow> rows, Decode
       thread_local std::vector<float> scratch;
       finite[size_t(begin + i)] = all_finite(V, x);
       if (!finite[size_t(begin + i)]) return;
-      const bool scored = head.is_target || row.top >= 0;
+      const bool scored = head.is_target || row.top >= 0 || row.want_distribution;
       const RowSoftmax softmax = scored ? row_softmax(V, x, 1) : RowSoftmax{};
       const auto score = [&](int id) -> TokenScore {
-        return {softmax.logp(x[id], 1), likeliest(vocab, x, row.top, softmax)};
+        return {softmax.logp(x[id], 1), likeliest(vocab, x, row.top, softmax),
+                rank_of(vocab, x, id)};
       };
       if (head.is_target) result.target_scores[r][head.offset] = score(row.targets[head.offset]);
       if (!head.is_last) return;
-      const int id =
-          sample_row(vocab, x, row, uint64_t(added.lengths[r]) + row.tokens.size(), scratch);
+      Distribution* distribution = row.want_distribution ? &result.distributions[r] : nullptr;
+      if (distribution) {
+        for (int j = 0; j < V; j++) distribution->logp.push_back(softmax.logp(x[j], 1));
+        distribution->probability.resize(size_t(V));
+      }
+      const int id = sample_row(vocab, x, row, uint64_t(added.lengths[r]) + row.tokens.size(),
+                                scratch, distribution);
       const float inverse = sampling.temperature > 0 ? 1 / sampling.temperature : 1;
       result.logp[r] =
           (scored && inverse == 1 ? softmax : row_softmax(V, x, inverse)).logp(x[id], inverse);

@@ -3274,6 +3274,7 @@ struct SampleRow : Sampling {
   uint64_t position = 0;
   int history_begin = 0, history_end = 0;  // in `history`
   int bias_begin = 0, bias_end = 0;        // in `biases`
+  bool want_distribution = false;          // in `scratch`
 };
 struct ScoreRow {  // a row of logits whose token is scored
   int id = -1;     // -1: the sampled one
@@ -3393,7 +3394,8 @@ __device__ inline unsigned ordered_bits(float x) {
 // One id a row: penalty, biases, temperature, min_p, top_k, top_p in this order, then a draw by
 // (seed, stream, position); temperature 0: the likeliest; -1: a logit is not finite. logp: of the
 // id under softmax(logits / temperature). ids, logp (count); logits (count, ld) with V tokens; rows
-// (count), history, biases: on the device; scratch (count, V). V up to 2^20.
+// (count), history, biases: on the device; scratch (count, V): on request, what the probabilities
+// of all V tokens are proportional to. V up to 2^20.
 template <class A>
 __global__ void __launch_bounds__(kBlockThreads)
     sample_kernel(int* ids, float* logp, const A* logits, int64_t ld, int all,
@@ -3442,6 +3444,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   most = block_reduce(most, words, [](Word a, Word b) { return a > b ? a : b; });
   const int best = int(kAllLanes - unsigned(most & kAllLanes));
   int id = best;
+  Word floor = 0;  // the least key that is kept
   if (how.temperature > 0) {
     const float highest = p[best], k = kLog2E / how.temperature;
     __syncthreads();  // all have read it
@@ -3450,7 +3453,6 @@ __global__ void __launch_bounds__(kBlockThreads)
       p[j] = e < how.min_p ? 0 : e;
     }
     __syncthreads();
-    Word floor = 0;
     if (how.top_k > 0 && how.top_k < V) {
       floor = key_at(p, V, floor, Word(how.top_k), bins, [](float) { return Word(1); });
     }
@@ -3465,6 +3467,17 @@ __global__ void __launch_bounds__(kBlockThreads)
     const uint64_t bits =
         device_mix64(device_mix64(device_mix64(how.seed) ^ how.stream) ^ how.position);
     id = draw(p, V, floor, device_uniform01(bits), best, words);
+  }
+  if (how.want_distribution) {  // the weights of `draw`
+    for (int j = threadIdx.x; j < all; j += blockDim.x) {
+      if (j >= V) {
+        p[j] = 0;
+      } else if (how.temperature > 0) {
+        p[j] = key_of(p[j], j) >= floor ? float(double(fixed_point(p[j])) * 0x1p-44) : 0.f;
+      } else {
+        p[j] = j == best ? 1 : 0;
+      }
+    }
   }
   // log p of the id, under softmax(logits / temperature) of all tokens, without penalty
   const float k = (how.temperature > 0 ? 1 / how.temperature : 1) * kLog2E;
@@ -3489,13 +3502,14 @@ static void sample(int* ids, float* logp, const A* logits, int64_t ld, int V, co
 }
 
 // How likely the model finds a token of each row of logits, and its likeliest tokens in order, the
-// smallest id first among equals: log softmax(logits) of all V tokens. logp (count); top (count,
-// top_ld); logits (count, ld); rows (count); ids (count): the sampled ones. The likeliest are found
-// one after the other, each as the largest below the one before.
+// smallest id first among equals: log softmax(logits) of all V tokens; and the token's rank in that
+// order. logp, rank (count); top (count, top_ld); logits (count, ld); rows (count); ids (count):
+// the sampled ones. The likeliest are found one after the other, each as the largest below the one
+// before.
 template <class A>
 __global__ void __launch_bounds__(kBlockThreads)
-    score_kernel(float* logp, TopToken* top, int top_ld, const A* logits, int64_t ld, int V,
-                 const ScoreRow* rows, const int* ids) {
+    score_kernel(float* logp, int* rank, TopToken* top, int top_ld, const A* logits, int64_t ld,
+                 int V, const ScoreRow* rows, const int* ids) {
   Word* words = shared_memory<Word>();  // (33)
   float* floats = reinterpret_cast<float*>(words);
   const ScoreRow row = rows[blockIdx.x];
@@ -3512,12 +3526,14 @@ __global__ void __launch_bounds__(kBlockThreads)
   const auto logp_of = [&](int id) {
     return ((to_float(x[id]) - highest) * kLog2E - log2_sum) * kLn2;
   };
+  const auto key_of_logit = [&](int j) {
+    return Word(ordered_bits(to_float(x[j]) + 0.f)) << 32 | Word(kAllLanes - unsigned(j));
+  };
   Word last = ~Word(0);
   for (int k = 0; k < row.top; k++) {
     Word most = 0;
     for (int j = threadIdx.x; j < row.vocab; j += blockDim.x) {
-      const Word key =
-          Word(ordered_bits(to_float(x[j]) + 0.f)) << 32 | Word(kAllLanes - unsigned(j));
+      const Word key = key_of_logit(j);
       if (key < last) most = max(most, key);
     }
     last = block_reduce(most, words, [](Word a, Word b) { return a > b ? a : b; });
@@ -3525,13 +3541,21 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (threadIdx.x == 0) top[blockIdx.x * int64_t(top_ld) + k] = {id, logp_of(id)};
   }
   const int id = row.id >= 0 ? row.id : ids[blockIdx.x];
-  if (threadIdx.x == 0) logp[blockIdx.x] = id >= 0 ? logp_of(id) : 0;
+  Word likelier = 0;  // tokens
+  if (id >= 0) {
+    const Word own = key_of_logit(id);
+    for (int j = threadIdx.x; j < row.vocab; j += blockDim.x) likelier += key_of_logit(j) > own;
+  }
+  likelier = block_reduce(likelier, words, Plus());
+  if (threadIdx.x > 0) return;
+  logp[blockIdx.x] = id >= 0 ? logp_of(id) : 0;
+  rank[blockIdx.x] = id >= 0 ? 1 + int(likelier) : 0;
 }
 template <class A>
-static void score(float* logp, TopToken* top, int top_ld, const A* logits, int64_t ld, int V,
-                  const ScoreRow* rows, const int* ids, int count, cudaStream_t stream) {
+static void score(float* logp, int* rank, TopToken* top, int top_ld, const A* logits, int64_t ld,
+                  int V, const ScoreRow* rows, const int* ids, int count, cudaStream_t stream) {
   launch("score", score_kernel<A>, count, V > 1024 ? kBlockThreads : 256, 33 * sizeof(Word), stream,
-         logp, top, top_ld, logits, ld, V, rows, ids);
+         logp, rank, top, top_ld, logits, ld, V, rows, ids);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -3639,7 +3663,8 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     const auto bias_begin = int(all_biases.size());
     all_biases.insert(all_biases.end(), rows[r].biases.begin(), rows[r].biases.end());
     how.push_back({rows[r].sampling, uint64_t(lengths[r]) + rows[r].tokens.size(), begin,
-                   int(history.size()), bias_begin, int(all_biases.size())});
+                   int(history.size()), bias_begin, int(all_biases.size()),
+                   rows[r].want_distribution});
   }
 
   // To the device
@@ -3682,6 +3707,23 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     layers();
   }
   std::vector<A> logits;
+  // Of a row of the chunk of logits that is on the device
+  const auto read_distribution = [&](int64_t row, Distribution& distribution) {
+    std::vector<A> z(static_cast<size_t>(V));
+    std::vector<float>&logp = distribution.logp, &p = distribution.probability;
+    logp.resize(size_t(V)), p.resize(size_t(V));
+    copy_to_host(z.data(), d.a.logits + row * ld, size_t(V), stream_, "logits");
+    copy_to_host(p.data(), d.probabilities + row * V, size_t(V), stream_, "probabilities");
+    wait();
+    double highest = -INFINITY, sum = 0, total = 0;
+    for (const A x : z) highest = std::max(highest, double(float(x)));
+    for (const A x : z) sum += std::exp(double(float(x)) - highest);
+    for (const float x : p) total += double(x);
+    for (size_t j = 0; j < z.size(); j++) {
+      logp[j] = float(double(float(z[j])) - highest - std::log(sum));
+      p[j] = float(double(p[j]) / total);
+    }
+  };
   for (int64_t begin = 0; begin < R; begin += d.a.logit_rows) {
     const int64_t count = std::min(d.a.logit_rows, R - begin);
     move_rows<false>(d.a.head_in, d.a.final_norm, d.last + begin, int(count), C, stream_);
@@ -3689,8 +3731,13 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     sample(d.ids + begin, d.logp + begin, d.a.logits, ld, V, d.rows + begin, d.history.data(),
            d.biases.data(), int(count), d.probabilities, stream_);
     if (top >= 0) {
-      score(d.score_logp.data() + begin, d.top_tokens.data() + begin * top_ld, int(top_ld),
-            d.a.logits, ld, V, d.score_rows.data() + begin, d.ids + begin, int(count), stream_);
+      score(d.score_logp.data() + begin, d.ranks.data() + begin,
+            d.top_tokens.data() + begin * top_ld, int(top_ld), d.a.logits, ld, V,
+            d.score_rows.data() + begin, d.ids + begin, int(count), stream_);
+    }
+    for (int64_t i = 0; i < count; i++) {
+      const auto r = size_t(begin + i);
+      if (rows[r].want_distribution) read_distribution(i, result.distributions[r]);
     }
     if (!want_logits) continue;
     logits.resize(size_t(count * V));
@@ -3707,13 +3754,16 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     move_rows<false>(d.a.head_in, d.a.final_norm, d.target_of.data() + begin, int(count), C,
                      stream_);
     matmul(linear_product(count, table_.head, d.a.head_in, d.a.logits));
-    score(d.score_logp.data() + offset, d.top_tokens.data() + offset * top_ld, int(top_ld),
-          d.a.logits, ld, V, d.score_rows.data() + offset, d.ids, int(count), stream_);
+    score(d.score_logp.data() + offset, d.ranks.data() + offset,
+          d.top_tokens.data() + offset * top_ld, int(top_ld), d.a.logits, ld, V,
+          d.score_rows.data() + offset, d.ids, int(count), stream_);
   }
   std::vector<float> score_logp(static_cast<size_t>(scores));
+  std::vector<int> ranks(static_cast<size_t>(scores));
   std::vector<TopToken> top_tokens(static_cast<size_t>(scores * top_ld));
   if (scored) {
     copy_to_host(score_logp.data(), d.score_logp.data(), score_logp.size(), stream_, "scores");
+    copy_to_host(ranks.data(), d.ranks.data(), ranks.size(), stream_, "scores");
     copy_to_host(top_tokens.data(), d.top_tokens.data(), top_tokens.size(), stream_, "scores");
   }
   copy_to_host(result.ids.data(), d.ids, size_t(R), stream_, "sampled tokens");
@@ -3721,7 +3771,7 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   wait();
   const auto score_at = [&](size_t i) {
     const auto begin = top_tokens.begin() + int64_t(i) * top_ld;
-    return TokenScore{score_logp[i], {begin, begin + score_rows[i].top}};
+    return TokenScore{score_logp[i], {begin, begin + score_rows[i].top}, ranks[i]};
   };
   auto target = size_t(R);  // in score_rows
   for (size_t r = 0; r < rows.size() && scored; r++) {
@@ -4819,6 +4869,7 @@ struct CudaGpt<A>::Decoding {
   Buffer<ScoreRow> score_rows;  // (R + targets), when a row is scored
   Buffer<int> target_of;        // (targets) of the N tokens, each before a target
   Buffer<float> score_logp;     // (R + targets)
+  Buffer<int> ranks;            // (R + targets)
   Buffer<TopToken> top_tokens;  // (R + targets, the largest `top`)
 
   bool fits(int64_t N, int64_t R, int64_t table_size, int64_t past) const {
@@ -4840,6 +4891,7 @@ struct CudaGpt<A>::Decoding {
   void reserve_scores(int64_t scores, int64_t targets, int64_t top, int64_t bias_count) {
     grow(biases, bias_count, "logit biases");
     grow(score_rows, scores, "scores"), grow(score_logp, scores, "scores");
+    grow(ranks, scores, "scores");
     grow(target_of, targets, "scores"), grow(top_tokens, top, "scores");
   }
   void lay_out(const Config& c, int rank, int64_t N, int64_t R, Memory& all) {

@@ -83,10 +83,11 @@ class Utf8Stream {
     held_.clear();
     missing_ = 0;
   }
+  const std::string& held() const { return held_; }  // the beginning of a character
 
  private:
   static constexpr const char* kReplacement = "\xEF\xBF\xBD";
-  std::string held_;                        // the beginning of a character
+  std::string held_;
   int missing_ = 0;                         // bytes that it lacks
   unsigned char low_ = 0x80, high_ = 0xBF;  // bounds of the next one
 };
@@ -152,10 +153,11 @@ struct Token {  // one sampled token of one request
   int request;  // the number that submit gave
   int index;    // of the completion's ids: 0 for the first new one
   int id;
-  float logp;               // of the id under softmax(logits / temperature)
-  const TokenScore* score;  // of the id; null unless the request has top_logprobs
-  std::string_view text;    // the characters that this token completes; may be empty
-  bool last;                // of its turn: the request is finished, or on_turn is called next
+  float logp;                        // of the id under softmax(logits / temperature)
+  const TokenScore* score;           // of the id; null unless the request has top_logprobs
+  const Distribution* distribution;  // that the id is from; null unless the request wants it
+  std::string_view text;             // the characters that this token completes; may be empty
+  bool last;  // of its turn: the request is finished, or on_turn is called next
 };
 
 // Called when a stop token ends a turn, with the request's number and the ids of the turn,
@@ -175,6 +177,8 @@ struct Request {
   // The prompt's tokens after the first are scored too. Then the whole prompt is fed, whatever the
   // cache holds of it.
   bool score_prompt = false;
+  std::string held_bytes;  // the beginning of a character, which the first token's text completes
+  bool want_distribution = false;  // of each token; it costs time and memory
   std::vector<int> stop_ids;
   std::vector<std::string> stop_strings;
   // The callbacks run inside step(), and must not call step() or cancel().
@@ -364,6 +368,7 @@ class Generator {
     job->number = number;
     job->tokens = request.prompt;
     job->stops = StopStrings(request.stop_strings);
+    job->utf8.feed(request.held_bytes, job->completion.text);
     job->request = std::move(request);
     job->update_biases();
     queue_.push_back(std::move(job));
@@ -662,7 +667,8 @@ class Generator {
                       .sampling = q.sampling,
                       .history = tokens.first(begin + n),
                       .top = p.n == pending(r) ? q.top_logprobs : -1,
-                      .biases = r.job->biases});
+                      .biases = r.job->biases,
+                      .want_distribution = q.want_distribution && p.n == pending(r)});
       if (r.job->scores_prompt()) {
         rows.back().targets = tokens.subspan(begin + 1, std::min(n, tokens.size() - begin - 1));
         rows.back().top = std::max(0, q.top_logprobs);
@@ -696,7 +702,8 @@ class Generator {
       const TokenScore* score = scored ? &result_.scores[i] : nullptr;
       bool finished = false;
       try {
-        finished = accept(*r.job, result_.ids[i], result_.logp[i], score);
+        finished = accept(*r.job, result_.ids[i], result_.logp[i], score,
+                          r.job->request.want_distribution ? &result_.distributions[i] : nullptr);
       } catch (const std::exception& e) {
         finished = r.job->request.on_failed != nullptr;
         if (!finished) failure = std::current_exception();
@@ -729,7 +736,8 @@ class Generator {
   }
 
   // Appends the token that was sampled for a job. True when the job is finished.
-  bool accept(Job& job, int id, float logp, const TokenScore* score) {
+  bool accept(Job& job, int id, float logp, const TokenScore* score,
+              const Distribution* distribution) {
     Completion& c = job.completion;
     const Request& q = job.request;
     if (job.scores_prompt()) {
@@ -763,6 +771,7 @@ class Generator {
                   .id = id,
                   .logp = logp,
                   .score = score,
+                  .distribution = distribution,
                   .text = std::string_view(c.text).substr(before),
                   .last = finish.has_value()});
     }

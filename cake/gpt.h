@@ -524,6 +524,7 @@ struct DecodeRow {
   std::span<const LogitBias> biases;  // each id once; after the repetition penalty
   // Known tokens to score: targets[t] as the one after tokens[t]. No more than tokens.
   std::span<const int> targets;
+  bool want_distribution = false;  // that the token is sampled from
 };
 
 // How likely the model finds a token: under softmax(logits), which is the model's own distribution,
@@ -535,6 +536,15 @@ struct TopToken {
 struct TokenScore {
   float logp = 0;
   std::vector<TopToken> top;  // the likeliest tokens, in order; the smallest id first among equals
+  int rank = 0;  // in that order, among all ids below Sampling::vocab; 1: the likeliest
+};
+
+// What a token is sampled from. (V) each.
+struct Distribution {
+  std::vector<float> logp;  // under softmax(logits), as in TokenScore
+  // With which each token is sampled: penalty, biases, temperature, min_p, top_k and top_p are in
+  // it, and 0 is a token that they leave out. They sum to 1.
+  std::vector<float> probability;
 };
 
 struct DecodeResult {         // one entry a row, for the position after its last token
@@ -545,10 +555,12 @@ struct DecodeResult {         // one entry a row, for the position after its las
   std::vector<TokenScore> scores;
   // Of each row's targets, with as many of the likeliest tokens as `top` says.
   std::vector<std::vector<TokenScore>> target_scores;
+  std::vector<Distribution> distributions;  // of the rows that want theirs. Otherwise empty.
 
   void make_scores(std::span<const DecodeRow> rows) {  // empty ones, for an engine to fill
     scores.assign(rows.size(), {});
     target_scores.assign(rows.size(), {});
+    distributions.assign(rows.size(), {});
     for (size_t r = 0; r < rows.size(); r++) target_scores[r].resize(rows[r].targets.size());
   }
 };

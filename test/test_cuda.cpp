@@ -962,9 +962,11 @@ KERNEL_TEST("cuda: scores are of the whole row, and the likeliest of the vocabul
       const OnDevice<ScoreRow> rows_(rows);
       const OnDevice<int> ids(sampled);
       const OnDevice<float> logp(4);
+      const OnDevice<int> rank(4);
       const OnDevice<TopToken> top(16);
-      score<A>(logp, top, top_ld, logits_, ld, V, rows_, ids, 4, nullptr);
+      score<A>(logp, rank, top, top_ld, logits_, ld, V, rows_, ids, 4, nullptr);
       const auto got_logp = logp.raw();
+      const auto got_rank = rank.raw();
       const auto got_top = top.raw();
       for (size_t r = 0; r < rows.size(); r++) {
         CAPTURE(r);
@@ -980,6 +982,11 @@ KERNEL_TEST("cuda: scores are of the whole row, and the likeliest of the vocabul
         std::vector<int> order(size_t(rows[r].vocab));
         std::iota(order.begin(), order.end(), 0);
         std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return x[a] > x[b]; });
+        int likelier = 0;
+        for (const int other : order) {
+          likelier += x[other] > x[id] || (x[other] == x[id] && other < id);
+        }
+        CHECK(got_rank[r] == 1 + likelier);
         for (int k = 0; k < rows[r].top; k++) {
           const TopToken& t = got_top[r * 4 + size_t(k)];
           CHECK(t.id == order[size_t(k)]);
@@ -2537,6 +2544,10 @@ TEST_CASE("cuda: scores of sampled tokens and of targets are the CPU engine's") 
       for (size_t t = 0; t < gpu.target_scores[r].size(); t++) {
         const TokenScore &a = results[0].target_scores[r][t], &b = gpu.target_scores[r][t];
         CHECK(std::abs(a.logp - b.logp) < limit);
+        if (!bf16) CHECK(b.rank == a.rank);
+        for (size_t k = 0; k < b.top.size(); k++) {
+          if (b.top[k].id == int(tokens[(r == 0 ? 0 : 70) + t + 1])) CHECK(b.rank == int(k) + 1);
+        }
         REQUIRE(a.top.size() == b.top.size());
         for (size_t k = 0; k < b.top.size(); k++) {
           CHECK(std::abs(a.top[k].logp - b.top[k].logp) < limit);
@@ -2553,6 +2564,58 @@ TEST_CASE("cuda: scores of sampled tokens and of targets are the CPU engine's") 
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return z[a] > z[b]; });
     for (size_t k = 0; k < 6; k++) CHECK(gpu.scores[0].top[k].id == order[k]);
+  }
+}
+
+TEST_CASE("cuda: a token's distribution is the CPU engine's, and sums to 1") {
+  for (const bool bf16 : {false, true}) {
+    CAPTURE(bf16);
+    const Config c = engine_config(Family::qwen3);
+    GptOptions options = bf16 ? kTrainBf16 : kTrainFp32;
+    options.mode = Mode::inference;
+    Pair p(c, options);
+    const Packed prompts = packed(c, {9}, false, 6);
+    const LogitBias bias[] = {{11, 3}, {250, 1}};
+    const Sampling ways[] = {{},
+                             {.temperature = 0},
+                             {.temperature = .7f, .top_k = 5, .vocab = 200},
+                             {.temperature = 2, .top_p = .5f},
+                             {.min_p = .05f, .vocab = 130, .repetition_penalty = 3}};
+    Gpt* engines[] = {p.cpu.get(), p.gpu.get()};
+    DecodeResult results[2];
+    for (const int e : {0, 1}) {
+      const auto cache = engines[e]->make_cache(512);
+      std::vector<DecodeRow> rows;
+      for (const Sampling& how : ways) {
+        rows.push_back({.sequence = cache->create(),
+                        .tokens = prompts.tokens,
+                        .sampling = how,
+                        .history = prompts.tokens,
+                        .biases = bias,
+                        .want_distribution = true});
+      }
+      rows.push_back({.sequence = cache->create(), .tokens = prompts.tokens});
+      engines[e]->decode(*cache, rows, results[e], true);
+      CHECK(results[e].distributions.back().logp.empty());
+    }
+    for (size_t r = 0; r < std::size(ways); r++) {
+      CAPTURE(r);
+      const Distribution &a = results[0].distributions[r], &b = results[1].distributions[r];
+      REQUIRE(b.logp.size() == size_t(c.V));
+      REQUIRE(b.probability.size() == size_t(c.V));
+      double own = 0, total = 0;
+      for (size_t v = 0; v < size_t(c.V); v++) {
+        own += std::exp(double(b.logp[v])), total += double(b.probability[v]);
+        CHECK(std::abs(b.logp[v] - a.logp[v]) < (bf16 ? kBf16Worst : 5e-5));
+        if (ways[r].vocab > 0 && int(v) >= ways[r].vocab) CHECK(b.probability[v] == 0);
+        if (bf16) continue;
+        CHECK(std::abs(b.probability[v] - a.probability[v]) < 5e-5);
+        CHECK((b.probability[v] > 0) == (a.probability[v] > 0));
+      }
+      CHECK(std::abs(own - 1) < 1e-5);
+      CHECK(std::abs(total - 1) < 1e-5);
+      CHECK(b.probability[size_t(results[1].ids[r])] > 0);
+    }
   }
 }
 

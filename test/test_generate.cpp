@@ -181,7 +181,8 @@ class HashGpt : public FakeGpt {
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
                      [&](int a, int b) { return z[size_t(a)] > z[size_t(b)]; });
-    TokenScore s{logp(id), {}};
+    const auto place = std::find(order.begin(), order.end(), id);
+    TokenScore s{logp(id), {}, int(place - order.begin()) + 1};
     for (int k = 0; k < top; k++) s.top.push_back({order[size_t(k)], logp(order[size_t(k)])});
     return s;
   }
@@ -215,6 +216,15 @@ class HashGpt : public FakeGpt {
             score(std::span(tokens).first(size_t(old) + t + 1), r.targets[t], r.top);
       }
       if (r.top >= 0) result.scores[result.ids.size()] = score(tokens, id, r.top);
+      if (r.want_distribution) {
+        Distribution& d = result.distributions[result.ids.size()];
+        for (int v = 0; v < config_.V; v++) d.logp.push_back(score(tokens, v, 0).logp);
+        d.probability.resize(size_t(config_.V));
+        for (const auto& [v, p] :
+             sampling_distribution(logits(tokens), r.sampling, tokens, r.biases)) {
+          d.probability[size_t(v)] = float(p);
+        }
+      }
       result.ids.push_back(id);
       result.logp.push_back(logp);
       n += int(r.tokens.size());
@@ -993,7 +1003,7 @@ TEST_CASE("scores of a prompt and of tokens are those of the model, in any batch
     std::vector<TokenScore> prompt, tokens;
   };
   const auto same = [](const TokenScore& a, const TokenScore& b) {
-    bool equal = a.logp == b.logp && a.top.size() == b.top.size();
+    bool equal = a.logp == b.logp && a.top.size() == b.top.size() && a.rank == b.rank;
     for (size_t k = 0; equal && k < a.top.size(); k++) {
       equal = a.top[k].id == b.top[k].id && a.top[k].logp == b.top[k].logp;
     }
@@ -2035,6 +2045,8 @@ TEST_CASE("scores are forward's log-probabilities to the bit, and the likeliest 
                            [&](int a, int b) { return z[size_t(a)] > z[size_t(b)]; });
           double sum = 0;
           for (int v = 0; v < V; v++) sum += std::exp(double(z[size_t(v)]));
+          const auto place = std::find(order.begin(), order.end(), targets[n]);
+          if (targets[n] < 130) CHECK(scores[n].rank == int(place - order.begin()) + 1);
           REQUIRE(scores[n].top.size() == 4);
           for (size_t k = 0; k < 4; k++) {
             const TopToken& t = scores[n].top[k];
@@ -2044,6 +2056,101 @@ TEST_CASE("scores are forward's log-probabilities to the bit, and the likeliest 
           }
         }
       }
+    }
+  }
+}
+
+TEST_CASE("a rank is among the tokens that can be sampled, whatever is scored") {
+  const Threads one(1);
+  const auto gpt = promise_engine(WeightType::f32);
+  const auto cache = gpt->make_cache(256);
+  const std::vector<int> tokens = {3, 4, 5, 9};
+  for (const int vocab : {0, 100, 7}) {
+    CAPTURE(vocab);
+    for (const int target : {0, 5, 50, 99, 136}) {
+      CAPTURE(target);
+      const std::vector<int> targets = {4, 5, 9, target};
+      DecodeResult result;
+      const DecodeRow row{.sequence = cache->create(),
+                          .tokens = tokens,
+                          .sampling = {.vocab = vocab},
+                          .top = 0,
+                          .targets = targets};
+      gpt->decode(*cache, {&row, 1}, result, true);
+      cache->free(row.sequence);
+      const auto rank = [&](int id) {
+        const std::vector<float>& z = result.logits;
+        int before = 0;
+        for (int v = 0; v < (vocab > 0 ? vocab : 137); v++) {
+          before += z[size_t(v)] > z[size_t(id)] || (z[size_t(v)] == z[size_t(id)] && v < id);
+        }
+        return 1 + before;
+      };
+      CHECK(result.target_scores[0][3].rank == rank(target));
+      CHECK(result.scores[0].rank == rank(result.ids[0]));
+    }
+  }
+}
+
+TEST_CASE("a token's distribution is what it is sampled from, and the model's own beside it") {
+  const Threads one(1);
+  const auto gpt = promise_engine(WeightType::f32);
+  const std::vector<int> prompt = {3, 4, 5, 9, 4};
+  const Sampling ways[] = {{},
+                           {.temperature = 0},
+                           {.temperature = .7f, .top_k = 5, .vocab = 100},
+                           {.temperature = 2, .top_p = .5f, .vocab = 100},
+                           {.min_p = .4f, .vocab = 130},
+                           {.temperature = 0, .vocab = 130, .repetition_penalty = 3},
+                           {.top_k = 40, .top_p = .9f, .min_p = .05f, .repetition_penalty = 1.5f}};
+  for (const Sampling& how : ways) {
+    CAPTURE(how.temperature);
+    CAPTURE(how.top_k);
+    CAPTURE(how.top_p);
+    Generator g(*gpt, letters(), {.rows = 2, .cache_positions = 64 * 8});
+    Request r{.prompt = prompt, .max_new = 3, .sampling = how, .want_distribution = true};
+    r.top_logprobs = 1;
+    r.logit_bias = {{7, 2}, {131, 1}};
+    std::vector<Distribution> told;
+    std::vector<int> ids;
+    std::vector<float> logp;
+    r.on_token = [&](const Token& t) {
+      REQUIRE(t.distribution);
+      told.push_back(*t.distribution);
+      ids.push_back(t.id), logp.push_back(t.score->logp);
+    };
+    g.submit(r);
+    Request other{.prompt = {9, 8, 7}, .max_new = 3};
+    bool others = false;
+    other.on_token = [&](const Token& t) { others = others || t.distribution; };
+    g.submit(other);
+    g.run();
+    CHECK_FALSE(others);
+    REQUIRE(told.size() == 3);
+    std::vector<int> history = prompt;
+    const auto cache = gpt->make_cache(64);
+    const int sequence = cache->create();
+    std::vector<float> z;
+    for (const int id : prompt) z = append(*gpt, *cache, sequence, std::span(&id, 1));
+    for (size_t n = 0; n < 3; n++) {
+      CAPTURE(n);
+      const Distribution& d = told[n];
+      REQUIRE(d.logp.size() == 137);
+      REQUIRE(d.probability.size() == 137);
+      auto want = sampling_distribution(z, how, history, r.logit_bias);
+      double sum = 0, total = 0;
+      for (const float x : z) sum += std::exp(double(x));
+      for (int v = 0; v < 137; v++) {
+        const auto it = want.find(v);
+        CHECK(std::abs(d.probability[size_t(v)] - (it == want.end() ? 0 : it->second)) < 1e-5);
+        CHECK((d.probability[size_t(v)] > 0) == (it != want.end()));
+        CHECK(std::abs(d.logp[size_t(v)] - (double(z[size_t(v)]) - std::log(sum))) < 1e-4);
+        total += double(d.probability[size_t(v)]);
+      }
+      CHECK(std::abs(total - 1) < 1e-5);
+      CHECK(d.logp[size_t(ids[n])] == logp[n]);  // the score's, to the bit
+      history.push_back(ids[n]);
+      z = append(*gpt, *cache, sequence, std::span(&ids[n], 1));
     }
   }
 }
@@ -2062,9 +2169,11 @@ TEST_CASE("of equal logits the smaller ids come first, and a vocabulary has no m
                         .top = top,
                         .targets = targets};
     gpt->decode(*cache, {&row, 1}, result);
-    for (const TokenScore& s : {result.scores[0], result.target_scores[0][0]}) {
+    const TokenScore all[] = {result.scores[0], result.target_scores[0][0]};
+    for (const TokenScore& s : all) {
       CHECK(s.top.size() == size_t(std::min(top, 100)));
       CHECK(std::abs(s.logp + std::log(137.)) < 1e-6);
+      CHECK(s.rank == (&s == &all[0] ? result.ids[0] : 4) + 1);  // all are equal
       for (size_t k = 0; k < s.top.size(); k++) {
         CHECK(s.top[k].id == int(k));
         CHECK(s.top[k].logp == s.logp);
