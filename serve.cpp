@@ -45,12 +45,15 @@
 #include <thread>
 #include <vector>
 
+#include "cake/arena.h"
 #include "cake/charset.h"
 #include "cake/checkpoint.h"
 #include "cake/flags.h"
 #include "cake/json.h"
+#include "cake/page.h"
 #include "cake/run.h"
 #include "cake/serve.h"
+#include "cake/votes.h"
 
 namespace cake {
 namespace {
@@ -89,6 +92,8 @@ struct Server::State {
 
   // Handlers
   void answer(const httplib::Request&, httplib::Response&, bool chat);
+  void next_token(const httplib::Request&, httplib::Response&);
+  BattleArena& arena_or_error() const;
   OrderedJson models_json() const;
   OrderedJson props_json(size_t model) const;
   OrderedJson tokenizer_info() const;
@@ -103,13 +108,15 @@ struct Server::State {
   LoadedModels loaded;
   Strings templates;  // of the models' files, as text
   std::unique_ptr<Engine> engine;
+  std::unique_ptr<BattleArena> arena;  // null: without --votes
   std::atomic<bool> ready{false}, stopped{false};
   std::mutex mutex;
   std::condition_variable stop_called;
 };
 
 static ServeOptions with_derived_options(ServeOptions o) {
-  o.http.public_paths = {"/", "/health", "/v1/health"};
+  o.http.public_paths = page_paths();
+  o.http.public_paths.insert(o.http.public_paths.end(), {"/health", "/v1/health"});
   o.engine.threads = o.model.threads;
   o.limits.max_choices = o.engine.rows + o.engine.queue;  // more could never be queued
   return o;
@@ -130,6 +137,9 @@ int Server::State::run() {
       if (m.chat != Template::document) note_default_system_message(m.text.dir);
     }
     engine = std::make_unique<Engine>(loaded.models, loaded.caches, options.engine);
+    if (!options.arena.votes.empty()) {
+      arena = std::make_unique<BattleArena>(options.arena, loaded.models, *engine, options.limits);
+    }
     ready = true;
     serve_until_stopped();
   } catch (const Interrupted&) {  // while a model was loaded
@@ -159,7 +169,7 @@ void Server::State::announce() const {
                                  any                                   ? "127.0.0.1"
                                  : host.find(':') != std::string::npos ? "[" + host + "]"
                                                                        : host,
-                                 ":", port, "/v1");
+                                 ":", port);
   Strings names;
   const ServedModel* example = &loaded.models[0];
   for (const ServedModel& m : loaded.models) {
@@ -177,9 +187,10 @@ void Server::State::announce() const {
   for (size_t i = 0; (i = quoted.find('\'', i)) != std::string::npos; i += 4) {
     quoted.replace(i, 1, "'\\''");  // for the shell
   }
-  print(concat("ready: ", url, any ? ", and every other address of this machine" : "", ", ",
+  print(concat("ready: ", url, " in a browser, ", url, "/v1 for programs",
+               any ? ", and every other address of this machine" : "", "; ",
                names.size() == 1 ? "model " : "models ", list));
-  print(concat("  curl ", url, chat ? "/chat/completions" : "/completions",
+  print(concat("  curl ", url, "/v1", chat ? "/chat/completions" : "/completions",
                options.http.keys.empty() ? "" : " -H \"Authorization: Bearer $KEY\"", " -d '",
                quoted, "'"));
 }
@@ -236,6 +247,7 @@ void Server::State::add_routes() {
     OrderedJson json = props_json(0);
     json["models"] = OrderedJson::array();
     for (size_t i = 0; i < loaded.models.size(); i++) json["models"].push_back(props_json(i));
+    json["arena"] = arena ? arena->state() : OrderedJson();
     send_json(response, json);
   });
   add_route("GET", "/tokenizer_info",
@@ -249,6 +261,8 @@ void Server::State::add_routes() {
                 answer(request, response, chat);
               });
   }
+  add_route("POST", "/next_token",
+            [this](const Request& request, Response& response) { next_token(request, response); });
   using JsonHandler = OrderedJson (State::*)(const OrderedJson&) const;
   const auto add_json_route = [this](const char* path, JsonHandler handler) {
     add_route("POST", path, [this, handler](const Request& request, Response& response) {
@@ -258,11 +272,21 @@ void Server::State::add_routes() {
   add_json_route("/tokenize", &State::tokenize);
   add_json_route("/detokenize", &State::detokenize);
   add_json_route("/apply-template", &State::apply_template);
-  http.Get("/", [](const Request&, Response& response) {
-    response.set_content(
-        "Language models are served here. Their API is under /v1, as /v1/models.\n",
-        "text/plain; charset=utf-8");
+  add_route("POST", "/arena/battle", [this](const Request& request, Response& response) {
+    arena_or_error().battle(request, response);
   });
+  using ArenaHandler = OrderedJson (BattleArena::*)(const OrderedJson&);
+  const auto add_arena_route = [this](const char* path, ArenaHandler handler) {
+    add_route("POST", path, [this, handler](const Request& request, Response& response) {
+      BattleArena& a = arena_or_error();
+      send_json(response, (a.*handler)(read_body(request.body, options.limits)));
+    });
+  };
+  add_arena_route("/arena/vote", &BattleArena::vote);
+  add_arena_route("/arena/stop", &BattleArena::stop);
+  add_arena_route("/arena/undo", &BattleArena::undo);
+  add_arena_route("/arena/leaderboard", &BattleArena::leaderboard);
+  add_page(http, options.web);
 }
 
 void Server::State::add_route(const std::string& method, const std::string& path,
@@ -299,6 +323,12 @@ size_t Server::State::find_model(const std::string& name) const {
   }
   if (name.empty() || options.any_model || loaded.models.size() == 1) return 0;
   refuse_model(name);
+}
+
+BattleArena& Server::State::arena_or_error() const {
+  if (arena) return *arena;
+  throw ApiError(404, "not_found_error", "no_arena", "",
+                 "this server collects no votes: start it with --votes FILE");
 }
 
 void Server::State::refuse_model(const std::string& name) const {
@@ -347,6 +377,11 @@ struct CallInWork {
   std::shared_ptr<Mailbox> mailbox;
 };
 
+struct CancelAtEnd {
+  std::shared_ptr<Mailbox> mailbox;
+  ~CancelAtEnd() { mailbox->cancel(); }
+};
+
 // Waits for events before the status is sent, so that errors still have one of their own. Throws
 // ClientLeft, and ApiError for a call that failed.
 std::vector<Event> wait_for_events(Mailbox& mailbox, bool until_over) {
@@ -361,6 +396,18 @@ std::vector<Event> wait_for_events(Mailbox& mailbox, bool until_over) {
     if (client_left()) throw ClientLeft();
     if (!events.empty()) return events;
   }
+}
+
+// Of answers that are there already.
+std::shared_ptr<Mailbox> mailbox_of_complete(const std::vector<cake::Request>& requests) {
+  auto mailbox = std::make_shared<Mailbox>(int(requests.size()));
+  for (size_t i = 0; i < requests.size(); i++) {
+    mailbox->put({.kind = Event::finished,
+                  .choice = int(i),
+                  .finish = Finish::stop_token,
+                  .prompt_tokens = int(requests[i].prompt.size())});
+  }
+  return mailbox;
 }
 
 std::string whole_answer(CallInWork& call) {
@@ -400,6 +447,7 @@ bool write_stream(CallInWork& call, std::span<const Event> events, double keep_a
 
 void Server::State::answer(const httplib::Request& request, httplib::Response& response,
                            bool chat) {
+  engine->expect_room();  // a flood is refused before its JSON is read
   const OrderedJson body = read_body(request.body, options.limits);
   const size_t number = find_model(requested_model(body));
   const ServedModel& model = loaded.models[number];
@@ -408,7 +456,9 @@ void Server::State::answer(const httplib::Request& request, httplib::Response& r
   std::vector<cake::Request> requests = make_requests(api, model, options.limits);
   std::vector<std::vector<int>> prompts;
   for (size_t i = 0; i < requests.size(); i += size_t(api.n)) prompts.push_back(requests[i].prompt);
-  std::shared_ptr<Mailbox> mailbox = engine->submit(number, std::move(requests));
+  std::shared_ptr<Mailbox> mailbox = is_complete(api, model)
+                                         ? mailbox_of_complete(requests)
+                                         : engine->submit(number, std::move(requests));
   const auto call =
       std::make_shared<CallInWork>(std::move(api), model, std::move(prompts), std::move(mailbox));
   try {
@@ -429,23 +479,35 @@ void Server::State::answer(const httplib::Request& request, httplib::Response& r
   }
 }
 
+// What the first token of an answer would be sampled from.
+void Server::State::next_token(const httplib::Request& request, httplib::Response& response) {
+  const OrderedJson body = read_body(request.body, options.limits);
+  const size_t number = find_model(requested_model(body));
+  const ServedModel& model = loaded.models[number];
+  const ApiCall api = read_next_token(body, model, options.limits);
+  const std::shared_ptr<Mailbox> mailbox =
+      engine->submit(number, make_requests(api, model, options.limits));
+  const CancelAtEnd cancel{mailbox};
+  try {
+    std::shared_ptr<const Distribution> distribution;
+    while (!mailbox->over()) {
+      for (const Event& e : wait_for_events(*mailbox, true)) {
+        if (e.distribution) distribution = e.distribution;
+      }
+    }
+    require(distribution != nullptr, "/next_token: the engine gave no distribution");
+    OrderedJson json = next_token_json(*distribution, model.text.tokenizer, api.next_tokens);
+    json["model"] = model.id;
+    send_json(response, json);
+  } catch (const ClientLeft&) {
+    response.status = 499;
+  }
+}
+
 // ---------------------------------------------------------------------------------------------
 // The smaller answers
 
 namespace {
-
-// The value of a key of the body, of exactly this type; ApiError 400 for another. An absent key and
-// null are the fallback.
-template <class T>
-T body_value(const OrderedJson& body, const std::string& key, T fallback) {
-  const auto it = body.find(key);
-  if (it == body.end() || it->is_null()) return fallback;
-  try {
-    return json_as<T>(Json(*it), key, "body");
-  } catch (const Error& e) {
-    bad_request(key, e.what());
-  }
-}
 
 // The text of a token: a string, or the bytes of what is no text.
 OrderedJson piece_json(std::string_view bytes) {
@@ -536,6 +598,8 @@ OrderedJson Server::State::tokenizer_info() const {
 
 // llama.cpp's form, {"content", "add_special", "parse_special", "with_pieces"}, and vLLM's,
 // {"prompt", "add_special_tokens"} or {"messages"}, whose answer has "count" and "max_model_len".
+// "with_places" is our own: where each token is in the text (of messages: in the text that the
+// tokens make), in bytes, and whether it is special.
 OrderedJson Server::State::tokenize(const OrderedJson& body) const {
   const ServedModel& m = model_of(body);
   const bool is_content = body.contains("content"), is_prompt = body.contains("prompt");
@@ -544,30 +608,38 @@ OrderedJson Server::State::tokenize(const OrderedJson& body) const {
     bad_request(is_content || is_prompt ? "messages" : "content",
                 "found none or several of content, prompt and messages, expected one of them");
   }
-  std::vector<int> ids;
+  const bool with_places = body_value(body, "with_places", false);
+  std::vector<TokenPlace> places;
   if (is_messages) {
-    const ApiCall call = read_chat(body, m, options.limits);
-    ids = prompt_of(m, call.conversation, call.continues);
+    for (const int id : prompt_of(m, read_chat(body, m, options.limits))) {
+      const size_t begin = places.empty() ? 0 : places.back().end;
+      places.push_back({id, begin, begin + m.text.tokenizer.token_bytes(id).size()});
+    }
   } else {
     const char* key = is_content ? "content" : "prompt";
     const auto text = body_value<std::string>(body, key, "");
     const bool add = is_content ? body_value(body, "add_special", false)
                                 : body_value(body, "add_special_tokens", true);
     const bool parse = body_value(body, "parse_special", true);
-    if (add && m.text.document_start >= 0) ids.push_back(m.text.document_start);
-    m.text.tokenizer.encode(text, ids, parse);
+    if (add && m.text.document_start >= 0) places.push_back({m.text.document_start, 0, 0});
+    const std::vector<TokenPlace> more = m.text.tokenizer.encode_places(text, parse);
+    places.insert(places.end(), more.begin(), more.end());
   }
   OrderedJson tokens = OrderedJson::array();
   const bool pieces = body_value(body, "with_pieces", false);
-  for (const int id : ids) {
-    if (pieces) {
-      tokens.push_back({{"id", id}, {"piece", piece_json(m.text.tokenizer.token_bytes(id))}});
-    } else {
+  for (const auto& [id, begin, end] : places) {
+    if (!pieces && !with_places) {
       tokens.push_back(id);
+      continue;
     }
+    OrderedJson token{{"id", id}};
+    if (pieces) token["piece"] = piece_json(m.text.tokenizer.token_bytes(id));
+    token["special"] = m.text.tokenizer.is_special(id);
+    if (with_places) token["begin"] = begin, token["end"] = end;
+    tokens.push_back(token);
   }
   OrderedJson json{{"tokens", std::move(tokens)}};
-  if (!is_content) json["count"] = ids.size(), json["max_model_len"] = m.context;
+  if (!is_content) json["count"] = places.size(), json["max_model_len"] = m.context;
   return json;
 }
 
@@ -596,7 +668,7 @@ OrderedJson Server::State::detokenize(const OrderedJson& body) const {
 OrderedJson Server::State::apply_template(const OrderedJson& body) const {
   const ServedModel& m = model_of(body);
   const ApiCall call = read_chat(body, m, options.limits);
-  return {{"prompt", m.text.tokenizer.decode(prompt_of(m, call.conversation, call.continues))}};
+  return {{"prompt", m.text.tokenizer.decode(prompt_of(m, call))}};
 }
 
 // Prometheus's text format, 0.0.4.
@@ -681,8 +753,7 @@ void read_keys(const std::string& path, Strings& keys) {
 void add_flags(CLI::App& app, ServeOptions& o, std::string& key_file) {
   app.add_option("model", o.models,
                  "PATH or NAME=PATH of each model: a run, a model directory or a .gguf file; NAME "
-                 "is the model's name in requests")
-      ->required();
+                 "is the model's name in requests");
   app.add_option("--port", o.http.port, "to listen on; 0: any that is free");
   app.add_option("--host", o.http.host,
                  "address to listen on; any but this machine's own (127.0.0.1, ::1) needs a key");
@@ -705,6 +776,18 @@ void add_flags(CLI::App& app, ServeOptions& o, std::string& key_file) {
   app.add_option("--documents", o.documents,
                  "file of documents in which assistants may search, on this server: records with "
                  "\"text\", or plain text; empty: no search");
+  app.add_option("--votes", o.arena.votes,
+                 "SQLite file that people's votes are added to; with it the page has an arena");
+  app.add_option("--arena", o.arena.mode,
+                 "compare: two models by their answers; collect: several answers of one model, to "
+                 "train on; auto: compare where there are several models");
+  app.add_option("--answers", o.arena.answers, "of one model, for a voter of the arena to rank");
+  app.add_option("--prompts", o.arena.prompts,
+                 "records with prompts that the arena shows, each once; empty: voters write them");
+  app.add_option("--seed", o.arena.seed, "of the order of --prompts");
+  app.add_option("--web", o.web,
+                 "directory whose files are the page, read at each request, for those who work on "
+                 "it; empty: the page in this program");
   app.add_flag("--any-model", o.any_model,
                "a name that no model has means the first one; so it is where there is one model");
   app.add_option("--api-key-file", key_file,
@@ -746,23 +829,48 @@ void check(const ServeOptions& o) {
   need(o.memory_mb >= 0, "--memory-mb", o.memory_mb, "0 or more");
   need(o.limits.max_tokens >= 0, "--max-tokens", o.limits.max_tokens, "0 or more");
   need(o.grace_seconds >= 0 && o.grace_seconds <= 3600, "--grace", o.grace_seconds, "0 to 3600");
+  need(o.arena.answers >= 2 && o.arena.answers <= 9, "--answers", o.arena.answers, "2 to 9");
+  need(o.arena.mode == "auto" || o.arena.mode == "compare" || o.arena.mode == "collect", "--arena",
+       o.arena.mode, "compare, collect or auto");
   check_seconds("--queue-seconds", o.engine.queue_seconds);
   check_seconds("--request-seconds", o.http.request_seconds);
   check_seconds("--idle-seconds", o.http.idle_seconds);
   check_seconds("--write-seconds", o.http.write_seconds);
 }
 
+void add_export_flags(CLI::App& app, ExportVotesOptions& o) {
+  app.add_option("votes", o.votes, "SQLite file of --votes; a server may be adding to it")
+      ->required();
+  app.add_option("-o,--output", o.output,
+                 "file to write, JSON lines; empty: standard output, unless there is a --backup");
+  app.add_flag("--raw", o.records.raw,
+               "every vote with all that is known of it, instead of what training reads");
+  app.add_flag("--cut", o.records.keep_cut,
+               "answers that a limit or the voter cut off, too: they teach to stop anywhere");
+  app.add_option("--seed", o.records.seed, "of the order of the records");
+  app.add_option("--backup", o.backup,
+                 "file for a copy of the votes, whole although votes are being cast");
+}
+
 int serve(int argc, char** argv) {
   CLI::App app("Serves models over HTTP, as OpenAI's API: ./serve MODEL");
   app.option_defaults()->always_capture_default();
+  app.require_subcommand(0, 1);
   ServeOptions o;
   std::string key_file;
   add_flags(app, o, key_file);
+  ExportVotesOptions votes;
+  CLI::App* export_command =
+      app.add_subcommand("export", "write people's votes as preferences to train on");
+  add_export_flags(*export_command, votes);
   const std::vector<HelpPage> pages = {
       {&app,
        {"model", "--port", "--host", "--weights", "--context", "--memory-mb", "--max-tokens",
-        "--calculator", "--documents", "--api-key-file", "--allow-origin"}}};
+        "--calculator", "--documents", "--votes", "--api-key-file", "--allow-origin"}},
+      {export_command, {"votes", "--output", "--raw", "--cut", "--seed", "--backup"}}};
   if (!parse_flags(app, argc, argv, pages)) return 0;
+  if (export_command->parsed()) return export_votes_command(votes);
+  if (o.models.empty()) fail("model is required (see --help)");
   check(o);
   if (!key_file.empty()) read_keys(key_file, o.http.keys);
   if (const char* key = std::getenv("CAKE_API_KEY"); key && *key) o.http.keys.push_back(key);

@@ -16,19 +16,27 @@
 //   it too. Newlines at the end of an answer with calls are dropped. What is no call is content,
 //   with its markers. Calls are looked for only where the request or the server has tools.
 // - Everything else is content, unchanged: white space at its ends too.
-// - A tool that ran on this server stands in `cake_tools`, and the texts of all turns are joined.
+// - A tool that ran on this server stands in `cake_tools`, with the number of the turn that called
+//   it, and the texts of all turns are joined.
+//
+// An answer that begins with ids of the request (`answer_ids`) is read from these on: what is
+// returned is the whole answer. Its first ids have no log-probabilities.
 //
 // Log-probabilities: each sampled token that is part of the text has an entry. Its bytes are the
 // token's own; those that are not part of the text (a stop string, white space that is dropped) are
-// cut off. So the bytes of `logprobs.content`, decoded with U+FFFD for invalid ones, are the
-// content, and those of an extension, `logprobs.reasoning_content`, are the reasoning. (Each turn,
-// and a prompt that is echoed, is decoded by itself: half a character at its end is U+FFFD even
-// where the bytes that follow would complete it.) An entry is sent when all of its bytes are known,
-// and at the latest before the chunk with finish_reason.
+// cut off. An id, a rank and a kind, with `token_details`, are those of the whole token, and
+// /v1/completions has entries in the form of a chat then, beside OpenAI's lists. So the bytes of
+// `logprobs.content`, decoded with U+FFFD for invalid ones, are the content, and those of an
+// extension, `logprobs.reasoning_content`, are the reasoning. (Each turn, and a prompt that is
+// echoed, is decoded by itself: half a character at its end is U+FFFD even where the bytes that
+// follow would complete it.) An entry is sent when all of its bytes are known, and at the latest
+// before the chunk with finish_reason.
 #include <sys/random.h>
 
 #include <charconv>
+#include <cmath>
 #include <ctime>
+#include <numeric>
 
 #include "cake/serve.h"
 #include "cake/utf8.h"
@@ -161,6 +169,7 @@ struct Piece {
   Run run;             // of nothing: what is neither content nor reasoning
   ToolCall call = {};  // for the client, or the one that has the result
   std::string result = {};
+  int turn = 0;  // of a result: the number of the turn that called the tool
 };
 
 size_t leading_space(std::string_view text) {  // bytes
@@ -242,7 +251,7 @@ class AnswerReader {
       if (call && !results.empty()) {
         ToolResult& r = results.at(next++);
         pieces_.push_back(
-            {Piece::tool_result, std::move(run), std::move(r.call), std::move(r.result)});
+            {Piece::tool_result, std::move(run), std::move(r.call), std::move(r.result), turn_});
         has_calls_ = true;
       } else if (call && call_.has_tools) {
         pass_on(std::move(run), std::move(*call));
@@ -252,6 +261,7 @@ class AnswerReader {
     }
     mode_ = Mode::start;
     reasoning_began_ = false;
+    turn_++;
   }
 
   // Behind the last turn.
@@ -416,10 +426,11 @@ class AnswerReader {
   Mode mode_ = Mode::start, mode_behind_call_ = Mode::content;
   bool reasoning_began_ = false;  // in this turn
   bool has_calls_ = false;        // of the client or the server
-  Run partial_;                   // the beginning of a marker's token
-  Run held_;                      // of start, and of a marker in text
-  Run waiting_[kChannels];        // white space that is text only if text follows
-  Run called_;                    // the call so far, with its markers
+  int turn_ = 0;
+  Run partial_;             // the beginning of a marker's token
+  Run held_;                // of start, and of a marker in text
+  Run waiting_[kChannels];  // white space that is text only if text follows
+  Run called_;              // the call so far, with its markers
   // Behind the first call of a turn in which tools of the server may run.
   std::vector<std::pair<Run, std::optional<ToolCall>>> undecided_;
   int64_t reasoning_tokens_ = 0;
@@ -513,7 +524,7 @@ struct Choice {
   Choice(int number, const ApiCall& call, const ServedModel& model)
       : index(number), reader(call, model) {}
   int index;
-  bool echoed = false, done = false;
+  bool begun = false, echoed = false, done = false;
   int tokens = 0;
   TokenText token_text;
   AnswerReader reader;
@@ -523,14 +534,17 @@ struct Choice {
   std::string delta;               // text that is not sent yet
   std::string entries[kChannels];  // logprobs of a chat, without brackets
   std::string token_names, token_logprobs, top_logprobs, offsets;  // logprobs of a completion
-  std::deque<ScoredToken> scored;                                  // tokens without an entry yet
-  int first_scored = 0;                                            // number of the first
+  std::string ids;                 // of the answer's tokens that no chunk had
+  std::vector<int> turn;           // ids of the turn so far
+  std::deque<ScoredToken> scored;  // tokens without an entry yet
+  int first_scored = 0;            // number of the first
   int64_t characters = 0;
   // Of a whole answer
   std::string texts[kChannels], tool_calls, results;
   // Counts
   Finish finish = Finish::length;
   int64_t prompt_tokens = 0, cached_tokens = 0, sampled_tokens = 0;
+  int64_t begun_reasoning = 0;  // tokens of reasoning in answer_ids
 };
 
 }  // namespace
@@ -564,6 +578,7 @@ struct AnswerWriter::State {
     }
     Choice& c = choices_.at(size_t(e.choice));
     if (c.done) return;
+    if (!c.begun) begin_answer(c);
     const bool waits_for_scores = e.kind == Event::admitted && call_.top_logprobs >= 0;
     if (call_.echo && !c.echoed && !waits_for_scores) echo(c, e.scores);
     if (e.kind == Event::token && (call_.chat || call_.max_tokens != 0)) add_token(c, e);
@@ -572,21 +587,48 @@ struct AnswerWriter::State {
 
   void add_token(Choice& c, const Event& e) {
     require(call_.top_logprobs < 0 || e.score, "an answer: found a token without its score");
-    push_token(c, e.id, e.score);
+    add_token(c, e, e.score);
+  }
+
+  void add_token(Choice& c, const Event& e, const std::optional<TokenScore>& score) {
+    push_token(c, e.id, score);
+    if (call_.return_ids) add_id(c, e.id);
     if (!e.text.empty()) {
       Run run = c.token_text.pop(e.text);
       call_.chat ? c.reader.read(std::move(run)) : release(c, kContent, std::move(run));
     }
     if (e.turn_ends) {
       const std::vector<int>& stops = model_.rules.stop_ids;
-      if (!call_.parallel_calls && c.reader.ends_call(e.id)) {
-        c.reader.end_turn_behind_call();
-      } else {
-        c.reader.end_turn(std::find(stops.begin(), stops.end(), e.id) != stops.end());
+      const bool behind_call = !call_.parallel_calls && c.reader.ends_call(e.id);
+      const bool stopped =
+          behind_call || std::find(stops.begin(), stops.end(), e.id) != stops.end();
+      behind_call ? c.reader.end_turn_behind_call() : c.reader.end_turn(stopped);
+      if (call_.return_ids && stopped) {
+        for (const int id : ids_behind_turn(call_, model_, c.turn)) add_id(c, id);
       }
+      c.turn.clear();
     }
     write_pieces(c);
     if (e.turn_ends) drop_rest(c);
+  }
+  void add_id(Choice& c, int id) {
+    c.turn.push_back(id);
+    append_item(c.ids, std::to_string(id));
+  }
+
+  // The ids that the answer begins with are read as the engine's would be.
+  void begin_answer(Choice& c) {
+    c.begun = true;
+    for (const BegunTurn& turn : begun_turns(call_, model_)) {
+      Utf8Stream characters;
+      for (size_t i = turn.begin; i < turn.end; i++) {
+        Event e{.id = call_.answer_ids[i], .turn_ends = turn.ended && i + 1 == turn.end};
+        if (!e.turn_ends) characters.feed(tokenizer_.token_bytes(e.id), e.text);
+        if (e.turn_ends) characters.finish(e.text);  // otherwise the next token may complete it
+        add_token(c, e, {});
+      }
+    }
+    c.begun_reasoning = c.reader.reasoning_tokens();
   }
 
   void push_token(Choice& c, int id, const std::optional<TokenScore>& score) {
@@ -636,7 +678,9 @@ struct AnswerWriter::State {
     begin_chunk(c);
     out_ += call_.chat ? "\"delta\":{}" : "\"text\":\"\"";
     out_ += concat(",\"logprobs\":null,\"finish_reason\":\"", finish_reason(c.finish, c.calls > 0),
-                   "\"}", tail_);
+                   '"');
+    append_ids(out_, c);
+    out_ += '}' + tail_;
   }
 
   // ------------------------------------------------------------------------ writing
@@ -690,10 +734,9 @@ struct AnswerWriter::State {
     for (; !c.scored.empty() && c.scored.front().undecided == 0; c.first_scored++) {
       const ScoredToken& token = c.scored.front();
       for (const Channel channel : {kContent, kReasoning}) {
-        if (token.bytes[channel].empty()) continue;
-        if (!call_.chat) {
-          write_completion_entry(c, token);
-        } else {
+        if (token.bytes[channel].empty() || (call_.chat && !token.score)) continue;
+        if (!call_.chat) write_completion_entry(c, token);
+        if (call_.chat || call_.token_details) {
           write_chat_entry(c.entries[channel], token, token.bytes[channel]);
         }
       }
@@ -701,27 +744,35 @@ struct AnswerWriter::State {
     }
   }
 
-  static void append_chat_token(std::string& out, std::string_view bytes, float logp) {
+  // An open object. `logp` null: the first token of a text, which follows nothing.
+  void append_chat_token(std::string& out, int id, std::string_view bytes,
+                         const float* logp) const {
     out += "{\"token\":";
     append_json_string(out, token_name(bytes));
     out += ",\"logprob\":";
-    append_number(out, logp);
+    if (logp) append_number(out, *logp);
+    if (!logp) out += "null";
     out += ",\"bytes\":[";
     for (size_t i = 0; i < bytes.size(); i++) {
       if (i > 0) out += ',';
       out += std::to_string(int(static_cast<unsigned char>(bytes[i])));
     }
     out += ']';
+    if (!call_.token_details) return;
+    out += concat(",\"id\":", id, ",\"special\":", tokenizer_.is_special(id) ? "true" : "false");
   }
   void write_chat_entry(std::string& out, const ScoredToken& token, std::string_view bytes) const {
     if (!out.empty()) out += ',';
-    append_chat_token(out, bytes, token.score->logp);
+    append_chat_token(out, token.id, bytes, token.score ? &token.score->logp : nullptr);
+    if (call_.token_details) {
+      out += ",\"rank\":" + (token.score ? std::to_string(token.score->rank) : "null");
+    }
     out += ",\"top_logprobs\":[";
-    const auto n = std::min(token.score->top.size(), size_t(call_.top_logprobs));
+    const auto n = token.score ? std::min(token.score->top.size(), size_t(call_.top_logprobs)) : 0;
     for (size_t i = 0; i < n; i++) {
       const TopToken& top = token.score->top[i];
       if (i > 0) out += ',';
-      append_chat_token(out, tokenizer_.token_bytes(top.id), top.logp);
+      append_chat_token(out, top.id, tokenizer_.token_bytes(top.id), &top.logp);
       out += '}';
     }
     out += "]}";
@@ -774,7 +825,9 @@ struct AnswerWriter::State {
       out += "null";
     } else if (!call_.chat) {
       out += concat("{\"tokens\":[", c.token_names, "],\"token_logprobs\":[", c.token_logprobs,
-                    "],\"top_logprobs\":[", c.top_logprobs, "],\"text_offset\":[", c.offsets, "]}");
+                    "],\"top_logprobs\":[", c.top_logprobs, "],\"text_offset\":[", c.offsets, "]");
+      if (call_.token_details) out += ",\"content\":[" + c.entries[kContent] + "]";
+      out += '}';
     } else {
       out += concat("{\"content\":[", c.entries[kContent], "],\"refusal\":null");
       if (!c.entries[kReasoning].empty()) {
@@ -782,6 +835,11 @@ struct AnswerWriter::State {
       }
       out += '}';
     }
+  }
+
+  // Of the tokens so far that no chunk had before: vLLM's name.
+  void append_ids(std::string& out, Choice& c) const {
+    if (call_.return_ids) out += concat(",\"token_ids\":[", std::exchange(c.ids, {}), "]");
   }
 
   void begin_chunk(const Choice& c) {
@@ -805,7 +863,9 @@ struct AnswerWriter::State {
       append_json_string(out_, c.delta);
       out_ += call_.chat ? "},\"logprobs\":" : ",\"logprobs\":";
       append_logprobs(out_, c);
-      out_ += ",\"finish_reason\":null}";
+      out_ += ",\"finish_reason\":null";
+      append_ids(out_, c);
+      out_ += '}';
       out_ += tail_;
       c.delta.clear();
       for (std::string& entries : c.entries) entries.clear();
@@ -834,9 +894,9 @@ struct AnswerWriter::State {
 
   void send_result(Choice& c, const Piece& r) {
     send(c);
-    const std::string text = concat("{\"name\":", json_string(r.call.name),
-                                    ",\"arguments\":", json_string(r.call.arguments),
-                                    ",\"result\":", json_string(r.result), "}");
+    const std::string text = concat(
+        "{\"name\":", json_string(r.call.name), ",\"arguments\":", json_string(r.call.arguments),
+        ",\"result\":", json_string(r.result), ",\"turn\":", r.turn, "}");
     if (call_.stream) {
       send_delta(c, "\"cake_tools\":[" + text + "]");
     } else {
@@ -851,7 +911,7 @@ struct AnswerWriter::State {
       // The choices of a prompt share it; what the first one found in the cache was there before.
       if (c.index % call_.n == 0) prompt += c.prompt_tokens, cached += c.cached_tokens;
       sampled += c.sampled_tokens;
-      reasoning += c.reader.reasoning_tokens();
+      reasoning += c.reader.reasoning_tokens() - c.begun_reasoning;
     }
     std::string text = concat("{\"prompt_tokens\":", prompt, ",\"completion_tokens\":", sampled,
                               ",\"total_tokens\":", prompt + sampled,
@@ -885,7 +945,9 @@ struct AnswerWriter::State {
       }
       out += ",\"logprobs\":";
       append_logprobs(out, c);
-      out += concat(",\"finish_reason\":\"", finish_reason(c.finish, c.calls > 0), "\"}");
+      out += concat(",\"finish_reason\":\"", finish_reason(c.finish, c.calls > 0), '"');
+      if (call_.return_ids) out += concat(",\"token_ids\":[", c.ids, "]");
+      out += '}';
     }
     return out + "],\"usage\":" + usage() + "}";
   }
@@ -899,6 +961,46 @@ struct AnswerWriter::State {
   std::string out_;          // chunks of this call of add()
   std::optional<ApiError> failed_;
 };
+
+OrderedJson next_token_json(const Distribution& d, const Tokenizer& tokenizer, int count) {
+  // Likeliest first, the smallest id first among equals.
+  std::vector<int> order(static_cast<size_t>(tokenizer.vocab_size()));
+  std::iota(order.begin(), order.end(), 0);
+  const auto listed = order.begin() + std::min<int64_t>(count, int64_t(order.size()));
+  std::partial_sort(order.begin(), listed, order.end(), [&](int a, int b) {
+    const float x = d.logp[size_t(a)], y = d.logp[size_t(b)];
+    return x != y ? x > y : a < b;
+  });
+  double entropy = 0, entropy_after = 0, total = 0, shown = 0;
+  int64_t kept = 0;
+  for (const float logp : d.logp) entropy -= std::exp(double(logp)) * double(logp);
+  for (const float p : d.probability) {
+    if (p == 0) continue;
+    entropy_after -= double(p) * std::log(double(p));
+    total += double(p);
+    kept++;
+  }
+  OrderedJson tokens = OrderedJson::array();
+  for (auto id = order.begin(); id != listed; id++) {
+    const std::string_view bytes = tokenizer.token_bytes(*id);
+    OrderedJson list = OrderedJson::array();
+    for (const char byte : bytes) list.push_back(int(static_cast<unsigned char>(byte)));
+    const float p = d.probability[size_t(*id)];
+    shown += double(p);
+    tokens.push_back({{"id", *id},
+                      {"token", token_name(bytes)},
+                      {"bytes", std::move(list)},
+                      {"special", tokenizer.is_special(*id)},
+                      {"logprob", d.logp[size_t(*id)]},
+                      {"probability", p}});
+  }
+  const double nats_to_bits = 1 / std::log(2.);
+  return {{"tokens", std::move(tokens)},
+          {"rest", std::max(0., total - shown)},
+          {"kept", kept},
+          {"entropy", entropy * nats_to_bits},
+          {"entropy_after", std::max(0., entropy_after) * nats_to_bits}};
+}
 
 AnswerWriter::AnswerWriter(const ApiCall& call, const ServedModel& model,
                            std::vector<std::vector<int>> prompts)

@@ -182,7 +182,7 @@ namespace {
 // ---------------------------------------------------------------------------------------------
 // The fields
 
-enum Endpoints { kChat = 1, kCompletions = 2, kBoth = 3 };
+enum Endpoints { kChat = 1, kCompletions = 2, kBoth = 3, kNextToken = 4 };
 
 struct Reading {
   ApiCall call;
@@ -265,6 +265,9 @@ void read_logprobs(Reading& r, const OrderedJson& value, const std::string&) {
 void read_top_logprobs(Reading& r, const OrderedJson& value, const std::string&) {
   r.top_logprobs = int(integer_of(value));
 }
+void read_top(Reading& r, const OrderedJson& value, const std::string&) {
+  r.call.next_tokens = int(integer_of(value));
+}
 void read_logprobs_count(Reading& r, const OrderedJson& value, const std::string&) {
   r.call.top_logprobs = int(integer_of(value));
 }
@@ -336,6 +339,13 @@ std::vector<int> read_ids(const OrderedJson& value, int vocab, const std::string
   return ids;
 }
 
+void read_answer_ids(Reading& r, const OrderedJson& value, const std::string& path) {
+  r.call.answer_ids = read_ids(value, r.model.text.tokenizer.vocab_size(), path);
+  if (r.call.continues) {
+    refuse(path, concat(value.size(), " ids"), "none behind a last message of the assistant");
+  }
+}
+
 // A text, ids, or a list of texts or of ids.
 void read_prompt(Reading& r, const OrderedJson& value, const std::string& path) {
   const auto add = [&](const OrderedJson& prompt, const std::string& where) {
@@ -371,6 +381,7 @@ void no_effect(Reading&, const OrderedJson&, const std::string&) {}
 constexpr Field kFields[] = {
     {"model", kBoth, Type::text, no_effect},     // read before: requested_model()
     {"messages", kChat, Type::list, no_effect},  // read before: read_messages()
+    {"answer_ids", kChat, Type::list, read_answer_ids},
     {"prompt", kCompletions, Type::any, read_prompt},
     {"stream", kBoth, Type::boolean, set<&ApiCall::stream>},
     {"stream_options", kBoth, Type::object, read_stream_options},
@@ -398,7 +409,11 @@ constexpr Field kFields[] = {
     {"logprobs", kChat, Type::boolean, read_logprobs},
     {"top_logprobs", kChat, Type::integer, read_top_logprobs, 0, 20},
     {"logprobs", kCompletions, Type::integer, read_logprobs_count, 0, 20},
+    // Of cake alone: entries in the form of a chat, with ids, ranks and kinds, in both endpoints.
+    {"token_details", kBoth, Type::boolean, set<&ApiCall::token_details>},
     {"echo", kCompletions, Type::boolean, set<&ApiCall::echo>},
+    {"return_token_ids", kBoth, Type::boolean, set<&ApiCall::return_ids>},
+    {"top", kNextToken, Type::integer, read_top, 0, 1000},
 
     // Tools.
     {"tools", kChat, Type::list, read_tools},
@@ -416,7 +431,7 @@ constexpr Field kFields[] = {
     {"suffix", kCompletions, Type::text, read_suffix},
 };
 
-void read_fields(const OrderedJson& body, Endpoints endpoint, Reading& r) {
+void read_fields(const OrderedJson& body, int endpoint, Reading& r) {
   for (const Field& field : kFields) {
     const OrderedJson* value = field.endpoints & endpoint ? find(body, field.name) : nullptr;
     if (!value) continue;
@@ -447,6 +462,9 @@ void check_fields(Reading& r) {
       bad_request("top_logprobs", "top_logprobs: logprobs is not true, expected both or none");
     }
     if (r.logprobs) call.top_logprobs = std::max(0, r.top_logprobs);
+  }
+  if (call.token_details && call.top_logprobs < 0) {
+    bad_request("token_details", "token_details: logprobs is not given, expected both or none");
   }
   if (call.sampling.top_p == 0) call.sampling.top_p = 1, call.sampling.top_k = 1;
   if (!call.has_seed) {  // 53 bits, which every client reads back without a loss
@@ -637,31 +655,75 @@ void check_template(const Reading& r) {
   }
 }
 
+// What the server's tools put behind the last turn of answer_ids is added, where it is missing.
+void add_tool_ids(ApiCall& call, const ServedModel& model) {
+  const std::vector<BegunTurn> turns = begun_turns(call, model);
+  if (!is_complete(call, model)) return;
+  const auto turn = std::span<const int>(call.answer_ids).subspan(turns.back().begin);
+  const std::vector<int> more = ids_behind_turn(call, model, turn);
+  call.answer_ids.insert(call.answer_ids.end(), more.begin(), more.end());
+}
+
+ApiCall read_api_call(const OrderedJson& body, Endpoints endpoint, bool next_token,
+                      const ServedModel& model, const ApiLimits& limits) {
+  const bool chat = endpoint == kChat;
+  Reading r{.call = {.chat = chat,
+                     .model = requested_model(body),
+                     .default_tokens = chat ? 0 : 16,
+                     .sampling = model.sampling,
+                     .next_token = next_token},
+            .model = model,
+            .limits = limits};
+  if (chat) r.call.conversation = read_messages(body, r.call.continues, limits);
+  if (!chat) member(body, "prompt", Type::any, "");
+  read_fields(body, next_token ? endpoint | kNextToken : endpoint, r);
+  if (chat) add_tools(r);
+  check_fields(r);
+  if (chat) check_template(r);
+  if (chat) add_tool_ids(r.call, model);
+  return std::move(r.call);
+}
+
 }  // namespace
 
 ApiCall read_chat(const OrderedJson& body, const ServedModel& model, const ApiLimits& limits) {
-  Reading r{.call = {.chat = true, .model = requested_model(body), .sampling = model.sampling},
-            .model = model,
-            .limits = limits};
-  r.call.conversation = read_messages(body, r.call.continues, limits);
-  read_fields(body, kChat, r);
-  add_tools(r);
-  check_fields(r);
-  check_template(r);
-  return std::move(r.call);
+  return read_api_call(body, kChat, false, model, limits);
 }
 
 ApiCall read_completion(const OrderedJson& body, const ServedModel& model,
                         const ApiLimits& limits) {
-  Reading r{
-      .call = {.model = requested_model(body), .default_tokens = 16, .sampling = model.sampling},
-      .model = model,
-      .limits = limits};
-  member(body, "prompt", Type::any, "");
-  read_fields(body, kCompletions, r);
-  check_fields(r);
-  return std::move(r.call);
+  return read_api_call(body, kCompletions, false, model, limits);
 }
+
+ApiCall read_next_token(const OrderedJson& body, const ServedModel& model,
+                        const ApiLimits& limits) {
+  const bool chat = find(body, "messages"), text = find(body, "prompt");
+  if (chat == text) {
+    bad_request(chat ? "messages" : "prompt", concat("found ", chat ? "both" : "neither",
+                                                     " of prompt and messages, expected one"));
+  }
+  ApiCall call = read_api_call(body, chat ? kChat : kCompletions, true, model, limits);
+  if (call.prompts.size() > 1) refuse("prompt", concat(call.prompts.size(), " prompts"), "one");
+  if (call.n > 1) refuse("n", concat(call.n), "1: there is one next token");
+  if (call.stream) refuse("stream", "true", "false: the answer is one object");
+  call.max_tokens = 1;
+  call.top_logprobs = -1;
+  return call;
+}
+
+namespace {
+
+// The ids that end a turn, or its first call.
+std::vector<int> turn_ends(const ApiCall& call, const ServedModel& model) {
+  std::vector<int> ids = call.chat ? model.rules.stop_ids : model.text.stop_ids;
+  const bool has_tools = call.has_tools || !call.server_tools.empty();
+  if (has_tools && !call.parallel_calls) {
+    add_stop_id(ids, model.text.tokenizer.special("</tool_call>"));
+  }
+  return ids;
+}
+
+}  // namespace
 
 // ---------------------------------------------------------------------------------------------
 // Tools that run on the server
@@ -683,18 +745,65 @@ std::vector<ToolResult> run_calls(const ServedModel& model, const Message& turn)
   return results;
 }
 
+std::vector<int> ids_behind_turn(const ApiCall& call, const ServedModel& model,
+                                 std::span<const int> ids) {
+  if (call.server_tools.empty()) return {};
+  const Message turn = read_turn(model.text.tokenizer, ids);
+  if (!runs_on_server(call, turn)) return {};
+  std::vector<int> next = answer_calls(model.text.tokenizer, turn, model.search.get());
+  // A turn that was ended behind its first call lacks the id that ends turns.
+  const int end = model.rules.end_of_turn;
+  if (!next.empty() && ids.back() != end) next.insert(next.begin(), end);
+  return next;
+}
+
+std::vector<BegunTurn> begun_turns(const ApiCall& call, const ServedModel& model) {
+  std::vector<BegunTurn> turns;
+  const std::span<const int> ids = call.answer_ids;
+  const std::vector<int> stops = turn_ends(call, model);
+  for (size_t begin = 0, end = 0; end < ids.size(); end++) {
+    const bool ended = std::find(stops.begin(), stops.end(), ids[end]) != stops.end();
+    if (!ended && end + 1 < ids.size()) continue;
+    turns.push_back({begin, end + 1, end + 1, ended});
+    if (end + 1 == ids.size()) break;
+    const std::vector<int> more = ids_behind_turn(call, model, ids.subspan(begin, end + 1 - begin));
+    const std::span<const int> rest = ids.subspan(end + 1);
+    if (more.empty() || rest.size() < more.size() ||
+        !std::equal(more.begin(), more.end(), rest.begin())) {
+      const std::string path = item_path("answer_ids", end);
+      refuse(path, concat(ids[end], ", the end of a turn"),
+             "no id behind it but those of the server's tools");
+    }
+    begin = end + 1 + more.size();
+    turns.back().next = begin;
+    end = begin - 1;
+  }
+  return turns;
+}
+
+bool is_complete(const ApiCall& call, const ServedModel& model) {
+  if (call.answer_ids.empty()) return false;
+  const BegunTurn turn = begun_turns(call, model).back();
+  return turn.ended && turn.next == turn.end;
+}
+
+std::string held_bytes(const ApiCall& call, const ServedModel& model) {
+  if (call.answer_ids.empty()) return "";
+  Utf8Stream characters;
+  std::string text;
+  const BegunTurn turn = begun_turns(call, model).back();
+  for (size_t i = turn.begin; i < turn.end && !turn.ended; i++) {
+    characters.feed(model.text.tokenizer.token_bytes(call.answer_ids[i]), text);
+  }
+  return characters.held();
+}
+
 namespace {
 
 OnTurn run_tools(const ApiCall& call, const ServedModel& model) {
   const ApiCall tools{.has_tools = call.has_tools, .server_tools = call.server_tools};
   return [tools, &model](int, std::span<const int> ids) -> std::vector<int> {
-    const Message turn = read_turn(model.text.tokenizer, ids);
-    if (!runs_on_server(tools, turn)) return {};
-    std::vector<int> next = answer_calls(model.text.tokenizer, turn, model.search.get());
-    // A turn that was ended behind its first call lacks the id that ends turns.
-    const int end = model.rules.end_of_turn;
-    if (!next.empty() && ids.back() != end) next.insert(next.begin(), end);
-    return next;
+    return ids_behind_turn(tools, model, ids);
   };
 }
 
@@ -718,6 +827,12 @@ std::vector<int> prompt_of(const ServedModel& model, const Conversation& convers
   std::vector<int> ids = render(text, model.chat, conversation, true, false);
   const auto end = std::find(ids.rbegin(), ids.rend(), model.rules.end_of_turn);
   ids.resize(size_t(ids.rend() - end) - 1);  // without the end of the last turn
+  return ids;
+}
+
+std::vector<int> prompt_of(const ServedModel& model, const ApiCall& call) {
+  std::vector<int> ids = prompt_of(model, call.conversation, call.continues);
+  ids.insert(ids.end(), call.answer_ids.begin(), call.answer_ids.end());
   return ids;
 }
 
@@ -756,6 +871,7 @@ Request request_for(const ApiCall& call, const ServedModel& model, const ApiLimi
   request.max_new = answer_tokens(call, model, limits, int64_t(prompt.size()));
   request.max_inserted = call.server_tools.empty() ? 0 : model.context - int(prompt.size());
   request.prompt = std::move(prompt);
+  request.held_bytes = held_bytes(call, model);
   request.sampling = call.sampling;
   request.sampling.vocab = model.text.tokenizer.vocab_size();
   request.presence_penalty = call.presence_penalty;
@@ -763,12 +879,9 @@ Request request_for(const ApiCall& call, const ServedModel& model, const ApiLimi
   request.logit_bias = call.logit_bias;
   request.top_logprobs = call.top_logprobs;
   request.score_prompt = call.echo && call.top_logprobs >= 0;
-  request.stop_ids = call.chat ? model.rules.stop_ids : model.text.stop_ids;
+  request.want_distribution = call.next_token;
+  request.stop_ids = turn_ends(call, model);
   if (call.chat) request.stop_strings = model.rules.stop_strings;
-  const bool has_tools = call.has_tools || !call.server_tools.empty();
-  if (has_tools && !call.parallel_calls) {
-    add_stop_id(request.stop_ids, model.text.tokenizer.special("</tool_call>"));
-  }
   request.stop_strings.insert(request.stop_strings.end(), call.stop.begin(), call.stop.end());
   return request;
 }
@@ -778,7 +891,7 @@ Request request_for(const ApiCall& call, const ServedModel& model, const ApiLimi
 std::vector<Request> make_requests(const ApiCall& call, const ServedModel& model,
                                    const ApiLimits& limits) {
   std::vector<std::vector<int>> prompts;
-  if (call.chat) prompts.push_back(prompt_of(model, call.conversation, call.continues));
+  if (call.chat) prompts.push_back(prompt_of(model, call));
   for (const auto& prompt : call.prompts) {
     const std::string* text = std::get_if<std::string>(&prompt);
     prompts.push_back(text ? document_ids(model, *text) : std::get<std::vector<int>>(prompt));

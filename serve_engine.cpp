@@ -357,6 +357,9 @@ void Engine::State::take_token(Choice& choice, const Token& token) {
               .text = std::string(token.text),
               .turn_ends = token.last};
   if (token.score) event.score = *token.score;
+  if (token.distribution) {
+    event.distribution = std::make_shared<const Distribution>(*token.distribution);
+  }
   post(*choice.call, std::move(event), choice.sampled_tokens == 0);
   std::lock_guard lock(mutex);
   counts.new_tokens++;
@@ -473,6 +476,25 @@ Engine::~Engine() {
   state_->thread.join();
 }
 
+[[noreturn]] static void refuse_full_queue() {
+  throw ApiError(503, "server_error", "queue_full", "",
+                 "the server is busy: its queue is full, try again later");
+}
+
+void Engine::expect_room() {
+  State& s = *state_;
+  std::lock_guard lock(s.mutex);
+  if (s.draining || s.stopping) return;  // submit says so
+  int64_t waiting = 0;
+  for (size_t m = 0; m < s.models.size(); m++) {
+    if (s.load[m] < s.models[m]->rows) return;
+    waiting += s.load[m] - s.models[m]->rows;
+  }
+  if (waiting < s.options.queue) return;
+  s.counts.requests++, s.counts.refused++;
+  refuse_full_queue();
+}
+
 std::shared_ptr<Mailbox> Engine::submit(size_t model, std::vector<Request> requests) {
   State& s = *state_;
   const auto n = int64_t(requests.size());
@@ -504,7 +526,8 @@ std::shared_ptr<Mailbox> Engine::submit(size_t model, std::vector<Request> reque
       waiting += std::max<int64_t>(0, load - s.models[m]->rows);
     }
     if (waiting > s.options.queue) {
-      refuse(503, "queue_full", "the server is busy: its queue is full, try again later");
+      s.counts.refused += n;
+      refuse_full_queue();
     }
     s.load[model] += n;
     s.arrived[model].push_back(std::move(call));

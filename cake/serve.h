@@ -54,7 +54,10 @@ struct ApiCall {
   std::string model;  // "": not given
   // chat
   Conversation conversation;
-  bool continues = false;      // the last message is the assistant's: the answer goes on with it
+  bool continues = false;  // the last message is the assistant's: the answer goes on with it
+  // The answer begins with these, with what the server's tools put behind its turns too. They are
+  // returned as the beginning of the answer.
+  std::vector<int> answer_ids;
   bool has_tools = false;      // of the request; calls of these are returned to the client
   bool parallel_calls = true;  // false: a turn ends behind its first call
   std::vector<std::string> server_tools;  // names: those of the model that this call may use
@@ -71,7 +74,12 @@ struct ApiCall {
   float presence_penalty = 0, frequency_penalty = 0;
   std::vector<LogitBias> logit_bias;
   std::vector<std::string> stop;
-  int top_logprobs = -1;  // -1: no log-probabilities
+  int top_logprobs = -1;       // -1: no log-probabilities
+  bool token_details = false;  // with log-probabilities: each token's id, its rank, its kind
+  // /next_token: no text, but what the first token is sampled from; so many tokens of it.
+  bool next_token = false;
+  int next_tokens = 20;
+  bool return_ids = false;  // the answer has its ids too, with those of the server's tools
 };
 
 struct ApiLimits {
@@ -86,14 +94,29 @@ struct ApiLimits {
 // The body as JSON: ApiError 400 for what is no JSON, too deep, or not valid UTF-8. Of two equal
 // keys the last one holds.
 OrderedJson read_body(const std::string& body, const ApiLimits&);
+// The value of a key of the body, of exactly this type; ApiError 400 for another. An absent key and
+// null are the fallback.
+template <class T>
+T body_value(const OrderedJson& body, const std::string& key, T fallback) {
+  const auto it = body.find(key);
+  if (it == body.end() || it->is_null()) return fallback;
+  try {
+    return json_as<T>(Json(*it), key, "body");
+  } catch (const Error& e) {
+    bad_request(key, e.what());
+  }
+}
 // "": not given. It is read first, to find the model that reads the rest.
 std::string requested_model(const OrderedJson& body);
 // Checks every field that is known, for type and range; ApiError 400 with its `param`.
 ApiCall read_chat(const OrderedJson& body, const ServedModel&, const ApiLimits&);
 ApiCall read_completion(const OrderedJson& body, const ServedModel&, const ApiLimits&);
+// Of one prompt, or of messages.
+ApiCall read_next_token(const OrderedJson& body, const ServedModel&, const ApiLimits&);
 // The ids that the model reads: the template's, up to the header of the answer. `continues`: up to
 // the end of the last message's text, without white space at its end, as the template has it.
 std::vector<int> prompt_of(const ServedModel&, const Conversation&, bool continues);
+std::vector<int> prompt_of(const ServedModel&, const ApiCall&);  // with its answer_ids
 
 struct ToolResult {  // of a tool that ran on the server
   ToolCall call;
@@ -105,6 +128,19 @@ bool runs_on_server(const ApiCall&, const Message& turn);
 // Runs the calls of a turn. The tools are functions of their arguments alone: the engine's thread
 // runs them for the ids that follow, and the connection's thread again to tell the client.
 std::vector<ToolResult> run_calls(const ServedModel&, const Message& turn);
+// What the server's tools put behind a turn that ended with a stop token; none: it was the last.
+std::vector<int> ids_behind_turn(const ApiCall&, const ServedModel&, std::span<const int> turn);
+
+struct BegunTurn {  // ids [begin, end) of ApiCall::answer_ids; the next turn begins at `next`
+  size_t begin, end, next;
+  bool ended;  // by a stop token
+};
+// The turns of answer_ids. ApiError 400 when ids follow the end of a turn that called no tools.
+std::vector<BegunTurn> begun_turns(const ApiCall&, const ServedModel&);
+// Whether answer_ids are a whole answer, to its last stop token: then nothing is sampled.
+bool is_complete(const ApiCall&, const ServedModel&);
+// The bytes of the character that answer_ids end in, where it is not complete.
+std::string held_bytes(const ApiCall&, const ServedModel&);
 
 // One Request for each choice, prompt-major: prompt * n + choice. Error 400
 // context_length_exceeded when prompt and max_tokens do not fit. Sets stop ids and strings,
@@ -134,6 +170,7 @@ struct Event {
   bool turn_ends = false;  // the token ends a turn; unless `finished` follows, tools have run
   std::optional<TokenScore> score;
   std::vector<TokenScore> scores;
+  std::shared_ptr<const Distribution> distribution;  // of `token`, if asked for
   Finish finish = Finish::length;
   int prompt_tokens = 0, cached_tokens = 0, sampled_tokens = 0;
   // Of `failed`. 503: queue_timeout (then no choice was admitted) or shutting_down. 500: the engine
@@ -222,6 +259,9 @@ class Engine {
   // more choices than rows and queue can hold. The requests' on_turn runs on
   // the engine's thread; their other callbacks are the engine's. From any thread.
   std::shared_ptr<Mailbox> submit(size_t model, std::vector<Request> requests);
+  // ApiError 503 queue_full when no model could queue one choice more, which counts as a refused
+  // one. What is refused so needs not even be read.
+  void expect_room();
   EngineCounts counts() const;
   // No call is taken from here on; those in work end within `seconds`, or fail then.
   void drain(double seconds);
@@ -273,8 +313,28 @@ class AnswerWriter {
   std::unique_ptr<State> state_;
 };
 
+// What /next_token answers: the `count` likeliest tokens by the model's own logp, with
+// `probability` after penalties, biases, temperature and truncation; "rest": the probability of all
+// others; "kept": how many tokens have any; "entropy" of the model's distribution and
+// "entropy_after" of the one that is sampled from, in bits.
+OrderedJson next_token_json(const Distribution&, const Tokenizer&, int count);
+
 // ---------------------------------------------------------------------------------------------
 // The server (serve.cpp)
+
+struct ArenaOptions {         // cake/arena.h
+  std::string votes;          // SQLite file; "": no arena
+  std::string mode = "auto";  // "compare", "collect"; auto: compare where there are several models
+  std::string prompts;  // records with prompts that voters are shown; "": they write their own
+  int answers = 4;      // to rank, of "collect": 2 to 9
+  uint64_t seed = 0;    // of the order of the prompts
+  // Random bits, for which models answer and on which side; empty: the system's, which nobody can
+  // foresee. Tests have their own.
+  std::function<uint64_t()> random;
+  // Battles that are over, in memory: beyond either limit the oldest are forgotten.
+  size_t battle_bytes = 64 << 20;  // of their texts
+  size_t battles = 10000;
+};
 
 struct ServeOptions {
   std::vector<std::string> models;  // PATH or NAME=PATH
@@ -284,6 +344,8 @@ struct ServeOptions {
   ApiLimits limits;
   int cache_mb = 0;   // KV cache of each model; 0: what the budget leaves
   int memory_mb = 0;  // weights and caches of all models; 0: what is free
+  ArenaOptions arena;
+  std::string web;  // directory whose files are the page; "": those in the binary
   std::string documents, chat_template = "auto";  // template: `none` too
   bool calculator = false, any_model = false;
   bool verbose = false;            // a line for each request, without its texts

@@ -2,8 +2,12 @@
 #pragma once
 
 #include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <csignal>
+#include <cstdlib>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -108,6 +112,65 @@ class RunningServer {
   std::atomic<bool> ended_{false};
   int status_ = -1;
   std::string error_;
+};
+
+// ./serve as a process, on a free port, which it prints.
+class ServeBinary {
+ public:
+  // `models`: as on its command line. `tracer`: a program that begins it in place of itself.
+  explicit ServeBinary(const std::string& models, const std::string& flags = "",
+                       const std::string& tracer = "") {
+    log_ = dir_ / "log";
+    child_ = fork();
+    if (child_ == 0) {
+      execl("/bin/sh", "sh", "-c",
+            concat("exec ", tracer, " ./serve ", models,
+                   " --port 0 --device cpu --threads 1 --cache-mb 64 --template chatml ", flags,
+                   " >", log_, " 2>&1")
+                .c_str(),
+            nullptr);
+      _exit(127);
+    }
+    const bool ready = wait_until(
+        [&] {
+          if (ended()) return true;
+          const std::string text = log();
+          const size_t at = text.find("http://127.0.0.1:");
+          if (at == std::string::npos) return false;
+          port_ = std::atoi(text.c_str() + at + 17);
+          try {
+            return port_ > 0 && ask(port_, http_get("/health")).status == 200;
+          } catch (const Error&) {
+            return false;
+          }
+        },
+        60);
+    if (!ready || ended()) fail("./serve: found it not ready: ", log());
+  }
+  ~ServeBinary() {
+    if (!ended()) {
+      kill(child_, SIGKILL);
+      waitpid(child_, nullptr, 0);
+    }
+  }
+  void signal(int number) { kill(child_, number); }
+  bool ended() {
+    if (status_ < 0) {
+      int status;
+      if (waitpid(child_, &status, WNOHANG) != child_) return false;
+      status_ = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    }
+    return true;
+  }
+  int status() const { return status_; }  // exit status, or 128 and a signal's number
+  int port() const { return port_; }
+  std::string log() const { return std::filesystem::exists(log_) ? read_file(log_) : ""; }
+
+ private:
+  TempDir dir_;
+  std::string log_;
+  pid_t child_ = -1;
+  int port_ = 0, status_ = -1;
 };
 
 // A model with random weights, whose texts differ with the seed: ScriptedModel's tokenizer, T

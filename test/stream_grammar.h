@@ -26,6 +26,7 @@ struct AnswerRules {  // what the request asked for
   bool include_usage = false;
   int top_logprobs = -1;  // -1: no log-probabilities
   bool echo_ids = false;  // echo of a prompt that was given as ids: entry 0 is null
+  bool token_details = false;
 };
 
 struct ApiChoice {
@@ -34,12 +35,14 @@ struct ApiChoice {
   OrderedJson entries, reasoned;   // of logprobs: content and reasoning_content
   std::vector<std::string> names;  // of a completion's logprobs
   OrderedJson logprobs, tops, offsets;
+  OrderedJson ids;  // an array where token_ids were asked for
   std::string finish;
   int chunks = 0;  // with text
   bool operator==(const ApiChoice& b) const {
     return text == b.text && reasoning == b.reasoning && calls == b.calls && results == b.results &&
            entries == b.entries && reasoned == b.reasoned && names == b.names &&
-           logprobs == b.logprobs && tops == b.tops && offsets == b.offsets && finish == b.finish;
+           logprobs == b.logprobs && tops == b.tops && offsets == b.offsets && ids == b.ids &&
+           finish == b.finish;
   }
 };
 
@@ -115,26 +118,41 @@ inline std::string entry_bytes(const OrderedJson& entry, const std::string& wher
   return bytes;
 }
 
-// An entry of a chat's logprobs, or one of its top_logprobs. Appends its bytes.
-inline void check_entry(const OrderedJson& entry, int top, std::string& bytes,
-                        const std::string& where) {
+// An entry of a chat's logprobs, or one of its top_logprobs: then `top` is -1. Appends its bytes.
+// `is_first`: of a prompt that was given as ids.
+inline void check_entry(const OrderedJson& entry, int top, bool details, std::string& bytes,
+                        const std::string& where, bool is_first = false) {
   Keys keys = {"token", "logprob", "bytes"};
   if (top >= 0) keys.push_back("top_logprobs");
+  if (details) keys.insert(keys.end(), {"id", "special"});
+  if (details && top >= 0) keys.push_back("rank");
   expect_keys(entry, keys, where);
+  if (details) {
+    expect(entry["id"].is_number_unsigned(), where, entry, "an id");
+    expect(entry["special"].is_boolean(), where, entry, "whether it is special");
+  }
   const std::string own = entry_bytes(entry, where);
   const std::string token = string_at(entry, "token", where);
   expect(decoded(own) == own ? token == own : token.starts_with("bytes:"), where, entry,
          "the bytes' text as the token");
-  check_logprob(entry["logprob"], where + ": logprob");
   bytes += own;
+  if (is_first) {
+    expect(entry["logprob"].is_null() && entry["rank"].is_null() && entry["top_logprobs"].empty(),
+           where, entry, "no score of a text's first token");
+    return;
+  }
+  check_logprob(entry["logprob"], where + ": logprob");
   if (top < 0) return;
+  if (details) {
+    expect(entry["rank"].is_number_unsigned() && entry["rank"] > 0, where, entry, "a rank");
+  }
   const OrderedJson& tops = entry["top_logprobs"];
   expect(tops.is_array() && int(tops.size()) == top, where, tops,
          concat(top, " top_logprobs").c_str());
   double last = 1;
   for (const OrderedJson& t : tops) {
     std::string others;
-    check_entry(t, -1, others, where + ": top_logprobs");
+    check_entry(t, -1, details, others, where + ": top_logprobs");
     expect(t["logprob"].get<double>() <= last, where, tops, "the likeliest first");
     last = t["logprob"].get<double>();
   }
@@ -164,9 +182,11 @@ inline void add_chat_logprobs(ApiChoice& choice, const OrderedJson& json,
   for (const OrderedJson& entry : json["reasoning_content"]) choice.reasoned.push_back(entry);
 }
 
-inline void add_completion_logprobs(ApiChoice& choice, const OrderedJson& json,
+inline void add_completion_logprobs(ApiChoice& choice, const OrderedJson& json, bool details,
                                     const std::string& where) {
-  expect_keys(json, {"tokens", "token_logprobs", "top_logprobs", "text_offset"}, where);
+  Keys keys = {"tokens", "token_logprobs", "top_logprobs", "text_offset"};
+  if (details) keys.push_back("content");  // one for each of the others
+  expect_keys(json, keys, where);
   const size_t n = json["tokens"].size();
   for (const auto& item : json.items()) {
     expect(item.value().is_array() && item.value().size() == n, where, json, "arrays of one size");
@@ -177,6 +197,7 @@ inline void add_completion_logprobs(ApiChoice& choice, const OrderedJson& json,
     choice.logprobs.push_back(json["token_logprobs"][i]);
     choice.tops.push_back(json["top_logprobs"][i]);
     choice.offsets.push_back(json["text_offset"][i]);
+    if (details) choice.entries.push_back(json["content"][i]);
   }
 }
 
@@ -185,8 +206,22 @@ inline void check_logprobs(const ApiChoice& choice, const AnswerRules& rules,
                            const std::string& where) {
   if (rules.top_logprobs < 0) return;
   std::string bytes, reasoned;
-  for (const OrderedJson& e : choice.entries) check_entry(e, rules.top_logprobs, bytes, where);
-  for (const OrderedJson& e : choice.reasoned) check_entry(e, rules.top_logprobs, reasoned, where);
+  const int top = rules.top_logprobs;
+  const bool details = rules.token_details;
+  for (size_t i = 0; i < choice.entries.size(); i++) {
+    check_entry(choice.entries[i], top, details, bytes, where, rules.echo_ids && i == 0);
+  }
+  for (const OrderedJson& e : choice.reasoned) check_entry(e, top, details, reasoned, where);
+  if (!rules.chat && details) {  // what the lists hold too
+    expect(decoded(bytes) == choice.text, where + ": bytes of the entries", decoded(bytes),
+           choice.text.c_str());
+    for (size_t i = 0; i < choice.names.size(); i++) {
+      const OrderedJson& e = choice.entries[i];
+      expect(e["token"] == choice.names[i] && e["logprob"] == choice.logprobs[i], where, e,
+             "the token and the number of the lists");
+    }
+    bytes.clear();
+  }
   for (const std::string& name : choice.names) bytes += name_bytes(name);
   expect(decoded(bytes) == choice.text, where + ": bytes", decoded(bytes), choice.text.c_str());
   expect(decoded(reasoned) == choice.reasoning, where + ": bytes of the reasoning",
@@ -293,10 +328,17 @@ inline void add_call(ApiChoice& choice, OrderedJson call, std::set<std::string>&
 inline void add_results(ApiChoice& choice, const OrderedJson& results, const std::string& where) {
   expect(results.is_array() && !results.empty(), where, results, "some results");
   for (const OrderedJson& r : results) {
-    expect_keys(r, {"name", "arguments", "result"}, where);
-    for (const auto& item : r.items()) string_at(r, item.key().c_str(), where);
+    expect_keys(r, {"name", "arguments", "result", "turn"}, where);
+    for (const char* key : {"name", "arguments", "result"}) string_at(r, key, where);
+    expect(r["turn"].is_number_unsigned(), where, r["turn"], "the number of a turn");
     choice.results.push_back(r);
   }
+}
+
+inline void add_ids(ApiChoice& choice, const OrderedJson& ids, const std::string& where) {
+  expect(ids.is_array(), where, ids, "an array of ids");
+  if (choice.ids.is_null()) choice.ids = OrderedJson::array();
+  for (const OrderedJson& id : ids) choice.ids.push_back(id);
 }
 
 inline void check_finish(ApiChoice& choice, const OrderedJson& finish, const std::string& where) {
@@ -382,12 +424,15 @@ inline ApiAnswer read_stream(std::string_view bytes, const AnswerRules& rules) {
     }
     if (rules.include_usage) expect(json["usage"].is_null(), where, json["usage"], "usage null");
     const OrderedJson& item = json["choices"][0];
-    expect_keys(item, {"index", rules.chat ? "delta" : "text", "logprobs", "finish_reason"}, where);
+    expect_keys(item,
+                {"index", rules.chat ? "delta" : "text", "logprobs", "finish_reason", "token_ids?"},
+                where);
     expect(item["index"].is_number_unsigned() && item["index"] < rules.choices, where,
            item["index"], "the number of a choice");
     const size_t index = item["index"];
     ApiChoice& choice = answer.choices[index];
     const std::string place = concat(where, ": choice ", index);
+    if (item.contains("token_ids")) add_ids(choice, item["token_ids"], place);
     if (!choice.finish.empty()) fail(place, ": found more behind its finish_reason");
     const OrderedJson& logprobs = item["logprobs"];
     if (rules.top_logprobs < 0) expect(logprobs.is_null(), place, logprobs, "logprobs null");
@@ -402,7 +447,7 @@ inline ApiAnswer read_stream(std::string_view bytes, const AnswerRules& rules) {
     }
     if (!logprobs.is_null()) {
       rules.chat ? add_chat_logprobs(choice, logprobs, place)
-                 : add_completion_logprobs(choice, logprobs, place);
+                 : add_completion_logprobs(choice, logprobs, rules.token_details, place);
     }
     if (rules.chat) {
       const bool has_entries = logprobs.is_object() && (!logprobs["content"].empty() ||
@@ -454,8 +499,10 @@ inline ApiAnswer read_whole(const std::string& text, const AnswerRules& rules) {
     const std::string where = concat("choices[", i, "]");
     const OrderedJson& item = json["choices"][i];
     ApiChoice choice;
-    expect_keys(item, {"index", rules.chat ? "message" : "text", "logprobs", "finish_reason"},
-                where);
+    expect_keys(
+        item, {"index", rules.chat ? "message" : "text", "logprobs", "finish_reason", "token_ids?"},
+        where);
+    if (item.contains("token_ids")) add_ids(choice, item["token_ids"], where);
     expect(item["index"] == i, where, item["index"], "its place as index");
     if (rules.chat) {
       const OrderedJson& message = item["message"];
@@ -492,7 +539,7 @@ inline ApiAnswer read_whole(const std::string& text, const AnswerRules& rules) {
     } else if (rules.chat) {
       add_chat_logprobs(choice, item["logprobs"], where);
     } else {
-      add_completion_logprobs(choice, item["logprobs"], where);
+      add_completion_logprobs(choice, item["logprobs"], rules.token_details, where);
     }
     check_finish(choice, item["finish_reason"], where);
     check_logprobs(choice, rules, where);

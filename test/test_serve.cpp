@@ -192,8 +192,7 @@ TEST_CASE("serve: models, health, props and metrics, with and without /v1") {
   options.http.keys = {"the-key"};
   RunningServer server(options);
   CHECK(server.get("/models").status == 401);
-  CHECK(contains(server.get("/").body, "/v1"));
-  CHECK(server.get("/").header("Content-Type").starts_with("text/plain"));
+  CHECK(server.get("/").header("Content-Type").starts_with("text/html"));  // the page
   const Headers key = {{"Authorization", "Bearer the-key"}};
   for (const std::string prefix : {"", "/v1"}) {
     CAPTURE(prefix);
@@ -325,6 +324,7 @@ TEST_CASE("serve: tokenize, detokenize and apply-template") {
     std::string joined;
     bool bytes = false;
     for (const OrderedJson& token : pieces) {
+      CHECK(token.at("special") == (token.at("piece") == "<|im_end|>"));
       if (token.at("piece").is_string()) joined += token["piece"].get<std::string>();
       for (const OrderedJson& byte :
            token["piece"].is_array() ? token["piece"] : OrderedJson::array()) {
@@ -333,6 +333,17 @@ TEST_CASE("serve: tokenize, detokenize and apply-template") {
       }
     }
     CHECK(joined == text);
+    size_t end = 0;
+    const OrderedJson places = tokens({{"content", text}, {"with_places", true}}).at("tokens");
+    for (const OrderedJson& token : places) {
+      CHECK(token.size() == 4);  // without the piece
+      CHECK(token.at("begin") == end);
+      end = token.at("end");
+      const std::string_view own = t.token_bytes(token.at("id"));
+      CHECK(text.substr(token["begin"], end - size_t(token["begin"])) == own);
+      CHECK(token.at("special") == (own == "<|im_end|>"));
+    }
+    CHECK(end == text.size());
     CHECK(bytes);  // of the character that no token has whole
     // vLLM's form
     const OrderedJson counted = tokens({{"prompt", "The answer"}});
@@ -372,6 +383,58 @@ TEST_CASE("serve: tokenize, detokenize and apply-template") {
   CHECK(param("/detokenize", {{"tokens", {1.5}}}) == "tokens[0]");
   CHECK(param("/detokenize", {{"tokens", {uint64_t(1) << 63}}}) == "tokens[0]");
   CHECK(param("/apply-template", OrderedJson::object()) == "messages");
+}
+
+TEST_CASE("serve: /next_token is what the model samples its next token from") {
+  const Answering a;
+  const std::string random = save_random_model(a.m, "random");
+  RunningServer server(random);
+  const auto ids = a.m.tokenizer().encode("The answer is");
+  for (const std::string prefix : {"", "/v1"}) {
+    // The model's own numbers are those of its log-probabilities.
+    const OrderedJson next =
+        server.post(prefix + "/next_token", {{"prompt", ids}, {"top", 5}}).json();
+    const OrderedJson scored =
+        server
+            .post("/v1/completions",
+                  {{"prompt", ids}, {"max_tokens", 1}, {"logprobs", 5}, {"token_details", true}})
+            .json()
+            .at("choices")[0]
+            .at("logprobs")
+            .at("content")[0];
+    REQUIRE(next.at("tokens").size() == 5);
+    CHECK(next.at("model") == random);
+    for (size_t k = 0; k < 5; k++) {
+      const OrderedJson &token = next["tokens"][k], &top = scored.at("top_logprobs")[k];
+      for (const char* key : {"id", "token", "bytes", "special"}) {
+        CHECK(token.at(key) == top.at(key));
+      }
+      CHECK(token.at("logprob").get<float>() == top.at("logprob").get<float>());
+      // Nothing is changed at temperature 1.
+      CHECK(token["probability"].get<double>() ==
+            doctest::Approx(std::exp(token["logprob"].get<double>())).epsilon(1e-4));
+    }
+    CHECK(next.at("kept") == a.m.tokenizer().vocab_size());
+    CHECK(next.at("entropy_after").get<double>() ==
+          doctest::Approx(next.at("entropy").get<double>()).epsilon(1e-3));
+  }
+  const OrderedJson two =
+      server.post("/next_token", {{"prompt", ids}, {"top_k", 2}, {"temperature", .5}}).json();
+  CHECK(two.at("kept") == 2);
+  CHECK(two.at("tokens").size() == 20);
+  const double p = std::exp(two["tokens"][0]["logprob"].get<double>() * 2);
+  const double q = std::exp(two["tokens"][1]["logprob"].get<double>() * 2);
+  CHECK(two["tokens"][0]["probability"].get<double>() == doctest::Approx(p / (p + q)));
+  CHECK(two["tokens"][2]["probability"] == 0);
+  CHECK(two.at("rest").get<double>() < 1e-6);
+  const OrderedJson chat = server.post("/next_token", kHi).json();
+  CHECK(chat.at("kept") == 1);
+  CHECK(chat["tokens"][0]["probability"] == 1);
+  CHECK(chat.at("entropy_after") == 0);
+  const Reply bad = server.post("/next_token", {{"prompt", ids}, {"n", 2}});
+  CHECK(bad.status == 400);
+  CHECK(bad.json().at("error").at("param") == "n");
+  CHECK(wait_until([&] { return server.metric("cake_requests_running") == 0; }));
 }
 
 TEST_CASE("serve: of several models the request's name decides, and unknown names are refused") {
@@ -566,6 +629,7 @@ TEST_CASE("serve: it says how to call it, and a signal ends it with status 0") {
       log);
   REQUIRE_MESSAGE(server.says("ready: http://127.0.0.1:"), server.text());
   const int port = server.port();
+  CHECK(contains(server.text(), concat("http://127.0.0.1:", port, " in a browser, ")));
   // The line that it prints works in a shell.
   std::string curl = server.text();
   curl = curl.substr(curl.find("  curl "));

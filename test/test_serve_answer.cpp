@@ -77,6 +77,7 @@ TokenScore made_up_score(uint64_t seed, int id, int top, int vocab) {
     score.top.push_back({other, float(-.1 - .7 * i)});
   }
   score.logp = float(-20 * rng.uniform());
+  score.rank = 1 + int(rng.below(uint64_t(vocab)));
   for (const TopToken& t : score.top) {
     if (t.id == id) score.logp = t.logp;
   }
@@ -93,7 +94,8 @@ struct AnswerScript {  // what a choice's model writes
 // The events of a choice, as the generator makes them (cake/generate.h, accept).
 std::vector<Event> events_of(const AnswerScript& script, int choice, int top,
                              const ServedModel& m = answer_model(),
-                             std::optional<AnswerIds> scored_prompt = {}) {
+                             std::optional<AnswerIds> scored_prompt = {},
+                             const std::string& held = "") {
   std::vector<Event> events;
   events.push_back({.kind = Event::admitted, .choice = choice});
   const int vocab = m.text.tokenizer.vocab_size();
@@ -109,6 +111,8 @@ std::vector<Event> events_of(const AnswerScript& script, int choice, int top,
   for (size_t t = 0; t < script.turns.size(); t++) {
     StopStrings stops(script.stops);
     Utf8Stream utf8;
+    std::string none;
+    if (t == 0) utf8.feed(held, none);
     AnswerIds turn = script.turns[t];
     const bool last_turn = t + 1 == script.turns.size();
     const bool stopped = !last_turn || finish == Finish::stop_token;
@@ -171,7 +175,8 @@ AnswerRules rules_of(const ApiCall& call) {
   return {.chat = call.chat,
           .choices = call.n * int(call.chat ? 1 : call.prompts.size()),
           .include_usage = call.include_usage,
-          .top_logprobs = call.top_logprobs};
+          .top_logprobs = call.top_logprobs,
+          .token_details = call.token_details};
 }
 
 std::string stream_text(ApiCall call, const std::vector<Event>& events, Rng& rng, int most = 5,
@@ -217,8 +222,8 @@ ApiAnswer answer_of(const ApiCall& call, const std::vector<Event>& events,
 }
 ApiChoice choice_of(const ApiCall& call, const AnswerScript& script,
                     const ServedModel& m = answer_model()) {
-  ApiAnswer answer = answer_of(call, events_of(script, 0, call.top_logprobs, m), m);
-  return answer.choices[0];
+  const std::string held = held_bytes(call, m);
+  return answer_of(call, events_of(script, 0, call.top_logprobs, m, {}, held), m).choices[0];
 }
 
 const char* kCall =
@@ -319,6 +324,7 @@ TEST_CASE("random tokens: streams equal whole answers, and bytes of logprobs reb
     call.chat = rng.below(4) != 0;
     if (!call.chat) call.prompts = {"a"};
     call.top_logprobs = int(rng.below(5)) - 1;
+    call.token_details = call.top_logprobs >= 0 && rng.below(2) == 0;
     call.include_usage = rng.below(2) == 0;
     call.has_tools = rng.below(2) == 0;
     if (rng.below(3) == 0) call.server_tools = {"calculator"};
@@ -550,13 +556,18 @@ TEST_CASE("tools that run on the server: all turns are one text, results are in 
     REQUIRE(c.results.size() == 1);
     CHECK(c.results[0] == OrderedJson{{"name", "calculator"},
                                       {"arguments", "{\"expression\":\"6*7\"}"},
-                                      {"result", "42"}});
+                                      {"result", "42"},
+                                      {"turn", 0}});
   }
   // what is no call has a result that says so
   ApiChoice c = choice_of(call, {.turns = {ids_of("<tool_call>what</tool_call>"), ids_of("b")}});
   CHECK(c.text == "b");
   CHECK(c.results[0]["arguments"] == "what");
   CHECK(c.results[0]["result"].get<std::string>().starts_with("error: "));
+  // each says which turn called it
+  c = choice_of(call, {.turns = {ids_of(concat(kSum, kSum)), ids_of(kSum), ids_of("b")}});
+  REQUIRE(c.results.size() == 3);
+  for (size_t i = 0; i < 3; i++) CHECK(c.results[i]["turn"] == (i < 2 ? 0 : 1));
   // a call that a limit cuts off did not run
   c = choice_of(call, {.turns = {ids_of(concat("a\n", kSum, "b"))}, .finish = Finish::length});
   CHECK(c.results.empty());
@@ -575,6 +586,79 @@ TEST_CASE("calls of the client's tools end the answer, beside tools of the serve
   CHECK(c.text == "a");
   CHECK(c.results.size() == 1);
   CHECK(c.calls.size() == 1);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Ids of an answer, and answers that begin with ids
+
+// What the server's tools put behind the turn `ids`, which ends with the id that ends turns.
+AnswerIds ids_behind(const ApiCall& call, const AnswerIds& ids) {
+  return ids_behind_turn(call, answer_model(), ids);
+}
+
+TEST_CASE("the ids of an answer are those of its tokens and of the server's tools") {
+  ApiCall call = chat_call();
+  call.return_ids = true;
+  const AnswerIds end = {answer_model().rules.stop_ids[0]};
+  CHECK(choice_of(call, {.turns = {ids_of("The answer")}}).ids ==
+        OrderedJson(ids_of("The answer") + end));
+  CHECK(choice_of(call, {.turns = {ids_of("The answer")}, .finish = Finish::length}).ids ==
+        OrderedJson(ids_of("The answer")));
+  call.server_tools = {"calculator"};
+  const AnswerIds first = ids_of(concat("It is\n", kSum)) + end, last = ids_of("42.");
+  const AnswerIds result = ids_behind(call, first);
+  CHECK(result.size() > 10);
+  CHECK(choice_of(call, {.turns = {ids_of(concat("It is\n", kSum)), last}}).ids ==
+        OrderedJson(first + result + last + end));
+  call.return_ids = false;
+  CHECK(choice_of(call, {.turns = {last}}).ids.is_null());
+}
+
+TEST_CASE("an answer that begins with ids is the same as one that was written in a piece") {
+  ApiCall call = chat_call();
+  call.return_ids = true;
+  call.server_tools = {"calculator"};
+  const AnswerIds end = {answer_model().rules.stop_ids[0]};
+  const AnswerIds first = ids_of(concat("<think>\na\n b\n</think>\n\nIt is\n", kSum));
+  const AnswerIds second =
+      ids_of("<think>\nc\n</think>\n\nabc ") + byte_ids("\xf0\x9f\x99\x82") + ids_of("the answer.");
+  const ApiChoice whole = choice_of(call, {.turns = {first, second}});
+  CHECK(whole.results.size() == 1);
+  CHECK(whole.text == "It is\nabc \xf0\x9f\x99\x82the answer.");
+  const AnswerIds turn = first + end, result = ids_behind(call, turn);
+  const AnswerIds all = turn + result + second;
+  for (size_t n = 1; n < all.size(); n++) {  // every place where it may be cut
+    const bool in_first = n < turn.size();
+    if (n >= turn.size() && n < turn.size() + result.size()) continue;
+    call.answer_ids = AnswerIds(all.begin(), all.begin() + long(n));
+    AnswerScript rest{.turns = {}};
+    if (in_first) rest.turns.push_back({first.begin() + long(n), first.end()});
+    rest.turns.push_back(
+        {in_first ? second.begin() : second.begin() + long(n - turn.size() - result.size()),
+         second.end()});
+    CAPTURE(n);
+    const ApiChoice c = choice_of(call, rest);
+    CHECK(c.text == whole.text);
+    CHECK(c.reasoning == whole.reasoning);
+    CHECK(c.results == whole.results);
+    CHECK(c.ids == whole.ids);
+    CHECK(c.finish == whole.finish);
+  }
+}
+
+TEST_CASE("the ids that an answer begins with have no log-probabilities, and are not counted") {
+  ApiCall call = chat_call();
+  call.top_logprobs = 2;
+  call.answer_ids = ids_of("The answer");
+  const AnswerIds rest = ids_of(" is 42.");
+  const auto json = OrderedJson::parse(whole_text(call, events_of({.turns = {rest}}, 0, 2)));
+  const OrderedJson& choice = json["choices"][0];
+  CHECK(choice["message"]["content"] == "The answer is 42.");
+  CHECK(choice["logprobs"]["content"].size() == rest.size());
+  call.answer_ids = ids_of("<think>\na\n</think>\n\nb");
+  const auto thought = OrderedJson::parse(whole_text(call, events_of({.turns = {rest}}, 0, 2)));
+  CHECK(thought["choices"][0]["message"]["reasoning_content"] == "a");
+  CHECK_FALSE(thought["usage"].contains("completion_tokens_details"));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -666,6 +750,76 @@ TEST_CASE("a completion's logprobs name byte tokens apart, and hold the sampled 
         concat(R"({"":-1.0,"a":-2.0,"token_id:)", other, R"(":-3.0})"));
 }
 
+TEST_CASE("token_details: every token has its id, its rank and its kind, every likely one its id") {
+  const ServedModel& m = answer_model();
+  const int response = m.text.tokenizer.special("<tool_response>");
+  ApiCall call = chat_call();
+  call.top_logprobs = 3;
+  call.token_details = true;
+  const AnswerIds ids = byte_ids("a\xe2\x82") + AnswerIds{response} + byte_ids("b");
+  auto events = events_of({.turns = {ids}}, 0, 3);
+  for (const bool chat : {true, false}) {
+    call.chat = chat;
+    if (!chat) call.prompts = {AnswerIds{1, 2}};
+    const ApiChoice c = answer_of(call, events).choices[0];
+    REQUIRE(c.entries.size() == 5);
+    for (size_t i = 0; i < 5; i++) {
+      const TokenScore& score = *events[1 + i].score;
+      CHECK(c.entries[i]["id"] == ids[i]);
+      CHECK(c.entries[i]["rank"] == score.rank);
+      CHECK(c.entries[i]["special"] == (ids[i] == response));
+      REQUIRE(c.entries[i]["top_logprobs"].size() == 3);
+      for (size_t k = 0; k < 3; k++) {
+        CHECK(c.entries[i]["top_logprobs"][k]["id"] == score.top[k].id);
+        CHECK(c.entries[i]["top_logprobs"][k]["special"] ==
+              m.text.tokenizer.is_special(score.top[k].id));
+      }
+    }
+    call.token_details = false;
+    const ApiChoice plain = answer_of(call, events).choices[0];
+    CHECK((plain.entries.empty() || !plain.entries[0].contains("id")));
+    CHECK(plain.names == c.names);
+    call.token_details = true;
+  }
+}
+
+TEST_CASE("/next_token lists the likeliest, and sums up what the settings leave of the others") {
+  const Tokenizer& t = answer_model().text.tokenizer;
+  const auto V = size_t(t.vocab_size()) + 3;  // three ids that no token has
+  Distribution d;
+  d.logp.assign(V, float(std::log(.25 / double(V - 3))));
+  d.probability.assign(V, 0);
+  const int special = t.special("<|im_end|>"), byte = byte_ids("\xe2")[0], a = byte_ids("a")[0];
+  d.logp[size_t(special)] = float(std::log(.5));
+  d.logp[size_t(byte)] = float(std::log(.125)), d.logp[size_t(a)] = float(std::log(.125));
+  d.probability[size_t(special)] = .5f, d.probability[size_t(byte)] = .25f;
+  d.probability[7] = .25f;
+  const OrderedJson json = next_token_json(d, t, 3);
+  const OrderedJson& tokens = json.at("tokens");
+  REQUIRE(tokens.size() == 3);
+  CHECK(tokens[0] == OrderedJson{{"id", special},
+                                 {"token", "<|im_end|>"},
+                                 {"bytes", {60, 124, 105, 109, 95, 101, 110, 100, 124, 62}},
+                                 {"special", true},
+                                 {"logprob", d.logp[size_t(special)]},
+                                 {"probability", .5f}});
+  CHECK(tokens[1].at("id") == std::min(a, byte));  // of equals the smaller id comes first
+  const OrderedJson& half = tokens[a < byte ? 2 : 1];
+  CHECK(half.at("token") == "bytes:\\xe2");
+  CHECK(half.at("bytes") == OrderedJson{226});
+  CHECK(half.at("probability") == .25f);
+  CHECK(tokens[a < byte ? 1 : 2].at("probability") == 0);
+  CHECK(json.at("rest").get<double>() == doctest::Approx(.25));
+  CHECK(json.at("kept") == 3);
+  CHECK(json.at("entropy_after").get<double>() == doctest::Approx(1.5));
+  const double all = double(V - 3);
+  CHECK(json.at("entropy").get<double>() ==
+        doctest::Approx(.5 + .75 + .25 * std::log2(all / .25)).epsilon(1e-4));
+  CHECK(next_token_json(d, t, 0).at("tokens").empty());
+  CHECK(next_token_json(d, t, 0).at("rest").get<double>() == doctest::Approx(1));
+  CHECK(next_token_json(d, t, 1 << 20).at("tokens").size() == V - 3);
+}
+
 TEST_CASE("log-probabilities are finite numbers, and the same float when they are read") {
   ApiCall call = chat_call();
   call.top_logprobs = 1;
@@ -695,8 +849,10 @@ TEST_CASE("echo: the prompt's text and scores come first; ids begin with null") 
   call.n = 2;
   call.prompts = {prompt, byte_ids("z")};
   Rng rng{2};
-  for (const int top : {-1, 0, 1}) {
+  for (const int round : {0, 1, 2, 3}) {
+    const int top = round < 2 ? round - 1 : 1;
     call.top_logprobs = top;
+    call.token_details = round == 3;
     std::vector<std::vector<Event>> choices;
     for (int i = 0; i < 4; i++) {
       const AnswerIds& own = i < 2 ? prompt : byte_ids("z");

@@ -217,6 +217,7 @@ constexpr KnownField kKnownFields[] = {
     {"logprobs", true, false, kBool},
     {"logprobs", false, true, kInt},
     {"top_logprobs", true, false, kInt},
+    {"token_details", true, true, kBool},
     {"echo", false, true, kBool},
     {"suffix", false, true, kText},
     {"tools", true, false, kArray},
@@ -478,6 +479,63 @@ TEST_CASE("log-probabilities are asked for in both endpoints' ways") {
   CHECK(echo.requests[0].max_new == 1);
   CHECK(echo.call.max_tokens == 0);
   CHECK_FALSE(ask_completion(R"("echo": true)").requests.at(0).score_prompt);
+}
+
+TEST_CASE("token_details come with log-probabilities, in both endpoints") {
+  CHECK(ask_chat(R"("logprobs": true, "token_details": true)").call.token_details);
+  CHECK(ask_completion(R"("logprobs": 0, "token_details": true)").call.token_details);
+  CHECK_FALSE(ask_completion(R"("logprobs": 0)").call.token_details);
+  CHECK(ask_completion(R"("token_details": false)").status == 200);
+  CHECK(ask_completion(R"("token_details": true)").param == "token_details");
+  CHECK(ask_chat(R"("token_details": true, "logprobs": false)").param == "token_details");
+}
+
+TEST_CASE("the next token is asked for with a prompt or with messages, and settings of sampling") {
+  const ServedModel model = api_model();
+  const auto ask = [&](const std::string& body) {
+    Outcome out;
+    try {
+      out.call = read_next_token(read_body(body, kApiLimits), model, kApiLimits);
+      out.requests = make_requests(out.call, model, kApiLimits);
+    } catch (const ApiError& e) {
+      out.status = e.status, out.param = e.param, out.message = e.what();
+    }
+    return out;
+  };
+  for (const bool chat : {true, false}) {
+    CAPTURE(chat);
+    const auto body = [&](const std::string& members) {
+      return chat ? chat_body(members) : completion_body(members);
+    };
+    const Outcome out = ask(body(R"("temperature": 0.5, "top_k": 3, "min_p": 0.25, "top": 7,
+        "logit_bias": {"5": 1}, "max_tokens": 100, "stop": "x")"));
+    REQUIRE(out.message == "");
+    CHECK(out.call.next_tokens == 7);
+    REQUIRE(out.requests.size() == 1);
+    const Request& r = out.requests[0];
+    CHECK(r.want_distribution);
+    CHECK(r.max_new == 1);
+    CHECK(r.top_logprobs == -1);
+    CHECK(r.sampling.temperature == .5f);
+    CHECK(r.sampling.top_k == 3);
+    CHECK(r.sampling.min_p == .25f);
+    CHECK(r.logit_bias.size() == 1);
+    CHECK(r.prompt == outcome_of(chat, body(""), model).requests.at(0).prompt);
+    CHECK_FALSE(outcome_of(chat, body(R"("top": 7)"), model).requests.at(0).want_distribution);
+    CHECK(ask(body("")).call.next_tokens == 20);
+    CHECK(ask(body(R"("top": 0)")).status == 200);
+    CHECK(ask(body(R"("top": -1)")).param == "top");
+    CHECK(ask(body(R"("top": 1001)")).param == "top");
+    CHECK(ask(body(R"("top": "7")")).param == "top");
+    CHECK(ask(body(R"("n": 2)")).param == "n");
+    CHECK(ask(body(R"("stream": true)")).param == "stream");
+    CHECK(ask(body(R"("temperature": 3)")).param == "temperature");
+  }
+  CHECK(ask(R"({"prompt": [65, 66]})").requests.at(0).prompt == std::vector<int>{65, 66});
+  CHECK(ask(R"({"prompt": ["a", "b"]})").param == "prompt");
+  CHECK(ask("{}").param == "prompt");
+  CHECK(ask(R"({"prompt": "a", "messages": [{"role": "user", "content": "b"}]})").param ==
+        "messages");
 }
 
 TEST_CASE("stop strings: one, several, none") {
@@ -984,3 +1042,65 @@ TEST_CASE("a prompt leaves room for one token at least, and the answer always ha
 }
 
 }  // namespace
+
+// ---------------------------------------------------------------------------------------------
+// Answers that begin with ids
+
+TEST_CASE("answer_ids stand behind the template's prompt, and are ids") {
+  const ServedModel model = api_model();
+  const Outcome plain = ask_chat("", model), begun = ask_chat(R"("answer_ids": [65, 66])", model);
+  REQUIRE(begun.requests.size() == 1);
+  std::vector<int> expected = plain.requests.at(0).prompt;
+  expected.insert(expected.end(), {65, 66});
+  CHECK(begun.requests[0].prompt == expected);
+  CHECK(ask_chat(R"("answer_ids": [])", model).param == "answer_ids");
+  CHECK(ask_chat(R"("answer_ids": [65, -1])", model).param == "answer_ids[1]");
+  CHECK(ask_chat(R"("answer_ids": "a")", model).param == "answer_ids");
+  const Outcome twice =
+      outcome_of(true, R"({"messages": [{"role": "user", "content": "a"}, {"role": "assistant",
+      "content": "b"}], "answer_ids": [65]})",
+                 model);
+  CHECK(twice.message ==
+        "answer_ids: found 1 ids, expected none behind a last message of the "
+        "assistant");
+}
+
+TEST_CASE("answer_ids do not go on behind the end of the answer, but for a tool's result") {
+  ServedModel model = api_model();
+  const int end = model.rules.end_of_turn;
+  CHECK(ask_chat(concat("\"answer_ids\": [65, ", end, ", 66]"), model).param == "answer_ids[1]");
+  const Outcome whole = ask_chat(concat("\"answer_ids\": [65, ", end, "]"), model);
+  CHECK(is_complete(whole.call, model));
+  CHECK(prompt_of(model, whole.call).back() == end);
+  CHECK_FALSE(is_complete(ask_chat("\"answer_ids\": [65]", model).call, model));
+  CHECK_FALSE(is_complete(ask_chat("", model).call, model));
+  model.tools = {kCalculatorTool};
+  std::vector<int> ids = api_tokenizer().encode(
+      "<tool_call>\n{\"name\": \"calculator\", \"arguments\": {\"expression\": \"6*7\"}}\n"
+      "</tool_call><|im_end|>",
+      true);
+  const ApiCall call = ask_chat("", model).call;
+  const std::vector<int> result = ids_behind_turn(call, model, ids);
+  CHECK(contains(text_of(result), "42"));
+  const std::vector<int> turn = ids;
+  ids.insert(ids.end(), result.begin(), result.end());
+  const auto list = [](const std::vector<int>& v) { return "\"answer_ids\": " + Json(v).dump(); };
+  CHECK(ask_chat(list(ids), model).call.answer_ids == ids);
+  CHECK(ask_chat(list(turn), model).call.answer_ids == ids);  // the result is added
+  CHECK_FALSE(is_complete(ask_chat(list(turn), model).call, model));
+  ids[ids.size() - 2]++;
+  CHECK(ask_chat(list(ids), model).status == 400);
+}
+
+TEST_CASE("a character that answer_ids end in is completed by the answer") {
+  const ServedModel model = api_model();
+  std::vector<int> ids;
+  for (const char c : std::string("a\xf0\x9f")) {
+    for (int id = 0; id < 256; id++) {
+      if (api_tokenizer().token_bytes(id) == std::string_view(&c, 1)) ids.push_back(id);
+    }
+  }
+  const Outcome out = ask_chat("\"answer_ids\": " + Json(ids).dump(), model);
+  CHECK(out.requests.at(0).held_bytes == "\xf0\x9f");
+  CHECK(ask_chat("\"answer_ids\": [65]", model).requests.at(0).held_bytes == "");
+}

@@ -820,6 +820,46 @@ TEST_CASE("serve: an echoed prompt has the log-probabilities that lm-eval reads"
   }
 }
 
+TEST_CASE("serve: the scores of an echoed text add up to the loss that ./chat eval finds") {
+  ServeOptions options = serve_options("test/golden/eval_model");
+  options.chat_template = "none";
+  RunningServer server(options);
+  std::istringstream lines(read_file("test/golden/eval_text.jsonl"));
+  const TempDir dir;
+  int documents = 0;
+  for (std::string line; std::getline(lines, line);) {
+    std::string text = Json::parse(line).at("text");
+    if (text.size() > 150) text.resize(text.rfind(' ', 150));  // the context is 256 tokens
+    const Reply reply = server.post("/v1/completions", {{"prompt", text},
+                                                        {"echo", true},
+                                                        {"max_tokens", 0},
+                                                        {"logprobs", 1},
+                                                        {"token_details", true}});
+    REQUIRE_MESSAGE(reply.status == 200, reply.body);
+    const OrderedJson choice = reply.json().at("choices")[0];
+    CHECK(choice.at("text") == text);
+    double nats = 0;
+    int tokens = 0;
+    for (const OrderedJson& entry : choice.at("logprobs").at("content")) {
+      nats -= entry.at("logprob").get<double>();
+      tokens++;
+      const bool is_likeliest = entry.at("top_logprobs")[0].at("id") == entry.at("id");
+      CHECK((entry.at("rank") == 1) == is_likeliest);
+    }
+    write_file(dir / "text.jsonl", Json{{"text", text}}.dump() + "\n");
+    const std::string results = dir / "results.json";
+    const Output out =
+        shell(concat("./chat eval test/golden/eval_model --threads 1 --tasks ",
+                     "bits_per_byte=", (dir / "text.jsonl").string(), " --json ", results));
+    REQUIRE_MESSAGE(out.status == 0, out.text);
+    const double bits = read_json(results)["bits_per_byte"]["value"].get<double>();
+    const double loss = bits * std::log(2.) * double(text.size()) / tokens;
+    CHECK(std::abs(nats / tokens - loss) < 1e-5 * loss);
+    documents++;
+  }
+  CHECK(documents == 3);
+}
+
 // -------------------------------------------------------------------------------------------------
 // The same seed gives the same text
 
@@ -1602,67 +1642,6 @@ TEST_CASE("serve: while the models load it listens, and answers 503 with Retry-A
 
 // -------------------------------------------------------------------------------------------------
 // The binary and its signals
-
-namespace {
-
-// ./serve with a model, on a free port, which it prints.
-class ServeBinary {
- public:
-  explicit ServeBinary(const std::string& model, const std::string& flags = "") {
-    log_ = dir_ / "log";
-    child_ = fork();
-    if (child_ == 0) {
-      execl("/bin/sh", "sh", "-c",
-            concat("exec ./serve ", model,
-                   " --port 0 --device cpu --threads 1 --cache-mb 64 --template chatml ", flags,
-                   " >", log_, " 2>&1")
-                .c_str(),
-            nullptr);
-      _exit(127);
-    }
-    const bool ready = wait_until(
-        [&] {
-          if (ended()) return true;
-          const std::string text = log();
-          const size_t at = text.find("http://127.0.0.1:");
-          if (at == std::string::npos) return false;
-          port_ = std::atoi(text.c_str() + at + 17);
-          try {
-            return port_ > 0 && ask(port_, http_get("/health")).status == 200;
-          } catch (const Error&) {
-            return false;
-          }
-        },
-        60);
-    if (!ready || ended()) fail("./serve: found it not ready: ", log());
-  }
-  ~ServeBinary() {
-    if (!ended()) {
-      kill(child_, SIGKILL);
-      waitpid(child_, nullptr, 0);
-    }
-  }
-  void signal(int number) { kill(child_, number); }
-  bool ended() {
-    if (status_ < 0) {
-      int status;
-      if (waitpid(child_, &status, WNOHANG) != child_) return false;
-      status_ = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-    }
-    return true;
-  }
-  int status() const { return status_; }  // exit status, or 128 and a signal's number
-  int port() const { return port_; }
-  std::string log() const { return std::filesystem::exists(log_) ? read_file(log_) : ""; }
-
- private:
-  TempDir dir_;
-  std::string log_;
-  pid_t child_ = -1;
-  int port_ = 0, status_ = -1;
-};
-
-}  // namespace
 
 TEST_CASE("serve: either signal ends it with status 0, idle, streaming or reading a prompt") {
   // llama.cpp#18292 (hangs while streams are open), #6348 (SIGTERM)

@@ -346,10 +346,12 @@ TEST_CASE("a call is queued with all its choices, or refused") {
   const auto four = engine.submit(0, choices(4));  // two wait
   CHECK(api_error_of([&] { engine.submit(0, choices(2)); }) ==
         std::pair(503, std::string("queue_full")));
+  CHECK_NOTHROW(engine.expect_room());  // for one
   const auto one = engine.submit(0, choices(1));
   CHECK(api_error_of([&] { engine.submit(0, choices(1)); }).first == 503);
+  CHECK(api_error_of([&] { engine.expect_room(); }) == std::pair(503, std::string("queue_full")));
   EngineCounts counts = engine.counts();
-  CHECK(counts.refused == 6 + 2 + 1);
+  CHECK(counts.refused == 6 + 2 + 1 + 1);
   CHECK(counts.queued + counts.running == 5);
   hold = false;
   CHECK(all_events(*four).size() == 4 * 4);
