@@ -19,11 +19,11 @@ GCC_ONLY := $(if $(findstring clang,$(CXX)),,-Wno-restrict)
 FLAGS := -std=c++20 -O3 -march=$(MARCH) -ffp-contract=fast -fopenmp -I. \
          -Wall -Wextra -Wno-missing-field-initializers $(GCC_ONLY) $(if $(WERROR),-Werror)
 LIBRARIES := -Wl,--as-needed -lgumbo -lcld2 -lpsl -luchardet -ldivsufsort64 -lsnappy \
-             -lsimdjson -lzstd -lz -ledit -lcpp-httplib
+             -lsimdjson -lzstd -lz -ledit -lcpp-httplib -lsqlite3
 # cpp-httplib is built in parts that its users must have too: its header says the same as the library.
 HTTP_FLAGS := $(shell pkg-config --cflags cpp-httplib 2>/dev/null)
 HEADERS := CLI/CLI.hpp cld2/public/compact_lang_det.h divsufsort64.h doctest/doctest.h gumbo.h histedit.h httplib.h libpsl.h \
-           nlohmann/json.hpp omp.h simdjson.h snappy.h uchardet/uchardet.h xxhash.h zlib.h zstd.h
+           nlohmann/json.hpp omp.h simdjson.h snappy.h sqlite3.h uchardet/uchardet.h xxhash.h zlib.h zstd.h
 
 # The longest to compile first.
 MODEL_STAGES := rlhf reward chat sft serve
@@ -86,6 +86,14 @@ overoptimize: all ## reward hacking: gold against proxy, three reward models: RU
 
 base-to-chat: all ## RL alone: grpo from the base model beside grpo from the assistant: RUN=dir FROM=runs/demo
 	@dev/base_to_chat.sh
+
+# FROM: the folder of make run, as for overoptimize.
+arena: $(BIN)/serve ## vote in the browser on the demo's assistants: RUN=dir FROM=runs/demo PORT=n
+	@dev/arena.sh
+
+arena-test: $(BIN)/serve $(BIN)/reward $(BIN)/chat $(BUILD)/arena_voter ## a program votes, a reward model and a policy learn from it: RUN=dir FROM=runs/demo VOTES=n ANSWERS=n
+	@dev/arena_test.sh
+export PORT VOTES ANSWERS
 
 test: ## set up, build and run every test; DEVICE=cuda: the CUDA engine's on the GPU
 	@dev/setup.sh
@@ -200,12 +208,13 @@ $(BUILD)/bench: $(OBJECTS)/dev/bench/bench.o $(BPE)
 $(BUILD)/bench_decode: $(OBJECTS)/dev/bench/decode.o $(ENGINE) $(BPE)
 $(BUILD)/bench_tokenizer: $(OBJECTS)/dev/bench/tokenizer.o $(BPE)
 $(BUILD)/serve_load: $(OBJECTS)/dev/bench/serve_load.o
+$(BUILD)/arena_voter: $(OBJECTS)/dev/arena_voter.o
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
                    $(OBJECTS)/train_gpt.o $(BPE)
 $(BUILD)/test_threads: $(OBJECTS)/test/test_serve_threads.o $(OBJECTS)/test/main.o $(SERVE) $(ENGINE) $(BPE)
 $(BUILD)/test: $(TESTS) $(CORPUS) $(SERVE) $(BPE) $(OBJECTS)/dev/world.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_decode $(BUILD)/bench_tokenizer $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/serve_load $(BUILD)/extraction_blocks $(BUILD)/split_pieces $(BUILD)/logits $(BUILD)/test $(BUILD)/test_gpu $(BUILD)/test_threads:
+$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_decode $(BUILD)/bench_tokenizer $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/serve_load $(BUILD)/arena_voter $(BUILD)/extraction_blocks $(BUILD)/split_pieces $(BUILD)/logits $(BUILD)/test $(BUILD)/test_gpu $(BUILD)/test_threads:
 	@mkdir -p $(@D)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
@@ -251,10 +260,11 @@ $(OBJECTS)/test/test_cuda.cuda.o: test/test_cuda.cpp $(BUILD)/command
 	@$(NVCC) $(NVCC_FLAGS) -x cu -MMD -MP -c $< -o $@
 
 # The files that the assembler includes: the compiler's list of headers does not name them.
-$(OBJECTS)/bpe_page.o: $(wildcard web/*)
+$(OBJECTS)/bpe_page.o: web/style.css web/tokens.js web/stats.html web/stats.js
+$(OBJECTS)/serve_page.o: $(wildcard web/*)
 
 $(OBJECTS)/train_gpt.o: private FLAGS += $(ENGINE_FLAGS)
-$(SERVE) $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_serve*.cpp test/fuzz/fuzz_serve*.cpp dev/bench/serve*.cpp)): private FLAGS += $(HTTP_FLAGS)
+$(SERVE) $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_serve*.cpp test/test_page.cpp test/fuzz/fuzz_serve*.cpp dev/bench/serve*.cpp)) $(OBJECTS)/dev/arena_voter.o: private FLAGS += $(HTTP_FLAGS)
 $(ON_CPU) $(OBJECTS)/emulate/train_gpt.cuda.o $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard test/test_cuda*.cpp)): private FLAGS += $(ON_CPU_FLAGS)
 
 -include $(shell find $(OBJECTS) -name '*.d' 2>/dev/null)
@@ -276,6 +286,6 @@ $(BUILD)/packages: $(BUILD)/command
 	done
 	@touch $@
 
-.PHONY: all run reviews overoptimize base-to-chat test test-all test-sanitized test-v3 test-threads emulate test-faults spills bench bench-bpe bench-corpus bench-serve fuzz format format-check clean help FORCE
+.PHONY: all run reviews overoptimize base-to-chat arena arena-test test test-all test-sanitized test-v3 test-threads emulate test-faults spills bench bench-bpe bench-corpus bench-serve fuzz format format-check clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:
