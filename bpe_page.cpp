@@ -623,25 +623,11 @@ std::string make_page(const TextFigures& text, const std::vector<Vocabulary>& vo
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------
-// The files of web/: the assembler puts their bytes into the program. Its paths begin at the root
-// of the repository, where make runs.
-
-#define CAKE_WEB_FILE(function, path)                                                      \
-  asm(".section .rodata\n"                                                                 \
-      ".globl cake_web_" #function "\n.globl cake_web_" #function                          \
-      "_end\n"                                                                             \
-      "cake_web_" #function ":\n.incbin \"" path "\"\ncake_web_" #function                 \
-      "_end:\n"                                                                            \
-      ".previous\n");                                                                      \
-  extern "C" const char cake_web_##function[], cake_web_##function##_end[];                \
-  std::string_view web::function() {                                                       \
-    return {cake_web_##function, size_t(cake_web_##function##_end - cake_web_##function)}; \
-  }
+// The files of web/ that it is made of
 
 CAKE_WEB_FILE(style_css, "web/style.css")
 CAKE_WEB_FILE(tokens_js, "web/tokens.js")
 CAKE_WEB_FILE(stats_html, "web/stats.html")
 CAKE_WEB_FILE(stats_js, "web/stats.js")
-#undef CAKE_WEB_FILE
 
 }  // namespace cake

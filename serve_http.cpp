@@ -364,7 +364,7 @@ void add_headers(const Connection& c, httplib::Response& res) {
   } else {
     set("Cross-Origin-Resource-Policy", "same-origin");
   }
-  if (res.status == 204) res.headers.erase("Content-Length");
+  if (res.status == 204 || res.status == 304) res.headers.erase("Content-Length");
   res.headers.erase("Accept-Ranges");  // the library's, for HEAD: ranges are not served
   res.headers.erase("Keep-Alive");     // the library's has other numbers
   res.headers.erase("Connection");

@@ -404,7 +404,7 @@ double contrast(const std::string& a, const std::string& b) {
   return (std::max(x, y) + .05) / (std::min(x, y) + .05);
 }
 
-TEST_CASE("text on the pages has a contrast of 4.5 in both themes, edges of tokens 3") {
+TEST_CASE("text on the pages has a contrast of 4.5 in both themes, edges of tokens and fields 3") {
   const std::string css(web::style_css());
   std::map<std::string, std::array<std::string, 2>> colours;
   const std::regex variable("--([a-z0-9-]+): light-dark\\((#[0-9a-f]{6}), (#[0-9a-f]{6})\\)");
@@ -424,5 +424,8 @@ TEST_CASE("text on the pages has a contrast of 4.5 in both themes, edges of toke
       for (const char* text : {"ink", "mark", "byte"}) at_least(text, tint, 4.5);
       at_least(std::string("edge-") + i, "raised", 3);
     }
+    at_least("accent-ink", "accent", 4.5);
+    at_least("warn", "warn-ground", 4.5);
+    for (const char* ground : {"paper", "raised"}) at_least("edge-field", ground, 3);
   }
 }

@@ -16,28 +16,38 @@
 // Mouse: a token under the pointer is described in a popover. Keyboard: Tab enters and leaves the
 // view, arrows, Home, End, Ctrl+Home and Ctrl+End move between its tokens, Enter or a click chooses
 // a token, Escape closes the popover.
+//
+// Texts may be long and grow: nothing that stands is drawn again.
 
 export class TokenView {
   // label       what a screen reader calls the view
+  // isProse     a text to read: spaces are spaces, and tokens have no tints
   // describe    (token, index) -> rows [name, value] to add to the popover
   // onInspect   (token, index, byKeyboard) when a token is described; (null) when none is
   // onChoose    (token, index) on a click or Enter
-  constructor(element, {label, describe, onInspect, onChoose} = {}) {
+  // onLeave     () when an arrow key moves behind the last token
+  constructor(element, {label, isProse = false, describe, onInspect, onChoose, onLeave} = {}) {
     this.element = element;
+    this.isProse = isProse;
     this.describe = describe ?? (() => []);
     this.onInspect = onInspect ?? (() => {});
     this.onChoose = onChoose ?? (() => {});
+    this.onLeave = onLeave ?? (() => {});
     this.showsIds = false;
-    element.classList.add('token-view');
+    element.classList.add(isProse ? 'prose' : 'token-view');
     element.setAttribute('role', 'listbox');
     element.setAttribute('aria-orientation', 'horizontal');
     element.setAttribute('aria-label', label ?? 'Tokens');
     element.addEventListener('keydown', event => this.#onKey(event));
     element.addEventListener('focusin', event => this.#inspect(event.target, true));
-    element.addEventListener('focusout', () => this.#leave());
-    element.addEventListener('pointerover', event => this.#inspect(event.target, false));
+    element.addEventListener('focusout', event => {
+      this.popover.onFocusOut(event);
+      this.onInspect(null);
+    });
+    // A pointer that moves; not one below which a growing text moves.
+    element.addEventListener('pointermove', event => this.#inspect(event.target, false));
     element.addEventListener('pointerleave', () => {
-      popover().hideSoon();
+      this.popover.hideSoon();
       this.onInspect(null);
     });
     element.addEventListener('click', event => this.#onClick(event));
@@ -68,6 +78,29 @@ export class TokenView {
     this.openGroup = null;
     for (const group of joinCharacters(waiting)) this.#appendGroup(group);
     this.#makeCurrent(Math.min(this.current, this.tokens.length - 1));
+  }
+
+  // Removes the tokens from `index` on, and returns them.
+  cut(index) {
+    this.popover.hide();
+    const removed = this.tokens.slice(index), box = this.element;
+    // The tokens of a character stand together, and a character has no more than four.
+    let start = Math.max(0, index - 4);
+    const inGroup = i => this.parts[i]?.closest('.split')?.contains(this.parts[i - 1]);
+    while (start > 0 && inGroup(start)) start--;
+    const again = this.tokens.slice(start, index);
+    for (const part of this.parts.slice(start)) {
+      const whole = part.closest('.split') ?? part;
+      if (whole.nextSibling?.tagName === 'WBR') whole.nextSibling.remove();
+      whole.remove();
+    }
+    while (box.lastChild && !box.lastChild.hasChildNodes()) box.lastChild.remove();
+    this.tokens.length = this.parts.length = this.cutCharacter.length = start;
+    this.line = this.parts.at(-1)?.closest('.line') ?? null;
+    this.openGroup = null;
+    this.#endLine(this.tokens.slice(-1));
+    this.append(again);
+    return removed;
   }
 
   // Whether ids stand in place of text: what the model gets.
@@ -105,8 +138,11 @@ export class TokenView {
       this.cutCharacter.push(cells.find(cell => cell.first <= i && i <= cell.last)?.text);
     });
     if (group.isOpen) this.openGroup = {index, elements};
+    this.#endLine(group.tokens);
+  }
 
-    const breaks = this.showsIds ? 0 : lineBreaks(group.tokens);
+  #endLine(tokens) {
+    const breaks = this.showsIds ? 0 : lineBreaks(tokens);
     if (breaks > 0) this.line = this.#newLine(breaks > 1 ? 'line paragraph' : 'line');
   }
 
@@ -119,13 +155,17 @@ export class TokenView {
   }
 
   #tokenElement(token, index, split) {
-    const part = tokenElement(token, index, {asBytes: split, asId: this.showsIds});
+    const part = tokenElement(token, index, {
+      asBytes: split, asId: this.showsIds, isProse: this.isProse,
+    });
     part.setAttribute('role', 'option');
     part.setAttribute('aria-selected', 'false');
     part.tabIndex = -1;
     part.dataset.index = index;
+    this.decorate(part, token);
     return part;
   }
+  decorate() {}  // of an element: what a subclass has to add
 
   // -----------------------------------------------------------------------------------------------
   // One token has the attention: Tab reaches it, and the popover describes it.
@@ -152,17 +192,25 @@ export class TokenView {
     const index = this.#indexOf(element);
     if (index < 0) return;
     const token = this.tokens[index], part = this.parts[index];
+    if (!byKeyboard && this.popover.isAt(part)) return;
     if (byKeyboard) {
       this.#makeCurrent(index);
       part.setAttribute('aria-label', `${spoken(token)}, token ${token.id}`);
     }
-    popover().show(part, this.#popoverRows(token, index));
+    this.popover.show(part, ...this.content(token, index));
     this.onInspect(token, index, byKeyboard);
   }
 
-  #leave() {
-    popover().hide();
-    this.onInspect(null);
+  get popover() { return thePopover ??= new Popover('token-popover'); }
+
+  content(token, index) {  // of the popover
+    const heading = make('p', 'popover-token'), list = make('dl');
+    heading.dir = 'auto';
+    heading.append(...visibleNodes(token.bytes, token.special));
+    for (const [name, value] of this.#popoverRows(token, index)) {
+      list.append(make('dt', '', name), make('dd', '', value));
+    }
+    return [heading, list];
   }
 
   #popoverRows(token, index) {
@@ -175,7 +223,7 @@ export class TokenView {
     if (cut) rows.push(['part of', cut]);
     else if (characters) rows.push(['characters', characters]);
     rows.push(['place', `token ${formatNumber(index + 1)} of ${formatNumber(this.tokens.length)}`]);
-    return {token, rows: [...rows, ...this.describe(token, index)]};
+    return [...rows, ...this.describe(token, index)];
   }
 
   #onClick(event) {
@@ -189,15 +237,17 @@ export class TokenView {
     if (event.altKey || event.metaKey) return;
     const index = this.#indexOf(event.target);
     if (index < 0) return;
-    if (event.key === 'Escape') return popover().hide();
+    if (event.key === 'Escape') return this.popover.hide();
+    if (event.ctrlKey && event.key === 'Enter') return;
     if (event.key === 'Enter' || event.key === ' ') {
       event.preventDefault();
-      popover().show(this.parts[index], this.#popoverRows(this.tokens[index], index));
+      this.popover.show(this.parts[index], ...this.content(this.tokens[index], index));
       return this.onChoose(this.tokens[index], index);
     }
     const next = this.#neighbour(index, event.key, event.ctrlKey);
     if (next === undefined) return;
     event.preventDefault();
+    if (next === index && ['ArrowRight', 'ArrowDown'].includes(event.key)) return this.onLeave();
     this.parts[next].focus();
   }
 
@@ -351,20 +401,20 @@ function firstEndingBehind(tokens, offset) {
 
 // A token alone. asBytes: all bytes that are not ASCII are shown as \xE2, because the character is
 // shown elsewhere. asId: the id stands for the text.
-export function tokenElement(token, index, {asBytes = false, asId = false} = {}) {
-  const element = make('span', `token tint-${index % 5}`);
+export function tokenElement(token, index, {asBytes = false, asId = false, isProse = false} = {}) {
+  const element = make('span', isProse ? 'token' : `token tint-${index % 5}`);
   if (token.special) element.classList.add('special');
   if (asId) {
     element.classList.add('id');
     element.textContent = token.id;
   } else {
-    element.append(...visibleNodes(token.bytes, token.special, asBytes));
+    element.append(...visibleNodes(token.bytes, token.special || isProse, asBytes));
   }
   return element;
 }
 
 // The nodes that show bytes: characters as they are, and marks for all that has no shape.
-function visibleNodes(bytes, isSpecial, asBytes) {
+function visibleNodes(bytes, keepsSpaces, asBytes = false) {
   const nodes = [];
   let plain = '';
   const flush = () => {
@@ -372,7 +422,7 @@ function visibleNodes(bytes, isSpecial, asBytes) {
     plain = '';
   };
   for (const {code, begin} of charactersOf(bytes)) {
-    const mark = code < 0 || (asBytes && code >= 0x80) ? null : markOf(code, isSpecial);
+    const mark = code < 0 || (asBytes && code >= 0x80) ? null : markOf(code, keepsSpaces);
     if (mark === undefined) {
       const c = String.fromCodePoint(code);
       plain += plain === '' && /^\p{M}/u.test(c) ? '\u25CC' + c : c;  // a mark needs a letter
@@ -386,8 +436,8 @@ function visibleNodes(bytes, isSpecial, asBytes) {
 }
 
 // What stands for a character without a shape of its own; undefined: it shows itself.
-function markOf(code, isSpecial) {
-  if (code === 0x20) return isSpecial ? undefined : '\u2423';  // ␣
+function markOf(code, keepsSpaces) {
+  if (code === 0x20) return keepsSpaces ? undefined : '\u2423';  // ␣
   if (code === 0x0A) return '\u23CE';                          // ⏎
   if (code === 0x09) return '\u21E5';                          // ⇥
   if (code === 0x0D) return '\\r';
@@ -464,7 +514,7 @@ function characterNames(bytes) {
 }
 
 // A token in words, for a screen reader.
-function spoken(token) {
+export function spoken(token) {
   const names = {0x20: 'space', 0x0A: 'line break', 0x09: 'tab', 0x0D: 'carriage return'};
   const words = [];
   let plain = '';
@@ -482,17 +532,21 @@ function spoken(token) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// The popover, one for the whole page
+// A box beside an element, that says more about it. While one of its buttons or the element has the
+// focus, it stays. In it, arrows move between the buttons, and Escape goes back to the element.
 
-class Popover {
-  constructor() {
+export class Popover {
+  constructor(id, {role = 'tooltip', label} = {}) {
     this.element = make('div', 'popover');
-    this.element.id = 'token-popover';
-    this.element.setAttribute('role', 'tooltip');
+    this.element.id = id;
+    this.element.setAttribute('role', role);
+    if (label) this.element.setAttribute('aria-label', label);
     this.element.hidden = true;
     // A pointer that moves from the token onto the popover leaves it open.
     this.element.addEventListener('pointerenter', () => clearTimeout(this.timer));
     this.element.addEventListener('pointerleave', () => this.hideSoon());
+    this.element.addEventListener('focusout', event => this.onFocusOut(event));
+    this.element.addEventListener('keydown', event => this.#onKey(event));
     (document.querySelector('main') ?? document.body).append(this.element);
     document.addEventListener('keydown', event => event.key === 'Escape' && this.hide());
     const follow = () => this.#place();
@@ -500,16 +554,12 @@ class Popover {
     window.addEventListener('resize', follow);
   }
 
-  show(anchor, {token, rows}) {
+  show(anchor, ...content) {
     clearTimeout(this.timer);
+    if (this.element.contains(document.activeElement)) return;
     this.anchor?.removeAttribute('aria-describedby');
     this.anchor = anchor;
-    const heading = make('p', 'popover-token');
-    heading.dir = 'auto';
-    heading.append(...visibleNodes(token.bytes, token.special, false));
-    const list = make('dl');
-    for (const [name, value] of rows) list.append(make('dt', '', name), make('dd', '', value));
-    this.element.replaceChildren(heading, list);
+    this.element.replaceChildren(...content);
     this.element.hidden = false;
     anchor.setAttribute('aria-describedby', this.element.id);
     this.#place();
@@ -523,13 +573,41 @@ class Popover {
 
   hideSoon() {
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.hide(), 150);
+    if (!this.#has(document.activeElement)) this.timer = setTimeout(() => this.hide(), 150);
   }
 
-  // Below the token, or above it where there is no room, and inside the window.
+  // Whether it is open there; then it stays.
+  isAt(anchor) {
+    if (this.element.hidden || this.anchor !== anchor) return false;
+    clearTimeout(this.timer);
+    return true;
+  }
+
+  // The focus goes to the button that is the current one, or to the first.
+  enter() {
+    const buttons = [...this.element.querySelectorAll('button')];
+    (buttons.find(button => button.ariaCurrent) ?? buttons[0])?.focus();
+  }
+
+  onFocusOut(event) { if (!this.#has(event.relatedTarget)) this.hide(); }
+
+  #has(target) { return target === this.anchor || this.element.contains(target); }
+
+  #onKey(event) {
+    const buttons = [...this.element.querySelectorAll('button')];
+    const index = buttons.indexOf(document.activeElement);
+    if (event.key === 'ArrowDown') buttons[Math.min(index + 1, buttons.length - 1)].focus();
+    else if (event.key === 'ArrowUp') buttons[Math.max(index - 1, 0)].focus();
+    else if (event.key === 'Escape') this.anchor.focus();
+    else return;
+    event.preventDefault();
+  }
+
+  // Below the element, or above it where there is no room, and inside the window.
   #place() {
     if (this.element.hidden) return;
     const rect = this.anchor.getClientRects()[0] ?? this.anchor.getBoundingClientRect();
+    if (rect.bottom < 0 || rect.top > window.innerHeight) return this.hide();  // out of sight
     const width = this.element.offsetWidth, height = this.element.offsetHeight, gap = 6;
     const right = document.documentElement.clientWidth - width - 8;
     const below = rect.bottom + gap;
@@ -540,4 +618,3 @@ class Popover {
 }
 
 let thePopover;
-const popover = () => thePopover ??= new Popover();
