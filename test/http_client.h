@@ -117,6 +117,8 @@ class Connection {
     const int yes = 1;
     setsockopt(fd_, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
   }
+  // The other side of one: a socket that accept() returned.
+  static Connection of(int fd, double seconds = 30) { return Connection(Accepted{fd}, seconds); }
   Connection(Connection&& other) noexcept
       : fd_(std::exchange(other.fd_, -1)),
         seconds_(other.seconds_),
@@ -278,6 +280,14 @@ class Connection {
   }
 
  private:
+  struct Accepted {
+    int fd;
+  };
+  Connection(Accepted socket, double seconds) : fd_(socket.fd), seconds_(seconds) {
+    const int yes = 1;
+    setsockopt(fd_, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+  }
+
   int fd_ = -1;
   double seconds_;
   bool ended_ = false;

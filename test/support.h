@@ -46,13 +46,18 @@ inline std::set<std::string>& skipped_tests() {
   return names;
 }
 
+// Says by name that the running test is skipped, and why.
+inline void skip_test(const std::string& why) {
+  const std::string test = doctest::getContextOptions()->currentTest->m_name;
+  skipped_tests().insert(test);
+  MESSAGE("skipped: " << test << ": " << why);
+}
+
 // True when the data are absent: then the test says so by name and returns.
 //     if (skip_without_data("text/tinyshakespeare.txt")) return;
 inline bool skip_without_data(const std::string& name) {
   if (std::filesystem::exists(data_path(name))) return false;
-  const std::string test = doctest::getContextOptions()->currentTest->m_name;
-  skipped_tests().insert(test);
-  MESSAGE("skipped: " << test << ": " << name << " is not there");
+  skip_test(name + " is not there");
   return true;
 }
 
