@@ -200,7 +200,9 @@ if [[ -z $TEXT ]]; then
   $BIN/chat $RUN/ppo                                            ask for a story about Ada and a dog
   $BIN/chat $RUN/grpo                                           ask what 27 apples and 15 more make
   $BIN/chat $RUN/base --base                                    talk to what it was made from
-  $BIN/serve base=$RUN/base sft=$RUN/sft ppo=$RUN/ppo           by API, as OpenAI's clients ask: http://127.0.0.1:8080/v1
+  $BIN/serve $RUN/grpo                                          in a browser: http://127.0.0.1:8080
+  $BIN/serve base=$RUN/base sft=$RUN/sft ppo=$RUN/ppo           several; by API, as OpenAI's clients ask: http://127.0.0.1:8080/v1
+  make arena FROM=$RUN                                          vote in the browser: which one answers better?
   $BIN/sft --data $RUN/world/conversations.jsonl --model $RUN/base --show 3      what it was taught
 END
 fi
