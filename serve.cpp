@@ -1,12 +1,15 @@
-// Stage 7: models behind HTTP, as OpenAI's API has them.
+// Stage 7: models behind HTTP: in a browser, and as OpenAI's API has them.
 //
-//     ./serve runs/demo/ppo                           one model, on http://127.0.0.1:8080/v1
+//     ./serve runs/demo/ppo                           one model, on http://127.0.0.1:8080
 //     ./serve base=runs/demo/base ppo=runs/demo/ppo   several, by name
 //     ./serve model.gguf --port 9000 --weights q8_0
+//     ./serve sft=runs/demo/sft ppo=runs/demo/ppo --votes votes.db    with an arena on the page
+//     ./serve export votes.db -o preferences.jsonl    its votes, as ./reward reads them
 //
-// Any client of OpenAI's API works with it: curl, openai-python, Open WebUI. The same seed gives
-// the same text, whatever else is served at the time: a row of the engine is computed alone
-// (cake/generate.h), and its samples are a function of the seed and the number of the choice.
+// The page is serve_page.cpp's, the arena serve_arena.cpp's; the API is under /v1. Any client of
+// OpenAI's API works with it: curl, openai-python, Open WebUI. The same seed gives the same text,
+// whatever else is served at the time: a row of the engine is computed alone (cake/generate.h), and
+// its samples are a function of the seed and the number of the choice.
 //
 // How a request becomes an answer:
 //
@@ -63,7 +66,6 @@ using Handler = std::function<void(const httplib::Request&, httplib::Response&)>
 
 constexpr double kPollSeconds = .1;      // how long a client that left goes unnoticed, at most
 constexpr double kLastWordsSeconds = 1;  // for answers to be sent once the engine has stopped
-constexpr const char* kEvents = "text/event-stream";  // exactly: with parameters it is compressed
 
 }  // namespace
 
@@ -466,14 +468,11 @@ void Server::State::answer(const httplib::Request& request, httplib::Response& r
       return response.set_content(whole_answer(*call), "application/json");
     }
     std::vector<Event> events = wait_for_events(*call->mailbox, false);
-    response.headers.erase("Cache-Control");
-    response.set_header("Cache-Control", "no-cache");
-    response.set_header("X-Accel-Buffering", "no");  // nginx would collect it
     const double keep_alive = options.keep_alive_seconds;
-    response.set_chunked_content_provider(
-        kEvents, [call, events = std::move(events), keep_alive](size_t, httplib::DataSink& sink) {
-          return write_stream(*call, events, keep_alive, sink);
-        });
+    set_event_stream(response,
+                     [call, events = std::move(events), keep_alive](httplib::DataSink& sink) {
+                       return write_stream(*call, events, keep_alive, sink);
+                     });
   } catch (const ClientLeft&) {
     response.status = 499;  // nobody reads it; as nginx logs it
   }
@@ -853,7 +852,7 @@ void add_export_flags(CLI::App& app, ExportVotesOptions& o) {
 }
 
 int serve(int argc, char** argv) {
-  CLI::App app("Serves models over HTTP, as OpenAI's API: ./serve MODEL");
+  CLI::App app("Serves models over HTTP, in a browser and as OpenAI's API: ./serve MODEL");
   app.option_defaults()->always_capture_default();
   app.require_subcommand(0, 1);
   ServeOptions o;
@@ -869,8 +868,18 @@ int serve(int argc, char** argv) {
         "--calculator", "--documents", "--votes", "--api-key-file", "--allow-origin"}},
       {export_command, {"votes", "--output", "--raw", "--cut", "--seed", "--backup"}}};
   if (!parse_flags(app, argc, argv, pages)) return 0;
-  if (export_command->parsed()) return export_votes_command(votes);
+  if (export_command->parsed()) {
+    if (!o.models.empty()) {
+      fail("export: found model ", o.models[0], ", expected only its own flags");
+    }
+    return export_votes_command(votes);
+  }
   if (o.models.empty()) fail("model is required (see --help)");
+  for (const char* flag : {"--arena", "--answers", "--prompts", "--seed"}) {
+    if (app.count(flag) > 0 && o.arena.votes.empty()) {
+      fail("--votes is missing: the file for the votes of the arena, to which ", flag, " belongs");
+    }
+  }
   check(o);
   if (!key_file.empty()) read_keys(key_file, o.http.keys);
   if (const char* key = std::getenv("CAKE_API_KEY"); key && *key) o.http.keys.push_back(key);

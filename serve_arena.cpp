@@ -901,12 +901,7 @@ void BattleArena::battle(const httplib::Request& request, httplib::Response& res
     response.status = 499;  // nobody reads it
     return;
   }
-  response.headers.erase("Cache-Control");
-  response.set_header("Cache-Control", "no-cache");
-  response.set_header("X-Accel-Buffering", "no");  // nginx would collect it
-  response.set_chunked_content_provider(
-      "text/event-stream",
-      [work](size_t, httplib::DataSink& sink) { return work->write_stream(sink); });
+  set_event_stream(response, [work](httplib::DataSink& sink) { return work->write_stream(sink); });
 }
 
 OrderedJson BattleArena::vote(const OrderedJson& body) {

@@ -53,6 +53,16 @@ void set_error(httplib::Response& res, const ApiError& error) {
   if (error.status == 500) res.set_header("x-should-retry", "false");
 }
 
+void set_event_stream(httplib::Response& res, std::function<bool(httplib::DataSink&)> write) {
+  res.headers.erase("Cache-Control");
+  res.set_header("Cache-Control", "no-cache");
+  res.set_header("X-Accel-Buffering", "no");  // nginx would collect them
+  // The type exactly so: with parameters the library would compress the events, and hold them back.
+  res.set_chunked_content_provider(
+      "text/event-stream",
+      [write = std::move(write)](size_t, httplib::DataSink& sink) { return write(sink); });
+}
+
 namespace {
 
 constexpr double kNever = std::numeric_limits<double>::infinity();

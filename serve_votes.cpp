@@ -30,7 +30,6 @@ namespace {
 constexpr int kVersion = 1;                // user_version: of the tables
 constexpr int kApplication = 0x63616b65;   // application_id: "cake" in ASCII
 constexpr int kBusyMilliseconds = 10'000;  // that another program may have the file locked
-constexpr const char* kBusyText = "10 s";  // the same
 constexpr int kVotesAtOnce = 256;          // read before the lock is given back
 constexpr const char* kTables = R"(
 CREATE TABLE votes (
@@ -111,7 +110,7 @@ class Database {
         fail(path_, ": cannot write: the disk is full");
       case SQLITE_BUSY:
       case SQLITE_LOCKED:
-        fail(path_, ": another program has locked the file for ", kBusyText);
+        fail(path_, ": another program has locked the file for ", kBusyMilliseconds / 1000, " s");
       case SQLITE_READONLY:
         if (code == SQLITE_READONLY_DBMOVED) {
           fail(path_, ": cannot write: the file was removed or replaced since it was opened");
@@ -672,6 +671,12 @@ std::string summary(const VoteExport& counts, const VoteExportOptions& options) 
 int export_votes_command(const ExportVotesOptions& o) {
   refuse_output(o.output, o, false);
   refuse_output(o.backup, o, true);
+  const auto whole = [](const std::string& path) {
+    return std::filesystem::absolute(path).lexically_normal();
+  };
+  if (!o.output.empty() && !o.backup.empty() && whole(o.output) == whole(o.backup)) {
+    fail("--backup: found ", o.backup, ", the file of --output too, expected another one");
+  }
   if (!o.backup.empty()) {
     backup_votes(o.votes, o.backup);
     std::fprintf(stderr, "%s: a copy of %s\n", o.backup.c_str(), o.votes.c_str());

@@ -49,6 +49,9 @@ std::string error_body(const ApiError&);  // valid UTF-8, whatever the message h
 // Sets status, body and headers: Retry-After for 503, WWW-Authenticate for 401, and for 500
 // x-should-retry: false, because a bug would only happen again.
 void set_error(httplib::Response&, const ApiError&);
+// The answer is server-sent events, which `write` writes to the sink, on the connection's thread.
+// It returns false when the client has left. No proxy on the way shall keep or collect them.
+void set_event_stream(httplib::Response&, std::function<bool(httplib::DataSink&)> write);
 
 // This machine alone can reach a server on `host`, which is a name or an address.
 bool is_loopback(const std::string& host);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <doctest/doctest.h>
+#include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -32,6 +33,33 @@ bool wait_until(Condition&& condition, double seconds = 20) {
   }
   return condition();
 }
+
+// Writes to a FIFO that loading waits for, at its end at the latest: otherwise a test that fails
+// before it writes would wait for the server for ever. Made after the server, so that it ends
+// first.
+class FifoWriter {
+ public:
+  explicit FifoWriter(std::string path) : path_(std::move(path)) {}
+  FifoWriter(const FifoWriter&) = delete;
+  FifoWriter& operator=(const FifoWriter&) = delete;
+  ~FifoWriter() {
+    if (!written_) write();
+  }
+  // Whether somebody read it, within 20 s.
+  bool write(const std::string& text = "A passage.\n") {
+    written_ = true;
+    int fd = -1;  // without O_NONBLOCK it would wait for a reader that may have ended
+    wait_until([&] { return (fd = open(path_.c_str(), O_WRONLY | O_NONBLOCK)) >= 0; });
+    if (fd < 0) return false;
+    const bool whole = ::write(fd, text.data(), text.size()) == ssize_t(text.size());
+    close(fd);
+    return whole;
+  }
+
+ private:
+  std::string path_;
+  bool written_ = false;
+};
 
 // The options of a test's server: one engine thread, any free port, little memory.
 inline ServeOptions serve_options(const std::string& model) {

@@ -319,14 +319,12 @@ TEST_CASE("page: while the models load it says so, and goes on by itself") {
   options.documents = dir / "documents";  // loading waits until somebody writes to it
   REQUIRE(mkfifo(options.documents.c_str(), 0600) == 0);
   RunningServer server(options, false);
+  FifoWriter documents(options.documents);
   Page page(server.port(), "");
   page.expect_error("503");
   browser().open(page.origin() + "/");
   browser().wait("document.body.innerText.includes('Loading the models')");
-  {
-    std::ofstream out(options.documents);
-    out << "A passage.\n";
-  }
+  REQUIRE(documents.write());
   browser().wait("!document.querySelector('#chat').hidden");
   CHECK(browser().value("document.querySelector('#waiting').hidden") == true);
 }

@@ -487,6 +487,7 @@ TEST_CASE("serve: while models load, every route answers 503, and a stop ends it
   REQUIRE(mkfifo(fifo.c_str(), 0600) == 0);
   options.documents = fifo;
   RunningServer server(options, false);
+  FifoWriter documents(fifo);
   for (const std::string path : {"/health", "/v1/health", "/v1/models", "/props", "/metrics"}) {
     CAPTURE(path);
     const Reply reply = server.get(path);
@@ -497,12 +498,7 @@ TEST_CASE("serve: while models load, every route answers 503, and a stop ends it
   }
   CHECK(server.post("/v1/chat/completions", kHi).status == 503);
   CHECK(server.get("/").status == 200);
-  {
-    const int fd = open(fifo.c_str(), O_WRONLY);
-    REQUIRE(fd >= 0);
-    REQUIRE(write(fd, "A passage.\n", 11) == 11);
-    close(fd);
-  }
+  REQUIRE(documents.write());
   CHECK(wait_until([&] { return server.get("/health").status == 200; }));
   CHECK(server.post("/v1/chat/completions", kHi).status == 200);
   CHECK(server.stop() == 0);
@@ -604,6 +600,10 @@ TEST_CASE("serve: its command line says what is wrong, in one line") {
       {a.dir + " --api-key-file " + keys, keys + ":2: found a key with a space"},
       {a.dir + " --api-key-file " + none, none + ": found no key"},
       {a.dir + " --port 0 --template other", "--template: found other"},
+      {a.dir + " --prompts some.jsonl", "--votes is missing: the file for the votes of the arena"},
+      {a.dir + " --arena collect", "to which --arena belongs"},
+      {a.dir + " --arena some --votes v.db", "--arena: found some, expected compare, collect"},
+      {a.dir + " export v.db", "export: found model " + a.dir},
       {a.dir + " --port 0 --context 100000", "--context: found 100000"},
       {a.dir + " --port 0 --memory-mb 1", "--memory-mb"},
       {"x=/no/such/model --port 0", "/no/such/model: not found"},

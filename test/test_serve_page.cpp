@@ -255,6 +255,7 @@ TEST_CASE("page: it is there while the models load") {
   REQUIRE(mkfifo(fifo.c_str(), 0600) == 0);
   page.options.documents = fifo;
   RunningServer server(page.options, false);
+  FifoWriter documents(fifo);
   for (const std::string& path : paths_of_web()) {
     CAPTURE(path);
     CHECK(server.get(path).status == 200);
@@ -262,10 +263,7 @@ TEST_CASE("page: it is there while the models load") {
   const Reply props = server.get("/props");  // by this the page knows that it has to wait
   CHECK(props.status == 503);
   CHECK(props.json().at("error").at("code") == "loading_model");
-  const int fd = open(fifo.c_str(), O_WRONLY);
-  REQUIRE(fd >= 0);
-  REQUIRE(write(fd, "A passage.\n", 11) == 11);
-  close(fd);
+  REQUIRE(documents.write());
   CHECK(wait_until([&] { return server.get("/props").status == 200; }));
 }
 

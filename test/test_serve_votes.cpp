@@ -1256,6 +1256,8 @@ TEST_CASE("./serve export writes records, every vote, or a copy, and never over 
     refused(path + " -o " + d + name, d + name + error);
     refused(path + " --backup " + d + name, d + name + error);
   }
+  refused(path + " -o " + d + "x --backup " + d + "./x",
+          "--backup: found " + d + "./x, the file of --output too, expected another one");
   refused(path + " -o " + d + "copy.db",
           d + "copy.db: found a SQLite file, expected another file to write records to");
   refused(d + "none.db", d + "none.db: cannot open: No such file or directory");
