@@ -296,6 +296,10 @@ class CpuGpt final : public Gpt {
       if (saved_ == Saved::layer_inputs && l + 1 < config_.L) {  // the last block's are there
         block_forward(l, a_, N_, positions_.data(), false,
                       [&](int, LayerActivations& made) { attend_batch(made); });
+      } else if (saved_ == Saved::light && l + 1 < config_.L) {
+        norm(N_, b.norm1, a.x, a.norm1, a.stats1);
+        norm(N_, b.norm2, a.mid, a.norm2, a.stats2);
+        activate(N_, a.up, a.act);
       }
       linear_backward(N_, b.down, a.act, a_.dx, a_.dact);
       activate_backward(a.up, a_.dact);  // a.up becomes its gradient
@@ -2030,7 +2034,8 @@ int64_t Activations::lay_out(const Config& c, int64_t N, Saved saved, float* bas
   layers.resize(size_t(c.L));
   for (int l = 0; l < c.L; l++) {
     LayerActivations& a = layers[size_t(l)];
-    if (saved != Saved::all && l > 0) {  // one layer's memory serves all
+    const bool light = saved == Saved::light && l > 0;  // norms and act of layer 0 serve all
+    if (saved != Saved::all && !light && l > 0) {       // one layer's memory serves all
       a = layers[0];
       // Inputs that nobody needs again take turns in two places.
       const bool own = saved == Saved::layer_inputs || l == 1;
@@ -2038,17 +2043,17 @@ int64_t Activations::lay_out(const Config& c, int64_t N, Saved saved, float* bas
       continue;
     }
     a.x = allocate(N * c.C);
-    a.norm1 = allocate(N * c.C);
+    a.norm1 = light ? layers[0].norm1 : allocate(N * c.C);
     a.stats1 = stats();
     a.qkv = allocate(N * c.qkv());
     a.rotated = c.family == Family::qwen3 ? allocate(N * (c.NH + c.NKV) * c.HS) : nullptr;
     a.att = allocate(N * heads);
     a.lse = allocate(N * c.NH);
     a.mid = allocate(N * c.C);
-    a.norm2 = allocate(N * c.C);
+    a.norm2 = light ? layers[0].norm2 : allocate(N * c.C);
     a.stats2 = stats();
     a.up = allocate(N * up);
-    a.act = allocate(N * c.F);
+    a.act = light ? layers[0].act : allocate(N * c.F);
   }
   x = allocate(N * c.C);
   final_norm = allocate(N * c.C);
@@ -2230,9 +2235,9 @@ MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
   Activations layout;
   if (options.batch_tokens > 0) {
     const Saved saved = saved_activations(options);
-    plan.items.push_back({"activations",
-                          layout.lay_out(c, options.batch_tokens, saved, nullptr) * 4,
-                          saved == Saved::all ? kBatchFlags : "--micro-batch-tokens, --context"});
+    plan.items.push_back(
+        {"activations", layout.lay_out(c, options.batch_tokens, saved, nullptr) * 4,
+         saved != Saved::layer_inputs ? kBatchFlags : "--micro-batch-tokens, --context"});
   }
   if (const DecodePlan& d = options.decode; d.rows > 0) {
     int64_t panels = 0;
@@ -3740,7 +3745,7 @@ int check_engines(const std::string& model, const RunOptions& o) {
     engines[i] =
         make_gpt(c, {.device = i == 0 ? Device::cpu : Device::cuda,
                      .precision = i == 0 ? Precision::automatic : parse_precision(o.precision),
-                     .recompute = i == 1 && o.recompute,
+                     .recompute = i == 1 ? parse_recompute(o.recompute) : Recompute::none,
                      .batch_tokens = int(tokens.size())});
     load_weights(dir, *engines[i]);
     const bool lm = c.head == Head::lm;

@@ -223,10 +223,15 @@ class CudaGpt final : public Gpt {
     for (int l = config_.L - 1; l >= 0; l--) {
       const Block& b = table_.blocks[size_t(l)];
       const LayerActivations<A>& a = a_.layers[size_t(l)];
-      if (saved_ == Saved::layer_inputs && l + 1 < config_.L) {  // the last layer's are still there
+      if (saved_ != Saved::all && l + 1 < config_.L) {  // the last layer's are still there
         norm(N_, b.norm1, a.x, a.norm1, a.mean1, a.rstd1);
-        layer_forward(N_, l, a_, batch_.positions,
-                      [&](const auto& in, auto& acts, int) { attend_batch(in, acts); });
+        if (saved_ == Saved::light) {
+          norm(N_, b.norm2, a.mid, a.norm2, a.mean2, a.rstd2);
+          activate(a.act, a.up);
+        } else {
+          layer_forward(N_, l, a_, batch_.positions,
+                        [&](const auto& in, auto& acts, int) { attend_batch(in, acts); });
+        }
       }
       if (config_.has_gate()) {
         linear_backward(b.down, a.act, a_.dx, a_.dact);
@@ -262,10 +267,11 @@ class CudaGpt final : public Gpt {
     if (offset < frozen_ || offset < 0) return nullptr;
     return optimizer_->gradients.data() + offset - frozen_;
   }
-  void clear_zeroed_gradients() {  // backward adds to the gradients
+  void clear_zeroed_gradients() {  // before something adds to them
     if (gradients_zeroed_) optimizer_->gradients.clear(stream_);
     gradients_zeroed_ = false;
   }
+  void begin_gradients();
 
   // x, y, sum, delta, dy (N, C); mean, rstd (N)
   float eps() const { return float(config_.norm_eps); }
@@ -304,6 +310,7 @@ class CudaGpt final : public Gpt {
   void attend_batch(const AttentionInput<A>& in, const LayerActivations<A>& a) const;
   void attend_batch_backward(const AttentionInput<A>& in, const LayerActivations<A>& a) const;
 
+  void activate(A* act, const A* up) const;  // the live batch's
   void linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* act,
                    const Activations<A>& acts) const;
   void linear_gelu_backward(const Linear& l, const A* x, const A* up, const A* dy, A* dup) const;
@@ -330,7 +337,7 @@ class CudaGpt final : public Gpt {
   GraphKey key(Recorded what) const {  // all that a pass over the live batch passes by value
     return {what,       N_,          rows_,         gathered_,
             has_dlogp_, has_dvalue_, has_dentropy_, std::bit_cast<int32_t>(inverse_temperature_),
-            adapters_};
+            adapters_,  overwrites_};
   }
   template <class Work>
   void run_graph(const GraphKey& key, Work&& work) {
@@ -384,8 +391,10 @@ class CudaGpt final : public Gpt {
   Saved saved_;
   int64_t frozen_;  // where the table's trainable rows begin
   std::shared_ptr<Weights<A>> weights_;
-  // The gradients count as zero: the next backward pass clears the arena before it adds.
+  // The gradients count as zero: the next backward pass writes those that are one product each and
+  // clears the others before it adds.
   bool gradients_zeroed_ = true;
+  bool overwrites_ = false;  // the live backward pass is that one
 
   Activations<A> a_{};
   DeviceBatch batch_{};
@@ -657,6 +666,16 @@ inline constexpr float kLowest = -1e30f;
 // Grids of one warp a row, with kRowThreads threads a block.
 static dim3 warp_rows(int N) { return blocks_for(N, kRowThreads / 32); }
 
+// Tokens of a batch, at most: attention's grids have a row of blocks for every 32 to 128 tokens,
+// and CUDA allows 65,535 of them.
+inline constexpr int kFewestTileRows = 32;
+inline constexpr int64_t kMostTokens = int64_t(65535) * kFewestTileRows;
+static void check_tokens(const char* what, int64_t N, const char* lower) {
+  if (N <= kMostTokens) return;
+  fail(what, ": found ", N, " tokens at once, expected at most ", kMostTokens,
+       " on a CUDA device: lower ", lower);
+}
+
 // Whether all these pointers, and what lies a multiple of `strides` elements of A further on, can
 // be read by packs. strides: row lengths, or'ed.
 template <class A, class... Pointers>
@@ -710,6 +729,7 @@ void CudaGpt<A>::begin(const Batch& batch) {
   const auto& starts = batch.doc_starts;
   const bool lm = config_.head == Head::lm;
   check_batch(config_, batch);
+  check_tokens("batch", N, "--micro-batch-tokens");
   std::vector<int> positions(static_cast<size_t>(N)), doc_start(positions), doc_end(positions);
   int longest = 0;
   for (size_t d = 0; d + 1 < starts.size(); d++) {
@@ -726,7 +746,7 @@ void CudaGpt<A>::begin(const Batch& batch) {
   gathered_ = int64_t(rows.size()) < N;
   if (gathered_) rows.resize(size_t(round_up(int64_t(rows.size()), 128)), -1);
   rows_ = int64_t(rows.size());
-  forward_is_live_ = logits_kept_ = false;
+  forward_is_live_ = logits_kept_ = overwrites_ = false;
   reserve(N);
   extend_rope(longest);
   N_ = int(N);
@@ -758,7 +778,40 @@ void CudaGpt<A>::begin_backward(std::span<const float> dlogp, std::span<const fl
   resources_->staging.upload(batch_.dvalue, dvalue.data(), dvalue.size(), stream_);
   resources_->staging.upload(batch_.dentropy, dentropy.data(), dentropy.size(), stream_);
   resources_->staging.end(stream_);
-  clear_zeroed_gradients();
+  begin_gradients();
+}
+
+// x[s.offset .. s.offset + s.size - 1] = 0 for each stretch s: a block has one. stretches (count)
+struct Stretch {
+  int64_t offset, size;
+};
+__global__ void clear_stretches_kernel(float* x, const Stretch* stretches) {
+  const Stretch s = stretches[blockIdx.x];
+  for (int64_t i = threadIdx.x; i < s.size; i += blockDim.x) x[s.offset + i] = 0;
+}
+static void clear_stretches(float* x, const Stretch* stretches, int count, cudaStream_t stream) {
+  if (count == 0) return;
+  launch("clear_stretches", clear_stretches_kernel, unsigned(count), kRowThreads, 0, stream, x,
+         stretches);
+}
+
+// Gradients of matrices in the blocks, and of a head of logits, are one product each, which writes
+// them in the first backward pass of a step. All others are cleared, since what makes them adds.
+template <class A>
+void CudaGpt<A>::begin_gradients() {
+  overwrites_ = gradients_zeroed_;
+  gradients_zeroed_ = false;
+  if (!overwrites_) return;
+  const Optimizer& o = *optimizer_;
+  for (const Stretch& s : o.long_stretches) {
+    clear(o.gradients.data() + s.offset, size_t(s.size) * sizeof(float));
+  }
+  clear_stretches(o.gradients.data(), o.short_stretches.data(), int(o.short_stretches.size()),
+                  stream_);
+  const Linear& head = table_.head;
+  if (config_.head == Head::lm && rows_ == 0 && gradient(head.weight)) {  // then no product comes
+    clear(gradient(head.weight), size_t(head.out) * size_t(head.in) * sizeof(float));
+  }
 }
 
 // (N) results of the last forward; waits for the device the first time.
@@ -1106,12 +1159,12 @@ template <class A>
 Product CudaGpt<A>::input_gradient_product(int64_t N, const Linear& l, const A* dy, A* dx) const {
   return product(N, l.in, l.out, dy, weights_->matrix(l.weight), dx);
 }
-// dW (out, in) += dy^T x
+// dW (out, in) += dy^T x, or dW = dy^T x in the first backward pass of a step
 template <class A>
 Product CudaGpt<A>::weight_gradient_product(int64_t N, const Linear& l, const A* x,
                                             const A* dy) const {
   Product p = product_atb(l.out, l.in, N, dy, x, gradient(l.weight));
-  p.beta = 1;
+  p.beta = overwrites_ ? 0 : 1;
   return p;
 }
 // dW += dy^T x, db += column sums of dy
@@ -1482,7 +1535,7 @@ struct AttentionInput {
 // two rows, the elements x, x + 16, x + 32, ... So the scores of a row are written and read by 16
 // lanes of one warp.
 
-inline constexpr int kPlainTile = 32, kPlainThreads = 256, kPlainEach = 128 / 16;
+inline constexpr int kPlainTile = kFewestTileRows, kPlainThreads = 256, kPlainEach = 128 / 16;
 inline constexpr int kPlainScores = kPlainTile * (kPlainTile + 1);  // floats in a tile of scores
 
 // Rows of a tile lie an odd number of floats apart: 16 rows at one column are in 16 banks.
@@ -2727,7 +2780,11 @@ void CudaGpt<A>::head_backward(bool logits_ready) {
       classify(begin, rows, true);
       A* dx = gathered_ ? a_.dhead_in : a_.dnorm + begin * C;
       matmul(input_gradient_product(rows, head, a_.logits, dx));
-      if (gradient(head.weight)) matmul(weight_gradient_product(rows, head, x, a_.logits));
+      if (gradient(head.weight)) {
+        Product p = weight_gradient_product(rows, head, x, a_.logits);
+        if (begin > 0) p.beta = 1;
+        matmul(p);
+      }
       if (gathered_) {
         move_rows<true>(a_.dnorm, dx, batch_.row_of + begin, int(rows), C, stream_);
       }
@@ -2811,24 +2868,47 @@ void CudaGpt<A>::clip_gradients(float max_norm) const {
 
 // With g scaled by step->scale: m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
 // w -= lr (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + decay w), as adamw() of train_gpt.cpp;
-// nothing when step->skip. w, g, m, v, copy (w in bf16, or null) (n)
+// nothing when step->skip. w, g, m, v and copy (w in bf16, or null) are arenas; one launch steps
+// all runs of tensors that AdamW has.
 struct AdamW {
-  float lr, decay, beta1, beta2, eps;
+  float lr[kKinds], decay, beta1, beta2, eps;
   float c1, c2;  // 1 / (1 - beta^step)
 };
-template <int W>
-__global__ void adamw_kernel(float* w, bf16* copy, const float* g, float* m, float* v, int64_t n,
-                             AdamW o, const DeviceStep* step) {
+struct AdamWRun {     // tensors side by side that are stepped alike
+  int64_t w, g, v;    // where it begins in w and copy, in g and m, in v
+  int64_t size;       // elements
+  int64_t chunk = 0;  // a block has a chunk of it: those of the runs before this one
+  int rate = 0;       // in AdamW::lr
+  bool decay = false;
+};
+inline constexpr int kAdamWPack = 8, kAdamWChunk = kRowThreads * kAdamWPack;  // elements
+
+__global__ void adamw_kernel(float* w, bf16* copy, const float* g, float* m, float* v,
+                             const AdamWRun* runs, int count, AdamW o, const DeviceStep* step) {
   if (step->skip) return;
-  const float scale = step->scale, decay_factor = 1 - o.lr * o.decay;
+  int r = 0;  // this block's run: the last whose first chunk is not past this one
+  for (int end = count; end - r > 1;) {
+    const int middle = (r + end) / 2;
+    (runs[middle].chunk <= blockIdx.x ? r : end) = middle;
+  }
+  const AdamWRun run = runs[r];
+  w += run.w, g += run.g, m += run.g, v += run.v;
+  if (copy) copy += run.w;
+  const int64_t n = run.size, begin = (blockIdx.x - run.chunk) * kAdamWChunk;
+  constexpr int W = kAdamWPack;
+  const float lr = o.lr[run.rate], decay = run.decay ? o.decay : 0;
+  const float scale = step->scale, decay_factor = 1 - lr * decay;
   const auto update = [&](float& wi, float gi, float& mi, float& vi) {
     gi *= scale;
     mi = o.beta1 * mi + (1 - o.beta1) * gi;
     vi = o.beta2 * vi + (1 - o.beta2) * gi * gi;
-    wi = decay_factor * wi - o.lr * o.c1 * mi / (sqrtf(vi * o.c2) + o.eps);
+    wi = decay_factor * wi - lr * o.c1 * mi / (sqrtf(vi * o.c2) + o.eps);
   };
-  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
-  if (i + W <= n) {
+  // Packs are read at once where all arrays of the run begin at multiples of 16 bytes.
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const bool packs = aligned(w) && aligned(g) && aligned(m) && aligned(v) && aligned(copy);
+  const int64_t i = begin + threadIdx.x * W;
+  if (packs && i + W <= n) {
     float wi[W], gi[W], mi[W], vi[W];
     load_floats(wi, w + i);
     load_floats(gi, g + i);
@@ -2840,35 +2920,42 @@ __global__ void adamw_kernel(float* w, bf16* copy, const float* g, float* m, flo
     store_floats(v + i, vi);
     if (copy) store_floats(copy + i, wi);
   } else {
-    for (int64_t j = i; j < n; j++) {
+    for (int64_t j = i; j < min(n, i + W); j++) {
       update(w[j], g[j], m[j], v[j]);
       if (copy) copy[j] = from_float<bf16>(w[j]);
     }
   }
 }
-static void adamw(float* w, bf16* copy, const float* g, float* m, float* v, int64_t n, float lr,
-                  float decay, const OptimizerStep& o, const DeviceStep* step,
+// Numbers the chunks of the runs, in their order; returns how many there are.
+static int64_t number_chunks(std::vector<AdamWRun>& runs) {
+  int64_t chunks = 0;
+  for (AdamWRun& run : runs) {
+    run.chunk = chunks;
+    chunks += (run.size + kAdamWChunk - 1) / kAdamWChunk;
+  }
+  return chunks;
+}
+// runs (count), on the device, with `chunks` in all
+static void adamw(float* w, bf16* copy, const float* g, float* m, float* v, const AdamWRun* runs,
+                  int count, int64_t chunks, const OptimizerStep& o, const DeviceStep* step,
                   cudaStream_t stream) {
+  if (count == 0) return;
   const auto correction = [&](float beta) {
     return 1 / (1 - float(std::pow(double(beta), double(o.step))));
   };
   const float c1 = correction(o.beta1), c2 = correction(o.beta2);
-  const AdamW how{lr, decay, o.beta1, o.beta2, o.eps, c1, c2};
-  const bool packs = by_packs<bf16>(0, w, copy, g, m, v);
-  launch("adamw", packs ? adamw_kernel<8> : adamw_kernel<1>,
-         blocks_for(n, kRowThreads * (packs ? 8 : 1)), kRowThreads, 0, stream, w, copy, g, m, v, n,
-         how, step);
+  AdamW how{{}, o.decay, o.beta1, o.beta2, o.eps, c1, c2};
+  std::copy(o.lr.begin(), o.lr.end(), how.lr);
+  launch("adamw", adamw_kernel, unsigned(chunks), kRowThreads, 0, stream, w, copy, g, m, v, runs,
+         count, how, step);
 }
 
 template <class A>
 void CudaGpt<A>::adamw_step(const OptimizerStep& step) const {
   const Optimizer& o = *optimizer_;
-  for (const auto& r : o.layout.runs) {
-    const int64_t offset = r.offset - frozen_;
-    adamw(weights_->master.data() + r.offset, weights_->bf16_copy(r.offset),
-          o.gradients.data() + offset, o.moment1.data() + offset, o.moment2.data() + r.moment2,
-          r.size, step.lr[size_t(r.kind)], r.decay ? step.decay : 0, step, o.step.data(), stream_);
-  }
+  adamw(weights_->master.data(), weights_->bf16_copy(0), o.gradients.data(), o.moment1.data(),
+        o.moment2.data(), o.runs.data(), int(o.runs.size()), o.chunks, step, o.step.data(),
+        stream_);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -3306,19 +3393,17 @@ __device__ inline Word key_of(float p, int id) {
   return Word(bits_of(p)) << kIdBits | Word((1 << kIdBits) - 1 - id);
 }
 
-// The key at which the weights of the keys from `floor` up, added from the largest down, reach
-// `goal`. Digit by digit: a histogram of the keys that share the digits found so far. bins: (kBins
-// + 2)
+// The key at which the weights of the keys, added from the largest down, reach `goal`. Digit by
+// digit: a histogram of the keys that share the digits found so far. bins: (kBins + 2)
 template <class Weight>
-__device__ inline Word key_at(const float* p, int V, Word floor, Word goal, Word* bins,
-                              Weight weight) {
+__device__ inline Word key_at(const float* p, int V, Word goal, Word* bins, Weight weight) {
   Word prefix = 0;
   for (int shift = kKeyBits - kBinBits; shift >= 0; shift -= kBinBits) {
     for (int b = threadIdx.x; b < kBins; b += blockDim.x) bins[b] = 0;
     __syncthreads();
     for (int j = threadIdx.x; j < V; j += blockDim.x) {
       const Word key = key_of(p[j], j);
-      if (key < floor || key >> (shift + kBinBits) != prefix) continue;
+      if (key >> (shift + kBinBits) != prefix) continue;
       atomicAdd(bins + (key >> shift) % kBins, weight(p[j]));
     }
     __syncthreads();
@@ -3346,15 +3431,20 @@ __device__ inline Word key_at(const float* p, int V, Word floor, Word goal, Word
   return prefix;
 }
 
-// The smallest id at which the sum of the fixed-point weights of ids 0 .. id, of keys from `floor`
-// up, exceeds u (0 to 1) of their total; `best` when the total is 0. words: (34)
-__device__ inline int draw(const float* p, int V, Word floor, double u, int best, Word* words) {
+// Tokens whose key is less than `floor` get probability 0.
+__device__ inline void drop_below(float* p, int V, Word floor) {
+  for (int j = threadIdx.x; j < V; j += blockDim.x)
+    if (key_of(p[j], j) < floor) p[j] = 0;
+  __syncthreads();  // before other threads read p[j]
+}
+
+// The smallest id at which the sum of the fixed-point weights of ids 0 .. id exceeds u (0 to 1) of
+// their total; `best` when the total is 0. words: (34)
+__device__ inline int draw(const float* p, int V, double u, int best, Word* words) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int each = (V + 32 * warps - 1) / (32 * warps) * 32;  // ids that a warp has
   const int begin = warp * each, end = min(V, begin + each);
-  const auto weight = [&](int j) {
-    return j < end && key_of(p[j], j) >= floor ? fixed_point(p[j]) : Word(0);
-  };
+  const auto weight = [&](int j) { return j < end ? fixed_point(p[j]) : Word(0); };
   Word sum = 0;
   for (int j = begin + lane; j < end; j += 32) sum += weight(j);
   for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
@@ -3404,7 +3494,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   Word* words = shared_memory<Word>();  // (34) reductions, then (kBins + 2)
   Word* bins = words + 34;
   float* floats = reinterpret_cast<float*>(bins);  // (32) of block_max and block_sum
-  const SampleRow how = rows[blockIdx.x];
+  const SampleRow& how = rows[blockIdx.x];  // a copy would take registers for the whole kernel
   const int V = how.vocab > 0 ? min(all, how.vocab) : all;
   const A* x = logits + blockIdx.x * ld;
   float* p = scratch + int64_t(blockIdx.x) * all;
@@ -3444,7 +3534,6 @@ __global__ void __launch_bounds__(kBlockThreads)
   most = block_reduce(most, words, [](Word a, Word b) { return a > b ? a : b; });
   const int best = int(kAllLanes - unsigned(most & kAllLanes));
   int id = best;
-  Word floor = 0;  // the least key that is kept
   if (how.temperature > 0) {
     const float highest = p[best], k = kLog2E / how.temperature;
     __syncthreads();  // all have read it
@@ -3454,26 +3543,25 @@ __global__ void __launch_bounds__(kBlockThreads)
     }
     __syncthreads();
     if (how.top_k > 0 && how.top_k < V) {
-      floor = key_at(p, V, floor, Word(how.top_k), bins, [](float) { return Word(1); });
+      drop_below(p, V, key_at(p, V, Word(how.top_k), bins, [](float) { return Word(1); }));
     }
     if (how.top_p < 1) {  // the fewest that reach top_p of what is left, and at least one
       Word sum = 0;
-      for (int j = threadIdx.x; j < V; j += blockDim.x)
-        if (key_of(p[j], j) >= floor) sum += fixed_point(p[j]);
+      for (int j = threadIdx.x; j < V; j += blockDim.x) sum += fixed_point(p[j]);
       sum = block_reduce(sum, words, Plus());
       const Word goal = Word(ceil(double(max(how.top_p, 0.f)) * double(sum)));
-      floor = key_at(p, V, floor, max(goal, Word(1)), bins, fixed_point);
+      drop_below(p, V, key_at(p, V, max(goal, Word(1)), bins, fixed_point));
     }
     const uint64_t bits =
         device_mix64(device_mix64(device_mix64(how.seed) ^ how.stream) ^ how.position);
-    id = draw(p, V, floor, device_uniform01(bits), best, words);
+    id = draw(p, V, device_uniform01(bits), best, words);
   }
   if (how.want_distribution) {  // the weights of `draw`
     for (int j = threadIdx.x; j < all; j += blockDim.x) {
       if (j >= V) {
         p[j] = 0;
       } else if (how.temperature > 0) {
-        p[j] = key_of(p[j], j) >= floor ? float(double(fixed_point(p[j])) * 0x1p-44) : 0.f;
+        p[j] = float(double(fixed_point(p[j])) * 0x1p-44);
       } else {
         p[j] = j == best ? 1 : 0;
       }
@@ -3585,6 +3673,7 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   const int C = config_.C, NH = config_.NH, NKV = config_.NKV, HS = config_.HS, V = config_.V;
   const auto R = int64_t(rows.size());
   const NewTokens added = pack_new_tokens(config_, cache, rows);
+  check_tokens("decode", int64_t(added.tokens.size()), "the length of prompts, or their number");
   const std::vector<int>&starts = added.starts, &lengths = added.lengths;
   std::vector<int> row_of, doc_start, doc_end, last;
   bool prefill = true;            // all rows begin here
@@ -4142,7 +4231,8 @@ void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows,
   layers.resize(size_t(c.L));
   for (int l = 0; l < c.L; l++) {
     LayerActivations<A>& layer = layers[size_t(l)];
-    if (l > 0 && saved != Saved::all) {  // one layer's memory serves all
+    const bool light = l > 0 && saved == Saved::light;  // norms and act of layer 0 serve all
+    if (l > 0 && saved != Saved::all && !light) {       // one layer's memory serves all
       layer = layers[0];
       if (saved == Saved::layer_inputs) allocate(layer.x, "x", N * c.C);
       if (saved == Saved::none && l == 1) allocate(layer.x, "x", N * c.C);
@@ -4150,7 +4240,13 @@ void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows,
       continue;
     }
     allocate(layer.x, "x", N * c.C);
-    allocate(layer.norm1, "norm1", N * c.C);
+    if (light) {
+      layer.norm1 = layers[0].norm1, layer.norm2 = layers[0].norm2, layer.act = layers[0].act;
+    } else {
+      allocate(layer.norm1, "norm1", N * c.C);
+      allocate(layer.norm2, "norm2", N * c.C);
+      allocate(layer.act, "act", N * c.F);
+    }
     allocate(layer.mean1, "mean1", means), allocate(layer.rstd1, "rstd1", N);
     allocate(layer.qkv, "qkv", N * c.qkv());
     if (c.family == Family::qwen3 && saved != Saved::none) {
@@ -4159,10 +4255,8 @@ void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows,
     allocate(layer.att, "att", N * heads);
     allocate(layer.lse, "lse", N * c.NH);
     allocate(layer.mid, "mid", N * c.C);
-    allocate(layer.norm2, "norm2", N * c.C);
     allocate(layer.mean2, "mean2", means), allocate(layer.rstd2, "rstd2", N);
     allocate(layer.up, "up", N * up);
-    allocate(layer.act, "act", N * c.F);
   }
   allocate(x, "x", N * c.C);
   allocate(final_norm, "final_norm", N * c.C);
@@ -4226,8 +4320,9 @@ class Graphs {
   template <class Work>
   void run(const GraphKey& key, cudaStream_t stream, Work&& work) {
     if (!enabled) return work();
-    if (entries_.size() >= kMost && !entries_.contains(key)) clear();
+    if (entries_.size() >= kMost && !entries_.contains(key)) drop_oldest();
     Entry& entry = entries_[key];
+    entry.used = ++turn_;
     if (!entry.graph) {
       if (entry.seen++ == 0) return work();
       check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a graph");
@@ -4261,9 +4356,18 @@ class Graphs {
   static constexpr size_t kMost = 64;
   struct Entry {
     int seen = 0;
+    int64_t used = 0;  // the last turn
     cudaGraphExec_t graph = nullptr;
   };
+  void drop_oldest() {
+    const auto oldest = std::min_element(
+        entries_.begin(), entries_.end(),
+        [](const auto& a, const auto& b) { return a.second.used < b.second.used; });
+    if (oldest->second.graph) cudaGraphExecDestroy(oldest->second.graph);
+    entries_.erase(oldest);
+  }
   std::map<GraphKey, Entry> entries_;
+  int64_t turn_ = 0;
 };
 
 template <class A>
@@ -4372,7 +4476,7 @@ class Products {
     check(cublasLtCreate(&handle_), "cublasLtCreate");
     if (timing) {
       tuned_plans_ = std::make_unique<TunedPlans>(
-          concat(device_properties().name, ", cuBLASLt ", cublasLtGetVersion()));
+          concat(device_properties().name, ", cuBLASLt ", cublasLtGetVersion(), ", sums in fp32"));
       for (cudaEvent_t& e : events_) check(cudaEventCreate(&e), "an event");
     }
   }
@@ -4566,6 +4670,9 @@ class Products {
             "a product's preference");
     };
     set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(kWorkspace));
+    // Where blocks share one sum over k, they add their parts in fp32, never in D's type.
+    set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+        uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(p.b)));
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(p.a)));
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
@@ -4617,7 +4724,10 @@ class Products {
   // From the cache on disk; false when there is nothing usable.
   bool restore(const std::string& hex, Plan& plan) {
     constexpr size_t kWords = std::size(decltype(plan.algorithm.data){});
-    if (hex.size() != 16 * kWords) return false;
+    if (hex.size() != 16 * kWords ||
+        hex.find_first_not_of("0123456789abcdef") != std::string::npos) {
+      return false;
+    }
     for (size_t i = 0; i < kWords; i++) {
       plan.algorithm.data[i] = std::strtoull(hex.substr(16 * i, 16).c_str(), nullptr, 16);
     }
@@ -4709,6 +4819,16 @@ bool CudaGpt<A>::bias_gradient_is_fused(const Linear& l, Compute&& compute) cons
     }
     return compute(with_epilogue, scratch.data(), scratch.data() + int64_t(l.out) * l.in);
   });
+}
+
+// act = GELU(up) or SwiGLU(up), by a kernel of its own
+template <class A>
+void CudaGpt<A>::activate(A* act, const A* up) const {
+  if (config_.has_gate()) {
+    swiglu_forward(act, up, N_, config_.F, stream_);
+  } else {
+    gelu_forward(act, up, int64_t(N_) * config_.F, stream_);
+  }
 }
 
 // up = x W^T + b, act = GELU(up)
@@ -4808,14 +4928,44 @@ struct OptimizerLayout {
       groups.push_back(g);
     }
   }
+  std::vector<AdamWRun> adamw_runs(int64_t frozen) const {
+    std::vector<AdamWRun> all;
+    for (const Run& r : runs) {
+      all.push_back({r.offset, r.offset - frozen, r.moment2, r.size, 0, int(r.kind), r.decay});
+    }
+    return all;
+  }
   // Beside the moments; `element`: bytes of the activations' type.
   int64_t scratch_bytes(int64_t element) const {
     return (x_size + other_size + 2 * gram_size) * element + squares_size * 4;
   }
 };
 
+// What lies between the gradients that a product writes (see begin_gradients), in the arena of
+// gradients.
+static std::vector<Stretch> added_gradients(const Config& c, const ParamTable& table) {
+  const int64_t frozen = table.first_trainable();
+  std::vector<Stretch> written, between;
+  const auto add = [&](const Linear& l) {
+    if (l.weight >= frozen) written.push_back({l.weight - frozen, int64_t(l.out) * l.in});
+  };
+  for (const Block& b : table.blocks)
+    for (const Linear* l : {&b.qkv, &b.o, &b.up, &b.down}) add(*l);
+  if (c.head == Head::lm) add(table.head);
+  std::sort(written.begin(), written.end(),
+            [](const Stretch& a, const Stretch& b) { return a.offset < b.offset; });
+  int64_t end = 0;
+  written.push_back({table.size - frozen, 0});
+  for (const Stretch& s : written) {
+    if (s.offset > end) between.push_back({end, s.offset - end});
+    end = s.offset + s.size;
+  }
+  return between;
+}
+
 template <class A>
 struct CudaGpt<A>::Optimizer {
+  static constexpr int64_t kLongStretch = 1 << 16;  // elements: cudaMemset is faster than a block
   const OptimizerLayout layout;
   Buffer<float> gradients, moment1;  // of the trainable rows, in the table's order
   Buffer<float> moment2;
@@ -4826,14 +4976,17 @@ struct CudaGpt<A>::Optimizer {
   Buffer<A> other;  // (batch_size matrices) X before each of the products that make the next
   Buffer<A> gram, combined;  // (batch_size, rows, rows) A = X X^T, b A + c A A
   Buffer<float> squares;
+  Buffer<AdamWRun> runs;
+  int64_t chunks = 0;                   // of all runs
+  std::vector<Stretch> long_stretches;  // of the gradients, cleared before a step's first backward
+  Buffer<Stretch> short_stretches;
   bool stepped = false;
 
-  Optimizer(const ParamTable& table, cudaStream_t stream)
+  Optimizer(const Config& config, const ParamTable& table, cudaStream_t stream)
       : layout(table),
         gradients("gradients", table.size - table.first_trainable(), kModelFlags),
         moment1("first moments", table.size - table.first_trainable(), kModelFlags),
         moment2("second moments", layout.moment2_size, kModelFlags),
-        offsets("Muon's matrices", int64_t(layout.offsets.size()), kModelFlags),
         x("Muon's directions", layout.x_size, kModelFlags),
         other("Muon's scratch", layout.other_size, kModelFlags),
         gram("Muon's scratch", layout.gram_size, kModelFlags),
@@ -4842,9 +4995,24 @@ struct CudaGpt<A>::Optimizer {
     moment1.clear(stream);
     moment2.clear(stream);
     step.clear(stream);
-    if (offsets.size() == 0) return;
-    copy_to_device(offsets.data(), layout.offsets.data(), layout.offsets.size(), stream,
-                   "Muon's matrices");
+    std::vector<AdamWRun> all = layout.adamw_runs(table.first_trainable());
+    chunks = number_chunks(all);
+    runs = on_device(all, "AdamW's runs", stream);
+    std::vector<Stretch> few;
+    for (const Stretch& s : added_gradients(config, table)) {
+      (s.size >= kLongStretch ? long_stretches : few).push_back(s);
+    }
+    short_stretches = on_device(few, "stretches of gradients", stream);
+    offsets = on_device(layout.offsets, "Muon's matrices", stream);
+    check(cudaStreamSynchronize(stream), "the optimizer's tables");  // before the host's are gone
+  }
+
+ private:
+  template <class T>
+  static Buffer<T> on_device(const std::vector<T>& host, const char* name, cudaStream_t stream) {
+    Buffer<T> buffer(name, int64_t(host.size()), kModelFlags);
+    if (!host.empty()) copy_to_device(buffer.data(), host.data(), host.size(), stream, name);
+    return buffer;
   }
 };
 
@@ -4942,7 +5110,7 @@ CudaGpt<A>::CudaGpt(const Config& config, const GptOptions& options)
   } else {
     weights_ = std::make_shared<Weights<A>>(table_, train_, stream_);
   }
-  if (train_) optimizer_ = std::make_unique<Optimizer>(table_, stream_);
+  if (train_) optimizer_ = std::make_unique<Optimizer>(config_, table_, stream_);
   if (options.batch_tokens > 0) reserve(options.batch_tokens);
 }
 template <class A>
@@ -5062,9 +5230,10 @@ static MemoryPlan plan_of(const Config& c, const GptOptions& options) {
     layout.lay_out(c, options.lora.rank, options.batch_tokens, round_up(options.batch_tokens, 128),
                    saved_activations(options), memory);
     batch.lay_out(options.batch_tokens, train, memory);
-    plan.items.push_back(
-        {"activations", memory.bytes(),
-         train && !options.recompute ? kBatchFlags : "--micro-batch-tokens, --context"});
+    plan.items.push_back({"activations", memory.bytes(),
+                          train && options.recompute != Recompute::full
+                              ? kBatchFlags
+                              : "--micro-batch-tokens, --context"});
   }
   if (const DecodePlan& d = options.decode; d.rows > 0) {
     plan.items.push_back({"decoding", CudaGpt<A>::decoding_bytes(c, options), kDecodeFlags});
@@ -5098,6 +5267,7 @@ std::unique_ptr<Gpt> make_gpt(const Config& config, const GptOptions& options) {
          ", expected a multiple of 16 up to 128 on a CUDA device");
   }
   const bool in_bf16 = wants_bf16(options);
+  check_tokens("the model's largest batch", options.batch_tokens, "--micro-batch-tokens");
   in_bf16 ? check_cache_type<bf16>(options.decode.cache)
           : check_cache_type<float>(options.decode.cache);
   for (const WeightType type : options.weights) {

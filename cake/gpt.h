@@ -425,6 +425,7 @@ enum class Pass {
 // The activations that an engine's memory holds after a forward pass.
 enum class Saved {
   all,           // of every layer, for the backward pass
+  light,         // the same without norm1, norm2 and act, which are made again from x, mid and up
   layer_inputs,  // and those of the last layer; a layer's others are made again when it comes to it
   none,          // one layer's memory serves all
 };
@@ -868,16 +869,28 @@ struct DecodePlan {
 // What lowers the memory that decoding and training take.
 inline constexpr const char* kDecodeFlags =
     "the number of sequences decoded together, or their length";
-inline constexpr const char* kBatchFlags = "--micro-batch-tokens, --context, or --recompute";
+inline constexpr const char* kBatchFlags =
+    "--micro-batch-tokens, --context, or give --recompute light or full";
+
+// What the backward pass makes again, so that the forward pass need not keep it. none: nothing.
+// light: norm1, norm2 and the MLP's activation, element by element. full: all of a layer but its
+// input, by its whole forward pass.
+enum class Recompute { none, light, full };
+inline Recompute parse_recompute(const std::string& name) {
+  if (name == "none") return Recompute::none;
+  if (name == "light") return Recompute::light;
+  if (name == "full") return Recompute::full;
+  fail("--recompute: found ", name, ", expected none, light or full");
+}
 
 struct GptOptions {
   Device device = Device::automatic;
   Mode mode = Mode::train;
   Precision precision = Precision::automatic;
-  bool recompute = false;  // keep each layer's input alone, run its forward again in backward
-  bool muon = false;       // Muon owns the block matrices
-  Lora lora;               // adapters, which are then all that is trained
-  int batch_tokens = 0;    // the largest N expected: sizes the activations, which grow when needed
+  Recompute recompute = Recompute::none;
+  bool muon = false;     // Muon owns the block matrices
+  Lora lora;             // adapters, which are then all that is trained
+  int batch_tokens = 0;  // the largest N expected: sizes the activations, which grow when needed
   DecodePlan decode;
   // Inference: the type of each of the table's tensors, in its order. Empty: all f32. Tensors that
   // one product reads together (q, k, v; gate, up) have one type. q8_0 needs a row length that is a
@@ -935,7 +948,9 @@ inline void check_weight_types(const ParamTable& table, const GptOptions& o) {
 
 inline Saved saved_activations(const GptOptions& o) {
   if (o.mode == Mode::inference) return Saved::none;
-  return o.recompute ? Saved::layer_inputs : Saved::all;
+  return o.recompute == Recompute::full    ? Saved::layer_inputs
+         : o.recompute == Recompute::light ? Saved::light
+                                           : Saved::all;
 }
 
 // Memory an engine will take, item by item, in bytes; known before anything is allocated.

@@ -48,7 +48,7 @@ namespace cake {
 struct RunOptions {
   std::filesystem::path out;
   std::string device = "auto", precision = "auto";
-  bool recompute = false;
+  std::string recompute = "none";
   int threads = 0;
   int64_t save_every = 0;    // steps; 0: by time alone
   double save_minutes = 10;  // 0: by steps alone
@@ -70,8 +70,9 @@ inline void add_run_flags(CLI::App& app, RunOptions& o) {
                     "keep so many earlier checkpoints, each as DIR/model-STEP");
   group->add_option("--device", o.device, "auto, cpu or cuda");
   group->add_option("--precision", o.precision, "auto, f32 or bf16 (auto: bf16 on CUDA)");
-  group->add_flag("--recompute", o.recompute,
-                  "keep each layer's input alone: less memory, one more forward pass");
+  group->add_option("--recompute", o.recompute,
+                    "what the backward pass makes again to save memory: none, light (norms and "
+                    "activations) or full (a layer from its input: one more forward pass)");
   group->add_option("--threads", o.threads, "0: the physical cores that the process may use");
 }
 
@@ -109,6 +110,7 @@ inline void begin_process(RunOptions& o) {
   require(o.keep_checkpoints >= 0, "--keep-checkpoints: found ", o.keep_checkpoints,
           ", expected 0 or more");
   check_device(parse_device(o.device), parse_precision(o.precision));
+  parse_recompute(o.recompute);
   set_threads(o.threads);
   watch_signals();
   if (o.out.empty() || o.dry_run) return;
@@ -126,7 +128,7 @@ inline void begin_process(RunOptions& o) {
 inline GptOptions gpt_options(const RunOptions& o) {
   return {.device = parse_device(o.device),
           .precision = parse_precision(o.precision),
-          .recompute = o.recompute};
+          .recompute = parse_recompute(o.recompute)};
 }
 
 inline void expect_not_negative(const char* flag, double found) {

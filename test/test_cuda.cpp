@@ -671,49 +671,68 @@ TEST_CASE("cuda: the gradient's norm clips, and tells what is not finite") {
 }
 
 TEST_CASE("cuda: AdamW matches the formula, clips, skips, and writes the bf16 copy") {
-  for (const int n : {1, 7, 768, 5003}) {
-    for (const int shift : {0, 1}) {  // 1: not aligned
-      CAPTURE(n);
-      CAPTURE(shift);
-      OptimizerStep o;
-      o.step = 3, o.beta1 = .8f, o.beta2 = .9f, o.eps = 1e-3f;
-      const double lr = .01, decay = .1, scale = .5;
-      const Doubles w0 = random<float>(n + shift, "w"), g = random<float>(n + shift, "g"),
-                    m0 = random<float>(n + shift, "m");
-      Doubles v0 = random<float>(n + shift, "v"), w = w0, m = m0;
-      for (double& x : v0) x = std::abs(x);
-      Doubles v = v0;
-      for (size_t i = size_t(shift); i < w.size(); i++) {
-        const double b1 = double(o.beta1), b2 = double(o.beta2), gi = g[i] * scale;
-        m[i] = b1 * m[i] + (1 - b1) * gi;
-        v[i] = b2 * v[i] + (1 - b2) * gi * gi;
-        w[i] -= lr * (m[i] / (1 - b1 * b1 * b1) /
-                          (std::sqrt(v[i] / (1 - b2 * b2 * b2)) + double(o.eps)) +
-                      decay * w[i]);
+  // Runs of one launch lie apart in each array, in another order in v than in w; `shift`: not at
+  // multiples of 16 bytes. What lies between them keeps its values.
+  for (const int shift : {0, 1}) {
+    CAPTURE(shift);
+    std::vector<AdamWRun> runs;
+    const auto add = [&](int64_t w, int64_t v, int64_t size, Kind rate, bool decay) {
+      runs.push_back({w + 16 + shift, w + shift, v + shift, size, 0, int(rate), decay});
+    };
+    add(0, 9000, 1, Kind::embedding, true);
+    add(16, 8000, 7, Kind::vector, false);
+    add(48, 0, 5003, Kind::matrix, true);
+    add(5056, 6000, 768, Kind::head, false);
+    add(6000, 8100, 3, Kind::matrix, true);
+    const int64_t n = 10000;
+    OptimizerStep o;
+    o.step = 3, o.beta1 = .8f, o.beta2 = .9f, o.eps = 1e-3f, o.decay = .1f;
+    for (size_t i = 0; i < o.lr.size(); i++) o.lr[i] = .01f * float(i + 1);
+    const double scale = .5;
+    const Doubles w0 = random<float>(n, "w"), g = random<float>(n, "g"), m0 = random<float>(n, "m");
+    Doubles v0 = random<float>(n, "v"), w = w0, m = m0;
+    for (double& x : v0) x = std::abs(x);
+    Doubles v = v0;
+    for (const AdamWRun& run : runs) {
+      const double lr = double(o.lr[size_t(run.rate)]), decay = run.decay ? double(o.decay) : 0;
+      for (int64_t i = 0; i < run.size; i++) {
+        const double b1 = double(o.beta1), b2 = double(o.beta2), gi = g[size_t(run.g + i)] * scale;
+        double &wi = w[size_t(run.w + i)], &mi = m[size_t(run.g + i)], &vi = v[size_t(run.v + i)];
+        mi = b1 * mi + (1 - b1) * gi;
+        vi = b2 * vi + (1 - b2) * gi * gi;
+        wi -= lr * (mi / (1 - b1 * b1 * b1) / (std::sqrt(vi / (1 - b2 * b2 * b2)) + double(o.eps)) +
+                    decay * wi);
       }
-      every_schedule([&] {
-        const OnDevice<float> w_(w0), g_(g), m_(m0), v_(v0);
-        const OnDevice<bf16> copy(w0);
-        for (const int skip : {1, 0}) {
-          const OnDevice<DeviceStep> step(std::vector<DeviceStep>{{1, float(scale), skip, 0, 0}});
-          adamw(w_ + shift, copy + shift, g_ + shift, m_ + shift, v_ + shift, n, float(lr),
-                float(decay), o, step, nullptr);
-          if (skip) {
-            CHECK((w_.read() == w0 && m_.read() == m0 && v_.read() == v0));
-          }
-        }
-        CHECK_CLOSE(w_.read(), w, kFloat);
-        CHECK_CLOSE(m_.read(), m, kFloat);
-        CHECK_CLOSE(v_.read(), v, kFloat);
-        Doubles rounded;
-        for (const double x : w_.read()) rounded.push_back(as_double(as<bf16>(x)));
-        CHECK(copy.read() == rounded);
-        const OnDevice<DeviceStep> step(std::vector<DeviceStep>{{1, 1, 0, 0, 0}});
-        adamw(w_ + shift, nullptr, g_ + shift, m_ + shift, v_ + shift, n, float(lr), float(decay),
-              o, step, nullptr);  // no copy
-        CHECK(copy.read() == rounded);
-      });
     }
+    const int64_t chunks = number_chunks(runs);
+    CHECK(chunks == 7);  // 5003 elements are three
+    const auto count = int(runs.size());
+    every_schedule([&] {
+      const OnDevice<float> w_(w0), g_(g), m_(m0), v_(v0);
+      const OnDevice<bf16> copy(w0);
+      const Doubles copy0 = copy.read();
+      const OnDevice<AdamWRun> runs_(runs);
+      for (const int skip : {1, 0}) {
+        const OnDevice<DeviceStep> step(std::vector<DeviceStep>{{1, float(scale), skip, 0, 0}});
+        adamw(w_, copy, g_, m_, v_, runs_, count, chunks, o, step, nullptr);
+        if (skip) {
+          CHECK((w_.read() == w0 && m_.read() == m0 && v_.read() == v0));
+        }
+      }
+      CHECK_CLOSE(w_.read(), w, kFloat);
+      CHECK_CLOSE(m_.read(), m, kFloat);
+      CHECK_CLOSE(v_.read(), v, kFloat);
+      const Doubles stepped = w_.read();
+      Doubles rounded = copy0;
+      for (const AdamWRun& run : runs) {
+        for (auto i = size_t(run.w); i < size_t(run.w + run.size); i++)
+          rounded[i] = as_double(as<bf16>(stepped[i]));
+      }
+      CHECK(copy.read() == rounded);
+      const OnDevice<DeviceStep> step(std::vector<DeviceStep>{{1, 1, 0, 0, 0}});
+      adamw(w_, nullptr, g_, m_, v_, runs_, count, chunks, o, step, nullptr);  // no copy
+      CHECK(copy.read() == rounded);
+    });
   }
 }
 
@@ -1517,7 +1536,8 @@ struct Pair {  // the same model on both engines
     options.device = Device::cuda;
     gpu = gpu::make_gpt(c, options);
     GptOptions host = options;
-    host.device = Device::cpu, host.precision = Precision::automatic, host.recompute = false;
+    host.device = Device::cpu, host.precision = Precision::automatic,
+    host.recompute = Recompute::none;
     host.share = nullptr;
     cpu = make_gpt(c, host);
     randomize(*cpu, seed), randomize(*gpu, seed);
@@ -1936,7 +1956,156 @@ TEST_CASE("cuda: the loss that an update reports is its batches', as the CPU eng
   CHECK(same_loss() == 0);
 }
 
+TEST_CASE("cuda: a step's first batch writes its gradients over what was there, later ones add") {
+  struct Case {
+    Family family;
+    Head head;
+    int lora;
+  };
+  Restore restore;
+  gpu::most_logit_rows = 16;  // several products for the head's gradient
+  for (const Case& of : {Case{Family::gpt2, Head::lm, 0},
+                         {Family::qwen3, Head::lm, 0},
+                         {Family::llama, Head::scalar, 0},
+                         {Family::llama, Head::lm, 2}}) {
+    for (const bool tied : {false, true}) {
+      if (tied && (of.head == Head::scalar || of.family == Family::gpt2)) continue;
+      CAPTURE(int(of.family));
+      CAPTURE(tied);
+      const Config c = engine_config(of.family, of.head, tied);
+      GptOptions options = kTrainBf16;
+      options.lora = {of.lora, 4};
+      const Packed b = packed(c, {20, 14}, true);
+      Packed none = b;  // a batch without targets
+      std::fill(none.targets.begin(), none.targets.end(), -1);
+      const auto pass = [&](Gpt& gpt, const Packed& batch) {
+        const bool lm = c.head == Head::lm;
+        gpt.forward_backward(batch.batch(),
+                             lm ? std::span<const float>(batch.dlogp) : std::span<const float>(),
+                             lm ? std::span<const float>() : std::span<const float>(batch.dvalue));
+      };
+      const auto fresh = [&] {
+        auto gpt = gpu::make_gpt(c, options);
+        randomize(*gpt, 7);
+        return gpt;
+      };
+      const auto first = fresh(), used = fresh();
+      pass(*first, b);
+      const std::vector<float> once = all_of(*first, Slot::gradient);
+      pass(*first, b);
+      const std::vector<float> twice = all_of(*first, Slot::gradient);
+      for (int times = 0; times < 3; times++) {  // launched, recorded, replayed
+        for (size_t i = 0; i < used->table().tensors.size(); i++) {
+          const Tensor& t = used->table().tensors[i];
+          if (!t.trainable) continue;
+          used->write(int(i), Slot::gradient, std::vector<float>(size_t(t.size()), NAN));
+        }
+        used->zero_gradients();
+        pass(*used, b);
+        CHECK(largest_difference(all_of(*used, Slot::gradient), once) == 0);
+        pass(*used, b);
+        CHECK(largest_difference(all_of(*used, Slot::gradient), twice) == 0);
+      }
+      used->zero_gradients();
+      if (c.head == Head::lm) {
+        pass(*used, none);
+        for (const float x : all_of(*used, Slot::gradient)) REQUIRE(x == 0);
+      }
+      double largest = 0;
+      for (size_t i = 0; i < once.size(); i++) {
+        largest = std::max(largest, std::abs(double(twice[i]) - 2 * double(once[i])));
+      }
+      CHECK(largest < 1e-3);
+    }
+  }
+}
+
+TEST_CASE(
+    "cuda: a batch larger than a grid can be is an error that says how many tokens it may have") {
+  const Config c = engine_config(Family::llama);
+  const auto gpt = gpu::make_gpt(c, kTrainBf16);
+  const int64_t N = gpu::kMostTokens + 1;
+  const auto n = static_cast<size_t>(N);
+  Packed b;
+  b.tokens.assign(n, 1), b.targets.assign(n, 1);
+  for (int64_t begin = 0; begin < N; begin += c.T) {
+    b.doc_starts.push_back(int(std::min(N, begin + c.T)));
+  }
+  const std::string error = error_of([&] { gpt->forward(b.batch(), Pass::score); });
+  CHECK(contains(error, "batch: found 2097121 tokens at once, expected at most 2097120"));
+  CHECK(contains(error, "lower --micro-batch-tokens"));
+  GptOptions options = kTrainBf16;
+  options.batch_tokens = int(N);
+  CHECK(contains(error_of([&] { gpu::make_gpt(c, options); }), "expected at most 2097120"));
+}
+
+TEST_CASE("cuda: when there are too many graphs, the one that was not used for longest goes") {
+  cudaStream_t stream = nullptr;
+  REQUIRE(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+  const gpu::OnDevice<float> x(int64_t(1));
+  {
+    gpu::Graphs graphs;
+    const auto run = [&](int64_t key) {
+      graphs.run({key}, stream, [&] { cudaMemsetAsync(x, 0, sizeof(float), stream); });
+    };
+    for (int64_t key = 0; key < 64; key++) run(key), run(key);
+    CHECK(graphs.replays == 0);
+    run(0);
+    CHECK(graphs.replays == 1);
+    run(64);  // 1 goes
+    run(0), run(2);
+    CHECK(graphs.replays == 3);
+    run(1), run(1);  // as if it were new; 3 goes
+    CHECK(graphs.replays == 3);
+    cudaStreamSynchronize(stream);
+  }
+  cudaStreamDestroy(stream);
+}
+
 #ifdef CAKE_CUDA_ON_CPU
+TEST_CASE("cuda: no product adds partial sums in bf16") {
+  const int64_t before = cuda_on_cpu::rounded_reductions();
+  const Config c = engine_config(Family::gpt2);
+  const auto gpt = gpu::make_gpt(c, kTrainBf16);
+  randomize(*gpt, 3);
+  const Packed b = packed(c, {20, 14}, false);
+  gpt->forward_backward(b.batch(), b.dlogp);
+  CHECK(cuda_on_cpu::rounded_reductions() == before);
+}
+
+TEST_CASE("cuda: no two blocks of a launch write one place") {
+  struct Checked {  // such a write ends the process
+    Checked() { cuda_on_cpu::set_write_checks(true); }
+    ~Checked() { cuda_on_cpu::set_write_checks(false); }
+  };
+  for (const Family family : {Family::gpt2, Family::qwen3}) {
+    Config c = engine_config(family);
+    c.L = 1;
+    for (const bool bf16 : {false, true}) {
+      GptOptions options = bf16 ? kTrainBf16 : kTrainFp32;
+      options.muon = bf16;
+      const Checked checked;
+      const auto gpt = gpu::make_gpt(c, options);
+      randomize(*gpt, 7);
+      const Packed b = packed(c, {37, 6}, true);
+      OptimizerStep o{.max_norm = 1};
+      o.lr.fill(.01f), o.muon_lr = .02f;
+      gpt->forward_backward(b.batch(), b.dlogp, {}, b.dentropy);
+      gpt->update(o);
+      CHECK(gpt->stats().grad_norm > 0);
+      const auto cache = gpt->make_cache(256);
+      DecodeResult result;
+      for (const int n : {30, 1}) {
+        DecodeRow row{n == 30 ? cache->create() : 0, std::span(b.tokens).first(size_t(n)), {}, {}};
+        row.sampling = {.temperature = .9f, .top_k = 20, .top_p = .9f};
+        row.top = 3;
+        gpt->decode(*cache, std::span(&row, 1), result, true);
+      }
+      CHECK(result.logits.size() == size_t(c.V));
+    }
+  }
+}
+
 TEST_CASE("cuda: tuned plans are used again: a run's own, then those on disk") {
   struct Timing {  // as on a GPU, with a cache of its own
     Timing() {
@@ -2014,6 +2183,13 @@ TEST_CASE("cuda: tuned plans are used again: a run's own, then those on disk") {
   foreign["gpu"] = "another one";
   CHECK(run(foreign, {20, 14}).at("gpu") == plans.at("gpu"));
   CHECK(std::filesystem::exists(file));  // everything was timed again
+  CHECK(contains(plans.at("gpu"), "CUDA on the CPU, cuBLASLt 130000, sums in fp32"));
+  Plans torn = plans;  // what is no algorithm is timed again too
+  for (auto& [name, value] : torn)
+    if (name.starts_with("product ")) value[40] = 'x';
+  std::filesystem::remove(file);
+  run(torn, {20, 14});
+  CHECK(std::filesystem::exists(file));
 
   // A plan that the library refuses for a shape is measured for this shape; others keep theirs.
   OrderedJson bad = OrderedJson::parse(read_file(file));
@@ -2096,18 +2272,49 @@ TEST_CASE("cuda: a gradient that is not finite skips the update, and the next on
   }
 }
 
-TEST_CASE("cuda: recomputation changes no bit") {
+TEST_CASE("cuda: recomputation of each kind changes no bit") {
+  Restore restore;
+  gpu::fusion = gpu::Fusion::never;  // GELU in a product does not round its input as `light` must
   for (const Family family : kEngineFamilies) {
     GptOptions options = kTrainBf16;
     Config c = engine_config(family);
     c.L = 3;
     const Everything kept = run_steps(c, options, [](Gpt&) {});
-    options.recompute = true;
-    CHECK(run_steps(c, options, [](Gpt&) {}) == kept);
     options.batch_tokens = 4096;
-    const int64_t recomputed = gpu::plan_memory(c, options).total();
-    options.recompute = false;
-    CHECK(recomputed < gpu::plan_memory(c, options).total());
+    int64_t before = gpu::plan_memory(c, options).total();
+    for (const Recompute how : {Recompute::light, Recompute::full}) {
+      options.recompute = how, options.batch_tokens = 0;
+      CHECK(run_steps(c, options, [](Gpt&) {}) == kept);
+      options.batch_tokens = 4096;
+      const int64_t bytes = gpu::plan_memory(c, options).total();
+      CHECK(bytes < before);
+      before = bytes;
+    }
+  }
+  gpu::fusion = gpu::Fusion::always;
+  GptOptions options = kTrainBf16;
+  options.recompute = Recompute::full;  // runs the fused product again
+  const Config c = engine_config(Family::gpt2);
+  CHECK(run_steps(c, options, [](Gpt&) {}) == run_steps(c, kTrainBf16, [](Gpt&) {}));
+}
+
+TEST_CASE("cuda: light recomputation keeps 10 C of a token's 16 C in each layer") {
+  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+    Config c;  // GPT-2's shape
+    c.family = Family::gpt2, c.tied = true, c.V = 257, c.T = 100;
+    c.C = 64, c.NH = c.NKV = 4, c.HS = 16, c.F = 256;
+    const auto bytes = [&](int layers, Recompute how) {
+      c.L = layers;
+      GptOptions options{.precision = precision, .recompute = how, .batch_tokens = 4096};
+      for (const MemoryPlan::Item& item : gpu::plan_memory(c, options).items)
+        if (item.what == "activations") return item.bytes;
+      return int64_t(0);
+    };
+    const auto of_layer = [&](Recompute how) { return bytes(5, how) - bytes(4, how); };
+    const int64_t element = precision == Precision::fp32 ? 4 : 2;
+    CHECK(of_layer(Recompute::none) - of_layer(Recompute::light) == 6 * 64 * 4096 * element);
+    const int64_t vectors = 4096 * (2 * 2 + 4) * 4;  // means, inverse deviations, log sums
+    CHECK(of_layer(Recompute::light) == 10 * 64 * 4096 * element + vectors);
   }
 }
 

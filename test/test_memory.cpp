@@ -105,12 +105,14 @@ TEST_CASE(
 }
 
 TEST_CASE("--recompute trains the same weights") {
-  for (const char* flags : {"", "--recompute"}) {
-    const Output o = shell(train_command(concat("with", flags), flags));
+  for (const std::string how : {"none", "light", "full"}) {
+    const Output o = shell(train_command("with_" + how, "--recompute " + how));
     REQUIRE_MESSAGE(o.status == 0, o.text);
+    CHECK(read_file(world() / "with_none/model/model.safetensors") ==
+          read_file(world() / ("with_" + how + "/model/model.safetensors")));
   }
-  CHECK(read_file(world() / "with/model/model.safetensors") ==
-        read_file(world() / "with--recompute/model/model.safetensors"));
+  check_refused(shell(train_command("with_some", "--recompute some")),
+                "--recompute: found some, expected none, light or full");
 }
 
 TEST_CASE("--precision bf16 is refused on the CPU in every stage that trains") {

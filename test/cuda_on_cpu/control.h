@@ -22,6 +22,12 @@ void set_workers(int workers);
 // memory and closes it again: for a few small steps, not for whole suites.
 void set_host_checks(bool on);
 
+// Reports two blocks of a launch that write the same byte, unless both do so by atomics. Blocks
+// then run one after the other, and each block's first write to a page of memory takes
+// microseconds. A write that leaves a byte as it was is not seen. The environment variable
+// CUDA_ON_CPU_WRITES=1 begins with it on.
+void set_write_checks(bool on);
+
 // The device. The defaults: one device, compute capability 9.0, 4 multiprocessors, 16 GiB, CUDA 13.
 void set_device_count(int count);
 void set_compute_capability(int major, int minor);
@@ -29,6 +35,9 @@ void set_multiprocessors(int count);
 void set_memory(size_t bytes);
 void set_driver_version(int version);
 size_t memory_in_use();
+// Products by algorithms of cuBLASLt whose partial sums are added in the type of a bf16 D: the
+// heuristic offers one first, unless CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK forbids it.
+int64_t rounded_reductions();
 int64_t kernels_launched();  // since the start; each replay of a graph counts
 
 // The allocation (cudaMalloc) or launch after `skip` more of them fails.

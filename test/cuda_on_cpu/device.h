@@ -194,9 +194,13 @@ inline void __threadfence_block() { __threadfence(); }
 inline void __threadfence_system() { __threadfence(); }
 
 namespace cuda_on_cpu {
+extern constinit thread_local bool writes_are_checked;  // set_write_checks, while a kernel runs
+void note_atomic(const void* address, size_t bytes);    // for that check
+
 template <std::integral T, class F>
 T atomic_update(T* address, F&& f) {
   check_aligned(address, sizeof(T));
+  if (writes_are_checked) note_atomic(address, sizeof(T));
   std::atomic_ref<T> cell(*address);
   T old = cell.load();
   while (!cell.compare_exchange_weak(old, f(old))) {

@@ -36,6 +36,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <unordered_map>
 #include <vector>
 
 #include "control.h"
@@ -60,6 +61,7 @@ namespace cuda_on_cpu {
 
 constinit thread_local Thread* self = nullptr;
 constinit thread_local unsigned char* block_shared_memory = nullptr;
+constinit thread_local bool writes_are_checked = false;
 
 namespace {
 
@@ -83,8 +85,11 @@ struct Settings {
   int device_count = 1, major = 9, minor = 0, multiprocessors = 4, driver = CUDART_VERSION;
   size_t memory = size_t(16) << 30;
   int malloc_until_failure = -1, launches_until_failure = -1;  // -1: none fails
+  bool write_checks = false;
 
   Settings() {
+    const char* writes = std::getenv("CUDA_ON_CPU_WRITES");
+    write_checks = writes && !std::strcmp(writes, "1");
     const char* text = std::getenv("CUDA_ON_CPU_SCHEDULE");
     if (!text || !*text || !std::strcmp(text, "forward")) return;
     if (!std::strcmp(text, "reverse")) {
@@ -115,7 +120,7 @@ bool fails_now(int& until) {
 
 thread_local const char* next_launch = nullptr;
 thread_local cudaError_t last_error = cudaSuccess;
-std::atomic<int64_t> launches{0};
+std::atomic<int64_t> launches{0}, reductions_rounded{0};
 
 cudaError_t result(cudaError_t status) {
   if (status != cudaSuccess) last_error = status;
@@ -181,6 +186,7 @@ void set_schedule(Schedule schedule, uint64_t seed) {
   settings().seed = seed;
 }
 void set_workers(int workers) { settings().workers = workers; }
+void set_write_checks(bool on) { settings().write_checks = on; }
 void set_device_count(int count) { settings().device_count = count; }
 void set_compute_capability(int major, int minor) {
   settings().major = major;
@@ -193,6 +199,7 @@ void fail_next_malloc(int skip) { settings().malloc_until_failure = skip; }
 void fail_next_launch(int skip) { settings().launches_until_failure = skip; }
 void name_next_launch(const char* name) { next_launch = name; }
 int64_t kernels_launched() { return launches; }
+int64_t rounded_reductions() { return reductions_rounded; }
 
 // =============================================================================================
 // 2. Reports
@@ -386,6 +393,127 @@ class OpenMemory {
 };
 
 }  // namespace
+
+// ---------------------------------------------------------------------------------------------
+// Which block wrote what, for set_write_checks. While a launch runs, all of device memory is
+// read-only. A block's first write to a page faults; the page is copied and opened. When the block
+// has ended, the bytes that differ from the copy are those that it wrote.
+
+namespace {
+
+class WriteRecord {
+ public:
+  explicit WriteRecord(dim3 grid) : grid_(grid) {
+    std::lock_guard lock(memory().mutex);
+    for (const auto& [start, a] : memory().live) {
+      const Range range{uintptr_t(a.map) + kGuard, uintptr_t(a.map) + a.map_bytes - kGuard};
+      ranges_.push_back(range);
+      protect(range.begin, range.end - range.begin, PROT_READ);
+    }
+    std::sort(ranges_.begin(), ranges_.end(),
+              [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  }
+  ~WriteRecord() {
+    for (const Range& r : ranges_) protect(r.begin, r.end - r.begin, PROT_READ | PROT_WRITE);
+  }
+  WriteRecord(const WriteRecord&) = delete;
+  WriteRecord& operator=(const WriteRecord&) = delete;
+
+  // The page of `address`, for writing; false: it is not device memory, or open already.
+  bool open(uintptr_t address) {
+    if (!contains(address)) return false;
+    const uintptr_t begin = address / page_bytes() * page_bytes();
+    Page& page = pages_[begin];
+    if (page.is_open) return false;
+    const auto* bytes = reinterpret_cast<const unsigned char*>(begin);
+    page.before.assign(bytes, bytes + page_bytes());
+    page.writer.resize(page_bytes(), kNobody);
+    page.is_open = true;
+    open_.push_back(begin);
+    protect(begin, page_bytes(), PROT_READ | PROT_WRITE);
+    return true;
+  }
+  void note_atomic(uintptr_t address, size_t bytes) {
+    for (uintptr_t a = address; a < address + bytes; a++)
+      if (contains(a)) atomics_.push_back(a);
+  }
+  // Of the block that ran last
+  void end_block(size_t block) {
+    const auto own = uint32_t(block + 1);
+    for (const uintptr_t address : atomics_) {
+      const uintptr_t begin = address / page_bytes() * page_bytes();
+      const auto found = pages_.find(begin);
+      if (found == pages_.end()) continue;  // it failed: nothing was written
+      Page& page = found->second;
+      const size_t i = address - begin;
+      uint32_t& writer = page.writer[i];
+      if (writer != kNobody && writer != kAtomics && writer != own) {
+        report("blocks %s and %s both write %s, the first of them not by an atomic",
+               label(writer).text, label(own).text, describe(address).c_str());
+      }
+      writer = kAtomics;
+      page.before[i] = *reinterpret_cast<const unsigned char*>(address);
+    }
+    atomics_.clear();
+    for (const uintptr_t begin : open_) {
+      Page& page = pages_[begin];
+      const auto* now = reinterpret_cast<const unsigned char*>(begin);
+      for (size_t i = 0; i < page_bytes(); i++) {
+        if (now[i] == page.before[i]) continue;
+        uint32_t& writer = page.writer[i];
+        if (writer == kAtomics) {
+          report("block %s writes %s, and others do so by atomics", label(own).text,
+                 describe(begin + i).c_str());
+        }
+        if (writer != kNobody && writer != own) {
+          report("blocks %s and %s both write %s", label(writer).text, label(own).text,
+                 describe(begin + i).c_str());
+        }
+        writer = own;
+      }
+      page.is_open = false;
+      protect(begin, page_bytes(), PROT_READ);
+    }
+    open_.clear();
+  }
+
+ private:
+  static constexpr uint32_t kNobody = 0, kAtomics = ~0u;  // else a block's number + 1
+  struct Range {
+    uintptr_t begin, end;
+  };
+  struct Page {
+    std::vector<unsigned char> before;  // the block that runs
+    std::vector<uint32_t> writer;       // of each byte
+    bool is_open = false;
+  };
+
+  static void protect(uintptr_t begin, size_t bytes, int protection) {
+    mprotect(reinterpret_cast<void*>(begin), bytes, protection);
+  }
+  bool contains(uintptr_t address) const {
+    const auto after =
+        std::upper_bound(ranges_.begin(), ranges_.end(), address,
+                         [](uintptr_t a, const Range& range) { return a < range.begin; });
+    return after != ranges_.begin() && address < std::prev(after)->end;
+  }
+  Label label(uint32_t writer) const {
+    const unsigned number = writer - 1;
+    return label_of({number % grid_.x, number / grid_.x % grid_.y, number / grid_.x / grid_.y});
+  }
+
+  dim3 grid_;
+  std::vector<Range> ranges_;  // device memory, by address
+  std::unordered_map<uintptr_t, Page> pages_;
+  std::vector<uintptr_t> open_, atomics_;  // of the block that runs
+};
+thread_local WriteRecord* write_record = nullptr;  // of the launch that runs
+
+}  // namespace
+
+void note_atomic(const void* address, size_t bytes) {
+  write_record->note_atomic(uintptr_t(address), bytes);
+}
 
 // =============================================================================================
 // 4. Fibers
@@ -951,6 +1079,7 @@ void on_fault(int signal_number, siginfo_t* info, void* context) {
     signal(signal_number, SIG_DFL);
     return;
   }
+  if (write_record && write_record->open(uintptr_t(info->si_addr))) return;
   const char* access = "access";
   uintptr_t instruction = 0;
 #if defined(__x86_64__)
@@ -1044,6 +1173,11 @@ void run(const Launch& launch) {
   const size_t blocks = launch.blocks();
   std::atomic<size_t> next_block{0};
   FaultHandler handler;
+  std::unique_ptr<WriteRecord> record;
+  if (settings().write_checks && blocks > 1) {
+    record = std::make_unique<WriteRecord>(launch.grid);
+    write_record = record.get(), writes_are_checked = true;
+  }
   const std::function<void()> work = [&] {
     thread_local std::unique_ptr<Processor> own;
     if (next_block >= blocks) return;
@@ -1055,6 +1189,10 @@ void run(const Launch& launch) {
     for (size_t i; (i = next_block.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
       const auto start = Clock::now();
       processor->run_block(block_order(i, blocks));
+      if (record) {
+        record->end_block(block_order(i, blocks));
+        continue;
+      }
       // Others are woken where the first block says that it is worth it.
       if (i == 0 && Clock::now() - start > std::chrono::microseconds(50) / blocks) break;
     }
@@ -1064,6 +1202,7 @@ void run(const Launch& launch) {
   if (next_block < blocks) {
     workers().run(int(std::min(size_t(worker_count()), blocks)) - 1, work);
   }
+  write_record = nullptr, writes_are_checked = false;
 }
 
 }  // namespace
@@ -1260,6 +1399,28 @@ std::map<uint64_t, Capture> captures;  // under way, by number
 uint64_t last_capture = 0;
 std::map<const void*, int> shared_limits;  // by kernel: cudaFuncSetAttribute
 
+// The most threads of a block that a kernel's __launch_bounds__ allow, rounded up to warps: see
+// there. Between the address in the table and the kernel are as many bytes 0x90 as warps.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+extern "C" [[gnu::weak]] const uintptr_t __start___patchable_function_entries[];
+extern "C" [[gnu::weak]] const uintptr_t __stop___patchable_function_entries[];
+unsigned launch_bound(const void* kernel) {
+  const auto entry = uintptr_t(kernel);
+  for (const uintptr_t* place = __start___patchable_function_entries;
+       place != __stop___patchable_function_entries; place++) {
+    if (*place >= entry || entry - *place > kMaxWarps) continue;
+    const auto* end = static_cast<const unsigned char*>(kernel);
+    const auto* begin = end - (entry - *place);
+    if (std::all_of(begin, end, [](unsigned char byte) { return byte == 0x90; })) {
+      return unsigned(32 * (end - begin));
+    }
+  }
+  return kMaxThreads;
+}
+#else
+unsigned launch_bound(const void*) { return kMaxThreads; }
+#endif
+
 Capture* find_capture(uint64_t number) {
   const auto it = captures.find(number);
   return it == captures.end() ? nullptr : &it->second;
@@ -1315,6 +1476,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                              ? kDefaultShared
                              : std::max(kDefaultShared, size_t(limit->second));
   if (config.dynamicSmemBytes > allowed) return result(cudaErrorInvalidValue);
+  if (size.x * size.y * size.z > launch_bound(kernel)) {
+    return result(cudaErrorLaunchOutOfResources);
+  }
   return enqueue(config.stream, [work = Launch{name, grid, size, config.dynamicSmemBytes,
                                                std::move(thread)}] { run(work); });
 }
@@ -1713,6 +1877,7 @@ struct cublasLtMatrixLayoutOpaque {
 };
 struct cublasLtMatmulPreferenceOpaque {
   size_t workspace = 0;
+  uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_MASK;
 };
 
 namespace {
@@ -1761,6 +1926,7 @@ struct Product {
   const void *A, *B, *C;
   void *D, *workspace;
   size_t workspace_needed;
+  bool rounded_reduction = false;
 
   int64_t m() const { return d.rows; }
   int64_t n() const { return d.cols; }
@@ -1920,6 +2086,8 @@ void run_product(const Product& p) {
   std::vector<float> sums;
   for (int64_t batch = 0; batch < p.d.batch; batch++) {
     multiply(sums, p, batch);
+    if (p.rounded_reduction)
+      for (float& x : sums) x = __bfloat162float(__float2bfloat16(x));
     for (int64_t j = 0; j < p.n(); j++) {
       for (int64_t i = 0; i < p.m(); i++) {
         const int64_t at = batch * p.d.stride + j * p.d.ld + i;
@@ -2076,6 +2244,10 @@ cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t prefer
 cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
                                                     cublasLtMatmulPreferenceAttributes_t attribute,
                                                     const void* value, size_t bytes) {
+  if (attribute == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) {
+    return copy_attribute(preference->reductions, value, bytes) ? CUBLAS_STATUS_SUCCESS
+                                                                : CUBLAS_STATUS_INVALID_VALUE;
+  }
   if (attribute != CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) return CUBLAS_STATUS_SUCCESS;
   return copy_attribute(preference->workspace, value, bytes) ? CUBLAS_STATUS_SUCCESS
                                                              : CUBLAS_STATUS_INVALID_VALUE;
@@ -2090,6 +2262,13 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
   *found = 0;
   const Product p{*desc, *a, *b, *c, *d, 1, 0, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
   if (const cublasStatus_t status = validate(p)) return status;
+  if (p.d.type == CUDA_R_16BF && asked > 0 &&
+      preference->reductions & CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE) {
+    cublasLtMatmulHeuristicResult_t& r = results[(*found)++];
+    r = {};
+    r.algo.data[0] = kAlgorithmMark, r.algo.data[2] = CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
+    r.wavesCount = 1;
+  }
   for (uint64_t i = 0; i < std::size(kWorkspaces) && *found < asked; i++) {
     if (kWorkspaces[i] > preference->workspace) break;
     cublasLtMatmulHeuristicResult_t& r = results[(*found)++];
@@ -2142,6 +2321,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     }
     p.workspace_needed = kWorkspaces[algo->data[1]];
     if (p.workspace_needed > workspace_bytes) return CUBLAS_STATUS_INVALID_VALUE;
+    p.rounded_reduction = algo->data[2] == CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
+    if (p.rounded_reduction) reductions_rounded++;
   }
   if ((p.has_bias() || p.has_gradient()) && !desc->bias) return CUBLAS_STATUS_INVALID_VALUE;
   if (p.has_aux() && (!desc->aux || uintptr_t(desc->aux) % 16 != 0)) {

@@ -22,7 +22,16 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+// GCC puts this many instructions that do nothing before the kernel, and their address into a table
+// of the program, where a launch finds the largest block that the kernel allows (in warps). Another
+// compiler takes no note of it.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#define CUDA_ON_CPU_BOUNDS(threads, ...) \
+  __attribute__((patchable_function_entry(((threads) + 31) / 32, ((threads) + 31) / 32)))
+#define __launch_bounds__(...) CUDA_ON_CPU_BOUNDS(__VA_ARGS__)
+#else
 #define __launch_bounds__(...)
+#endif
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static_assert(false, "__shared__ variables: take them from shared_memory<T>()");
 
