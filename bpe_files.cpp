@@ -18,7 +18,7 @@
 #include <unordered_set>
 
 #include "cake/bpe.h"
-#include "cake/chat_template.h"
+#include "cake/chatml.h"
 #include "cake/gguf.h"
 #include "cake/json.h"
 #include "cake/tokenizer_files.h"
@@ -43,14 +43,8 @@ int find_separator(const TokenizerData& data) {
   int id = find("<|endoftext|>");
   if (id >= 0) return id;
   if (!data.text_begin.empty()) return data.text_begin[0];
-  if (!data.config.empty()) {
-    const Json config = Json::parse(data.config, nullptr, false);
-    for (const char* role : {"bos_token", "eos_token"}) {
-      if (!config.is_object() || !config.contains(role)) continue;
-      const Json& token = config[role];
-      const Json& name = token.is_object() && token.contains("content") ? token["content"] : token;
-      if (name.is_string() && (id = find(name.get<std::string>())) >= 0) return id;
-    }
+  for (const char* role : {"bos_token", "eos_token"}) {
+    if ((id = find(data.named_token(role))) >= 0) return id;
   }
   for (const char* name :
        {"<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<s>", "<|startoftext|>", "[BOS]", "<bos>",
@@ -100,6 +94,14 @@ uint64_t hash_of(const TokenizerData& data) {
 }
 
 }  // namespace
+
+std::string TokenizerData::named_token(const std::string& role) const {
+  const Json json = Json::parse(config, nullptr, false);
+  if (!json.is_object() || !json.contains(role)) return "";
+  const Json& token = json[role];
+  const Json& name = token.is_object() && token.contains("content") ? token["content"] : token;
+  return name.is_string() ? name.get<std::string>() : "";
+}
 
 void TokenizerData::complete(const std::string& where) {
   const auto is_own = [&](int t) { return ids[size_t(t)] >= 0 && ids[size_t(t)] != unknown; };
@@ -1245,7 +1247,7 @@ void convert_tokenizer(const Tokenizer& tokenizer, const fs::path& output) {
   tokenizer.save(output);
 }
 
-Tokenizer with_chat_tokens(const Tokenizer& tokenizer, bool add) {
+Tokenizer with_chat_tokens(const Tokenizer& tokenizer, const std::string& chat_template, bool add) {
   auto data = std::make_shared<TokenizerData>(tokenizer.data());
   TokenizerData& d = *data;
   for (const char* name : kSpecialTokens) {
@@ -1255,17 +1257,13 @@ Tokenizer with_chat_tokens(const Tokenizer& tokenizer, bool add) {
     d.json.clear();  // the file that was read lacks this token
   }
   d.complete("tokenizer");
-  const std::string fresh = tokenizer_config_json(d);
-  if (d.config.empty()) {
-    d.config = fresh;
-  } else {
-    auto config = parse_json<OrderedJson>(d.config, "tokenizer_config.json");
-    if (!config.is_object()) fail("tokenizer_config.json: not a JSON object");
-    const auto old = config.find("chat_template");
-    if (old == config.end() || *old != kChatTemplate) {
-      config["chat_template"] = kChatTemplate;
-      d.config = config.dump(2) + "\n";
-    }
+  if (d.config.empty()) d.config = tokenizer_config_json(d);
+  auto config = parse_json<OrderedJson>(d.config, "tokenizer_config.json");
+  if (!config.is_object()) fail("tokenizer_config.json: not a JSON object");
+  const auto old = config.find("chat_template");
+  if (old == config.end() || *old != chat_template) {
+    config["chat_template"] = chat_template;
+    d.config = config.dump(2) + "\n";
   }
   return Tokenizer(data);
 }

@@ -10,7 +10,7 @@
 #include <unordered_set>
 
 #include "cake/bpe.h"
-#include "cake/chat_template.h"
+#include "cake/chatml.h"
 #include "cake/json.h"
 #include "cake/tokenizer_files.h"
 

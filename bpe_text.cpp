@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <mutex>
 #include <set>
+#include <tuple>
 
 #include "cake/bpe.h"
 #include "cake/normal_forms.h"
@@ -94,15 +95,23 @@ class TokenSearch {
   bool is_needed(bool specials) const { return specials ? !tokens_.empty() : has_always_; }
 
   // Calls visit(token, begin, end) for each token in text[0, end), and with nullptr for each
-  // stretch of text between tokens.
-  template <class Visit>
-  void each_stretch(std::string_view text, size_t end, bool specials, const Visit& visit) const {
+  // stretch of text between tokens. search_behind(token, begin, end) says of a special token where
+  // the search goes on because it is not recognised there, 0: it is recognised.
+  template <class SearchBehind, class Visit>
+  void each_stretch(std::string_view text, size_t end, const SearchBehind& search_behind,
+                    const Visit& visit) const {
     const std::string_view searched = text.substr(0, end);
-    size_t done = 0;
-    for (Match match = find(searched, 0); match.token; match = find(searched, match.end)) {
+    size_t done = 0, next = 0;
+    for (Match match = find(searched, 0); match.token; match = find(searched, next)) {
       const AddedToken& token = *match.token;
       size_t begin = match.begin, token_end = match.end;
-      if (token.special && !specials) continue;
+      next = token_end;
+      if (token.special) {
+        if (const size_t behind = search_behind(token, begin, token_end)) {
+          next = behind;
+          continue;
+        }
+      }
       if (token.single_word &&
           (ends_with_word(text.substr(0, begin)) || starts_with_word(text.substr(token_end)))) {
         continue;
@@ -461,8 +470,11 @@ void TextEncoder::encode(std::string_view text, size_t end, bool begins, bool sp
                          IdBuffer& ids) {
   ids_ = &ids;
   if (!added_->raw.is_needed(specials)) return encode_raw(text, end, begins, specials, {});
+  const auto behind = [&](const AddedToken& token, size_t begin, size_t token_end) {
+    return specials ? search_behind(token, begin, token_end, {}) : token_end;
+  };
   added_->raw.each_stretch(
-      text, end, specials, [&](const AddedToken* token, size_t begin, size_t stretch_end) {
+      text, end, behind, [&](const AddedToken* token, size_t begin, size_t stretch_end) {
         if (token) return add_token(*token, begin, stretch_end, {});
         // A token ends the stretch before it as the end of the text does.
         const std::string_view stretch =
@@ -487,6 +499,14 @@ void TextEncoder::encode_places(std::string_view text, bool specials,
   places_ = nullptr;
 }
 
+void TextEncoder::encode_places(std::string_view text, std::span<const SpecialStretch> allowed,
+                                bool begins, std::vector<TokenPlace>& places) {
+  own_ids_.clear();
+  places_ = &places, allowed_ = allowed;
+  encode(text, text.size(), begins, !allowed.empty(), own_ids_);
+  places_ = nullptr, allowed_.reset();
+}
+
 void TextEncoder::encode_raw(std::string_view text, size_t end, bool begins, bool specials,
                              Origin origin) {
   size_t normal_end = end;
@@ -499,8 +519,11 @@ void TextEncoder::encode_raw(std::string_view text, size_t end, bool begins, boo
 void TextEncoder::encode_normalized(std::string_view text, size_t end, bool begins, bool specials,
                                     Origin origin) {
   if (!added_->normalized.is_needed(specials)) return encode_plain(text, end, begins, origin);
+  const auto behind = [&](const AddedToken& token, size_t begin, size_t token_end) {
+    return specials ? search_behind(token, begin, token_end, origin) : token_end;
+  };
   added_->normalized.each_stretch(
-      text, end, specials, [&](const AddedToken* token, size_t begin, size_t stretch_end) {
+      text, end, behind, [&](const AddedToken* token, size_t begin, size_t stretch_end) {
         if (token) return add_token(*token, begin, stretch_end, origin);
         const std::string_view stretch =
             text.substr(begin, stretch_end < end ? stretch_end - begin : text.npos);
@@ -535,6 +558,11 @@ void TextEncoder::add_token(const AddedToken& token, size_t begin, size_t end, O
 }
 
 void TextEncoder::add_place(int id, size_t begin, size_t end, Origin origin) {
+  std::tie(begin, end) = source(begin, end, origin);
+  places_->push_back({id, begin, end});
+}
+
+std::pair<size_t, size_t> TextEncoder::source(size_t begin, size_t end, Origin origin) {
   begin += origin.offset, end += origin.offset;
   if (origin.alignment) {
     const Alignment& alignment = *origin.alignment;
@@ -544,7 +572,27 @@ void TextEncoder::add_place(int id, size_t begin, size_t end, Origin origin) {
                                      : alignment.back().end;
     end = std::max(begin, source_end);
   }
-  places_->push_back({id, origin.base + begin, origin.base + end});
+  return {origin.base + begin, origin.base + end};
+}
+
+size_t TextEncoder::search_behind(const AddedToken& token, size_t begin, size_t end,
+                                  Origin origin) const {
+  if (!allowed_) return 0;
+  const auto [source_begin, source_end] = source(begin, end, origin);
+  // The last stretch that begins at the token or before it.
+  auto stretch = std::upper_bound(allowed_->begin(), allowed_->end(), source_begin,
+                                  [](size_t x, const SpecialStretch& s) { return x < s.begin; });
+  const bool is_last = stretch == allowed_->end();
+  const bool reaches_next = !is_last && stretch->begin < source_end;
+  if (stretch != allowed_->begin()) {
+    const auto& [stretch_begin, stretch_end, only] = *--stretch;
+    const bool is_named =
+        only.empty() || std::find(only.begin(), only.end(), token.id) != only.end();
+    if (source_end <= stretch_end && is_named) return 0;
+    if (source_begin < stretch_end && source_end > stretch_end) return begin + 1;
+  }
+  // It covers some of a stretch, where another token may begin.
+  return reaches_next ? begin + 1 : end;
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -650,6 +698,15 @@ std::vector<TokenPlace> Tokenizer::encode_places(std::string_view text, bool all
   return places;
 }
 
+std::vector<TokenPlace> Tokenizer::encode_places(std::string_view text,
+                                                 std::span<const SpecialStretch> allowed,
+                                                 bool begins) const {
+  std::vector<TokenPlace> places;
+  encoders_->with_encoder(
+      *data_, [&](TextEncoder& encoder) { encoder.encode_places(text, allowed, begins, places); });
+  return places;
+}
+
 std::string Tokenizer::decode(std::span<const int> ids) const {
   size_t size = 0;
   for (const int id : ids) {
@@ -676,6 +733,10 @@ bool Tokenizer::is_special(int id) const {
 int Tokenizer::special(std::string_view name) const {
   const auto it = data_->added_ids.find(std::string(name));
   return it == data_->added_ids.end() ? -1 : it->second;
+}
+
+std::string Tokenizer::named_token(const std::string& role) const {
+  return data_->named_token(role);
 }
 
 int Tokenizer::end_of_text() const {

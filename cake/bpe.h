@@ -27,6 +27,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -233,6 +234,9 @@ struct TokenizerData {
     merges.reserve(std::min<size_t>(tokens, Merges::kMaxTokens), bytes);
   }
 
+  // The text of a token that `config` names, as "bos_token"; empty when it names none.
+  std::string named_token(const std::string& role) const;
+
   // To be called when all the rest is there, and again when some of it has changed. `where` is a
   // file, for errors.
   void complete(const std::string& where);
@@ -351,6 +355,8 @@ class TextEncoder {
   void encode(std::string_view text, size_t end, bool begins, bool specials, std::vector<int>& ids);
   // The tokens of a whole text with their places in it: Tokenizer::encode_places.
   void encode_places(std::string_view text, bool specials, std::vector<TokenPlace>& places);
+  void encode_places(std::string_view text, std::span<const SpecialStretch> allowed, bool begins,
+                     std::vector<TokenPlace>& places);
   const Encoder& encoder() const { return encoder_; }
   void preload() { encoder_.preload(); }
 
@@ -365,6 +371,10 @@ class TextEncoder {
   void encode_normalized(std::string_view text, size_t end, bool begins, bool specials,
                          Origin origin);
   void encode_plain(std::string_view text, size_t end, bool begins, Origin origin);
+  // Where the search goes on behind a special token at [begin, end) that is not recognised there;
+  // 0: it is recognised.
+  size_t search_behind(const AddedToken& token, size_t begin, size_t end, Origin origin) const;
+  static std::pair<size_t, size_t> source(size_t begin, size_t end, Origin origin);
   void add_token(const AddedToken& token, size_t begin, size_t end, Origin origin);
   void add_place(int id, size_t begin, size_t end, Origin origin);
 
@@ -373,6 +383,8 @@ class TextEncoder {
   Encoder encoder_;
   IdBuffer* ids_ = nullptr;                    // of the call that runs
   std::vector<TokenPlace>* places_ = nullptr;  // likewise; nullptr: not asked for
+  // Likewise; nullopt: special tokens are recognised everywhere, or nowhere.
+  std::optional<std::span<const SpecialStretch>> allowed_;
   IdBuffer own_ids_;
   std::string normal_, prefixed_;  // the text that is encoded, where it is not the original
   Alignment alignment_;

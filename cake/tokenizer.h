@@ -24,6 +24,12 @@ struct TokenPlace {
   size_t begin, end;
 };
 
+// A stretch of a text in which special tokens are recognised: text[begin, end).
+struct SpecialStretch {
+  size_t begin, end;
+  std::span<const int> only = {};  // these alone; empty: all of them
+};
+
 // Copies share their data. All member functions may be called by many threads at once.
 class Tokenizer {
  public:
@@ -50,14 +56,24 @@ class Tokenizer {
   // text, which take no bytes.
   std::vector<TokenPlace> encode_places(std::string_view text, bool allow_special = false,
                                         bool around = false) const;
+  // The same, where a special token is recognised only if all of its own bytes lie in one of the
+  // stretches `allowed`, which are in order and do not overlap. (The white space that a token takes
+  // along may lie outside.) No text beside a stretch hides a special token in it. Added tokens that
+  // are not special are recognised everywhere. `begins`: false if the text goes on from another.
+  std::vector<TokenPlace> encode_places(std::string_view text,
+                                        std::span<const SpecialStretch> allowed,
+                                        bool begins = true) const;
   std::string decode(std::span<const int> ids) const;  // bytes, not always well-formed UTF-8
 
   int vocab_size() const;                      // the largest id + 1
   std::string_view token_bytes(int id) const;  // empty if no token has this id
   // Whether it is an added token with special = true: text never becomes it unless allowed.
   bool is_special(int id) const;
-  int special(std::string_view name) const;  // id of a special token, -1 when absent
-  int end_of_text() const;                   // <|endoftext|>; throws Error when absent
+  int special(std::string_view name) const;  // id of an added token, -1 when absent
+  // The text of bos_token, eos_token, pad_token or unk_token in tokenizer_config.json; empty when
+  // it names none.
+  std::string named_token(const std::string& role) const;
+  int end_of_text() const;  // <|endoftext|>; throws Error when absent
   // Begins every document of a corpus, and base prompts; throws Error when the tokenizer has none.
   int document_separator() const;
   int find_document_separator() const;  // the same, -1 when it has none
@@ -82,9 +98,9 @@ inline constexpr const char* kSpecialTokens[] = {
     "<|spare_6|>",     "<|spare_7|>"};
 inline constexpr int kSpecials = int(std::size(kSpecialTokens));
 
-// The same tokenizer with the template of cake/chat_template.h in its tokenizer_config.json. With
-// `add`, the tokens of kSpecialTokens that it lacks get ids behind its last one.
-Tokenizer with_chat_tokens(const Tokenizer&, bool add = true);
+// The same tokenizer with this chat template in its tokenizer_config.json. With `add`, the tokens
+// of kSpecialTokens that it lacks get ids behind its last one.
+Tokenizer with_chat_tokens(const Tokenizer&, const std::string& chat_template, bool add = true);
 
 // Documents: plain text, JSON lines, WET and parquet, the first three also as .gz or .zst, or "-";
 // see cake/documents.h. The validation part depends only on the documents and the fraction: it is

@@ -54,6 +54,19 @@ std::string shown_places(const Tokenizer& t, std::string_view text, bool special
   return shown;
 }
 
+// The same with special tokens allowed in stretches of the text. A token that was found is in
+// braces.
+std::string shown_places(const Tokenizer& t, std::string_view text,
+                         const std::vector<SpecialStretch>& allowed, bool begins = true) {
+  std::string shown;
+  for (const TokenPlace& p : t.encode_places(text, allowed, begins)) {
+    const bool is_added = p.id >= 256;
+    shown +=
+        concat(is_added ? "{" : "[", text.substr(p.begin, p.end - p.begin), is_added ? "}" : "]");
+  }
+  return shown;
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------
@@ -118,6 +131,48 @@ TEST_CASE("the hash of a tokenizer tells normalizers apart") {
 
 // ---------------------------------------------------------------------------------------------
 // Added tokens
+
+TEST_CASE("a special token is recognised only where all of it is in an allowed stretch") {
+  const Tokenizer t =
+      byte_tokenizer(kNfc, {token("<a>", 256, {.special = true}),
+                            token("x<a", 257, {.special = true}), token("<b>", 258, {})});
+  const std::string text = "<a><a>";
+  using Stretches = std::vector<SpecialStretch>;
+  CHECK(shown_places(t, text, Stretches{}) == "[<][a][>][<][a][>]");
+  CHECK(shown_places(t, text, Stretches{{0, 6}}) == "{<a>}{<a>}");
+  CHECK(shown_places(t, text, Stretches{{0, 3}}) == "{<a>}[<][a][>]");
+  CHECK(shown_places(t, text, Stretches{{3, 6}}) == "[<][a][>]{<a>}");
+  CHECK(shown_places(t, text, Stretches{{0, 3}, {3, 6}}) == "{<a>}{<a>}");
+  CHECK(shown_places(t, text, Stretches{{0, 2}, {2, 5}}) == "[<][a][>][<][a][>]");
+  CHECK(shown_places(t, text, Stretches{{4, 6}}) == "[<][a][>][<][a][>]");
+  // A token that begins before the stretch does not hide the one inside it.
+  CHECK(shown_places(t, "x<a>", Stretches{{1, 4}}) == "[x]{<a>}");
+  CHECK(shown_places(t, "x<a>", Stretches{{0, 4}}) == "{x<a}[>]");
+  // Tokens that are not special do not ask.
+  CHECK(shown_places(t, "<b><a><b>", Stretches{{3, 4}}) == "{<b>}[<][a][>]{<b>}");
+  // Some special tokens and not others.
+  const std::vector<int> only = {256};
+  CHECK(shown_places(t, "<a> x<a", Stretches{{0, 7, only}}) == "{<a>}[ ][x][<][a]");
+}
+
+TEST_CASE("allowed stretches are places of the text before it is normalized") {
+  const Json nfkc = {{"type", "NFKC"}};
+  const Tokenizer t = byte_tokenizer(
+      nfkc, Json::array({token("<ffi>", 256, {.special = true, .normalized = true})}));
+  const std::string text =
+      "\u2460<\ufb03>\u2460";  // circled digits, and a ligature of three letters
+  const size_t begin = text.find('<'), end = text.find('>') + 1;
+  using Stretches = std::vector<SpecialStretch>;
+  CHECK(shown_places(t, text, Stretches{{begin, end}}) == "[\u2460]{<\ufb03>}[\u2460]");
+  CHECK(!contains(shown_places(t, text, Stretches{{begin, end - 1}}), "{"));
+  CHECK(!contains(shown_places(t, text, Stretches{{begin + 1, end}}), "{"));
+}
+
+TEST_CASE("a token takes white space along that is not in its stretch") {
+  const Tokenizer t = byte_tokenizer(
+      kNfc, Json::array({token("<a>", 256, {.special = true, .lstrip = true, .rstrip = true})}));
+  CHECK(shown_places(t, "x <a> y", std::vector<SpecialStretch>{{2, 5}}) == "[x]{ <a> }[y]");
+}
 
 TEST_CASE("text that looks like a special token is text unless allowed, other added tokens match") {
   const Tokenizer t =
