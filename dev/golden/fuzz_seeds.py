@@ -1,5 +1,5 @@
-"""Makes the seeds of the fuzz targets safetensors, config, tokenizer and verify in
-test/fuzz/seeds/: small valid inputs, from which `make fuzz` begins.
+"""Makes the seeds of the fuzz targets safetensors, config, tokenizer, verify and
+chat_template in test/fuzz/seeds/: small valid inputs, from which `make fuzz` begins.
 
     python dev/golden/fuzz_seeds.py
 
@@ -244,8 +244,55 @@ def tokenizer_seeds():
     write("tokenizer", "tiktoken", b"\7" + b"".join(lines))
 
 
+# -------------------------------------------------------------------------------------------------
+# chat_template: a template, a byte 0, and a conversation whose parts begin with bytes 1 to 8
+
+HEADERS = """{{ bos_token }}{% for m in messages %}
+{{ '<|start|>' + m['role'] + '<|end|>\\n\\n' + m['content'] | trim + '</s>' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"""
+TOOLS_LAST = """{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}
+{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message.role == 'user' %}
+        {%- if tools and loop.last %}{{- '[TOOLS] ' + (tools | tojson) }}{%- endif %}
+        {{- '[INST] ' + (system + '\\n\\n' if loop.last and system is defined else '') + message.content + '[/INST]' }}
+    {%- elif message.tool_calls is defined and message.tool_calls %}
+        {%- for call in message.tool_calls %}{{- call.function | tojson(indent=2) }}{%- if not loop.last %}, {% endif %}{%- endfor %}
+        {{- eos_token }}
+    {%- else %}
+        {{- ' ' + message.content + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+STRICT = """{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('roles must alternate') }}{% endif %}
+{{ '<|im_start|>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\\n' ~ m.content | trim ~ '<|im_end|>\\n' }}
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\\n' }}{% endif %}"""
+THINKS = """{% set ns = namespace(last=-1, first=true) %}{% for m in messages if m.role == 'user' %}
+{% set ns.last = loop.index0 %}{% endfor %}{% macro part(text, begin='<think>', end='</think>') -%}
+{{ begin ~ '\\n' ~ text ~ '\\n' ~ end }}{%- endmacro %}{% for m in messages %}
+{% if m.role == 'assistant' %}{% generation %}{{ part(m.reasoning_content) if m.reasoning_content }}
+{{- m.content.split('</think>')[-1].lstrip('\\n') }}<|im_end|>{% endgeneration %}
+{% elif m.role == 'tool' %}{% continue %}{% else %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}
+{% if add_generation_prompt %}<think>
+{% endif %}"""
+PLAIN = """{% for m in messages %}{% set name = {'user': 'Human', 'assistant': 'Assistant'}[m.role] %}
+### {{ name | upper }} ({{ strftime_now('%d %b %Y') }}): {{ m.content }}
+
+{% endfor %}{% if add_generation_prompt %}### ASSISTANT:{% endif %}"""
+TURNS = "\2Hi.\3Hello.\2More?\3<think>\nWhat?\n</think>\n\nYes."
+CALLS = '\7{"name":"f","parameters":{}}\1Be brief.\2Go.\3\5I look.\6f {"a":[1,"x"]}\4{"b":2}\3Done.'
+
+
+def chat_template_seeds():
+    for name, text, conversation in [("headers", HEADERS, TURNS), ("tools_last", TOOLS_LAST, CALLS),
+                                     ("strict", STRICT, TURNS), ("thinks", THINKS, CALLS), ("plain", PLAIN, TURNS)]:  # fmt: skip
+        write("chat_template", name, (text + "\0" + conversation).encode())
+
+
 if __name__ == "__main__":
     safetensors_seeds()
     config_seeds()
     tokenizer_seeds()
     verify_seeds()
+    chat_template_seeds()

@@ -16,15 +16,15 @@ Tokenizer fuzz_tokenizer() {
   return train_tokenizer({.inputs = {file.path()}}, 300, "qwen2");
 }
 
-ServedModel fuzz_model(Template chat) {
+// `choice`: "chatml", "plain" or "none".
+ServedModel fuzz_model(const std::string& choice) {
   const Tokenizer tokenizer = fuzz_tokenizer();
   ServedModel m{.id = "m", .text = {.dir = "m", .tokenizer = tokenizer}};
   m.text.document_start = tokenizer.document_separator();
   m.text.stop_ids = {m.text.document_start};
-  m.chat = chat;
-  m.rules = template_rules(m.text, chat);
+  if (choice != "none") use_template(m.text, open_chat_template(tokenizer, "", choice));
   m.context = 4096;
-  if (chat == Template::chatml) m.tools = {kCalculatorTool};
+  if (choice == "chatml") m.tools = {kCalculatorTool};
   return m;
 }
 
@@ -57,8 +57,8 @@ void check_error(const ApiError& e) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static const ServedModel models[] = {fuzz_model(Template::chatml), fuzz_model(Template::plain),
-                                       fuzz_model(Template::document)};
+  static const ServedModel models[] = {fuzz_model("chatml"), fuzz_model("plain"),
+                                       fuzz_model("none")};
   if (size == 0) return 0;
   const bool chat = data[0] % 2 == 0;
   const ServedModel& model = models[data[0] / 2 % 3];
@@ -70,6 +70,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         chat ? read_chat(body, model, limits) : read_completion(body, model, limits);
     const std::vector<Request> requests = make_requests(call, model, limits);
     check_requests(requests, model, limits);
+    if (chat) {
+      fuzz::expect(prompt_origins(call, model).size() == prompt_of(call).size(), "origins");
+    }
     if (requests[0].on_turn) requests[0].on_turn(0, requests[0].prompt);
   } catch (const ApiError& e) {
     check_error(e);
