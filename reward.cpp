@@ -44,6 +44,7 @@
 #include "cake/records.h"
 #include "cake/reward_model.h"
 #include "cake/run.h"
+#include "cake/stage_template.h"
 #include "cake/tokenizer.h"
 #include "cake/training.h"
 
@@ -114,7 +115,7 @@ std::vector<Pair> pairs_of(std::span<const int> ranking) {  // (K)
 // each point by which the scores of its answers differ.
 //
 // Answers with the same ids make no pair: its gradient would be 0.
-Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_chat,
+Comparison make_comparison(const StageTemplate& chat, Preference p, bool as_chat,
                            double score_margin = 0) {
   if (as_chat && !p.is_chat && !p.continuations.empty()) {
     p.is_chat = true;
@@ -122,10 +123,11 @@ Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_cha
     for (const std::string& c : p.continuations) p.answers.push_back({{"assistant", c, {}}});
     p.continuations.clear();
   }
-  const int end = end_token(tokenizer, p.is_chat);
+  const int end = chat.end_token(p.is_chat);
   Comparison c{.ranking = p.ranking, .label = p.label, .chance = p.chance};
   const std::vector<int> prompt =
-      p.is_chat ? prompt_ids(tokenizer, p.prompt) : prompt_ids(tokenizer, p.text);
+      p.is_chat ? chat.get().render(p.prompt, true).ids : chat.text_ids(p.text);
+  for (Message& m : p.prompt.messages) m.trained = false;  // its ids are what generation reads
   if (!p.is_chat && p.continuations.empty()) {
     c.sequences.push_back(with_end(prompt, end));
   } else {
@@ -134,15 +136,18 @@ Comparison make_comparison(const Tokenizer& tokenizer, Preference p, bool as_cha
   for (const std::vector<Message>& answer : p.answers) {
     Conversation whole = p.prompt;
     whole.messages.insert(whole.messages.end(), answer.begin(), answer.end());
-    Rendered r = render_chat(tokenizer, whole);
-    while (r.ids.back() != end) r.ids.pop_back();  // the newline behind the turn
+    Rendered r = chat.get().render_for_training(whole);
+    // Without what the template writes behind the turn.
+    while (!r.ids.empty() && r.ids.back() != end) r.ids.pop_back();
+    require(!r.ids.empty(), chat.get().name(), ": found no end of turn behind an answer, expected ",
+            json_text(std::string(chat.tokenizer().token_bytes(end))));
     r.trained.resize(r.ids.size());
     c.sequences.push_back(std::move(r.ids));
     c.written.push_back(std::move(r.trained));
   }
   for (const std::string& text : p.continuations) {
     std::vector<int> ids = prompt;
-    tokenizer.encode(text, ids);
+    chat.tokenizer().encode(text, ids);
     c.sequences.push_back(with_end(std::move(ids), end));
   }
   // Reasoning before a later question is not written again: then they part earlier.
@@ -182,9 +187,20 @@ struct ReadCounts {
   int64_t without_prompt = 0;  // pairs of texts whose beginning is the prompt
 };
 
-// How a tokenizer without chat tokens reads a transcript: as a text.
-PreferenceOptions preference_options(const Tokenizer& tokenizer) {
-  return {.transcripts_are_chats = tokenizer.special("<|im_start|>") >= 0};
+// How a model without a chat template reads a transcript: as a text.
+PreferenceOptions preference_options(const StageTemplate& chat) {
+  return {.transcripts_are_chats = chat.has()};
+}
+
+// make_comparison of a record's preference; errors name its place. A template may refuse a
+// conversation, and a vocabulary may lack a byte.
+Comparison make_comparison_of(const std::string& where, const StageTemplate& chat, Preference p,
+                              bool as_chat, double score_margin = 0) {
+  try {
+    return make_comparison(chat, std::move(p), as_chat, score_margin);
+  } catch (const Error& e) {
+    fail(where, ": ", e.what());
+  }
 }
 
 void check_label(const Preference& p, const ReadOptions& o, const std::string& where) {
@@ -201,27 +217,22 @@ void check_label(const Preference& p, const ReadOptions& o, const std::string& w
 
 // Reads every record; leaves out those from which nothing can be learned.
 std::vector<Comparison> read_comparisons(const std::vector<std::string>& paths,
-                                         const Tokenizer& tokenizer, const ReadOptions& o,
+                                         const StageTemplate& chat, const ReadOptions& o,
                                          ReadCounts& counts) {
   std::vector<Comparison> all;
-  bool lacks_chat_tokens = false;  // which is no line's fault
+  bool lacks_template = false;  // which is no line's fault
   const auto visit = [&](const Record& record) -> const char* {
-    const PreferenceOptions options = preference_options(tokenizer);
+    const PreferenceOptions options = preference_options(chat);
     Preference p = parse_preference(record, options);
     check_label(p, o, record.where);
     if (p.left_out) return p.left_out;
     if (o.as_chat && !p.has_prompt) {
       fail(record.where, ": found texts without a \"prompt\", expected one for --as-chat");
     }
-    lacks_chat_tokens |= (p.is_chat || o.as_chat) && !options.transcripts_are_chats;
-    if (lacks_chat_tokens) return nullptr;
+    lacks_template |= (p.is_chat || o.as_chat) && !chat.has();
+    if (lacks_template) return nullptr;
     const bool has_margin = p.margin.has_value(), has_prompt = p.has_prompt;
-    Comparison c;
-    try {
-      c = make_comparison(tokenizer, std::move(p), o.as_chat, o.score_margin);
-    } catch (const Error& e) {  // a byte that the vocabulary lacks
-      fail(record.where, ": ", e.what());
-    }
+    Comparison c = make_comparison_of(record.where, chat, std::move(p), o.as_chat, o.score_margin);
     if (!c.label && c.pairs.empty()) return "equal answers";  // as ids
     const int longest = c.longest();
     counts.longest = std::max(counts.longest, longest);
@@ -231,7 +242,7 @@ std::vector<Comparison> read_comparisons(const std::vector<std::string>& paths,
     return nullptr;
   };
   if (!paths.empty()) counts.records += for_each_record(paths, o.records, counts.left_out, visit);
-  if (lacks_chat_tokens) end_of_turn(tokenizer);  // throws
+  if (lacks_template) chat.get();  // throws
   return all;
 }
 
@@ -281,6 +292,7 @@ struct PreferenceSettings {
   std::vector<std::string> data, val;
   RecordOptions records;
   bool as_chat = false;
+  StageTemplateFlags chat_template;
   int64_t limit = 0;         // comparisons to train on; 0: all
   int context = 0;           // ids; 0: the model's
   int folds = 0, fold = 0;   // fold: 1 to folds, the part that is held out
@@ -294,9 +306,9 @@ struct PreferenceSettings {
   int64_t steps() const { return (comparisons + batch - 1) / batch; }
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(PreferenceSettings, model, data, val, records,
-                                                as_chat, limit, context, folds, fold, val_fraction,
-                                                budget, batch, micro_batch_tokens, eval_every,
-                                                comparisons, optimizer, seed)
+                                                as_chat, chat_template, limit, context, folds, fold,
+                                                val_fraction, budget, batch, micro_batch_tokens,
+                                                eval_every, comparisons, optimizer, seed)
 
 // The saved settings of a run. Older versions had other names for some.
 Json with_new_names(Json s) {
@@ -310,6 +322,8 @@ struct PreferenceData {
   std::filesystem::path source;  // the model that training begins with, or continues from
   Config config;
   Tokenizer tokenizer{nullptr};
+  StageTemplate chat;
+  bool has_chats = false;  // among the comparisons
   std::vector<Comparison> train, val;
   ReadCounts counts;
   uint64_t answers_hash = 0;  // of the file that a reward model's scores are normalized on
@@ -331,11 +345,10 @@ bool is_held_out(const Comparison& c, const PreferenceSettings& s) {
 // eos_token_id ends what the model learns to write. pad_token_id must end nothing: transformers
 // reads a reward model's score at the last token that is another one. -1: there is none.
 void choose_special_tokens(PreferenceData& d) {
-  bool chats = false, texts = false;
+  bool texts = false;
   for (const std::vector<Comparison>* all : {&d.train, &d.val})
-    for (const Comparison& c : *all) (c.is_chat() ? chats : texts) = true;
-  if (chats) note_default_system_message(d.source);
-  d.config.set_first_end_token(end_token(d.tokenizer, chats));
+    for (const Comparison& c : *all) (c.is_chat() ? d.has_chats : texts) = true;
+  d.config.set_first_end_token(d.chat.end_token(d.has_chats));
   const int text_end = d.tokenizer.find_document_separator();
   const std::vector<int> end_tokens = d.config.all_end_tokens();
   const auto ends = [&](int id) {
@@ -355,6 +368,9 @@ PreferenceData read_data(PreferenceSettings& s, Run& run, ReadOptions& o) {
   d.source = model_dir(options.resume ? options.out : std::filesystem::path(s.model));
   d.config = load_config(d.source);
   d.tokenizer = Tokenizer::load(d.source);
+  // A run that is resumed has its template in its checkpoint.
+  const StageTemplateFlags saved{"auto", s.chat_template.date};
+  d.chat = StageTemplate(d.tokenizer, d.source, options.resume ? saved : s.chat_template);
   if (s.context == 0) s.context = d.config.T;
   if (s.context < 2 || s.context > d.config.T) {
     fail("--context: found ", s.context, ", expected 2 to the model's ", d.config.T);
@@ -364,15 +380,21 @@ PreferenceData read_data(PreferenceSettings& s, Run& run, ReadOptions& o) {
     fail("--val-fraction: found ", s.val_fraction, ", expected 0 or more and less than 1");
   }
   o.records = s.records, o.context = s.context, o.as_chat = s.as_chat;
-  for (Comparison& c : read_comparisons(s.data, d.tokenizer, o, d.counts)) {
+  for (Comparison& c : read_comparisons(s.data, d.chat, o, d.counts)) {
     (is_held_out(c, s) ? d.val : d.train).push_back(std::move(c));
   }
-  std::ranges::move(read_comparisons(s.val, d.tokenizer, o, d.counts), std::back_inserter(d.val));
+  std::ranges::move(read_comparisons(s.val, d.chat, o, d.counts), std::back_inserter(d.val));
   run.records = d.counts.records, run.left_out = d.counts.left_out;
   if (s.limit > 0 && int64_t(d.train.size()) > s.limit) d.train.resize(size_t(s.limit));
   if (d.train.empty()) fail(s.data[0], ": found all of it held out, expected some to train on");
   choose_special_tokens(d);
   return d;
+}
+
+// A model of conversations is saved with their template, one of texts as it was.
+void save_tokenizer(SaveOptions& o, const PreferenceData& d) {
+  if (d.has_chats) return save_tokenizer(o, d.chat, d.source);
+  o.tokenizer_from = d.source;
 }
 
 // Fixes what was left open. `lr`: the peak that a model of 128 channels gets. Of a resumed run all
@@ -502,6 +524,7 @@ int run_training(CLI::App& app, const char* stage, Settings& settings, RunOption
                     saved_settings<Settings>(options, stage, with_new_names), {"--eval-every"});
   }
   check_inputs(settings.common);
+  fix_date(settings.common.chat_template);
   Training t{.settings = settings};
   Run run;
   run.stage = stage, run.options = std::move(options);
@@ -820,13 +843,13 @@ std::vector<std::vector<int>> read_reference_answers(const RewardSettings& s, Pr
     for (const Comparison& c : d.train)
       answers.insert(answers.end(), c.sequences.begin(), c.sequences.end());
   } else if (s.normalize_on != "none") {
-    PreferenceOptions options = preference_options(d.tokenizer);
+    PreferenceOptions options = preference_options(d.chat);
     options.compared = false;
     LeftOut left_out;
     const auto visit = [&](const Record& record) -> const char* {
       Preference p = parse_preference(record, options);
       if (p.left_out) return p.left_out;
-      const Comparison c = make_comparison(d.tokenizer, std::move(p), s.common.as_chat);
+      const Comparison c = make_comparison_of(record.where, d.chat, std::move(p), s.common.as_chat);
       d.answers_hash = mix64(d.answers_hash, hash_of({&c, 1}));
       if (c.longest() > s.common.context) return "too long";
       answers.insert(answers.end(), c.sequences.begin(), c.sequences.end());
@@ -937,9 +960,11 @@ OrderedJson finish(RewardTraining& t, Run& run) {
 SaveOptions save_options(const RewardTraining& t) {
   Config config = t.data.config;
   config.reward_shift = t.shift;
-  return {.tokenizer_from = t.data.source, .also = [config](const std::filesystem::path& dir) {
-            write_json(dir / "config.json", config_json(config));
-          }};
+  SaveOptions o{.also = [config](const std::filesystem::path& dir) {
+    write_json(dir / "config.json", config_json(config));
+  }};
+  save_tokenizer(o, t.data);
+  return o;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -947,7 +972,7 @@ SaveOptions save_options(const RewardTraining& t) {
 // is that on all of the data. DIR/fold-1 and on hold the runs, DIR/summary.json the whole.
 
 int run_folds(CLI::App& app, RewardSettings& settings, const RunOptions& options) {
-  const RewardSettings given = settings;
+  RewardSettings given = settings;
   const int parts = given.common.folds;
   if (parts < 2 || parts > 100) fail("--folds: found ", parts, ", expected 2 to 100");
   const std::filesystem::path out = options.out;
@@ -972,6 +997,7 @@ int run_folds(CLI::App& app, RewardSettings& settings, const RunOptions& options
     settings.common.fold = fold;
     std::printf("fold %d of %d\n", fold, parts);
     if (const int status = run_training<RewardTraining>(app, "reward", settings, o)) return status;
+    given.common.chat_template = settings.common.chat_template;  // one date for all folds
     if (options.dry_run) continue;
     remove_path(out / "summary.json");  // of earlier folds
     const auto path = o.out / "summary.json";
@@ -1451,7 +1477,9 @@ OrderedJson finish(DpoTraining& t, Run& run) {
 }
 
 SaveOptions save_options(const DpoTraining& t) {
-  return {.tokenizer_from = t.data.source, .started_from = t.data.source, .base = t.base};
+  SaveOptions o{.started_from = t.data.source, .base = t.base};
+  save_tokenizer(o, t.data);
+  return o;
 }
 
 // =============================================================================================
@@ -1464,9 +1492,19 @@ struct ScoreOptions {
   std::string model, data, out, reference, device = "auto";
   RecordOptions records;
   double beta = 0;  // 0: the run's, or DPO's default
+  StageTemplateFlags chat_template;
   bool as_chat = false;
   int threads = 0;
 };
+
+// The date of the run that made the model in `dir`, as YYYY-MM-DD; empty: it is not known.
+std::string date_of_run(const std::filesystem::path& dir) {
+  const auto path = dir / "trainer_state.json";
+  if (!std::filesystem::exists(path)) return "";
+  const Json state = read_json(path);
+  const Json::json_pointer date("/settings/common/chat_template/date");
+  return state.contains(date) && state[date].is_string() ? state[date].get<std::string>() : "";
+}
 
 // What a policy's implicit reward is made of: the loss, beta and reference of its run, if it has
 // one.
@@ -1534,6 +1572,10 @@ int run_score(const ScoreOptions& o) {
   set_threads(o.threads);
   const std::filesystem::path dir = model_dir(o.model);
   const Tokenizer tokenizer = Tokenizer::load(dir);
+  StageTemplateFlags flags = o.chat_template;
+  if (flags.date.empty()) flags.date = date_of_run(dir);
+  fix_date(flags);
+  const StageTemplate chat(tokenizer, dir, flags);
   const Config config = load_config(dir);
   int context = config.T;
   DpoSettings dpo;
@@ -1547,13 +1589,13 @@ int run_score(const ScoreOptions& o) {
   std::vector<Comparison> answers;   // of each record; none where it is left out
   std::vector<std::vector<int>> sequences;
   LeftOut left_out;
-  PreferenceOptions options = preference_options(tokenizer);
+  PreferenceOptions options = preference_options(chat);
   options.compared = false;
   const auto visit = [&](const Record& record) -> const char* {
     Preference p = parse_preference(record, options);
     const char* reason = p.left_out;
     Comparison c{.ranking = p.ranking};
-    if (!reason) c = make_comparison(tokenizer, std::move(p), o.as_chat);
+    if (!reason) c = make_comparison_of(record.where, chat, std::move(p), o.as_chat);
     if (c.longest() > context) reason = "too long", c.sequences.clear();
     sequences.insert(sequences.end(), c.sequences.begin(), c.sequences.end());
     answers.push_back(std::move(c));
@@ -1616,6 +1658,7 @@ void add_preference_flags(CLI::App& app, PreferenceSettings& s) {
   add_record_flags(app, s.records);
   app.add_flag("--as-chat", s.as_chat,
                "strings are a user's message and the assistant's answer, not a text that goes on");
+  add_stage_template_flags(app, s.chat_template);
   app.add_option("--limit", s.limit, "train on so many prompts; 0: all");
   app.add_option("--context", s.context, "tokens; longer answers are dropped; 0: the model's");
   auto* budget = app.add_option_group("Budget", "one of the two; neither: 1 epoch");
@@ -1683,6 +1726,10 @@ int main_reward(int argc, char** argv) {
   scores->add_option("--beta", score.beta, "of a policy; 0: the run's, or .1");
   scores->add_flag("--as-chat", score.as_chat,
                    "strings are a user's message and the assistant's answer");
+  scores->add_option("--template", score.chat_template.name,
+                     "of conversations: auto (the model's own), chatml or a file");
+  scores->add_option("--date", score.chat_template.date,
+                     "YYYY-MM-DD, for templates that write the date; empty: the run's, or today");
   scores->add_option("--device", score.device, "auto, cpu or cuda");
   scores->add_option("--threads", score.threads, "0: the physical cores that the process may use");
 

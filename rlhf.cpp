@@ -64,6 +64,7 @@
 #include "cake/run.h"
 #include "cake/schedule.h"
 #include "cake/shards.h"
+#include "cake/stage_template.h"
 #include "cake/tokenizer.h"
 #include "cake/tools.h"
 #include "cake/training.h"
@@ -131,7 +132,7 @@ struct Models {
 
 // How answers are sampled.
 struct RolloutOptions {
-  const Tokenizer* tokenizer = nullptr;
+  const StageTemplate* chat = nullptr;
   std::vector<int> end_tokens;     // of the policy: Config::all_end_tokens
   const Search* search = nullptr;  // documents for the search tool
   int max_tokens = 128;            // sampled ids
@@ -821,18 +822,18 @@ std::string fill_form(const std::string& form, const Problem& problem) {
   return text;
 }
 
-Prompt make_prompt(Problem problem, const Tokenizer& tokenizer, const PromptForm& how) {
+Prompt make_prompt(Problem problem, const StageTemplate& chat, const PromptForm& how) {
   Prompt p{std::move(problem)};
   p.raw = p.chat.messages.empty() || !how.form.empty();
   if (!how.form.empty()) {
-    p.ids = prompt_ids(tokenizer, fill_form(how.form, p));
+    p.ids = chat.text_ids(fill_form(how.form, p));
     p.chat = {};
     return p;
   }
   p.question = question_with_choices(p);
   if (p.raw && how.as_chat) p.raw = false, p.chat.messages = {{"user", p.question, {}}};
   if (p.raw) {
-    p.ids = prompt_ids(tokenizer, p.question);
+    p.ids = chat.text_ids(p.question);
     return p;
   }
   p.chat.messages.back().content = p.question;
@@ -842,12 +843,20 @@ Prompt make_prompt(Problem problem, const Tokenizer& tokenizer, const PromptForm
   }
   check_conversation(p.chat, p.where, true);
   p.tools = !p.chat.tools.empty();
-  p.ids = prompt_ids(tokenizer, p.chat);
+  const ChatTemplate& form = chat.get();
+  require(!p.tools || form.has_tools(), p.where, ": found tools, which ", form.name(),
+          " does not declare, expected a chat template that does, and writes calls between ",
+          "<tool_call> and </tool_call>");
+  try {
+    p.ids = form.render(p.chat, true).ids;
+  } catch (const Error& e) {
+    fail(p.where, ": ", e.what());
+  }
   return p;
 }
 
 struct PromptReader {
-  const Tokenizer& tokenizer;
+  const StageTemplate& chat;
   PromptForm how;
   int context = 0, max_tokens = 0;
   RecordOptions options;
@@ -868,7 +877,7 @@ std::vector<Prompt> read_prompts(const std::vector<std::string>& paths, PromptRe
   int64_t too_long = 0, unjudged = 0;
   std::string complaints;  // of the first three
   const auto visit = [&](const Record& record) -> const char* {
-    Prompt p = make_prompt(parse_problem(record), reader.tokenizer, reader.how);
+    Prompt p = make_prompt(parse_problem(record), reader.chat, reader.how);
     if (int(p.ids.size()) + reader.max_tokens > reader.context) return too_long++, "too long";
     try {
       if (reader.check_problem) reader.check_problem(p);
@@ -964,18 +973,19 @@ Request rollout_request(const Prompt& p, const RolloutOptions& o, uint64_t seed)
   Request r{.prompt = p.ids, .max_new = std::min(o.max_tokens, o.context - int(p.ids.size()))};
   r.sampling.temperature = o.temperature;  // and nothing else: what is scored is what is sampled
   r.sampling.seed = seed;
-  r.stop_ids = {end_token(*o.tokenizer, !p.raw)};
+  r.stop_ids = {o.chat->end_token(!p.raw)};
   const auto stop_at = [&](int id) {
     const bool known = std::find(r.stop_ids.begin(), r.stop_ids.end(), id) != r.stop_ids.end();
     if (id >= 0 && !known) r.stop_ids.push_back(id);
   };
   if (p.raw) r.stop_strings = o.stops;
-  if (!p.raw) stop_at(o.tokenizer->find_document_separator());
+  if (!p.raw) stop_at(o.chat->tokenizer().find_document_separator());
   for (const int id : o.end_tokens) stop_at(id);
   if (p.tools) {
     r.max_inserted = o.tool_tokens;
-    r.on_turn = [&o](int, std::span<const int> turn) {
-      return answer_calls(*o.tokenizer, read_turn(*o.tokenizer, turn), o.search);
+    r.on_turn = [&o, whole = p.chat](int, std::span<const int> turn) mutable {
+      whole.messages.push_back(read_turn(o.chat->get(), turn));
+      return answer_calls(o.chat->get(), whole, o.search);
     };
   }
   return r;
@@ -989,8 +999,7 @@ Rollout make_rollout(const Prompt& p, int group, Completion c, const RolloutOpti
   r.logp.insert(r.logp.end(), c.logp.begin(), c.logp.end());
   r.length = int(std::count(r.sampled.begin(), r.sampled.end(), true));
   const bool stopped = c.finish == Finish::stop_token || c.finish == Finish::stop_string;
-  r.ended =
-      p.raw ? stopped || o.stops.empty() : stopped && r.ids.back() == end_of_turn(*o.tokenizer);
+  r.ended = p.raw ? stopped || o.stops.empty() : stopped && r.ids.back() == o.chat->end_token(true);
   return r;
 }
 
@@ -1016,7 +1025,7 @@ std::vector<Rollout> roll_out(Models& models, const RolloutOptions& o,
   int64_t longest = 1;
   for (const Prompt* p : prompts) longest = std::max(longest, longest_answer(*p, o));
   Generator generator(
-      gpt, [&](int id) { return o.tokenizer->token_bytes(id); },
+      gpt, [&](int id) { return o.chat->tokenizer().token_bytes(id); },
       rollout_generator(o, longest, all));
   for (size_t i = 0; i < prompts.size(); i++) {
     for (int k = 0; k < copies; k++) {
@@ -1084,7 +1093,7 @@ RewardSpec parse_reward(std::string text) {
 }
 
 struct RewardContext {
-  const Tokenizer& tokenizer;
+  const StageTemplate& chat;  // the policy's
   std::filesystem::path policy_dir;
   int max_tokens;
   Device device;
@@ -1093,8 +1102,8 @@ struct RewardContext {
 };
 
 // What a reward model reads of a rollout, within its context.
-std::vector<int> ids_to_score(const Rollout& r, const Tokenizer& tokenizer, int context) {
-  const int end = end_token(tokenizer, !r.prompt->raw);
+std::vector<int> ids_to_score(const Rollout& r, const StageTemplate& chat, int context) {
+  const int end = chat.end_token(!r.prompt->raw);
   std::vector<int> ids = with_end(r.ids, end);
   if (int(ids.size()) > context) ids.resize(size_t(context)), ids.back() = end;
   return ids;
@@ -1105,7 +1114,7 @@ RewardFunction model_reward(const RewardSpec& spec, const RewardContext& context
                             std::vector<std::shared_ptr<RewardModel>>& models) {
   const auto model =
       std::make_shared<RewardModel>(spec.argument, context.device, context.micro_batch_tokens);
-  model->check_tokenizer(context.tokenizer, context.policy_dir);
+  model->check_tokenizer(context.chat.tokenizer(), context.policy_dir);
   models.push_back(model);
   const int T = model->gpt().config().T;
   // A score is the log-odds of a label unless it was moved to mean 0.
@@ -1114,17 +1123,16 @@ RewardFunction model_reward(const RewardSpec& spec, const RewardContext& context
     fail("--reward probability: ", spec.argument, ": its scores were normalised, expected ",
          "./reward train --normalise-on none");
   }
-  return {
-      spec, false,
-      [model, tokenizer = context.tokenizer, T, probability](std::span<const Rollout> rollouts) {
-        std::vector<std::vector<int>> sequences;
-        for (const Rollout& r : rollouts) sequences.push_back(ids_to_score(r, tokenizer, T));
-        std::vector<float> scores = model->score(sequences);
-        if (probability) {
-          for (float& x : scores) x = 1 / (1 + std::exp(-x));
-        }
-        return scores;
-      }};
+  return {spec, false,
+          [model, chat = context.chat, T, probability](std::span<const Rollout> rollouts) {
+            std::vector<std::vector<int>> sequences;
+            for (const Rollout& r : rollouts) sequences.push_back(ids_to_score(r, chat, T));
+            std::vector<float> scores = model->score(sequences);
+            if (probability) {
+              for (float& x : scores) x = 1 / (1 + std::exp(-x));
+            }
+            return scores;
+          }};
 }
 
 // `models`: every reward model that is loaded is added to them.
@@ -1658,6 +1666,7 @@ void show(ProgressLine& line, std::span<const Rollout> rollouts) {
 struct DataSettings {
   std::string model, form, system, search;  // search: documents
   bool as_chat = false;
+  StageTemplateFlags chat_template;
   RecordOptions records;    // of prompts and val
   double val_fraction = 0;  // of the prompts, held out in place of `val`
   std::vector<std::string> prompts, val, tools;
@@ -1678,12 +1687,12 @@ struct DataSettings {
   double lora_alpha = 32;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(DataSettings, model, form, system, search, as_chat,
-                                                records, val_fraction, prompts, val, tools,
-                                                max_tokens, rows, cache_mb, context, stops, rewards,
-                                                gold, truncated, truncated_reward, command_seconds,
-                                                command_start_seconds, command_memory,
-                                                command_processes, verifiers, ptx, ptx_weight,
-                                                ptx_tokens, lora, lora_alpha)
+                                                chat_template, records, val_fraction, prompts, val,
+                                                tools, max_tokens, rows, cache_mb, context, stops,
+                                                rewards, gold, truncated, truncated_reward,
+                                                command_seconds, command_start_seconds,
+                                                command_memory, command_processes, verifiers, ptx,
+                                                ptx_weight, ptx_tokens, lora, lora_alpha)
 
 struct EvaluationSettings {
   int eval_prompts = 0, eval_samples = 8;  // held-out prompts at the end, 0: all; answers to each
@@ -1745,6 +1754,7 @@ struct RlParts {
   std::filesystem::path start;  // of the model that the run begins with: policy and reference
   Config config;
   Tokenizer tokenizer;
+  StageTemplate chat;
   Prompts prompts;
   std::vector<Prompt> held_out;
   std::optional<Search> search;
@@ -1823,6 +1833,12 @@ RlParts make_parts(const RlSettings& s, const std::string& stage, const RunOptio
             .config = load_config_with_head(dir, Head::lm),
             .tokenizer = Tokenizer::load(dir)};
   p.run.stage = stage, p.run.options = options, p.run.own_files = {kRollouts};
+  // A run that is resumed has its template in its checkpoint, which best-of-n has none of.
+  StageTemplateFlags& flags = p.s.data.chat_template;
+  fix_date(flags);
+  const bool has_checkpoint = options.resume && stage != "best-of-n";
+  p.chat = has_checkpoint ? StageTemplate(p.tokenizer, model_dir(options.out), {"auto", flags.date})
+                          : StageTemplate(p.tokenizer, dir, flags);
   return p;
 }
 
@@ -1892,9 +1908,14 @@ void check_context(const RlParts& p, const char* flag, const std::filesystem::pa
   fail(flag, " ", dir.string(), ": found a context of ", T, " tokens, expected at least ", longest,
        ", those of the longest prompt with an answer of --max-tokens");
 }
-void check_contexts(const RlParts& p) {
+bool has_chats(const RlParts& p) {
+  const auto is_chat = [](const Prompt& prompt) { return !prompt.raw; };
+  return std::ranges::any_of(p.prompts.all, is_chat) || std::ranges::any_of(p.held_out, is_chat);
+}
+void check_reward_models(const RlParts& p) {
   for (const auto& m : p.rewards.models) {
     check_context(p, "reward model", m->dir(), m->gpt().config().T);
+    if (has_chats(p)) expect_same_template(m->dir(), p.chat.get());
   }
 }
 
@@ -1904,7 +1925,7 @@ GptOptions policy_options(const RlParts& p);
 // that is resumed where other memory is free makes the same rollouts.
 void choose_rollout_options(RlParts& p, Mode mode) {
   DataSettings& d = p.s.data;
-  p.options = {.tokenizer = &p.tokenizer,
+  p.options = {.chat = &p.chat,
                .end_tokens = p.config.all_end_tokens(),
                .max_tokens = d.max_tokens,
                .rows = d.rows,
@@ -1922,7 +1943,7 @@ void make_rewards(RlParts& p) {
   const DataSettings& d = p.s.data;
   const CommandLimits limits{d.command_seconds, d.command_start_seconds,
                              int64_t(d.command_memory * 1e9), d.command_processes, d.verifiers};
-  const RewardContext reward_context{p.tokenizer,  p.start,
+  const RewardContext reward_context{p.chat,       p.start,
                                      d.max_tokens, parse_device(p.run.options.device),
                                      limits,       p.s.step.micro_batch_tokens};
   const auto reward = [&](const std::string& text) {
@@ -1960,7 +1981,7 @@ std::string read_problems(RlParts& p) {
   if (!form.empty() && form.find("{question}") == std::string::npos) {
     fail("--form: found no {question} in it");
   }
-  PromptReader reader{.tokenizer = p.tokenizer,
+  PromptReader reader{.chat = p.chat,
                       .how = {form, tools, d.system, d.as_chat},
                       .context = p.options.context,
                       .max_tokens = d.max_tokens,
@@ -1971,8 +1992,6 @@ std::string read_problems(RlParts& p) {
   p.prompts.pool.resize(p.prompts.all.size());
   std::iota(p.prompts.pool.begin(), p.prompts.pool.end(), 0);
   if (!d.val.empty()) p.held_out = read_prompts(d.val, reader);
-  const bool chats = std::ranges::count(p.prompts.all, false, &Prompt::raw) > 0;
-  if (chats && d.system.empty()) note_default_system_message(p.start);
   try_programs(p.rewards, p.prompts.all[0]);
   p.run.records = reader.records, p.run.left_out = reader.left_out;
   std::string read = reader.left_out.text(reader.records);
@@ -1992,7 +2011,7 @@ void read_inputs(RlParts& p, Mode mode) {
   if (!d.search.empty()) p.search = Search::load(d.search);
   p.options.search = p.search ? &*p.search : nullptr;
   const std::string read = read_problems(p);
-  check_contexts(p);
+  check_reward_models(p);
   std::printf("%s", read.c_str());
   std::fflush(stdout);
   p.data_hashes = {{"prompts", hash_of(p.prompts.all)}, {"val", hash_of(p.held_out)}};
@@ -2109,7 +2128,7 @@ void check_data_hashes(const RlParts& p, const Json& saved) {
     if (!saved.contains("data") || saved.at("data").at(key) == Json(hash)) continue;
     fail("--resume: found other ", key, " than the run began with, expected the same --",
          key == "val" ? "val or --val-fraction" : key,
-         key == "documents" ? "" : ", with the same --form, --tool and --system");
+         key == "documents" ? "" : ", with the same --form, --template, --tool and --system");
   }
 }
 
@@ -2156,12 +2175,19 @@ void restore_weights(Gpt& gpt, const std::vector<std::vector<float>>& copies) {
 
 const char* kWithinBudget = "within_budget";  // weights of a checkpoint to resume from
 
+// A model of chats is saved with their template, one of texts as it was.
+void save_tokenizer(SaveOptions& o, const RlParts& p) {
+  if (has_chats(p)) return save_tokenizer(o, p.chat, p.start);
+  o.tokenizer_from = p.start;
+}
+
 void save_within_budget(const RlParts& p, const std::filesystem::path& dir) {
   Gpt& policy = *p.models.policy;
   const std::vector<std::vector<float>> current = copy_weights(policy);
   restore_weights(policy, p.within);
-  save_checkpoint(dir / kWithinBudget, policy,
-                  {.tokenizer_from = p.start, .started_from = p.start, .base = p.base});
+  SaveOptions options{.started_from = p.start, .base = p.base};
+  save_tokenizer(options, p);
+  save_checkpoint(dir / kWithinBudget, policy, options);
   restore_weights(policy, current);
 }
 void load_within_budget(RlParts& p, const std::filesystem::path& dir) {
@@ -2618,15 +2644,17 @@ OrderedJson finish(RlParts& p) {
 // Tokenizer and base of adapters. A checkpoint to resume from holds the critic too, and the last
 // weights within the KL budget.
 SaveOptions save_options(const RlParts& p, bool resumable) {
-  SaveOptions o{.tokenizer_from = p.start, .started_from = p.start, .base = p.base};
-  if (!resumable) return o;
-  o.also = [&p](const std::filesystem::path& dir) {
-    if (!p.within.empty()) save_within_budget(p, dir);
-    if (!p.models.critic) return;
-    save_checkpoint(
-        dir / "critic", *p.models.critic,
-        {.tokenizer_from = p.start, .trainer_state = Json{{"stage", "critic"}}, .optimizer = true});
-  };
+  SaveOptions o{.started_from = p.start, .base = p.base};
+  if (resumable) {
+    o.also = [&p](const std::filesystem::path& dir) {
+      if (!p.within.empty()) save_within_budget(p, dir);
+      if (!p.models.critic) return;
+      SaveOptions critic{.trainer_state = Json{{"stage", "critic"}}, .optimizer = true};
+      save_tokenizer(critic, p);
+      save_checkpoint(dir / "critic", *p.models.critic, critic);
+    };
+  }
+  save_tokenizer(o, p);
   return o;
 }
 
@@ -2681,6 +2709,7 @@ void begin_ppo(RlParts& p, const std::filesystem::path& saved) {
   const bool from_policy = dir.empty();
   if (saved.empty() && !p.s.ppo.critic.empty()) {
     expect_same_vocabulary(dir, p.tokenizer, p.start);
+    if (has_chats(p)) expect_same_template(dir, p.chat.get());
   }
   Config config = from_policy ? p.config : load_config_with_head(dir, Head::scalar);
   config.head = Head::scalar;
@@ -2851,18 +2880,17 @@ constexpr int kPiece = 16;  // prompts that are sampled together
 // The messages of an answer to a chat: the model's turns, and what the tools that it called said.
 std::vector<Message> messages_of(const Rollout& r, const RolloutOptions& o) {
   if (!r.prompt->tools) return {{"assistant", r.text, {}}};
-  std::vector<Message> messages;
+  Conversation whole = r.prompt->chat;
   for (size_t begin = r.prompt->ids.size(); begin < r.ids.size();) {
     size_t end = begin;
     while (end < r.ids.size() && r.sampled[end]) end++;
     const auto ids = std::span(r.ids).subspan(begin, end - begin);
-    const Message turn = read_turn(*o.tokenizer, ids);
-    messages.push_back(turn);
-    if (end < r.ids.size()) answer_calls(*o.tokenizer, turn, o.search, &messages);  // once more
+    whole.messages.push_back(read_turn(o.chat->get(), ids));
+    if (end < r.ids.size()) answer_calls(o.chat->get(), whole, o.search);  // once more
     while (end < r.ids.size() && !r.sampled[end]) end++;
     begin = end;
   }
-  return messages;
+  return {whole.messages.begin() + long(r.prompt->chat.messages.size()), whole.messages.end()};
 }
 
 // An answer that ended and that ./sft can read: every call is one, no turn is empty.
@@ -3114,6 +3142,7 @@ void add_rollout_flags(CLI::App& app, RlFlags& f) {
                                 "system message of chats that have none, \\n: line break");
   app.add_flag("--as-chat", d.as_chat,
                "a \"prompt\" that is a string is a user's message, not a text to continue");
+  add_stage_template_flags(app, d.chat_template);
   auto* form = app.add_option(
       "--form", d.form,
       "text with {question} in it, and {choices} where they shall stand apart, \\n: line break, or "

@@ -51,6 +51,7 @@
 #include "cake/records.h"
 #include "cake/run.h"
 #include "cake/schedule.h"
+#include "cake/stage_template.h"
 #include "cake/tokenizer.h"
 #include "cake/training.h"
 
@@ -83,11 +84,18 @@ Source parse_source(const std::string& text) {
 // Examples end to end. Example i is ids[starts[i], starts[i + 1]) with one id more than it has
 // positions: position p reads id p, and is to predict id p + 1 if that one is trained.
 struct Examples {
+  // The last message before the first trained id: ids [begin, end) of the example.
+  struct Asked {
+    int begin = 0, end = 0;
+  };
   std::vector<int> ids;
-  std::vector<bool> trained;  // of each id
+  std::vector<bool> trained;           // of each id
+  std::vector<jinja::Origin> origins;  // of each id, if `keep_origins`, for --show
+  bool keep_origins = false;
   std::vector<int64_t> starts = {0};
   std::vector<int> trained_counts;  // of each example
   std::vector<float> weights;       // times an epoch
+  std::vector<Asked> asked;         // of each example
 
   int size() const { return int(trained_counts.size()); }
   int positions(int i) const { return int(starts[size_t(i) + 1] - starts[size_t(i)]) - 1; }
@@ -103,6 +111,11 @@ struct Examples {
   void add(const Rendered& r, float weight) {
     ids.insert(ids.end(), r.ids.begin(), r.ids.end());
     trained.insert(trained.end(), r.trained.begin(), r.trained.end());
+    if (keep_origins) {
+      origins.insert(origins.end(), r.origins.begin(), r.origins.end());
+      origins.resize(ids.size());
+    }
+    asked.push_back(find_asked(r));
     starts.push_back(int64_t(ids.size()));
     trained_counts.push_back(int(std::count(r.trained.begin(), r.trained.end(), true)));
     weights.push_back(weight);
@@ -114,6 +127,22 @@ struct Examples {
     for (const float w : weights) h = mix64(h ^ uint64_t(double(w) * 4096));
     return h;
   }
+
+ private:
+  // In a raw text nothing has an origin, and all that comes before is asked.
+  static Asked find_asked(const Rendered& r) {
+    const auto first = std::find(r.trained.begin(), r.trained.end(), true);
+    const auto answer = size_t(first - r.trained.begin());
+    size_t end = std::min(answer, r.origins.size());
+    while (end > 0 && !is_said(r.origins[end - 1])) end--;
+    size_t begin = end;
+    while (begin > 0 && r.origins[begin - 1] == r.origins[end - 1]) begin--;
+    if (end == 0) end = answer;
+    return {int(begin), int(end)};
+  }
+  static bool is_said(const jinja::Origin& origin) {
+    return origin.source == jinja::Source::content || origin.source == jinja::Source::tool_call;
+  }
 };
 
 struct ReadReport {
@@ -124,19 +153,28 @@ struct ReadReport {
   int longest = 0;  // positions
 };
 
-// A text to ids. A prompt with its completion is a document: <|endoftext|> prompt completion
-// <|endoftext|>, of which completion and end are trained. They are encoded apart, as when the
-// prompt is given and the rest generated.
-Rendered render(const Tokenizer& tokenizer, const TrainingText& text) {
-  if (text.conversation) return render_chat(tokenizer, *text.conversation);
+// A text to the ids of its examples. A conversation is one, or several (examples_of). A prompt with
+// its completion is a document: <|endoftext|> prompt completion <|endoftext|>, of which completion
+// and end are trained. They are encoded apart, as when the prompt is given and the rest generated.
+std::vector<Rendered> render(const StageTemplate& chat, const TrainingText& text) {
+  std::vector<Rendered> examples;
+  if (text.conversation) {
+    const auto render_one = [&](const Conversation& c) {
+      return chat.get().render_for_training(c);
+    };
+    for (const Conversation& example : examples_of(*text.conversation, render_one)) {
+      examples.push_back(render_one(example));
+    }
+    return examples;
+  }
   Rendered r;
-  r.ids.push_back(tokenizer.document_separator());
-  tokenizer.encode(text.prompt, r.ids);
+  r.ids = chat.text_ids(text.prompt);
   r.trained.resize(r.ids.size(), false);
-  tokenizer.encode(text.completion, r.ids);
-  r.ids.push_back(tokenizer.document_separator());
+  chat.tokenizer().encode(text.completion, r.ids);
+  r.ids.push_back(chat.end_token(false));
   r.trained.resize(r.ids.size(), true);
-  return r;
+  examples.push_back(std::move(r));
+  return examples;
 }
 
 // Drops what stands behind the last trained token: it teaches nothing. What is longer than the
@@ -145,6 +183,7 @@ bool trim(Rendered& r, int context, bool cut, ReadReport& report) {
   const auto drop_tail = [&r] {
     while (!r.trained.empty() && !r.trained.back()) r.trained.pop_back();
     r.ids.resize(r.trained.size());
+    if (!r.origins.empty()) r.origins.resize(r.trained.size());
   };
   drop_tail();
   report.longest = std::max(report.longest, int(r.ids.size()) - 1);
@@ -169,9 +208,9 @@ struct TokenizerError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-void check_tokenizer(const Tokenizer& tokenizer, bool is_chat) {
+void check_tokenizer(const StageTemplate& chat, bool is_chat) {
   try {
-    end_token(tokenizer, is_chat);
+    chat.end_token(is_chat);
   } catch (const Error& e) {
     throw TokenizerError(e.what());
   }
@@ -185,29 +224,41 @@ struct ReadOptions {
 };
 
 // Reads a file's records: into `held_out` the share `val_fraction`, the rest into `examples`.
-void read_examples(const Source& source, const Tokenizer& tokenizer, const ReadOptions& options,
+void read_examples(const Source& source, const StageTemplate& chat, const ReadOptions& options,
                    Examples& examples, Examples& held_out, ReadReport& report) {
   struct Text {
     TrainingText text;
     std::string where;
-    bool same_record = false;  // as the text before it: both are held out or both are not
+    std::vector<Rendered> examples;
+    std::string error;  // why the template refuses it
   };
   std::vector<Text> texts;
-  std::vector<Rendered> rendered;
   LeftOut left_out;
   const int before = examples.size() + held_out.size();
   const auto flush = [&] {  // texts to ids by all threads, in the file's order
-    rendered.assign(texts.size(), {});
 #pragma omp parallel for schedule(dynamic, 16)
-    for (size_t i = 0; i < texts.size(); i++) rendered[i] = render(tokenizer, texts[i].text);
-    bool out = false;
     for (size_t i = 0; i < texts.size(); i++) {
-      Rendered& r = rendered[i];
-      if (!texts[i].same_record) out = is_held_out(r, options.val_fraction);
-      if (trim(r, options.context, options.cut, report)) {
-        (out ? held_out : examples).add(r, float(source.weight));
-      } else {
-        left_out.add("too long", texts[i].where);
+      try {
+        texts[i].examples = render(chat, texts[i].text);
+      } catch (const Error& e) {
+        texts[i].error = e.what();
+      }
+    }
+    for (Text& text : texts) {
+      if (!text.error.empty()) {
+        const std::string error = concat(text.where, ": ", text.error);
+        require(options.records.skip_bad_lines, error);
+        left_out.add("bad line", error);
+        continue;
+      }
+      // The examples of one record are all held out or all trained on.
+      const bool out = is_held_out(text.examples[0], options.val_fraction);
+      for (Rendered& r : text.examples) {
+        if (trim(r, options.context, options.cut, report)) {
+          (out ? held_out : examples).add(r, float(source.weight));
+        } else {
+          left_out.add("too long", text.where);
+        }
       }
     }
     texts.clear();
@@ -216,18 +267,10 @@ void read_examples(const Source& source, const Tokenizer& tokenizer, const ReadO
     TrainingText text = parse_training_text(record);
     if (const char* reason = nothing_to_learn(text)) return reason;
     const bool is_chat = text.conversation.has_value();
-    check_tokenizer(tokenizer, is_chat);
+    check_tokenizer(chat, is_chat);
     (is_chat ? report.conversations : report.completions)++;
-    if (is_chat) {
-      check_conversation(*text.conversation, record.where);
-      bool same_record = false;
-      for (Conversation& example : examples_of(*text.conversation)) {
-        texts.push_back({{std::move(example), {}, {}}, record.where, same_record});
-        same_record = true;
-      }
-    } else {
-      texts.push_back({std::move(text), record.where});
-    }
+    if (is_chat) check_conversation(*text.conversation, record.where);
+    texts.push_back({std::move(text), record.where, {}, {}});
     if (texts.size() >= 4096) flush();
     return nullptr;
   };
@@ -349,19 +392,61 @@ class Stream {
 // ---------------------------------------------------------------------------------------------
 // Looking at examples
 
-// An example's text, what is trained marked by colour or, without colours, by brackets.
+// Terminal colours (SGR) of a stretch by where its text is from. What is trained has a green
+// background.
+const char* colour_of(jinja::Source source, bool trained) {
+  switch (source) {
+    case jinja::Source::from_template:
+      return trained ? "38;5;241;48;5;157" : "2";
+    case jinja::Source::role:
+      return trained ? "38;5;23;48;5;157" : "36";
+    case jinja::Source::content:
+      return trained ? "30;48;5;157" : "0";
+    case jinja::Source::reasoning:
+      return trained ? "38;5;94;48;5;157" : "33";
+    case jinja::Source::tool_call:
+      return trained ? "38;5;21;48;5;157" : "34";
+    case jinja::Source::tools:
+      return trained ? "38;5;90;48;5;157" : "35";
+  }
+  return "0";
+}
+
+std::string coloured(const std::string& text, jinja::Source source, bool trained) {
+  return concat("\x1b[", colour_of(source, trained), "m", text, "\x1b[0m");
+}
+
+// What the colours mean.
+std::string legend() {
+  std::string text;
+  for (const auto& [source, name] : {std::pair{jinja::Source::from_template, "template"},
+                                     {jinja::Source::role, "role"},
+                                     {jinja::Source::content, "content"},
+                                     {jinja::Source::reasoning, "reasoning"},
+                                     {jinja::Source::tool_call, "tool call"},
+                                     {jinja::Source::tools, "tools"}}) {
+    text += coloured(name, source, false) + "  ";
+  }
+  return text + coloured("trained", jinja::Source::content, true) + "\n\n";
+}
+
+// An example's text. With colours they show what is trained and where each stretch is from, without
+// colours brackets stand around what is trained.
 std::string marked(const Tokenizer& tokenizer, const Rendered& r, bool colours) {
+  const auto source_of = [&](size_t i) {
+    return r.origins.empty() ? jinja::Source::content : r.origins[i].source;
+  };
   std::string out;
   for (size_t i = 0; i < r.ids.size();) {
     const bool trained = r.trained[i];
+    const jinja::Source source = source_of(i);
     size_t end = i;
-    while (end < r.ids.size() && r.trained[end] == trained) end++;
-    const std::string text = tokenizer.decode(std::span(r.ids).subspan(i, end - i));
-    if (colours) {
-      out += (trained ? "\x1b[30;48;5;157m" : "\x1b[2m") + text + "\x1b[0m";
-    } else {
-      out += trained ? "[[" + text + "]]" : text;
+    while (end < r.ids.size() && r.trained[end] == trained &&
+           (!colours || source_of(end) == source)) {
+      end++;
     }
+    const std::string text = tokenizer.decode(std::span(r.ids).subspan(i, end - i));
+    out += colours ? coloured(text, source, trained) : trained ? "[[" + text + "]]" : text;
     i = end;
   }
   return out;
@@ -395,6 +480,7 @@ struct Settings {
   std::vector<std::string> data, val;
   std::string too_long = "drop";
   bool add_chat_tokens = false;
+  StageTemplateFlags chat_template;
   int context = 0, patience = 0;
   int lora = 0;  // the adapters' rank; 0: all weights are trained
   double lora_alpha = 32, val_fraction = -1;
@@ -407,15 +493,16 @@ struct Settings {
   uint64_t seed = 1;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Settings, model, data, val, too_long,
-                                                add_chat_tokens, context, patience, lora,
-                                                lora_alpha, val_fraction, bins, batch_tokens,
+                                                add_chat_tokens, chat_template, context, patience,
+                                                lora, lora_alpha, val_fraction, bins, batch_tokens,
                                                 micro_batch_tokens, eval_every, eval_tokens,
                                                 eval_some, records, budget, optimizer, seed)
 
-// Samples on the way: how often, and what is asked.
+// Samples on the way: how often, and what is asked. Or examples to print instead of a run.
 struct Watch {
   int64_t sample_every = 0;
   std::string prompt;
+  int show = 0;
 };
 
 struct Score {
@@ -453,7 +540,7 @@ class FineTuning {
                   .save_options = [this](bool) { return save_options(); }};
     return run_steps(run_);
   }
-  void show(int count) const;
+  void show() const;
 
  private:
   int64_t begin(const Json* saved);
@@ -495,6 +582,7 @@ class FineTuning {
   std::filesystem::path from_;  // the model that is trained, or the checkpoint it goes on from
   Config config_;
   Tokenizer tokenizer_;
+  StageTemplate chat_;
   int known_rows_ = 0;  // of the embedding: those of tokens that the model began with
   int added_tokens_ = 0;
   bool changed_tokenizer_ = false;
@@ -582,10 +670,12 @@ void FineTuning::evaluate_and_sample(int64_t n) {
 // An answer to --prompt, or to what comes before the answer of a held-out example.
 void FineTuning::sample(int64_t number) {
   std::vector<int> prompt;
+  std::string asked = w_.prompt;
   if (!w_.prompt.empty()) {
-    prompt = report_.conversations > 0
-                 ? prompt_ids(tokenizer_, Conversation{{{"user", w_.prompt, {}}}, {}})
-                 : prompt_ids(tokenizer_, w_.prompt);
+    prompt =
+        report_.conversations > 0
+            ? chat_.get().render({.messages = {{"user", w_.prompt, {}}}, .tools = {}}, true).ids
+            : chat_.text_ids(w_.prompt);
   } else {
     const Examples& examples = val_.size() > 0 ? val_ : train_;
     const int i = int(number % examples.size());
@@ -593,20 +683,14 @@ void FineTuning::sample(int64_t number) {
     int n = 0;
     while (!examples.is_trained(i, n)) n++;
     prompt.assign(ids.begin(), ids.begin() + n);
+    const auto [begin, end] = examples.asked[size_t(i)];
+    asked = tokenizer_.decode(ids.subspan(size_t(begin), size_t(end - begin)));
   }
   if (prompt.empty() || int(prompt.size()) >= config_.T) return;
   std::vector<int> stop_ids = config_.all_end_tokens();
   stop_ids.push_back(tokenizer_.find_document_separator());  // -1 is no token, and stops nothing
   const Completion done =
       sample_one(*gpt_, tokenizer_, prompt, kSampleTokens, {.temperature = 0}, stop_ids);
-  // The last turn before the answer, then the answer and how it ended.
-  std::string asked = tokenizer_.decode(prompt);
-  if (const size_t header = asked.rfind("<|im_start|>assistant\n"); header != std::string::npos) {
-    asked.resize(header);
-    const size_t turn = asked.rfind("<|im_start|>");
-    asked = asked.substr(asked.find('\n', turn) + 1);
-    asked = asked.substr(0, asked.rfind("<|im_end|>"));
-  }
   if (asked.size() > 400) asked = "..." + asked.substr(asked.size() - 400);
   run_.line.note("asked   " + indented(asked));
   run_.line.note("answer  " + indented(done.text) +
@@ -616,21 +700,28 @@ void FineTuning::sample(int64_t number) {
 // ---------------------------------------------------------------------------------------------
 // Tokenizer, data, plan
 
-// The chat template that the model is trained on goes with it, whatever it brought.
+// The tokenizer gets the chat tokens that it lacks, if the user wants them, and the template of the
+// run, which is saved with it. A run that is resumed finds both in its checkpoint.
 void FineTuning::prepare_tokenizer() {
   if (config_.V < tokenizer_.vocab_size()) {
     fail(from_.string(), ": found a vocabulary of ", config_.V,
          ", expected at least the tokenizer's ", tokenizer_.vocab_size());
   }
   known_rows_ = tokenizer_.vocab_size();
-  const bool has_chat =
-      tokenizer_.special("<|im_start|>") >= 0 && tokenizer_.special("<|im_end|>") >= 0;
-  if (run_.options.resume || !(has_chat || s_.add_chat_tokens))
-    return;  // conversations will be refused
-  tokenizer_ = with_chat_tokens(tokenizer_, s_.add_chat_tokens);
-  changed_tokenizer_ = true;
+  fix_date(s_.chat_template);
+  if (run_.options.resume) {
+    chat_ = StageTemplate(tokenizer_, from_, {"auto", s_.chat_template.date});
+    return;
+  }
+  if (s_.add_chat_tokens) {
+    const std::string own = chat_template(from_);
+    tokenizer_ = with_chat_tokens(tokenizer_, own.empty() ? kChatTemplate : own);
+  }
   added_tokens_ = tokenizer_.vocab_size() - known_rows_;
   config_.V = std::max(config_.V, tokenizer_.vocab_size());
+  chat_ = StageTemplate(tokenizer_, from_, s_.chat_template);
+  changed_tokenizer_ = added_tokens_ > 0 || chat_.is_new(from_);
+  if (chat_.is_new(from_)) tokenizer_ = with_chat_tokens(tokenizer_, chat_.get().text(), false);
 }
 
 void FineTuning::read_data() {
@@ -645,19 +736,19 @@ void FineTuning::read_data() {
   if (!(s_.val_fraction < 1)) {
     fail("--val-fraction: found ", s_.val_fraction, ", expected 0 or more and less than 1");
   }
+  train_.keep_origins = w_.show > 0;
   ReadOptions options{s_.context, s_.too_long == "cut", s_.val_fraction, s_.records};
   for (const std::string& text : s_.data) {
-    read_examples(parse_source(text), tokenizer_, options, train_, val_, report_);
+    read_examples(parse_source(text), chat_, options, train_, val_, report_);
   }
   options.val_fraction = 0;
   for (const std::string& path : s_.val) {
     Examples none;
-    read_examples({path}, tokenizer_, options, val_, none, report_);
+    read_examples({path}, chat_, options, val_, none, report_);
   }
   run_.records = report_.records, run_.left_out = report_.left_out;
   if (report_.conversations > 0) {
-    note_default_system_message(from_);
-    config_.set_first_end_token(end_of_turn(tokenizer_));
+    config_.set_first_end_token(chat_.end_token(true));
     if (config_.pad < 0 || config_.pad == config_.eos) {  // the end of turn is trained, pad never
       config_.pad = tokenizer_.find_document_separator();
     }
@@ -669,16 +760,19 @@ void FineTuning::read_data() {
   }
 }
 
-void FineTuning::show(int count) const {
+void FineTuning::show() const {
   const bool colours = isatty(STDOUT_FILENO);
+  if (colours) std::fputs(legend().c_str(), stdout);
   const auto order = Stream(train_, s_.context, s_.seed).make_epoch(0);
   int shown = 0;
   for (const std::vector<int>& bin : order) {
     for (const int i : bin) {
-      if (shown == count) break;
+      if (shown == w_.show) break;
       shown++;
       const auto ids = train_.ids_of(i);
-      Rendered r{{ids.begin(), ids.end()}, {}};
+      Rendered r{{ids.begin(), ids.end()}, {}, {}};
+      const auto origins = train_.origins.begin() + train_.starts[size_t(i)];
+      r.origins.assign(origins, origins + long(ids.size()));
       for (int p = 0; p < int(ids.size()); p++) r.trained.push_back(train_.is_trained(i, p));
       std::printf("%s\n-- example %d of %d: %zu tokens, %d trained\n\n",
                   marked(tokenizer_, r, colours).c_str(), shown, train_.size(), ids.size(),
@@ -1014,6 +1108,7 @@ void add_data_flags(CLI::App& app, Settings& s) {
   app.add_option("--long", s.too_long, "examples longer than that: drop or cut");
   app.add_flag("--add-chat-tokens", s.add_chat_tokens,
                "give a model without chat tokens new rows for them");
+  add_stage_template_flags(app, s.chat_template);
   app.add_option("--lora", s.lora,
                  "train adapters of this rank beside a model that stays; 0: none");
   app.add_option("--lora-alpha", s.lora_alpha, "adapters are added alpha / rank times");
@@ -1041,9 +1136,10 @@ int main_sft(int argc, char** argv) {
       "Fine-tunes a model on conversations, prompts with completions, or questions with answers.");
   app.option_defaults()->always_capture_default();
   std::string adapters;
-  int show = 0;
   add_data_flags(app, s);
-  app.add_option("--show", show, "print so many examples, trained tokens marked, and stop");
+  app.add_option("--show", w.show,
+                 "print so many examples and stop: trained tokens are marked, in a terminal also "
+                 "where each stretch is from");
   app.add_option(
       "--merge", adapters,
       "write a run's adapters and their model as one, a directory or FILE.gguf, and stop");
@@ -1064,12 +1160,13 @@ int main_sft(int argc, char** argv) {
                                           "--val",   "--epochs", "--minutes", "--lora",
                                           "--show",  "--resume", "--device"};
   if (!parse_flags(app, argc, argv, {{&app, shown}}, renamed)) return 0;
-  if (show < 0) fail("--show: found ", show, ", expected a number of examples");
+  if (w.show < 0) fail("--show: found ", w.show, ", expected a number of examples");
   if (!adapters.empty()) {
     if (o.out.empty()) fail("-o: missing, expected a directory to write");
     return merge(adapters, o.out), 0;
   }
-  if (show == 0) begin_process(o);
+  const bool shows = w.show > 0;
+  if (!shows) begin_process(o);
   if (o.resume) {
     resume_settings(app, s, s.budget, o, saved_settings<Settings>(o, "fine-tuning"),
                     {"--patience", "--eval-every", "--eval-tokens"});
@@ -1078,7 +1175,7 @@ int main_sft(int argc, char** argv) {
                          : "--data: missing, expected JSON lines of conversations");
   }
   FineTuning tuning(std::move(s), std::move(w), std::move(o));
-  if (show > 0) return tuning.show(show), 0;
+  if (shows) return tuning.show(), 0;
   return tuning.run();
 }
 

@@ -758,61 +758,6 @@ inline std::string chat_template(const std::filesystem::path& dir) {
   return "";
 }
 
-// The text at `begin` of a template, without white space around it: up to `quote`, the end of a
-// Jinja string, or, without a quote, up to the next bracket of Jinja; and to the end of the turn.
-inline std::string template_text(std::string_view text, size_t begin, char quote) {
-  std::string out;
-  for (size_t i = begin; i < text.size() && text[i] != quote; i++) {
-    if (quote == 0 && text[i] == '{') break;
-    const bool escaped = quote != 0 && text[i] == '\\' && i + 1 < text.size();
-    if (escaped) i++;
-    out += escaped && text[i] == 'n' ? '\n' : text[i];
-  }
-  for (const char* end : {"<|im_end|>", "<|eot_id|>"}) out = out.substr(0, out.find(end));
-  const size_t first = out.find_first_not_of(" \n"), last = out.find_last_not_of(" \n");
-  return first == out.npos ? "" : out.substr(first, last + 1 - first);
-}
-
-// The system message that a chat template puts before a conversation without one; empty: none was
-// found. Templates have it as '<|im_start|>system\nYou are ...<|im_end|>' (SmolLM2, Qwen2.5), as
-// {% set system_message = 'You are ...' %}, or as Llama 3's date.
-inline std::string default_system_message(const std::string& chat_template) {
-  const std::string_view text = chat_template;
-  const auto is_quote = [](char c) { return c == '\'' || c == '"'; };
-  for (const std::string_view mark :
-       {"<|im_start|>system", "<|start_header_id|>system<|end_header_id|>"}) {
-    for (size_t i = text.find(mark); i != text.npos; i = text.find(mark, i + 1)) {
-      const char quote = i > 0 && is_quote(text[i - 1]) ? text[i - 1] : 0;
-      const std::string message = template_text(text, i + mark.size(), quote);
-      if (!message.empty()) return message;
-    }
-  }
-  constexpr std::string_view kSet = " set ";
-  for (size_t i = text.find(kSet); i != text.npos; i = text.find(kSet, i + 1)) {
-    const size_t equals = text.find('=', i), end = text.find('%', i);
-    if (equals == text.npos || end < equals) continue;
-    const std::string_view name = text.substr(i + kSet.size(), equals - i - kSet.size());
-    const size_t value = text.find_first_not_of(' ', equals + 1);
-    if (name.find("system") == name.npos || value == text.npos || !is_quote(text[value])) continue;
-    const std::string message = template_text(text, value + 1, text[value]);
-    if (!message.empty()) return message;
-  }
-  return text.find("Cutting Knowledge Date") == text.npos ? "" : "Cutting Knowledge Date: ...";
-}
-
-// Says so where the template of the model in `dir` has a system message of its own: conversations
-// without one are rendered here without any.
-inline void note_default_system_message(const std::filesystem::path& dir) {
-  const std::string message = default_system_message(chat_template(dir));
-  if (message.empty()) return;
-  std::fprintf(
-      stderr,
-      "note: %s: the chat template has a system message of its own, %s; conversations "
-      "without one are rendered without it\n",
-      dir.c_str(),
-      Json(message.substr(0, 300)).dump(-1, ' ', false, Json::error_handler_t::replace).c_str());
-}
-
 // Gives `fresh` the name `dir`. Returns where the directory that had this name is now; empty: there
 // was none. On a file system that cannot exchange two names in one step, the old directory becomes
 // DIR.old first, and repair_checkpoint brings it back if the process ends between the two renames.

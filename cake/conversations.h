@@ -37,7 +37,7 @@
 #include <utility>
 #include <vector>
 
-#include "cake/chat_template.h"
+#include "cake/messages.h"
 #include "cake/records.h"
 
 namespace cake {
@@ -654,32 +654,59 @@ inline const char* nothing_to_learn(const TrainingText& text) {
   return is_trained ? nullptr : "no trained message";
 }
 
-// The examples of a conversation. Reasoning is read and written behind the last message of the user
-// alone (cake/chat_template.h), so that every answer with reasoning is the end of an example of its
-// own; there, earlier answers are context, as they will be when the model answers. Without
-// reasoning, and where only the last answer has it, the conversation is one example, in which the
-// earlier answers without reasoning are trained.
-inline std::vector<Conversation> examples_of(const Conversation& whole) {
-  std::vector<Conversation> examples;
-  Conversation rest = whole;  // its untrained answers are those that have examples of their own
+// The examples of a conversation, of which each has an answer that is trained. An answer can
+// be trained inside of the whole only where it and all before it stand there as they do when it is
+// the last one: many templates leave out the reasoning of earlier answers, some also what else an
+// answer had around it. Such an answer is the end of an example of its own. There, earlier answers
+// are context, as they will be when the model answers.
+//
+// `render(conversation)`: its ids and mask, as ChatTemplate::render_for_training gives them.
+template <class Render>
+std::vector<Conversation> examples_of(const Conversation& whole, Render&& render) {
+  struct Turn {  // a message of the user and what follows it: messages [begin, end)
+    size_t begin, end;
+  };
+  const auto is_trained = [](const Message& m) { return m.role == "assistant" && m.trained; };
   const auto& messages = whole.messages;
-  const int last = last_query(messages);
+  std::vector<Turn> turns;  // with an answer that is trained
   for (size_t begin = 0, end = 0; begin < messages.size(); begin = end) {
     for (end = begin + 1; end < messages.size() && messages[end].role != "user";) end++;
-    bool has_reasoning = false;
-    for (size_t i = begin; i < end; i++) {
-      const Message& m = messages[i];
-      has_reasoning |= m.role == "assistant" && m.trained && split_answer(m).reasoning.has_value();
+    if (std::any_of(messages.begin() + long(begin), messages.begin() + long(end), is_trained)) {
+      turns.push_back({begin, end});
     }
-    if (!has_reasoning || int(begin) >= last) continue;
-    Conversation example{{messages.begin(), messages.begin() + long(end)}, whole.tools};
-    for (size_t i = 0; i < begin; i++) example.messages[i].trained = false;
-    for (size_t i = begin; i < end; i++) rest.messages[i].trained = false;
-    examples.push_back(std::move(example));
   }
-  const bool is_trained = std::any_of(rest.messages.begin(), rest.messages.end(),
-                                      [](auto& m) { return m.role == "assistant" && m.trained; });
-  if (is_trained) examples.push_back(std::move(rest));
+  const auto before = [&](size_t end) {
+    return Conversation{{messages.begin(), messages.begin() + long(end)}, whole.tools};
+  };
+  std::vector<Conversation> examples;
+  if (turns.empty()) return examples;
+  const Turn last = turns.back();
+  turns.pop_back();
+  // Whether `ids` begin with an example, up to its last trained id.
+  const auto is_begun_by = [](auto own, const std::vector<int>& ids) {
+    while (!own.trained.empty() && !own.trained.back()) own.trained.pop_back();
+    const size_t n = own.trained.size();
+    return n <= ids.size() && std::equal(own.ids.begin(), own.ids.begin() + long(n), ids.begin());
+  };
+  // What follows teaches nothing. It stays unless it changes the last answer.
+  Conversation rest = before(last.end);
+  if (last.end < messages.size()) {
+    try {
+      if (is_begun_by(render(rest), render(whole).ids)) rest = whole;
+    } catch (const Error&) {  // the template leaves out some of the answer
+    }
+  }
+  if (!turns.empty()) {
+    const auto whole_ids = render(rest).ids;
+    for (const Turn& turn : turns) {
+      Conversation example = before(turn.end);
+      if (is_begun_by(render(example), whole_ids)) continue;
+      for (size_t i = 0; i < turn.begin; i++) example.messages[i].trained = false;
+      for (size_t i = turn.begin; i < turn.end; i++) rest.messages[i].trained = false;
+      examples.push_back(std::move(example));
+    }
+  }
+  examples.push_back(std::move(rest));
   return examples;
 }
 

@@ -32,9 +32,9 @@
 #include <utility>
 #include <vector>
 
-#include "cake/chat_template.h"
 #include "cake/conversations.h"
 #include "cake/json.h"
+#include "cake/messages.h"
 #include "cake/records.h"
 #include "cake/rubric.h"
 

@@ -1,5 +1,5 @@
 // A reward model at work: a language model whose head was exchanged for one row gives a whole
-// sequence one number, read at its last id: end_token() of cake/chat_template.h.
+// sequence one number, read at its last id: StageTemplate::end_token.
 //
 // `./reward train` makes one, `./reward score` and the rewards of `./rlhf` use it.
 #pragma once
@@ -21,7 +21,7 @@
 namespace cake {
 
 // What a reward model reads: the ids with `end` behind them, which a text that was cut off lacks.
-// `end`: end_token() of the text's kind.
+// `end`: StageTemplate::end_token of the text's kind.
 inline std::vector<int> with_end(std::vector<int> ids, int end) {
   if (ids.empty() || ids.back() != end) ids.push_back(end);
   return ids;

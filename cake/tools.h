@@ -198,60 +198,81 @@ inline OrderedJson message_json(const Message& m) {
   return json;
 }
 
-// The text between <tool_call> and </tool_call>. What is no call becomes one without a name, whose
-// arguments are the text.
+// The text between <tool_call> and </tool_call>. The arguments are written as templates write them,
+// and as models have learned to, with spaces behind : and , so that a turn that is rendered again
+// is the text that was sampled. What is no call becomes one without a name, whose arguments are the
+// text.
 inline ToolCall read_call(std::string text) {
-  OrderedJson json;  // null: no JSON
   try {
-    json = parse_json<OrderedJson>(text, "a call");
-  } catch (const Error&) {
-  }
-  if (json.is_object() && json.contains("name") && json["name"].is_string() &&
-      json.contains("arguments") && json["arguments"].is_object()) {
-    return {json["name"], json["arguments"].dump()};
+    const auto json = parse_json<OrderedJson>(text, "a call");
+    if (json.is_object() && json.contains("name") && json["name"].is_string() &&
+        json.contains("arguments") && json["arguments"].is_object()) {
+      return {json["name"], python_text(json["arguments"])};
+    }
+  } catch (const Error&) {  // no JSON
   }
   return {"", std::move(text)};
 }
 
-// An assistant's message from the ids of its turn, with or without the end of turn.
-inline Message read_turn(const Tokenizer& tokenizer, std::span<const int> turn) {
+// Moves the calls that a text spells out, between <tool_call> and </tool_call>, to `calls`. A call
+// that is not closed ends where the text ends.
+inline std::string without_calls(std::string_view text, std::vector<ToolCall>& calls) {
+  constexpr std::string_view kBegin = "<tool_call>", kEnd = "</tool_call>";
+  std::string rest;
+  while (!text.empty()) {
+    const size_t begin = std::min(text.find(kBegin), text.size());
+    rest += text.substr(0, begin);
+    text.remove_prefix(begin);
+    if (text.empty()) break;
+    text.remove_prefix(kBegin.size());
+    const size_t end = std::min(text.find(kEnd), text.size());
+    calls.push_back(read_call(std::string(text.substr(0, end))));
+    text.remove_prefix(std::min(end + kEnd.size(), text.size()));
+  }
+  return rest;
+}
+
+// An assistant's message from the ids of its turn, with or without the end of turn. Where the
+// tokenizer has <tool_call> as a token, only the token begins a call, and no text that looks like
+// it.
+inline Message read_turn(const ChatTemplate& chat, std::span<const int> turn) {
+  const Tokenizer& tokenizer = chat.tokenizer();
   const int begin = tokenizer.special("<tool_call>"), end = tokenizer.special("</tool_call>");
-  const auto last = [&](int id) {
-    return id == tokenizer.special("<|im_end|>") || id == tokenizer.find_document_separator();
-  };
+  const int end_of_turn = chat.find_end_of_turn(), separator = tokenizer.find_document_separator();
+  const auto is_last = [&](int id) { return id == end_of_turn || id == separator; };
   Message message{.role = "assistant"};
   std::vector<int> text;
-  for (size_t i = 0; i < turn.size(); i++) {
-    if (last(turn[i])) break;
-    if (turn[i] != begin || begin < 0) {
+  for (size_t i = 0; i < turn.size() && !is_last(turn[i]); i++) {
+    if (turn[i] != begin) {
       text.push_back(turn[i]);
       continue;
     }
     std::vector<int> inside;
-    while (++i < turn.size() && turn[i] != end && !last(turn[i])) inside.push_back(turn[i]);
+    while (++i < turn.size() && turn[i] != end && !is_last(turn[i])) inside.push_back(turn[i]);
     message.tool_calls.push_back(read_call(tokenizer.decode(inside)));
+    if (i < turn.size() && is_last(turn[i])) break;
   }
   message.content = tokenizer.decode(text);
+  if (begin < 0) message.content = without_calls(message.content, message.tool_calls);
+  if (end_of_turn < 0 && !chat.stop_string().empty()) {
+    message.content.resize(
+        std::min(message.content.find(chat.stop_string()), message.content.size()));
+  }
   while (!message.content.empty() && message.content.back() == '\n') message.content.pop_back();
   return message;
 }
 
-// Runs the calls of a turn. Returns the ids that follow the turn's <|im_end|> in the conversation:
-// the tools' answers and the header of the assistant's next turn; nothing if the turn calls
-// nothing. Appends the answers to `answers`, if given.
-inline std::vector<int> answer_calls(const Tokenizer& tokenizer, const Message& turn,
-                                     const Search* search,
-                                     std::vector<Message>* answers = nullptr) {
-  if (turn.tool_calls.empty()) return {};
-  Conversation reply;
-  for (const ToolCall& call : turn.tool_calls) {
-    reply.messages.push_back({.role = "tool", .content = run_tool(call, search)});
+// Runs the calls of the last message of `conversation`, the assistant's turn, and appends the
+// tools' answers to it. Returns the ids that follow the turn's end of turn: the answers and the
+// header of the assistant's next turn; nothing if the turn calls nothing.
+inline std::vector<int> answer_calls(const ChatTemplate& chat, Conversation& conversation,
+                                     const Search* search) {
+  const std::vector<ToolCall> calls = conversation.messages.back().tool_calls;
+  if (calls.empty()) return {};
+  for (const ToolCall& call : calls) {
+    conversation.messages.push_back({.role = "tool", .content = run_tool(call, search)});
   }
-  std::vector<int> ids = tokenizer.encode("\n");
-  const Rendered rendered = render_chat(tokenizer, reply, true);
-  ids.insert(ids.end(), rendered.ids.begin(), rendered.ids.end());
-  if (answers) answers->insert(answers->end(), reply.messages.begin(), reply.messages.end());
-  return ids;
+  return chat.ids_behind_turn(conversation);
 }
 
 }  // namespace cake

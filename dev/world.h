@@ -10,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "cake/chat_template.h"
+#include "cake/messages.h"
 #include "cake/rubric.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"

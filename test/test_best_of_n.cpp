@@ -5,6 +5,7 @@
 
 #include "cake/conversations.h"
 #include "cake/tools.h"
+#include "test/chatml.h"
 #include "test/preference_world.h"
 #include "test/scripted_model.h"
 
@@ -69,10 +70,12 @@ TEST_CASE("the best of n with tools is written with its calls and their answers,
     const Conversation asked{{{"user", "What is 6*7?", {}}}, {kCalculatorTool}};
     const std::string call = R"({"name": "calculator", "arguments": {"expression": "6*7"}})";
     const std::string turn = "<tool_call>\n" + (is_call ? call : "{}") + "\n</tool_call><|im_end|>";
-    const int n = int(prompt_ids(t, asked).size());
+    const int n = int(chatml(t, asked, true).ids.size());
     const int said = script.write(n, turn);
     const std::vector<int> called = t.encode(turn, true);
-    const std::vector<int> reply = answer_calls(t, read_turn(t, called), nullptr);
+    Conversation so_far = asked;
+    so_far.messages.push_back(read_turn(chatml_template(t), called));
+    const std::vector<int> reply = answer_calls(chatml_template(t), so_far, nullptr);
     script.write(said + int(reply.size()), "It is 42.<|im_end|>");
     const std::string model = script.save(), dir = script.dir().path();
     write_file(dir + "/p.jsonl", json_line(Json{{"messages", {message_json(asked.messages[0])}},

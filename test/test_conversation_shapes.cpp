@@ -6,8 +6,10 @@
 
 #include "cake/conversations.h"
 #include "cake/records.h"
+#include "cake/stage_template.h"
 #include "cake/tokenizer.h"
 #include "cake/tools.h"
+#include "test/chatml.h"
 #include "test/support.h"
 
 using namespace cake;
@@ -56,7 +58,7 @@ std::string trained_of(const std::string& json, const FieldNames& names = {}) {
     if (const char* reason = nothing_to_learn(t)) return concat("left out: ", reason);
     if (!t.conversation) {
       Rendered r;
-      r.ids = prompt_ids(tokenizer(), t.prompt);
+      r.ids = StageTemplate(chatml_template(tokenizer())).text_ids(t.prompt);
       r.trained.resize(r.ids.size(), false);
       tokenizer().encode(t.completion, r.ids);
       r.ids.push_back(tokenizer().end_of_text());
@@ -64,8 +66,9 @@ std::string trained_of(const std::string& json, const FieldNames& names = {}) {
       return marked(r);
     }
     check_conversation(*t.conversation, "here");
-    for (const Conversation& example : examples_of(*t.conversation)) {
-      text += (text.empty() ? "" : " and ") + marked(render_chat(tokenizer(), example));
+    const auto render = [](const Conversation& c) { return chatml(tokenizer(), c); };
+    for (const Conversation& example : examples_of(*t.conversation, render)) {
+      text += (text.empty() ? "" : " and ") + marked(render(example));
     }
   } catch (const Error& e) {
     const std::string message = e.what();
@@ -356,7 +359,7 @@ TEST_CASE("the markers of reasoning and calls are tokens in the assistant's text
   const auto specials = [](const std::string& role, const std::string& content) {
     int count = 0;
     const Conversation c{{{"user", "q"}, {role, content}}, {}};
-    for (const int id : render_chat(tokenizer(), c).ids) count += tokenizer().is_special(id);
+    for (const int id : chatml(tokenizer(), c).ids) count += tokenizer().is_special(id);
     return count - 4;  // two turns begin and end
   };
   const std::string text =
@@ -369,7 +372,7 @@ TEST_CASE("the markers of reasoning and calls are tokens in the assistant's text
 TEST_CASE("reasoning is written behind the user's last message alone") {
   Conversation c{{{"user", "a"}, {"assistant", "<think>x</think>\n\n4"}, {"user", "b"}}, {}};
   const auto text = [&](bool prompt) {
-    return tokenizer().decode(render_chat(tokenizer(), c, prompt).ids);
+    return tokenizer().decode(chatml(tokenizer(), c, prompt).ids);
   };
   CHECK(text(true) ==
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\nb"
@@ -378,28 +381,6 @@ TEST_CASE("reasoning is written behind the user's last message alone") {
   CHECK(text(false) ==
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\nx\n</think>\n\n4"
         "<|im_end|>\n");
-}
-
-TEST_CASE("later turns see an answer without its reasoning, as the template writes it") {
-  const Conversation asked{{{"user", "a"}}, {}}, more{{{"user", "b"}}, {}};
-  for (const char* answer : {"<think>\nx y\n</think>\n\nthe answer", "the answer",
-                             "<think>\n\n</think>\n\n  4", "<think>x</think>"}) {
-    CAPTURE(answer);
-    Conversation whole = asked;
-    whole.messages.push_back({"assistant", answer});
-    const std::vector<int> prompt = render_chat(tokenizer(), asked, true).ids;
-    const std::vector<int> written = render_chat(tokenizer(), whole).ids;
-    std::vector<int> ids = prompt;
-    const std::vector<int> later =
-        without_reasoning(tokenizer(), std::span(written).subspan(prompt.size()));
-    ids.insert(ids.end(), later.begin(), later.end());
-    const std::vector<int> next = render_chat(tokenizer(), more, true).ids;
-    ids.insert(ids.end(), next.begin(), next.end());
-    whole.messages.push_back(more.messages[0]);
-    CHECK(ids == render_chat(tokenizer(), whole, true).ids);
-  }
-  const std::vector<int> open = tokenizer().encode("<think>never closed", true);
-  CHECK(without_reasoning(tokenizer(), open) == open);
 }
 
 TEST_CASE("a message that is written is the message that is read") {

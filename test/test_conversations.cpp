@@ -9,6 +9,7 @@
 
 #include "cake/tools.h"
 #include "dev/world.h"
+#include "test/chatml.h"
 #include "test/support.h"
 
 using namespace cake;
@@ -219,7 +220,7 @@ TEST_CASE("conversations follow the template and fit the context of a tokenizer 
   for (const Talk* talk : talks()) {
     CAPTURE(conversation_text(talk->conversation));
     check_conversation(talk->conversation, talk->kind);
-    const size_t n = render_chat(tokenizer, talk->conversation).ids.size();
+    const size_t n = chatml(tokenizer, talk->conversation).ids.size();
     longest = std::max(longest, n);
     tokens += int64_t(n), estimated += estimate_conversation(talk->conversation);
     REQUIRE(n <= size_t(kContext));
@@ -233,7 +234,7 @@ TEST_CASE("conversations follow the template and fit the context of a tokenizer 
     Conversation answered = item.conversation;
     answered.messages.push_back({"assistant", item.answer, {}});
     CAPTURE(conversation_text(answered));
-    REQUIRE(render_chat(tokenizer, answered).ids.size() <= size_t(kContext));
+    REQUIRE(chatml(tokenizer, answered).ids.size() <= size_t(kContext));
     REQUIRE(tokenizer.encode(item.answer).size() < size_t(kAnswerTokens));
   }
   const Search search([] {

@@ -12,6 +12,7 @@
 #include "cake/records.h"
 #include "cake/rubric.h"
 #include "dev/world.h"
+#include "test/chatml.h"
 #include "test/scripted_model.h"
 #include "test/support.h"
 
@@ -400,7 +401,7 @@ struct OpenExam {
   std::string dir;
   OpenExam() {
     const Conversation ask{.messages = {{"user", "What?", {}}}};
-    m.write(int(render_chat(m.tokenizer(), ask, true).ids.size()),
+    m.write(int(chatml(m.tokenizer(), ask, true).ids.size()),
             "Ada had a dog. Steps: 42.<|im_end|>");
     dir = m.save();
   }

@@ -11,6 +11,7 @@
 #include "cake/preferences.h"
 #include "cake/records.h"
 #include "cake/tokenizer.h"
+#include "test/chatml.h"
 #include "test/preference_world.h"
 #include "test/support.h"
 
@@ -32,8 +33,8 @@ std::unique_ptr<Gpt> load(const std::filesystem::path& dir, const Config& c, uin
 
 // A question and its answer up to the end of the assistant's turn.
 std::vector<int> turn(const Tokenizer& t, const std::string& asked, const std::string& answer) {
-  std::vector<int> ids = render_chat(t, {{{"user", asked, {}}, {"assistant", answer, {}}}, {}}).ids;
-  while (ids.back() != end_of_turn(t)) ids.pop_back();
+  std::vector<int> ids = chatml(t, {{{"user", asked, {}}, {"assistant", answer, {}}}, {}}).ids;
+  while (ids.back() != t.special("<|im_end|>")) ids.pop_back();
   return ids;
 }
 
@@ -196,7 +197,7 @@ TEST_CASE("a reward model learns what was preferred, and scores have mean 0 and 
   const Json config = read_json(dir / "run/model/config.json");
   CHECK(config.at("architectures").at(0) == "Qwen3ForSequenceClassification");
   const Tokenizer t = Tokenizer::load(dir / "run/model");
-  CHECK(load_config(dir / "run/model").eos == end_of_turn(t));
+  CHECK(load_config(dir / "run/model").eos == t.special("<|im_end|>"));
   CHECK(config.at("pad_token_id") == t.special("<|spare_0|>"));
   const Config c = load_config(dir / "run/model");
   CHECK(c.reward_shift == config.at("reward_shift"));
@@ -397,7 +398,7 @@ TEST_CASE("the first step of KTO on labels has each answer's log p and weights t
   int i = 0;
   for (const Line& l : lines_of("pairs.jsonl")) {
     const bool is_good = i++ % 3 == 0;
-    const size_t prompt = render_chat(t, {{{"user", l.prompt, {}}}, {}}, true).ids.size();
+    const size_t prompt = chatml(t, {{{"user", l.prompt, {}}}, {}}, true).ids.size();
     const double logp =
         logp_of(*policy, turn(t, l.prompt, is_good ? l.chosen : l.rejected), prompt);
     (is_good ? good_sum : bad_sum) += logp;
@@ -550,11 +551,11 @@ TEST_CASE("DPO counts the assistant's tokens of an answer of several messages, a
       concat("--data ", (dir / "data.jsonl").string(), " --val-fraction 0 --steps 1 --batch 1")));
   const auto gpt = load(world() / "model", load_config(world() / "model"));
   const Tokenizer t = Tokenizer::load(world() / "model");
-  const Rendered r = render_chat(t, {{{"user", "ask", {}},
-                                      {"assistant", "yes", {}},
-                                      {"user", "and", {}},
-                                      {"assistant", "more yes", {}}},
-                                     {}});
+  const Rendered r = chatml(t, {{{"user", "ask", {}},
+                                 {"assistant", "yes", {}},
+                                 {"user", "and", {}},
+                                 {"assistant", "more yes", {}}},
+                                {}});
   std::vector<int> targets(r.ids.size(), -1);
   for (size_t p = 0; p + 1 < r.ids.size(); p++)
     if (r.trained[p + 1]) targets[p] = r.ids[p + 1];
@@ -728,7 +729,7 @@ TEST_CASE("a policy's score is beta times its log-probability against its refere
   const Tokenizer t = Tokenizer::load(world() / "model");
   const Line line = lines_of("shuffled.jsonl")[0];
   const std::vector<int> ids = turn(t, line.prompt, line.chosen);
-  const size_t prompt = render_chat(t, {{{"user", line.prompt, {}}}, {}}, true).ids.size();
+  const size_t prompt = chatml(t, {{{"user", line.prompt, {}}}, {}}, true).ids.size();
   const double expected = .3 * (logp_of(*policy, ids, prompt) - logp_of(*reference, ids, prompt));
   CHECK(expected != 0);
   CHECK(std::abs(scored[0].at("scores").at(0).get<double>() - expected) < 1e-5);

@@ -430,11 +430,12 @@ TEST_CASE("labelled answers are right above the baseline, and their kinds are av
 
 TEST_CASE("a pair's margin and the difference of its scores raise what the better one must have") {
   const Tokenizer t = Tokenizer::load("test/golden/eval_model");
+  const StageTemplate chat(t, "test/golden/eval_model", {});
   Preference p{.text = "ask", .continuations = {"yes", "no", "yes"}, .ranking = {1, 2, 3}};
   p.scores = {9, 5, 1};
   const auto margins = [&](const Preference& of, double scale) {
     Doubles found;
-    for (const Pair& pair : make_comparison(t, of, false, scale).pairs)
+    for (const Pair& pair : make_comparison(chat, of, false, scale).pairs)
       found.push_back(pair.margin);
     return found;
   };

@@ -7,6 +7,7 @@
 #define main cake_rlhf_main_of_test_rl
 #include "rlhf.cpp"
 #undef main
+#include "test/chatml.h"
 #include "test/scripted_model.h"
 #include "test/support.h"
 
@@ -51,7 +52,8 @@ TEST_CASE("what a tool inserts is read and never learned from") {
   const Tokenizer& t = script.tokenizer();
   Conversation chat{{{"user", "What is 6*7?", {}}}, {kCalculatorTool}};
   Prompt p;
-  p.ids = prompt_ids(t, chat), p.tools = true;
+  const StageTemplate stage(chatml_template(t));
+  p.chat = chat, p.ids = chatml(t, chat, true).ids, p.tools = true;
   const std::string call = R"(<tool_call>
 {"name": "calculator", "arguments": {"expression": "6*7"}}
 </tool_call><|im_end|>)";
@@ -59,7 +61,7 @@ TEST_CASE("what a tool inserts is read and never learned from") {
   Conversation reply;
   reply.messages = {{.role = "tool", .content = "42"}};
   std::vector<int> inserted = t.encode("\n");
-  const std::vector<int> rest = render_chat(t, reply, true).ids;
+  const std::vector<int> rest = chatml(t, reply, true).ids;
   inserted.insert(inserted.end(), rest.begin(), rest.end());
   script.write(at + int(inserted.size()), "It is 42.<|im_end|>");
   const std::filesystem::path dir = script.save();
@@ -68,7 +70,7 @@ TEST_CASE("what a tool inserts is read and never learned from") {
 
   const Prompt* prompts[] = {&p};
   // At this temperature it follows the script.
-  const RolloutOptions o{.tokenizer = &t, .context = script.T(), .temperature = .02f};
+  const RolloutOptions o{.chat = &stage, .context = script.T(), .temperature = .02f};
   std::vector<Rollout> rollouts = roll_out(models, o, prompts, 1, 1);
   const Rollout& r = rollouts.at(0);
   CHECK(r.text == "It is 42.");
@@ -145,10 +147,10 @@ class Bandit {
     std::vector<Rollout> taught(4);
     for (int i = 0; i < 4; i++) {
       Rollout& r = taught[size_t(i)];
-      r.ids = render_chat(tokenizer_, {{{"user", "Go", {}}}, {}}, true).ids;
+      r.ids = chatml(tokenizer_, {{{"user", "Go", {}}}, {}}, true).ids;
       r.sampled.resize(r.ids.size());
       tokenizer_.encode(std::string(1, char('a' + i)), r.ids);
-      r.ids.push_back(end_of_turn(tokenizer_));
+      r.ids.push_back(tokenizer_.special("<|im_end|>"));
       r.sampled.resize(r.ids.size(), true), r.logp.resize(r.ids.size());
     }
     const Experience b = end_to_end(taught);
@@ -591,7 +593,8 @@ TEST_CASE("an answer that was cut off is never better than the worst finished on
 }
 
 TEST_CASE("DAPO's penalty of long answers holds for those that were cut off") {
-  const RewardContext context{bandit().tokenizer(), {}, 128, Device::cpu, {}};
+  const StageTemplate chat(chatml_template(bandit().tokenizer()));
+  const RewardContext context{chat, {}, 128, Device::cpu, {}};
   Rewards rewards;
   for (const char* text : {"exact", ".5*length:64"}) {
     rewards.functions.push_back(make_reward(parse_reward(text), context, rewards.models));
@@ -859,14 +862,15 @@ TEST_CASE("a form puts questions into a text, whose answers end at a stop string
   const simdjson::dom::object line =
       parser.parse(std::string(R"({"question":"6*7?","answer":"42"})"));
   const Problem problem = parse_problem({line, "here"});
-  const Prompt p = make_prompt(problem, t, {.form = "Q: {question}\nA:"});
+  const StageTemplate stage(chatml_template(t));
+  const Prompt p = make_prompt(problem, stage, {.form = "Q: {question}\nA:"});
   CHECK(t.decode(p.ids) == "<|endoftext|>Q: 6*7?\nA:");
   CHECK(p.question == "6*7?");
   script.write(int(p.ids.size()), " 42.\n\nQ: and then");
   Models models{make_gpt(load_config(script.save()), {.device = Device::cpu})};
   load_weights(script.dir() / "model", *models.policy);
   const Prompt* prompts[] = {&p};
-  RolloutOptions o{.tokenizer = &t,
+  RolloutOptions o{.chat = &stage,
                    .max_tokens = 40,
                    .context = script.T(),
                    .temperature = .02f,
@@ -886,16 +890,17 @@ TEST_CASE("choices stand below the question, or where the form has a place for t
   const simdjson::dom::object line =
       parser.parse(std::string(R"({"question":"{choices}?","choices":["x","y"],"answer":1})"));
   const Problem problem = parse_problem({line, "here"});
+  const StageTemplate stage(chatml_template(t));
   const auto text = [&](const std::string& form) {
-    return t.decode(make_prompt(problem, t, {.form = form}).ids);
+    return t.decode(make_prompt(problem, stage, {.form = form}).ids);
   };
   CHECK(text("Q: {question}\nA:") == "<|endoftext|>Q: {choices}?\nA. x\nB. y\nA:");
   CHECK(text("{choices} Q: {question} {x}") == "<|endoftext|>A. x\nB. y Q: {choices}? {x}");
-  const Prompt chat = make_prompt(problem, t, {.system = "Be brief."});
+  const Prompt chat = make_prompt(problem, stage, {.system = "Be brief."});
   CHECK(chat.question == "{choices}?\nA. x\nB. y");
   CHECK(chat.chat.messages ==
         std::vector<Message>{{"system", "Be brief."}, {"user", chat.question}});
-  CHECK(chat.ids == prompt_ids(t, chat.chat));
+  CHECK(chat.ids == chatml(t, chat.chat, true).ids);
   CHECK(right_choice(chat, "The answer is B."));
   CHECK(!right_choice(chat, "The answer is A."));
   for (const char* right : {"B", "y\n"}) CHECK(right_exact(chat, right));
@@ -917,7 +922,8 @@ TEST_CASE("problems are the same from lines, an array, gzip, Zstandard, and unde
   write_file(dir / "lines.json.gz", deflated(lines)), write_file(dir / "a.zst", zstandard(lines));
   write_file(dir / "other.txt", other);
   const auto read = [&](const char* name, const FieldNames& names = {}) {
-    PromptReader reader{.tokenizer = script.tokenizer(), .context = 64, .max_tokens = 8};
+    const StageTemplate stage(chatml_template(script.tokenizer()));
+    PromptReader reader{.chat = stage, .context = 64, .max_tokens = 8};
     reader.options.names = names;
     std::string all;
     for (const Prompt& p : read_prompts({(dir / name).string()}, reader)) {
@@ -1032,7 +1038,8 @@ TEST_CASE("a model of labels rewards with the probability of the good one") {
     save_checkpoint(dir / (shift == 0 ? "plain" : "moved"), *gpt,
                     {.tokenizer_from = model_dir(policy)});
   }
-  const RewardContext context{tokenizer, policy, 8, Device::cpu, {}};
+  const StageTemplate stage(chatml_template(tokenizer));
+  const RewardContext context{stage, policy, 8, Device::cpu, {}};
   const auto reward = [&](const std::string& name) {
     std::vector<std::shared_ptr<RewardModel>> models;
     return make_reward(parse_reward(name + ":" + (dir / "plain").string()), context, models);
@@ -1043,13 +1050,13 @@ TEST_CASE("a model of labels rewards with the probability of the good one") {
   rollouts[0].ids = {1, 2, 3}, rollouts[0].prompt = &chat;
   rollouts[1].ids = {5, 4}, rollouts[1].prompt = &text;
   // A chat is scored at its end of turn, a raw text at the document separator.
-  const int turn = end_of_turn(tokenizer), separator = tokenizer.end_of_text();
-  CHECK(ids_to_score(rollouts[0], tokenizer, 64) == std::vector{1, 2, 3, turn});
-  CHECK(ids_to_score(rollouts[0], tokenizer, 2) == std::vector{1, turn});
-  CHECK(ids_to_score(rollouts[1], tokenizer, 64) == std::vector{5, 4, separator});
+  const int turn = tokenizer.special("<|im_end|>"), separator = tokenizer.end_of_text();
+  CHECK(ids_to_score(rollouts[0], stage, 64) == std::vector{1, 2, 3, turn});
+  CHECK(ids_to_score(rollouts[0], stage, 2) == std::vector{1, turn});
+  CHECK(ids_to_score(rollouts[1], stage, 64) == std::vector{5, 4, separator});
   rollouts[1].ids.push_back(separator);
-  CHECK(ids_to_score(rollouts[1], tokenizer, 64) == std::vector{5, 4, separator});
-  RolloutOptions ends{.tokenizer = &tokenizer, .context = 64};
+  CHECK(ids_to_score(rollouts[1], stage, 64) == std::vector{5, 4, separator});
+  RolloutOptions ends{.chat = &stage, .context = 64};
   CHECK(rollout_request(text, ends, 1).stop_ids == std::vector{separator});
   CHECK(rollout_request(chat, ends, 1).stop_ids == std::vector{turn, separator});
   // and every end token of the policy stops a rollout

@@ -385,7 +385,7 @@ TEST_CASE("--stop reads \\n as --form does") {
   const Tokenizer& t = script.tokenizer();
   write_file(script.dir() / "p.jsonl", R"({"question":"6*7?","answer":"42"})"
                                        "\n");
-  script.write(int(prompt_ids(t, std::string("Q: 6*7?\nA:")).size()), " 42.\n\nQ: and then");
+  script.write(1 + int(t.encode("Q: 6*7?\nA:").size()), " 42.\n\nQ: and then");
   const std::string model = script.save();
   good(
       "./rlhf best-of-n --model " + model + " --prompts " + (script.dir() / "p.jsonl").string() +

@@ -9,6 +9,7 @@
 #define main sft_main  // the test binary has its own main
 #include "sft.cpp"
 #undef main
+#include "test/chatml.h"
 #include "test/support.h"
 
 using namespace cake;
@@ -34,6 +35,11 @@ const Tokenizer& tokenizer() {
   return t;
 }
 
+const StageTemplate& stage() {
+  static const StageTemplate chat(chatml_template(tokenizer()));
+  return chat;
+}
+
 Conversation conversation(const std::string& json, const std::string& where = "here") {
   static simdjson::dom::parser parser;
   simdjson::dom::object object;
@@ -42,8 +48,7 @@ Conversation conversation(const std::string& json, const std::string& where = "h
 }
 
 std::string rendered(const std::string& json, bool generation_prompt = false) {
-  return marked(tokenizer(), render_chat(tokenizer(), conversation(json), generation_prompt),
-                false);
+  return marked(tokenizer(), chatml(tokenizer(), conversation(json), generation_prompt), false);
 }
 
 const std::string kCalculator =
@@ -74,7 +79,7 @@ Examples read_lines(const std::string& lines, int context = 1000, bool cut = fal
   write_file(dir / "data.jsonl", lines);
   Examples examples, held_out;
   ReadReport ignored;
-  read_examples({(dir / "data.jsonl").string()}, tokenizer(), {context, cut, 0, records}, examples,
+  read_examples({(dir / "data.jsonl").string()}, stage(), {context, cut, 0, records}, examples,
                 held_out, report ? *report : ignored);
   return examples;
 }
@@ -100,13 +105,13 @@ TEST_CASE("the chat template gives the ids and masks of transformers' apply_chat
       Conversation c = parse_conversation({object, concat("conversation ", i)});
       for (Message& m : c.messages) m.trained = true;  // the Jinja trains greetings too
       const Json& want = g.at("rendered").at(i++);
-      const Rendered r = render_chat(t, c);
+      const Rendered r = chatml(t, c);
       CHECK(r.ids == want.at("ids").get<std::vector<int>>());
       std::string trained;
       for (const bool b : r.trained) trained += b ? '1' : '0';
       CHECK(trained == want.at("trained"));
       c.messages.pop_back();
-      CHECK(render_chat(t, c, true).ids == want.at("prompt").get<std::vector<int>>());
+      CHECK(chatml(t, c, true).ids == want.at("prompt").get<std::vector<int>>());
     }
     CHECK(i == g.at("rendered").size());
   }
@@ -139,9 +144,31 @@ TEST_CASE("calls are trained, tool declarations and tool outputs are not") {
       "</tool_response><|im_end|>\n<|im_start|>assistant\n[[6, 20<|im_end|>]]\n");
 }
 
+TEST_CASE(
+    "in colours each stretch of an example shows where it is from and whether it is trained") {
+  using jinja::Source;
+  Rendered r;
+  const auto add = [&](const std::string& text, Source source, bool trained) {
+    tokenizer().encode(text, r.ids, true);
+    r.trained.resize(r.ids.size(), trained), r.origins.resize(r.ids.size(), {0, source});
+  };
+  add("<|im_start|>", Source::from_template, false), add("user", Source::role, false);
+  add("ask", Source::content, false), add("<think>", Source::reasoning, true);
+  add("yes", Source::content, true), add("<|im_end|>", Source::from_template, true);
+  CHECK(marked(tokenizer(), r, false) == "<|im_start|>userask[[<think>yes<|im_end|>]]");
+  const auto in = [](const std::string& colour, const std::string& text) {
+    return "\x1b[" + colour + "m" + text + "\x1b[0m";
+  };
+  CHECK(marked(tokenizer(), r, true) == in("2", "<|im_start|>") + in("36", "user") +
+                                            in("0", "ask") + in("38;5;94;48;5;157", "<think>") +
+                                            in("30;48;5;157", "yes") +
+                                            in("38;5;241;48;5;157", "<|im_end|>"));
+  CHECK(contains(legend(), in("33", "reasoning")));
+}
+
 TEST_CASE("each id of a rendered conversation is trained or not as its place says") {
   const Tokenizer& t = tokenizer();
-  const Rendered r = render_chat(
+  const Rendered r = chatml(
       t, conversation(
              R"({"messages":[{"role":"user","content":"Q"},{"role":"assistant","content":"A"}]})"));
   const int start = t.special("<|im_start|>"), end = t.special("<|im_end|>");
@@ -163,7 +190,7 @@ TEST_CASE("text that looks like special tokens stays text") {
   const Conversation c =
       conversation(concat(R"({"messages":[{"role":"user","content":")", evil,
                           R"("},{"role":"assistant","content":")", evil, "\"}]}"));
-  const Rendered r = render_chat(tokenizer(), c);
+  const Rendered r = chatml(tokenizer(), c);
   int specials = 0;
   for (const int id : r.ids) specials += tokenizer().is_special(id);
   CHECK(specials == 5);  // two turns: a start and an end each; the assistant's <tool_call>
@@ -180,9 +207,11 @@ TEST_CASE("a tokenizer without chat tokens gets them behind its last id") {
   write_file(dir / "tokenizer.json", json.dump());
   write_file(dir / "tokenizer_config.json", R"({"model_max_length": 77})");
   const Tokenizer plain = Tokenizer::load(dir.path());
-  const std::string message = error_of([&] { render_chat(plain, {{{"user", "x", {}}}, {}}); });
+  const StageTemplate none(plain, dir.path(), {});
+  CHECK(!none.has());
+  const std::string message = error_of([&] { none.get(); });
   CHECK(contains(message, "--add-chat-tokens"));
-  const Tokenizer more = with_chat_tokens(plain);
+  const Tokenizer more = with_chat_tokens(plain, kChatTemplate);
   CHECK(more.vocab_size() == plain.vocab_size() + kSpecials - 1);
   CHECK(more.special("<|im_start|>") == plain.vocab_size());
   CHECK(more.hash() != plain.hash());
@@ -194,7 +223,7 @@ TEST_CASE("a tokenizer without chat tokens gets them behind its last id") {
   const Json config = read_json(dir / "more" / "tokenizer_config.json");
   CHECK(config.at("model_max_length") == 77);
   CHECK(config.contains("chat_template"));
-  CHECK(with_chat_tokens(more).hash() == more.hash());
+  CHECK(with_chat_tokens(more, kChatTemplate).hash() == more.hash());
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -287,7 +316,8 @@ TEST_CASE("a tokenizer without chat tokens is no fault of a line") {
   ReadReport report;
   std::string message;
   try {
-    read_examples({(dir / "data.jsonl").string()}, Tokenizer::load(dir.path()),
+    read_examples({(dir / "data.jsonl").string()},
+                  StageTemplate(Tokenizer::load(dir.path()), dir.path(), {}),
                   {100, false, 0, {{}, true}}, examples, examples, report);
   } catch (const std::exception& e) {
     message = e.what();
@@ -347,8 +377,8 @@ TEST_CASE("the examples of one conversation with reasoning are held out together
   write_file(dir / "data.jsonl", lines);
   Examples examples, held_out;
   ReadReport report;
-  read_examples({(dir / "data.jsonl").string()}, tokenizer(), {1000, false, .5, {}}, examples,
-                held_out, report);
+  read_examples({(dir / "data.jsonl").string()}, stage(), {1000, false, .5, {}}, examples, held_out,
+                report);
   CHECK(examples.size() + held_out.size() == 400);
   CHECK(held_out.size() > 100);
   for (const Examples* e : {&examples, &held_out}) {
@@ -557,7 +587,7 @@ TEST_CASE("the losses of a run are those of its conversations one by one in a pl
   Examples train, val;
   ReadReport report;
   const Config c = load_config(world() / "model");
-  read_examples({(world() / "data.jsonl").string()}, tokenizer(), {c.T, false, .05, {}}, train, val,
+  read_examples({(world() / "data.jsonl").string()}, stage(), {c.T, false, .05, {}}, train, val,
                 report);
   const auto gpt = small_model(c);
   load_weights(world() / "model", *gpt);
@@ -649,7 +679,7 @@ namespace {
 std::vector<float> score(Gpt& gpt) {
   Examples train, val;
   ReadReport report;
-  read_examples({(world() / "data.jsonl").string()}, tokenizer(), {64, false, 0, {}}, train, val,
+  read_examples({(world() / "data.jsonl").string()}, stage(), {64, false, 0, {}}, train, val,
                 report);
   Packed p;
   for (int i = 0; i < 40; i++) add_example(p, train, i);
@@ -960,7 +990,7 @@ TEST_CASE("questions with answers of gsm8k are conversations to learn") {
   if (skip_without_data("gsm8k/train.jsonl")) return;
   Examples examples, held_out;
   ReadReport report;
-  read_examples({data_path("gsm8k/train.jsonl").string()}, tokenizer(), {4096, false, .05, {}},
+  read_examples({data_path("gsm8k/train.jsonl").string()}, stage(), {4096, false, .05, {}},
                 examples, held_out, report);
   CHECK(examples.size() + held_out.size() == 7473);
   CHECK(report.left_out.total() == 0);
