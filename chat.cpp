@@ -15,12 +15,15 @@
 //     prompts -> Tokenizer::encode -> Generator -> Gpt::decode -> Tokenizer::token_bytes -> text
 //
 // When an assistant's turn ends with tool calls, the tools run, their answers are appended as ids
-// (cake/tools.h), and generation continues behind them. A conversation is ids from its first to its
-// last token: what the model wrote is never encoded a second time, and each turn feeds the engine
-// only the ids that are new.
+// (cake/tools.h), and generation continues behind them. For the next message of the user the chat
+// template renders the whole conversation again, since it may write earlier turns otherwise:
+// without their reasoning, for example. The ids that the engine's cache has are kept as far as the
+// new text begins with them (keep_seen_ids), and only the rest is fed:
 //
-// The order of this file: a model and its tokenizer; generate; chat templates, the conversation and
-// its terminal; eval and its tasks; info; the command line. export is cake/export.h.
+//     Conversation -> ChatTemplate::render -> keep_seen_ids -> Generator -> read_turn -> Message
+//
+// The order of this file: standard output; generate; the conversation and its terminal; eval and
+// its tasks; info; the command line. export is cake/export.h.
 #include <histedit.h>
 #include <poll.h>
 #include <unistd.h>
@@ -51,6 +54,7 @@
 #include "cake/records.h"
 #include "cake/rubric.h"
 #include "cake/run.h"
+#include "cake/sha256.h"
 #include "cake/text_model.h"
 #include "cake/tokenizer.h"
 #include "cake/tools.h"
@@ -159,9 +163,7 @@ std::vector<Prompt> read_prompts(const GenerateOptions& o, LeftOut& left_out) {
 }
 
 std::vector<int> encode_prompt(const TextModel& m, const Prompt& p, int context) {
-  std::vector<int> ids;
-  if (m.document_start >= 0) ids.push_back(m.document_start);
-  m.tokenizer.encode(p.text, ids);
+  std::vector<int> ids = document_ids(m, p.text);
   require(!ids.empty(), p.where, ": found an empty prompt, expected text: the tokenizer of ",
           m.dir.string(), " has no <|endoftext|> to begin a document with");
   require(int64_t(ids.size()) <= context - 1, p.where, ": found ", ids.size(),
@@ -284,22 +286,161 @@ int batch(Generator& generator, const Request& settings, const std::vector<Promp
 // ---------------------------------------------------------------------------------------------
 // A conversation: lines of the user -> answers, tool calls, commands
 
+enum class Thinking { show, hide, cut };
+
 struct TalkOptions {
   ModelOptions model;
-  std::string system, documents, chat_template = "auto";
+  TemplateFlags chat_template;
+  std::string system, documents, thinking = "show";
   bool base = false, calculator = false;
   int max_tokens = 0;  // of an answer; 0: as many as fit, and 100 of a document
   Sampling sampling{.temperature = .8f};
 };
 
+// With --base no template is rendered.
+void check_base(bool base, const TemplateFlags& flags) {
+  const char* found = flags.choice != "auto"  ? "--template"
+                      : !flags.values.empty() ? "--template-set"
+                      : !flags.date.empty()   ? "--date"
+                                              : nullptr;
+  if (base && found) fail("--base: found ", found, ", expected it with an assistant");
+}
+
+Thinking parse_thinking(const std::string& name) {
+  need(name == "show" || name == "hide" || name == "cut", "--thinking", name, "show, hide or cut");
+  return name == "show" ? Thinking::show : name == "hide" ? Thinking::hide : Thinking::cut;
+}
+
+// Prints an answer while it is generated: its content, and its reasoning if that is shown, but not
+// its calls. Newlines at the ends of content are not printed.
+class AnswerPrinter {
+ public:
+  AnswerPrinter(const TextModel& model, Thinking thinking, bool terminal)
+      : thinking_(thinking), terminal_(terminal) {
+    const bool has_calls = model.chat && model.chat->has_tools();
+    for (const Mode mode : {Mode::reasoning, Mode::call}) {
+      if (!model.chat || (mode == Mode::call && !has_calls)) continue;
+      const char* begin = mode == Mode::call ? "<tool_call>" : "<think>";
+      const char* end = mode == Mode::call ? "</tool_call>" : "</think>";
+      markers_.push_back({begin, model.tokenizer.special(begin), mode});
+      markers_.push_back({end, model.tokenizer.special(end), Mode::content});
+    }
+  }
+
+  // The answer begins. `in_reasoning`: its prompt ends with <think>.
+  void begin(bool in_reasoning) {
+    if (in_reasoning) read_marker(markers_[0]);
+  }
+  void read(const Token& token) {
+    for (const Marker& marker : markers_) {
+      if (marker.id != token.id) continue;
+      read_text(std::exchange(held_, ""));
+      return read_marker(marker);
+    }
+    if (mode_ == Mode::reasoning) thought_++;
+    held_ += token.text;
+    read_held();
+    if (token.last) end();
+  }
+  // The turn ends, wherever it is.
+  void end() {
+    read_text(std::exchange(held_, ""));
+    if (mode_ == Mode::reasoning) end_reasoning("");
+    mode_ = Mode::content;
+    newlines_.clear();
+    if (std::exchange(line_open_, false)) print("\n");
+  }
+
+ private:
+  enum class Mode { content, reasoning, call };
+  struct Marker {
+    std::string text;
+    int id;     // -1: it is written as text
+    Mode mode;  // that follows
+  };
+
+  // Reads held_ up to what may be the beginning of a marker that is text.
+  void read_held() {
+    for (size_t i = 0; (i = held_.find('<', i)) != std::string::npos;) {
+      const std::string_view rest = std::string_view(held_).substr(i);
+      const Marker* found = nullptr;
+      bool may_come = false;
+      for (const Marker& marker : markers_) {
+        if (marker.id >= 0) continue;
+        if (rest.starts_with(marker.text)) found = &marker;
+        may_come |= std::string_view(marker.text).starts_with(rest);
+      }
+      if (found) {
+        read_text(held_.substr(0, i));
+        held_.erase(0, i + found->text.size());
+        read_marker(*found);
+        i = 0;
+      } else if (may_come) {
+        read_text(held_.substr(0, i));
+        held_.erase(0, i);
+        return;
+      } else {
+        i++;
+      }
+    }
+    read_text(std::exchange(held_, ""));
+  }
+  void read_marker(const Marker& marker) {
+    const bool ends_reasoning = mode_ == Mode::reasoning && marker.mode != Mode::reasoning;
+    if (ends_reasoning) {
+      end_reasoning(marker.text == "</think>" ? marker.text : "");
+    } else if (marker.mode == Mode::reasoning && mode_ != Mode::reasoning) {
+      if (thinking_ == Thinking::show) write(marker.text, terminal_ ? "\033[2m" : "");
+      thought_ = 0;
+    }
+    mode_ = marker.mode;
+    if (mode_ == Mode::call) newlines_.clear();
+  }
+  void end_reasoning(const std::string& marker) {
+    if (thinking_ == Thinking::show) {
+      write(marker);
+      if (terminal_) print("\033[0m");
+      return;
+    }
+    if (std::exchange(line_open_, false)) print("\n");
+    newlines_.clear();
+    print(concat(terminal_ ? "\033[2m" : "", "(", thought_, thought_ == 1 ? " token" : " tokens",
+                 " of reasoning, ", thinking_ == Thinking::hide ? "hidden" : "cut", ")",
+                 terminal_ ? "\033[0m\n" : "\n"));
+  }
+  void read_text(const std::string& text) {
+    if (mode_ == Mode::call || (mode_ == Mode::reasoning && thinking_ != Thinking::show)) return;
+    write(text);
+  }
+  // Newlines wait for the text behind them.
+  void write(const std::string& text, const char* style = "") {
+    newlines_ += text;
+    const size_t end = newlines_.find_last_not_of('\n') + 1;
+    if (end == 0) return;
+    const size_t begin = line_open_ ? 0 : newlines_.find_first_not_of('\n');
+    print(style + newlines_.substr(begin, end - begin));
+    newlines_.erase(0, end);
+    line_open_ = true;
+  }
+
+  Thinking thinking_;
+  bool terminal_;
+  std::vector<Marker> markers_;
+  Mode mode_ = Mode::content;
+  std::string held_;      // may be the beginning of a marker
+  std::string newlines_;  // not printed yet
+  bool line_open_ = false;
+  int thought_ = 0;  // tokens of this reasoning
+};
+
 class Talk {
  public:
-  Talk(const TextModel& model, Template chat, const TalkOptions& o,
-       const GeneratorOptions& generator, const Search* search, bool terminal)
+  Talk(const TextModel& model, const TalkOptions& o, const GeneratorOptions& generator,
+       const Search* search, bool terminal)
       : model_(model),
-        chat_(chat),
-        rules_(template_rules(model, chat)),
+        chat_(model.chat ? &*model.chat : nullptr),
         options_(o),
+        thinking_(parse_thinking(o.thinking)),
         search_(search),
         terminal_(terminal),
         context_(generator.context),
@@ -339,117 +480,146 @@ class Talk {
 
  private:
   struct Turn {                     // a message and its answer
-    std::vector<int> asked;         // ids of the message, and of the header of the answer
-    std::vector<int> answered;      // ids up to the next turn
-    std::vector<Message> messages;  // the same as messages: user, assistant, tool, assistant ...
+    std::vector<Message> messages;  // user, assistant, tool, assistant ...
+    std::vector<int> typed;         // of a document: the ids of what was typed,
+    std::vector<int> written;       // and what the model wrote behind it
   };
 
   void note(const std::string& text) const {
     print((terminal_ ? "\033[2m" : "") + text + (terminal_ ? "\033[0m\n" : "\n"));
   }
 
+  // The conversation with the turns so far, and `last`.
+  Conversation conversation(const Turn& last) const {
+    Conversation c{.messages = {}, .tools = tools_};
+    if (!system_.empty()) c.messages.push_back({.role = "system", .content = system_});
+    for (const Turn& t : turns_) {
+      c.messages.insert(c.messages.end(), t.messages.begin(), t.messages.end());
+    }
+    c.messages.insert(c.messages.end(), last.messages.begin(), last.messages.end());
+    return c;
+  }
+
+  // The ids of everything so far, up to where the answer to `last` begins.
+  std::vector<int> ids_before_answer(const Turn& last) const {
+    if (chat_) return chat_->render(conversation(last), true).ids;
+    std::vector<int> ids = document_ids(model_, "");
+    for (const Turn& t : turns_) {
+      ids.insert(ids.end(), t.typed.begin(), t.typed.end());
+      ids.insert(ids.end(), t.written.begin(), t.written.end());
+    }
+    ids.insert(ids.end(), last.typed.begin(), last.typed.end());
+    return ids;
+  }
+
+  // Throws Error where the template refuses the system message or the tools, or where they fill
+  // half of the context.
   void restart(const std::string& system) {
-    Conversation c{.tools = tools_};
-    if (!system.empty()) c.messages.push_back({.role = "system", .content = system});
-    std::vector<int> opening = render(model_, chat_, c, true, false);
-    require(int(opening.size()) <= context_ / 2, "system: found ", opening.size(),
-            " tokens, expected at most ", context_ / 2, ", half of the context");
-    opening_ = std::move(opening);
+    if (chat_) {
+      Conversation c{.messages = {{.role = "user", .content = "x"}}, .tools = tools_};
+      if (!system.empty()) c.messages.insert(c.messages.begin(), {"system", system, {}});
+      const Rendered rendered = chat_->render(c, true);
+      const int tokens = int(rendered.ids.size());
+      require(tokens <= context_ / 2 || (system.empty() && tools_.empty()), "system: found ",
+              tokens, " tokens with the shortest message, expected at most ", context_ / 2,
+              ", half of the context");
+      const auto is_system = [](const jinja::Origin& origin) { return origin.message == 0; };
+      const bool shows = std::any_of(rendered.origins.begin(), rendered.origins.end(), is_system);
+      const std::string text = model_.tokenizer.decode(rendered.ids);
+      if (!system.empty() && !shows && text.find(strip(system)) == std::string::npos) {
+        note("the chat template leaves the system message out");
+      }
+    }
     system_ = system;
     turns_.clear();
   }
 
   void add_message(const std::string& text) {
     Turn turn;
-    turn.messages.push_back({.role = "user", .content = text});
-    if (chat_ != Template::document) {
+    if (chat_) {
       if (text.find_first_not_of(" \t\n") == std::string::npos) return;
-      turn.asked = render(model_, chat_, {.messages = turn.messages}, false, true);
+      turn.messages.push_back({.role = "user", .content = text});
     } else {
       // A new line of the document, unless the document begins here. An empty line adds nothing.
       const bool begun = !turns_.empty() && !ended_;
-      if (!text.empty()) turn.asked = model_.tokenizer.encode((begun ? "\n" : "") + text);
-      if (!begun && turn.asked.empty() && opening_.empty())
+      if (!text.empty()) turn.typed = model_.tokenizer.encode((begun ? "\n" : "") + text);
+      if (!begun && turn.typed.empty() && model_.document_start < 0)
         return note("type the beginning of the document");
     }
-    const int room = context_ - 1 - int(opening_.size());
-    if (int(turn.asked.size()) > room) {
-      return note(concat("that is ", turn.asked.size(), " tokens, expected at most ", room,
-                         " in the context of ", context_, ": the message was not added"));
+    // What the message takes where all turns before it are dropped.
+    const std::vector<Turn> turns = std::exchange(turns_, {});
+    size_t alone = 0;
+    std::string error;
+    try {
+      alone = ids_before_answer(turn).size();
+      if (int(alone) > context_ - 1) {
+        error = concat("that is ", alone,
+                       " tokens with all that stands around it, expected at "
+                       "most ",
+                       context_ - 1, " in the context of ", context_);
+      }
+    } catch (const Error& e) {
+      error = e.what();
     }
+    turns_ = turns;
+    if (!error.empty()) return note(error + ": the message was not added");
     if (std::exchange(ended_, false)) turns_.clear();
     answer(std::move(turn));
   }
 
-  void append_turns(std::vector<int>& ids) const {
-    for (const Turn& t : turns_) {
-      ids.insert(ids.end(), t.asked.begin(), t.asked.end());
-      ids.insert(ids.end(), t.answered.begin(), t.answered.end());
-    }
-  }
-
-  // All ids so far: the opening, the turns, and the new message. When less than an eighth of the
-  // context is free for the answer, the oldest turns are dropped until a quarter is free.
+  // The prompt for an answer to `last`. When less than an eighth of the context is free for the
+  // answer, the oldest turns are dropped until a quarter is free.
   std::vector<int> prompt_for(const Turn& last) {
-    const auto size = [&] {
-      size_t n = opening_.size() + last.asked.size();
-      for (const Turn& t : turns_) n += t.asked.size() + t.answered.size();
-      return int(n);
-    };
+    std::vector<int> ids = ids_before_answer(last);
     int dropped = 0;
-    if (size() > context_ - std::max(1, context_ / 8)) {
-      for (; !turns_.empty() && size() > context_ - std::max(1, context_ / 4); dropped++) {
+    if (int(ids.size()) > context_ - std::max(1, context_ / 8)) {
+      while (!turns_.empty() && int(ids.size()) > context_ - std::max(1, context_ / 4)) {
         turns_.erase(turns_.begin());
+        ids = ids_before_answer(last);
+        dropped++;
       }
     }
     if (dropped > 0) {
       note(concat("the context of ", context_, " tokens is full: the oldest ", dropped,
                   dropped == 1 ? " turn is" : " turns are", " dropped"));
     }
-    std::vector<int> ids = opening_;
-    append_turns(ids);
-    ids.insert(ids.end(), last.asked.begin(), last.asked.end());
-    return ids;
+    if (!chat_) return ids;
+    std::vector<int> kept = keep_seen_ids(model_.tokenizer, seen_, ids);
+    // What the model sampled may take more tokens than the tokenizer makes of the same text.
+    return int(kept.size()) > context_ - 1 ? ids : kept;
+  }
+
+  // Whether the prompt opens the reasoning of the answer: it ends with <think>.
+  bool opens_reasoning(std::span<const int> prompt) const {
+    if (!chat_) return false;
+    const std::string end =
+        model_.tokenizer.decode(prompt.last(std::min<size_t>(16, prompt.size())));
+    return strip(end).ends_with("<think>");
   }
 
   void answer(Turn turn) {
     Request request{.prompt = prompt_for(turn)};
+    seen_ = request.prompt;
     const int room =
         context_ - int(request.prompt.size());  // at least 1: add_message has checked it
-    const int wanted = options_.max_tokens > 0       ? options_.max_tokens
-                       : chat_ == Template::document ? 100
-                                                     : context_;
-    request.max_new = wanted;
+    request.max_new = options_.max_tokens > 0 ? options_.max_tokens : chat_ ? context_ : 100;
     request.max_inserted = room;
     request.sampling = options_.sampling;
     request.sampling.stream = answers_++;  // /retry gives another answer
-    request.stop_ids = rules_.stop_ids;
-    request.stop_strings = rules_.stop_strings;
+    request.stop_ids = model_.turn_stop_ids;
+    request.stop_strings = model_.turn_stop_strings;
 
-    // Newlines wait for the text behind them: those at a turn's ends and before a call are not
-    // shown.
-    std::string waiting;
-    bool line_open = false, in_call = false;
-    const int call_begin = model_.tokenizer.special("<tool_call>");
-    const int call_end = model_.tokenizer.special("</tool_call>");
-    request.on_token = [&](const Token& t) {
-      if (t.id == call_begin && chat_ == Template::chatml) in_call = true;
-      waiting = in_call ? "" : waiting + std::string(t.text);
-      const size_t end = waiting.find_last_not_of('\n') + 1;
-      if (end > 0) {
-        const size_t begin = line_open ? 0 : waiting.find_first_not_of('\n');
-        print(waiting.substr(begin, end - begin));
-        waiting.erase(0, end);
-        line_open = true;
-      }
-      if (t.id == call_end || t.last) in_call = false;
-    };
-    if (chat_ == Template::chatml) {
+    const bool in_reasoning = opens_reasoning(request.prompt);
+    AnswerPrinter printer(model_, thinking_, terminal_);
+    printer.begin(in_reasoning);
+    request.on_token = [&](const Token& t) { printer.read(t); };
+    const bool has_calls = chat_ && chat_->has_tools();
+    if (has_calls) {
       request.on_turn = [&](int, std::span<const int> ids) {
-        turn.messages.push_back(read_turn(model_.tokenizer, ids));
-        if (std::exchange(line_open, false)) print("\n");
-        waiting.clear();
-        return run_calls(turn.messages);
+        const bool begins_in_reasoning = in_reasoning && turn.messages.size() == 1;
+        turn.messages.push_back(message_of(read_turn(*chat_, ids), begins_in_reasoning));
+        printer.end();
+        return run_calls(turn);
       };
     }
 
@@ -458,50 +628,67 @@ class Talk {
       if (stop_signal != 0 && !generator_.done(number)) generator_.cancel(number);
     }
     if (stop_signal == SIGINT) stop_signal = 0;
-    if (line_open) print("\n");
-    end_turn(std::move(turn), generator_.pop(number));
+    printer.end();
+    end_turn(std::move(turn), generator_.pop(number), in_reasoning);
   }
 
-  std::vector<int> run_calls(std::vector<Message>& messages) {
-    const Message called = messages.back();
-    const size_t first_result = messages.size();
-    const std::vector<int> ids = answer_calls(model_.tokenizer, called, search_, &messages);
+  // The message as it is in the conversation from now on. A prompt that ended with <think> has the
+  // beginning of its reasoning.
+  Message message_of(Message message, bool in_reasoning) const {
+    if (in_reasoning) message.content = "<think>\n" + message.content;
+    // Behind a header that is text, as "Assistant:", an answer begins with a space.
+    if (chat_->find_end_of_turn() < 0) message.content = std::string(strip(message.content));
+    if (thinking_ != Thinking::cut) return message;
+    std::string& text = message.content;
+    for (size_t begin; (begin = text.find("<think>")) != std::string::npos;) {
+      const size_t end = text.find("</think>", begin);  // reasoning that was stopped has no end
+      text.erase(begin, end == std::string::npos ? end : end + 8 - begin);
+    }
+    text = std::string(strip(text));
+    return message;
+  }
+
+  // Runs the calls of the turn's last message. Returns the ids that follow its end of turn.
+  std::vector<int> run_calls(Turn& turn) {
+    const Message& called = turn.messages.back();
+    if (called.tool_calls.empty()) return {};
+    Conversation whole = conversation(turn);
+    const size_t first_result = whole.messages.size();
+    const std::vector<int> ids = answer_calls(*chat_, whole, search_);
     for (size_t i = 0; i < called.tool_calls.size(); i++) {
       const ToolCall& call = called.tool_calls[i];
-      const std::string& result = messages[first_result + i].content;
+      const std::string& result = whole.messages[first_result + i].content;
       note(concat("  ", call.name, " ", call.arguments));
       note("  = " + (result.empty() ? "(nothing found)" : result));
     }
+    turn.messages.insert(turn.messages.end(), whole.messages.begin() + long(first_result),
+                         whole.messages.end());
     return ids;
   }
 
-  void end_turn(Turn turn, Completion c) {
-    turn.answered = std::move(c.ids);
-    const std::vector<int>& stops = rules_.stop_ids;
-    const bool whole = !turn.answered.empty() &&
-                       std::find(stops.begin(), stops.end(), turn.answered.back()) != stops.end();
-    if (chat_ == Template::document) {
+  void end_turn(Turn turn, Completion c, bool in_reasoning) {
+    seen_.insert(seen_.end(), c.ids.begin(), c.ids.end());
+    const std::vector<int>& stops = model_.turn_stop_ids;
+    const bool whole =
+        !c.ids.empty() && std::find(stops.begin(), stops.end(), c.ids.back()) != stops.end();
+    if (!chat_) {
+      turn.written = std::move(c.ids);
       if (whole) note("--- the document ends; the next begins");
       ended_ = whole;
-    } else {
-      if (!whole && rules_.end_of_turn >= 0) turn.answered.push_back(rules_.end_of_turn);
-      turn.answered.insert(turn.answered.end(), rules_.closing.begin(), rules_.closing.end());
-      if (chat_ == Template::chatml) {
-        turn.answered = without_reasoning(model_.tokenizer, turn.answered);
-      }
-      const bool is_added = chat_ == Template::chatml && whole;  // on_turn added it
-      if (!is_added) turn.messages.push_back({.role = "assistant", .content = c.text});
+    } else if (!whole || !chat_->has_tools()) {  // on_turn has added the others
+      const Message message{.role = "assistant", .content = c.text};
+      turn.messages.push_back(message_of(message, in_reasoning && c.last_turn == 0));
     }
     if (c.finish == Finish::cancelled) note("(stopped)");
     if (c.finish == Finish::context) note(concat("(the context of ", context_, " tokens is full)"));
-    if (c.finish == Finish::length && chat_ != Template::document) {
+    if (c.finish == Finish::length && chat_) {
       note("(the answer is as long as --max-tokens allows)");
     }
     turns_.push_back(std::move(turn));
   }
 
   void set_system(const std::string& text) {
-    if (chat_ == Template::document) return note("a base model has no system message");
+    if (!chat_) return note("a base model has no system message");
     if (text.empty()) return note(system_.empty() ? "no system message" : "system: " + system_);
     try {
       restart(text);
@@ -526,7 +713,7 @@ class Talk {
 
   void help() const {
     print(
-        chat_ == Template::document
+        !chat_
             ? R"(What you type is text, and the model continues it. An empty line adds nothing.
 Ctrl+C         stops the answer
 Ctrl+D, /quit  ends the program
@@ -550,8 +737,8 @@ Ctrl+D, /quit  ends the program
     if (turns_.empty()) return note("there is no message yet");
     Turn turn = std::move(turns_.back());
     turns_.pop_back();
-    turn.answered.clear();
-    turn.messages.resize(1);
+    turn.written.clear();
+    if (chat_) turn.messages.resize(1);
     answer(std::move(turn));
   }
 
@@ -559,16 +746,17 @@ Ctrl+D, /quit  ends the program
     if (path.empty()) return note("/save: a file's name is missing");
     if (turns_.empty()) return note("there is no message yet");
     OrderedJson json;
-    if (chat_ == Template::document) {
+    if (!chat_) {
       std::vector<int> ids;
-      append_turns(ids);
+      for (const Turn& t : turns_) {
+        ids.insert(ids.end(), t.typed.begin(), t.typed.end());
+        ids.insert(ids.end(), t.written.begin(), t.written.end());
+      }
       json["text"] = model_.tokenizer.decode(ids);
     } else {
       json["messages"] = OrderedJson::array();
-      if (!system_.empty()) json["messages"].push_back({{"role", "system"}, {"content", system_}});
-      for (const Turn& t : turns_) {
-        for (const Message& m : t.messages) json["messages"].push_back(message_json(m));
-      }
+      for (const Message& m : conversation({}).messages)
+        json["messages"].push_back(message_json(m));
       for (const std::string& tool : tools_) {
         json["tools"].push_back({{"type", "function"}, {"function", OrderedJson::parse(tool)}});
       }
@@ -579,9 +767,9 @@ Ctrl+D, /quit  ends the program
   }
 
   const TextModel& model_;
-  Template chat_;
-  TemplateRules rules_;
+  const ChatTemplate* chat_;  // nullptr: a base model
   TalkOptions options_;
+  Thinking thinking_;
   const Search* search_;
   bool terminal_;
   int context_;  // tokens
@@ -589,9 +777,9 @@ Ctrl+D, /quit  ends the program
   uint64_t answers_ = 0;  // begun so far
   std::vector<std::string> tools_;
   std::string system_;
-  std::vector<int> opening_;  // ids before the first turn
   std::vector<Turn> turns_;
-  bool ended_ = false;  // the document is over: the next text begins another one
+  std::vector<int> seen_;  // the ids of the last prompt and its answer, which the cache has
+  bool ended_ = false;     // the document is over: the next text begins another one
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -713,15 +901,25 @@ constexpr int kLongConversation = 4096;  // tokens, which the memory plan counts
 int talk(const TalkOptions& o) {
   check_model_options(o.model, o.sampling);
   need(o.max_tokens >= 0, "--max-tokens", o.max_tokens, "at least 1, or 0");
+  parse_thinking(o.thinking);
+  check_base(o.base, o.chat_template);
+  require(!o.base || o.thinking == "show",
+          "--base: found --thinking, expected it with an assistant");
   TextModel model = open_model(o.model);
   GptOptions engine = engine_options(model, o.model, 0, decode_plan({.rows = 1}));
   const int context = choose_context(model.config, o.model.context, engine);
   engine.decode.positions = std::min(context, kLongConversation);
   load_engine(model, o.model, engine);
-  const Template chat = o.base ? Template::document : find_template(model, o.chat_template);
   require(!o.base || (!o.calculator && o.documents.empty() && o.system.empty()),
           "--base: found --system, --calculator or --documents, expected them with an assistant");
-  if (!o.base && o.system.empty()) note_default_system_message(model.dir);
+  if (!o.base) {
+    TemplateFlags flags = o.chat_template;
+    if (flags.date.empty()) flags.date = today();  // the same for the whole conversation
+    use_template(model, find_template(model, flags));
+    require((!o.calculator && o.documents.empty()) || model.chat->has_tools(),
+            "--calculator, --documents: found the chat template of ", model.chat->name(),
+            ", expected one that declares tools");
+  }
   const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
   LineInput input;
   // Ctrl+C stops an answer, or clears the line that is being typed. It does not end the program.
@@ -731,7 +929,7 @@ int talk(const TalkOptions& o) {
                                    .cache_positions = context + 2 * int64_t(kPage),
                                    .context = context,
                                    .cache_type = engine.decode.cache};
-  Talk talk(model, chat, o, generator, search ? &*search : nullptr, input.terminal());
+  Talk talk(model, o, generator, search ? &*search : nullptr, input.terminal());
   if (input.terminal()) {
     print(concat(model.dir.string(), ", ", model.gpt->table().parameters(),
                  " parameters. /help lists commands, Ctrl+D ends.\n"));
@@ -769,7 +967,8 @@ struct EvalOptions {
   std::vector<std::string> tasks, shots_from;  // NAME=FILE, or FILE with items
   std::vector<std::string> beside;             // NAME=FILE of earlier results
   RecordOptions records;
-  std::string documents, json, output, chat_template = "auto";
+  TemplateFlags chat_template;
+  std::string documents, json, output;
   bool base = false, no_start = false;
   int shots = 0, limit = 0, max_tokens = 0, rows = 64, cache_mb = 2048;
 };
@@ -797,6 +996,7 @@ struct Task {
 struct Question {
   std::string task, where;
   std::vector<int> prompt;
+  Conversation conversation;  // that the prompt was made of, if tools are called
   Check check;
   std::shared_ptr<const Problem> problem;  // of gsm8k, in place of the check
   int max_tokens = 256;                    // of the answer
@@ -827,17 +1027,14 @@ struct Result {
 
 std::vector<Task> parse_tasks(const EvalOptions& o);
 void check(const EvalOptions& o);
-void read_items(const TextModel& m, Template chat, Task& task, const EvalOptions& o,
-                std::vector<Question>& out);
+void read_items(const TextModel& m, Task& task, const EvalOptions& o, std::vector<Question>& out);
 void read_marking(const Json& json, const std::string& where, const EvalOptions& o, Question& q);
-void read_gsm8k(const TextModel& m, Template chat, Task& task, const EvalOptions& o,
-                std::vector<Question>& out);
+void read_gsm8k(const TextModel& m, Task& task, const EvalOptions& o, std::vector<Question>& out);
 void read_choices(Task& task, const EvalOptions& o);
 GeneratorOptions generator_for(const TextModel& m, const std::vector<Question>& questions,
                                int context, const EvalOptions& o, const GptOptions& engine);
 std::vector<Answer> answer_all(const TextModel& m, const std::vector<Question>& questions,
-                               const TemplateRules& rules, const Search* search,
-                               const GeneratorOptions& options);
+                               const Search* search, const GeneratorOptions& options);
 std::vector<Result> mark(const std::vector<Question>& questions, const std::vector<Answer>& answers,
                          const EvalOptions& o);
 std::vector<Result> multiple_choice(const TextModel& m, const Task& task, int window,
@@ -852,24 +1049,22 @@ std::string answer_lines(const Tokenizer& tokenizer, const std::vector<Question>
 
 int evaluate(const EvalOptions& o) {
   check(o);
+  check_base(o.base, o.chat_template);
   std::vector<Task> tasks = parse_tasks(o);
   const Columns beside = read_beside(o);
   TextModel model = open_model(o.model);
   // Only answers in words need a template.
   const bool in_words =
       std::any_of(tasks.begin(), tasks.end(), [](const Task& t) { return t.is_in_words(); });
-  const Template chat =
-      o.base || !in_words ? Template::document : find_template(model, o.chat_template);
-  const TemplateRules rules = template_rules(model, chat);
-  if (chat != Template::document) note_default_system_message(model.dir);
+  if (in_words && !o.base) use_template(model, find_template(model, o.chat_template));
   const std::optional<Search> search = load_documents(o.documents, model.tokenizer);
 
   std::vector<Question> questions;
   for (Task& task : tasks) {
     if (task.name.empty()) {
-      read_items(model, chat, task, o, questions);
+      read_items(model, task, o, questions);
     } else if (task.name == "gsm8k") {
-      read_gsm8k(model, chat, task, o, questions);
+      read_gsm8k(model, task, o, questions);
     } else if (task.is_of_choices()) {
       read_choices(task, o);
     }
@@ -901,10 +1096,10 @@ int evaluate(const EvalOptions& o) {
   }
   if (!questions.empty()) {
     for (Question& q : questions) {
-      q.stop.insert(q.stop.end(), rules.stop_strings.begin(), rules.stop_strings.end());
+      q.stop.insert(q.stop.end(), model.turn_stop_strings.begin(), model.turn_stop_strings.end());
     }
     const std::vector<Answer> answers =
-        answer_all(model, questions, rules, search ? &*search : nullptr, options);
+        answer_all(model, questions, search ? &*search : nullptr, options);
     if (stop_signal != 0) return 128 + stop_signal;
     const std::vector<Result> marked = mark(questions, answers, o);
     results.insert(results.begin(), marked.begin(), marked.end());
@@ -1002,11 +1197,26 @@ void expect_fields(const Record& record, std::initializer_list<const char*> fiel
 // ---------------------------------------------------------------------------------------------
 // Questions that are answered in words
 
+// The ids of a text that a base model continues.
+std::vector<int> text_ids(const TextModel& m, const std::string& text, const EvalOptions& o) {
+  return o.no_start ? m.tokenizer.encode(text) : document_ids(m, text);
+}
+
+// The ids of a conversation that an assistant answers.
+std::vector<int> chat_ids(const TextModel& m, const Conversation& c, const std::string& where) {
+  try {
+    require(c.tools.empty() || m.chat->has_tools(), m.chat->name(), ": found ", c.tools.size(),
+            " tools, expected a chat template that declares them");
+    return m.chat->render(c, true).ids;
+  } catch (const Error& e) {
+    fail(where, ": ", e.what());
+  }
+}
+
 // {"task", how it is marked; for an assistant "messages" and "tools"; for a base model "prompt" and
 // "stop"}. A base model continues behind its answer, so its answer ends at a stop string; the
 // default is an empty line.
-void read_items(const TextModel& m, Template chat, Task& task, const EvalOptions& o,
-                std::vector<Question>& out) {
+void read_items(const TextModel& m, Task& task, const EvalOptions& o, std::vector<Question>& out) {
   std::map<std::string, int> counts;
   for_each_item(task.path, 0, o, task.left_out, [&](const Record& record) {
     const std::string& where = record.where;
@@ -1019,18 +1229,17 @@ void read_items(const TextModel& m, Template chat, Task& task, const EvalOptions
     Question q{.task = json_get<std::string>(json, "task", where), .where = where};
     if (o.limit > 0 && counts[q.task]++ >= o.limit) return;
     read_marking(json, where, o, q);
-    if (chat == Template::document) {
+    if (!m.chat) {
       q.stop = json_get_or<Strings>(json, "stop", {"\n\n"}, where);
       if (!json.contains("prompt") || json["prompt"].is_null()) return;
-      const Message message{.role = "user",
-                            .content = json_get<std::string>(json, "prompt", where)};
-      q.prompt = render(m, chat, {.messages = {message}}, !o.no_start, false);
+      q.prompt = text_ids(m, json_get<std::string>(json, "prompt", where), o);
     } else {
       if (!record.has("messages")) return;
       const Conversation conversation = parse_conversation(record);
       check_conversation(conversation, where, true);
       q.tools = !conversation.tools.empty();
-      q.prompt = render(m, chat, conversation, true, true);
+      q.prompt = chat_ids(m, conversation, where);
+      if (q.tools) q.conversation = conversation;
     }
     for (q.sample = 0; q.sample < q.samples; q.sample++) out.push_back(q);
   });
@@ -1086,9 +1295,8 @@ bool is_its_own_shots(const Task& task) {
 // Problems whose answer is a number, as in GSM8K: {"question", "answer"}, where the answer ends in
 // "#### 42". A base model reads the solved examples before the question. The texts and the strings
 // that end an answer are lm-evaluation-harness's.
-void read_gsm8k(const TextModel& m, Template chat, Task& task, const EvalOptions& o,
-                std::vector<Question>& out) {
-  const bool document = chat == Template::document;
+void read_gsm8k(const TextModel& m, Task& task, const EvalOptions& o, std::vector<Question>& out) {
+  const bool document = !m.chat;
   const auto solved = [](const Problem& p) {
     return "Question: " + p.question + "\nAnswer: " + p.answers.front();
   };
@@ -1109,16 +1317,17 @@ void read_gsm8k(const TextModel& m, Template chat, Task& task, const EvalOptions
   });
   const bool own = is_its_own_shots(task);
   for (const auto& problem : problems) {
-    Conversation conversation = problem->chat;
+    std::vector<int> prompt;
     if (document) {
       const std::string before = shots_for(examples, "", own ? solved(*problem) : "", task,
                                            task.shots.empty() ? 0 : o.shots);
-      conversation = {
-          .messages = {{"user", before + "Question: " + problem->question + "\nAnswer:", {}}}};
+      prompt = text_ids(m, before + "Question: " + problem->question + "\nAnswer:", o);
+    } else {
+      prompt = chat_ids(m, problem->chat, problem->where);
     }
     Question q{.task = task.name,
                .where = problem->where,
-               .prompt = render(m, chat, conversation, document ? !o.no_start : true, !document),
+               .prompt = std::move(prompt),
                .problem = problem,
                .max_tokens = o.max_tokens > 0 ? o.max_tokens : 256};
     if (document) q.stop = {"Question:", "</s>", "<|im_end|>"};
@@ -1144,8 +1353,7 @@ GeneratorOptions generator_for(const TextModel& m, const std::vector<Question>& 
 
 // A prompt that fills the context gets an empty answer.
 std::vector<Answer> answer_all(const TextModel& m, const std::vector<Question>& questions,
-                               const TemplateRules& rules, const Search* search,
-                               const GeneratorOptions& options) {
+                               const Search* search, const GeneratorOptions& options) {
   Generator generator(
       *m.gpt, [&](int id) { return m.tokenizer.token_bytes(id); }, options);
 
@@ -1160,14 +1368,16 @@ std::vector<Answer> answer_all(const TextModel& m, const std::vector<Question>& 
     Request request{.prompt = q.prompt,
                     .max_new = q.max_tokens,
                     .sampling = {.temperature = q.temperature, .vocab = m.tokenizer.vocab_size()},
-                    .stop_ids = rules.stop_ids,
+                    .stop_ids = m.turn_stop_ids,
                     .stop_strings = q.stop};
     if (q.tools) {
       request.max_inserted = kToolTokens;
-      request.on_turn = [&m, &a, search](int, std::span<const int> turn) {
-        const Message message = read_turn(m.tokenizer, turn);
-        for (const ToolCall& call : message.tool_calls) a.tools.insert(call.name);
-        return answer_calls(m.tokenizer, message, search);
+      request.on_turn = [&m, &a, search, conversation = q.conversation](
+                            int, std::span<const int> turn) mutable {
+        conversation.messages.push_back(read_turn(*m.chat, turn));
+        for (const ToolCall& call : conversation.messages.back().tool_calls)
+          a.tools.insert(call.name);
+        return answer_calls(*m.chat, conversation, search);
       };
     }
     request.sampling.stream = i;
@@ -1719,11 +1929,27 @@ OrderedJson tokenizer_info(const Tokenizer& tokenizer) {
           {"special_tokens", specials}};
 }
 
-const char* template_kind(const std::string& text) {
-  if (text.empty()) return "none";
-  if (text.find("<|im_start|>") != std::string::npos) return "chatml";
-  if (text.find("<|start_header_id|>") != std::string::npos) return "llama3";
-  return "another";
+// null: the model has none.
+OrderedJson template_info(const std::filesystem::path& place, const std::string& text,
+                          const Tokenizer* tokenizer) {
+  if (text.empty()) return nullptr;
+  std::string hash;
+  for (const unsigned char byte : sha256(text)) hash += format("%02x", byte);
+  OrderedJson json{
+      {"bytes", text.size()},
+      {"sha256", hash},
+      {"ours", without_generation_tags(text) == without_generation_tags(kChatTemplate)}};
+  if (!tokenizer) return json;
+  try {
+    const ChatTemplate chat(*tokenizer, text, place.string());
+    const int end = chat.find_end_of_turn();
+    json["end_of_turn"] = end >= 0 ? OrderedJson(tokenizer->token_bytes(end)) : OrderedJson();
+    json["stop_string"] = chat.stop_string();
+    json["tools"] = chat.has_tools();
+  } catch (const Error& e) {  // the model may be used with another one
+    json["error"] = e.what();
+  }
+  return json;
 }
 
 // Bytes: to write one text with a cache of `context` positions, by --weights; and to train, with
@@ -1782,7 +2008,8 @@ OrderedJson model_info(const std::filesystem::path& dir, const InfoOptions& o) {
     json["tokenizer"] = {{"error", e.what()}};
   }
   json["end_tokens"] = end_tokens_info(c, tokenizer ? &*tokenizer : nullptr);
-  json["chat_template"] = template_kind(chat_template(place));
+  json["chat_template"] =
+      template_info(place, chat_template(place), tokenizer ? &*tokenizer : nullptr);
   const int context = o.context > 0 ? std::min(o.context, c.T) : std::min(c.T, 4096);
   json["memory"] = memory_json(dir, c, parse_device(o.device), context);
   if (std::filesystem::exists(dir / "trainer_state.json")) {
@@ -1804,6 +2031,19 @@ std::string tokens_text(const OrderedJson& tokens, size_t most) {
   }
   if (tokens.size() > most) text += concat(" and ", tokens.size() - most, " more");
   return text.empty() ? "none" : text;
+}
+
+std::string template_text(const OrderedJson& j) {
+  if (j.is_null()) return "none";
+  std::string text = j["ours"] == true ? "this project's ChatML"
+                                       : concat(j["bytes"], " bytes, SHA-256 ",
+                                                j["sha256"].get<std::string>().substr(0, 12));
+  if (j.contains("error")) return concat(text, "; ", j["error"].get<std::string>());
+  if (!j.contains("tools")) return text;
+  const bool has_token = !j["end_of_turn"].is_null();
+  const std::string end = j[has_token ? "end_of_turn" : "stop_string"].get<std::string>();
+  text += concat("; answers end with ", has_token ? visible_token(end) : json_text(Json(end)));
+  return text + (j["tools"] == true ? "; declares tools" : "; declares no tools");
 }
 
 std::string info_text(const OrderedJson& j) {
@@ -1851,7 +2091,7 @@ std::string info_text(const OrderedJson& j) {
     line("specials", tokens_text(j["tokenizer"]["special_tokens"], 8));
   }
   line("ends with", tokens_text(j["end_tokens"], 8));
-  line("template", j["chat_template"].get<std::string>());
+  line("template", template_text(j["chat_template"]));
   if (j.contains("adapters")) {
     const std::string hash = j["adapters"]["base_hash"].get<std::string>();
     line("adapters",
@@ -1907,8 +2147,10 @@ void add_talk_flags(CLI::App& app, TalkOptions& t) {
   app.add_option("--documents", t.documents,
                  "file of documents in which the assistant may search: records with \"text\", or "
                  "plain text; empty: no search");
-  app.add_option("--template", t.chat_template,
-                 "chat template: chatml, llama3, plain, or auto: chosen by the model's files");
+  add_template_flags(app, t.chat_template);
+  app.add_option("--thinking", t.thinking,
+                 "reasoning between <think> and </think>: show; hide: it is not printed; or cut: "
+                 "it is left out of the conversation too, which goes on and is saved without it");
   app.add_option("--max-tokens", t.max_tokens,
                  "longest answer, in tokens; 0: as many as the context holds, 100 with --base");
   add_sampling_flags(app, t.sampling);
@@ -1957,8 +2199,7 @@ void add_eval_flags(CLI::App& app, EvalOptions& e) {
       ->delimiter(',');
   app.add_option("--documents", e.documents,
                  "file of documents for the search tool; empty: no search");
-  app.add_option("--template", e.chat_template,
-                 "chat template: chatml, llama3, plain, or auto: chosen by the model's files");
+  add_template_flags(app, e.chat_template);
   app.add_option("--limit", e.limit, "items of each task, at most; 0: all");
   app.add_option("--max-tokens", e.max_tokens,
                  "longest answer, in tokens; 0: as the items say, 256 for gsm8k");
@@ -2018,8 +2259,8 @@ int chat(int argc, char** argv) {
   add_info_flags(*info_command, i);
   const std::vector<HelpPage> pages = {
       {&app,
-       {"model", "--base", "--system", "--calculator", "--documents", "--template", "--max-tokens",
-        "--temperature", "--top-p", "--seed"}},
+       {"model", "--base", "--system", "--calculator", "--documents", "--template", "--thinking",
+        "--max-tokens", "--temperature", "--top-p", "--seed"}},
       {generate_command,
        {"model", "--prompt", "--prompts", "--map", "--output", "--max-tokens", "--samples",
         "--stop", "--temperature", "--top-p", "--seed"}},

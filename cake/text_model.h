@@ -2,9 +2,7 @@
 // `./chat` and `./serve` share.
 //
 //     ModelOptions -> open_model -> TextModel -> load_engine -> Gpt
-//     Conversation -> render -> ids, which follow the model's chat template
-//
-// Ours is ChatML (cake/chat_template.h). Two others are known, and a base model has none.
+//     use_template: a conversation's ids follow TextModel::chat; a base model has none
 #pragma once
 
 #include <CLI/CLI.hpp>
@@ -13,12 +11,15 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "cake/chat_template.h"
 #include "cake/checkpoint.h"
 #include "cake/generate.h"
 #include "cake/gpt.h"
+#include "cake/json.h"
 #include "cake/run.h"
 #include "cake/tokenizer.h"
 #include "cake/tools.h"
@@ -48,11 +49,18 @@ struct TextModel {
   std::unique_ptr<Gpt> gpt;   // null: without its weights
   int document_start = -1;    // the id that documents begin with, -1 for none
   std::vector<int> stop_ids;  // ids that end a document
+  // Of use_template. nullopt: a base model, which continues documents.
+  std::optional<ChatTemplate> chat;
+  std::vector<int> turn_stop_ids;              // ids that end an answer: stop_ids, the end of turn
+  std::vector<std::string> turn_stop_strings;  // texts that end it, where there is no such id
 };
 
 inline void add_stop_id(std::vector<int>& ids, int id) {
   if (id >= 0 && std::find(ids.begin(), ids.end(), id) == ids.end()) ids.push_back(id);
 }
+
+// From now on the conversations of `m` are rendered by `chat`; nullopt: it is a base model.
+inline void use_template(TextModel& m, std::optional<ChatTemplate> chat);
 
 inline TextModel open_model(const ModelOptions& options) {
   const std::filesystem::path dir = model_dir(options.path);
@@ -65,6 +73,7 @@ inline TextModel open_model(const ModelOptions& options) {
   m.document_start = separator >= 0 ? separator : m.config.bos;
   m.stop_ids = m.config.all_end_tokens();
   add_stop_id(m.stop_ids, separator);
+  use_template(m, std::nullopt);
   return m;
 }
 
@@ -103,106 +112,52 @@ inline void limit_cache(GeneratorOptions& g, const Config& c, int64_t longest, i
 }
 
 // ---------------------------------------------------------------------------------------------
-// Chat templates: how a conversation becomes ids. Ours is ChatML (render_chat). Two others are
-// known.
+// The chat template of a model
 
-enum class Template {
-  chatml,    // <|im_start|>user\n...<|im_end|>\n
-  llama3,    // <|start_header_id|>user<|end_header_id|>\n\n...<|eot_id|>
-  plain,     // User: ...\nAssistant: ...\n\n
-  document,  // none: messages are plain text, and a base model continues it
+struct TemplateFlags {
+  std::string choice = "auto";      // of --template: auto, chatml, plain or a file
+  std::vector<std::string> values;  // of --template-set, each NAME=JSON
+  std::string date;                 // of --date, YYYY-MM-DD; empty: today
 };
 
-struct TemplateRules {
-  std::vector<int> stop_ids;
-  std::vector<std::string> stop_strings;
-  std::vector<int> closing;  // ids between the end of an answer and the next turn
-  int end_of_turn = -1;      // the id that ends a turn, -1 for none
-};
-
-inline Template find_template(const TextModel& m, const std::string& name) {
-  if (name == "chatml") return Template::chatml;
-  if (name == "llama3") return Template::llama3;
-  if (name == "plain") return Template::plain;
-  require(name == "auto", "--template: found ", name, ", expected auto, chatml, llama3 or plain");
-  const std::string text = chat_template(m.dir);
-  // Known by the tokens that mark turns: templates of one kind differ in their default system
-  // message.
-  if (text.find("<|im_start|>") != std::string::npos) return Template::chatml;
-  if (text.find("<|start_header_id|>") != std::string::npos) return Template::llama3;
-  fail(
-      m.dir.string(), ": found ", text.empty() ? "no chat template" : "an unknown chat template",
-      ", expected ChatML (<|im_start|>), Llama 3 (<|start_header_id|>) or plain; --template names ",
-      "one, --base talks to a base model");
+inline void use_template(TextModel& m, std::optional<ChatTemplate> chat) {
+  m.chat = std::move(chat);
+  m.turn_stop_ids = m.stop_ids;
+  m.turn_stop_strings.clear();
+  if (!m.chat) return;
+  add_stop_id(m.turn_stop_ids, m.chat->find_end_of_turn());
+  if (!m.chat->stop_string().empty()) m.turn_stop_strings = {m.chat->stop_string()};
 }
 
-inline TemplateRules template_rules(const TextModel& m, Template t) {
-  TemplateRules rules{.stop_ids = m.stop_ids};
-  const auto need = [&](const char* name) {
-    const int id = m.tokenizer.special(name);
-    if (id < 0) {
-      fail(m.dir.string(), ": found no token ", name,
-           " in the tokenizer, expected it for --template ",
-           t == Template::llama3 ? "llama3" : "chatml");
-    }
-    return id;
-  };
-  if (t == Template::chatml) {
-    need("<|im_start|>");
-    rules.end_of_turn = need("<|im_end|>");
-    rules.closing = m.tokenizer.encode("\n");
-  } else if (t == Template::llama3) {
-    need("<|start_header_id|>"), need("<|end_header_id|>");
-    rules.end_of_turn = need("<|eot_id|>");
-  } else if (t == Template::plain) {
-    rules.stop_strings = {"\nUser:"};
-    rules.closing = m.tokenizer.encode("\n\n");
+// Throws Error where a value is not NAME=JSON, or where a name is given twice.
+inline TemplateOptions template_options(const TemplateFlags& flags) {
+  TemplateOptions options{.date = flags.date};
+  need(flags.date.empty() || is_date(flags.date), "--date", flags.date, "YYYY-MM-DD");
+  for (const std::string& value : flags.values) {
+    const size_t equals = value.find('=');
+    need(equals != std::string::npos && equals > 0, "--template-set", value, "NAME=JSON");
+    const std::string name = value.substr(0, equals);
+    need(!options.variables.contains(name), "--template-set", name + " twice", "it once");
+    options.variables[name] =
+        parse_json<OrderedJson>(value.substr(equals + 1), "--template-set " + name);
   }
-  add_stop_id(rules.stop_ids, rules.end_of_turn);
-  return rules;
+  return options;
 }
 
-// The ids of whole turns. `begins`: they are the first ones of a conversation. `answer`: the header
-// of the assistant's next turn follows.
-inline std::vector<int> render(const TextModel& m, Template t, const Conversation& c, bool begins,
-                               bool answer) {
-  if (t == Template::chatml) return render_chat(m.tokenizer, c, answer).ids;
+// The template that --template names, for conversations of `m`. Throws Error where the model has
+// none of its own, or where its tokenizer lacks the tokens of the one that is named.
+inline ChatTemplate find_template(const TextModel& m, const TemplateFlags& flags) {
+  const bool has_none = flags.choice == "auto" && chat_template(m.dir).empty();
+  require(!has_none, m.dir.string(), ": found no chat template, expected one; --template names ",
+          "one, --base talks to a base model");
+  return open_chat_template(m.tokenizer, m.dir, flags.choice, template_options(flags));
+}
+
+// The ids of a text that begins a document.
+inline std::vector<int> document_ids(const TextModel& m, std::string_view text) {
   std::vector<int> ids;
-  const Tokenizer& tokenizer = m.tokenizer;
-  if (!c.tools.empty())
-    fail("--template: found tools, expected chatml for a model that calls them");
-  if (t == Template::llama3) {
-    const auto special = [&](const char* name) {
-      if (const int id = tokenizer.special(name); id >= 0) ids.push_back(id);
-    };
-    const auto header = [&](const std::string& role) {
-      special("<|start_header_id|>");
-      tokenizer.encode(role, ids);
-      special("<|end_header_id|>");
-    };
-    if (begins) special("<|begin_of_text|>");
-    for (const Message& message : c.messages) {
-      header(message.role);
-      tokenizer.encode(concat("\n\n", strip(message.content)), ids);
-      special("<|eot_id|>");
-    }
-    if (answer) header("assistant"), tokenizer.encode("\n\n", ids);
-    return ids;
-  }
-  if (begins && m.document_start >= 0) ids.push_back(m.document_start);
-  std::string text;
-  for (const Message& message : c.messages) {
-    if (t == Template::document) {
-      text += message.content;
-    } else if (message.role == "system") {
-      text += message.content + "\n\n";
-    } else {
-      text += (message.role == "user" ? "User: " : "Assistant: ") + message.content;
-      text += message.role == "user" ? "\n" : "\n\n";
-    }
-  }
-  if (answer && t == Template::plain) text += "Assistant:";
-  tokenizer.encode(text, ids);
+  if (m.document_start >= 0) ids.push_back(m.document_start);
+  m.tokenizer.encode(text, ids);
   return ids;
 }
 
@@ -233,6 +188,18 @@ inline void add_model_flags(CLI::App& app, ModelOptions& o) {
   app.add_option("model", o.path, "model directory, .gguf file, or the directory of a run")
       ->required();
   add_engine_flags(app, o);
+}
+
+// `more`: what --template may be beside what all commands know.
+inline void add_template_flags(CLI::App& app, TemplateFlags& t, const std::string& more = "") {
+  app.add_option("--template", t.choice,
+                 "chat template: chatml; plain (User: ..., Assistant: ...); a file with Jinja; " +
+                     more + "or auto: the model's own");
+  app.add_option("--template-set", t.values,
+                 "NAME=JSON, a variable of the template, as enable_thinking=false; may be given "
+                 "several times")
+      ->allow_extra_args(false);
+  app.add_option("--date", t.date, "YYYY-MM-DD, for templates that say the date; empty: today");
 }
 
 inline void add_sampling_flags(CLI::App& app, Sampling& s) {

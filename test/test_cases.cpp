@@ -196,57 +196,28 @@ TEST_CASE("the head is the embedding or not as the tensors say it, against tie_w
   }
 }
 
-TEST_CASE("a chat template's own system message is found, and said not to be rendered") {
-  CHECK(default_system_message(kChatTemplate).empty());
-  CHECK(default_system_message("").empty());
-  // Qwen3's: a system message beside tools alone
-  CHECK(default_system_message("{%- if tools %}{{- '<|im_start|>system\\n' }}{%- endif %}"
-                               "{{- '<|im_start|>system\\n' + messages[0].content + "
-                               "'<|im_end|>\\n' }}")
-            .empty());
-  const std::pair<const char*, const char*> templates[] = {
-      {"{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a "
-       "helpful AI assistant named SmolLM<|im_end|>\\n' }}{% endif %}",
-       "You are a helpful AI assistant named SmolLM"},
-      {"{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}{%- else %}"
-       "{{- '<|im_start|>system\\nYou\\'re Qwen.\\nYou help.<|im_end|>\\n' }}{%- endif %}",
-       "You're Qwen.\nYou help."},
-      {"{% if not found %}<|im_start|>system\nYou are \"good\".<|im_end|>\n{% endif %}",
-       "You are \"good\"."},
-      {"{%- set system_message = \"You are it's friend.\" %}{{ '<|im_start|>system\\n' + "
-       "system_message + '<|im_end|>' }}",
-       "You are it's friend."},
-      {"{{- \"<|start_header_id|>system<|end_header_id|>\\n\\n\" }}"
-       "{{- \"Cutting Knowledge Date: December 2023\\n\" }}",
-       "Cutting Knowledge Date: ..."},
-  };
-  for (const auto& [text, message] : templates) {
-    CHECK(default_system_message(text) == std::string(message));
-  }
-
+TEST_CASE("a chat template's own system message is rendered") {
+  const char* with_system = R"({%- for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+        {{- '<|im_start|>system\nYou are a baker.<|im_end|>\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %})";
   ScriptedModel m;
   const std::string model = m.save(), d = m.dir().path().string() + "/";
-  write_file(d + "eval.jsonl", R"({"task": "t", "messages": [{"role": "user", "content": "hi"}], )"
-                               R"("check": {"type": "exact", "text": "x"}})"
-                               "\n");
   write_file(d + "chat.jsonl", R"({"messages": [{"role": "user", "content": "x"}, )"
                                R"({"role": "assistant", "content": "a"}]})"
                                "\n");
-  const std::string ask = "./chat eval " + model + " --max-tokens 2 --tasks " + d + "eval.jsonl";
   const std::string show =
       "./sft --model " + model + " --val-fraction 0 --show 1 --data " + d + "chat.jsonl";
-  CHECK(!contains(output_of(ask), "note:"));
-  CHECK(!contains(output_of(show), "note:"));
+  CHECK(!contains(output_of(show), "You are a baker."));
   // In transformers' older form: a list of templates by name.
   Json config = read_json(model + "/tokenizer_config.json");
   config["chat_template"] = Json::array({{{"name", "tool_use"}, {"template", "none"}},
-                                         {{"name", "default"}, {"template", templates[0].first}}});
+                                         {{"name", "default"}, {"template", with_system}}});
   write_file(model + "/tokenizer_config.json", config.dump());
-  const std::string note =
-      "the chat template has a system message of its own, \"You are a helpful AI assistant named "
-      "SmolLM\"; conversations without one are rendered without it";
-  CHECK(contains(output_of(ask), note));
-  CHECK(contains(output_of(show), note));
+  CHECK(contains(output_of(show), "You are a baker."));
 }
 
 TEST_CASE("files that were not downloaded whole are errors that say so") {

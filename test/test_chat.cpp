@@ -9,6 +9,7 @@
 
 #include "cake/generate.h"
 #include "cake/tools.h"
+#include "test/chatml.h"
 #include "test/golden.h"
 #include "test/scripted_model.h"
 
@@ -136,36 +137,39 @@ TEST_CASE("a turn's ids are read as its message, and its tools' answers continue
                                "Let me see.",
                                {{"calculator", R"({"expression":"6*7"})"}, {"search", "{}"}}}},
                  .tools = {kCalculatorTool}};
+  const ChatTemplate& chat = chatml_template(t);
   const std::vector<int> before =
-      render_chat(t, {.messages = {c.messages[0]}, .tools = c.tools}, true).ids;
-  const std::vector<int> whole = render_chat(t, c).ids;
+      chatml(t, {.messages = {c.messages[0]}, .tools = c.tools}, true).ids;
+  const std::vector<int> whole = chatml(t, c).ids;
   REQUIRE(std::equal(before.begin(), before.end(), whole.begin()));
-  const int end = end_of_turn(t);
+  const int end = chat.end_of_turn();
   const std::vector<int> turn(
       whole.begin() + int64_t(before.size()),
       std::find(whole.begin() + int64_t(before.size()), whole.end(), end) + 1);
-  const Message m = read_turn(t, turn);
+  const Message m = read_turn(chat, turn);
   CHECK(m.content == "Let me see.");
   REQUIRE(m.tool_calls.size() == 2);
   CHECK(m.tool_calls[0].name == "calculator");
-  CHECK(m.tool_calls[0].arguments == R"({"expression":"6*7"})");
+  CHECK(m.tool_calls[0].arguments == R"({"expression": "6*7"})");
 
-  std::vector<Message> answers;
-  const std::vector<int> appended = answer_calls(t, m, nullptr, &answers);
-  REQUIRE(answers.size() == 2);
-  CHECK(answers[0].content == "42");
-  c.messages.insert(c.messages.end(), answers.begin(), answers.end());
+  const std::vector<int> appended = answer_calls(chat, c, nullptr);
+  REQUIRE(c.messages.size() == 4);
+  CHECK(c.messages[2].content == "42");
   std::vector<int> ids = before;
   ids.insert(ids.end(), turn.begin(), turn.end());
   ids.insert(ids.end(), appended.begin(), appended.end());
-  CHECK(ids == render_chat(t, c, true).ids);
+  CHECK(ids == chatml(t, c, true).ids);
 
-  CHECK(answer_calls(t, read_turn(t, t.encode("No call.<|im_end|>", true)), nullptr).empty());
-  CHECK(read_turn(t, t.encode("No call.<|endoftext|>", true)).content == "No call.");
-  const Message bad = read_turn(t, t.encode("<tool_call>\nnonsense<|im_end|>", true));
+  Conversation plain{.messages = {c.messages[0], read_turn(chat, t.encode("No.<|im_end|>", true))},
+                     .tools = {}};
+  CHECK(answer_calls(chat, plain, nullptr).empty());
+  CHECK(plain.messages.size() == 2);
+  CHECK(read_turn(chat, t.encode("No call.<|endoftext|>", true)).content == "No call.");
+  const Message bad = read_turn(chat, t.encode("<tool_call>\nnonsense<|im_end|>", true));
   REQUIRE(bad.tool_calls.size() == 1);
   CHECK(bad.tool_calls[0].name == "");
-  CHECK(!answer_calls(t, bad, nullptr).empty());
+  plain.messages[1] = bad;
+  CHECK(!answer_calls(chat, plain, nullptr).empty());
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -320,25 +324,32 @@ TEST_CASE("the smallest temperature writes the most likely text, with finite log
 
 namespace {
 
-// What the scripted model is to see: the ids of a conversation as they grow.
+// A conversation that the scripted model is to write its part of.
 struct Plan {
   ScriptedModel& model;
-  Conversation opening;
-  int n = 0;
+  Conversation c;
+  const ChatTemplate& chat;
+  int n = 0;  // ids up to the end of the last turn of the assistant
 
-  explicit Plan(ScriptedModel& m, Conversation o = {}) : model(m), opening(std::move(o)) {
-    n = int(render_chat(m.tokenizer(), opening).ids.size());
-  }
+  explicit Plan(ScriptedModel& m, Conversation opening = {})
+      : model(m), c(std::move(opening)), chat(chatml_template(m.tokenizer())) {}
+  Plan(ScriptedModel& m, const ChatTemplate& other) : model(m), chat(other) {}
   Plan& user(const std::string& text) {
-    n += int(render_chat(model.tokenizer(), {.messages = {{"user", text, {}}}}, true).ids.size());
+    c.messages.push_back({.role = "user", .content = text});
     return *this;
   }
-  Plan& assistant(const std::string& text) {  // with the newline behind
-    n = model.write(n, text + "<|im_end|>") + 1;
+  // Behind a user's message the whole conversation is rendered; behind tools, what they answered.
+  Plan& assistant(const std::string& text) {
+    const bool goes_on = c.messages.back().role == "tool";
+    const int begin =
+        goes_on ? n + int(chat.ids_behind_turn(c).size()) : int(chat.render(c, true).ids.size());
+    const std::string end(model.tokenizer().token_bytes(chat.end_of_turn()));
+    n = model.write(begin, text + end);
+    c.messages.push_back(read_turn(chat, model.tokenizer().encode(text, true)));
     return *this;
   }
   Plan& tool(const std::string& text) {
-    n += int(render_chat(model.tokenizer(), {.messages = {{"tool", text, {}}}}, true).ids.size());
+    c.messages.push_back({.role = "tool", .content = text});
     return *this;
   }
 };
@@ -418,8 +429,8 @@ TEST_CASE("chat runs the tools that are called, shows them, and continues with t
                          "6*7?\nAnna?\n/save " + saved + "\n");
   CHECK(out.status == 0);
   CHECK(out.text ==
-        "  calculator {\"expression\":\"6*7\"}\n  = 42\nIt is 42.\nWait.\n"
-        "  search {\"query\":\"Anna\"}\n  = Anna is a baker in Olm.\nA baker.\nsaved in " +
+        "  calculator {\"expression\": \"6*7\"}\n  = 42\nIt is 42.\nWait.\n"
+        "  search {\"query\": \"Anna\"}\n  = Anna is a baker in Olm.\nA baker.\nsaved in " +
             saved + "\n");
   const Json json = Json::parse(read_file(saved));
   CHECK(json["tools"].size() == 2);
@@ -514,34 +525,205 @@ TEST_CASE("a base model continues what is typed until the document ends") {
   CHECK(contains(read_file(saved), "Once upon a time\\nand then the end."));
 }
 
-TEST_CASE("chat knows a model's template, or says which it knows and stops") {
-  ScriptedModel m;
-  const std::string dir = m.save(), config = dir + "/tokenizer_config.json";
-  const auto with_template = [&](const std::string& text) {
-    Json json = read_json(config);
-    json["chat_template"] = text;
-    write_file(config, json.dump());
-    return say(dir, "", "hi\n");
-  };
-  const Output strange = with_template("{{ '[INST]' + messages[0].content + '[/INST]' }}");
-  CHECK(strange.status == 1);
-  CHECK(contains(strange.text,
-                 "found an unknown chat template, expected ChatML (<|im_start|>), Llama 3 "
-                 "(<|start_header_id|>) or plain"));
-  CHECK(std::count(strange.text.begin(), strange.text.end(), '\n') == 1);
-  const Output llama = with_template("<|start_header_id|>");
-  CHECK(llama.status == 1);
-  CHECK(contains(llama.text, "found no token <|start_header_id|> in the tokenizer"));
-  Json json = read_json(config);
-  json.erase("chat_template");
-  write_file(config, json.dump());
-  CHECK(contains(say(dir, "", "hi\n").text, "found no chat template"));
-  CHECK(say(dir, "--template chatml --max-tokens 3", "hi\n").text.starts_with("xxx\n"));
+namespace {
 
+// A model whose tokenizer_config.json has another template.
+std::string with_template(ScriptedModel& m, const std::string& text) {
+  const std::string dir = m.save(), config = dir + "/tokenizer_config.json";
+  Json json = read_json(config);
+  text.empty() ? void(json.erase("chat_template")) : void(json["chat_template"] = text);
+  write_file(config, json.dump());
+  return dir;
+}
+
+// In the shape of Llama 3's, with the tokens of the test's tokenizer; one more token ends a turn.
+const std::string kHeaders =
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_start|>\n\n' + m['content'] | "
+    "trim + '<tool_response>' }}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant<|im_start|>\n\n' }}{% endif %}";
+
+// Without special tokens: what stands before the next question ends an answer.
+const std::string kInstructions =
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
+    "{% elif 'no way' in m.content %}{{ raise_exception('not this') }}"
+    "{% elif m.role == 'user' %}{{ '### Ask: ' + m.content + '\n\n### Answer: ' }}"
+    "{% else %}{{ m.content | trim + '\n\n' }}{% endif %}{% endfor %}";
+
+}  // namespace
+
+TEST_CASE("chat talks in the template of the model, whatever it is") {
+  ScriptedModel m;
+  const ChatTemplate headers(m.tokenizer(), kHeaders, "headers");
+  Plan(m, headers).user("hello").assistant("The answer is 1.").user("more").assistant("Two.");
+  CHECK(say(with_template(m, kHeaders), "", "hello\nmore\n").text == "The answer is 1.\nTwo.\n");
+  // The model's own, or the one of a file.
+  const std::string file = m.dir() / "headers.jinja";
+  write_file(file, kHeaders);
+  CHECK(say(m.save(), "--template " + file, "hello\nmore\n").text == "The answer is 1.\nTwo.\n");
+
+  ScriptedModel i;
+  const ChatTemplate instructions(i.tokenizer(), kInstructions, "instructions");
+  REQUIRE(instructions.find_end_of_turn() < 0);
+  Conversation c{.messages = {{"user", "hi", {}}}, .tools = {}};
+  i.write(int(instructions.render(c, true).ids.size()), "Well.\n\n### Ask: never shown");
+  c.messages.push_back({"assistant", "Well.", {}});
+  c.messages.push_back({"user", "more", {}});
+  i.write(int(instructions.render(c, true).ids.size()), "No.\n\n### Ask: never shown");
+  const std::string dir = with_template(i, kInstructions), saved = i.dir() / "saved.jsonl";
+  CHECK(say(dir, "", "hi\nmore\n/save " + saved + "\n").text ==
+        "Well.\nNo.\nsaved in " + saved + "\n");
+  CHECK(Json::parse(read_file(saved))["messages"][1]["content"] == "Well.");
+}
+
+TEST_CASE("what a template refuses is one line, and the conversation goes on") {
+  ScriptedModel m;
+  const ChatTemplate instructions(m.tokenizer(), kInstructions, "instructions");
+  const Conversation c{.messages = {{"user", "hi", {}}}, .tools = {}};
+  m.write(int(instructions.render(c, true).ids.size()), "Well.\n\n### Ask: never shown");
+  const std::string dir = with_template(m, kInstructions);
+  const Output out = say(dir, "", "/system Be kind.\nno way\nhi\n");
+  CHECK(out.status == 0);
+  CHECK(contains(out.text, "no system here"));
+  CHECK(contains(out.text, "not this: the message was not added\n"));
+  CHECK(contains(out.text, "\nWell.\n"));
+  const Output system = say(dir, "--system 'Be kind.'", "hi\n");
+  CHECK(system.status == 1);
+  CHECK(contains(system.text, "no system here"));
+  CHECK(std::count(system.text.begin(), system.text.end(), '\n') == 1);
+  const Output tools = say(dir, "--calculator", "hi\n");
+  CHECK(tools.status == 1);
+  CHECK(contains(tools.text, "expected one that declares tools"));
+
+  CHECK(contains(say(with_template(m, ""), "", "hi\n").text, "found no chat template"));
+  CHECK(say(with_template(m, ""), "--template chatml --max-tokens 3", "hi\n")
+            .text.starts_with("xxx\n"));
+  const Output broken = say(with_template(m, "{% for x %}"), "", "hi\n");
+  CHECK(broken.status == 1);
+  CHECK(std::count(broken.text.begin(), broken.text.end(), '\n') == 1);
+  CHECK(contains(broken.text, ":1: "));
+}
+
+TEST_CASE("a system message that a template leaves out is said to be") {
+  ScriptedModel m;
+  const std::string users =
+      "{% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + "
+      "m.content + '<|im_end|>' }}{% endif %}{% endfor %}";
+  const std::string dir = with_template(m, users);
+  const std::string said = "the chat template leaves the system message out\n";
+  CHECK(contains(say(dir, "--system 'Be kind.' --max-tokens 2", "hi\n").text, said));
+  CHECK(!contains(say(dir, "--max-tokens 2", "hi\n").text, said));
+  CHECK(!contains(say(m.save(), "--system 'Be kind.' --max-tokens 2", "hi\n").text, said));
+}
+
+TEST_CASE("--template-set and --date reach the template") {
+  ScriptedModel m;
+  const std::string text =
+      "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+      "{% if strftime_now('%Y-%m-%d') == '2026-02-03' %}{{ 'dated' }}{% endif %}{% if style == "
+      "{'long': true} %}{{ 'x' * 9 }}{% endif %}";
+  TemplateOptions options{.date = "2026-02-03"};
+  options.variables["style"] = {{"long", true}};
+  const ChatTemplate chat(m.tokenizer(), text, "dated", options);
+  const ChatTemplate other(m.tokenizer(), text, "dated", {.date = "2026-02-03"});
+  const Conversation c{.messages = {{"user", "hi", {}}}, .tools = {}};
+  m.write(int(chat.render(c, true).ids.size()), "Long.<|im_end|>");
+  m.write(int(other.render(c, true).ids.size()), "No.<|im_end|>");
+  const std::string dir = with_template(m, text);
+  CHECK(say(dir, "--date 2026-02-03", "hi\n").text == "No.\n");
+  CHECK(say(dir, R"(--date 2026-02-03 --template-set 'style={"long": true}')", "hi\n").text ==
+        "Long.\n");
+}
+
+namespace {
+
+// Longer than the reasoning that is cut before it, so that the answer to it is behind the others.
+const std::string kLong = "Then tell me more of it, at length, and with every detail.";
+
+}  // namespace
+
+TEST_CASE("chat renders what was said again: earlier turns lose their reasoning") {
+  // The answers stand where they follow the rendered conversation, and nowhere else.
+  ScriptedModel m;
+  Plan(m)
+      .user("hello")
+      .assistant("<think>\nA long while.\n</think>\n\nThe answer is 1.")
+      .user(kLong)
+      .assistant("<think>\nAgain.\n</think>\n\nThe answer is 2.")
+      .user(kLong)
+      .assistant("The answer is 3.");
+  const std::string dir = m.save(), saved = m.dir() / "saved.jsonl";
+  const Output out =
+      say(dir, "", "hello\n" + kLong + "\n/retry\n" + kLong + "\n/save " + saved + "\n");
+  CHECK(out.text ==
+        "<think>\nA long while.\n</think>\n\nThe answer is 1.\n"
+        "<think>\nAgain.\n</think>\n\nThe answer is 2.\n"
+        "<think>\nAgain.\n</think>\n\nThe answer is 2.\nThe answer is 3.\nsaved in " +
+            saved + "\n");
+  const Json messages = Json::parse(read_file(saved))["messages"];
+  REQUIRE(messages.size() == 6);
+  CHECK(messages[1]["content"] == "<think>\nA long while.\n</think>\n\nThe answer is 1.");
+}
+
+TEST_CASE("--thinking hide does not print reasoning, and cut takes it out of the conversation") {
+  ScriptedModel m;
+  const std::string reasoning = "\nA long while.\n";
+  Plan(m)
+      .user("hello")
+      .assistant("<think>" + reasoning + "</think>\n\nThe answer is 1.")
+      .user(kLong)
+      .assistant("The answer is 2.");
+  const std::string dir = m.save();
+  const size_t tokens = m.tokenizer().encode(reasoning).size();
+  for (const std::string how : {"hide", "cut"}) {
+    CAPTURE(how);
+    const std::string saved = m.dir() / how;
+    const std::string said = how == "cut" ? "cut" : "hidden";
+    CHECK(say(dir, "--thinking " + how, "hello\n" + kLong + "\n/save " + saved + "\n").text ==
+          concat("(", tokens, " tokens of reasoning, ", said, ")\nThe answer is 1.\n",
+                 "The answer is 2.\nsaved in ", saved, "\n"));
+    CHECK(contains(read_file(saved), "A long while.") == (how == "hide"));
+  }
+  // Reasoning that does not end.
+  ScriptedModel n;
+  Plan(n).user("hello").assistant("<think>\nOn and on");
+  const std::string endless = n.save(), saved = n.dir() / "saved.jsonl";
+  const Output out = say(endless, "--thinking cut", "hello\n/save " + saved + "\n");
+  CHECK(contains(out.text, "tokens of reasoning, cut)\nsaved in "));
+  CHECK(Json::parse(read_file(saved))["messages"][1]["content"] == "");
+}
+
+TEST_CASE("reasoning that the prompt opens is reasoning, and a template may cut it from turns") {
+  // In the shape of DeepSeek-R1's: the header ends with <think>, and what stands before </think> is
+  // left out of earlier turns. A model whose <think> is text is read in the same way.
+  const std::string opens =
+      "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content.split('</think>')"
+      "[-1] | trim }}{{ '<|im_end|>\n' }}{% endfor %}"
+      "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}";
+  ScriptedModel m;
+  const ChatTemplate chat(m.tokenizer(), opens, "opens");
+  Plan(m, chat)
+      .user("hello")
+      .assistant("A long while.\n</think>\n\nThe answer is 1.")
+      .user(kLong)
+      .assistant("Again.\n</think>\n\nThe answer is 2.");
+  const std::string dir = with_template(m, opens), saved = m.dir() / "saved.jsonl";
+  const Output out = say(dir, "", "hello\n" + kLong + "\n/save " + saved + "\n");
+  CHECK(out.text ==
+        "<think>A long while.\n</think>\n\nThe answer is 1.\n"
+        "<think>Again.\n</think>\n\nThe answer is 2.\nsaved in " +
+            saved + "\n");
+  CHECK(Json::parse(read_file(saved))["messages"][1]["content"] ==
+        "<think>\nA long while.\n</think>\n\nThe answer is 1.");
+  CHECK(contains(say(dir, "--thinking hide", "hello\n").text, "hidden)\nThe answer is 1.\n"));
+}
+
+TEST_CASE("--template plain ends an answer where the next question would begin") {
   ScriptedModel p;
-  const int n = 1 + int(p.tokenizer().encode("User: hi\nAssistant:").size());
-  p.write(n, " Well.\nUser: never shown");
-  CHECK(say(p.save(), "--template plain", "hi\n").text == " Well.\n");
+  const Tokenizer& t = p.tokenizer();
+  const std::string first = "User: hi\nAssistant:", second = " Well.\n\nUser: more\nAssistant:";
+  p.write(1 + int(t.encode(first).size()), " Well.\nUser: never shown");
+  p.write(1 + int(t.encode(first + second).size()), " No.\nUser: never shown");
+  CHECK(say(p.save(), "--template plain", "hi\nmore\n").text == " Well.\n No.\n");
 }
 
 TEST_CASE("an answer stops at every end token of generation_config.json") {
@@ -624,13 +806,21 @@ TEST_CASE("chat answers bad flags with one line and status 1") {
   const std::pair<const char*, const char*> cases[] = {
       {"--temperature -1", "--temperature: found -1"},
       {"--max-tokens -1", "--max-tokens: found -1"},
-      {"--template what", "--template: found what, expected auto, chatml, llama3 or plain"},
+      {"--template what", "what"},
+      {"--thinking what", "--thinking: found what, expected show, hide or cut"},
+      {"--date 2026-02-30", "--date: found 2026-02-30, expected YYYY-MM-DD"},
+      {"--template-set x", "--template-set: found x, expected NAME=JSON"},
+      {"--template-set x=what", "--template-set x: not JSON"},
       {"--documents none.jsonl", "none.jsonl: cannot open"},
       {"--context 513", "--context: found 513, expected 2 to 512, the context of the model, or 0"},
       {"--context 1", "--context: found 1, expected 2 to 512"},
       {"--cache-type q8_0", "--cache-type: found q8_0, expected auto, f32 or bf16"},
       {"--weights int4", "--weights: found int4, expected auto, f32, bf16 or q8_0"},
       {"--base --system x", "--base: found --system"},
+      {"--base --template chatml", "--base: found --template, expected it with an assistant"},
+      {"--base --template-set a=1", "--base: found --template-set, expected it with an assistant"},
+      {"--base --date 2026-01-02", "--base: found --date, expected it with an assistant"},
+      {"--base --thinking cut", "--base: found --thinking, expected it with an assistant"},
       {"--what", "--what"}};
   for (const auto& c : cases) {
     CAPTURE(c.first);

@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "cake/verify.h"
+#include "test/chatml.h"
 #include "test/scripted_model.h"
 
 using namespace cake;
@@ -279,11 +280,13 @@ struct Exam {
     const Conversation plain{.messages = {{"user", "What?", {}}}};
     Conversation tools = plain;
     tools.tools = {kTool};
-    m.write(int(render_chat(t, plain, true).ids.size()), "A baker.<|im_end|>");
-    int n = m.write(int(render_chat(t, tools, true).ids.size()),
+    m.write(int(chatml(t, plain, true).ids.size()), "A baker.<|im_end|>");
+    int n = m.write(int(chatml(t, tools, true).ids.size()),
                     "<tool_call>\n{\"name\": \"calculator\", \"arguments\": {\"expression\": "
                     "\"6*7\"}}\n</tool_call><|im_end|>");
-    n += 1 + int(render_chat(t, {.messages = {{"tool", "42", {}}}}, true).ids.size());
+    tools.messages.push_back({"assistant", "", {{"calculator", R"({"expression": "6*7"})"}}});
+    tools.messages.push_back({"tool", "42", {}});
+    n += int(chatml_template(t).ids_behind_turn(tools).size());
     m.write(n, "It is 42.<|im_end|>");
     m.write(1 + int(t.encode("Who is it?").size()), " A cook.\n\nA baker.<|endoftext|>");
     dir = m.save();
@@ -378,7 +381,7 @@ TEST_CASE("GSM8K is asked in conversations and after solved examples, and marked
   }
   write_file(file, lines);
   write_file(one, Json{{"question", "Why?"}, {"answer", solved}}.dump() + "\n");
-  m.write(int(render_chat(t, {.messages = {{"user", "How many?", {}}}}, true).ids.size()),
+  m.write(int(chatml(t, {.messages = {{"user", "How many?", {}}}}, true).ids.size()),
           "Steps.\n#### $1,042.00<|im_end|>");
   const std::string shot = "Question: Why?\nAnswer: " + solved + "\n\nQuestion: How many?\nAnswer:";
   m.write(1 + int(t.encode(shot).size()), " 6*7 = <<6*7=42>>42\n#### 42.\n\nQuestion: 99");
