@@ -108,7 +108,6 @@ struct Server::State {
   HttpServer http;
   int port;
   LoadedModels loaded;
-  Strings templates;  // of the models' files, as text
   std::unique_ptr<Engine> engine;
   std::unique_ptr<BattleArena> arena;  // null: without --votes
   std::atomic<bool> ready{false}, stopped{false};
@@ -134,10 +133,6 @@ int Server::State::run() {
   try {
     print(concat("listening on port ", port, "; answers 503 until the models are loaded"));
     loaded = load_models(options, options.print);
-    for (const ServedModel& m : loaded.models) {
-      templates.push_back(chat_template(m.text.dir));
-      if (m.chat != Template::document) note_default_system_message(m.text.dir);
-    }
     engine = std::make_unique<Engine>(loaded.models, loaded.caches, options.engine);
     if (!options.arena.votes.empty()) {
       arena = std::make_unique<BattleArena>(options.arena, loaded.models, *engine, options.limits);
@@ -176,11 +171,11 @@ void Server::State::announce() const {
   const ServedModel* example = &loaded.models[0];
   for (const ServedModel& m : loaded.models) {
     names.push_back(m.id);
-    if (example->chat == Template::document) example = &m;
+    if (!example->text.chat) example = &m;
   }
   std::string list;
   for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
-  const bool chat = example->chat != Template::document;
+  const bool chat = example->text.chat.has_value();
   OrderedJson body{{"model", example->id}};
   if (chat) body["messages"] = {{{"role", "user"}, {"content", "Hello"}}};
   if (!chat) body["prompt"] = "Once upon a time";
@@ -516,8 +511,9 @@ OrderedJson piece_json(std::string_view bytes) {
   return list;
 }
 
-const char* template_name(Template t) {
-  return t == Template::chatml ? "chatml" : t == Template::llama3 ? "llama3" : "plain";
+void add_origin(OrderedJson& json, const PromptOrigin& origin) {
+  json["source"] = origin.source;
+  json["message"] = origin.message < 0 ? OrderedJson() : OrderedJson(origin.message);
 }
 
 // What compiled this: the same weights may round otherwise in another build.
@@ -559,7 +555,6 @@ OrderedJson Server::State::models_json() const {
 // In llama.cpp's form, without its path of the model's file.
 OrderedJson Server::State::props_json(size_t number) const {
   const ServedModel& m = loaded.models[number];
-  const bool chat = m.chat != Template::document;
   OrderedJson json{{"model", m.id},
                    {"default_generation_settings",
                     {{"n_ctx", m.context},
@@ -570,9 +565,8 @@ OrderedJson Server::State::props_json(size_t number) const {
                        {"min_p", m.sampling.min_p},
                        {"repeat_penalty", m.sampling.repetition_penalty}}}}},
                    {"total_slots", options.engine.rows},
-                   {"is_chat", chat},
-                   {"template", chat ? OrderedJson(template_name(m.chat)) : OrderedJson()},
-                   {"chat_template", chat ? templates[number] : ""},
+                   {"is_chat", m.text.chat.has_value()},
+                   {"chat_template", m.text.chat ? m.text.chat->text() : ""},
                    {"tools", OrderedJson::array()},
                    {"deterministic", m.deterministic},
                    {"system_fingerprint", m.fingerprint},
@@ -592,13 +586,14 @@ OrderedJson Server::State::tokenizer_info() const {
   return {{"eos_token", token(ends.empty() ? m.text.document_start : ends[0])},
           {"bos_token", token(c.bos)},
           {"pad_token", token(c.pad)},
-          {"chat_template", templates[0].empty() ? OrderedJson() : OrderedJson(templates[0])}};
+          {"chat_template", m.text.chat ? OrderedJson(m.text.chat->text()) : OrderedJson()}};
 }
 
 // llama.cpp's form, {"content", "add_special", "parse_special", "with_pieces"}, and vLLM's,
 // {"prompt", "add_special_tokens"} or {"messages"}, whose answer has "count" and "max_model_len".
 // "with_places" is our own: where each token is in the text (of messages: in the text that the
-// tokens make), in bytes, and whether it is special.
+// tokens make), in bytes, and whether it is special. So is "origins", of messages: what each token
+// is from (PromptOrigin).
 OrderedJson Server::State::tokenize(const OrderedJson& body) const {
   const ServedModel& m = model_of(body);
   const bool is_content = body.contains("content"), is_prompt = body.contains("prompt");
@@ -609,8 +604,11 @@ OrderedJson Server::State::tokenize(const OrderedJson& body) const {
   }
   const bool with_places = body_value(body, "with_places", false);
   std::vector<TokenPlace> places;
+  std::vector<PromptOrigin> origins;
   if (is_messages) {
-    for (const int id : prompt_of(m, read_chat(body, m, options.limits))) {
+    const ApiCall call = read_chat(body, m, options.limits);
+    if (body_value(body, "origins", false)) origins = prompt_origins(call, m);
+    for (const int id : prompt_of(call)) {
       const size_t begin = places.empty() ? 0 : places.back().end;
       places.push_back({id, begin, begin + m.text.tokenizer.token_bytes(id).size()});
     }
@@ -626,8 +624,9 @@ OrderedJson Server::State::tokenize(const OrderedJson& body) const {
   }
   OrderedJson tokens = OrderedJson::array();
   const bool pieces = body_value(body, "with_pieces", false);
-  for (const auto& [id, begin, end] : places) {
-    if (!pieces && !with_places) {
+  for (size_t i = 0; i < places.size(); i++) {
+    const auto [id, begin, end] = places[i];
+    if (!pieces && !with_places && origins.empty()) {
       tokens.push_back(id);
       continue;
     }
@@ -635,6 +634,7 @@ OrderedJson Server::State::tokenize(const OrderedJson& body) const {
     if (pieces) token["piece"] = piece_json(m.text.tokenizer.token_bytes(id));
     token["special"] = m.text.tokenizer.is_special(id);
     if (with_places) token["begin"] = begin, token["end"] = end;
+    if (!origins.empty()) add_origin(token, origins[i]);
     tokens.push_back(token);
   }
   OrderedJson json{{"tokens", std::move(tokens)}};
@@ -664,10 +664,30 @@ OrderedJson Server::State::detokenize(const OrderedJson& body) const {
   return {{"content", text}, {"prompt", text}};  // llama.cpp's name, and vLLM's
 }
 
+// llama.cpp's form. "origins" is our own: the prompt in stretches, each of one origin, where each
+// special token is a stretch of its own.
 OrderedJson Server::State::apply_template(const OrderedJson& body) const {
   const ServedModel& m = model_of(body);
+  const Tokenizer& tokenizer = m.text.tokenizer;
   const ApiCall call = read_chat(body, m, options.limits);
-  return {{"prompt", m.text.tokenizer.decode(prompt_of(m, call))}};
+  const std::vector<int> ids = prompt_of(call);
+  OrderedJson json{{"prompt", tokenizer.decode(ids)}};
+  if (!body_value(body, "origins", false)) return json;
+  const std::vector<PromptOrigin> origins = prompt_origins(call, m);
+  json["stretches"] = OrderedJson::array();
+  for (size_t begin = 0, end = 0; begin < ids.size(); begin = end) {
+    const bool special = tokenizer.is_special(ids[begin]);
+    const auto belongs = [&](size_t i) {
+      return !special && !tokenizer.is_special(ids[i]) && origins[i] == origins[begin];
+    };
+    for (end = begin + 1; end < ids.size() && belongs(end);) end++;
+    const auto part = std::span(ids).subspan(begin, end - begin);
+    OrderedJson stretch{{"text", piece_json(tokenizer.decode(part))}};
+    add_origin(stretch, origins[begin]);
+    stretch["special"] = special;
+    json["stretches"].push_back(std::move(stretch));
+  }
+  return json;
 }
 
 // Prometheus's text format, 0.0.4.
@@ -768,9 +788,7 @@ void add_flags(CLI::App& app, ServeOptions& o, std::string& key_file) {
                  "memory for weights, keys and values of all models, in MiB; 0: what is free");
   app.add_option("--max-tokens", o.limits.max_tokens,
                  "longest answer, in tokens; 0: as many as the context holds");
-  app.add_option("--template", o.chat_template,
-                 "chat template: chatml, llama3, plain, none (base models), or auto: chosen by "
-                 "the model's files");
+  add_template_flags(app, o.chat_template, "none (base models); ");
   app.add_flag("--calculator", o.calculator, "assistants may use a calculator, on this server");
   app.add_option("--documents", o.documents,
                  "file of documents in which assistants may search, on this server: records with "
@@ -817,6 +835,7 @@ void add_flags(CLI::App& app, ServeOptions& o, std::string& key_file) {
 
 void check(const ServeOptions& o) {
   check_model_options(o.model, {});
+  template_options(o.chat_template);
   const auto check_seconds = [](const char* flag, double value) {
     need(value > 0 && value <= 1e6, flag, value, "above 0, at most 1000000");
   };

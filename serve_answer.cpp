@@ -12,9 +12,11 @@
 //
 // - Reasoning is what stands between <think> and </think> at the beginning of a turn. White space
 //   at its ends and behind it is dropped. Where it never ends, all of the answer is reasoning.
-// - A call is what stands between the tokens <tool_call> and </tool_call>; the end of the turn ends
-//   it too. Newlines at the end of an answer with calls are dropped. What is no call is content,
-//   with its markers. Calls are looked for only where the request or the server has tools.
+//   A prompt may end with <think>: then the answer begins with reasoning.
+// - A call is what stands between <tool_call> and </tool_call>; the end of the turn ends it too.
+//   They are tokens, or text where the tokenizer has no such tokens. Newlines at the end of an
+//   answer with calls are dropped. What is no call is content, with its markers. Calls are looked
+//   for only where the request or the server has tools.
 // - Everything else is content, unchanged: white space at its ends too.
 // - A tool that ran on this server stands in `cake_tools`, with the number of the turn that called
 //   it, and the texts of all turns are joined.
@@ -172,6 +174,14 @@ struct Piece {
   int turn = 0;  // of a result: the number of the turn that called the tool
 };
 
+constexpr std::string_view kCallBegin = "<tool_call>", kCallEnd = "</tool_call>";
+
+// How many bytes at the end of the text may be the beginning of the marker.
+size_t beginning_at_end(std::string_view text, std::string_view marker) {
+  size_t n = std::min(marker.size() - 1, text.size());
+  while (!text.ends_with(marker.substr(0, n))) n--;
+  return n;
+}
 size_t leading_space(std::string_view text) {  // bytes
   const std::string_view rest = strip(text);
   return rest.empty() ? text.size() : size_t(rest.data() - text.data());
@@ -193,15 +203,11 @@ class AnswerReader {
       text_markers_ = true;
       think_ = end_think_ = -1;
     }
-    if (model.chat == Template::chatml && (call.has_tools || !call.server_tools.empty())) {
-      call_begin_ = tokenizer.special("<tool_call>");
-      call_end_ = tokenizer.special("</tool_call>");
-    }
-    // An answer that is continued may be amid its reasoning.
-    if (!call.continues || call.conversation.messages.empty()) return;
-    const std::string_view text = strip(call.conversation.messages.back().content);
-    const bool ended = text.find("</think>") != std::string_view::npos;
-    if (text.starts_with("<think>") && !ended) mode_ = Mode::reasoning;
+    reads_calls_ = call.has_tools || !call.server_tools.empty();
+    const int begin = tokenizer.special(kCallBegin), end = tokenizer.special(kCallEnd);
+    has_text_calls_ = reads_calls_ && (begin < 0 || end < 0);
+    if (reads_calls_ && !has_text_calls_) call_begin_ = begin, call_end_ = end;
+    if (call.in_reasoning) mode_ = Mode::reasoning;
   }
 
   // The next text of the turn, from one token or several.
@@ -229,12 +235,13 @@ class AnswerReader {
   bool ends_call(int id) const { return mode_ == Mode::call && id >= 0 && id == call_end_; }
   void end_turn_behind_call() {
     if (Run cut = std::exchange(partial_, {}); !cut.empty()) read_text(std::move(cut));
-    end_call(true);
+    end_call(false);  // the id that ended the turn is no text
     end_turn(true);
   }
   // `stopped`: by a token that ends a turn, so that tools of the server have run.
   void end_turn(bool stopped) {
     if (Run cut = std::exchange(partial_, {}); !cut.empty()) read_text(std::move(cut));
+    read_held_marker();
     if (mode_ == Mode::call) end_call(false);
     if (Run held = std::exchange(held_, {}); !held.empty()) {
       mode_ == Mode::start ? add_content(std::move(held)) : add_reasoning(std::move(held));
@@ -259,7 +266,7 @@ class AnswerReader {
         add_content(std::move(run));
       }
     }
-    mode_ = Mode::start;
+    mode_ = call_.turns_begin_in_reasoning ? Mode::reasoning : Mode::start;
     reasoning_began_ = false;
     turn_++;
   }
@@ -290,13 +297,12 @@ class AnswerReader {
   }
 
   void read_marker(int id, Run marker) {
+    read_held_marker();
     if (mode_ == Mode::call) {
       called_.append(std::move(marker));
       if (id == call_end_) end_call(true);
     } else if (id == call_begin_) {
-      if (mode_ == Mode::start) begin_content();
-      mode_behind_call_ = std::exchange(mode_, Mode::call);
-      called_ = std::move(marker);
+      begin_call(std::move(marker));
     } else if (id == think_ && mode_ == Mode::start) {
       begin_reasoning(std::move(marker));
     } else if (id == end_think_ && mode_ == Mode::reasoning) {
@@ -308,6 +314,33 @@ class AnswerReader {
   }
 
   void read_text(Run run) {
+    if (!has_text_calls_) return read_in_mode(std::move(run));
+    while (!run.empty()) {
+      if (mode_ == Mode::call) {
+        const size_t before = called_.text.size();
+        called_.append(std::move(run));
+        const size_t end = called_.text.find(kCallEnd, before - std::min(before, kCallEnd.size()));
+        if (end == std::string::npos) return;
+        run = std::exchange(called_, {});
+        called_ = run.take(end + kCallEnd.size());
+        end_call(true);
+      } else {
+        held_marker_.append(std::exchange(run, {}));
+        const std::string_view text = held_marker_.text;
+        size_t begin = text.find(kCallBegin);
+        const bool is_call = begin != std::string_view::npos;
+        if (!is_call) begin = text.size() - beginning_at_end(text, kCallBegin);
+        if (begin > 0) read_in_mode(held_marker_.take(begin));
+        if (!is_call) return;
+        run = std::exchange(held_marker_, {});
+        begin_call(run.take(kCallBegin.size()));
+      }
+    }
+  }
+  void read_held_marker() {  // it is none
+    if (Run held = std::exchange(held_marker_, {}); !held.empty()) read_in_mode(std::move(held));
+  }
+  void read_in_mode(Run run) {
     switch (mode_) {
       case Mode::start:
         return read_start(std::move(run));
@@ -358,12 +391,10 @@ class AnswerReader {
     if (const size_t end = text.find(kEnd); end != std::string_view::npos) {
       add_reasoning(held_.take(end));
       end_reasoning(held_.take(kEnd.size()));
-      if (Run rest = std::exchange(held_, {}); !rest.empty()) read_text(std::move(rest));
+      if (Run rest = std::exchange(held_, {}); !rest.empty()) read_in_mode(std::move(rest));
       return;
     }
-    size_t beginning = std::min(kEnd.size() - 1, text.size());
-    while (!text.ends_with(kEnd.substr(0, beginning))) beginning--;
-    add_reasoning(held_.take(text.size() - beginning));
+    add_reasoning(held_.take(text.size() - beginning_at_end(text, kEnd)));
   }
   // White space waits for the reasoning of a later turn, where there can be one.
   void end_reasoning(Run marker) {
@@ -385,7 +416,7 @@ class AnswerReader {
   void add_content(Run run) {
     if (!undecided_.empty()) {
       undecided_.emplace_back(std::move(run), std::nullopt);
-    } else if (call_begin_ < 0) {
+    } else if (!reads_calls_) {
       add(Piece::content, std::move(run));
     } else {
       const size_t n = run.text.find_last_not_of('\n') + 1;
@@ -401,10 +432,20 @@ class AnswerReader {
     waiting_[channel].append(std::move(run));
   }
 
-  // `closed`: </tool_call> is the last token.
+  void begin_call(Run marker) {
+    if (Run held = std::exchange(held_, {}); !held.empty()) {
+      mode_ == Mode::start ? add_content(std::move(held)) : add_reasoning(std::move(held));
+    }
+    if (mode_ == Mode::start) mode_ = Mode::content;
+    mode_behind_call_ = std::exchange(mode_, Mode::call);
+    called_ = std::move(marker);
+  }
+  // `closed`: </tool_call> is at its end.
   void end_call(bool closed) {
     std::string inside;
-    for (size_t i = 1; i + closed < called_.parts.size(); i++) inside += called_.parts[i].bytes;
+    for (const Part& p : called_.parts) inside += p.bytes;
+    inside.erase(inside.size() - (closed ? kCallEnd.size() : 0));
+    inside.erase(0, kCallBegin.size());
     mode_ = mode_behind_call_;
     ToolCall call = read_call(std::move(inside));
     if (!call_.server_tools.empty()) {  // the end of the turn tells who runs it
@@ -423,11 +464,13 @@ class AnswerReader {
   const ServedModel& model_;
   int think_ = -1, end_think_ = -1, call_begin_ = -1, call_end_ = -1;  // -1: not looked for
   bool text_markers_ = false;  // the tokenizer has no <think>: it is found in the text
+  bool reads_calls_ = false, has_text_calls_ = false;  // so it is with <tool_call>
   Mode mode_ = Mode::start, mode_behind_call_ = Mode::content;
   bool reasoning_began_ = false;  // in this turn
   bool has_calls_ = false;        // of the client or the server
   int turn_ = 0;
   Run partial_;             // the beginning of a marker's token
+  Run held_marker_;         // the beginning of <tool_call> in text
   Run held_;                // of start, and of a marker in text
   Run waiting_[kChannels];  // white space that is text only if text follows
   Run called_;              // the call so far, with its markers
@@ -598,7 +641,7 @@ struct AnswerWriter::State {
       call_.chat ? c.reader.read(std::move(run)) : release(c, kContent, std::move(run));
     }
     if (e.turn_ends) {
-      const std::vector<int>& stops = model_.rules.stop_ids;
+      const std::vector<int> stops = end_ids(call_, model_);
       const bool behind_call = !call_.parallel_calls && c.reader.ends_call(e.id);
       const bool stopped =
           behind_call || std::find(stops.begin(), stops.end(), e.id) != stops.end();

@@ -378,10 +378,25 @@ void set_sampling(Reading& r, const OrderedJson& value, const std::string&) {
 }
 void no_effect(Reading&, const OrderedJson&, const std::string&) {}
 
+// More variables for the chat template, as vLLM's field of this name: {"enable_thinking": false}.
+void read_template_variables(Reading& r, const OrderedJson& value, const std::string& path) {
+  if (!r.model.text.chat) return;  // check_template() refuses the call
+  const ChatTemplate& chat = *r.model.text.chat;
+  TemplateOptions options = chat.options();
+  options.variables.update(value);
+  try {
+    r.call.chat_template =
+        ChatTemplate(chat.tokenizer(), chat.text(), chat.name(), std::move(options));
+  } catch (const Error& e) {
+    bad_request(path, concat(path, ": ", e.what()));
+  }
+}
+
 constexpr Field kFields[] = {
     {"model", kBoth, Type::text, no_effect},     // read before: requested_model()
     {"messages", kChat, Type::list, no_effect},  // read before: read_messages()
     {"answer_ids", kChat, Type::list, read_answer_ids},
+    {"chat_template_kwargs", kChat, Type::object, read_template_variables},
     {"prompt", kCompletions, Type::any, read_prompt},
     {"stream", kBoth, Type::boolean, set<&ApiCall::stream>},
     {"stream_options", kBoth, Type::object, read_stream_options},
@@ -631,6 +646,9 @@ void add_tools(Reading& r) {
   for (const std::string& tool : r.tools) names.insert(name_of(tool));
   r.call.has_tools = !r.tools.empty();
   r.call.conversation.tools = std::move(r.tools);
+  if (r.model.tools.empty()) return;  // of a base model, too
+  const ChatTemplate& chat = template_of(r.call, r.model);
+  if (!chat.has_tools() || chat.find_end_of_turn() < 0) return;  // by chat_template_kwargs
   for (const std::string& tool : r.model.tools) {
     if (!names.insert(name_of(tool)).second) continue;
     r.call.conversation.tools.push_back(tool);
@@ -640,19 +658,68 @@ void add_tools(Reading& r) {
 
 void check_template(const Reading& r) {
   const Conversation& c = r.call.conversation;
-  if (r.model.chat == Template::document) {
+  if (!r.model.text.chat) {
     bad_request("model", concat("model: ", r.model.id,
                                 " is a base model, which answers no messages: /v1/completions "
                                 "continues a text, and ./serve --template makes a chat of it"));
   }
-  if (r.model.chat == Template::chatml) return;
-  const std::string without = "none: of the chat templates ChatML alone has tools";
+  const ChatTemplate& chat = template_of(r.call, r.model);
+  if (chat.has_tools()) {
+    // A text would end such a turn, behind which no tools run.
+    const bool ends_by_text = !r.call.server_tools.empty() && !r.call.parallel_calls &&
+                              r.model.text.tokenizer.special("</tool_call>") < 0;
+    if (!ends_by_text) return;
+    refuse(
+        "parallel_tool_calls", "false",
+        "true: with tools of the server, a tokenizer without </tool_call> cannot end such turns");
+  }
+  const std::string without =
+      concat("none: ", chat.name(), " has no calls between <tool_call> and </tool_call>");
   if (r.call.has_tools) refuse("tools", concat(c.tools.size(), " tools"), without);
   for (size_t i = 0; i < c.messages.size(); i++) {
     const std::string path = item_path("messages", i);
     if (c.messages[i].role == "tool") refuse(path + ".role", "tool", without);
     if (!c.messages[i].tool_calls.empty()) refuse(path + ".tool_calls", "a call", without);
   }
+}
+
+// Whether the prompt ends with reasoning that the template itself has begun: "<think>\n".
+bool ends_in_reasoning(const Rendered& prompt, const Tokenizer& tokenizer) {
+  size_t begin = prompt.ids.size();
+  while (begin > 0 && prompt.origins[begin - 1] == jinja::Origin{}) begin--;
+  const std::string text = tokenizer.decode(std::span(prompt.ids).subspan(begin));
+  const size_t open = text.rfind("<think>");
+  return open != std::string::npos && text.find("</think>", open) == std::string::npos;
+}
+// Whether the text of an answer that goes on is reasoning so far.
+bool is_reasoning(const Message& message) {
+  const std::string_view text = strip(message.content);
+  return text.starts_with("<think>") && text.find("</think>") == std::string_view::npos;
+}
+
+// The conversation by the template, which may refuse it.
+void render_conversation(ApiCall& call, const ServedModel& model) {
+  const ChatTemplate& chat = template_of(call, model);
+  Conversation c = call.conversation;
+  if (call.continues) {  // white space would be a token of its own in front of the next word
+    std::string& answer = c.messages.back().content;
+    answer = std::string(strip(answer));
+  }
+  Rendered header;  // what ends with the header of a turn
+  try {
+    call.rendered = call.continues ? chat.render_open(c) : chat.render(c, true);
+    if (!call.continues) header = call.rendered;
+    if (call.continues && !call.server_tools.empty() && c.messages.size() > 1) {
+      Conversation before = c;
+      before.messages.pop_back();
+      header = chat.render(before, true);
+    }
+  } catch (const Error& e) {
+    bad_request("messages", concat("messages: ", e.what()));
+  }
+  call.turns_begin_in_reasoning = ends_in_reasoning(header, model.text.tokenizer);
+  call.in_reasoning =
+      call.continues ? is_reasoning(c.messages.back()) : call.turns_begin_in_reasoning;
 }
 
 // What the server's tools put behind the last turn of answer_ids is added, where it is missing.
@@ -679,8 +746,10 @@ ApiCall read_api_call(const OrderedJson& body, Endpoints endpoint, bool next_tok
   read_fields(body, next_token ? endpoint | kNextToken : endpoint, r);
   if (chat) add_tools(r);
   check_fields(r);
-  if (chat) check_template(r);
-  if (chat) add_tool_ids(r.call, model);
+  if (!chat) return std::move(r.call);
+  check_template(r);
+  render_conversation(r.call, model);
+  add_tool_ids(r.call, model);
   return std::move(r.call);
 }
 
@@ -711,16 +780,38 @@ ApiCall read_next_token(const OrderedJson& body, const ServedModel& model,
   return call;
 }
 
+const ChatTemplate& template_of(const ApiCall& call, const ServedModel& model) {
+  return call.chat_template ? *call.chat_template : model.text.chat.value();
+}
+
+std::vector<int> end_ids(const ApiCall& call, const ServedModel& model) {
+  std::vector<int> ids = model.text.stop_ids;
+  if (call.chat) add_stop_id(ids, template_of(call, model).find_end_of_turn());
+  return ids;
+}
+
 namespace {
+
+bool has_tools(const ApiCall& call) { return call.has_tools || !call.server_tools.empty(); }
 
 // The ids that end a turn, or its first call.
 std::vector<int> turn_ends(const ApiCall& call, const ServedModel& model) {
-  std::vector<int> ids = call.chat ? model.rules.stop_ids : model.text.stop_ids;
-  const bool has_tools = call.has_tools || !call.server_tools.empty();
-  if (has_tools && !call.parallel_calls) {
+  std::vector<int> ids = end_ids(call, model);
+  if (has_tools(call) && !call.parallel_calls) {
     add_stop_id(ids, model.text.tokenizer.special("</tool_call>"));
   }
   return ids;
+}
+
+// The strings that end an answer beside those of the request.
+std::vector<std::string> turn_end_strings(const ApiCall& call, const ServedModel& model) {
+  std::vector<std::string> strings;
+  if (!call.chat) return strings;
+  const ChatTemplate& chat = template_of(call, model);
+  if (!chat.stop_string().empty()) strings.push_back(chat.stop_string());
+  const bool has_token = model.text.tokenizer.special("</tool_call>") >= 0;
+  if (has_tools(call) && !call.parallel_calls && !has_token) strings.push_back("</tool_call>");
+  return strings;
 }
 
 }  // namespace
@@ -748,12 +839,25 @@ std::vector<ToolResult> run_calls(const ServedModel& model, const Message& turn)
 std::vector<int> ids_behind_turn(const ApiCall& call, const ServedModel& model,
                                  std::span<const int> ids) {
   if (call.server_tools.empty()) return {};
-  const Message turn = read_turn(model.text.tokenizer, ids);
+  const ChatTemplate& chat = template_of(call, model);
+  Message turn = read_turn(chat, ids);
   if (!runs_on_server(call, turn)) return {};
-  std::vector<int> next = answer_calls(model.text.tokenizer, turn, model.search.get());
+  Conversation c = call.conversation;
+  if (call.continues) {
+    turn.content = c.messages.back().content + turn.content;
+    c.messages.pop_back();
+  }
+  const std::vector<ToolResult> results = run_calls(model, turn);
+  // A template may refuse a call that is none. What it writes behind the turn is the same.
+  for (ToolCall& written : turn.tool_calls) {
+    if (!Json::parse(written.arguments, nullptr, false).is_object()) written.arguments = "{}";
+  }
+  c.messages.push_back(std::move(turn));
+  for (const ToolResult& r : results) c.messages.push_back({.role = "tool", .content = r.result});
+  std::vector<int> next = chat.ids_behind_turn(c);
   // A turn that was ended behind its first call lacks the id that ends turns.
-  const int end = model.rules.end_of_turn;
-  if (!next.empty() && ids.back() != end) next.insert(next.begin(), end);
+  const int end = chat.end_of_turn();
+  if (ids.back() != end) next.insert(next.begin(), end);
   return next;
 }
 
@@ -801,7 +905,11 @@ std::string held_bytes(const ApiCall& call, const ServedModel& model) {
 namespace {
 
 OnTurn run_tools(const ApiCall& call, const ServedModel& model) {
-  const ApiCall tools{.has_tools = call.has_tools, .server_tools = call.server_tools};
+  const ApiCall tools{.conversation = call.conversation,
+                      .chat_template = call.chat_template,
+                      .continues = call.continues,
+                      .has_tools = call.has_tools,
+                      .server_tools = call.server_tools};
   return [tools, &model](int, std::span<const int> ids) -> std::vector<int> {
     return ids_behind_turn(tools, model, ids);
   };
@@ -812,38 +920,28 @@ OnTurn run_tools(const ApiCall& call, const ServedModel& model) {
 // ---------------------------------------------------------------------------------------------
 // Prompts and requests
 
-std::vector<int> prompt_of(const ServedModel& model, const Conversation& conversation,
-                           bool continues) {
-  const TextModel& text = model.text;
-  if (!continues) return render(text, model.chat, conversation, true, true);
-  if (model.chat == Template::plain) {  // its header and the answer are one text
-    Conversation before = conversation;
-    const std::string answer(strip(before.messages.back().content));
-    before.messages.pop_back();
-    std::vector<int> ids = render(text, model.chat, before, true, true);
-    if (!answer.empty()) text.tokenizer.encode(" " + answer, ids);
-    return ids;
-  }
-  std::vector<int> ids = render(text, model.chat, conversation, true, false);
-  const auto end = std::find(ids.rbegin(), ids.rend(), model.rules.end_of_turn);
-  ids.resize(size_t(ids.rend() - end) - 1);  // without the end of the last turn
-  return ids;
-}
-
-std::vector<int> prompt_of(const ServedModel& model, const ApiCall& call) {
-  std::vector<int> ids = prompt_of(model, call.conversation, call.continues);
+std::vector<int> prompt_of(const ApiCall& call) {
+  std::vector<int> ids = call.rendered.ids;
   ids.insert(ids.end(), call.answer_ids.begin(), call.answer_ids.end());
   return ids;
 }
 
-namespace {
-
-std::vector<int> document_ids(const ServedModel& model, const std::string& text) {
-  std::vector<int> ids;
-  if (model.text.document_start >= 0) ids.push_back(model.text.document_start);
-  model.text.tokenizer.encode(text, ids);
-  return ids;
+std::vector<PromptOrigin> prompt_origins(const ApiCall& call, const ServedModel& model) {
+  constexpr const char* kSources[] = {"template",  "role",      "content",
+                                      "reasoning", "tool_call", "tools"};
+  std::vector<PromptOrigin> origins;
+  for (const jinja::Origin& o : call.rendered.origins) {
+    origins.push_back({kSources[int(o.source)], o.message});
+  }
+  const int message = int(call.conversation.messages.size());
+  for (const BegunTurn& turn : begun_turns(call, model)) {
+    origins.insert(origins.end(), turn.end - turn.begin, {"answer", message});
+    origins.insert(origins.end(), turn.next - turn.end, {"result", message});
+  }
+  return origins;
 }
+
+namespace {
 
 // How many tokens may follow a prompt of `n` tokens.
 int answer_tokens(const ApiCall& call, const ServedModel& model, const ApiLimits& limits,
@@ -881,7 +979,7 @@ Request request_for(const ApiCall& call, const ServedModel& model, const ApiLimi
   request.score_prompt = call.echo && call.top_logprobs >= 0;
   request.want_distribution = call.next_token;
   request.stop_ids = turn_ends(call, model);
-  if (call.chat) request.stop_strings = model.rules.stop_strings;
+  request.stop_strings = turn_end_strings(call, model);
   request.stop_strings.insert(request.stop_strings.end(), call.stop.begin(), call.stop.end());
   return request;
 }
@@ -891,10 +989,10 @@ Request request_for(const ApiCall& call, const ServedModel& model, const ApiLimi
 std::vector<Request> make_requests(const ApiCall& call, const ServedModel& model,
                                    const ApiLimits& limits) {
   std::vector<std::vector<int>> prompts;
-  if (call.chat) prompts.push_back(prompt_of(model, call));
+  if (call.chat) prompts.push_back(prompt_of(call));
   for (const auto& prompt : call.prompts) {
     const std::string* text = std::get_if<std::string>(&prompt);
-    prompts.push_back(text ? document_ids(model, *text) : std::get<std::vector<int>>(prompt));
+    prompts.push_back(text ? document_ids(model.text, *text) : std::get<std::vector<int>>(prompt));
   }
   std::vector<Request> requests;
   for (std::vector<int>& prompt : prompts) {

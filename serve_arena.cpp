@@ -338,7 +338,7 @@ BattleArena::State::State(const ArenaOptions& o, std::span<const ServedModel> se
     : options(o), models(served), engine(e), limits(l), votes(o.votes) {
   if (!options.random) options.random = system_random;
   for (size_t i = 0; i < models.size(); i++) {
-    if (models[i].chat == Template::document) continue;
+    if (!models[i].text.chat) continue;
     players.push_back(i);
     for (std::string& name : names_in_answers(models[i].id)) names.push_back(std::move(name));
   }
@@ -374,7 +374,7 @@ bool BattleArena::State::fits(const OrderedJson& messages) const {
   const OrderedJson body{{"messages", messages}, {"tool_choice", "none"}};
   return std::all_of(players.begin(), players.end(), [&](size_t player) {
     const ServedModel& m = models[player];
-    return prompt_of(m, read_call(body, m).conversation, false).size() < size_t(m.context);
+    return prompt_of(read_call(body, m)).size() < size_t(m.context);
   });
 }
 

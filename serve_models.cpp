@@ -38,21 +38,27 @@ std::pair<std::string, std::string> split_model_argument(const std::string& argu
   return {name, path};
 }
 
-// The template that the server talks in. A base model may come with the template of the assistants
-// that are made of it: it does not end its turns.
-Template served_template(const TextModel& m, const std::string& name, std::string& note) {
-  if (name == "none") return Template::document;
-  if (name != "auto") return find_template(m, name);
-  if (chat_template(m.dir).empty()) return Template::document;
-  const Template found = find_template(m, name);
-  const int end_of_turn = template_rules(m, found).end_of_turn;
+// The template that the server talks in; none: of a base model. A base model may come with the
+// template of the assistants that are made of it: it does not end its turns.
+std::optional<ChatTemplate> served_template(const TextModel& m, const std::string& id,
+                                            const TemplateFlags& flags, std::string& note) {
+  const bool is_own = flags.choice == "auto";
+  if (flags.choice == "none" && !(flags.values.empty() && flags.date.empty())) {
+    fail("--template none: found ", flags.values.empty() ? "--date" : "--template-set",
+         ", expected it with a chat template");
+  }
+  if (flags.choice == "none" || (is_own && chat_template(m.dir).empty())) return std::nullopt;
+  const ChatTemplate found = find_template(m, flags);
+  // Errors that clients see name the model, not its path.
+  ChatTemplate chat(m.tokenizer, found.text(), "the chat template of " + id, found.options());
+  const int end_of_turn = chat.find_end_of_turn();
   const std::vector<int> ends = m.config.all_end_tokens();
-  const bool is_base = end_of_turn >= 0 && !ends.empty() &&
+  const bool is_base = is_own && end_of_turn >= 0 && !ends.empty() &&
                        std::find(ends.begin(), ends.end(), end_of_turn) == ends.end();
-  if (!is_base) return found;
+  if (!is_base) return chat;
   note = concat("; a base model, since it does not end its turns with ",
                 m.tokenizer.token_bytes(end_of_turn), ": --template makes it talk");
-  return Template::document;
+  return std::nullopt;
 }
 
 int64_t changed_at(const std::filesystem::path& model) {  // seconds since 1970, of its newest file
@@ -77,8 +83,7 @@ ModelOptions options_of(const ServeOptions& o, const std::string& path) {
 ServedModel open_served(const ServeOptions& o, const std::string& argument, std::string& note) {
   const auto [id, path] = split_model_argument(argument);
   ServedModel m{.id = id, .text = open_model(options_of(o, path))};
-  m.chat = served_template(m.text, o.chat_template, note);
-  m.rules = template_rules(m.text, m.chat);
+  use_template(m.text, served_template(m.text, id, o.chat_template, note));
   m.created = changed_at(m.text.dir);
   m.deterministic = find_device(parse_device(o.model.device)) == Device::cpu;
   m.sampling = default_sampling(m.text.dir, m.text.tokenizer.vocab_size());
@@ -92,7 +97,8 @@ void add_tools(std::vector<ServedModel>& models, const ServeOptions& o) {
   if (!o.documents.empty()) documents = Search::read_documents(o.documents);
   bool used = false;
   for (ServedModel& m : models) {
-    if (m.chat != Template::chatml) continue;
+    // Tools run behind the token that ends a turn.
+    if (!m.text.chat || !m.text.chat->has_tools() || m.text.chat->find_end_of_turn() < 0) continue;
     used = true;
     if (o.calculator) m.tools.push_back(kCalculatorTool);
     if (o.documents.empty()) continue;
@@ -102,7 +108,8 @@ void add_tools(std::vector<ServedModel>& models, const ServeOptions& o) {
     });
   }
   require(used || (!o.calculator && o.documents.empty()), "--calculator, --documents: found no ",
-          "model that talks in ChatML, the template with calls of tools");
+          "model whose chat template has calls between <tool_call> and </tool_call>, and a token ",
+          "that ends turns");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -196,7 +203,7 @@ std::string plan_line(const ServedModel& m, const ModelPlan& p, const std::strin
   return concat(m.id, ": ", p.items, ", keys and values up to ", bytes_text(double(p.cache_bytes)),
                 " (", p.generator.cache_positions, " tokens); context ", context,
                 context < T ? concat(" of the model's ", T) : "", ", ", p.generator.rows, " rows",
-                m.chat == Template::document && note.empty() ? "; no chat template" : note);
+                !m.text.chat && note.empty() ? "; no chat template" : note);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -223,8 +230,11 @@ std::string fingerprint(const ServedModel& m, const GptOptions& engine) {
     weights = load_adapter_config(dir).base;
   }
   std::string text = concat(program, " ", weights_hash(weights), " ", hash_files(files), " ",
-                            int(m.chat), " ", int(find_device(engine.device)), " ",
-                            int(engine.precision), " ", int(engine.decode.cache));
+                            int(find_device(engine.device)), " ", int(engine.precision), " ",
+                            int(engine.decode.cache));
+  if (const auto& chat = m.text.chat) {
+    text += concat(chat->text(), chat->options().variables.dump(), chat->options().date);
+  }
   for (size_t t = 0; t < m.text.gpt->table().tensors.size(); t++) {
     text += kWeightTypeNames[int(m.text.gpt->weight_type(int(t)))];
   }
@@ -295,7 +305,9 @@ LoadedModels load_models(const ServeOptions& o,
     const std::string path = split_model_argument(o.models[m]).second;
     use_one_checkpoint(path, [&](const std::filesystem::path&, const auto& expect_same) {
       ServedModel& model = loaded.models[m];
+      std::optional<ChatTemplate> chat = std::move(model.text.chat);
       model.text = open_model(options_of(o, path));  // a run may have exchanged its checkpoint
+      use_template(model.text, std::move(chat));
       model.context = plans[m].generator.context;
       load_engine(model.text, options_of(o, path), plans[m].engine);
       model.fingerprint = fingerprint(model, plans[m].engine);

@@ -19,7 +19,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "cake/chat_template.h"
+#include "cake/messages.h"
 #include "cake/preferences.h"
 #include "cake/run.h"
 

@@ -35,8 +35,6 @@ namespace cake {
 struct ServedModel {
   std::string id;  // in `model`: NAME of NAME=PATH, otherwise the path as it was given
   TextModel text;
-  Template chat = Template::document;  // document: a base model, which answers no conversation
-  TemplateRules rules;
   int context = 0;                 // tokens of the longest sequence, prompt included
   int64_t created = 0;             // seconds since 1970, of its files
   std::string fingerprint;         // "fp_" and a hash of what decides the text beside the request
@@ -54,7 +52,11 @@ struct ApiCall {
   std::string model;  // "": not given
   // chat
   Conversation conversation;
-  bool continues = false;  // the last message is the assistant's: the answer goes on with it
+  std::optional<ChatTemplate> chat_template;  // with the variables of chat_template_kwargs
+  bool continues = false;     // the last message is the assistant's: the answer goes on with it
+  Rendered rendered;          // what the model reads before answer_ids
+  bool in_reasoning = false;  // it ends inside of reasoning, with which the answer goes on
+  bool turns_begin_in_reasoning = false;  // so does the header of the turn behind a tool's result
   // The answer begins with these, with what the server's tools put behind its turns too. They are
   // returned as the beginning of the answer.
   std::vector<int> answer_ids;
@@ -113,10 +115,21 @@ ApiCall read_chat(const OrderedJson& body, const ServedModel&, const ApiLimits&)
 ApiCall read_completion(const OrderedJson& body, const ServedModel&, const ApiLimits&);
 // Of one prompt, or of messages.
 ApiCall read_next_token(const OrderedJson& body, const ServedModel&, const ApiLimits&);
-// The ids that the model reads: the template's, up to the header of the answer. `continues`: up to
-// the end of the last message's text, without white space at its end, as the template has it.
-std::vector<int> prompt_of(const ServedModel&, const Conversation&, bool continues);
-std::vector<int> prompt_of(const ServedModel&, const ApiCall&);  // with its answer_ids
+// The ids that the model reads in a chat: the template's and answer_ids.
+std::vector<int> prompt_of(const ApiCall&);
+// The template of a chat's call.
+const ChatTemplate& template_of(const ApiCall&, const ServedModel&);
+// The ids that end a turn of the answer.
+std::vector<int> end_ids(const ApiCall&, const ServedModel&);
+
+// Where an id of a prompt is from: the template, a part of a message, or the answer so far.
+struct PromptOrigin {
+  const char* source;  // "template", "role", "content", "reasoning", "tool_call", "tools"; of
+                       // answer_ids "answer", or "result" for what the server's tools put there
+  int message = -1;    // the number of the message; -1: of none
+  bool operator==(const PromptOrigin&) const = default;
+};
+std::vector<PromptOrigin> prompt_origins(const ApiCall&, const ServedModel&);  // of prompt_of()
 
 struct ToolResult {  // of a tool that ran on the server
   ToolCall call;
@@ -346,7 +359,8 @@ struct ServeOptions {
   int memory_mb = 0;  // weights and caches of all models; 0: what is free
   ArenaOptions arena;
   std::string web;  // directory whose files are the page; "": those in the binary
-  std::string documents, chat_template = "auto";  // template: `none` too
+  std::string documents;
+  TemplateFlags chat_template;  // its choice may be "none" too
   bool calculator = false, any_model = false;
   bool verbose = false;            // a line for each request, without its texts
   double grace_seconds = 5;        // after stop(), for the calls in work

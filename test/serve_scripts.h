@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "test/chatml.h"
 #include "test/serve_support.h"
 #include "test/stream_grammar.h"
 
@@ -89,7 +90,7 @@ struct ServeModels {
   OrderedJson messages(const std::string& name) const {
     const auto size = [&](int n) {
       const Conversation c{.messages = {{.role = "user", .content = std::string(size_t(n), '~')}}};
-      return int(render_chat(tokenizer(), c, true).ids.size());
+      return int(chatml(tokenizer(), c, true).ids.size());
     };
     const int n = prompts.at(name) - size(1) + 1;
     REQUIRE(size(n) == prompts.at(name));

@@ -65,7 +65,7 @@ class FifoWriter {
 inline ServeOptions serve_options(const std::string& model) {
   ServeOptions options;
   options.models = {model};
-  options.chat_template = "chatml";
+  options.chat_template.choice = "chatml";
   options.model.device = "cpu";
   options.model.threads = 1;
   options.http.port = 0;

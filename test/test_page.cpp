@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cake/votes.h"
+#include "test/chatml.h"
 #include "test/http_proxy.h"
 #include "test/serve_scripts.h"
 #include "test/webdriver.h"
@@ -122,7 +123,7 @@ class Script {
     for (size_t i = 0; i < messages.size(); i++) {
       c.messages.push_back({.role = i % 2 ? "assistant" : "user", .content = messages[i]});
     }
-    return write(int(render_chat(tokenizer(), c, true).ids.size()), text + "<|im_end|>");
+    return write(int(chatml(tokenizer(), c, true).ids.size()), text + "<|im_end|>");
   }
   Script& write(int n, const std::string& text) { return write(n, tokenizer().encode(text, true)); }
   Script& write(int n, const std::vector<int>& ids) {
@@ -354,7 +355,7 @@ TEST_CASE("page: a key is asked for until it is right, and the tab alone keeps i
 TEST_CASE("page: a model without a template writes, and the page says why it does not chat") {
   if (skip_without_browser()) return;
   ServeOptions options = page_options(models().script);
-  options.chat_template = "none";
+  options.chat_template.choice = "none";
   RunningServer server(options);
   Page page(server.port(), "");
   browser().open(page.origin() + "/");
@@ -767,6 +768,41 @@ TEST_CASE("tokens: what is shown is what the server's tokenizer makes of the tex
 
 // -------------------------------------------------------------------------------------------------
 // What models and people write is text, whatever it looks like
+
+TEST_CASE("chat: as the model sees it, each token says what it is from") {
+  if (skip_without_browser()) return;
+  Script script;
+  script.answer({"Hello."}, "It is 42.");
+  RunningServer server(page_options(script.save()));
+  Page page(server.port(), "chat");
+  say_to_model("Hello.");
+  wait_for_text(bubble(2), "It is 42.");
+  wait_until_idle();
+  browser().click("#chat [role=log] ~ details > summary");
+  browser().wait("document.querySelector('#chat .token-view [data-source=answer]')");
+  const auto joined = [](const std::string& source) {
+    std::string all;
+    for (const std::string& text :
+         browser().texts("#chat .token-view [data-source=" + source + "]"))
+      all += text;
+    return all;
+  };
+  CHECK(joined("role") == "user");
+  CHECK(joined("content") == "Hello.");
+  CHECK(contains(joined("answer"), "42."));
+  CHECK(contains(joined("template"), "<|im_start|>"));
+  // The key has the sources that occur. Each stretch has its name, which colours alone do not tell.
+  CHECK(browser().texts("#chat .legend li") ==
+        std::vector<std::string>{"the chat template", "role", "text", "answer, as it was sampled"});
+  CHECK(browser().value(
+            "document.querySelector('#chat .token-view [data-source=content]').dataset.origin") ==
+        "message 1: text");
+  CHECK(browser().count("#chat .token-view [data-origin]") == 2);
+  browser().run("document.querySelector('#chat .token-view [data-source=content]').focus();");
+  CHECK(contains(browser().value("document.activeElement.ariaLabel"), "from message 1: text"));
+  CHECK(contains(browser().text("#token-popover"), "message 1: text"));
+  check_nothing_ran(page);
+}
 
 TEST_CASE("page: thirty attacks as prompts and as answers are shown as they are, and do nothing") {
   if (skip_without_browser()) return;

@@ -12,8 +12,8 @@
 #include <string>
 #include <thread>
 
-#include "cake/chat_template.h"
 #include "cake/serve.h"
+#include "test/chatml.h"
 #include "test/http_client.h"
 #include "test/scripted_model.h"
 #include "test/serve_support.h"
@@ -33,7 +33,7 @@ struct Answering {
 
   explicit Answering(const std::string& text = "The answer is 7.", int T = 512) : m(T) {
     const Conversation hi{{{.role = "user", .content = "hi"}}, {}};
-    prompt_tokens = int(render_chat(m.tokenizer(), hi, true).ids.size());
+    prompt_tokens = int(chatml(m.tokenizer(), hi, true).ids.size());
     answer_tokens = m.write(prompt_tokens, text + "<|im_end|>") - prompt_tokens;
     const int words = 1 + int(m.tokenizer().encode("The answer").size());
     REQUIRE(words + 10 < prompt_tokens);
@@ -121,7 +121,7 @@ TEST_CASE("serve: a stream that is silent for long sends empty deltas") {
   // A call that never ends: thousands of tokens, of which none can be sent before the last one.
   ScriptedModel m(4096);
   const Conversation hi{{{.role = "user", .content = "hi"}}, {kCalculatorTool}};
-  m.write(int(render_chat(m.tokenizer(), hi, true).ids.size()), "<tool_call>");
+  m.write(int(chatml(m.tokenizer(), hi, true).ids.size()), "<tool_call>");
   ServeOptions options = serve_options(m.save());
   options.cache_mb = 256;
   options.calculator = true;
@@ -151,7 +151,7 @@ TEST_CASE("serve: without parallel calls a turn ends behind its first call") {
   const std::string second = "\n" + first + "<|im_end|>";
   ScriptedModel m;
   const Conversation hi{{{.role = "user", .content = "hi"}}, {kCalculatorTool}};
-  const int start = int(render_chat(m.tokenizer(), hi, true).ids.size());
+  const int start = int(chatml(m.tokenizer(), hi, true).ids.size());
   m.write(start, first + second);
   OrderedJson body = kHi;
   body["temperature"] = 0;
@@ -173,8 +173,9 @@ TEST_CASE("serve: without parallel calls a turn ends behind its first call") {
   const std::vector<int> call = m.tokenizer().encode(first, true);
   std::vector<int> behind = call;
   behind.push_back(m.tokenizer().special("<|im_end|>"));
-  const std::vector<int> answers =
-      answer_calls(m.tokenizer(), read_turn(m.tokenizer(), behind), nullptr);
+  const ChatTemplate& chat = chatml_template(m.tokenizer());
+  Conversation asked{.messages = {{"user", "x", {}}, read_turn(chat, behind)}};
+  const std::vector<int> answers = answer_calls(chat, asked, nullptr);
   m.write(start + int(call.size() + 1 + answers.size()), "42.<|im_end|>");
   ServeOptions options = serve_options(m.save("server"));
   options.calculator = true;
@@ -219,8 +220,8 @@ TEST_CASE("serve: models, health, props and metrics, with and without /v1") {
     const OrderedJson props = server.get(prefix + "/props", key).json();
     CHECK(props.at("model") == "chat/seven");
     CHECK(props.at("is_chat") == true);
-    CHECK(props.at("template") == "chatml");
     CHECK(props.at("chat_template") == kChatTemplate);
+    CHECK_FALSE(props.contains("template"));
     CHECK(props.at("default_generation_settings").at("n_ctx") == a.m.T());
     CHECK(props["default_generation_settings"].at("params").at("temperature") == 1);
     CHECK(props.at("total_slots") == 16);
@@ -240,11 +241,11 @@ TEST_CASE("serve: models, health, props and metrics, with and without /v1") {
 TEST_CASE("serve: a model without a chat template completes texts and refuses conversations") {
   const Answering a;
   ServeOptions options = serve_options(a.dir);
-  options.chat_template = "none";
+  options.chat_template.choice = "none";
   RunningServer server(options);
   const OrderedJson props = server.get("/props").json();
   CHECK(props.at("is_chat") == false);
-  CHECK(props.at("template").is_null());
+  CHECK(props.at("chat_template") == "");
   CHECK(server.post("/v1/completions", kWords).json().at("choices")[0].at("text") == " is 7.");
   for (const std::string path : {"/v1/chat/completions", "/apply-template", "/tokenize"}) {
     CAPTURE(path);
@@ -362,6 +363,25 @@ TEST_CASE("serve: tokenize, detokenize and apply-template") {
     const Reply rendered = server.post(prefix + "/apply-template", {{"messages", kHi["messages"]}});
     CHECK(rendered.json() ==
           OrderedJson{{"prompt", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"}});
+    OrderedJson body{{"messages", kHi["messages"]}, {"origins", true}};
+    const OrderedJson with_origins = server.post(prefix + "/apply-template", body).json();
+    CHECK(with_origins.at("prompt") == rendered.json().at("prompt"));
+    std::string parts;
+    for (const OrderedJson& stretch : with_origins.at("stretches")) {
+      parts += stretch.at("text").get<std::string>() + "|";
+      const std::string source = stretch.at("source");
+      CHECK(stretch.at("message") == (source == "template" ? OrderedJson() : OrderedJson(0)));
+      CHECK(stretch.at("special") == contains(stretch["text"].get<std::string>(), "<|"));
+      parts += (source == "template" ? "" : source + "|");
+    }
+    CHECK(parts == "<|im_start|>|user|role|\n|hi|content|<|im_end|>|\n|<|im_start|>|assistant\n|");
+    body["with_pieces"] = true;
+    std::string content;
+    const OrderedJson reply = tokens(body);
+    for (const OrderedJson& token : reply.at("tokens")) {
+      if (token.at("source") == "content") content += token.at("piece").get<std::string>();
+    }
+    CHECK(content == "hi");
   }
   const OrderedJson info = server.get("/tokenizer_info").json();
   CHECK(info.at("eos_token") == "<|endoftext|>");

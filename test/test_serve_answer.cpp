@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cake/serve.h"
+#include "test/chatml.h"
 #include "test/stream_grammar.h"
 #include "test/support.h"
 
@@ -36,10 +37,9 @@ const ServedModel& answer_model(bool markers = true) {
     }
     ServedModel m{.id = "cake/\"test\"",
                   .text = {.dir = path, .config = {}, .tokenizer = Tokenizer::load(path)}};
-    m.chat = Template::chatml;
     m.text.document_start = m.text.tokenizer.end_of_text();
     m.text.stop_ids = {m.text.document_start};
-    m.rules.stop_ids = {m.text.tokenizer.special("<|im_end|>"), m.text.document_start};
+    use_template(m.text, chatml_template(m.text.tokenizer));
     m.fingerprint = "fp_0123";
     m.tools = {kCalculatorTool};
     return m;
@@ -48,6 +48,7 @@ const ServedModel& answer_model(bool markers = true) {
   return markers ? with : without;
 }
 
+int end_of_turn(const ServedModel& m) { return m.text.chat->end_of_turn(); }
 AnswerIds ids_of(const std::string& text, const ServedModel& m = answer_model()) {
   return m.text.tokenizer.encode(text, true);
 }
@@ -116,7 +117,7 @@ std::vector<Event> events_of(const AnswerScript& script, int choice, int top,
     AnswerIds turn = script.turns[t];
     const bool last_turn = t + 1 == script.turns.size();
     const bool stopped = !last_turn || finish == Finish::stop_token;
-    if (stopped) turn.push_back(m.rules.stop_ids[0]);
+    if (stopped) turn.push_back(end_of_turn(m));
     for (size_t i = 0; i < turn.size(); i++) {
       const bool last = i + 1 == turn.size();
       bool ended = last;
@@ -315,10 +316,11 @@ TEST_CASE(
 }
 
 TEST_CASE("random tokens: streams equal whole answers, and bytes of logprobs rebuild every text") {
-  const ServedModel& m = answer_model();
-  const int vocab = m.text.tokenizer.vocab_size();
-  const AnswerIds pieces = ids_of("<think></think><tool_call></tool_call>\n\n \n{}<|im_start|>");
-  for (int round = 0; round < 150; round++) {
+  for (int round = 0; round < 200; round++) {
+    const ServedModel& m = answer_model(round % 2 == 0);
+    const int vocab = m.text.tokenizer.vocab_size();
+    const AnswerIds pieces =
+        ids_of("<think></think><tool_call></tool_call>\n\n \n{}<|im_start|>", m);
     Rng rng{uint64_t(round)};
     ApiCall call = chat_call(1 + int(rng.below(3)));
     call.chat = rng.below(4) != 0;
@@ -335,11 +337,11 @@ TEST_CASE("random tokens: streams equal whole answers, and bytes of logprobs reb
       if (rng.below(2)) script.stops = {"\n\n", "x", "{}", std::string("<\xc3\xa9")};
       for (uint64_t t = 1 + rng.below(2); t-- > 0;) {
         AnswerIds turn;
-        if (rng.below(3) == 0) turn = ids_of("\n<think>\n");
+        if (rng.below(3) == 0) turn = ids_of("\n<think>\n", m);
         for (uint64_t k = rng.below(30); k-- > 0;) {
           const uint64_t what = rng.below(8);
           if (what < 3) turn.push_back(pieces[size_t(rng.below(pieces.size()))]);
-          if (what == 3) turn = turn + ids_of(rng.below(2) ? kCall : kSum);
+          if (what == 3) turn = turn + ids_of(rng.below(2) ? kCall : kSum, m);
           if (what <= 3) continue;
           // Bytes that are dropped must not leave a character's beginning before another's end,
           // which those who join the entries' bytes would take for a character.
@@ -348,16 +350,16 @@ TEST_CASE("random tokens: streams equal whole answers, and bytes of logprobs reb
           if (!bytes.empty() && (bytes[0] & 0xc0) == 0x80) turn = turn + byte_ids("\xe2");
           turn.push_back(id);
         }
-        std::erase_if(
-            turn, [&](int id) { return id == m.rules.stop_ids[0] || id == m.rules.stop_ids[1]; });
+        std::erase_if(turn,
+                      [&](int id) { return id == end_of_turn(m) || id == m.text.document_start; });
         if (turn.empty()) turn = ids_of("a");
         script.turns.push_back(turn);
       }
-      choices.push_back(events_of(script, i, call.top_logprobs));
+      choices.push_back(events_of(script, i, call.top_logprobs, m));
     }
     CAPTURE(round);
     const auto events = mixed(std::move(choices), rng);
-    answer_of(call, events);
+    answer_of(call, events, m);
   }
 }
 
@@ -416,6 +418,57 @@ TEST_CASE(
   CHECK(c.text == "<think>a</think>b");
 }
 
+TEST_CASE("an answer to a prompt that ends with <think> begins with reasoning") {
+  for (const bool markers : {true, false}) {
+    const ServedModel& m = answer_model(markers);
+    ApiCall call = chat_call();
+    call.in_reasoning = call.turns_begin_in_reasoning = true;
+    const auto split = [&](const std::string& text) {
+      const ApiChoice c = choice_of(call, {.turns = {ids_of(text, m)}}, m);
+      return c.reasoning + "|" + c.text;
+    };
+    CAPTURE(markers);
+    CHECK(split("\nIt is\n</think>\n\nThe") == "It is|The");
+    CHECK(split("It is") == "It is|");
+    CHECK(split("</think>The") == "|The");
+    // So does each turn behind a tool's result.
+    call.server_tools = {"calculator"};
+    const ApiChoice c = choice_of(
+        call, {.turns = {ids_of(concat("a</think>b\n", kSum), m), ids_of("c</think>\nd", m)}}, m);
+    CHECK(c.results.size() == 1);
+    CHECK(c.reasoning == "ac");
+    CHECK(c.text == "b\nd");
+  }
+}
+
+TEST_CASE("a call amid reasoning leaves the text around it in its order") {
+  ApiCall call = chat_call();
+  call.has_tools = true;
+  for (const bool markers : {true, false}) {
+    const ServedModel& m = answer_model(markers);
+    const std::string text = concat("<think>a </thi", kSum, "b</think>c");
+    const ApiChoice c = choice_of(call, {.turns = {ids_of(text, m)}}, m);
+    CAPTURE(markers);
+    CHECK(c.calls.size() == 1);
+    CHECK(c.reasoning == "a </thib");
+    CHECK(c.text == "c");
+  }
+}
+
+TEST_CASE("a call that a stop string ends is whole") {  // as without parallel calls
+  ApiCall call = chat_call();
+  call.has_tools = true;
+  const ServedModel& m = answer_model(false);
+  const ApiChoice c = choice_of(call,
+                                {.turns = {ids_of(concat("a", kSum, kSum), m)},
+                                 .finish = Finish::length,
+                                 .stops = {"</tool_call>"}},
+                                m);
+  CHECK(c.text == "a");
+  CHECK(c.calls.size() == 1);
+  CHECK(c.finish == "tool_calls");
+}
+
 TEST_CASE("a stop string that holds back the end of a marker changes nothing") {
   ApiCall call = chat_call();
   call.has_tools = true;
@@ -450,9 +503,7 @@ TEST_CASE("reasoning is what split_answer finds, for random answers that end it"
 
 TEST_CASE("an answer that goes on amid the reasoning of its beginning ends it") {
   ApiCall call = chat_call();
-  call.continues = true;
-  call.conversation.messages = {{.role = "user", .content = "a"},
-                                {.role = "assistant", .content = "<think>\nso"}};
+  call.in_reasoning = true;  // as read_chat finds it
   const ApiChoice c = choice_of(call, {.turns = {ids_of(" it is\n</think>\n\nThe answer")}});
   CHECK(c.reasoning == "it is");
   CHECK(c.text == "The answer");
@@ -469,8 +520,8 @@ TEST_CASE("calls become tool_calls, their arguments a string, and finish_reason 
   CHECK(c.text == "It is");
   CHECK(c.finish == "tool_calls");
   REQUIRE(c.calls.size() == 2);
-  CHECK(c.calls[0] == OrderedJson{{"name", "f"}, {"arguments", "{\"x\":[1,\"\xc3\xa9\"]}"}});
-  CHECK(c.calls[1]["arguments"] == "{\"expression\":\"6*7\"}");
+  CHECK(c.calls[0] == OrderedJson{{"name", "f"}, {"arguments", "{\"x\": [1, \"\xc3\xa9\"]}"}});
+  CHECK(c.calls[1]["arguments"] == "{\"expression\": \"6*7\"}");
   // without text, content is null
   const auto events = events_of({.turns = {ids_of(kCall)}}, 0, -1);
   const std::string text = whole_text(call, events);
@@ -513,25 +564,25 @@ TEST_CASE("what is no call stays content, with its markers") {
   const AnswerIds bytes = ids_of("<tool_call>") + byte_ids("{\"name\":\"\xff\",\"arguments\":{}}");
   CHECK(choice_of(call, {.turns = {bytes}}).text ==
         "<tool_call>{\"name\":\"\xef\xbf\xbd\",\"arguments\":{}}");
-  // nobody offered tools, or the tokenizer has no marker
+  // nobody offered tools
   CHECK(choice_of(chat_call(), {.turns = {ids_of(kCall)}}).text == kCall);
-  const ServedModel& without = answer_model(false);
-  CHECK(choice_of(call, {.turns = {ids_of(kCall, without)}}, without).text == kCall);
 }
 
 TEST_CASE("content and calls are what read_turn finds, for random turns") {
   ApiCall call = chat_call();
   call.has_tools = true;
-  const Tokenizer& tokenizer = answer_model().text.tokenizer;
-  for (uint64_t round = 0; round < 200; round++) {
+  for (uint64_t round = 0; round < 400; round++) {
+    const bool markers = round % 2 == 0;  // they are tokens, or text
+    const ServedModel& m = answer_model(markers);
     Rng rng{round};
     std::string text;
-    const std::string pieces[] = {"\n", "a", "The answer", kCall, kSum, " ", "\n\n"};
+    const std::string pieces[] = {"\n", "a", "The answer", kCall, kSum, " ", "\n\n", "<tool"};
     for (uint64_t n = 1 + rng.below(8); n-- > 0;) text += pieces[rng.below(std::size(pieces))];
-    const AnswerIds ids = ids_of(text);
-    const Message expected = read_turn(tokenizer, ids);
-    const ApiChoice c = choice_of(call, {.turns = {ids}});
+    const Message expected = read_turn(*answer_model().text.chat, ids_of(text));
+    const AnswerIds ids = !markers && rng.below(2) ? byte_ids(text) : ids_of(text, m);
+    const ApiChoice c = choice_of(call, {.turns = {ids}}, m);
     CAPTURE(text);
+    CAPTURE(markers);
     CHECK((c.text == (expected.tool_calls.empty() ? text : expected.content)));
     REQUIRE(c.calls.size() == expected.tool_calls.size());
     for (size_t i = 0; i < c.calls.size(); i++) {
@@ -555,7 +606,7 @@ TEST_CASE("tools that run on the server: all turns are one text, results are in 
     CHECK(c.calls.empty());
     REQUIRE(c.results.size() == 1);
     CHECK(c.results[0] == OrderedJson{{"name", "calculator"},
-                                      {"arguments", "{\"expression\":\"6*7\"}"},
+                                      {"arguments", "{\"expression\": \"6*7\"}"},
                                       {"result", "42"},
                                       {"turn", 0}});
   }
@@ -599,7 +650,7 @@ AnswerIds ids_behind(const ApiCall& call, const AnswerIds& ids) {
 TEST_CASE("the ids of an answer are those of its tokens and of the server's tools") {
   ApiCall call = chat_call();
   call.return_ids = true;
-  const AnswerIds end = {answer_model().rules.stop_ids[0]};
+  const AnswerIds end = {end_of_turn(answer_model())};
   CHECK(choice_of(call, {.turns = {ids_of("The answer")}}).ids ==
         OrderedJson(ids_of("The answer") + end));
   CHECK(choice_of(call, {.turns = {ids_of("The answer")}, .finish = Finish::length}).ids ==
@@ -618,7 +669,7 @@ TEST_CASE("an answer that begins with ids is the same as one that was written in
   ApiCall call = chat_call();
   call.return_ids = true;
   call.server_tools = {"calculator"};
-  const AnswerIds end = {answer_model().rules.stop_ids[0]};
+  const AnswerIds end = {end_of_turn(answer_model())};
   const AnswerIds first = ids_of(concat("<think>\na\n b\n</think>\n\nIt is\n", kSum));
   const AnswerIds second =
       ids_of("<think>\nc\n</think>\n\nabc ") + byte_ids("\xf0\x9f\x99\x82") + ids_of("the answer.");
@@ -943,8 +994,7 @@ TEST_CASE("silence is filled with an empty delta of a choice that is not finishe
 TEST_CASE("names and texts that are no UTF-8 are sent as UTF-8, in one line") {
   const ServedModel& other = answer_model();
   ServedModel m{.id = "", .text = {.dir = "", .config = {}, .tokenizer = other.text.tokenizer}};
-  m.chat = other.chat;
-  m.rules = other.rules;
+  use_template(m.text, other.text.chat);
   m.id = "a\xff\n\"b";
   m.fingerprint = "\x80";
   ApiCall call = chat_call();

@@ -11,6 +11,7 @@
 
 #include "cake/conversations.h"
 #include "cake/serve.h"
+#include "test/chatml.h"
 #include "test/support.h"
 
 using namespace cake;
@@ -45,15 +46,27 @@ const Tokenizer& api_tokenizer() {
   return tokenizer;
 }
 
-ServedModel api_model(Template chat = Template::chatml, int context = 512) {
+// A template in the shape of Llama 3's.
+constexpr const char* kHeaders = R"({{- '<|begin_of_text|>' }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}
+    {{- message.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}
+)";
+
+enum class Style { chatml, headers, plain, none };
+
+ServedModel api_model(Style style = Style::chatml, int context = 512) {
   const Tokenizer& tokenizer = api_tokenizer();
   ServedModel m{.id = "test-model", .text = {.dir = "test-model", .tokenizer = tokenizer}};
   m.text.config.V = tokenizer.vocab_size();
   m.text.config.T = context;
   m.text.document_start = tokenizer.document_separator();
   m.text.stop_ids = {m.text.document_start};
-  m.chat = chat;
-  m.rules = template_rules(m.text, chat);
+  if (style == Style::chatml) use_template(m.text, chatml_template(tokenizer));
+  if (style == Style::headers) use_template(m.text, ChatTemplate(tokenizer, kHeaders, "headers"));
+  if (style == Style::plain) use_template(m.text, open_chat_template(tokenizer, "", "plain"));
   m.context = context;
   m.sampling.temperature = .7f;
   return m;
@@ -382,7 +395,7 @@ TEST_CASE("what is not asked for is the model's default") {
   const Request& request = out.requests[0];
   CHECK(request.sampling.temperature == model.sampling.temperature);
   CHECK(request.sampling.vocab == model.text.tokenizer.vocab_size());
-  CHECK(request.stop_ids == model.rules.stop_ids);
+  CHECK(request.stop_ids == model.text.turn_stop_ids);
   CHECK(request.top_logprobs == -1);
   CHECK(request.max_new == model.context - int(request.prompt.size()));
   CHECK_FALSE(request.on_turn);
@@ -709,7 +722,7 @@ TEST_CASE("messages of any other shape are refused, with their path") {
 TEST_CASE("a thousand messages are read, and no more") {
   std::string messages = "[";
   for (int i = 0; i < 1000; i++) messages += R"({"role": "user", "content": ""}, )";
-  const ServedModel model = api_model(Template::chatml, 100000);
+  const ServedModel model = api_model(Style::chatml, 100000);
   const std::string last = R"({"role": "user", "content": ""}])";
   CHECK(ask_messages(messages.substr(0, messages.size() - 2) + "]", model).status == 200);
   CHECK(ask_messages(messages + last, model).message ==
@@ -732,10 +745,10 @@ TEST_CASE("text that looks like a special token stays text") {
 TEST_CASE("an answer that has begun goes on behind the ids that the template gives it") {
   const std::string before = R"([{"role": "system", "content": "Be short."},
                                  {"role": "user", "content": "what is 1?"}, )";
-  for (const Template chat : {Template::chatml, Template::llama3, Template::plain}) {
-    const ServedModel model = api_model(chat);
+  for (const Style style : {Style::chatml, Style::headers, Style::plain}) {
+    const ServedModel model = api_model(style);
     for (const std::string text : {"The answer", "The answer is 1.", "x", "(a", "1", "\\nline"}) {
-      CAPTURE(int(chat));
+      CAPTURE(int(style));
       CAPTURE(text);
       const Outcome out = ask_messages(
           concat(before, R"({"role": "assistant", "content": ")", text, " \\n\"}]"), model);
@@ -746,11 +759,11 @@ TEST_CASE("an answer that has begun goes on behind the ids that the template giv
       Conversation whole = out.call.conversation;
       std::string& content = whole.messages.back().content;
       content = std::string(strip(content));
-      const std::vector<int> finished = render(model.text, chat, whole, true, false);
+      const std::vector<int> finished = model.text.chat->render(whole).ids;
       CHECK(text_of(ids).ends_with(content));
       CHECK(text_of(finished).starts_with(text_of(ids)));
       // The plain template ends an answer with text, which joins a last full stop.
-      const size_t same = ids.size() - (chat == Template::plain && text.ends_with('.'));
+      const size_t same = ids.size() - (style == Style::plain && text.ends_with('.'));
       REQUIRE(finished.size() >= same);
       CHECK(std::equal(ids.begin(), ids.begin() + long(same), finished.begin()));
     }
@@ -779,25 +792,139 @@ TEST_CASE("the templates' texts") {
   const std::string messages = R"([{"role": "system", "content": "Be short."},
       {"role": "user", "content": "what is 1?"}, {"role": "assistant", "content": "1."},
       {"role": "user", "content": "what is 2?"}])";
-  CHECK(text_of(ask_messages(messages, api_model(Template::llama3)).requests.at(0).prompt) ==
+  CHECK(text_of(ask_messages(messages, api_model(Style::headers)).requests.at(0).prompt) ==
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe short.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nwhat is 1?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n1.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nwhat is 2?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n");
-  const Outcome plain = ask_messages(messages, api_model(Template::plain));
+  const Outcome plain = ask_messages(messages, api_model(Style::plain));
   CHECK(text_of(plain.requests.at(0).prompt) ==
         "<|endoftext|>Be short.\n\nUser: what is 1?\nAssistant: 1.\n\nUser: what is 2?\n"
         "Assistant:");
   CHECK(plain.requests[0].stop_strings == std::vector<std::string>{"\nUser:"});
 }
 
+// A model with a template of this text.
+ServedModel model_with(const std::string& text) {
+  ServedModel m = api_model(Style::none);
+  use_template(m.text, ChatTemplate(m.text.tokenizer, text, "the chat template of test-model"));
+  return m;
+}
+
+// Thinks, unless enable_thinking is false; refuses system messages.
+const char* const kThinking = R"({%- for message in messages %}
+    {%- if message.role == 'system' %}{{- raise_exception('no system message') }}{% endif %}
+    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n<think>\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{- '\n</think>\n\n' }}{% endif %}
+{%- endif %}
+)";
+
+TEST_CASE("chat_template_kwargs are variables of the template, for one request") {
+  const ServedModel model = model_with(kThinking);
+  const auto prompt = [&](const std::string& members) {
+    const Outcome out = ask_chat(members, model);
+    CHECK(out.message == "");
+    return out.requests.empty() ? "" : text_of(out.requests[0].prompt);
+  };
+  const std::string begin = "<|im_start|>user\nwhat is 1?<|im_end|>\n<|im_start|>assistant\n";
+  CHECK(prompt("") == begin + "<think>\n");
+  CHECK(prompt(R"("chat_template_kwargs": {"enable_thinking": false})") ==
+        begin + "<think>\n\n</think>\n\n");
+  CHECK(prompt(R"("chat_template_kwargs": {"enable_thinking": true})") == begin + "<think>\n");
+  CHECK(prompt(R"("chat_template_kwargs": {})") == begin + "<think>\n");
+  CHECK(prompt(R"("chat_template_kwargs": null)") == begin + "<think>\n");
+  CHECK(ask_chat(R"("chat_template_kwargs": [])", model).message ==
+        "chat_template_kwargs: found an array of 0, expected an object");
+  const Outcome taken = ask_chat(R"("chat_template_kwargs": {"messages": []})", model);
+  CHECK(taken.status == 400);
+  CHECK(taken.param == "chat_template_kwargs");
+  // Those that the server was started with stay, unless the request names them.
+  ServedModel quiet = api_model(Style::none);
+  const TemplateOptions options{.variables = {{"enable_thinking", false}}};
+  use_template(quiet.text, ChatTemplate(model.text.tokenizer, kThinking, "quiet", options));
+  CHECK(text_of(ask_chat(R"("chat_template_kwargs": {"x": 1})", quiet).requests.at(0).prompt) ==
+        begin + "<think>\n\n</think>\n\n");
+  CHECK(text_of(ask_chat(R"("chat_template_kwargs": {"enable_thinking": true})", quiet)
+                    .requests.at(0)
+                    .prompt) == begin + "<think>\n");
+}
+
+TEST_CASE("an answer begins in reasoning where the template ends the prompt with <think>") {
+  const ServedModel model = model_with(kThinking);
+  CHECK(ask_chat("", model).call.in_reasoning);
+  CHECK_FALSE(
+      ask_chat(R"("chat_template_kwargs": {"enable_thinking": false})", model).call.in_reasoning);
+  CHECK_FALSE(ask_chat("", api_model()).call.in_reasoning);
+  // What people write begins none.
+  const std::string user = R"([{"role": "user", "content": "<think>"}])";
+  CHECK_FALSE(ask_messages(user, api_model()).call.in_reasoning);
+  CHECK_FALSE(ask_messages(user, api_model(Style::plain)).call.in_reasoning);
+  // An answer that goes on is in the reasoning that it has begun itself.
+  const auto goes_on = [&](const std::string& content) {
+    return ask_messages(R"([{"role": "user", "content": "x"}, {"role": "assistant", "content": ")" +
+                        content + "\"}]")
+        .call.in_reasoning;
+  };
+  CHECK(goes_on("<think>\\nFirst"));
+  CHECK_FALSE(goes_on("<think>\\nFirst\\n</think>\\n\\nThen"));
+  CHECK_FALSE(goes_on("First"));
+}
+
+TEST_CASE("what a template refuses is refused with its line") {
+  const Outcome out = ask_messages(R"([{"role": "system", "content": "Be short."},
+                                       {"role": "user", "content": "what is 1?"}])",
+                                   model_with(kThinking));
+  CHECK(out.status == 400);
+  CHECK(out.param == "messages");
+  CHECK(out.message.starts_with("messages: the chat template of test-model:2: "));
+  CHECK(contains(out.message, "no system message"));
+}
+
+TEST_CASE("every id of a prompt has its origin") {
+  ServedModel model = api_model();
+  model.tools = {kCalculatorTool};
+  std::vector<int> turn = api_tokenizer().encode(
+      "<tool_call>\n{\"name\": \"calculator\", \"arguments\": {\"expression\": \"6*7\"}}\n"
+      "</tool_call><|im_end|>",
+      true);
+  const Outcome out = outcome_of(
+      true,
+      concat(R"({"messages": [{"role": "user", "content": "what is 1?"}, {"role": "assistant",
+             "reasoning": "One.", "content": "It is 1."}, {"role": "user", "content": "and 2?"}],
+             "answer_ids": )",
+             Json(turn).dump(), "}"),
+      model);
+  REQUIRE(out.message == "");
+  const std::vector<int> ids = prompt_of(out.call);
+  const std::vector<PromptOrigin> origins = prompt_origins(out.call, model);
+  REQUIRE(origins.size() == ids.size());
+  const auto of = [&](const std::string& source, int message) {
+    std::vector<int> found;
+    for (size_t i = 0; i < ids.size(); i++) {
+      if (origins[i].source == source && origins[i].message == message) found.push_back(ids[i]);
+    }
+    return text_of(found);
+  };
+  CHECK(of("content", 0) == "what is 1?");
+  CHECK(of("content", 1) == "It is 1.");
+  CHECK(of("reasoning", 1) == "");  // the template leaves it out of earlier turns
+  CHECK(of("content", 2) == "and 2?");
+  CHECK(contains(of("tools", -1), "calculator"));
+  CHECK(of("answer", 3) == text_of(turn));
+  CHECK(contains(of("result", 3), "42"));
+  CHECK(contains(of("template", -1), "<|im_end|>\n<|im_start|>"));
+}
+
 TEST_CASE("a base model answers no messages, and says what to do") {
-  const Outcome out = ask_chat("", api_model(Template::document));
+  const Outcome out = ask_chat("", api_model(Style::none));
   CHECK(out.status == 400);
   CHECK(contains(out.message, "/v1/completions"));
   CHECK(contains(out.message, "--template"));
-  CHECK(ask_completion("", api_model(Template::document)).status == 200);
+  CHECK(ask_completion("", api_model(Style::none)).status == 200);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -836,7 +963,7 @@ TEST_CASE("tools are declared as the files that models learn from declare them")
   const Conversation trained = parse_conversation(record);
   CHECK(out.call.conversation.tools == trained.tools);
   CHECK(out.call.conversation.messages == trained.messages);
-  CHECK(out.requests.at(0).prompt == render_chat(model.text.tokenizer, trained, true).ids);
+  CHECK(out.requests.at(0).prompt == chatml(model.text.tokenizer, trained, true).ids);
 }
 
 TEST_CASE("answers of tools stand in the order of their calls") {
@@ -904,9 +1031,32 @@ TEST_CASE("a declaration of another shape is refused, with its path") {
   }
 }
 
-TEST_CASE("only ChatML has tools") {
-  for (const Template chat : {Template::llama3, Template::plain}) {
-    const ServedModel model = api_model(chat);
+TEST_CASE("a text ends a turn at its first call where the tokenizer has no token for it") {
+  static const TempDir dir;
+  api_tokenizer().save(dir.path());
+  std::string json = read_file(dir / "tokenizer.json");
+  for (const std::string name : {"<tool_call>", "</tool_call>"}) {
+    for (size_t i; (i = json.find('"' + name + '"')) != std::string::npos;) {
+      json.replace(i + 1, name.size(), "<|no_" + name.substr(1, name.size() - 2) + "|>");
+    }
+  }
+  write_file(dir / "tokenizer.json", json);
+  ServedModel model = api_model();
+  model.text.tokenizer = Tokenizer::load(dir.path());
+  use_template(model.text, chatml_template(model.text.tokenizer));
+  const std::string one = R"(, "parallel_tool_calls": false)";
+  const Request request = ask_chat(kTwoTools + one, model).requests.at(0);
+  CHECK(request.stop_strings == std::vector<std::string>{"</tool_call>"});
+  CHECK(request.stop_ids == model.text.turn_stop_ids);
+  CHECK(ask_chat(kTwoTools, model).requests.at(0).stop_strings.empty());
+  model.tools = {kCalculatorTool};
+  CHECK(ask_chat(kTwoTools + one, model).param == "parallel_tool_calls");
+  CHECK(ask_chat(kTwoTools, model).status == 200);
+}
+
+TEST_CASE("a template without calls refuses tools") {
+  for (const Style style : {Style::headers, Style::plain}) {
+    const ServedModel model = api_model(style);
     CHECK(ask_chat(kTwoTools, model).param == "tools");
     CHECK(ask_chat(concat(kTwoTools, R"(, "tool_choice": "none")"), model).status == 200);
     const std::string talk =
@@ -936,7 +1086,7 @@ TEST_CASE("the server's tools run behind a turn that calls nothing else") {
   CHECK(contains(text_of(alone.requests[0].on_turn(0, turn("weather"))), "error: found a call"));
   CHECK(alone.requests[0].on_turn(0, tokenizer.encode("5.<|im_end|>", true)).empty());
   const std::vector<ToolResult> results =
-      run_calls(model, read_turn(tokenizer, turn("calculator")));
+      run_calls(model, read_turn(*model.text.chat, turn("calculator")));
   REQUIRE(results.size() == 1);
   CHECK(results[0].call.name == "calculator");
   CHECK(results[0].result == "5");
@@ -1012,7 +1162,7 @@ TEST_CASE("a prompt leaves room for one token at least, and the answer always ha
   const auto ask = [](int n, const std::string& members, const ApiLimits& limits = kApiLimits) {
     std::string body = "{\"prompt\": [65";
     for (int i = 1; i < n; i++) body += ",65";
-    return outcome_of(false, body + "]" + members + "}", api_model(Template::chatml, 64), limits);
+    return outcome_of(false, body + "]" + members + "}", api_model(Style::chatml, 64), limits);
   };
   CHECK(ask(63, "").requests.at(0).max_new == 1);
   CHECK(ask(60, "").requests.at(0).max_new == 4);
@@ -1036,7 +1186,7 @@ TEST_CASE("a prompt leaves room for one token at least, and the answer always ha
   limits.max_tokens = 7;
   CHECK(ask(10, ", \"max_tokens\": 54", limits).requests.at(0).max_new == 7);
   CHECK(ask(10, ", \"max_tokens\": -1", limits).requests.at(0).max_new == 7);
-  const Outcome chat = ask_chat("", api_model(Template::chatml, 10));
+  const Outcome chat = ask_chat("", api_model(Style::chatml, 10));
   CHECK(chat.code == "context_length_exceeded");
   CHECK(chat.param == "messages");
 }
@@ -1067,11 +1217,11 @@ TEST_CASE("answer_ids stand behind the template's prompt, and are ids") {
 
 TEST_CASE("answer_ids do not go on behind the end of the answer, but for a tool's result") {
   ServedModel model = api_model();
-  const int end = model.rules.end_of_turn;
+  const int end = model.text.chat->end_of_turn();
   CHECK(ask_chat(concat("\"answer_ids\": [65, ", end, ", 66]"), model).param == "answer_ids[1]");
   const Outcome whole = ask_chat(concat("\"answer_ids\": [65, ", end, "]"), model);
   CHECK(is_complete(whole.call, model));
-  CHECK(prompt_of(model, whole.call).back() == end);
+  CHECK(prompt_of(whole.call).back() == end);
   CHECK_FALSE(is_complete(ask_chat("\"answer_ids\": [65]", model).call, model));
   CHECK_FALSE(is_complete(ask_chat("", model).call, model));
   model.tools = {kCalculatorTool};

@@ -19,6 +19,7 @@
 
 #include "cake/arena.h"
 #include "cake/votes.h"
+#include "test/chatml.h"
 #include "test/http_client.h"
 #include "test/scripted_model.h"
 #include "test/serve_support.h"
@@ -95,11 +96,9 @@ ServedModel writing_model(const std::string& id, WritingGpt::Script script, int 
   const Config config = gpt->config();
   ServedModel m{.id = id,
                 .text = {.config = config, .tokenizer = arena_tokenizer(), .gpt = std::move(gpt)},
-                .chat = Template::chatml,
                 .context = T,
                 .fingerprint = "fp_" + id};
-  m.rules.end_of_turn = arena_tokenizer().special("<|im_end|>");
-  m.rules.stop_ids = {m.rules.end_of_turn};
+  use_template(m.text, chatml_template(arena_tokenizer()));
   return m;
 }
 WritingGpt& gpt_of(ServedModel& m) { return static_cast<WritingGpt&>(*m.text.gpt); }
@@ -1105,10 +1104,10 @@ TEST_CASE("arena: models that cannot compete are an error") {
   };
   CHECK(contains(error_of(models_of({{"one", "x"}}), "compare"), "--arena: found compare"));
   std::vector<ServedModel> base = two_models();
-  for (ServedModel& m : base) m.chat = Template::document;
+  for (ServedModel& m : base) m.text.chat.reset();
   CHECK(contains(error_of(std::move(base), "auto"), "no model that answers conversations"));
   std::vector<ServedModel> with_base = two_models();
-  with_base[0].chat = Template::document;
+  with_base[0].text.chat.reset();
   ArenaServer server(std::move(with_base));
   CHECK(server.arena->state()["mode"] == "collect");
   ArenaServer collecting(two_models(), {.mode = "collect"});

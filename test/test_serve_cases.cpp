@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "test/chatml.h"
 #include "test/serve_scripts.h"
 
 using namespace cake;
@@ -630,7 +631,7 @@ std::vector<int> chat_ids(const OrderedJson& messages) {
   for (const OrderedJson& m : messages) {
     c.messages.push_back({.role = m.at("role"), .content = m.at("content")});
   }
-  return render_chat(models().tokenizer(), c, true).ids;
+  return chatml(models().tokenizer(), c, true).ids;
 }
 
 }  // namespace
@@ -822,7 +823,7 @@ TEST_CASE("serve: an echoed prompt has the log-probabilities that lm-eval reads"
 
 TEST_CASE("serve: the scores of an echoed text add up to the loss that ./chat eval finds") {
   ServeOptions options = serve_options("test/golden/eval_model");
-  options.chat_template = "none";
+  options.chat_template.choice = "none";
   RunningServer server(options);
   std::istringstream lines(read_file("test/golden/eval_text.jsonl"));
   const TempDir dir;

@@ -723,7 +723,7 @@ const ServedFiles& served_files() {
 ServeOptions options_for(const std::vector<std::string>& models) {
   ServeOptions o = serve_options(models[0]);
   o.models = models;
-  o.chat_template = "auto";
+  o.chat_template.choice = "auto";
   o.engine.threads = 1;
   return o;
 }
@@ -813,7 +813,9 @@ TEST_CASE("a fingerprint differs when what decides the text differs, and agrees 
   CHECK(fingerprint_of(other) != print);
   other = o, other.model.cache_type = "bf16";
   CHECK(fingerprint_of(other) != print);
-  other = o, other.chat_template = "none";
+  other = o, other.chat_template.choice = "none";
+  CHECK(fingerprint_of(other) != print);
+  other = o, other.chat_template.values = {"enable_thinking=false"};
   CHECK(fingerprint_of(other) != print);
   // One bit of one weight.
   const std::filesystem::path copy = f.scripted.dir() / "copy";
@@ -858,7 +860,7 @@ TEST_CASE("the default sampling is what generation_config.json says") {
 
 TEST_CASE("a base model that comes with a template for assistants answers no conversation") {
   const ServedFiles& f = served_files();
-  const auto template_of = [&](const std::string& end_tokens, const std::string& name) {
+  const auto has_template = [&](const std::string& end_tokens, const std::string& name) {
     const std::filesystem::path copy = f.scripted.dir() / "base_copy";
     std::filesystem::remove_all(copy);
     std::filesystem::copy(f.random, copy);
@@ -867,15 +869,15 @@ TEST_CASE("a base model that comes with a template for assistants answers no con
     write_file(copy / "config.json", config.dump());
     std::filesystem::remove(copy / "generation_config.json");
     ServeOptions o = options_for({copy.string()});
-    o.chat_template = name;
-    return load_models(o).models[0].chat;
+    o.chat_template.choice = name;
+    return load_models(o).models[0].text.chat.has_value();
   };
   const std::string end_of_turn = concat(f.scripted.tokenizer().special("<|im_end|>"));
-  CHECK(template_of("[5]", "auto") == Template::document);
-  CHECK(template_of("[5]", "chatml") == Template::chatml);
-  CHECK(template_of("[5, " + end_of_turn + "]", "auto") == Template::chatml);
-  CHECK(template_of("[5, " + end_of_turn + "]", "none") == Template::document);
-  CHECK(template_of("null", "auto") == Template::chatml);
+  CHECK_FALSE(has_template("[5]", "auto"));
+  CHECK(has_template("[5]", "chatml"));
+  CHECK(has_template("[5, " + end_of_turn + "]", "auto"));
+  CHECK_FALSE(has_template("[5, " + end_of_turn + "]", "none"));
+  CHECK(has_template("null", "auto"));
 }
 
 TEST_CASE("tools run on the server for the models that can call them; documents are read once") {
@@ -884,7 +886,7 @@ TEST_CASE("tools run on the server for the models that can call them; documents 
   REQUIRE(mkfifo(pipe.c_str(), 0600) == 0);
   std::thread writer([&] { std::ofstream(pipe) << "The baker of Olm is Ada.\n"; });
   ServeOptions o = options_for({f.model, "b=" + f.random});
-  o.chat_template = "chatml", o.calculator = true, o.documents = pipe.string();
+  o.chat_template.choice = "chatml", o.calculator = true, o.documents = pipe.string();
   const LoadedModels loaded = load_models(o);
   writer.join();
   for (const ServedModel& m : loaded.models) {
@@ -892,7 +894,7 @@ TEST_CASE("tools run on the server for the models that can call them; documents 
     REQUIRE(m.search);
     CHECK(m.search->best("baker") == "The baker of Olm is Ada.");
   }
-  o.chat_template = "none", o.documents = "";
+  o.chat_template.choice = "none", o.documents = "";
   CHECK(load_error(o).find("--calculator, --documents: found no model") != std::string::npos);
 }
 

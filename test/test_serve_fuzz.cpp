@@ -67,9 +67,11 @@ std::vector<FuzzSeed> fuzz_seeds() {
       {"/next_token", {{"prompt", "The answer"}, {"top", 3}, {"top_k", 5}, {"temperature", .5}}},
       {"/next_token", {{"messages", {user}}, {"top_p", .9}, {"repetition_penalty", 1.1}}},
       {"/tokenize", {{"content", "The answer"}, {"with_pieces", true}, {"parse_special", true}}},
-      {"/tokenize", {{"messages", {user}}}},
+      {"/tokenize", {{"messages", {user}}, {"origins", true}}},
       {"/detokenize", {{"tokens", {5, 6, 7, 255}}}},
-      {"/apply-template", {{"messages", {user}}, {"tools", {weather}}}},
+      {"/apply-template", {{"messages", {user}}, {"tools", {weather}}, {"origins", true}}},
+      {"/apply-template",
+       {{"messages", {user}}, {"chat_template_kwargs", {{"enable_thinking", false}}}}},
   };
 }
 

@@ -227,6 +227,7 @@ class LoadClient {
         R"({"prompt":"x","max_tokens":100000})"});
     const Reply reply = ask(
         port_, http_post(any_of(kWays).chat ? "/v1/chat/completions" : "/v1/completions", body));
+    if (refused(reply)) return;  // what a full queue refuses is not read
     need(reply.status == 400 || reply.status == 404, concat(body, ": found ", reply.status));
     need(reply.json().at("error").at("message").is_string(), "no error in " + reply.body);
     counts_.errors++;

@@ -12,7 +12,7 @@
 import {app, element, postJson, say, showError, streamEvents} from './api.js';
 import {colouringControls, ScoredTokens} from './scores.js';
 import {sampling, showNext} from './settings.js';
-import {formatNumber, TokenView} from './tokens.js';
+import {formatNumber, markStretches, sourceKey, TokenView} from './tokens.js';
 
 const newNode = (role, more) => ({role, next: [], chosen: 0, ...more});
 let state = {system: '', root: newNode('root')};
@@ -74,7 +74,8 @@ async function tokenize(nodes) {
   const isOwn = last?.ids?.length && last.weights === app.model.system_fingerprint;
   const body = requestFor(isOwn ? nodes.slice(0, -1) : nodes);
   if (isOwn) body.answer_ids = last.ids;
-  return (await postJson('tokenize', {...body, with_pieces: true, with_places: true})).tokens;
+  const asked = {with_pieces: true, with_places: true, origins: true};
+  return (await postJson('tokenize', {...body, ...asked})).tokens;
 }
 
 async function idsAround(node, before) {  // [those in front of the answer, its own]
@@ -283,7 +284,8 @@ async function showSeen() {  // the conversation as the model sees it
   const encoder = new TextEncoder();
   const tokens = path().length || state.system.trim() ? await tokenize(path()) : [];
   const bytesOf = piece => typeof piece === 'string' ? encoder.encode(piece) : piece;
-  ui.tokens.set(tokens.map(token => ({...token, bytes: bytesOf(token.piece)})));
+  ui.key.replaceChildren(...sourceKey(tokens));
+  ui.tokens.set(markStretches(tokens.map(token => ({...token, bytes: bytesOf(token.piece)}))));
   ui.count.textContent = `${formatNumber(tokens.length)} tokens`;
 }
 
@@ -334,9 +336,10 @@ export function start(section) {
     seen: element('details', {ontoggle: () => showSeen().catch(showError)},
                   element('summary', {}, 'As the model sees it')),
     count: element('p', {class: 'note'}),
+    key: element('ul', {class: 'legend', 'aria-label': 'What the tokens are from'}),
     tokens: new TokenView(box, {label: 'The conversation in tokens'}),
   };
-  ui.seen.append(ui.count, box);
+  ui.seen.append(ui.count, ui.key, box);
   system.value = state.system;
   // An empty conversation beside the others: the arrows of the first message lead back to them.
   const beginAnew = () => {

@@ -5,7 +5,8 @@
 //
 // A token is {id, bytes, begin, end, special}. `bytes` is a Uint8Array or an array of numbers,
 // [begin, end) the token's place in the text, in bytes, and `special` says that it is no text, as
-// <|endoftext|>. A token with `newDocument` is set below a line of its own.
+// <|endoftext|>. A token with `newDocument` is set below a line of its own. Those of a conversation
+// have a `source` and a `message` too: what they are from. Then colours tell the sources apart.
 //
 //     tokens --joinCharacters--> groups --> elements
 //
@@ -195,7 +196,8 @@ export class TokenView {
     if (!byKeyboard && this.popover.isAt(part)) return;
     if (byKeyboard) {
       this.#makeCurrent(index);
-      part.setAttribute('aria-label', `${spoken(token)}, token ${token.id}`);
+      const from = token.source ? `, from ${originOf(token)}` : '';
+      part.setAttribute('aria-label', `${spoken(token)}, token ${token.id}${from}`);
     }
     this.popover.show(part, ...this.content(token, index));
     this.onInspect(token, index, byKeyboard);
@@ -217,6 +219,7 @@ export class TokenView {
     const hex = [...token.bytes].map(hexByte).join(' ');
     const rows = [['id', String(token.id)]];
     if (token.special) rows.push(['kind', 'special token']);
+    if (token.source) rows.push(['from', originOf(token)]);
     rows.push([token.bytes.length === 1 ? '1 byte' : `${token.bytes.length} bytes`, hex || '—']);
     const cut = this.cutCharacter[index];
     const characters = characterNames(token.bytes);
@@ -404,6 +407,8 @@ function firstEndingBehind(tokens, offset) {
 export function tokenElement(token, index, {asBytes = false, asId = false, isProse = false} = {}) {
   const element = make('span', isProse ? 'token' : `token tint-${index % 5}`);
   if (token.special) element.classList.add('special');
+  if (token.source) element.dataset.source = token.source;
+  if (token.beginsStretch) element.dataset.origin = originOf(token);
   if (asId) {
     element.classList.add('id');
     element.textContent = token.id;
@@ -496,6 +501,41 @@ function scrollInside(box, element) {
   const outer = box.getBoundingClientRect(), inner = element.getBoundingClientRect();
   if (inner.top >= outer.top && inner.bottom <= outer.bottom) return;
   box.scrollTop += inner.top - outer.top - outer.height / 3;
+}
+
+// -------------------------------------------------------------------------------------------------
+// What the tokens of a conversation are from
+
+const kSources = {
+  template: 'the chat template', role: 'role', content: 'text', reasoning: 'reasoning',
+  tool_call: 'call of a tool', tools: 'declared tools', answer: 'answer, as it was sampled',
+  result: 'result of a tool',
+};
+
+// "message 2: text". The first message is 1.
+function originOf({source, message}) {
+  return message === null ? kSources[source] : `message ${message + 1}: ${kSources[source]}`;
+}
+
+// Marks the tokens that a stretch of one origin begins with: its name stands in front of them, but
+// for the template's own text and for roles.
+export function markStretches(tokens) {
+  tokens.forEach((token, i) => {
+    const isNamed = token.source !== 'template' && token.source !== 'role';
+    token.beginsStretch = isNamed && (i === 0 || originOf(tokens[i - 1]) !== originOf(token));
+  });
+  return tokens;
+}
+
+// The key of the colours: an item for each source that these tokens have.
+export function sourceKey(tokens) {
+  const used = new Set(tokens.map(token => token.source));
+  return Object.keys(kSources).filter(source => used.has(source)).map(source => {
+    const item = make('li'), name = make('span', 'token', kSources[source]);
+    name.dataset.source = source;
+    item.append(name);
+    return item;
+  });
 }
 
 // -------------------------------------------------------------------------------------------------
