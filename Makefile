@@ -29,6 +29,7 @@ HEADERS := CLI/CLI.hpp cld2/public/compact_lang_det.h divsufsort64.h doctest/doc
 MODEL_STAGES := rlhf reward chat sft serve
 STAGES := train_gpt $(MODEL_STAGES) corpus bpe
 BPE = $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard bpe*.cpp))
+CHAT = $(OBJECTS)/chat_template.o $(OBJECTS)/jinja.o
 SERVE = $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard serve*.cpp))
 CORPUS = $(patsubst %.cpp,$(OBJECTS)/%.o,$(wildcard corpus*.cpp))
 TOOLS := world report overoptimize
@@ -111,12 +112,14 @@ variant = $(MAKE) --no-print-directory BIN=build/$(1) BUILD=build/$(1)/build $(2
   CAKE_DATA="$${CAKE_DATA:-$(CURDIR)/../shared/data}" build/test
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 
-test-all: ## sanitized, for x86-64-v3, test-threads and test-faults: takes an hour, and dev/setup.sh --all
+test-all: ## sanitized, for x86-64-v3, by clang, test-threads, test-faults, sm_80: takes over an hour, and dev/setup.sh --all
 	@dev/setup.sh --all
 	@$(MAKE) --no-print-directory test-sanitized
 	@CAKE_TEST_ALL=1 $(MAKE) --no-print-directory test-v3
 	@$(MAKE) --no-print-directory test-threads
 	@$(MAKE) --no-print-directory test-faults
+	@$(MAKE) --no-print-directory CXX=clang++ BUILD=build/clang BIN=build/clang all build/clang/test build/clang/bench
+	@$(if $(NVCC),$(MAKE) --no-print-directory spills CUDA_ARCHS="80 90a",echo "skipped: spills: nvcc is not installed")
 
 test-sanitized: ## every test under AddressSanitizer and UBSan, in build/sanitized
 	+@$(call variant,sanitized,CXXFLAGS="$(SANITIZE)")
@@ -161,14 +164,19 @@ DEMO ?= runs/demo
 bench-serve: $(BIN)/serve $(BIN)/chat $(BIN)/bpe $(BIN)/train_gpt $(BUILD)/serve_load ## ./serve under load, beside ./chat generate and llama.cpp's server: DEMO=runs/demo PEER=python SMOLLM2=file
 	@python3 dev/bench/serve.py --demo "$(DEMO)" --texts "$(TEXTS)" $(if $(PEER),--peer "$(PEER)") $(if $(SMOLLM2),--smollm2 "$(SMOLLM2)") $(if $(ONLY),--only "$(ONLY)")
 
-# Ten minutes for each: FUZZ_SECONDS=n, FUZZ="warc html".
-FUZZ ?= warc jsonl records parquet html regex encode tokenizer gguf safetensors config verify serve_http serve_api
+# Ten minutes for each: FUZZ_SECONDS=n, FUZZ="warc html". CAKE_TEMPLATES: a folder with published chat
+# templates, to begin with.
+FUZZ ?= warc jsonl records parquet html regex encode tokenizer gguf safetensors config verify serve_http serve_api chat_template
 FUZZ_SECONDS ?= 600
-fuzz: ## any bytes as WARC, JSON lines, records, parquet, HTML, split patterns, text to encode, tokenizer files, GGUF and safetensors files, configs, answers to judge, and bytes sent to ./serve, under the sanitizers, with clang's libFuzzer
+fuzz: ## any bytes as WARC, JSON lines, records, parquet, HTML, split patterns, text to encode, tokenizer files, GGUF and safetensors files, configs, answers to judge, bytes sent to ./serve, and chat templates, under the sanitizers, with clang's libFuzzer
 	+@$(MAKE) --no-print-directory CXX=clang++ BUILD=$(BUILD)/fuzz CXXFLAGS="-O1 -g1 -fsanitize=fuzzer-no-link,address,undefined" $(FUZZ:%=$(BUILD)/fuzz/fuzz_%)
 	@for target in $(FUZZ); do mkdir -p $(BUILD)/fuzz/corpus_$$target && \
 	  $(BUILD)/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -timeout=20 -max_len=65536 -rss_limit_mb=2000 -malloc_limit_mb=4096 $(BUILD)/fuzz/corpus_$$target \
-	  $$(find test/fuzz/seeds/$$target test/golden/$$target test/golden/$${target}_rows -maxdepth 0 2>/dev/null) || exit 1; done
+	  $$(find test/fuzz/seeds/$$target test/golden/$$target test/golden/$${target}_rows $$(test $$target != chat_template || echo $(CAKE_TEMPLATES)) -maxdepth 0 2>/dev/null) || exit 1; done
+
+syntax: $(patsubst %.cpp,$(OBJECTS)/%.syntax,$(wildcard *.cpp)) ## let CXX look for warnings in the stages, without compiling them
+$(OBJECTS)/%.syntax: %.cpp $(BUILD)/command | $(BUILD)/packages
+	@$(CXX) $(FLAGS) $(HTTP_FLAGS) $(CXXFLAGS) -fsyntax-only $<
 
 format: ## format all sources
 	@$(CLANG_FORMAT) -i $(SOURCES)
@@ -190,8 +198,8 @@ $(BIN)/bpe $(EMULATE)/bpe: $(BPE)
 $(BIN)/corpus $(EMULATE)/corpus: $(CORPUS)
 $(BIN)/train_gpt: $(ENGINE) $(BPE)
 $(EMULATE)/train_gpt: $(EMULATED_ENGINE) $(BPE)
-$(MODEL_STAGES:%=$(BIN)/%): $(BIN)/%: $(OBJECTS)/%.o $(ENGINE) $(BPE)
-$(MODEL_STAGES:%=$(EMULATE)/%): $(EMULATE)/%: $(OBJECTS)/%.o $(EMULATED_ENGINE) $(BPE)
+$(MODEL_STAGES:%=$(BIN)/%): $(BIN)/%: $(OBJECTS)/%.o $(ENGINE) $(CHAT) $(BPE)
+$(MODEL_STAGES:%=$(EMULATE)/%): $(EMULATE)/%: $(OBJECTS)/%.o $(EMULATED_ENGINE) $(CHAT) $(BPE)
 $(BIN)/serve $(EMULATE)/serve: $(SERVE)
 $(TOOLS:%=$(BUILD)/%): $(BUILD)/%: $(OBJECTS)/dev/%.o
 $(BUILD)/bench_rules: $(OBJECTS)/dev/bench/corpus_rules.o $(CORPUS)
@@ -199,7 +207,8 @@ $(BUILD)/bench_duplicates: $(OBJECTS)/dev/bench/corpus_duplicates.o $(CORPUS)
 $(BUILD)/extraction_blocks: $(OBJECTS)/dev/extraction_blocks.o $(CORPUS)
 $(BUILD)/split_pieces: $(OBJECTS)/dev/split_pieces.o $(BPE)
 $(BUILD)/logits: $(OBJECTS)/dev/logits.o $(ENGINE) $(BPE)
-$(BUILD)/fuzz_%: $(OBJECTS)/test/fuzz/fuzz_%.o $(CORPUS) $(BPE)
+$(BUILD)/jinja_render: $(OBJECTS)/dev/jinja_render.o $(OBJECTS)/jinja.o
+$(BUILD)/fuzz_%: $(OBJECTS)/test/fuzz/fuzz_%.o $(CORPUS) $(CHAT) $(BPE)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) -fsanitize=fuzzer,address,undefined $^ $(LIBRARIES) -o $@
 $(BUILD)/fuzz_serve_http: $(OBJECTS)/serve_http.o $(OBJECTS)/serve_http_request.o
@@ -211,10 +220,10 @@ $(BUILD)/serve_load: $(OBJECTS)/dev/bench/serve_load.o
 $(BUILD)/arena_voter: $(OBJECTS)/dev/arena_voter.o
 $(BUILD)/test_gpu: $(OBJECTS)/test/test_cuda.cuda.o $(OBJECTS)/test/main.o \
                    $(OBJECTS)/train_gpt.o $(BPE)
-$(BUILD)/test_threads: $(OBJECTS)/test/test_serve_threads.o $(OBJECTS)/test/main.o $(SERVE) $(ENGINE) $(BPE)
-$(BUILD)/test: $(TESTS) $(CORPUS) $(SERVE) $(BPE) $(OBJECTS)/dev/world.o $(ON_CPU)
+$(BUILD)/test_threads: $(OBJECTS)/test/test_serve_threads.o $(OBJECTS)/test/main.o $(SERVE) $(ENGINE) $(CHAT) $(BPE)
+$(BUILD)/test: $(TESTS) $(CORPUS) $(SERVE) $(CHAT) $(BPE) $(OBJECTS)/dev/world.o $(ON_CPU)
 
-$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_decode $(BUILD)/bench_tokenizer $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/serve_load $(BUILD)/arena_voter $(BUILD)/extraction_blocks $(BUILD)/split_pieces $(BUILD)/logits $(BUILD)/test $(BUILD)/test_gpu $(BUILD)/test_threads:
+$(STAGES:%=$(BIN)/%) $(STAGES:%=$(EMULATE)/%) $(TOOLS:%=$(BUILD)/%) $(BUILD)/bench $(BUILD)/bench_decode $(BUILD)/bench_tokenizer $(BUILD)/bench_rules $(BUILD)/bench_duplicates $(BUILD)/serve_load $(BUILD)/arena_voter $(BUILD)/extraction_blocks $(BUILD)/split_pieces $(BUILD)/logits $(BUILD)/jinja_render $(BUILD)/test $(BUILD)/test_gpu $(BUILD)/test_threads:
 	@mkdir -p $(@D)
 	@echo "link $@"
 	@$(CXX) $(FLAGS) $(CXXFLAGS) $(filter %.o,$^) $(LIBRARIES) -pthread -o $@
@@ -231,7 +240,7 @@ $(OBJECTS)/%.o: %.cpp $(BUILD)/command | $(BUILD)/packages
 # Code that waits for an engine, a tokenizer or a file need not be the fastest: it compiles in two
 # thirds of the time. GCC fuses products and sums at -O1 only with a flag; without it the stages'
 # weights could round in another way.
-$(MODEL_STAGES:%=$(OBJECTS)/%.o) $(SERVE) $(OBJECTS)/corpus.o $(OBJECTS)/corpus_report.o $(TOOLS:%=$(OBJECTS)/dev/%.o) $(OBJECTS)/dev/logits.o: private FLAGS += \
+$(MODEL_STAGES:%=$(OBJECTS)/%.o) $(SERVE) $(CHAT) $(OBJECTS)/corpus.o $(OBJECTS)/corpus_report.o $(TOOLS:%=$(OBJECTS)/dev/%.o) $(OBJECTS)/dev/logits.o: private FLAGS += \
   -O1 $(if $(GCC_ONLY),-fexpensive-optimizations)
 $(TESTS): private FLAGS += -O1
 $(OBJECTS)/test/test_gpt.o: private FLAGS += -O3  # the engine itself is in it
@@ -286,6 +295,6 @@ $(BUILD)/packages: $(BUILD)/command
 	done
 	@touch $@
 
-.PHONY: all run reviews overoptimize base-to-chat arena arena-test test test-all test-sanitized test-v3 test-threads emulate test-faults spills bench bench-bpe bench-corpus bench-serve fuzz format format-check clean help FORCE
+.PHONY: all run reviews overoptimize base-to-chat arena arena-test test test-all test-sanitized test-v3 test-threads emulate test-faults spills syntax bench bench-bpe bench-corpus bench-serve fuzz format format-check clean help FORCE
 .DELETE_ON_ERROR:
 .SUFFIXES:
