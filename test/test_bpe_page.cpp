@@ -424,6 +424,7 @@ TEST_CASE("text on the pages has a contrast of 4.5 in both themes, edges of toke
       for (const char* text : {"ink", "mark", "byte"}) at_least(text, tint, 4.5);
       at_least(std::string("edge-") + i, "raised", 3);
     }
+    for (const char* text : {"mark", "byte"}) at_least(text, "track", 4.5);  // of a template
     at_least("accent-ink", "accent", 4.5);
     at_least("warn", "warn-ground", 4.5);
     for (const char* ground : {"paper", "raised"}) at_least("edge-field", ground, 3);

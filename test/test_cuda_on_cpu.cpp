@@ -269,6 +269,51 @@ TEST_CASE("integer atomics count over all blocks; atomics on floats do not compi
   CHECK_FALSE(HasAtomicAdd<double>);
 }
 
+__global__ void write_places(bf16* out, unsigned step) {
+  out[blockIdx.x * step + threadIdx.x] = __float2bfloat16(1.f + float(blockIdx.x));
+  out[blockIdx.x * step + threadIdx.x] = __float2bfloat16(2.f + float(blockIdx.x));
+}
+__global__ void count_or_write(unsigned* out, unsigned step, bool plain_block) {
+  unsigned* place = out + blockIdx.x / 2 * step;
+  if (plain_block && blockIdx.x == 1) {
+    *place += 2;
+  } else {
+    atomicAdd(place, 1);
+  }
+}
+__global__ void write_at(unsigned* p, int place) { p[place] = blockIdx.x; }
+class WithWriteChecks {
+ public:
+  WithWriteChecks() { set_write_checks(true); }
+  ~WithWriteChecks() { set_write_checks(false); }
+};
+
+TEST_CASE("two blocks that write one place are reported, unless they do so by atomics") {
+  for (const Schedule schedule : kSchedules) {
+    const WithSchedule with(schedule);
+    const WithWriteChecks checks;
+    const Device<bf16> out(5000);
+    start(write_places, 5, 1000, 0, out, 1000u);  // twice by one block, and side by side
+    start(write_places, 5, 1000, 0, out, 1000u);  // again, by another launch
+    CHECK(float(out.host()[4999]) == 6);
+    const Device<bf16> fresh(5000);
+    const std::string report = report_of([&] { start(write_places, 5, 1000, 0, fresh, 999u); });
+    CHECK_REPORT(report, "cuda_on_cpu: probe: blocks (");
+    CHECK_REPORT(report, "both write byte ");
+    CHECK_REPORT(report, "of an allocation of 10000 bytes");
+    const Device<unsigned> counters(std::vector<unsigned>(2000));
+    start(count_or_write, 4, 64, 0, counters, 1999u, false);
+    CHECK(counters.host()[0] == 128);
+    CHECK(counters.host()[1999] == 128);
+    CHECK_REPORT(report_of([&] { start(count_or_write, 4, 64, 0, counters, 1999u, true); }),
+                 "byte 0 of an allocation of 8000 bytes");
+    CHECK_REPORT(report_of([&] { start(write_at, 2, 1, 0, counters, 2000); }),
+                 "out of bounds write at address");
+  }
+  const Device<bf16> out(5000);  // and none is looked for
+  start(write_places, 5, 1000, 0, out, 999u);
+}
+
 // =============================================================================================
 // Memory
 
@@ -831,6 +876,12 @@ TEST_CASE("exp2_approx has no subnormal results") {
 
 __global__ void nothing() {}
 __global__ void add_one(int* p) { p[threadIdx.x]++; }
+constexpr int kFewThreads = 96;
+template <class T>
+__global__ void __launch_bounds__(kFewThreads) add_in_few(T* p) {
+  p[threadIdx.x]++;
+}
+__global__ void __launch_bounds__(1000, 1) add_in_many(int* p) { p[threadIdx.x]++; }
 
 TEST_CASE("launches that a GPU refuses are refused") {
   const auto status = [](dim3 grid, dim3 block, size_t shared) {
@@ -856,6 +907,23 @@ TEST_CASE("launches that a GPU refuses are refused") {
   CHECK(status(1, 32, 0) == cudaErrorLaunchOutOfResources);
   CHECK(status(1, 32, 0) == cudaSuccess);
 }
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+TEST_CASE("a block larger than a kernel's __launch_bounds__ is refused") {
+  const Device<int> p(std::vector<int>(1024));
+  const auto status = [&](auto kernel, unsigned threads) {
+    const cudaError_t s = try_start("bounded", kernel, 1, threads, 0, nullptr, p);
+    cudaGetLastError();
+    return s;
+  };
+  CHECK(status(add_in_few<int>, 96) == cudaSuccess);
+  CHECK(status(add_in_few<int>, 97) == cudaErrorLaunchOutOfResources);
+  CHECK(status(add_in_many, 1024) == cudaSuccess);  // whole warps
+  CHECK(status(add_one, 1024) == cudaSuccess);
+  CHECK(p.host()[95] == 3);
+  CHECK(p.host()[1023] == 2);
+}
+#endif
 
 TEST_CASE("memory runs out where the device is said to end, and where a test asks") {
   const size_t before = memory_in_use();
@@ -1005,6 +1073,7 @@ struct ProductTest {
   float alpha = 1, beta = 0;
   cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
   int algorithm = 0;
+  uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
 };
 
 // Memory of either type.
@@ -1082,6 +1151,9 @@ void check_product(const ProductTest& t) {
   const size_t workspace_bytes = 1 << 20;
   cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                        &workspace_bytes, sizeof workspace_bytes);
+  const uint32_t reductions = t.reductions;
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                                       &reductions, sizeof reductions);
   cublasLtMatmulHeuristicResult_t results[8];
   int found = 0;
   REQUIRE(cublasLtMatmulAlgoGetHeuristic(handle, desc, la, lb, ld, ld, preference, 8, results,
@@ -1208,6 +1280,18 @@ TEST_CASE("cublasLtMatmul: every algorithm that is offered, and its workspace") 
     t.algorithm = algorithm;
     check_product(t);
   }
+}
+
+TEST_CASE("cublasLtMatmul: sums may be rounded to bf16 before they are whole, where allowed") {
+  ProductTest t;
+  const int64_t before = rounded_reductions();
+  check_product(t);
+  t.in = t.out = CUDA_R_16BF;
+  check_product(t);
+  CHECK(rounded_reductions() == before);
+  t.reductions = CUBLASLT_REDUCTION_SCHEME_MASK;
+  check_product(t);
+  CHECK(rounded_reductions() == before + 1);
 }
 
 TEST_CASE("cublasLtMatmul: an operand that leaves its allocation is reported") {

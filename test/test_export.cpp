@@ -857,7 +857,7 @@ TEST_CASE("info says what a model is, for directories, runs and .gguf files") {
        {"LlamaForCausalLM: 2 layers of 64, 4 heads of 24, 2 of keys and values", "feed-forward 160",
         "19,200 embedding (also the head)", "f32", "48 tokens", "llama3, theta 1000000, factor 8",
         "290 tokens of 300 rows, split pattern qwen2", "<|im_end|> 275, <|endoftext|> 273",
-        "chatml", "--weights auto", "q8_0", "LoRA"}) {
+        "this project's ChatML", "--weights auto", "q8_0", "LoRA"}) {
     CHECK_MESSAGE(contains(text, part), std::string(part), " in\n", text);
   }
   const Json found = read_json(json);
@@ -875,8 +875,8 @@ TEST_CASE("info says what a model is, for directories, runs and .gguf files") {
 
   chat("export " + run + " --type q8_0 -o " + gguf);
   const std::string of_file = chat("info " + gguf);
-  for (const char* part : {"LlamaForCausalLM", "q8_0", "f32", "qwen2", "<|im_end|> 275", "chatml",
-                           "llama3, theta 1000000, factor 8"}) {
+  for (const char* part : {"LlamaForCausalLM", "q8_0", "f32", "qwen2", "<|im_end|> 275",
+                           "this project's ChatML", "llama3, theta 1000000, factor 8"}) {
     CHECK_MESSAGE(contains(of_file, part), std::string(part), " in\n", of_file);
   }
 }
