@@ -759,7 +759,8 @@ bool HttpServer::serve_request(Connection& c) {
       refuse(503, concat("all ", s.limit, " connections are in use"), "too_many_connections");
     }
     if (c.unused() == 0) {
-      c.silent_since = now();
+      // A new connection is silent since it was accepted, however late its thread begins.
+      if (c.silent_since == kNever) c.silent_since = now();
       c.waits = true;
       const bool came = !s.stopping && wait_for(c.fd, POLLIN, c.options.idle_seconds);
       c.waits = false;
