@@ -2550,7 +2550,10 @@ static void move_rows(A* dst, const A* src, const int* row_of, int rows, int C,
          warp_rows(rows), kRowThreads, 0, stream, dst, src, row_of, rows, C);
 }
 
-// Bytes of a row that a block keeps in shared memory: two blocks a multiprocessor from A100 on.
+// Two blocks share a multiprocessor from A100 on: while one waits for its row, or at the barriers
+// of its sums, the other computes exponentials. Hence threads and registers of half a
+// multiprocessor, and these bytes of a row in shared memory.
+inline constexpr int kClassifierThreads = 512;
 inline constexpr size_t kClassifierShared = size_t(80) << 10;
 
 // plain::classifier_forward: logp[n] = log p(targets[n]) and entropy[n] of softmax(logits[r] x
@@ -2563,7 +2566,7 @@ inline constexpr size_t kClassifierShared = size_t(80) << 10;
 // Gimelshein 2018) in powers of 2; the second finds the first `cached` elements in shared memory
 // and the rest, if any, in the L2 cache.
 template <class A, int W>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kClassifierThreads, 2)
     classifier_kernel(A* logits, int64_t ld, const int* row_of, const int* targets,
                       const float* dlogp, const float* dentropy, float* logp_out,
                       float* entropy_out, float inverse_temperature, int V, int cached,
@@ -2647,7 +2650,7 @@ static void classifier(A* logits, int64_t ld, const int* row_of, const int* targ
   constexpr int kW = Pack<A>::kSize;
   const bool packs = by_packs<A>(ld, logits);
   const int w = packs ? kW : 1;
-  const int threads = int(std::min<unsigned>(kBlockThreads, blocks_for(V, 32 * w) * 32));
+  const int threads = int(std::min<unsigned>(kClassifierThreads, blocks_for(V, 32 * w) * 32));
   const int cached =
       backward ? int(std::min<int64_t>(blocks_for(V, w) * w, kClassifierShared / sizeof(A))) : 0;
   launch("classifier", packs ? classifier_kernel<A, kW> : classifier_kernel<A, 1>, rows, threads,
