@@ -233,19 +233,22 @@ class CudaGpt final : public Gpt {
                         [&](const auto& in, auto& acts, int) { attend_batch(in, acts); });
         }
       }
+      // The norm above each stream has added the bias gradients of down and o.
+      bool bias = true;  // up's is still to be added
       if (config_.has_gate()) {
-        linear_backward(b.down, a.act, a_.dx, a_.dact);
+        linear_backward(b.down, a.act, a_.dx, a_.dact, false);
         swiglu_backward(a_.dup, a_.dact, a.up, N_, config_.F, stream_);
       } else {
-        linear_gelu_backward(b.down, a.act, a.up, a_.dx, a_.dup);
+        bias = !linear_gelu_backward(b, a, a_.dx, a_.dup);
       }
-      linear_backward(b.up, a.norm2, a_.dup, a_.dnorm);
-      stream_norm_backward(b.norm2, a_.dnorm, a.mid, a.mean2, a.rstd2);
-      linear_backward(b.o, a.att, a_.dx, a_.dnorm);
+      linear_backward(b.up, a.norm2, a_.dup, a_.dnorm, bias);
+      stream_norm_backward(b.norm2, a_.dnorm, a.mid, a.mean2, a.rstd2, &b.o);
+      linear_backward(b.o, a.att, a_.dx, a_.dnorm, false);
       attend_batch_backward(heads_of(a.qkv, a.rotated), a);
       rotate_backward(b, a);
       linear_backward(b.qkv, a.norm1, a_.dqkv, a_.dnorm);
-      stream_norm_backward(b.norm1, a_.dnorm, a.x, a.mean1, a.rstd1);
+      stream_norm_backward(b.norm1, a_.dnorm, a.x, a.mean1, a.rstd1,
+                           l > 0 ? &table_.blocks[size_t(l) - 1].down : nullptr);
     }
     if (!gradient(table_.wte)) return;  // frozen, and the positions with it
     embed_backward(gradient(table_.wte), a_.dx, batch_.tokens, N_, config_.C, config_.V, a_.scratch,
@@ -280,13 +283,17 @@ class CudaGpt final : public Gpt {
   }
   void residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* mean, float* rstd, const A* x,
                      const A* delta) const;
+  // summand: the linear layer whose output the stream took in last before this norm (null: none);
+  // the stream's gradient is also its output's, so that the kernel adds the gradient of its bias.
   void stream_norm_backward(const Norm& n, const A* dy, const A* x, const float* mean,
-                            const float* rstd);
+                            const float* rstd, const Linear* summand);
 
-  // x, dx (N, in); y, dy (N, out)
+  // x, dx (N, in); y, dy (N, out). bias: add the bias's gradient too
   void linear(int64_t N, const Linear& l, const A* x, A* y, const Activations<A>& acts) const;
-  void linear_backward(const Linear& l, const A* x, const A* dy, A* dx) const;
-  void weight_backward(const Linear& l, const A* x, const A* dy) const;
+  void linear_backward(const Linear& l, const A* x, const A* dy, A* dx, bool bias = true) const;
+  void weight_backward(const Linear& l, const A* x, const A* dy, bool bias) const;
+  void add_weight_gradient(const Linear& l, const A* x, const A* dy, float* dweight,
+                           float* dbias) const;
   Product linear_product(int64_t N, const Linear& l, const A* x, A* y) const;
   Product input_gradient_product(int64_t N, const Linear& l, const A* dy, A* dx) const;
   Product weight_gradient_product(int64_t N, const Linear& l, const A* x, const A* dy) const;
@@ -313,7 +320,8 @@ class CudaGpt final : public Gpt {
   void activate(A* act, const A* up) const;  // the live batch's
   void linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* act,
                    const Activations<A>& acts) const;
-  void linear_gelu_backward(const Linear& l, const A* x, const A* up, const A* dy, A* dup) const;
+  bool linear_gelu_backward(const Block& b, const LayerActivations<A>& a, const A* dy,
+                            A* dup) const;
 
   // Rows begin .. begin + rows - 1 of the logits
   const A* head_input(int64_t begin, int64_t rows) const;
@@ -346,7 +354,7 @@ class CudaGpt final : public Gpt {
   template <class Compute>
   bool fused_is_faster(const char* what, int64_t N, const Linear& l, Compute&& compute) const;
   template <class Compute>
-  bool bias_gradient_is_fused(const Linear& l, Compute&& compute) const;
+  bool bias_gradient_is_fused(const char* what, const Linear& l, Compute&& compute) const;
   bool try_matmul(const Product& p) const;
   void reserve(int64_t N);
   void clear(void* p, size_t bytes) const;
@@ -684,9 +692,9 @@ static bool by_packs(int64_t strides, const Pointers*... pointers) {
          (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
 }
 
-// out0[c] += sum_r in[r, 0, c], and out1[c] += sum_r in[r, 1, c] unless out1 is null. out0, out1
-// (columns); in (count, 1 or 2, columns)
-static void column_sums(float* out0, float* out1, const float* in, int count, int columns,
+// out[s][c] += sum_r in[r, s, c] for the pointers of out that are not null, the sets, in order.
+// out (up to 3) of (columns); in (count, sets, columns)
+static void column_sums(std::array<float*, 3> out, const float* in, int count, int columns,
                         cudaStream_t stream);
 
 // =============================================================================================
@@ -937,17 +945,19 @@ __device__ inline void add_to_slots(float* slots, int c, const float (&d)[W]) {
 
 //
 // The kernel reads dy, x and dx, writes dx, once each (the second look at dy and x finds them in
-// the cache). A warp's rows are g, g + all warps, ...; its sums for dw and db stay in shared memory
-// until the end.
+// the cache). A warp's rows are g, g + all warps, ...; its sums, `sets` rows of dw, db (where there
+// is a mean) and the columns of dx as it is stored (when sums_dx), stay in shared memory until the
+// end.
 template <class A, int W>
 __global__ void norm_backward_kernel(A* dx, float* partials, const A* dy, const A* x,
                                      const float* mean_in, const float* rstd_in,
-                                     const float* weight, int N, int C, int padded) {
+                                     const float* weight, int N, int C, int padded, int sets,
+                                     bool sums_dx) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const bool bias = mean_in != nullptr;
-  float* shared = shared_memory<float>();  // (warps, 2, padded): dw, db
-  float *dw = shared + warp * 2 * padded, *db = dw + padded;
-  for (int c = lane; partials && c < 2 * padded; c += 32) dw[c] = 0;
+  float* shared = shared_memory<float>();  // (warps, sets, padded)
+  float *dw = shared + warp * sets * padded, *db = dw + padded, *dx_sums = dw + (sets - 1) * padded;
+  for (int c = lane; c < sets * padded; c += 32) dw[c] = 0;
   __syncwarp();
   for (int64_t n = blockIdx.x * warps + warp; n < N; n += gridDim.x * warps) {
     const float mean = bias ? mean_in[n] : 0, rstd = rstd_in[n];
@@ -975,39 +985,43 @@ __global__ void norm_backward_kernel(A* dx, float* partials, const A* dy, const 
       load_floats(dx_sum, dx + n * C + c);
       for (int j = 0; j < W; j++) {
         const float h = (v[j] - mean) * rstd;
-        dx_sum[j] += rstd * (d[j] * w[j] - g_mean - h * gh_mean);
+        dx_sum[j] =
+            to_float(from_float<A>(dx_sum[j] + rstd * (d[j] * w[j] - g_mean - h * gh_mean)));
       }
       store_floats(dx + n * C + c, dx_sum);
+      if (sums_dx) add_to_slots<W>(dx_sums, c, dx_sum);
     }
   }
   if (!partials) return;
   __syncthreads();
-  const int sets = bias ? 2 : 1;
   for (int i = threadIdx.x; i < sets * C; i += blockDim.x) {
     const int set = i / C, c = i % C;
     float sum = 0;
-    for (int w = 0; w < warps; w++) sum += shared[(w * 2 + set) * padded + column_slot<W>(c)];
+    for (int w = 0; w < warps; w++) sum += shared[(w * sets + set) * padded + column_slot<W>(c)];
     partials[(int64_t(blockIdx.x) * sets + set) * C + c] = sum;
   }
 }
 static size_t norm_backward_scratch(int N, int C) {  // bytes
-  return size_t(std::min(N, kPartialRows)) * 2 * size_t(C) * sizeof(float);
+  return size_t(std::min(N, kPartialRows)) * 3 * size_t(C) * sizeof(float);
 }
+// dx_sums (C) += column sums of dx as it is stored, or null. dweight null (frozen): no sums at all
 template <class A>
-static void norm_backward(A* dx, float* dweight, float* dbias, const A* dy, const A* x,
-                          const float* mean, const float* rstd, const float* weight, int N, int C,
-                          void* scratch, cudaStream_t stream) {
+static void norm_backward(A* dx, float* dweight, float* dbias, float* dx_sums, const A* dy,
+                          const A* x, const float* mean, const float* rstd, const float* weight,
+                          int N, int C, void* scratch, cudaStream_t stream) {
   constexpr int kW = Pack<A>::kSize;
   const bool packs = by_packs<A>(C, dx, dy, x, weight);
   const int padded = int(blocks_for(C, 32 * (packs ? kW : 1))) * 32 * (packs ? kW : 1);
-  const size_t sums = dweight ? 2 * size_t(padded) * sizeof(float) : 0;  // of a warp
+  const int sets = dweight ? 1 + (mean != nullptr) + (dx_sums != nullptr) : 0;
+  const size_t sums = size_t(sets) * size_t(padded) * sizeof(float);  // of a warp
   const int most = kRowThreads / 32;
   const int warps = sums ? int(std::clamp<size_t>(kRowShared / sums, 1, most)) : most;
   const int blocks = std::min<int>(int(blocks_for(N, warps)), kPartialRows);
-  float* partials = dweight ? static_cast<float*>(scratch) : nullptr;  // (blocks, 1 or 2, C)
+  float* partials = dweight ? static_cast<float*>(scratch) : nullptr;  // (blocks, sets, C)
   launch("norm_backward", packs ? norm_backward_kernel<A, kW> : norm_backward_kernel<A, 1>, blocks,
-         32 * warps, warps * sums, stream, dx, partials, dy, x, mean, rstd, weight, N, C, padded);
-  if (dweight) column_sums(dweight, dbias, partials, blocks, C, stream);
+         32 * warps, warps * sums, stream, dx, partials, dy, x, mean, rstd, weight, N, C, padded,
+         sets, sets > 0 && dx_sums);
+  if (dweight) column_sums({dweight, dbias, dx_sums}, partials, blocks, C, stream);
 }
 
 template <class A>
@@ -1018,8 +1032,9 @@ void CudaGpt<A>::residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* me
 }
 template <class A>
 void CudaGpt<A>::stream_norm_backward(const Norm& n, const A* dy, const A* x, const float* mean,
-                                      const float* rstd) {
-  norm_backward(a_.dx, gradient(n.weight), gradient(n.bias), dy, x, mean, rstd,
+                                      const float* rstd, const Linear* summand) {
+  norm_backward(a_.dx, gradient(n.weight), gradient(n.bias),
+                summand ? gradient(summand->bias) : nullptr, dy, x, mean, rstd,
                 weights_->vector(n.weight), N_, config_.C, a_.scratch, stream_);
 }
 
@@ -1030,8 +1045,8 @@ enum class Epilogue {
   none,
   bias,           // D = .. + bias[n]
   gelu,           // aux = op(A) op(B) [+ bias[n]], D = GELU(aux)
-  dgelu,          // D = op(A) op(B) GELU'(aux)
-  bias_gradient,  // and bias[m] = sum_k op(A)[m, k], which it overwrites
+  dgelu,          // D = op(A) op(B) GELU'(aux), and where there is a bias, bias[n] = sum_m D[m, n]
+  bias_gradient,  // and bias[m] = sum_k op(A)[m, k]
 };
 
 // D (M, N) = alpha op(A) op(B) + beta C, all row-major; op(A) (M, K), op(B) (K, N). `batch` of
@@ -1048,7 +1063,7 @@ struct Product {
   int batch = 1;
   int64_t a_stride = 0, b_stride = 0, d_stride = 0;
   Epilogue epilogue = Epilogue::none;
-  const void* bias = nullptr;  // (N) as D; bias_gradient: (M) as D
+  const void* bias = nullptr;  // (N) as D; bias_gradient: (M) as D. Both gradients overwrite it
   void* aux = nullptr;         // (M, N) as D, row stride ldd
 };
 
@@ -1094,31 +1109,17 @@ static void bias_backward(float* db, const A* dy, const float* weight, int N, in
   launch("column_partials", packs ? column_partials_kernel<A, kW> : column_partials_kernel<A, 1>,
          dim3(blocks_for(out, 32 * w), rows), kRowThreads, kRowThreads * w * sizeof(float), stream,
          partials, dy, weight, N, out);
-  column_sums(db, nullptr, partials, rows, out, stream);
+  column_sums({db}, partials, rows, out, stream);
 }
-// y[i] = f(a[i], b[i]): a thread takes W neighbours. y, which may be a, a, b (n)
-template <class A, int W, class F>
-__global__ void map_kernel(A* y, const A* a, const A* b, int64_t n, F f) {
-  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
-  if (i >= n) return;
-  float u[W], v[W];
-  load_floats(u, a + i);
-  load_floats(v, b + i);
-  for (int j = 0; j < W; j++) u[j] = f(u[j], v[j]);
-  store_floats(y + i, u);
+// y += x, a bias's gradient in any type. y, x (n)
+template <class T>
+__global__ void add_kernel(float* y, const T* x, int n) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < n) y[i] += to_float(x[i]);
 }
-template <class A, class F>
-static void map(const char* name, A* y, const A* a, const A* b, int64_t n, F f,
-                cudaStream_t stream) {
-  constexpr int kW = Pack<A>::kSize;
-  const bool packs = by_packs<A>(n, y, a, b);
-  launch(name, packs ? map_kernel<A, kW, F> : map_kernel<A, 1, F>,
-         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, y, a, b, n, f);
-}
-// y += x. (n)
-template <class A>
-static void add(A* y, const A* x, int64_t n, cudaStream_t stream) {
-  map("add", y, y, x, n, Plus(), stream);
+template <class T>
+static void add(float* y, const T* x, int n, cudaStream_t stream) {
+  launch("add", add_kernel<T>, blocks_for(n, kRowThreads), kRowThreads, 0, stream, y, x, n);
 }
 
 // D (M, N) = A B, A B^T with B stored (N, K), and A^T B with A stored (K, M); rows side by side
@@ -1167,12 +1168,13 @@ Product CudaGpt<A>::weight_gradient_product(int64_t N, const Linear& l, const A*
   p.beta = overwrites_ ? 0 : 1;
   return p;
 }
-// dW += dy^T x, db += column sums of dy
+// dW += dy^T x, db += column sums of dy unless db is null
 template <class A>
-void CudaGpt<A>::weight_backward(const Linear& l, const A* x, const A* dy) const {
-  if (!gradient(l.weight)) return;  // frozen
+void CudaGpt<A>::add_weight_gradient(const Linear& l, const A* x, const A* dy, float* dweight,
+                                     float* dbias) const {
   Product p = weight_gradient_product(N_, l, x, dy);
-  if (l.bias < 0) return matmul(p);
+  p.d = dweight;
+  if (!dbias) return matmul(p);
   const auto compute = [&](bool fused, float* dweight, float* dbias) {
     p.d = dweight;
     p.epilogue = fused ? Epilogue::bias_gradient : Epilogue::none;
@@ -1185,14 +1187,18 @@ void CudaGpt<A>::weight_backward(const Linear& l, const A* x, const A* dy) const
     }
     return true;
   };
-  if (!(bias_gradient_is_fused(l, compute) &&
-        compute(true, gradient(l.weight), gradient(l.bias)))) {
-    compute(false, gradient(l.weight), gradient(l.bias));
+  if (!(bias_gradient_is_fused("bias gradient", l, compute) && compute(true, dweight, dbias))) {
+    compute(false, dweight, dbias);
   }
 }
 template <class A>
-void CudaGpt<A>::linear_backward(const Linear& l, const A* x, const A* dy, A* dx) const {
-  weight_backward(l, x, dy);
+void CudaGpt<A>::weight_backward(const Linear& l, const A* x, const A* dy, bool bias) const {
+  if (!gradient(l.weight)) return;  // frozen
+  add_weight_gradient(l, x, dy, gradient(l.weight), bias ? gradient(l.bias) : nullptr);
+}
+template <class A>
+void CudaGpt<A>::linear_backward(const Linear& l, const A* x, const A* dy, A* dx, bool bias) const {
+  weight_backward(l, x, dy, bias);
   matmul(input_gradient_product(N_, l, dy, dx));
   adapters_backward(l, x, dy, dx);
 }
@@ -1469,7 +1475,7 @@ static void qk_backward(A* dq, A* dk, int64_t ld, const A* q_in, const A* k_in, 
   launch("qk_backward", packs ? qk_backward_kernel<A, kW> : qk_backward_kernel<A, 1>,
          dim3(blocks, 2), kRowThreads, size_t(groups) * HS * sizeof(float), stream, dq, dk, ld,
          q_in, k_in, in_ld, q_norm, k_norm, partials, rope, positions, eps, N, NH, NKV, HS, lanes);
-  if (trained) column_sums(dq_norm, dk_norm, partials, blocks, HS, stream);
+  if (trained) column_sums({dq_norm, dk_norm}, partials, blocks, HS, stream);
 }
 
 // Norm and RoPE of q and k: in place, unless backward needs q and k as they were.
@@ -2459,17 +2465,27 @@ static void gelu_forward(A* y, const A* x, int64_t n, cudaStream_t stream) {
 }
 
 // plain::gelu_derivative: dx = dy (s + x s (1 - s) 2u'). dx, which may be dy, dy, x (n)
-struct GeluBackward {
-  __device__ float operator()(float dy, float x) const {
-    const float u = .7978845608f * (x + .044715f * x * x * x);
-    const float du = .7978845608f * (1 + .134145f * x * x);
+template <class A, int W>
+__global__ void gelu_backward_kernel(A* dx, const A* dy, const A* x, int64_t n) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+  if (i >= n) return;
+  float d[W], v[W];
+  load_floats(d, dy + i);
+  load_floats(v, x + i);
+  for (int j = 0; j < W; j++) {
+    const float u = .7978845608f * (v[j] + .044715f * v[j] * v[j] * v[j]);
+    const float du = .7978845608f * (1 + .134145f * v[j] * v[j]);
     const float s = 1 / (1 + exp2_approx(-2 * kLog2E * u));
-    return dy * (s + x * s * (1 - s) * 2 * du);
+    d[j] *= s + v[j] * s * (1 - s) * 2 * du;
   }
-};
+  store_floats(dx + i, d);
+}
 template <class A>
 static void gelu_backward(A* dx, const A* dy, const A* x, int64_t n, cudaStream_t stream) {
-  map("gelu_backward", dx, dy, x, n, GeluBackward(), stream);
+  constexpr int kW = Pack<A>::kSize;
+  const bool packs = by_packs<A>(n, dx, dy, x);
+  launch("gelu_backward", packs ? gelu_backward_kernel<A, kW> : gelu_backward_kernel<A, 1>,
+         blocks_for(n, kRowThreads * (packs ? kW : 1)), kRowThreads, 0, stream, dx, dy, x, n);
 }
 
 // plain::swiglu: y = gate s(gate) up. y (N, F); gate_up (N, 2F): the gate's columns, then up's
@@ -2797,7 +2813,8 @@ void CudaGpt<A>::head_backward(bool logits_ready) {
     weighted_sum(&optimizer_->step.data()->loss_so_far, batch_.dlogp, batch_.logp, N_, stream_);
   }
   clear(a_.dx, size_t(N_) * size_t(C) * sizeof(A));
-  stream_norm_backward(table_.final_norm, a_.dnorm, a_.x, a_.final_mean, a_.final_rstd);
+  stream_norm_backward(table_.final_norm, a_.dnorm, a_.x, a_.final_mean, a_.final_rstd,
+                       &table_.blocks.back().down);
 }
 
 // =============================================================================================
@@ -3883,10 +3900,11 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
 // ---------------------------------------------------------------------------------------------
 // The sums of section 2
 
-// out[s, c] += sum_r in[r, s, c] for s = 0 and 1: in (count, sets, columns), a block has 32 columns
-// of a set. Warp w sums rows w, w + 32, ...; the warps' sums are added in order.
+// A block (x, y) has 32 columns of set y. Warp w sums rows w, w + 32, ...; the warps' sums are
+// added in order.
 __global__ void __launch_bounds__(kBlockThreads)
-    column_sums_kernel(float* out0, float* out1, const float* in, int count, int columns) {
+    column_sums_kernel(float* out0, float* out1, float* out2, const float* in, int count,
+                       int columns) {
   float* sums = shared_memory<float>();  // (32 warps, 32 columns)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
   const int64_t ld = int64_t(gridDim.y) * columns;
@@ -3898,12 +3916,14 @@ __global__ void __launch_bounds__(kBlockThreads)
   __syncthreads();
   if (warp > 0 || c >= columns) return;
   for (int w = 1; w < 32; w++) sum += sums[w * 32 + lane];
-  (blockIdx.y ? out1 : out0)[c] += sum;
+  (blockIdx.y == 0 ? out0 : blockIdx.y == 1 ? out1 : out2)[c] += sum;
 }
-static void column_sums(float* out0, float* out1, const float* in, int count, int columns,
+static void column_sums(std::array<float*, 3> out, const float* in, int count, int columns,
                         cudaStream_t stream) {
-  launch("column_sums", column_sums_kernel, dim3(blocks_for(columns, 32), out1 ? 2 : 1),
-         kBlockThreads, kBlockThreads * sizeof(float), stream, out0, out1, in, count, columns);
+  const auto sets = std::remove(out.begin(), out.end(), nullptr) - out.begin();
+  launch("column_sums", column_sums_kernel, dim3(blocks_for(columns, 32), unsigned(sets)),
+         kBlockThreads, kBlockThreads * sizeof(float), stream, out[0], out[1], out[2], in, count,
+         columns);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -4640,7 +4660,8 @@ class Products {
         p.epilogue == Epilogue::bias ? CUBLASLT_EPILOGUE_BIAS
         : p.epilogue == Epilogue::gelu
             ? (p.bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX)
-        : p.epilogue == Epilogue::dgelu         ? CUBLASLT_EPILOGUE_DGELU
+        : p.epilogue == Epilogue::dgelu
+            ? (p.bias ? CUBLASLT_EPILOGUE_DGELU_BGRAD : CUBLASLT_EPILOGUE_DGELU)
         : p.epilogue == Epilogue::bias_gradient ? CUBLASLT_EPILOGUE_BGRADB
                                                 : CUBLASLT_EPILOGUE_DEFAULT;
     set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(epilogue));
@@ -4810,13 +4831,14 @@ bool CudaGpt<A>::fused_is_faster(const char* what, int64_t N, const Linear& l,
   return machine_->products->fused_is_faster(
       std::is_same_v<A, float> ? concat(what, " in fp32").c_str() : what, N, l.in, l.out, compute);
 }
-// For weight_backward(l): compute(fused, dweight, dbias) adds to dbias, so both ways are timed on
-// scratch memory.
+// compute(fused, dweight, dbias), of layer l, adds to dbias, so both ways are timed on scratch
+// memory.
 template <class A>
 template <class Compute>
-bool CudaGpt<A>::bias_gradient_is_fused(const Linear& l, Compute&& compute) const {
+bool CudaGpt<A>::bias_gradient_is_fused(const char* what, const Linear& l,
+                                        Compute&& compute) const {
   Buffer<float> scratch;
-  return fused_is_faster("bias gradient", N_, l, [&](bool with_epilogue) {
+  return fused_is_faster(what, N_, l, [&](bool with_epilogue) {
     if (scratch.size() == 0) {
       scratch = Buffer<float>("a product's result", int64_t(l.out) * (l.in + 1), "");
     }
@@ -4851,23 +4873,53 @@ void CudaGpt<A>::linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* a
   };
   if (!(fused_is_faster("GELU", N, l, compute) && compute(true))) compute(false);
 }
-// The same through the GELU that made x: dup = dy W GELU'(up)
+// linear_backward(down) through the GELU that made its input: dup = dy W GELU'(up). True when the
+// gradient of up's bias, the column sums of dup, has been added too: the product can make these
+// sums, in A, where the product of up's weight gradient then goes without them.
 template <class A>
-void CudaGpt<A>::linear_gelu_backward(const Linear& l, const A* x, const A* up, const A* dy,
+bool CudaGpt<A>::linear_gelu_backward(const Block& b, const LayerActivations<A>& a, const A* dy,
                                       A* dup) const {
+  const Linear& l = b.down;
   if (has_adapters(l)) {
-    linear_backward(l, x, dy, a_.dact);
-    return gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
+    linear_backward(l, a.act, dy, a_.dact, false);
+    gelu_backward(dup, a_.dact, a.up, int64_t(N_) * l.in, stream_);
+    return false;
   }
-  weight_backward(l, x, dy);
+  weight_backward(l, a.act, dy, false);
+  const auto dgelu_product = [&] {
+    Product p = input_gradient_product(N_, l, dy, dup);
+    p.epilogue = Epilogue::dgelu, p.aux = a.up;  // which it only reads
+    return p;
+  };
   const auto compute = [&](bool fused) {
-    Product p = input_gradient_product(N_, l, dy, fused ? dup : a_.dact);
-    if (fused) p.epilogue = Epilogue::dgelu, p.aux = const_cast<A*>(up);  // read only
-    if (!try_matmul(p)) return false;
-    if (!fused) gelu_backward(dup, a_.dact, up, int64_t(N_) * l.in, stream_);
+    if (fused) return try_matmul(dgelu_product());
+    matmul(input_gradient_product(N_, l, dy, a_.dact));
+    gelu_backward(dup, a_.dact, a.up, int64_t(N_) * l.in, stream_);
     return true;
   };
-  if (!(fused_is_faster("GELU'", N_, l, compute) && compute(true))) compute(false);
+  const auto without_sums = [&] {
+    if (!(fused_is_faster("GELU'", N_, l, compute) && compute(true))) compute(false);
+  };
+  const auto with_sums = [&](float* dbias) {
+    Product p = dgelu_product();
+    p.bias = a_.bias_sums;
+    if (!try_matmul(p)) return false;
+    add(dbias, reinterpret_cast<const A*>(a_.bias_sums), l.in, stream_);
+    return true;
+  };
+  const auto both_gradients = [&](bool fused, float* dweight, float* dbias) {  // dup, and up's
+    if (fused && !with_sums(dbias)) return false;
+    if (!fused) without_sums();
+    add_weight_gradient(b.up, a.norm2, dup, dweight, fused ? nullptr : dbias);
+    return true;
+  };
+  float* dbias = gradient(b.up.bias);
+  if (dbias && bias_gradient_is_fused("GELU' and bias gradient", b.up, both_gradients) &&
+      with_sums(dbias)) {
+    return true;
+  }
+  without_sums();
+  return false;
 }
 
 // ---------------------------------------------------------------------------------------------

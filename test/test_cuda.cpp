@@ -189,14 +189,15 @@ KERNEL_TEST("cuda: swiglu forward and backward match the definition") {
 KERNEL_TEST("cuda: add adds") {
   for (const int n : {1, 100, 768, 4099}) {
     CAPTURE(n);
-    const Doubles x = random<A>(n, "x"), y = random<A>(n, "y");
+    const Doubles x = random<A>(n, "x"), y = random<float>(n, "y");
     Doubles sum, twice;
     for (size_t i = 0; i < size_t(n); i++) {
-      sum.push_back(as_double(as<A>(x[i] + y[i])));
-      twice.push_back(as_double(as<A>(sum[i] + x[i])));
+      sum.push_back(float(x[i] + y[i]));
+      twice.push_back(float(sum[i] + x[i]));
     }
     every_schedule([&] {
-      const OnDevice<A> x_(x), y_(y);
+      const OnDevice<A> x_(x);
+      const OnDevice<float> y_(y);
       add<A>(y_, x_, n, nullptr);
       CHECK(y_.read() == sum);
       add<A>(y_, x_, n, nullptr);
@@ -375,11 +376,17 @@ KERNEL_TEST("cuda: norm backward adds the definition's gradients") {
       every_schedule([&] {
         const OnDevice<A> x_(x), dy_(dy), dx_(before);
         const OnDevice<float> w_(w), dw_(dw_before), db_(db_before), mean_(mean), rstd_(rstd);
+        const OnDevice<float> dx_sums_(db_before);
         const OnDevice<char> scratch(int64_t(norm_backward_scratch(N, C)));
+        const bool sums_dx = C != 48;
+        Doubles dx_sums = db_before;  // of what was stored, once after each call
         for (int twice = 0; twice < 2; twice++) {
-          norm_backward<A>(dx_, dw_, db_.only_if(layer), dy_, x_, mean_.only_if(layer), rstd_, w_,
-                           N, C, scratch, nullptr);
+          norm_backward<A>(dx_, dw_, db_.only_if(layer), dx_sums_.only_if(sums_dx), dy_, x_,
+                           mean_.only_if(layer), rstd_, w_, N, C, scratch, nullptr);
+          const Doubles stored = dx_.read();
+          for (size_t i = 0; sums_dx && i < stored.size(); i++) dx_sums[i % size_t(C)] += stored[i];
         }
+        CHECK_CLOSE(dx_sums_.read(), dx_sums, kFloat);
         // dx is rounded twice, once at half the way, where it may be larger than at the end.
         CHECK_CLOSE(dx_.read(), dx, tolerance<A>(3));
         CHECK_CLOSE(dw_.read(), dw, kFloat);
