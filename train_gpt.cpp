@@ -155,9 +155,11 @@ static void muon(int out, int in, float* w, const float* g, float* m, float scal
 // Runs visit(i) for i in [0, n), items of unequal cost, on all threads; `group` neighbours, which
 // share memory, go to one thread where there are groups enough.
 template <class Visit>
-static void parallel_groups(int64_t n, int group, Visit&& visit);
+static void parallel_groups(int64_t n, int group, Visit&& visit,
+                            const char* where = __builtin_FUNCTION());
 
-struct Operand;  // of a product
+struct Operand;    // of a product
+struct CacheTask;  // of attention over a cache
 class CpuKvCache;
 struct Weights;
 
@@ -243,7 +245,8 @@ class CpuGpt final : public Gpt {
 
   template <class E>
   void attend_cached(const CpuKvCache& pages, std::span<const DecodeRow> rows,
-                     const NewTokens& added, int l, LayerActivations& a) const;
+                     const NewTokens& added, std::span<const CacheTask> tasks, int l,
+                     LayerActivations& a) const;
   void attend_batch(LayerActivations& a) const {
     attention_forward(attention_of(a.qkv, a.rotated), a.att, a.lse);
   }
@@ -329,6 +332,7 @@ class CpuGpt final : public Gpt {
               bool panels) const;
   void linear_backward(int N, const Linear& l, const float* x, const float* dy, float* dx);
   const float* adapter_inner(int N, const Linear& l, const Adapter& a, const float* x) const;
+  void scale_inner(int N) const;
   void adapter_forward(int N, const Linear& l, const Adapter& a, const float* x, float* y) const;
   void adapter_backward(int N, const Linear& l, const Adapter& a, const float* x, const float* dy,
                         float* dx);
@@ -509,34 +513,63 @@ static inline vec vexp(vec x) { return vexp_below_88(x > splat(88.7f) ? splat(88
 static inline float exp1(float x) { return vexp(splat(x))[0]; }
 static inline vec vsigmoid(vec x) { return 1.f / (1.f + vexp(-x)); }
 
+// Runs every divided loop in place of the threads, task by task, where one is set: `build/bench
+// --tasks` finds out so how the loops divide among more threads than this machine has cores.
+class LoopObserver {
+ public:
+  virtual ~LoopObserver() = default;
+  virtual int threads() const = 0;
+  // Calls work(t) for t in [0, tasks). in_turn: a thread that is free takes the next task,
+  // otherwise task t is thread t's. `where`: the function that has the loop.
+  virtual void run(const char* where, int64_t tasks, bool in_turn,
+                   const std::function<void(int64_t)>& work) = 0;
+  static inline LoopObserver* current = nullptr;
+};
+
 // Runs work(t) for t in [0, threads), side by side. Inside with_team, threads that wait there do
 // it.
 static int loop_threads();  // that loops run on
 static void run_threads(int threads, void (*work)(void*, int), void* argument);
 static void with_team(const std::function<void()>& body);
 template <class Work>
-static void on_threads(int threads, Work&& work) {
+static void on_threads(int threads, Work&& work, const char* where = __builtin_FUNCTION()) {
+  if (LoopObserver* observer = LoopObserver::current) {
+    return observer->run(where, threads, false, [&](int64_t t) { work(int(t)); });
+  }
   if (threads == 1) return work(0);
   const auto call = [](void* w, int t) { (*static_cast<std::remove_reference_t<Work>*>(w))(t); };
   run_threads(threads, call, &work);
 }
 // Runs visit(i) for i in [0, n) on all threads; visits write disjoint outputs.
 template <class Visit>
-static void parallel_for(int64_t n, Visit&& visit) {
+static void parallel_for(int64_t n, Visit&& visit, const char* where = __builtin_FUNCTION()) {
   if (n <= 0) return;
   const auto threads = std::min<int64_t>(n, loop_threads());
-  on_threads(int(threads), [&](int t) {
+  auto work = [&](int t) {
     for (int64_t i = n * t / threads; i < n * (t + 1) / threads; i++) visit(i);
-  });
+  };
+  on_threads(int(threads), work, where);
 }
 template <class Visit>
-static void parallel_groups(int64_t n, int group, Visit&& visit) {
+static void parallel_groups(int64_t n, int group, Visit&& visit, const char* where) {
   if (n <= 0) return;
   const int64_t threads = loop_threads(), chunk = n >= 4 * group * threads ? group : 1;
+  const auto visit_chunk = [&](int64_t begin) {
+    for (int64_t i = begin; i < std::min(n, begin + chunk); i++) visit(i);
+  };
+  if (LoopObserver* observer = LoopObserver::current) {
+    return observer->run(where, (n + chunk - 1) / chunk, true,
+                         [&](int64_t task) { visit_chunk(task * chunk); });
+  }
   std::atomic<int64_t> next{0};
   on_threads(int(std::min(n, threads)), [&](int) {
-    for (int64_t begin; (begin = next.fetch_add(chunk)) < n;)
-      for (int64_t i = begin; i < std::min(n, begin + chunk); i++) visit(i);
+    for (int64_t begin; (begin = next.fetch_add(chunk)) < n;) visit_chunk(begin);
+  });
+}
+static void clear(float* x, int64_t n) {
+  constexpr int64_t kChunk = 1 << 14;
+  parallel_for((n + kChunk - 1) / kChunk, [&](int64_t i) {
+    std::fill_n(x + i * kChunk, std::min(kChunk, n - i * kChunk), 0.f);
   });
 }
 
@@ -730,21 +763,23 @@ void CpuGpt::embed(int N, const int* tokens, const int* positions, float* x) con
   });
 }
 
-// dwte[token[n]] += dx[n], dwpe[position[n]] += dx[n]: each column by one thread, over n in order.
-// A tied head was first.
+// dwte[token[n]] += dx[n], dwpe[position[n]] += dx[n]: each element by one thread, over n in order.
+// A task has 64 columns and, where those are fewer than the threads, one of `parts` of the rows. A
+// tied head was first.
 void CpuGpt::embed_backward() {
   const int C = config_.C;
   const bool tied = table_.head.weight == table_.wte;
   if (!gradient(table_.wte)) return;  // frozen, and the positions with it
-  if (gradients_are_zero_ && !tied) std::fill_n(gradient(table_.wte), int64_t(config_.V) * C, 0.f);
-  if (gradients_are_zero_ && table_.wpe >= 0)
-    std::fill_n(gradient(table_.wpe), int64_t(config_.T) * C, 0.f);
-  parallel_for((C + 63) / 64, [&](int64_t chunk) {
-    const int64_t begin = chunk * 64;
-    const int width = int(std::min<int64_t>(64, C - begin));
+  if (gradients_are_zero_ && !tied) clear(gradient(table_.wte), int64_t(config_.V) * C);
+  if (gradients_are_zero_ && table_.wpe >= 0) clear(gradient(table_.wpe), int64_t(config_.T) * C);
+  const int chunks = (C + 63) / 64, parts = (loop_threads() + chunks - 1) / chunks;
+  parallel_for(int64_t(chunks) * parts, [&](int64_t task) {
+    const int64_t begin = task / parts * 64;
+    const int width = int(std::min<int64_t>(64, C - begin)), part = int(task % parts);
     for (int64_t n = 0; n < N_; n++) {
       const float* d = a_.dx + n * C + begin;
-      const auto add = [&](int64_t table, int64_t row) {
+      const auto add = [&](int64_t table, int row) {
+        if (parts > 1 && row % parts != part) return;
         float* sum = gradient(table) + row * C + begin;
         for_vectors(
             width, [&](int64_t c, int m) { store(sum + c, load(sum + c, m) + load(d + c, m), m); });
@@ -908,8 +943,14 @@ const float* CpuGpt::adapter_inner(int N, const Linear& l, const Adapter& a, con
   const int r = table_.lora.rank;
   if (int64_t(inner_.size()) < int64_t(N) * r) inner_.resize(size_t(N) * size_t(r));
   gemm(forward_product(N, l.in, r, x, weight(a.a), inner_.data()));
-  for (int64_t i = 0; i < int64_t(N) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
+  scale_inner(N);
   return inner_.data();
+}
+void CpuGpt::scale_inner(int N) const {
+  const int r = table_.lora.rank;
+  parallel_for(N, [&](int64_t n) {
+    for (int64_t i = n * r; i < (n + 1) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
+  });
 }
 // dB += dy^T u;  du = scale dy B;  dA += du^T x;  dx += du A
 void CpuGpt::adapter_backward(int N, const Linear& l, const Adapter& a, const float* x,
@@ -923,7 +964,7 @@ void CpuGpt::adapter_backward(int N, const Linear& l, const Adapter& a, const fl
   Product du = input_gradient(N, r, a.out, weight(a.b), dy + a.begin, inner_.data());
   du.a.ld = l.out;
   gemm(du);
-  for (int64_t i = 0; i < int64_t(N) * r; i++) inner_[size_t(i)] *= table_.lora.scale();
+  scale_inner(N);
   Product da = weight_gradient(N, l.in, r, x, u, gradient(a.a));
   da.accumulate = !gradients_are_zero_;
   gemm(da);
@@ -1142,14 +1183,30 @@ static void attend(int R, int first_position, int HS, const float* q, int64_t q_
   }
 }
 
-// out (N, NH HS), lse (N, NH). A task is one (document, key/value head).
+// Queries of a document, at positions first .. last - 1, from row `begin` of the batch on.
+struct QueryBlock {
+  int begin, first, last;
+};
+// Documents in blocks of at most `size` queries, the last of a document first: it takes longest.
+static std::vector<QueryBlock> query_blocks(std::span<const int> doc_starts, int size) {
+  std::vector<QueryBlock> blocks;
+  for (size_t d = 0; d + 1 < doc_starts.size(); d++) {
+    const int begin = doc_starts[d], length = doc_starts[d + 1] - begin;
+    for (int first = (length - 1) / size * size; first >= 0; first -= size)
+      blocks.push_back({begin, first, std::min(length, first + size)});
+  }
+  return blocks;
+}
+
+// out (N, NH HS), lse (N, NH). A task is one (block of queries, key/value head), and makes the
+// pages that these queries see: one in 256 of the work on them.
 static void attention_forward(const Attention& a, float* out, float* lse) {
-  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = to_lanes(HS);
+  const int HS = a.HS, HSP = to_lanes(HS);
   const int group = a.NH / a.NKV;
   const float scale = 1 / std::sqrt(float(HS));
-  parallel_groups(int64_t(D) * a.NKV, a.NKV, [&](int64_t task) {
-    const int begin = a.doc_starts[size_t(task / a.NKV)];
-    const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
+  const std::vector<QueryBlock> blocks = query_blocks(a.doc_starts, 256);
+  parallel_groups(int64_t(blocks.size()) * a.NKV, a.NKV, [&](int64_t task) {
+    const auto [begin, first, length] = blocks[size_t(task / a.NKV)];
     const int kv = int(task % a.NKV), pages = (length + kPage - 1) / kPage;
     thread_local Arena memory;
     const int64_t key_size = int64_t(HS) * kPage, value_size = int64_t(HSP) * kPage;
@@ -1173,7 +1230,7 @@ static void attention_forward(const Attention& a, float* out, float* lse) {
     }
     alignas(64) float q[kMR * 256];
     for (int h = kv * group; h < (kv + 1) * group; h++) {
-      for (int t = 0; t < length; t += kMR) {
+      for (int t = first; t < length; t += kMR) {
         const int R = std::min(kMR, length - t);
         for (int r = 0; r < R; r++) {
           const float* src = a.q + (begin + t + r) * a.q_ld + h * HS;
@@ -1189,35 +1246,70 @@ static void attention_forward(const Attention& a, float* out, float* lse) {
   });
 }
 
+// What one task of the backward pass computes: the gradients of which queries, and of which keys
+// and values, of a document. Those of keys [first_key, last_key) need all later queries, those of
+// queries [first_query, last_query) all earlier keys.
+struct BackwardTask {
+  int begin, length;  // of the document
+  int first_key, last_key, first_query, last_query;
+  bool wants_dq, wants_dkv;
+};
+// A document is one task where that is enough for the threads. Otherwise its keys and its queries
+// are divided, and each P is made twice: 7 products in place of 5. The sums are the same.
+static std::vector<BackwardTask> backward_tasks(std::span<const int> doc_starts, int NKV) {
+  constexpr int kRows = 4 * kPage;
+  const int threads = loop_threads();
+  const bool divide = threads > 1 && int64_t(doc_starts.size() - 1) * NKV < 2 * threads;
+  std::vector<BackwardTask> tasks;
+  for (size_t d = 0; d + 1 < doc_starts.size(); d++) {
+    const int begin = doc_starts[d], length = doc_starts[d + 1] - begin;
+    if (!divide || length <= kRows) {
+      tasks.push_back({begin, length, 0, length, 0, length, true, true});
+      continue;
+    }
+    const int last_block = (length - 1) / kRows * kRows;
+    for (int key = 0; key < length; key += kRows) {  // the longest tasks first
+      const int query = last_block - key;
+      tasks.push_back(
+          {begin, length, key, std::min(length, key + kRows), key, length, false, true});
+      const int end = std::min(length, query + kRows);
+      tasks.push_back({begin, length, 0, end, query, end, true, false});
+    }
+  }
+  return tasks;
+}
+
 // From dout (N, NH HS) to dq (N, NH HS), dk, dv (N, NKV HS), all in rows of stride d_ld. P is made
 // again from lse. Blocks of kPage queries meet pages of keys; a key's gradient is summed over heads
 // and query blocks in order, a query's over pages in order.
 static void attention_backward(const Attention& a, const float* out, const float* lse,
                                const float* dout, float* dq, float* dk, float* dv, int64_t d_ld) {
-  const int D = int(a.doc_starts.size()) - 1, HS = a.HS, HSP = to_lanes(HS);
+  const int HS = a.HS, HSP = to_lanes(HS);
   const int group = a.NH / a.NKV;
   const int64_t out_ld = int64_t(a.NH) * HS;
   const float scale = 1 / std::sqrt(float(HS));
-  parallel_groups(int64_t(D) * a.NKV, a.NKV, [&](int64_t task) {
-    const int begin = a.doc_starts[size_t(task / a.NKV)];
-    const int length = a.doc_starts[size_t(task / a.NKV) + 1] - begin;
-    const int kv = int(task % a.NKV), padded = (length + kPage - 1) / kPage * kPage;
+  const std::vector<BackwardTask> tasks = backward_tasks(a.doc_starts, a.NKV);
+  parallel_groups(int64_t(tasks.size()) * a.NKV, a.NKV, [&](int64_t index) {
+    const BackwardTask& task = tasks[size_t(index / a.NKV)];
+    const int begin = task.begin, length = task.length, first_key = task.first_key;
+    const int kv = int(index % a.NKV), key_count = task.last_key - first_key;
+    const int padded = (key_count + kPage - 1) / kPage * kPage;
     thread_local Arena memory;
     constexpr int64_t kTile = kPage * 256, kSquare = kPage * kPage;
     memory.grow(int64_t(padded) * (3 * HSP + 2 * HS) + 3 * kTile + 2 * kSquare);
     float* q = memory.data();  // of one page of queries, as the next four
     float *d_out = q + kTile, *d_q = d_out + kTile, *p = d_q + kTile, *ds = p + kSquare;
-    float* keys = ds + kSquare;                    // (padded, HSP)
+    float* keys = ds + kSquare;                    // (padded, HSP) from first_key on
     float* keys_t = keys + int64_t(padded) * HSP;  // pages [HS][kPage]
     float* values_t = keys_t + int64_t(padded) * HS;
     float* dkeys = values_t + int64_t(padded) * HS;  // (padded, HSP), as the next two
     float* dvalues = dkeys + int64_t(padded) * HSP;
     if (HSP != HS) std::fill(keys, keys + int64_t(padded) * HSP, 0.f);  // the padding
     std::fill(dkeys, dvalues + int64_t(padded) * HSP, 0.f);
-    for (int t0 = 0; t0 < length; t0 += kPage) {
-      const int count = std::min(kPage, length - t0);
-      const float* k = a.k + (begin + t0) * a.k_ld + kv * HS;
-      const float* v = a.v + (begin + t0) * a.v_ld + kv * HS;
+    for (int t0 = 0; t0 < key_count; t0 += kPage) {
+      const int count = std::min(kPage, key_count - t0);
+      const float* k = a.k + (begin + first_key + t0) * a.k_ld + kv * HS;
+      const float* v = a.v + (begin + first_key + t0) * a.v_ld + kv * HS;
       for (int t = 0; t < count; t++) {
         prefetch_row(HS, k + (t + kPrefetchSteps) * a.k_ld);
         prefetch_row(HS, v + t * a.v_ld);
@@ -1227,8 +1319,8 @@ static void attention_backward(const Attention& a, const float* out, const float
       pack_panel<kPage>({nullptr, a.v_ld, Inner::k}, v, count, HS, values_t + int64_t(t0) * HS);
     }
     for (int h = kv * group; h < (kv + 1) * group; h++) {
-      for (int t0 = 0; t0 < length; t0 += kPage) {
-        const int rows = std::min(kPage, length - t0);
+      for (int t0 = task.first_query; t0 < task.last_query; t0 += kPage) {
+        const int rows = std::min(kPage, task.last_query - t0);
         float dot[kPage], row_lse[kPage];  // dot: sum_d dout out = sum_s p dp
         for (int r = 0; r < rows; r++) {
           const int64_t n = begin + t0 + r;
@@ -1247,18 +1339,19 @@ static void attention_backward(const Attention& a, const float* out, const float
           row_lse[r] = lse[n * a.NH + h];
         }
         std::fill(d_q, d_q + rows * HSP, 0.f);
-        for (int s0 = 0; s0 <= t0; s0 += kPage) {
+        for (int s0 = first_key; s0 <= t0 && s0 < task.last_key; s0 += kPage) {
           const int page_keys = std::min(kPage, length - s0);
+          const int64_t page = s0 - first_key;
           const bool diagonal = s0 == t0;
           for (int r0 = 0; r0 < rows; r0 += kMR) {
             const int R = std::min(kMR, rows - r0);
             const int count = diagonal ? r0 + R : page_keys;  // keys that the last row sees
             const int width = to_lanes(count);
             float *pr = p + r0 * kPage, *dsr = ds + r0 * kPage;
-            small_product(R, width, HS, q + r0 * HSP, HSP, 1, keys_t + int64_t(s0) * HS, kPage, pr,
+            small_product(R, width, HS, q + r0 * HSP, HSP, 1, keys_t + page * HS, kPage, pr, kPage,
+                          false);
+            small_product(R, width, HS, d_out + r0 * HSP, HSP, 1, values_t + page * HS, kPage, dsr,
                           kPage, false);
-            small_product(R, width, HS, d_out + r0 * HSP, HSP, 1, values_t + int64_t(s0) * HS,
-                          kPage, dsr, kPage, false);
             for (int r = 0; r < R; r++) {
               const int seen = diagonal ? r0 + r + 1 : page_keys;
               float *ps = pr + r * kPage, *d = dsr + r * kPage;
@@ -1271,26 +1364,28 @@ static void attention_backward(const Attention& a, const float* out, const float
               for (; j + kLanes <= seen; j += kLanes) weigh(j, kLanes);
               for (; j < width; j += kLanes) weigh(j, std::max(0, seen - j));
             }
-            small_product(R, HSP, count, dsr, kPage, 1, keys + int64_t(s0) * HSP, HSP,
-                          d_q + r0 * HSP, HSP, true);
+            if (!task.wants_dq) continue;
+            small_product(R, HSP, count, dsr, kPage, 1, keys + page * HSP, HSP, d_q + r0 * HSP, HSP,
+                          true);
           }
-          for (int j0 = 0; j0 < page_keys; j0 += kMR) {
+          for (int j0 = 0; task.wants_dkv && j0 < page_keys; j0 += kMR) {
             const int R = std::min(kMR, page_keys - j0), r_begin = diagonal ? j0 : 0;
             if (r_begin >= rows) break;
             small_product(R, HSP, rows - r_begin, p + r_begin * kPage + j0, 1, kPage,
-                          d_out + r_begin * HSP, HSP, dvalues + int64_t(s0 + j0) * HSP, HSP, true);
+                          d_out + r_begin * HSP, HSP, dvalues + (page + j0) * HSP, HSP, true);
             small_product(R, HSP, rows - r_begin, ds + r_begin * kPage + j0, 1, kPage,
-                          q + r_begin * HSP, HSP, dkeys + int64_t(s0 + j0) * HSP, HSP, true);
+                          q + r_begin * HSP, HSP, dkeys + (page + j0) * HSP, HSP, true);
           }
         }
-        for (int r = 0; r < rows; r++)
+        for (int r = 0; task.wants_dq && r < rows; r++)
           for (int d = 0; d < HS; d++)
             dq[(begin + t0 + r) * d_ld + h * HS + d] = d_q[r * HSP + d] * scale;
       }
     }
-    for (int t = 0; t < length; t++) {
-      copy_row(HS, dkeys + int64_t(t) * HSP, dk + (begin + t) * d_ld + kv * HS);
-      copy_row(HS, dvalues + int64_t(t) * HSP, dv + (begin + t) * d_ld + kv * HS);
+    for (int t = 0; task.wants_dkv && t < key_count; t++) {
+      const int64_t n = begin + first_key + t;
+      copy_row(HS, dkeys + int64_t(t) * HSP, dk + n * d_ld + kv * HS);
+      copy_row(HS, dvalues + int64_t(t) * HSP, dv + n * d_ld + kv * HS);
     }
   });
 }
@@ -1303,9 +1398,9 @@ static inline vec gelu_argument(vec x) {  // 2u
   return 1.5957691216f * (x + .044715f * x * x * x);
 }
 static void gelu_forward(int64_t size, const float* x, float* y) {
-  parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
-    const int64_t begin = chunk * 4096;
-    for_vectors(std::min<int64_t>(4096, size - begin), [&](int64_t i, int n) {
+  parallel_for((size + 1023) / 1024, [&](int64_t chunk) {
+    const int64_t begin = chunk * 1024;
+    for_vectors(std::min<int64_t>(1024, size - begin), [&](int64_t i, int n) {
       const vec v = load(x + begin + i, n);
       store(y + begin + i, v * vsigmoid(gelu_argument(v)), n);
     });
@@ -1313,9 +1408,9 @@ static void gelu_forward(int64_t size, const float* x, float* y) {
 }
 // From dy; x's gradient takes its place.
 static void gelu_backward(int64_t size, float* x, const float* dy) {
-  parallel_for((size + 4095) / 4096, [&](int64_t chunk) {
-    const int64_t begin = chunk * 4096;
-    for_vectors(std::min<int64_t>(4096, size - begin), [&](int64_t i, int n) {
+  parallel_for((size + 1023) / 1024, [&](int64_t chunk) {
+    const int64_t begin = chunk * 1024;
+    for_vectors(std::min<int64_t>(1024, size - begin), [&](int64_t i, int n) {
       const vec v = load(x + begin + i, n), s = vsigmoid(gelu_argument(v));
       const vec slope = 1.5957691216f * (1.f + .134145f * v * v);
       store(x + begin + i, load(dy + begin + i, n) * (s + v * s * (1.f - s) * slope), n);
@@ -1441,7 +1536,7 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
                            std::span<const float> dentropy, bool logits_ready) {
   const int C = config_.C, V = config_.V, ld = config_.padded_V();
   const Linear& head = table_.head;
-  parallel_for(N_, [&](int64_t n) { std::fill_n(a_.dnorm + n * C, C, 0.f); });
+  clear(a_.dnorm, int64_t(N_) * C);
   if (config_.head == Head::scalar) {
     const std::vector<float> zeros(size_t(dvalue.empty() ? N_ : 0));
     const float* d = dvalue.empty() ? zeros.data() : dvalue.data();  // (N, 1)
@@ -1457,7 +1552,7 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
     const int64_t chunk =
         logits_ready ? M : std::min(logit_rows(config_, N_), std::max<int64_t>(512, cached));
     float* dhead = gradient(head.weight);
-    if (gradients_are_zero_ && M == 0 && dhead) std::fill_n(dhead, int64_t(V) * C, 0.f);
+    if (gradients_are_zero_ && M == 0 && dhead) clear(dhead, int64_t(V) * C);
     for (int64_t begin = 0; begin < M; begin += chunk) {
       const int rows = int(std::min(chunk, M - begin));
       if (!logits_ready) logits_forward(begin, rows);
@@ -1482,7 +1577,7 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
     });
   }
   for (size_t n = 0; n < dlogp.size(); n++) loss_ += double(dlogp[n]) * logp_[n];
-  parallel_for(N_, [&](int64_t n) { std::fill_n(a_.dx + n * C, C, 0.f); });
+  clear(a_.dx, int64_t(N_) * C);
   norm_back(N_, table_.final_norm, a_.dnorm, a_.x, a_.final_stats);
 }
 
@@ -1492,7 +1587,7 @@ void CpuGpt::head_backward(std::span<const float> dlogp, std::span<const float> 
 // The norm of the whole gradient: blocks of a fixed size, then over the blocks in order.
 double CpuGpt::gradient_norm() {
   const int64_t size = table_.size - frozen_;  // pages of frozen rows are never touched
-  if (gradients_are_zero_) std::fill_n(gradients_.data() + frozen_, size, 0.f);
+  if (gradients_are_zero_) clear(gradients_.data() + frozen_, size);
   constexpr int64_t kChunk = 1 << 15;
   std::vector<double> squares(size_t((size + kChunk - 1) / kChunk));
   parallel_for(int64_t(squares.size()), [&](int64_t block) {
@@ -1852,34 +1947,61 @@ static std::vector<TopToken> likeliest(int V, const float* logits, int k,
   return top;
 }
 
+// What a thread does of the attention of one call to decode, for one key/value head: new tokens
+// first .. last - 1 of a row.
+struct CacheTask {
+  size_t row;
+  int kv, first, last;
+};
+// Of a row and head the last tokens first: they see the most keys.
+static std::vector<CacheTask> cache_tasks(const NewTokens& added, int NKV) {
+  constexpr int kTokens = 16 * kMR;
+  std::vector<CacheTask> tasks;
+  for (size_t r = 0; r + 1 < added.starts.size(); r++) {
+    const int n = added.starts[r + 1] - added.starts[r];
+    for (int kv = 0; kv < NKV; kv++)
+      for (int first = (n - 1) / kTokens * kTokens; first >= 0; first -= kTokens)
+        tasks.push_back({r, kv, first, std::min(n, first + kTokens)});
+  }
+  return tasks;
+}
+
 // Puts the keys and values of layer l's new tokens into pages of E, then attends to all there are.
 template <class E>
 void CpuGpt::attend_cached(const CpuKvCache& pages, std::span<const DecodeRow> rows,
-                           const NewTokens& added, int l, LayerActivations& a) const {
+                           const NewTokens& added, std::span<const CacheTask> tasks, int l,
+                           LayerActivations& a) const {
   const int NH = config_.NH, NKV = config_.NKV, HS = config_.HS;
   const float scale = 1 / std::sqrt(float(HS));
   const Attention qkv = attention_of(a.qkv, a.rotated);
-  parallel_groups(int64_t(rows.size()) * NKV, 1, [&](int64_t task) {
-    const auto r = size_t(task / NKV);
-    const int kv = int(task % NKV), before = added.lengths[r];
-    const std::vector<int>& list = pages.pages(rows[r].sequence);
-    std::vector<const E*> key_pages, value_pages;
-    for (int page : list) {
-      key_pages.push_back(pages.keys<E>(page, l, kv));
-      value_pages.push_back(pages.values<E>(page, l, kv));
-    }
-    const int n = added.starts[r + 1] - added.starts[r];
-    for (int t = 0; t < n; t++) {
-      const int page = list[size_t((before + t) / kPage)];
+  const auto fill = [&](int64_t task) {
+    const auto& [r, kv, first, last] = tasks[size_t(task)];
+    for (int t = first; t < last; t++) {
+      const int position = added.lengths[r] + t;
+      const int page = pages.pages(rows[r].sequence)[size_t(position / kPage)];
       const int64_t i = added.starts[r] + t;
-      fill_page(HS, (before + t) % kPage, qkv.k + i * qkv.k_ld + kv * HS,
+      fill_page(HS, position % kPage, qkv.k + i * qkv.k_ld + kv * HS,
                 qkv.v + i * qkv.v_ld + kv * HS, pages.keys<E>(page, l, kv),
                 pages.values<E>(page, l, kv));
     }
+  };
+  const auto count = int64_t(tasks.size());
+  // A task that has all of its row's new tokens needs no other's keys.
+  const bool alone = count == int64_t(rows.size()) * NKV;
+  if (!alone) parallel_groups(count, 1, fill);
+  parallel_groups(count, 1, [&](int64_t task) {
+    if (alone) fill(task);
+    const auto& [r, kv, first, last] = tasks[size_t(task)];
+    const int before = added.lengths[r];
+    std::vector<const E*> key_pages, value_pages;
+    for (const int page : pages.pages(rows[r].sequence)) {
+      key_pages.push_back(pages.keys<E>(page, l, kv));
+      value_pages.push_back(pages.values<E>(page, l, kv));
+    }
     alignas(64) float q[kMR * 256];
     for (int h = kv * (NH / NKV); h < (kv + 1) * (NH / NKV); h++) {
-      for (int t = 0; t < n; t += kMR) {
-        const int count = std::min(kMR, n - t);
+      for (int t = first; t < last; t += kMR) {
+        const int count = std::min(kMR, last - t);
         const int64_t i = added.starts[r] + t;
         for (int j = 0; j < count; j++)
           for (int d = 0; d < HS; d++)
@@ -1911,11 +2033,12 @@ void CpuGpt::decode_rows(KvCache& cache, std::span<const DecodeRow> rows, Decode
   const int N = int(added.tokens.size());
   weights_->make_panels();
   decode_.reserve(config_, N, Saved::none);
+  const std::vector<CacheTask> tasks = cache_tasks(added, config_.NKV);
   const auto attend_cache = [&](int l, LayerActivations& a) {
     if (pages.type == CacheType::bf16) {
-      attend_cached<Bf16>(pages, rows, added, l, a);
+      attend_cached<Bf16>(pages, rows, added, tasks, l, a);
     } else {
-      attend_cached<float>(pages, rows, added, l, a);
+      attend_cached<float>(pages, rows, added, tasks, l, a);
     }
   };
   blocks_forward(decode_, N, added.tokens.data(), added.positions.data(), true, attend_cache);
@@ -2140,7 +2263,7 @@ void CpuGpt::write(int tensor, Slot slot, std::span<const float> in) {
   }
   if (slot == Slot::weight) weights_->panels_current = false;
   if (slot == Slot::gradient && gradients_are_zero_) {
-    std::fill_n(gradients_.data(), gradients_.size(), 0.f);
+    clear(gradients_.data(), gradients_.size());
     gradients_are_zero_ = false;
   }
   if (slot == Slot::weight && weight_type(tensor) == WeightType::q8_0 &&
@@ -2416,6 +2539,7 @@ class Team {
 };
 
 static int loop_threads() {
+  if (LoopObserver::current) return LoopObserver::current->threads();
   return Team::current ? Team::current->threads() : omp_get_max_threads();
 }
 
@@ -2426,7 +2550,8 @@ static void run_threads(int threads, void (*work)(void*, int), void* argument) {
 }
 
 static void with_team(const std::function<void()>& body) {
-  if (Team::current || omp_get_max_threads() == 1 || omp_in_parallel()) return body();
+  if (LoopObserver::current || Team::current || omp_get_max_threads() == 1 || omp_in_parallel())
+    return body();
   std::exception_ptr failure;
   std::unique_ptr<Team> team;
 #pragma omp parallel
@@ -3095,7 +3220,9 @@ static void gemm_rectangle(const Product& p, int m0, int m1, int n0, int n1) {
   }
 }
 
-// Splits C among the threads in a grid that packs least.
+// Splits C among the threads: in the grid that takes least, or, where a grid's rectangles would be
+// too unlike, tile by tile along the columns, so that only a thread's first and last panel are
+// divided. With few rows no panel is: each is read once then.
 static void gemm(const Product& p) {
   if (p.M <= 0 || p.N <= 0) return;
   const int threads = loop_threads();
@@ -3113,6 +3240,11 @@ static void gemm(const Product& p) {
     if (cost < best) best = cost, best_m = tm;
   }
   const int tm = best_m, tn = threads / best_m;
+  const int64_t tiles = int64_t(m_panels) * n_panels, most_tiles = (tiles + threads - 1) / threads;
+  const double most_columns = double(n_panels / threads + 2) * kNR;
+  const double dealt = double(most_tiles) * kMR * kNR +
+                       6 * (p.M + most_columns * std::max(1., double(p.M) / block_rows(p.K)));
+  const bool deals = m_panels >= 5 && dealt < best;
   const bool q8 = p.b.panels.data && p.b.panels.type == WeightType::q8_0;
   const QuantizedRows* quantized = q8 ? &quantize_rows(p) : nullptr;
   const auto rectangle = [&](int m0, int m1, int n0, int n1) {
@@ -3120,6 +3252,19 @@ static void gemm(const Product& p) {
     gemm_rectangle(p, m0, m1, n0, n1);
   };
   if (double(p.M) * p.N * p.K < 1 << 16) return rectangle(0, p.M, 0, p.N);  // not worth waking
+  if (deals) {
+    return on_threads(threads, [&](int t) {
+      const int64_t end = tiles * (t + 1) / threads;
+      for (int64_t tile = tiles * t / threads; tile < end;) {
+        const int m = int(tile % m_panels), n = int(tile / m_panels);
+        const int rows = int(std::min<int64_t>(m_panels - m, end - tile));
+        const int columns = rows == m_panels ? int((end - tile) / m_panels) : 1;
+        rectangle(m * kMR, std::min(p.M, (m + rows) * kMR), n * kNR,
+                  std::min(p.N, (n + columns) * kNR));
+        tile += int64_t(rows) * columns;
+      }
+    });
+  }
   on_threads(tm * tn, [&](int t) {
     const int i = t % tm, j = t / tm;
     const auto cut = [](int panels, int part, int parts, int width, int limit) {

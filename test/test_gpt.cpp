@@ -605,11 +605,11 @@ struct Threads {  // sets their number for a scope
 
 }  // namespace
 
-TEST_CASE("forward, backward and updates give the same bits for 1, 2 and 5 threads") {
+TEST_CASE("forward, backward and updates give the same bits for 1, 2, 5 and 16 threads") {
   for (const Family family : kFamilies) {
     for (const bool muon_owns : {false, true}) {
       std::vector<float> first;
-      for (const int threads : {1, 2, 5}) {
+      for (const int threads : {1, 2, 5, 16}) {
         const Threads scope(threads);
         const auto gpt = random_model(tiny(family), {.muon = muon_owns});
         const Sample s = make_sample(gpt->config(), {70, 1, 129, 33});
@@ -632,6 +632,90 @@ TEST_CASE("forward, backward and updates give the same bits for 1, 2 and 5 threa
         CHECK(first == result);  // NaN would fail this
       }
     }
+  }
+}
+
+namespace {
+
+// Counts the tasks of every loop, and runs them in order.
+struct TaskCounter : LoopObserver {
+  explicit TaskCounter(int n) : n(n) { current = this; }
+  ~TaskCounter() override { current = nullptr; }
+  int threads() const override { return n; }
+  void run(const char* where, int64_t count, bool,
+           const std::function<void(int64_t)>& work) override {
+    most_tasks[where] = std::max(most_tasks[where], count);
+    for (int64_t t = 0; t < count; t++) work(t);
+  }
+  int64_t tasks(const std::string& where) const {  // templates have their types behind the name
+    int64_t most = 0;
+    for (const auto& [name, count] : most_tasks)
+      if (name.starts_with(where)) most = std::max(most, count);
+    return most;
+  }
+  int n;
+  std::map<std::string, int64_t> most_tasks;
+};
+
+}  // namespace
+
+TEST_CASE("one long document is divided among many threads, and gives the same bits") {
+  for (const Family family : kFamilies) {
+    Config c = tiny(family);
+    c.T = 1100;
+    const auto run = [&] {
+      std::vector<float> result;
+      const auto gpt = random_model(c);
+      const Sample s = make_sample(c, {1030});
+      gpt->forward_backward(s.batch(), s.dlogp, {}, s.dentropy);
+      result = all(*gpt, Slot::gradient);
+      const auto cache = gpt->make_cache(1100);
+      DecodeResult decoded;
+      const std::span tokens(s.tokens);
+      const int sequence = cache->create();
+      for (const auto& piece : {tokens.first(7), tokens.subspan(7, 700)}) {
+        const DecodeRow row{sequence, piece, {}, {}};
+        gpt->decode(*cache, {&row, 1}, decoded, true);
+        result.insert(result.end(), decoded.logits.begin(), decoded.logits.end());
+      }
+      return result;
+    };
+    std::vector<float> first;
+    {
+      const Threads scope(1);
+      first = run();
+    }
+    for (const int threads : {2, 16}) {
+      const Threads scope(threads);
+      CHECK(first == run());
+    }
+    TaskCounter counter(16);
+    CHECK(first == run());
+    CHECK(counter.tasks("attention_forward") >= 5);
+    CHECK(counter.tasks("attention_backward") >= 10);  // keys, and queries
+    CHECK(counter.tasks("attend_cached") >= 8);
+    CHECK(counter.tasks("embed_backward") >= 16);
+  }
+}
+
+TEST_CASE("products are dealt out evenly among more threads than there are panels, same bits") {
+  struct Case {
+    int M, N, K, threads;
+    int64_t tasks;
+  };
+  // 64 rows and a few columns for each thread; few rows, whose panels no two threads share
+  for (const Case& x : {Case{64, 1000, 70, 64, 64}, {40, 256, 600, 7, 7}, {5, 640, 70, 16, 16}}) {
+    const auto a = random_values<float>(size_t(x.M * x.K), "a");
+    const auto w = random_values<float>(size_t(x.N * x.K), "w");
+    std::vector<float> expected(size_t(x.M * x.N)), y(expected.size(), NAN);
+    {
+      const Threads scope(1);
+      gemm(forward_product(x.M, x.K, x.N, a.data(), w.data(), expected.data()));
+    }
+    TaskCounter counter(x.threads);
+    gemm(forward_product(x.M, x.K, x.N, a.data(), w.data(), y.data()));
+    CHECK(y == expected);
+    CHECK(counter.tasks("gemm") == x.tasks);
   }
 }
 

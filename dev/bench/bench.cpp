@@ -1,6 +1,7 @@
 // make bench: what this machine can do, what cake does on it, and a peer beside it in the same run.
 //
 //     build/bench [--peer PYTHON] [--only TEXT] [--seconds S]
+//     build/bench --tasks 8,32,64     how the engine's loops divide among so many threads
 //
 // Every figure is the best of several repetitions; speeds are shares of the peak and of the read
 // bandwidth that the same run measured, and ratios to PyTorch (dev/bench/peer_torch.py, run by the
@@ -17,6 +18,7 @@
 #include <map>
 
 #include "cake/json.h"
+#include "dev/bench/tasks.h"
 
 namespace cake {
 namespace {
@@ -270,6 +272,10 @@ int main_bench(int argc, char** argv) {
   app.add_option("--only", b.only, "figures whose name contains this");
   app.add_option("--seconds", b.seconds, "a figure takes (default 5)");
   app.add_option("--threads", threads);
+  std::vector<int> tasks;
+  app.add_option("--tasks", tasks, "only: how loops divide among so many threads, as in 8,32,64")
+      ->delimiter(',')
+      ->check(CLI::Range(2, 1024));
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp& e) {
@@ -278,6 +284,7 @@ int main_bench(int argc, char** argv) {
     fail(e.what(), " (see --help)");
   }
   set_threads(threads);
+  if (!tasks.empty()) return print_tasks(tasks), 0;
   b.machine();
   b.gemms();
   b.adamw_update();
