@@ -1533,6 +1533,99 @@ struct AttentionInput {
   int64_t q_ld, k_ld, v_ld;
 };
 
+// A forward kernel has its queries in the batch. Its keys are there too, or in the pages of a KV
+// cache: PackedRows and CachedRows tell it what a block has to do, and where.
+
+// A block's queries are rows begin .. end - 1 of the batch, but no more than the kernel takes; they
+// see keys key_begin .. key_end - 1, or some of them. Of a cache: `row` of the page table, and what
+// a query's row of the batch lies below its position.
+struct AttentionTile {
+  int begin, end, key_begin, key_end, row = 0, shift = 0;
+};
+// Keys: rows first_row .. end - 1 of k and v, one key/value head's.
+template <class A>
+struct KeyTile {
+  const A *k, *v;
+  int64_t k_ld, v_ld;
+  int first_row, end;
+};
+// Which columns of the scores a row meets: from begin_of(row) to last_of(row). Rows beyond the last
+// are never stored: they may meet what it meets.
+struct DocumentKeys {  // rows are queries, columns the keys that they see
+  const AttentionShape& shape;
+  __device__ int begin_of(int row) const { return shape.doc_start[min(row, shape.N - 1)]; }
+  __device__ int last_of(int row) const { return row; }
+};
+struct DocumentQueries {  // rows are keys, columns the queries that see them
+  const AttentionShape& shape;
+  __device__ int begin_of(int row) const { return row; }
+  __device__ int last_of(int row) const { return shape.doc_end[min(row, shape.N - 1)] - 1; }
+};
+struct CachedKeys {  // rows are queries, columns the positions that they see
+  int shift;
+  __device__ int begin_of(int) const { return 0; }
+  __device__ int last_of(int row) const { return row + shift; }
+};
+
+template <class A>
+struct PackedRows {
+  AttentionInput<A> in;
+  AttentionShape shape;
+
+  // Block y of the grid's; the last queries first, since they see the most keys
+  __device__ AttentionTile tile(int each) const {
+    const int begin = int(gridDim.y - 1 - blockIdx.y) * each;
+    return {begin, shape.N, shape.doc_start[begin], min(begin + each, shape.N)};
+  }
+  __device__ DocumentKeys columns(const AttentionTile&) const { return {shape}; }
+  __device__ KeyTile<A> keys(const AttentionTile&, int kv, int key) const {
+    return {in.k + kv * shape.HS, in.v + kv * shape.HS, in.k_ld, in.v_ld, key, shape.N};
+  }
+};
+
+// A page of kPage positions of a KV cache holds for each layer its keys, [NKV][kPage][HS], then for
+// each layer its values. Position t of a row is place t % kPage of the page page_table[row
+// max_pages + t / kPage]; where a layer's part begins in a page is the same in all.
+template <class A>
+struct PageTable {
+  A* const* pages;           // (rows, max_pages)
+  int max_pages;             // of a row
+  int64_t keys, values = 0;  // where the layer's begin in a page
+
+  __device__ A* page(int row, int t) const { return pages[int64_t(row) * max_pages + t / kPage]; }
+};
+
+// Tokens begin .. end - 1 of a call to decode, up to kQueryTile of them, all of one row, which has
+// the first at `position`.
+inline constexpr int kQueryTile = 128;
+struct QueryTile {
+  int row, begin, end, position;
+};
+
+// Tiles of keys lie in one page and begin at the same positions in every call, so that a token's
+// sums do not depend on how its prompt is cut into calls.
+template <class A>
+struct CachedRows {
+  AttentionInput<A> in;  // k and v are in the pages already
+  AttentionShape shape;  // without documents
+  PageTable<A> table;
+  const QueryTile* tiles;
+
+  // Part z of tile y of the grid's
+  __device__ AttentionTile tile(int each) const {
+    const QueryTile t = tiles[blockIdx.y];
+    const int begin = t.begin + int(blockIdx.z) * each, shift = t.position - t.begin;
+    return {begin, t.end, 0, min(begin + each, t.end) + shift, t.row, shift};
+  }
+  __device__ CachedKeys columns(const AttentionTile& tile) const { return {tile.shift}; }
+  __device__ KeyTile<A> keys(const AttentionTile& tile, int kv, int key) const {
+    const A* page = table.page(tile.row, key) + int64_t(kv) * kPage * shape.HS;
+    const int place = key % kPage;
+    return {page + table.keys,         page + table.values, shape.HS, shape.HS, place,
+            place + tile.key_end - key};
+  }
+};
+
 // ---------------------------------------------------------------------------------------------
 // Plain attention, in fp32: for float, and for bf16 rows that are not whole chunks of 16 bytes;
 // head sizes to 128. It is what flash attention below does, without tensor cores. A block owns 32
@@ -1603,13 +1696,15 @@ __device__ inline void store_plain(A* rows, int64_t ld, int first_row, int N, in
     }
 }
 
-// One block a query head (x) and 32 queries (y). scale: 1 / sqrt(HS).
-template <class A>
+// One block a query head (x) and 32 queries. scale: 1 / sqrt(HS). lse null: not asked for.
+template <class A, class Rows>
 __global__ void __launch_bounds__(kPlainThreads)
-    plain_forward_kernel(A* out, float* lse, AttentionInput<A> in, AttentionShape shape,
-                         float scale) {
-  const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
-  const int first_row = int(blockIdx.y) * kPlainTile, size = kPlainTile * plain_stride(HS);
+    plain_forward_kernel(A* out, float* lse, Rows source, float scale) {
+  const int HS = source.shape.HS, h = int(blockIdx.x), kv = source.shape.key_head(h);
+  const int size = kPlainTile * plain_stride(HS);
+  const AttentionTile tile = source.tile(kPlainTile);
+  if (tile.begin >= tile.end) return;
+  const auto columns = source.columns(tile);
   const int x = int(threadIdx.x) % 16, y = int(threadIdx.x) / 16;
   float *q_tile = shared_memory<float>(), *k_tile = q_tile + size, *v_tile = k_tile + size;
   float* scores = v_tile + size;
@@ -1619,21 +1714,21 @@ __global__ void __launch_bounds__(kPlainThreads)
   };
 
   float acc[2][kPlainEach] = {}, highest[2] = {kLowest, kLowest}, total[2] = {};
-  load_plain(q_tile, in.q + h * HS, in.q_ld, first_row, N, HS);
-  for (int key = shape.doc_start[first_row]; key < min(first_row + kPlainTile, N);
-       key += kPlainTile) {
+  load_plain(q_tile, source.in.q + h * HS, source.in.q_ld, tile.begin, tile.end, HS);
+  for (int key = tile.key_begin; key < tile.key_end; key += kPlainTile) {
     __syncthreads();  // the last keys and values have been read
-    load_plain(k_tile, in.k + kv * HS, in.k_ld, key, N, HS);
-    load_plain(v_tile, in.v + kv * HS, in.v_ld, key, N, HS);
+    const KeyTile<A> keys = source.keys(tile, kv, key);
+    load_plain(k_tile, keys.k, keys.k_ld, keys.first_row, keys.end, HS);
+    load_plain(v_tile, keys.v, keys.v_ld, keys.first_row, keys.end, HS);
     __syncthreads();  // these are there
     float s[2][2];
     multiply_plain(s, q_tile, k_tile, HS);
     for (int i = 0; i < 2; i++) {
-      const int n = first_row + y + 16 * i, begin = n < N ? shape.doc_start[n] : N;
+      const int n = tile.begin + y + 16 * i, begin = columns.begin_of(n), last = columns.last_of(n);
       float higher = highest[i];
       for (int j = 0; j < 2; j++) {
         const int m = key + x + 16 * j;
-        s[i][j] = m >= begin && m <= n ? s[i][j] * scale : -INFINITY;
+        s[i][j] = m >= begin && m <= last ? s[i][j] * scale : -INFINITY;
         higher = fmaxf(higher, s[i][j]);
       }
       higher = over_row(higher, [](float a, float b) { return fmaxf(a, b); });
@@ -1650,12 +1745,14 @@ __global__ void __launch_bounds__(kPlainThreads)
   }
   float inverse[2];
   for (int i = 0; i < 2; i++) {
-    const int n = first_row + y + 16 * i;
+    const int n = tile.begin + y + 16 * i;
     const float sum = over_row(total[i], [](float a, float b) { return a + b; });
     inverse[i] = 1 / sum;
-    if (x == 0 && n < N) lse[int64_t(h) * N + n] = highest[i] + logf(sum);
+    if (lse && x == 0 && n < tile.end) {
+      lse[int64_t(h) * source.shape.N + n] = highest[i] + logf(sum);
+    }
   }
-  store_plain(out + h * HS, int64_t(shape.NH) * HS, first_row, N, HS, acc, inverse);
+  store_plain(out + h * HS, int64_t(source.shape.NH) * HS, tile.begin, tile.end, HS, acc, inverse);
 }
 
 // One block a key/value head (x) and 32 keys (y): rows are keys, columns queries.
@@ -1987,28 +2084,20 @@ __device__ inline void store_rows(bf16* rows, int64_t ld, int first_row, int N, 
   }
 }
 
-// The rows of a warp, MT 16 of them, and the interval of columns that each meets. Rows are queries
-// and columns the keys that they see; or rows are keys and columns the queries that see them.
-template <int MT, bool rows_are_queries>
+// The rows of a warp, MT 16 of them, and the interval of columns that each meets.
+template <int MT, class Columns>
 struct WarpRows {
-  const AttentionShape& shape;
-  int first_row, last_row;                       // the last may lie beyond N
+  const Columns columns;
+  int first_row, last_row;                       // the last may lie beyond the batch
   int first_begin, last_of_first, last_of_last;  // of the columns of these two
 
-  __device__ WarpRows(const AttentionShape& s, int row)
-      : shape(s),
+  __device__ WarpRows(const Columns& c, int row)
+      : columns(c),
         first_row(row),
         last_row(row + MT * 16 - 1),
-        first_begin(begin_of(first_row)),
-        last_of_first(last_of(first_row)),
-        last_of_last(last_of(last_row)) {}
-  // Rows from N on are never stored: they may meet what the last row meets.
-  __device__ int begin_of(int row) const {
-    return rows_are_queries ? shape.doc_start[min(row, shape.N - 1)] : row;
-  }
-  __device__ int last_of(int row) const {
-    return rows_are_queries ? row : shape.doc_end[min(row, shape.N - 1)] - 1;
-  }
+        first_begin(c.begin_of(first_row)),
+        last_of_first(c.last_of(first_row)),
+        last_of_last(c.last_of(last_row)) {}
   __device__ int row_of(int i, int half) const {
     return first_row + i * 16 + half * 8 + lane_row();
   }
@@ -2017,7 +2106,7 @@ struct WarpRows {
     return column <= last_of_last && column + count > first_begin;
   }
   __device__ bool meets_all(int column, int count) const {
-    return column + count - 1 <= last_of_first && column >= begin_of(last_row);
+    return column + count - 1 <= last_of_first && column >= columns.begin_of(last_row);
   }
   // Scores -inf, of these of TILES 8 columns from `column` on, where a row does not meet the
   // column.
@@ -2027,7 +2116,8 @@ struct WarpRows {
     for (int i = 0; i < MT; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int row = row_of(i, half), begin = begin_of(row), last = last_of(row);
+        __syncwarp();  // one row's interval at a time: more do not fit the registers
+        const int row = row_of(i, half), begin = columns.begin_of(row), last = columns.last_of(row);
 #pragma unroll
         for (int j = 0; j < TILES; j++)
 #pragma unroll
@@ -2039,39 +2129,39 @@ struct WarpRows {
   }
 };
 
-// One block a query head (x) and MT 64 queries (y; the last first, since they see the most keys).
-// scale: log2(e) / sqrt(HS), so that exp(s / sqrt(HS)) = exp2(s scale).
-template <int D, int MT, int KEYS>
+// One block a query head (x) and MT 64 queries. scale: log2(e) / sqrt(HS), so that exp(s /
+// sqrt(HS)) = exp2(s scale). lse null: not asked for.
+template <int D, int MT, int KEYS, class Rows>
 __global__ void __launch_bounds__(kFlashThreads)
-    flash_forward_kernel(bf16* out, float* lse, AttentionInput<bf16> in, AttentionShape shape,
-                         float scale) {
+    flash_forward_kernel(bf16* out, float* lse, Rows source, float scale) {
   constexpr int kQueries = MT * 64;
-  const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
-  const int first_row = int(gridDim.y - 1 - blockIdx.y) * kQueries;
+  const int HS = source.shape.HS, h = int(blockIdx.x), kv = source.shape.key_head(h);
   const int warp_row = int(threadIdx.x) / 32 * MT * 16;
+  const AttentionTile tile = source.tile(kQueries);
+  if (tile.begin >= tile.end) return;
   bf16* q_tile = shared_memory<bf16>();    // (kQueries, D)
   bf16* k_tiles = q_tile + kQueries * D;   // 2 x (KEYS, D)
   bf16* v_tiles = k_tiles + 2 * KEYS * D;  // 2 x (KEYS, D)
-  const WarpRows<MT, true> rows(shape, first_row + warp_row);
-  // Tiles of keys, the first where the first row's document begins; they take two buffers in turn.
-  const int begin = shape.doc_start[first_row], end = min(first_row + kQueries, N);
+  const WarpRows<MT, decltype(source.columns(tile))> rows(source.columns(tile),
+                                                          tile.begin + warp_row);
 
-  const auto load_keys = [&](int key, int buffer) {
-    load_tile<KEYS, D>(k_tiles + buffer, in.k + kv * HS, in.k_ld, key, N, HS);
-    load_tile<KEYS, D>(v_tiles + buffer, in.v + kv * HS, in.v_ld, key, N, HS);
+  const auto load_keys = [&](int key, int buffer) {  // tiles take two buffers in turn
+    const KeyTile<bf16> keys = source.keys(tile, kv, key);
+    load_tile<KEYS, D>(k_tiles + buffer, keys.k, keys.k_ld, keys.first_row, keys.end, HS);
+    load_tile<KEYS, D>(v_tiles + buffer, keys.v, keys.v_ld, keys.first_row, keys.end, HS);
     cp_async_commit();
   };
-  load_tile<kQueries, D>(q_tile, in.q + h * HS, in.q_ld, first_row, N, HS);
-  load_keys(begin, 0);
+  load_tile<kQueries, D>(q_tile, source.in.q + h * HS, source.in.q_ld, tile.begin, tile.end, HS);
+  load_keys(tile.key_begin, 0);
 
   float acc[MT][D / 8][4] = {};             // sum of p v
   float highest[MT][2], total[MT][2] = {};  // of the row's scores; of p, this lane's columns
 #pragma unroll
   for (int i = 0; i < MT; i++) highest[i][0] = highest[i][1] = kLowest;
-  for (int key = begin, buffer = 0; key < end; key += KEYS, buffer ^= KEYS * D) {
+  for (int key = tile.key_begin, buffer = 0; key < tile.key_end; key += KEYS, buffer ^= KEYS * D) {
     cp_async_wait<0>();  // this thread's part of the tile is there,
     __syncthreads();     // everyone's is, and everyone is done with the other buffer
-    if (key + KEYS < end) load_keys(key + KEYS, buffer ^ KEYS * D);
+    if (key + KEYS < tile.key_end) load_keys(key + KEYS, buffer ^ KEYS * D);
     if (!rows.meets_any(key, KEYS)) continue;
 
     float s[MT][KEYS / 8][4];
@@ -2113,12 +2203,12 @@ __global__ void __launch_bounds__(kFlashThreads)
       const float sum = quad_sum(total[i][half]);
       inverse[i][half] = 1 / sum;
       const int n = rows.row_of(i, half);
-      if (lane_column() == 0 && n < N) {
-        lse[int64_t(h) * N + n] = highest[i][half] * (scale / kLog2E) + logf(sum);
+      if (lse && lane_column() == 0 && n < tile.end) {
+        lse[int64_t(h) * source.shape.N + n] = highest[i][half] * (scale / kLog2E) + logf(sum);
       }
     }
-  store_rows<MT, D>(out + h * HS, int64_t(shape.NH) * HS, first_row, N, HS, q_tile, warp_row, acc,
-                    inverse);
+  store_rows<MT, D>(out + h * HS, int64_t(source.shape.NH) * HS, tile.begin, tile.end, HS, q_tile,
+                    warp_row, acc, inverse);
 }
 
 // One block a key/value head (x) and MT 64 keys (y). It meets the queries of every head of its
@@ -2138,7 +2228,7 @@ __global__ void __launch_bounds__(kFlashThreads)
   bf16* q_tiles = v_tile + kKeys * D;                                           // 2 x (QUERIES, D)
   bf16* dout_tiles = q_tiles + 2 * QUERIES * D;                                 // 2 x (QUERIES, D)
   float2* row_tiles = reinterpret_cast<float2*>(dout_tiles + 2 * QUERIES * D);  // 2 x (QUERIES)
-  const WarpRows<MT, false> rows(shape, first_row + warp_row);
+  const WarpRows<MT, DocumentQueries> rows({shape}, first_row + warp_row);
 
   // Step by step: the tiles of queries of the group's first head, of the next, ... A step's buffers
   // are those of its parity.
@@ -2240,11 +2330,12 @@ __global__ void __launch_bounds__(kFlashThreads)
   const int N = shape.N, HS = shape.HS, h = int(blockIdx.x), kv = shape.key_head(h);
   const int first_row = int(gridDim.y - 1 - blockIdx.y) * kQueries;
   const int warp_row = int(threadIdx.x) / 32 * MT * 16;
-  bf16* q_tile = shared_memory<bf16>();      // (kQueries, D)
-  bf16* dout_tile = q_tile + kQueries * D;   // (kQueries, D)
-  bf16* k_tiles = dout_tile + kQueries * D;  // 2 x (KEYS, D)
-  bf16* v_tiles = k_tiles + 2 * KEYS * D;    // 2 x (KEYS, D)
-  const WarpRows<MT, true> rows(shape, first_row + warp_row);
+  bf16* q_tile = shared_memory<bf16>();                                  // (kQueries, D)
+  bf16* dout_tile = q_tile + kQueries * D;                               // (kQueries, D)
+  bf16* k_tiles = dout_tile + kQueries * D;                              // 2 x (KEYS, D)
+  bf16* v_tiles = k_tiles + 2 * KEYS * D;                                // 2 x (KEYS, D)
+  float2* row_tile = reinterpret_cast<float2*>(v_tiles + 2 * KEYS * D);  // (kQueries)
+  const WarpRows<MT, DocumentKeys> rows({shape}, first_row + warp_row);
   // Tiles of keys, the first where the first row's document begins; they take two buffers in turn.
   const int begin = shape.doc_start[first_row], end = min(first_row + kQueries, N);
 
@@ -2257,15 +2348,12 @@ __global__ void __launch_bounds__(kFlashThreads)
   load_tile<kQueries, D>(dout_tile, dout + h * HS, int64_t(shape.NH) * HS, first_row, N, HS);
   load_keys(begin, 0);
 
-  float offset[MT][2], mean[MT][2];  // of this lane's rows: log2(e) lse, and delta
-#pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int64_t index = int64_t(h) * N + min(rows.row_of(i, half), N - 1);
-      offset[i][half] = lse[index] * kLog2E;
-      mean[i][half] = delta[index];
-    }
+  // A row has (log2(e) lse, delta) in shared memory, since registers are full. The barrier of the
+  // first tile shows them to all.
+  for (int i = int(threadIdx.x); i < kQueries; i += kFlashThreads) {
+    const int64_t index = int64_t(h) * N + min(first_row + i, N - 1);
+    row_tile[i] = {lse[index] * kLog2E, delta[index]};
+  }
 
   float acc[MT][D / 8][4] = {};
   for (int key = begin, buffer = 0; key < end; key += KEYS, buffer ^= KEYS * D) {
@@ -2282,12 +2370,16 @@ __global__ void __launch_bounds__(kFlashThreads)
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
-      for (int j = 0; j < KEYS / 8; j++)
+      for (int half = 0; half < 2; half++) {
+        __syncwarp();  // one row's numbers at a time, too
+        const float2 row = row_tile[warp_row + i * 16 + half * 8 + lane_row()];
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const float pe = exp2_approx(fmaf(p[i][j][e], scale, -offset[i][e / 2]));
-          ds[i][j][e] = pe * (ds[i][j][e] - mean[i][e / 2]);
-        }
+        for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; e++) {
+            ds[i][j][e] = exp2_approx(fmaf(p[i][j][e], scale, -row.x)) * (ds[i][j][e] - row.y);
+          }
+      }
     uint32_t a[MT][KEYS / 8][2];
     pack_fragments(a, ds);
     multiply_tile<MT, KEYS, D>(acc, a, k_tile);
@@ -2299,22 +2391,25 @@ __global__ void __launch_bounds__(kFlashThreads)
   store_rows<MT, D>(dq + h * HS, dq_ld, first_row, N, HS, q_tile, warp_row, acc, dq_scale);
 }
 
-// What each kernel owns and meets at a time, chosen so that accumulators fit 255 registers.
+// What each kernel owns (MT; a block 64 times as many rows) and meets at a time. A fragment that is
+// loaded from shared memory serves MT products, and accumulators must fit 255 registers. For head
+// size 128, keys alone have so many accumulators that MT is 1.
 template <int D>
 struct FlashTiles {
-  static constexpr int kRows = 128 / D;  // MT: a block owns 64 times as many
-  static constexpr int kForwardKeys = 64, kKeysQueries = 32, kQueriesKeys = D / 2;
+  static constexpr int kForwardRows = 2, kForwardKeys = 4096 / D;
+  static constexpr int kKeysRows = 128 / D, kKeysQueries = 32;
+  static constexpr int kQueriesRows = 2, kQueriesKeys = 32;
 };
 
-template <int D>
-static void flash_forward(bf16* out, float* lse, const AttentionInput<bf16>& in,
-                          const AttentionShape& shape, cudaStream_t stream) {
+// grid(queries): of a kernel whose blocks have so many queries
+template <int D, class Rows, class Grid>
+static void flash_forward(const char* name, bf16* out, float* lse, const Rows& rows, Grid&& grid,
+                          cudaStream_t stream) {
   using T = FlashTiles<D>;
-  constexpr int kQueries = T::kRows * 64;
-  launch("attention_forward", flash_forward_kernel<D, T::kRows, T::kForwardKeys>,
-         dim3(unsigned(shape.NH), blocks_for(shape.N, kQueries)), kFlashThreads,
-         sizeof(bf16) * D * (kQueries + 4 * T::kForwardKeys), stream, out, lse, in, shape,
-         kLog2E / sqrtf(float(shape.HS)));
+  constexpr int kQueries = T::kForwardRows * 64;
+  launch(name, flash_forward_kernel<D, T::kForwardRows, T::kForwardKeys, Rows>, grid(kQueries),
+         kFlashThreads, sizeof(bf16) * D * (kQueries + 4 * T::kForwardKeys), stream, out, lse, rows,
+         kLog2E / sqrtf(float(rows.shape.HS)));
 }
 
 template <int D>
@@ -2323,17 +2418,17 @@ static void flash_backward(bf16* dq, int64_t dq_ld, bf16* dk, bf16* dv, int64_t 
                            const AttentionInput<bf16>& in, const AttentionShape& shape,
                            cudaStream_t stream) {
   using T = FlashTiles<D>;
-  constexpr int kKeys = T::kRows * 64, kQueries = T::kRows * 64;
+  constexpr int kKeys = T::kKeysRows * 64, kQueries = T::kQueriesRows * 64;
   const float scale = kLog2E / sqrtf(float(shape.HS));
   launch(
-      "attention_backward_keys", flash_keys_kernel<D, T::kRows, T::kKeysQueries>,
+      "attention_backward_keys", flash_keys_kernel<D, T::kKeysRows, T::kKeysQueries>,
       dim3(unsigned(shape.NKV), blocks_for(shape.N, kKeys)), kFlashThreads,
       sizeof(bf16) * D * (2 * kKeys + 4 * T::kKeysQueries) + sizeof(float2) * 2 * T::kKeysQueries,
       stream, dk, dv, dkv_ld, dout, lse, delta, in, shape, scale);
-  launch("attention_backward_queries", flash_queries_kernel<D, T::kRows, T::kQueriesKeys>,
+  launch("attention_backward_queries", flash_queries_kernel<D, T::kQueriesRows, T::kQueriesKeys>,
          dim3(unsigned(shape.NH), blocks_for(shape.N, kQueries)), kFlashThreads,
-         sizeof(bf16) * D * (2 * kQueries + 4 * T::kQueriesKeys), stream, dq, dq_ld, dout, lse,
-         delta, in, shape, scale);
+         sizeof(bf16) * D * (2 * kQueries + 4 * T::kQueriesKeys) + sizeof(float2) * kQueries,
+         stream, dq, dq_ld, dout, lse, delta, in, shape, scale);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -2368,21 +2463,28 @@ static void check_attention(int NH, int NKV, int HS) {
   }
 }
 
+template <class A, class Rows, class Grid>
+static void forward_by_tiles(const char* name, A* out, float* lse, const Rows& rows, Grid&& grid,
+                             cudaStream_t stream) {
+  const AttentionInput<A>& in = rows.in;
+  const int HS = rows.shape.HS;
+  check_attention(rows.shape.NH, rows.shape.NKV, HS);
+  if constexpr (std::is_same_v<A, bf16>) {
+    if (by_packs<A>(HS | in.q_ld | in.k_ld | in.v_ld, out, in.q, in.k, in.v)) {
+      return HS <= 64 ? flash_forward<64>(name, out, lse, rows, grid, stream)
+                      : flash_forward<128>(name, out, lse, rows, grid, stream);
+    }
+  }
+  launch(name, plain_forward_kernel<A, Rows>, grid(kPlainTile), kPlainThreads,
+         plain_shared(HS, 3, 1), stream, out, lse, rows, 1 / sqrtf(float(HS)));
+}
+
 // out (N, NH HS), lse (NH, N). plain::attention_forward, per document and head.
 template <class A>
 static void attention_forward(A* out, float* lse, const AttentionInput<A>& in,
                               const AttentionShape& shape, cudaStream_t stream) {
-  const auto [N, NH, NKV, HS, start, end] = shape;
-  check_attention(NH, NKV, HS);
-  if constexpr (std::is_same_v<A, bf16>) {
-    if (by_packs<A>(HS | in.q_ld | in.k_ld | in.v_ld, out, in.q, in.k, in.v)) {
-      return HS <= 64 ? flash_forward<64>(out, lse, in, shape, stream)
-                      : flash_forward<128>(out, lse, in, shape, stream);
-    }
-  }
-  launch("attention_forward_plain", plain_forward_kernel<A>,
-         dim3(unsigned(NH), blocks_for(N, kPlainTile)), kPlainThreads, plain_shared(HS, 3, 1),
-         stream, out, lse, in, shape, 1 / sqrtf(float(HS)));
+  const auto grid = [&](int each) { return dim3(unsigned(shape.NH), blocks_for(shape.N, each)); };
+  forward_by_tiles("attention_forward", out, lse, PackedRows<A>{in, shape}, grid, stream);
 }
 
 // From dout (N, NH HS) and what forward left to dq (N, NH HS), dk, dv (N, NKV HS), written in rows
@@ -3159,18 +3261,7 @@ UpdateStats CudaGpt<A>::stats() {
 // =============================================================================================
 // 5. Decoding
 
-// Attention over a paged KV cache. A page of kPage positions holds for each layer its keys, [NKV]
-// [kPage][HS], then for each layer its values. Position t of a row is place t % kPage of the page
-// page_table[row max_pages + t / kPage]; where a layer's part begins in a page is the same in all.
-
-template <class A>
-struct PageTable {
-  A* const* pages;           // (rows, max_pages)
-  int max_pages;             // of a row
-  int64_t keys, values = 0;  // where the layer's begin in a page
-
-  __device__ A* page(int row, int t) const { return pages[int64_t(row) * max_pages + t / kPage]; }
-};
+// Attention over a paged KV cache
 
 template <class A>
 class CudaKvCache : public KvCache {
@@ -3256,22 +3347,38 @@ static void cache_append(const PageTable<A>& table, const A* k, const A* v, int6
          blocks_for(count, 256), 256, 0, stream, table, k, v, ld, row_of, position, count, NKV, HS);
 }
 
-// out (N, NH HS): each of N tokens attends to positions 0 .. position[n] of row row_of[n], which
-// are in the cache already. One new token of each row, or all tokens of a prompt.
+// out (., NH HS): the tokens of `count` tiles, the rows that have several new tokens, attend to the
+// positions up to their own, which are in the cache already. in: of all N tokens of the call
+template <class A>
+static void cache_prefill(A* out, const AttentionInput<A>& in, const PageTable<A>& table,
+                          const QueryTile* tiles, int count, int N, int NH, int NKV, int HS,
+                          cudaStream_t stream) {
+  const auto grid = [&](int each) {
+    return dim3(unsigned(NH), unsigned(count), unsigned(kQueryTile / each));
+  };
+  const CachedRows<A> rows{in, {N, NH, NKV, HS, nullptr, nullptr}, table, tiles};
+  forward_by_tiles<A>("cache_prefill", out, nullptr, rows, grid, stream);
+}
+
+// out (., NH HS): each of N tokens, which[i] or all of a call, attends to positions 0 ..
+// position[n] of row row_of[n], which are in the cache already: one new token of each row.
 //
 // One block a token and query head; the heads of a group run side by side and share the pages in
 // L2. 8 lanes form a split, which walks over its own part of the keys, kCacheKeys of them at a time
 // so that as many loads are under way, with a maximum and a sum of its own; in the end the splits
 // are merged. Lane c of a split holds the runs of W elements c, c + 8, ... of query, key, value and
-// sum. What a token gets depends on its position alone, not on its neighbours in the batch.
+// sum. What a token gets depends on its position alone, not on its neighbours in the batch. (What
+// it gets from cache_prefill has other last bits.)
 inline constexpr int kCacheThreads = 512, kCacheKeys = 4, kCacheEach = 128 / 8;
 
 template <class A, int W>
 __global__ void __launch_bounds__(kCacheThreads)
-    cache_attention_kernel(A* out, const A* q, int64_t q_ld, PageTable<A> table, const int* row_of,
-                           const int* position, int NH, int NKV, int HS, float scale) {
+    cache_attention_kernel(A* out, const A* q, int64_t q_ld, PageTable<A> table, const int* which,
+                           const int* row_of, const int* position, int NH, int NKV, int HS,
+                           float scale) {
   constexpr int kSplits = kCacheThreads / 8, kWarps = kCacheThreads / 32;
-  const int n = int(blockIdx.x) / NH, h = int(blockIdx.x) % NH, kv = h / (NH / NKV);
+  const int i = int(blockIdx.x) / NH, n = which ? which[i] : i, h = int(blockIdx.x) % NH,
+            kv = h / (NH / NKV);
   const int split = int(threadIdx.x) / 8, lane = int(threadIdx.x) % 8, warp = int(threadIdx.x) / 32;
   const int keys = position[n] + 1, row = row_of[n];
   const auto element = [&](int i) { return (i / W * 8 + lane) * W; };  // of the run of x[i]
@@ -3359,16 +3466,16 @@ __global__ void __launch_bounds__(kCacheThreads)
 }
 template <class A>
 static void cache_attention(A* out, const A* q, int64_t q_ld, const PageTable<A>& table,
-                            const int* row_of, const int* position, int N, int NH, int NKV, int HS,
-                            cudaStream_t stream) {
+                            const int* which, const int* row_of, const int* position, int N, int NH,
+                            int NKV, int HS, cudaStream_t stream) {
   check_attention(NH, NKV, HS);
   constexpr int kSize = Pack<A>::kSize;
   launch(
       "cache_attention",
       by_packs<A>(HS | q_ld, q) ? cache_attention_kernel<A, kSize> : cache_attention_kernel<A, 1>,
       unsigned(N) * unsigned(NH), kCacheThreads,
-      sizeof(float) * size_t(kCacheThreads / 32 * (HS + 2)), stream, out, q, q_ld, table, row_of,
-      position, NH, NKV, HS, kLog2E / sqrtf(float(HS)));
+      sizeof(float) * size_t(kCacheThreads / 32 * (HS + 2)), stream, out, q, q_ld, table, which,
+      row_of, position, NH, NKV, HS, kLog2E / sqrtf(float(HS)));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -3686,6 +3793,26 @@ std::unique_ptr<KvCache> CudaGpt<A>::make_cache(int64_t limit, CacheType type) {
   return std::make_unique<CudaKvCache<A>>(config_, limit);
 }
 
+// Rows with several new tokens attend by tiles, the last of a row first, since they see the most
+// keys; the others token by token.
+struct QuerySplit {
+  std::vector<QueryTile> tiles;
+  std::vector<int> single;  // of the N tokens
+};
+static QuerySplit split_queries(const NewTokens& added) {
+  QuerySplit split;
+  for (size_t r = 0; r + 1 < added.starts.size(); r++) {
+    const int begin = added.starts[r], end = added.starts[r + 1];
+    if (end - begin == 1) split.single.push_back(begin);
+    for (int t = (end - begin - 1) / kQueryTile * kQueryTile; end - begin > 1 && t >= 0;
+         t -= kQueryTile) {
+      split.tiles.push_back(
+          {int(r), begin + t, std::min(begin + t + kQueryTile, end), added.lengths[r] + t});
+    }
+  }
+  return split;
+}
+
 template <class A>
 void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
                         bool want_logits) {
@@ -3695,18 +3822,15 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   const NewTokens added = pack_new_tokens(config_, cache, rows);
   check_tokens("decode", int64_t(added.tokens.size()), "the length of prompts, or their number");
   const std::vector<int>&starts = added.starts, &lengths = added.lengths;
-  std::vector<int> row_of, doc_start, doc_end, last;
-  bool prefill = true;            // all rows begin here
+  const QuerySplit split = split_queries(added);
+  std::vector<int> row_of, last;
   int64_t longest = 0, past = 1;  // of the rows' sequences; tokens for repetition penalties
   int64_t targets = 0, biases = 1;
   int top = -1;  // the largest of the rows
   for (size_t r = 0; r < rows.size(); r++) {
     const size_t n = rows[r].tokens.size();
     row_of.insert(row_of.end(), n, int(r));
-    doc_start.insert(doc_start.end(), n, starts[r]),
-        doc_end.insert(doc_end.end(), n, starts[r + 1]);
     last.push_back(starts[r + 1] - 1);
-    prefill = prefill && lengths[r] == 0;
     longest = std::max(longest, int64_t(lengths[r]) + int64_t(n));
     if (rows[r].sampling.repetition_penalty != 1) past += int64_t(rows[r].history.size());
     targets += int64_t(rows[r].targets.size()), biases += int64_t(rows[r].biases.size());
@@ -3731,8 +3855,9 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   const int64_t scores = scored ? R + targets : 0, top_ld = std::max(top, 1);
   d.reserve_scores(scores, targets, scores * top_ld, biases);
   extend_rope(1 + *std::max_element(added.positions.begin(), added.positions.end()));
-  d.staging.begin((6 * size_t(N) + size_t(past + targets)) * sizeof(int) +
-                  size_t(R * max_pages) * sizeof(A*) + size_t(biases) * sizeof(LogitBias) +
+  d.staging.begin((5 * size_t(N) + size_t(past + targets)) * sizeof(int) +
+                  split.tiles.size() * sizeof(QueryTile) + size_t(R * max_pages) * sizeof(A*) +
+                  size_t(biases) * sizeof(LogitBias) +
                   size_t(R) * (sizeof(SampleRow) + sizeof(PageCopy<A>)) +
                   size_t(scores) * sizeof(ScoreRow) + 13 * 16);
 
@@ -3781,7 +3906,7 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
     d.staging.upload(dst, src.data(), src.size(), stream_);
   };
   upload(d.tokens, added.tokens), upload(d.positions, added.positions);
-  upload(d.doc_start, doc_start), upload(d.doc_end, doc_end);
+  upload(d.tiles, split.tiles), upload(d.single, split.single);
   upload(d.row, row_of), upload(d.last, last);
   upload(d.rows, how), upload(d.copies, copies);
   upload(d.page_table.data(), page_table), upload(d.history.data(), history);
@@ -3796,21 +3921,21 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
 
   const int64_t ld = config_.padded_V();
   const auto layers = [&] {
-    layers_forward(N, d.a, d.tokens, d.positions,
-                   [&](const AttentionInput<A>& in, const LayerActivations<A>& a, int l) {
-                     const PageTable<A> table = pages.of_layer(d.page_table.data(), max_pages, l);
-                     cache_append(table, in.k, in.v, in.k_ld, d.row, d.positions, int(N), NKV, HS,
-                                  stream_);
-                     if (prefill) {
-                       attention_forward(a.att, a.lse, in,
-                                         {int(N), NH, NKV, HS, d.doc_start, d.doc_end}, stream_);
-                     } else {
-                       cache_attention(a.att, in.q, in.q_ld, table, d.row, d.positions, int(N), NH,
-                                       NKV, HS, stream_);
-                     }
-                   });
+    layers_forward(
+        N, d.a, d.tokens, d.positions,
+        [&](const AttentionInput<A>& in, const LayerActivations<A>& a, int l) {
+          const PageTable<A> table = pages.of_layer(d.page_table.data(), max_pages, l);
+          cache_append(table, in.k, in.v, in.k_ld, d.row, d.positions, int(N), NKV, HS, stream_);
+          if (const auto count = int(split.tiles.size()); count > 0) {
+            cache_prefill(a.att, in, table, d.tiles, count, int(N), NH, NKV, HS, stream_);
+          }
+          if (const auto count = int(split.single.size()); count > 0) {
+            cache_attention(a.att, in.q, in.q_ld, table, count < N ? d.single : nullptr, d.row,
+                            d.positions, count, NH, NKV, HS, stream_);
+          }
+        });
   };
-  if (N == R && !prefill) {  // one token a row: a shape that repeats
+  if (N == R) {  // one token a row: a shape that repeats
     run_graph({kDecode, R, max_pages, adapters_}, layers);
   } else {
     layers();
@@ -5078,7 +5203,8 @@ struct CudaGpt<A>::Decoding {
   Activations<A> a{};
   int64_t capacity = 0, row_capacity = 0;
   int *tokens, *positions;      // (N)
-  int *doc_start, *doc_end;     // (N) of rows as documents: a prefill
+  QueryTile* tiles;             // (N / kQueryTile + R) of rows with several new tokens
+  int* single;                  // (R) tokens of rows with one
   int* row;                     // (N) its row
   int* last;                    // (R) the last token of each row
   SampleRow* rows;              // (R)
@@ -5119,9 +5245,9 @@ struct CudaGpt<A>::Decoding {
   }
   void lay_out(const Config& c, int rank, int64_t N, int64_t R, Memory& all) {
     a.lay_out(c, rank, N, R, Saved::none, all);
-    for (int** p : {&tokens, &positions, &doc_start, &doc_end, &row})
-      all.allocate(*p, "tokens to decode", N);
-    for (int** p : {&last, &ids}) all.allocate(*p, "rows to decode", R);
+    for (int** p : {&tokens, &positions, &row}) all.allocate(*p, "tokens to decode", N);
+    for (int** p : {&last, &ids, &single}) all.allocate(*p, "rows to decode", R);
+    all.allocate(tiles, "tokens to decode", N / kQueryTile + R);
     all.allocate(rows, "how to sample", R);
     all.allocate(logp, "logp", R);
     all.allocate(probabilities, "probabilities", a.logit_rows * c.V);

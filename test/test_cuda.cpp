@@ -1408,11 +1408,93 @@ struct Cached {
     const OnDevice<A> queries(q), out(asked.size() * size_t(s.NH * s.HS));
     const OnDevice<int> r(rows), p(positions);
     const OnDevice<A*> t(table);
-    cache_attention<A>(out, queries, s.ld(), page_table(t), r, p, int(asked.size()), s.NH, s.NKV,
-                       s.HS, nullptr);
+    cache_attention<A>(out, queries, s.ld(), page_table(t), nullptr, r, p, int(asked.size()), s.NH,
+                       s.NKV, s.HS, nullptr);
     return out.raw();
   }
+
+  // The same of all tokens, in calls that end at these positions of every row: by tiles where a row
+  // has several tokens in a call. The cache holds the keys of later calls already.
+  std::vector<A> prefill(const Shape& s, const Input<A>& in, const std::vector<int>& ends) const {
+    const size_t C = size_t(s.NH * s.HS), ld = size_t(s.ld());
+    std::vector<A> all(size_t(s.N()) * C);
+    for (size_t call = 0; call < ends.size(); call++) {
+      NewTokens added{.starts = {0}};
+      std::vector<int> tokens;  // of the batch
+      std::vector<A> q;
+      for (size_t r = 0, first = 0; r < s.documents.size(); first += size_t(s.documents[r++])) {
+        const int begin = std::min(call ? ends[call - 1] : 0, s.documents[r]);
+        for (int t = begin; t < std::min(ends[call], s.documents[r]); t++) {
+          tokens.push_back(int(first) + t);
+          const auto row = in.qkv.begin() + int64_t((first + size_t(t)) * ld);
+          q.insert(q.end(), row, row + int64_t(ld));
+        }
+        added.starts.push_back(int(tokens.size())), added.lengths.push_back(begin);
+      }
+      const QuerySplit split = split_queries(added);
+      std::vector<int> rows, positions;
+      for (const int n : tokens) {
+        rows.push_back(row_of[size_t(n)]), positions.push_back(position[size_t(n)]);
+      }
+      const int N = int(tokens.size()), tiles = int(split.tiles.size());
+      const OnDevice<A> queries(q), out(std::vector<A>(tokens.size() * C, as<A>(kUntouched)));
+      const OnDevice<int> r(rows), p(positions), single(split.single);
+      const OnDevice<QueryTile> t(split.tiles);
+      const OnDevice<A*> pages(table);
+      const AttentionInput<A> heads{queries, queries, queries, s.ld(), s.ld(), s.ld()};
+      if (tiles > 0) {
+        cache_prefill<A>(out, heads, page_table(pages), t, tiles, N, s.NH, s.NKV, s.HS, nullptr);
+      }
+      if (const int count = int(split.single.size()); count > 0) {
+        cache_attention<A>(out, queries, s.ld(), page_table(pages), single, r, p, count, s.NH,
+                           s.NKV, s.HS, nullptr);
+      }
+      const std::vector<A> got = out.raw();
+      for (size_t i = 0; i < tokens.size(); i++)
+        std::copy_n(got.begin() + int64_t(i * C), C, all.begin() + int64_t(size_t(tokens[i]) * C));
+    }
+    return all;
+  }
 };
+
+template <class A>
+void run_prefill(const Shape& s) {
+  const std::string what = s.text();
+  INFO(what);
+  const Input<A> in(s);
+  const Expected e = expect<A>(s, in);
+  const Cached<A> cache(s, in);
+  const int C = s.NH * s.HS, longest = *std::max_element(s.documents.begin(), s.documents.end());
+  const std::vector<std::vector<int>> cuts = {
+      {longest}, {128, longest}, {64, 65, longest}, {3, 40, 170, longest}};
+  std::vector<std::vector<A>> results;
+  for (const std::vector<int>& ends : cuts) {
+    const std::vector<A>& out = results.emplace_back(cache.prefill(s, in, ends));
+    if constexpr (std::is_same_v<A, float>) {
+      CHECK(relative(out, e.out, s.N(), C, 0, C) < 1e-5);
+    } else {
+      CHECK(worst(out, e.out, e.out_bound, s.N(), C, 0, C) < 1);
+      CHECK(relative(out, e.out, s.N(), C, 0, C) < 1 / 256.);
+    }
+    // However the calls are cut, a token that is not alone in one has the same bits.
+    for (size_t n = 0, at = 0; n < results[0].size(); n += size_t(C), at++) {
+      const int t = cache.position[at], length = s.documents[size_t(cache.row_of[at])];
+      const auto alone = [&](const std::vector<int>& ends) {
+        int begin = 0;
+        for (int end : ends) {
+          end = std::min(end, length);
+          if (t >= begin && t < end) return end - begin == 1;
+          begin = end;
+        }
+        return false;
+      };
+      if (alone(ends) || alone(cuts[0])) continue;
+      if (std::memcmp(&out[n], &results[0][n], size_t(C) * sizeof(A)) != 0) {
+        FAIL("position ", t, " of ", length, " has other bits");
+      }
+    }
+  }
+}
 
 template <class A>
 void run_cache(const Shape& s) {
@@ -1467,6 +1549,18 @@ TEST_CASE(
   run_cache<bf16>({2, 2, 20, {3, 70}});
 }
 
+TEST_CASE("cuda: prompts in calls of any lengths attend through the cache as in one, to the bit") {
+  using namespace cake::gpu::attention_test;
+  using cake::gpu::bf16;
+  run_prefill<float>({2, 1, 16, {300, 1, 129, 65}});
+  run_prefill<float>({2, 2, 7, {70, 2}});
+  run_prefill<bf16>({2, 1, 64, {300, 1, 129, 65}});
+  run_prefill<bf16>({1, 1, 16, {2, 64, 128, 200}});
+  run_prefill<bf16>({4, 2, 128, {140, 66}});
+  run_prefill<bf16>({1, 1, 80, {300, 33}});
+  run_prefill<bf16>({2, 2, 20, {3, 70}});
+}
+
 TEST_CASE("cuda: attention through the paged cache has the same bits in every order of threads") {
   using namespace cake::gpu::attention_test;
   using cake::gpu::bf16;
@@ -1474,7 +1568,10 @@ TEST_CASE("cuda: attention through the paged cache has the same bits in every or
   const Input<bf16> in(s);
   std::vector<std::vector<bf16>> results;
   cake::gpu::every_schedule([&] {
-    results.push_back(Cached<bf16>(s, in).attend(s, in, {0, 150, 299, 304}));
+    const Cached<bf16> cache(s, in);
+    results.push_back(cache.attend(s, in, {0, 150, 299, 304}));
+    const std::vector<bf16> tiles = cache.prefill(s, in, {100, 300});
+    results.back().insert(results.back().end(), tiles.begin(), tiles.end());
     CHECK(same_bits(results.back(), results[0]));
   });
 }
@@ -2492,6 +2589,54 @@ TEST_CASE("cuda: decoding, by prompts, forks and single tokens, makes the CPU en
         }
         compare();
       }
+    }
+  }
+}
+
+TEST_CASE("cuda: a prompt's logits have the same bits in calls of any lengths, forks and company") {
+  for (const int HS : {16, 128}) {
+    for (const bool bf16 : {false, true}) {
+      CAPTURE(HS);
+      CAPTURE(bf16);
+      GptOptions options = bf16 ? kTrainBf16 : kTrainFp32;
+      options.mode = Mode::inference;
+      Config c = engine_config(Family::llama);
+      c.T = 320, c.HS = HS;
+      const auto gpt = gpu::make_gpt(c, options);
+      randomize(*gpt, 7);
+      const Packed prompt = packed(c, {300}, false), others = packed(c, {90}, false, 2);
+      const auto piece = [](const Packed& p, int begin, int end) {
+        return std::span(p.tokens).subspan(size_t(begin), size_t(end - begin));
+      };
+      const auto cache = gpt->make_cache(3000, CacheType::automatic);
+      DecodeResult result;
+      // Feeds the rows' pieces in one call: logits of row 0
+      const auto feed = [&](const std::vector<DecodeRow>& rows) {
+        gpt->decode(*cache, rows, result, true);
+        return std::vector<float>(result.logits.begin(), result.logits.begin() + c.V);
+      };
+      const int whole = cache->create();
+      const auto expected = feed({{whole, piece(prompt, 0, 300), {}, {}}});
+
+      const int halves = cache->create();
+      feed({{halves, piece(prompt, 0, 128), {}, {}}});
+      const int fork = cache->fork(halves);
+      const int talk = cache->create(), late = cache->create();
+      feed({{talk, piece(others, 0, 30), {}, {}}});
+      CHECK(feed({{halves, piece(prompt, 128, 300), {}, {}}}) == expected);
+      // a fork in the middle of a page, beside a row that decodes and a new prompt
+      feed({{fork, piece(prompt, 128, 203), {}, {}}});
+      const int third = cache->fork(fork);
+      CHECK(feed({{third, piece(prompt, 203, 300), {}, {}},
+                  {talk, piece(others, 30, 31), {}, {}},
+                  {late, piece(others, 31, 90), {}, {}},
+                  {fork, piece(prompt, 203, 205), {}, {}}}) == expected);
+      // A token alone in a call has its sums in another order.
+      const int alone = cache->create();
+      feed({{alone, piece(prompt, 0, 64), {}, {}}});
+      feed({{alone, piece(prompt, 64, 65), {}, {}}});
+      CHECK(rel_error(feed({{alone, piece(prompt, 65, 300), {}, {}}}), expected) <
+            (bf16 ? 4e-2 : kFp32));
     }
   }
 }
