@@ -2366,7 +2366,8 @@ MemoryPlan plan_memory(const Config& c, const GptOptions& options) {
     int64_t panels = 0;
     for (const Weights::Group& g : groups) panels += panels_bytes(g.type, g.out, g.in);
     if (train) plan.items.push_back({"panels", panels, model});
-    const int64_t decoding = layout.lay_out(c, std::max(d.rows, d.tokens), Saved::none, nullptr);
+    const int tokens = std::max(d.rows, d.tokens > 0 ? d.tokens : kPrefillTokens);
+    const int64_t decoding = layout.lay_out(c, tokens, Saved::none, nullptr);
     plan.items.push_back({"decoding", decoding * 4, kDecodeFlags});
     plan.items.push_back({"KV cache",
                           CpuKvCache::pages_of(d.positions) * CpuKvCache::page_bytes(c, d.cache),

@@ -73,6 +73,9 @@ struct Activations;  // those of all layers, and of what surrounds them
 template <class A>
 struct Weights;
 
+// A prompt's tokens in one call: products of 4,096 rows fill a GPU.
+inline constexpr int kCudaPrefillTokens = 4096;
+
 class Memory;
 class Graphs;
 using GraphKey = std::vector<int64_t>;
@@ -381,6 +384,7 @@ class CudaGpt final : public Gpt {
   std::unique_ptr<KvCache> make_cache(int64_t limit, CacheType type) override;
   void decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeResult& result,
               bool logits) override;
+  int prefill_tokens() const override { return kCudaPrefillTokens; }
 
   void read(int tensor, Slot slot, std::span<float> out) const override;
   void write(int tensor, Slot slot, std::span<const float> in) override;
@@ -5267,7 +5271,8 @@ template <class A>
 int64_t CudaGpt<A>::decoding_bytes(const Config& config, const GptOptions& options) {
   const DecodePlan& d = options.decode;
   Memory memory("", true);
-  Decoding().lay_out(config, options.lora.rank, std::max(d.rows, d.tokens), d.rows, memory);
+  const int tokens = std::max(d.rows, d.tokens > 0 ? d.tokens : kCudaPrefillTokens);
+  Decoding().lay_out(config, options.lora.rank, tokens, d.rows, memory);
   return memory.bytes();
 }
 

@@ -206,8 +206,9 @@ struct Completion {
 struct GeneratorOptions {
   int rows = 64;                // sequences decoded together, at most
   int64_t cache_positions = 0;  // limit of the cache; see cache_positions()
-  int prefill_tokens = 512;     // prompt tokens in one call, at most: bounds the activations
-  int context = 0;              // the longest sequence, prompt included; 0: the model's T
+  // Prompt tokens in one call, at most: bounds the activations. 0: Gpt::prefill_tokens()
+  int prefill_tokens = 0;
+  int context = 0;  // the longest sequence, prompt included; 0: the model's T
   CacheType cache_type = CacheType::automatic;
   // Prompt tokens in a call in which other rows decode, at most. 0: so many that the call takes
   // about twice the time of one without them, as measured on the way; then the calls differ from
@@ -249,12 +250,14 @@ inline int64_t cache_positions(int rows, int64_t longest, int64_t max_bytes, int
 
 // For one continuation of a prompt.
 inline GeneratorOptions options_for_one(const Config& c, int64_t prompt_tokens, int64_t max_new) {
-  return {.rows = 1, .cache_positions = std::min<int64_t>(c.T, prompt_tokens + max_new)};
+  return {.rows = 1,
+          .cache_positions = std::min<int64_t>(c.T, prompt_tokens + max_new),
+          .prefill_tokens = int(std::clamp<int64_t>(prompt_tokens, 1, kPrefillTokens))};
 }
 
 // What a generator takes of the engine when its cache is as full as its limit allows.
 inline DecodePlan decode_plan(const GeneratorOptions& o) {
-  return {o.rows, std::max(o.rows, o.prefill_tokens), o.cache_positions, o.cache_type};
+  return {o.rows, o.prefill_tokens, o.cache_positions, o.cache_type};
 }
 
 struct GeneratorStats {
@@ -338,8 +341,9 @@ class Generator {
     require(context_ >= 1 && context_ <= gpt.config().T, "generator: context: found ", context_,
             ", expected 1 to the model's ", gpt.config().T);
     require(options.rows >= 1, "generator: rows: found ", options.rows, ", expected at least 1");
-    require(options.prefill_tokens >= 1, "generator: prefill tokens: found ",
-            options.prefill_tokens, ", expected at least 1");
+    require(options.prefill_tokens >= 0, "generator: prefill tokens: found ",
+            options.prefill_tokens, ", expected at least 1, or 0 for the engine's own number");
+    if (options.prefill_tokens == 0) options_.prefill_tokens = gpt.prefill_tokens();
     require(options.prefill_slice >= GeneratorOptions::kPromptsFirst,
             "generator: prefill slice: found ", options.prefill_slice, ", expected -1 or more");
   }

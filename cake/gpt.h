@@ -769,6 +769,8 @@ inline void expect_sampled(const DecodeResult& result, const NewTokens& added) {
 // ---------------------------------------------------------------------------------------------
 // The engine
 
+inline constexpr int kPrefillTokens = 512;
+
 class Gpt {
  public:
   virtual ~Gpt() = default;
@@ -805,6 +807,8 @@ class Gpt {
   // Appends each row's tokens to its sequence and samples the token that follows. A call that
   // throws leaves every sequence as it was.
   virtual void decode(KvCache&, std::span<const DecodeRow>, DecodeResult&, bool logits = false) = 0;
+  // Tokens of prompts that one call takes at best: more of them are not faster, only larger.
+  virtual int prefill_tokens() const { return kPrefillTokens; }
 
   // Any tensor, (out, in) row-major as float. moment1 and moment2 exist in training only.
   virtual void read(int tensor, Slot, std::span<float> out) const = 0;
@@ -862,7 +866,7 @@ enum class Precision {
 // is allocated before the first call.
 struct DecodePlan {
   int rows = 0;           // sequences decoded together; 0: the model does not decode
-  int tokens = 0;         // new tokens in a call
+  int tokens = 0;         // new tokens in a call; 0: Gpt::prefill_tokens()
   int64_t positions = 0;  // that are expected to be in the KV cache at one time
   CacheType cache = CacheType::automatic;
 };

@@ -2815,6 +2815,14 @@ TEST_CASE("cuda: the memory plan counts what decoding takes") {
       CAPTURE(taken);
       CHECK(taken >= planned);
       CHECK(taken < planned * 1.1);  // page tables, cosines and sines come to it
+      // Without a number of tokens, the plan has room for a prompt as long as the engine takes at
+      // once.
+      const auto of_tokens = [&](int tokens) {
+        options.decode.tokens = tokens;
+        return gpu::plan_memory(c, options).total();
+      };
+      CHECK(of_tokens(0) == of_tokens(gpt->prefill_tokens()));
+      CHECK(of_tokens(0) > without + 10 * planned);
     }
   }
 }
