@@ -98,7 +98,8 @@ class TaskRecorder : public LoopObserver {
       work += sum, time += chain;
     }
     if (!print) return time;
-    std::printf("%s, %d threads: at best x%.1f of one\n", title.c_str(), threads_, one / time);
+    std::printf("%s, %d threads: at best x%.1f of one, which does %.3f of their work\n",
+                title.c_str(), threads_, one / time, one / work);
     std::printf("  %-24s %6s %8s %9s %9s %9s\n", "loop in", "calls", "tasks", "of work", "of time",
                 "serial");
     using Entry = std::pair<std::pair<std::string, bool>, Region>;
