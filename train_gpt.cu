@@ -84,14 +84,20 @@ struct Product;
 template <class A>
 struct AttentionInput;  // where attention finds q, k and v
 
-// A batch as the device reads it, and what it writes back.
+// A batch as the device reads it, and what it writes back. Inputs lie side by side, as the host
+// packs them: one copy brings them. Where each lies follows from N, the rows of logits and the
+// kinds of weights, all of which are in a graph's key.
 struct DeviceBatch {
-  int *tokens, *targets, *positions;  // (N)
-  int *doc_start, *doc_end;           // (N) of the document of each position
-  int* row_of;                        // (N up to 128) position of each row of logits; -1: none
-  float *dlogp, *dentropy, *dvalue;   // (N)
-  float *logp, *entropy, *value;      // (N)
+  unsigned char* inputs;                                            // room for all inputs
+  int *tokens = nullptr, *targets = nullptr, *positions = nullptr;  // (N)
+  int *doc_start = nullptr, *doc_end = nullptr;                     // (N) of each position
+  int* row_of = nullptr;             // (rows) position of each row of logits; -1: none
+  int* live_tokens = nullptr;        // (1) those that are not dead rows
+  unsigned char* weights = nullptr;  // where those begin that are there:
+  float *dlogp = nullptr, *dentropy = nullptr, *dvalue = nullptr;  // (N), or null
+  float *logp, *entropy, *value;                                   // (N) results
 
+  static size_t input_bytes(int64_t N, bool train);
   void lay_out(int64_t N, bool train, Memory& memory);
 };
 
@@ -99,8 +105,8 @@ template <class A>
 static void embed_forward(A* x, const A* wte, const A* wpe, const int* tokens, const int* positions,
                           int N, int C, cudaStream_t stream);
 template <class A>
-static void embed_backward(float* dtable, const A* dx, const int* ids, int N, int C, int rows,
-                           void* scratch, cudaStream_t stream);
+static void embed_backward(float* dtable, const A* dx, const int* ids, const int* live, int N,
+                           int C, int rows, void* scratch, cudaStream_t stream);
 template <class A>
 static void swiglu_forward(A* y, const A* gate_up, int N, int F, cudaStream_t stream);
 template <class A>
@@ -116,7 +122,8 @@ class CudaGpt final : public Gpt {
   // The whole forward pass, to log-probabilities of the targets or to the scalar head's values.
   void forward(const Batch& batch, Pass pass) override {
     if (pass == Pass::train) expect_trainable("forward", train_);
-    begin(batch);  // checks it and copies it to the device
+    begin(batch);
+    send_batch();
     run_graph(key(kForward), [&] {
       trunk_forward();
       head_forward();
@@ -130,7 +137,10 @@ class CudaGpt final : public Gpt {
                 std::span<const float> dentropy) override {
     expect_trainable("backward", train_);
     if (!forward_is_live_) fail("backward: no forward with Pass::train came before");
-    begin_backward(dlogp, dvalue, dentropy);
+    begin_weights();
+    pack_weights(dlogp, dvalue, dentropy);
+    send_batch();
+    begin_gradients();
     run_graph(key(logits_kept_ ? kBackwardOfLogits : kBackward), [&] {
       head_backward(logits_kept_);
       trunk_backward();
@@ -143,7 +153,9 @@ class CudaGpt final : public Gpt {
                         std::span<const float> dvalue, std::span<const float> dentropy) override {
     expect_trainable("forward_backward", train_);
     begin(batch);
-    begin_backward(dlogp, dvalue, dentropy);
+    pack_weights(dlogp, dvalue, dentropy);
+    send_batch();
+    begin_gradients();
     run_graph(key(kForwardBackward), [&] {
       trunk_forward();
       if (config_.head == Head::scalar) head_forward();
@@ -254,11 +266,11 @@ class CudaGpt final : public Gpt {
                            l > 0 ? &table_.blocks[size_t(l) - 1].down : nullptr);
     }
     if (!gradient(table_.wte)) return;  // frozen, and the positions with it
-    embed_backward(gradient(table_.wte), a_.dx, batch_.tokens, N_, config_.C, config_.V, a_.scratch,
-                   stream_);
+    embed_backward(gradient(table_.wte), a_.dx, batch_.tokens, batch_.live_tokens, N_, config_.C,
+                   config_.V, a_.scratch, stream_);
     if (table_.wpe >= 0) {
-      embed_backward(gradient(table_.wpe), a_.dx, batch_.positions, N_, config_.C, config_.T,
-                     a_.scratch, stream_);
+      embed_backward(gradient(table_.wpe), a_.dx, batch_.positions, batch_.live_tokens, N_,
+                     config_.C, config_.T, a_.scratch, stream_);
     }
   }
 
@@ -266,8 +278,10 @@ class CudaGpt final : public Gpt {
 
   // The batch, its results, the gradients
   void begin(const Batch& batch);
-  void begin_backward(std::span<const float> dlogp, std::span<const float> dvalue,
-                      std::span<const float> dentropy);
+  void begin_weights();
+  void pack_weights(std::span<const float> dlogp, std::span<const float> dvalue,
+                    std::span<const float> dentropy);
+  void send_batch();
   std::span<const float> fetch(std::vector<float>& host, const float* device, Head head);
   float* gradient(int64_t offset) const {  // null: nothing is there, or it is frozen
     if (offset < frozen_ || offset < 0) return nullptr;
@@ -413,8 +427,9 @@ class CudaGpt final : public Gpt {
   int64_t capacity_ = 0;  // tokens that these two have room for
 
   // The live batch
-  int N_ = 0;
-  int64_t rows_ = 0;       // of logits: positions that have a target, up to a multiple of 128
+  int N_ = 0;              // rows, dead ones too: padded_tokens(live_tokens_)
+  int live_tokens_ = 0;    // of the caller's batch
+  int64_t rows_ = 0;       // of logits: positions that have a target, and dead rows
   bool gathered_ = false;  // not every position has a target
   bool has_dlogp_ = false, has_dvalue_ = false, has_dentropy_ = false;
   float inverse_temperature_ = 1;
@@ -685,7 +700,25 @@ inline constexpr int64_t kMostTokens = int64_t(65535) * kFewestTileRows;
 static void check_tokens(const char* what, int64_t N, const char* lower) {
   if (N <= kMostTokens) return;
   fail(what, ": found ", N, " tokens at once, expected at most ", kMostTokens,
-       " on a CUDA device: lower ", lower);
+       " on a CUDA device (65535 blocks of ", kFewestTileRows, " in attention's grid): lower ",
+       lower);
+}
+
+// Rows that a batch of N tokens takes: the next multiple of 64, and from 2,048 on of a sixteenth to
+// a 32nd of N. Dead rows (see CudaGpt::begin) fill it up, so that the products and the graphs of
+// batches whose N differs are the same. A multiple of its step stays what it is.
+inline bool rounds_up_batches = true;  // a test compares with a batch that has no dead rows
+static int64_t padded_tokens(int64_t N) {
+  if (!rounds_up_batches) return N;
+  const int64_t step = std::max<int64_t>(64, int64_t(std::bit_floor(uint64_t(N))) / 16);
+  return std::min(round_up(N, step), kMostTokens);
+}
+
+// Rows that decoding one token of each of R sequences takes: a power of two to 8, then the next
+// multiple of 8.
+static int64_t padded_rows(int64_t R) {
+  if (!rounds_up_batches) return R;
+  return R <= 8 ? int64_t(std::bit_ceil(uint64_t(R))) : round_up(R, 8);
 }
 
 // Whether all these pointers, and what lies a multiple of `strides` elements of A further on, can
@@ -734,7 +767,20 @@ struct Activations {
   void lay_out(const Config& c, int rank, int64_t N, int64_t rows, Saved saved, Memory& memory);
 };
 
-// Checks a batch and sends it to the device.
+// Rows of logits that a batch of N rows takes where so many of its tokens have a target.
+static int64_t padded_logit_rows(int64_t targets, int64_t N) {
+  const int64_t step = std::max<int64_t>(128, int64_t(std::bit_floor(uint64_t(N))) / 16);
+  return std::min(round_up(targets, step), round_up(N, 128));
+}
+
+// Checks a batch and packs it for the device.
+//
+// Behind its tokens come dead rows, up to padded_tokens(N): token 0 at position 0, each a document
+// of its own, without target and with weights 0. All that is computed from them is finite, and what
+// they add to a gradient is exactly 0, at the end of each sum; the embedding's sums, whose split
+// depends on how often an id occurs, leave them out. So a batch gives the same bytes with and
+// without them where sums over rows are split alike: a kernel splits those of biases by every 64
+// rows, up to 256 parts, and cuBLASLt may choose another algorithm for another number of rows.
 template <class A>
 void CudaGpt<A>::begin(const Batch& batch) {
   const auto N = int64_t(batch.tokens.size());
@@ -742,7 +788,9 @@ void CudaGpt<A>::begin(const Batch& batch) {
   const bool lm = config_.head == Head::lm;
   check_batch(config_, batch);
   check_tokens("batch", N, "--micro-batch-tokens");
-  std::vector<int> positions(static_cast<size_t>(N)), doc_start(positions), doc_end(positions);
+  const int64_t padded = padded_tokens(N);
+  std::vector<int> doc_start(static_cast<size_t>(padded)), doc_end(doc_start);
+  std::vector<int> positions(static_cast<size_t>(N));
   int longest = 0;
   for (size_t d = 0; d + 1 < starts.size(); d++) {
     const int length = starts[d + 1] - starts[d];
@@ -752,45 +800,55 @@ void CudaGpt<A>::begin(const Batch& batch) {
       positions[n] = t, doc_start[n] = starts[d], doc_end[n] = starts[d + 1];
     }
   }
+  for (int64_t n = N; n < padded; n++) {
+    doc_start[size_t(n)] = int(n), doc_end[size_t(n)] = int(n) + 1;
+  }
   std::vector<int> rows;
   for (int64_t n = 0; lm && n < N; n++)
     if (batch.targets[size_t(n)] >= 0) rows.push_back(int(n));
   gathered_ = int64_t(rows.size()) < N;
-  if (gathered_) rows.resize(size_t(round_up(int64_t(rows.size()), 128)), -1);
-  rows_ = int64_t(rows.size());
+  rows_ = gathered_ ? padded_logit_rows(int64_t(rows.size()), padded) : padded;
   forward_is_live_ = logits_kept_ = overwrites_ = false;
-  reserve(N);
+  reserve(padded);
   extend_rope(longest);
-  N_ = int(N);
+  N_ = int(padded), live_tokens_ = int(N);
   inverse_temperature_ = 1 / batch.temperature;
-  has_dlogp_ = has_dvalue_ = has_dentropy_ = false;
   logp_.clear(), entropy_.clear(), value_.clear();
 
-  resources_->staging.begin(size_t(6 * round_up(N, 128)) * sizeof(int));
-  const auto upload = [&](int* dst, std::span<const int> src) {
-    resources_->staging.upload(dst, src.data(), src.size(), stream_);
-  };
-  upload(batch_.tokens, batch.tokens);
-  if (lm) upload(batch_.targets, batch.targets);
-  upload(batch_.positions, positions);
-  upload(batch_.doc_start, doc_start);
-  upload(batch_.doc_end, doc_end);
-  if (lm) upload(batch_.row_of, rows);
-  resources_->staging.end(stream_);
+  auto& staging = resources_->staging;
+  staging.begin(batch_.inputs, DeviceBatch::input_bytes(capacity_, train_));
+  batch_.tokens = staging.pack(batch.tokens, padded, 0);
+  batch_.targets = staging.pack(batch.targets, lm ? padded : 0, -1);
+  batch_.positions = staging.pack(positions, padded, 0);
+  batch_.doc_start = staging.pack(doc_start, padded, 0);
+  batch_.doc_end = staging.pack(doc_end, padded, 0);
+  batch_.row_of = staging.pack(rows, rows_, -1);
+  batch_.live_tokens = staging.pack(std::array{live_tokens_}, 1, 0);
+  batch_.weights = staging.end();
+  pack_weights({}, {}, {});
 }
 
-// Checks the weights of the positions and sends them to the device.
+// Begins to pack weights for the batch that is on the device.
 template <class A>
-void CudaGpt<A>::begin_backward(std::span<const float> dlogp, std::span<const float> dvalue,
-                                std::span<const float> dentropy) {
-  check_weights(config_, N_, dlogp, dvalue, dentropy);
+void CudaGpt<A>::begin_weights() {
+  resources_->staging.begin(batch_.weights, DeviceBatch::input_bytes(capacity_, train_));
+}
+
+// Checks the weights of the positions and packs them.
+template <class A>
+void CudaGpt<A>::pack_weights(std::span<const float> dlogp, std::span<const float> dvalue,
+                              std::span<const float> dentropy) {
+  check_weights(config_, live_tokens_, dlogp, dvalue, dentropy);
   has_dlogp_ = !dlogp.empty(), has_dvalue_ = !dvalue.empty(), has_dentropy_ = !dentropy.empty();
-  resources_->staging.begin(size_t(3 * round_up(N_, 4)) * sizeof(float));
-  resources_->staging.upload(batch_.dlogp, dlogp.data(), dlogp.size(), stream_);
-  resources_->staging.upload(batch_.dvalue, dvalue.data(), dvalue.size(), stream_);
-  resources_->staging.upload(batch_.dentropy, dentropy.data(), dentropy.size(), stream_);
-  resources_->staging.end(stream_);
-  begin_gradients();
+  const auto pack = [&](std::span<const float> weights) {
+    return resources_->staging.pack(weights, weights.empty() ? 0 : N_, 0.f);
+  };
+  batch_.dlogp = pack(dlogp), batch_.dvalue = pack(dvalue), batch_.dentropy = pack(dentropy);
+}
+
+template <class A>
+void CudaGpt<A>::send_batch() {
+  resources_->staging.send(stream_);
 }
 
 // x[s.offset .. s.offset + s.size - 1] = 0 for each stretch s: a block has one. stretches (count)
@@ -831,7 +889,7 @@ template <class A>
 std::span<const float> CudaGpt<A>::fetch(std::vector<float>& host, const float* device, Head head) {
   if (config_.head != head || N_ == 0) return {};
   if (host.empty()) {
-    host.resize(size_t(N_));
+    host.resize(size_t(live_tokens_));
     copy_to_host(host.data(), device, host.size(), stream_, "results");
     wait();
   }
@@ -3322,7 +3380,8 @@ __global__ void copy_pages_kernel(const PageCopy<A>* copies, int64_t layer_size)
   }
 }
 
-// k, v (N, NKV HS) of N new tokens, in rows of stride ld, to position[n] of row row_of[n].
+// k, v (N, NKV HS) of N new tokens, in rows of stride ld, to position[n] of row row_of[n]; -1: a
+// dead row, which writes nothing.
 template <class A, int W>
 __global__ void __launch_bounds__(256)
     cache_append_kernel(PageTable<A> table, const A* k, const A* v, int64_t ld, const int* row_of,
@@ -3331,6 +3390,7 @@ __global__ void __launch_bounds__(256)
   if (i >= count) return;
   const int each = NKV * HS / W, n = int(i / each), element = int(i % each) * W;
   const int kv = element / HS, d = element % HS, t = position[n];
+  if (row_of[n] < 0) return;
   A* dst = table.page(row_of[n], t) + (int64_t(kv) * kPage + t % kPage) * HS + d;
   if constexpr (W > 1) {
     store_pack(dst + table.keys, load_pack(k + n * ld + element));
@@ -3365,7 +3425,8 @@ static void cache_prefill(A* out, const AttentionInput<A>& in, const PageTable<A
 }
 
 // out (., NH HS): each of N tokens, which[i] or all of a call, attends to positions 0 ..
-// position[n] of row row_of[n], which are in the cache already: one new token of each row.
+// position[n] of row row_of[n], which are in the cache already: one new token of each row. Row -1 is
+// a dead row, which gets zeros.
 //
 // One block a token and query head; the heads of a group run side by side and share the pages in
 // L2. 8 lanes form a split, which walks over its own part of the keys, kCacheKeys of them at a time
@@ -3385,6 +3446,10 @@ __global__ void __launch_bounds__(kCacheThreads)
             kv = h / (NH / NKV);
   const int split = int(threadIdx.x) / 8, lane = int(threadIdx.x) % 8, warp = int(threadIdx.x) / 32;
   const int keys = position[n] + 1, row = row_of[n];
+  if (row < 0) {
+    if (int(threadIdx.x) < HS) out[(int64_t(n) * NH + h) * HS + threadIdx.x] = from_float<A>(0.f);
+    return;
+  }
   const auto element = [&](int i) { return (i / W * 8 + lane) * W; };  // of the run of x[i]
   const auto load = [&](float(&x)[kCacheEach], const A* row) {
 #pragma unroll
@@ -3828,8 +3893,8 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   const std::vector<int>&starts = added.starts, &lengths = added.lengths;
   const QuerySplit split = split_queries(added);
   std::vector<int> row_of, last;
-  int64_t longest = 0, past = 1;  // of the rows' sequences; tokens for repetition penalties
-  int64_t targets = 0, biases = 1;
+  int64_t longest = 0, past = 0;  // of the rows' sequences; tokens for repetition penalties
+  int64_t targets = 0, biases = 0;
   int top = -1;  // the largest of the rows
   for (size_t r = 0; r < rows.size(); r++) {
     const size_t n = rows[r].tokens.size();
@@ -3848,22 +3913,21 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
 
   // All memory comes before the cache grows: a page that was replaced has been copied, then, or
   // nothing has changed.
-  const auto N = int64_t(added.tokens.size());
   const auto max_pages = int(round_up(longest, 8 * kPage) / kPage);  // shapes repeat for 512 tokens
-  if (!decoding_) decoding_ = std::make_unique<Decoding>();
-  Decoding& d = *decoding_;
-  if (!d.fits(N, R, R * max_pages, past)) resources_->graphs.clear();
-  d.reserve(config_, table_.lora.rank, N, R, R * max_pages, past);
+  // One token a row is a shape that repeats: dead rows, which have no sequence, fill it up.
+  const bool one_each = int64_t(added.tokens.size()) == R;
+  const int64_t padded = padded_rows(R), N = one_each ? padded : int64_t(added.tokens.size());
   // Scores: of the rows' sampled tokens, then of their targets
   const bool scored = top >= 0 || targets > 0;
   const int64_t scores = scored ? R + targets : 0, top_ld = std::max(top, 1);
-  d.reserve_scores(scores, targets, scores * top_ld, biases);
+  if (!decoding_) decoding_ = std::make_unique<Decoding>();
+  Decoding& d = *decoding_;
+  const int64_t bytes = Decoding::input_bytes(N, padded, max_pages) +
+                        (past + targets) * int64_t(sizeof(int)) +
+                        biases * int64_t(sizeof(LogitBias)) + scores * int64_t(sizeof(ScoreRow));
+  if (!d.fits(N, padded, bytes)) resources_->graphs.clear(kDecode);
+  d.reserve(config_, table_.lora.rank, N, padded, bytes, 2 * R + scores * (2 + 2 * top_ld));
   extend_rope(1 + *std::max_element(added.positions.begin(), added.positions.end()));
-  d.staging.begin((5 * size_t(N) + size_t(past + targets)) * sizeof(int) +
-                  split.tiles.size() * sizeof(QueryTile) + size_t(R * max_pages) * sizeof(A*) +
-                  size_t(biases) * sizeof(LogitBias) +
-                  size_t(R) * (sizeof(SampleRow) + sizeof(PageCopy<A>)) +
-                  size_t(scores) * sizeof(ScoreRow) + 13 * 16);
 
   std::vector<PageCopy<A>> copies;
   NewPositions room(cache, rows, [&](int src, int dst) {
@@ -3905,42 +3969,53 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
                    rows[r].want_distribution});
   }
 
-  // To the device
-  const auto upload = [&](auto* dst, const auto& src) {
-    d.staging.upload(dst, src.data(), src.size(), stream_);
-  };
-  upload(d.tokens, added.tokens), upload(d.positions, added.positions);
-  upload(d.tiles, split.tiles), upload(d.single, split.single);
-  upload(d.row, row_of), upload(d.last, last);
-  upload(d.rows, how), upload(d.copies, copies);
-  upload(d.page_table.data(), page_table), upload(d.history.data(), history);
-  upload(d.biases.data(), all_biases), upload(d.score_rows.data(), score_rows);
-  upload(d.target_of.data(), target_of);
-  d.staging.end(stream_);
+  // To the device, by one copy. What the recorded layers read comes first: where it lies follows
+  // from their key.
+  auto& staging = d.staging;
+  const int* tokens = staging.pack(added.tokens, N, 0);
+  const int* positions = staging.pack(added.positions, N, 0);
+  const int* row = staging.pack(row_of, N, -1);
+  A* const* table_pages = staging.pack(page_table, padded * max_pages, static_cast<A*>(nullptr));
+  const int* last_token = staging.pack(last, padded, -1);
+  const QueryTile* tiles = staging.pack(split.tiles, int64_t(split.tiles.size()), {});
+  const int* single = staging.pack(split.single, int64_t(split.single.size()), 0);
+  const SampleRow* sample_rows = staging.pack(how, R, {});
+  const PageCopy<A>* page_copies = staging.pack(copies, int64_t(copies.size()), {});
+  const int* past_tokens = staging.pack(history, past, 0);
+  const LogitBias* bias_list = staging.pack(all_biases, biases, {});
+  const ScoreRow* scored_rows = staging.pack(score_rows, scores, {});
+  const int* target_rows = staging.pack(target_of, targets, 0);
+  staging.send(stream_);
+  // What comes back, by one copy
+  int* ids = d.results.data();
+  float* logp = reinterpret_cast<float*>(ids + R);
+  float* score_logp = logp + R;
+  int* ranks = reinterpret_cast<int*>(score_logp + scores);
+  TopToken* top_tokens = reinterpret_cast<TopToken*>(ranks + scores);  // (scores, top_ld)
   if (!copies.empty()) {
     launch("copy_pages", copy_pages_kernel<A>,
-           dim3(unsigned(copies.size()), unsigned(config_.L), 2), dim3(256), 0, stream_, d.copies,
-           pages.layer_size);
+           dim3(unsigned(copies.size()), unsigned(config_.L), 2), dim3(256), 0, stream_,
+           page_copies, pages.layer_size);
   }
 
   const int64_t ld = config_.padded_V();
   const auto layers = [&] {
     layers_forward(
-        N, d.a, d.tokens, d.positions,
+        N, d.a, tokens, positions,
         [&](const AttentionInput<A>& in, const LayerActivations<A>& a, int l) {
-          const PageTable<A> table = pages.of_layer(d.page_table.data(), max_pages, l);
-          cache_append(table, in.k, in.v, in.k_ld, d.row, d.positions, int(N), NKV, HS, stream_);
+          const PageTable<A> table = pages.of_layer(table_pages, max_pages, l);
+          cache_append(table, in.k, in.v, in.k_ld, row, positions, int(N), NKV, HS, stream_);
           if (const auto count = int(split.tiles.size()); count > 0) {
-            cache_prefill(a.att, in, table, d.tiles, count, int(N), NH, NKV, HS, stream_);
+            cache_prefill(a.att, in, table, tiles, count, int(N), NH, NKV, HS, stream_);
           }
-          if (const auto count = int(split.single.size()); count > 0) {
-            cache_attention(a.att, in.q, in.q_ld, table, count < N ? d.single : nullptr, d.row,
-                            d.positions, count, NH, NKV, HS, stream_);
+          if (const auto count = one_each ? int(N) : int(split.single.size()); count > 0) {
+            cache_attention(a.att, in.q, in.q_ld, table, one_each ? nullptr : single, row,
+                            positions, count, NH, NKV, HS, stream_);
           }
         });
   };
-  if (N == R) {  // one token a row: a shape that repeats
-    run_graph({kDecode, R, max_pages, adapters_}, layers);
+  if (one_each) {
+    run_graph({kDecode, N, max_pages, adapters_}, layers);
   } else {
     layers();
   }
@@ -3964,14 +4039,14 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   };
   for (int64_t begin = 0; begin < R; begin += d.a.logit_rows) {
     const int64_t count = std::min(d.a.logit_rows, R - begin);
-    move_rows<false>(d.a.head_in, d.a.final_norm, d.last + begin, int(count), C, stream_);
-    matmul(linear_product(count, table_.head, d.a.head_in, d.a.logits));
-    sample(d.ids + begin, d.logp + begin, d.a.logits, ld, V, d.rows + begin, d.history.data(),
-           d.biases.data(), int(count), d.probabilities, stream_);
+    const int64_t with_dead = std::min(d.a.logit_rows, padded - begin);
+    move_rows<false>(d.a.head_in, d.a.final_norm, last_token + begin, int(with_dead), C, stream_);
+    matmul(linear_product(with_dead, table_.head, d.a.head_in, d.a.logits));
+    sample(ids + begin, logp + begin, d.a.logits, ld, V, sample_rows + begin, past_tokens,
+           bias_list, int(count), d.probabilities, stream_);
     if (top >= 0) {
-      score(d.score_logp.data() + begin, d.ranks.data() + begin,
-            d.top_tokens.data() + begin * top_ld, int(top_ld), d.a.logits, ld, V,
-            d.score_rows.data() + begin, d.ids + begin, int(count), stream_);
+      score(score_logp + begin, ranks + begin, top_tokens + begin * top_ld, int(top_ld), d.a.logits,
+            ld, V, scored_rows + begin, ids + begin, int(count), stream_);
     }
     for (int64_t i = 0; i < count; i++) {
       const auto r = size_t(begin + i);
@@ -3989,27 +4064,28 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
   }
   for (int64_t begin = 0; begin < targets; begin += d.a.logit_rows) {
     const int64_t count = std::min(d.a.logit_rows, targets - begin), offset = R + begin;
-    move_rows<false>(d.a.head_in, d.a.final_norm, d.target_of.data() + begin, int(count), C,
-                     stream_);
+    move_rows<false>(d.a.head_in, d.a.final_norm, target_rows + begin, int(count), C, stream_);
     matmul(linear_product(count, table_.head, d.a.head_in, d.a.logits));
-    score(d.score_logp.data() + offset, d.ranks.data() + offset,
-          d.top_tokens.data() + offset * top_ld, int(top_ld), d.a.logits, ld, V,
-          d.score_rows.data() + offset, d.ids, int(count), stream_);
+    score(score_logp + offset, ranks + offset, top_tokens + offset * top_ld, int(top_ld),
+          d.a.logits, ld, V, scored_rows + offset, ids, int(count), stream_);
   }
-  std::vector<float> score_logp(static_cast<size_t>(scores));
-  std::vector<int> ranks(static_cast<size_t>(scores));
-  std::vector<TopToken> top_tokens(static_cast<size_t>(scores * top_ld));
-  if (scored) {
-    copy_to_host(score_logp.data(), d.score_logp.data(), score_logp.size(), stream_, "scores");
-    copy_to_host(ranks.data(), d.ranks.data(), ranks.size(), stream_, "scores");
-    copy_to_host(top_tokens.data(), d.top_tokens.data(), top_tokens.size(), stream_, "scores");
-  }
-  copy_to_host(result.ids.data(), d.ids, size_t(R), stream_, "sampled tokens");
-  copy_to_host(result.logp.data(), d.logp, size_t(R), stream_, "sampled tokens");
+  std::vector<int> results(size_t(2 * R + scores * (2 + 2 * top_ld)));
+  copy_to_host(results.data(), d.results.data(), results.size(), stream_, "sampled tokens");
   wait();
+  const int* next_result = results.data();
+  const auto unpack = [&](auto* dst, int64_t count) {
+    std::memcpy(static_cast<void*>(dst), next_result, size_t(count) * sizeof *dst);
+    next_result += size_t(count) * sizeof *dst / sizeof(int);
+  };
+  std::vector<float> host_logp(static_cast<size_t>(scores));
+  std::vector<int> host_ranks(static_cast<size_t>(scores));
+  std::vector<TopToken> host_top(static_cast<size_t>(scores * top_ld));
+  unpack(result.ids.data(), R), unpack(result.logp.data(), R);
+  unpack(host_logp.data(), scores), unpack(host_ranks.data(), scores);
+  unpack(host_top.data(), scores * top_ld);
   const auto score_at = [&](size_t i) {
-    const auto begin = top_tokens.begin() + int64_t(i) * top_ld;
-    return TokenScore{score_logp[i], {begin, begin + score_rows[i].top}, ranks[i]};
+    const auto begin = host_top.begin() + int64_t(i) * top_ld;
+    return TokenScore{host_logp[i], {begin, begin + score_rows[i].top}, host_ranks[i]};
   };
   auto target = size_t(R);  // in score_rows
   for (size_t r = 0; r < rows.size() && scored; r++) {
@@ -4065,7 +4141,8 @@ inline constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;  // of a key, so
 inline constexpr int kSortTile = 2048;                           // keys that a block sorts
 
 // counts[digit, tile] = keys of the tile with this digit
-__global__ void sort_count_kernel(int* counts, const int* keys, int shift, int N) {
+__global__ void sort_count_kernel(int* counts, const int* keys, int shift, const int* live) {
+  const int N = *live;
   int* histogram = shared_memory<int>();  // (kDigits)
   histogram[threadIdx.x] = 0;
   __syncthreads();
@@ -4098,7 +4175,9 @@ __global__ void __launch_bounds__(kBlockThreads) exclusive_scan_kernel(int* x, i
 // Each key goes to where its digit's keys start, after those of earlier tiles (counts, scanned),
 // earlier warps and earlier lanes. values: null for 0, 1, 2, ...
 __global__ void sort_scatter_kernel(int* keys_out, int* values_out, const int* keys,
-                                    const int* values, const int* counts, int shift, int N) {
+                                    const int* values, const int* counts, int shift,
+                                    const int* live) {
+  const int N = *live;
   int* next = shared_memory<int>();  // (warps, kDigits) place of the warp's next key
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int each = kSortTile / warps, begin = blockIdx.x * kSortTile + warp * each;
@@ -4137,8 +4216,8 @@ inline constexpr int kLongThreads = 512;  // of a block that has a long one
 // Warp i takes the run that begins at entry i of the sorted list, if one does and it is short.
 template <class A, int W>
 __global__ void embed_backward_short_kernel(float* dtable, const A* dx, const int* ids,
-                                            const int* order, int N, int C) {
-  const int lane = threadIdx.x % 32, i = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+                                            const int* order, const int* live, int C) {
+  const int lane = threadIdx.x % 32, i = (blockIdx.x * blockDim.x + threadIdx.x) / 32, N = *live;
   if (i >= N) return;
   const int id = ids[i];
   if (i > 0 && ids[i - 1] == id) return;
@@ -4167,11 +4246,13 @@ __global__ void embed_backward_short_kernel(float* dtable, const A* dx, const in
 // columns.
 template <class A, int W>
 __global__ void __launch_bounds__(kLongThreads)
-    embed_backward_long_kernel(float* dtable, const A* dx, const int* ids, const int* order, int N,
-                               int C) {
+    embed_backward_long_kernel(float* dtable, const A* dx, const int* ids, const int* order,
+                               const int* live, int C) {
   float* sums = shared_memory<float>();  // (warps, W, 32)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int k = blockIdx.x * kShortRun, id = ids[k];
+  const int k = blockIdx.x * kShortRun, N = *live;
+  if (k >= N) return;
+  const int id = ids[k];
   if (k > 0 && ids[k - kShortRun] == id) return;
   const int i = k - 31 + lane;
   const int begin = k + 1 - __popc(__ballot_sync(kAllLanes, i >= 0 && ids[max(i, 0)] == id));
@@ -4207,10 +4288,11 @@ __global__ void __launch_bounds__(kLongThreads)
 static size_t embed_backward_scratch(int N, int) {
   return (4 * size_t(N) + size_t(kDigits) * blocks_for(N, kSortTile)) * sizeof(int);
 }
-// dtable[ids[n]] += dx[n]. dtable (rows, C), dx (N, C), ids (N) in [0, rows)
+// dtable[ids[n]] += dx[n] for the first *live of the N rows. dtable (rows, C), dx (N, C), ids (N)
+// in [0, rows), live (1)
 template <class A>
-static void embed_backward(float* dtable, const A* dx, const int* ids, int N, int C, int rows,
-                           void* scratch, cudaStream_t stream) {
+static void embed_backward(float* dtable, const A* dx, const int* ids, const int* live, int N,
+                           int C, int rows, void* scratch, cudaStream_t stream) {
   int* base = static_cast<int*>(scratch);
   int *keys[2] = {base, base + N}, *values[2] = {base + 2 * int64_t(N), base + 3 * int64_t(N)};
   int* counts = base + 4 * int64_t(N);  // (kDigits, tiles)
@@ -4219,12 +4301,12 @@ static void embed_backward(float* dtable, const A* dx, const int* ids, int N, in
   int side = 0;
   for (int shift = 0; shift == 0 || (rows - 1) >> shift > 0; shift += kDigitBits, side ^= 1) {
     launch("sort_count", sort_count_kernel, tiles, kDigits, kDigits * sizeof(int), stream, counts,
-           sorted, shift, N);
+           sorted, shift, live);
     launch("exclusive_scan", exclusive_scan_kernel, 1, kBlockThreads, 32 * sizeof(int), stream,
            counts, kDigits * tiles);
     launch("sort_scatter", sort_scatter_kernel, tiles, kDigits,
            kDigits / 32 * kDigits * sizeof(int), stream, keys[side], values[side], sorted, order,
-           counts, shift, N);
+           counts, shift, live);
     sorted = keys[side], order = values[side];
   }
   constexpr int kW = Pack<A>::kSize;
@@ -4232,11 +4314,11 @@ static void embed_backward(float* dtable, const A* dx, const int* ids, int N, in
   const int w = packs ? kW : 1;
   launch("embed_backward_short",
          packs ? embed_backward_short_kernel<A, kW> : embed_backward_short_kernel<A, 1>,
-         warp_rows(N), kRowThreads, 0, stream, dtable, dx, sorted, order, N, C);
+         warp_rows(N), kRowThreads, 0, stream, dtable, dx, sorted, order, live, C);
   launch("embed_backward_long",
          packs ? embed_backward_long_kernel<A, kW> : embed_backward_long_kernel<A, 1>,
          dim3(blocks_for(N, kShortRun), blocks_for(C, 32 * w)), kLongThreads,
-         kLongThreads * w * sizeof(float), stream, dtable, dx, sorted, order, N, C);
+         kLongThreads * w * sizeof(float), stream, dtable, dx, sorted, order, live, C);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -4281,8 +4363,9 @@ class Staging {
       if (side.read) cudaEventDestroy(side.read);
     }
   }
-  void begin(size_t bytes) {
-    turn_ ^= 1, used_ = 0;
+  // Begins to pack arrays for the memory at `device`, of `bytes` at most.
+  void begin(void* device, size_t bytes) {
+    turn_ ^= 1, used_ = 0, device_ = static_cast<unsigned char*>(device);
     Side& side = sides_[turn_];
     if (side.read) {
       check(cudaEventSynchronize(side.read), "the batch before last");
@@ -4295,17 +4378,30 @@ class Staging {
     check(cudaMallocHost(reinterpret_cast<void**>(&side.data), bytes), "pinned memory");
     side.bytes = bytes;
   }
-  template <class T>
-  void upload(T* device, const T* host, size_t count, cudaStream_t stream) {
-    if (count == 0) return;
+  // Appends `values`, and then `dead` up to `count` elements. Returns where they will be on the
+  // device; null: there are none.
+  template <class Values, class T = typename Values::value_type>
+  T* pack(const Values& values, int64_t count, T dead) {
+    if (count == 0) return nullptr;
     Side& side = sides_[turn_];
-    if (used_ + count * sizeof(T) > side.bytes) fail("cuda: an upload is larger than announced");
-    T* pinned = reinterpret_cast<T*>(side.data + used_);
-    std::memcpy(pinned, host, count * sizeof(T));
-    copy_to_device(device, pinned, count, stream, "a copy to the device");
-    used_ += round_up(int64_t(count * sizeof(T)), 16);
+    const size_t bytes = size_t(count) * sizeof(T), offset = used_;
+    if (offset + bytes > side.bytes) fail("cuda: an upload is larger than announced");
+    T* pinned = reinterpret_cast<T*>(side.data + offset);
+    std::copy(values.begin(), values.end(), pinned);
+    std::fill(pinned + values.size(), pinned + count, dead);
+    used_ += size_t(round_up(int64_t(bytes), kAlignment));
+    return reinterpret_cast<T*>(device_ + offset);
   }
-  void end(cudaStream_t stream) { check(cudaEventRecord(sides_[turn_].read, stream), "an event"); }
+  unsigned char* end() const { return device_ + used_; }  // on the device, of what was packed
+  // Queues one copy of all that was packed.
+  void send(cudaStream_t stream) {
+    if (used_ == 0) return;
+    const Side& side = sides_[turn_];
+    copy_to_device(device_, side.data, used_, stream, "a copy to the device");
+    check(cudaEventRecord(side.read, stream), "an event");
+  }
+
+  static constexpr int64_t kAlignment = 16;  // bytes, of each array
 
  private:
   struct Side {
@@ -4316,6 +4412,7 @@ class Staging {
   Side sides_[2];
   int turn_ = 0;
   size_t used_ = 0;
+  unsigned char* device_ = nullptr;
 };
 
 // Weights: fp32 masters in the table's order, and in bf16 mode a bf16 copy that products and
@@ -4436,12 +4533,14 @@ void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows,
   allocate(scratch, "scratch", int64_t(bytes));
 }
 
+// Of all inputs of N rows: six arrays, the number of live ones, and the weights.
+size_t DeviceBatch::input_bytes(int64_t N, bool train) {
+  const int64_t words =
+      5 * round_up(N, 4) + round_up(N, 128) + 4 + (train ? 3 : 0) * round_up(N, 4);
+  return size_t(words) * sizeof(int);
+}
 void DeviceBatch::lay_out(int64_t N, bool train, Memory& memory) {
-  for (int** p : {&tokens, &targets, &positions, &doc_start, &doc_end})
-    memory.allocate(*p, "batch", N);
-  memory.allocate(row_of, "rows of the batch", round_up(N, 128));
-  for (float** p : {&dlogp, &dentropy, &dvalue})
-    memory.allocate(*p, "weights of the batch", train ? N : 0);
+  memory.allocate(inputs, "batch", int64_t(input_bytes(N, train)));
   for (float** p : {&logp, &entropy, &value}) memory.allocate(*p, "results", N);
 }
 
@@ -4495,10 +4594,18 @@ class Graphs {
     }
     check(cudaGraphLaunch(entry.graph, stream), "launching a graph");
   }
-  void clear() {  // when memory that they name has moved
-    for (auto& [key, entry] : entries_)
-      if (entry.graph) cudaGraphExecDestroy(entry.graph);
-    entries_.clear();
+  // When memory that they name has moved. `kind`: of those whose key begins with it; -1: of all
+  void clear(int64_t kind = -1) {
+    std::erase_if(entries_, [&](const auto& entry) {
+      if (kind >= 0 && entry.first.front() != kind) return false;
+      if (entry.second.graph) cudaGraphExecDestroy(entry.second.graph);
+      return true;
+    });
+  }
+
+  int64_t size() const {  // that were recorded
+    return std::count_if(entries_.begin(), entries_.end(),
+                         [](const auto& entry) { return entry.second.graph != nullptr; });
   }
 
   bool enabled = true;
@@ -5000,7 +5107,8 @@ void CudaGpt<A>::linear_gelu(int64_t N, const Linear& l, const A* x, A* up, A* a
     if (!fused) gelu_forward(act, up, N * l.out, stream_);
     return true;
   };
-  if (!(fused_is_faster("GELU", N, l, compute) && compute(true))) compute(false);
+  const bool is_made_again = saved_ == Saved::light;  // by activate(), from `up` as it was rounded
+  if (!(!is_made_again && fused_is_faster("GELU", N, l, compute) && compute(true))) compute(false);
 }
 // linear_backward(down) through the GELU that made its input: dup = dy W GELU'(up). True when the
 // gradient of up's bias, the column sums of dup, has been added too: the product can make these
@@ -5206,33 +5314,23 @@ struct CudaGpt<A>::Decoding {
   std::unique_ptr<Memory> memory;
   Activations<A> a{};
   int64_t capacity = 0, row_capacity = 0;
-  int *tokens, *positions;      // (N)
-  QueryTile* tiles;             // (N / kQueryTile + R) of rows with several new tokens
-  int* single;                  // (R) tokens of rows with one
-  int* row;                     // (N) its row
-  int* last;                    // (R) the last token of each row
-  SampleRow* rows;              // (R)
-  int* ids;                     // (R) sampled
-  float* logp;                  // (R)
-  float* probabilities;         // (logit_rows, V) scratch
-  PageCopy<A>* copies;          // (R)
-  Buffer<A*> page_table;        // (R, max_pages)
-  Buffer<int> history;          // of all rows that have a repetition penalty
-  Buffer<LogitBias> biases;     // of all rows
-  Buffer<ScoreRow> score_rows;  // (R + targets), when a row is scored
-  Buffer<int> target_of;        // (targets) of the N tokens, each before a target
-  Buffer<float> score_logp;     // (R + targets)
-  Buffer<int> ranks;            // (R + targets)
-  Buffer<TopToken> top_tokens;  // (R + targets, the largest `top`)
+  float* probabilities;          // (logit_rows, V) scratch
+  Buffer<unsigned char> inputs;  // of a call, packed
+  Buffer<int> results;           // of a call: what decode() copies to the host
 
-  bool fits(int64_t N, int64_t R, int64_t table_size, int64_t past) const {
-    return N <= capacity && R <= row_capacity && table_size <= page_table.size() &&
-           past <= history.size();
+  // Of N tokens of R rows, without the lists whose lengths the caller chooses. Each of 13 arrays
+  // may take some bytes more, so that the next one is aligned.
+  static int64_t input_bytes(int64_t N, int64_t R, int64_t max_pages) {
+    return 3 * N * int64_t(sizeof(int)) + (N / kQueryTile + R) * int64_t(sizeof(QueryTile)) +
+           R * int64_t(max_pages * sizeof(A*) + 2 * sizeof(int) + sizeof(SampleRow) +
+                       sizeof(PageCopy<A>)) +
+           13 * Staging::kAlignment;
   }
-  // N tokens of R rows, whose page tables and histories take so many ints
-  void reserve(const Config& c, int rank, int64_t N, int64_t R, int64_t table_size, int64_t past) {
-    grow(page_table, table_size, "page table");
-    grow(history, past, "tokens for the repetition penalty");
+  bool fits(int64_t N, int64_t R, int64_t bytes) const {
+    return N <= capacity && R <= row_capacity && bytes <= inputs.size();
+  }
+  void reserve(const Config& c, int rank, int64_t N, int64_t R, int64_t bytes, int64_t words) {
+    grow(inputs, bytes, "the rows to decode"), grow(results, words, "sampled tokens");
     if (N <= capacity && R <= row_capacity) return;
     N = std::max(N, capacity), R = std::max(R, row_capacity);
     capacity = row_capacity = 0, memory = nullptr;
@@ -5241,21 +5339,9 @@ struct CudaGpt<A>::Decoding {
     lay_out(c, rank, N, R, *memory);
     capacity = N, row_capacity = R;
   }
-  void reserve_scores(int64_t scores, int64_t targets, int64_t top, int64_t bias_count) {
-    grow(biases, bias_count, "logit biases");
-    grow(score_rows, scores, "scores"), grow(score_logp, scores, "scores");
-    grow(ranks, scores, "scores");
-    grow(target_of, targets, "scores"), grow(top_tokens, top, "scores");
-  }
   void lay_out(const Config& c, int rank, int64_t N, int64_t R, Memory& all) {
     a.lay_out(c, rank, N, R, Saved::none, all);
-    for (int** p : {&tokens, &positions, &row}) all.allocate(*p, "tokens to decode", N);
-    for (int** p : {&last, &ids, &single}) all.allocate(*p, "rows to decode", R);
-    all.allocate(tiles, "tokens to decode", N / kQueryTile + R);
-    all.allocate(rows, "how to sample", R);
-    all.allocate(logp, "logp", R);
     all.allocate(probabilities, "probabilities", a.logit_rows * c.V);
-    all.allocate(copies, "pages to copy", R);
   }
 
  private:
@@ -5270,10 +5356,12 @@ struct CudaGpt<A>::Decoding {
 template <class A>
 int64_t CudaGpt<A>::decoding_bytes(const Config& config, const GptOptions& options) {
   const DecodePlan& d = options.decode;
+  const int64_t R = padded_rows(d.rows);
+  const int64_t N = std::max<int64_t>(R, d.tokens > 0 ? d.tokens : kCudaPrefillTokens);
+  const int64_t pages = CudaKvCache<A>::pages_of(d.positions);
   Memory memory("", true);
-  const int tokens = std::max(d.rows, d.tokens > 0 ? d.tokens : kCudaPrefillTokens);
-  Decoding().lay_out(config, options.lora.rank, tokens, d.rows, memory);
-  return memory.bytes();
+  Decoding().lay_out(config, options.lora.rank, N, R, memory);
+  return memory.bytes() + Decoding::input_bytes(N, R, (pages + R - 1) / std::max<int64_t>(1, R));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -5297,7 +5385,7 @@ CudaGpt<A>::CudaGpt(const Config& config, const GptOptions& options)
     weights_ = std::make_shared<Weights<A>>(table_, train_, stream_);
   }
   if (train_) optimizer_ = std::make_unique<Optimizer>(config_, table_, stream_);
-  if (options.batch_tokens > 0) reserve(options.batch_tokens);
+  if (options.batch_tokens > 0) reserve(padded_tokens(options.batch_tokens));
 }
 template <class A>
 CudaGpt<A>::~CudaGpt() {
@@ -5413,9 +5501,9 @@ static MemoryPlan plan_of(const Config& c, const GptOptions& options) {
     Activations<A> layout;
     DeviceBatch batch;
     Memory memory("", true);
-    layout.lay_out(c, options.lora.rank, options.batch_tokens, round_up(options.batch_tokens, 128),
-                   saved_activations(options), memory);
-    batch.lay_out(options.batch_tokens, train, memory);
+    const int64_t N = padded_tokens(options.batch_tokens);
+    layout.lay_out(c, options.lora.rank, N, round_up(N, 128), saved_activations(options), memory);
+    batch.lay_out(N, train, memory);
     plan.items.push_back({"activations", memory.bytes(),
                           train && options.recompute != Recompute::full
                               ? kBatchFlags

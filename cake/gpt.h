@@ -878,7 +878,9 @@ inline constexpr const char* kBatchFlags =
 
 // What the backward pass makes again, so that the forward pass need not keep it. none: nothing.
 // light: norm1, norm2 and the MLP's activation, element by element. full: all of a layer but its
-// input, by its whole forward pass.
+// input, by its whole forward pass. A batch gives the same bytes with each of them, but for `light`
+// on CUDA where the others compute GELU within the product before it, from sums that are not yet
+// rounded: those are not kept, so with `light` GELU is a kernel of its own in both passes.
 enum class Recompute { none, light, full };
 inline Recompute parse_recompute(const std::string& name) {
   if (name == "none") return Recompute::none;

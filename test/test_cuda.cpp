@@ -277,7 +277,8 @@ KERNEL_TEST(
     const double skew = c.skew;
     CAPTURE(N);
     CAPTURE(rows);
-    const Doubles dx = random<A>(int64_t(N) * C, "dx");
+    const int dead = 40;  // rows behind those N: of one id, and not a number
+    Doubles dx = random<A>(int64_t(N) * C, "dx");
     const Doubles before = random<float>(int64_t(rows) * C, "table");
     std::vector<int> ids;
     Rng rng{7};
@@ -288,14 +289,15 @@ KERNEL_TEST(
     for (int n = 0; n < N; n++)
       for (int c = 0; c < C; c++)
         want[size_t(ids[size_t(n)]) * size_t(C) + size_t(c)] += 2 * dx[size_t(n * C + c)];
+    dx.resize(dx.size() + size_t(dead * C), NAN), ids.resize(ids.size() + dead, 0);
     std::vector<float> first;
     every_schedule([&] {
       const OnDevice<A> dx_(dx);
       const OnDevice<float> table(before);
-      const OnDevice<int> ids_(ids);
-      const OnDevice<char> scratch(int64_t(embed_backward_scratch(N, rows)));
+      const OnDevice<int> ids_(ids), live(std::vector<int>{N});
+      const OnDevice<char> scratch(int64_t(embed_backward_scratch(N + dead, rows)));
       for (int twice = 0; twice < 2; twice++) {
-        embed_backward<A>(table, dx_, ids_, N, C, rows, scratch, nullptr);
+        embed_backward<A>(table, dx_, ids_, live, N + dead, C, rows, scratch, nullptr);
       }
       CHECK_CLOSE(table.read(), want, kFloat);
       if (first.empty()) first = table.raw();
@@ -1753,7 +1755,10 @@ void check_gradients(const Config& c, bool bf16, Lora lora = {}) {
 }
 
 struct Restore {  // globals that a test sets
-  ~Restore() { gpu::fusion = gpu::Fusion::measured, gpu::most_logit_rows = 8192; }
+  ~Restore() {
+    gpu::fusion = gpu::Fusion::measured, gpu::most_logit_rows = 8192;
+    gpu::rounds_up_batches = true;
+  }
 };
 
 // What a model has computed, to the bit.
@@ -2143,6 +2148,233 @@ TEST_CASE(
   CHECK(contains(error_of([&] { gpu::make_gpt(c, options); }), "expected at most 2097120"));
 }
 
+TEST_CASE("cuda: a batch's rows are rounded up by little, and a multiple stays what it is") {
+  int64_t before = 0;
+  for (int64_t N = 1; N < 70000; N++) {
+    const int64_t rows = gpu::padded_tokens(N), rounded = gpu::padded_logit_rows(N, rows);
+    REQUIRE(rows >= std::max(N, before));
+    REQUIRE(rows < N + std::max<int64_t>(64, N / 16));
+    REQUIRE(gpu::padded_tokens(rows) == rows);
+    REQUIRE(rounded >= N);
+    REQUIRE(rounded <= gpu::round_up(rows, 128));
+    before = rows;
+  }
+  for (const int windows : {1, 2, 8, 12, 16, 32, 48, 64, 128}) {
+    CHECK(gpu::padded_tokens(1024 * windows) == 1024 * windows);
+  }
+  CHECK(gpu::padded_tokens(0) == 0);
+  CHECK(gpu::padded_tokens(gpu::kMostTokens) == gpu::kMostTokens);
+  CHECK(gpu::padded_tokens(gpu::kMostTokens - 100) == gpu::kMostTokens);
+  std::vector<int64_t> rows;
+  for (const int64_t R : {1, 2, 3, 5, 8, 9, 16, 63}) rows.push_back(gpu::padded_rows(R));
+  CHECK(rows == std::vector<int64_t>{1, 2, 4, 8, 8, 16, 16, 64});
+}
+
+namespace {
+
+// What a model makes of a batch: forward and then backward, and at once; then an update.
+template <class Behind>
+std::vector<std::vector<float>> all_results(const Config& c, const GptOptions& options,
+                                            const Packed& b, Behind&& behind) {
+  const auto gpt = gpu::make_gpt(c, options);
+  randomize(*gpt, 7);
+  std::vector<std::vector<float>> all;
+  const size_t n = b.tokens.size();
+  const auto keep = [&](std::span<const float> x) {
+    all.emplace_back(x.begin(), x.begin() + int64_t(std::min(n, x.size())));
+  };
+  Packed with = b;
+  behind(with);
+  const bool lm = c.head == Head::lm;
+  using Floats = std::span<const float>;
+  const Floats dlogp = lm ? Floats(with.dlogp) : Floats(), dvalue = lm ? Floats() : with.dvalue,
+               dentropy = lm ? Floats(with.dentropy) : Floats();
+  for (const bool at_once : {false, true, true}) {
+    if (at_once) {
+      gpt->forward_backward(with.batch(), dlogp, dvalue, dentropy);
+    } else {
+      gpt->forward(with.batch(), Pass::train);
+      gpt->backward(dlogp, dvalue, dentropy);
+    }
+    keep(gpt->logp()), keep(gpt->entropy()), keep(gpt->value());
+  }
+  all.push_back(all_of(*gpt, Slot::gradient));
+  OptimizerStep o{.decay = .1f, .max_norm = 1};
+  o.lr.fill(.01f), o.muon_lr = .02f;
+  gpt->update(o);
+  all.push_back({float(gpt->stats().grad_norm), float(gpt->stats().loss)});
+  all.push_back(all_of(*gpt, Slot::weight));
+  return all;
+}
+bool same_bytes(const std::vector<std::vector<float>>& a,
+                const std::vector<std::vector<float>>& b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); i++) {
+    if (a[i].size() != b[i].size() ||
+        std::memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(float)) != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+TEST_CASE("cuda: a batch gives the same bytes with and without dead rows, and by each recompute") {
+  struct Case {
+    Family family;
+    Head head = Head::lm;
+    int lora = 0;
+  };
+  Restore restore;
+  gpu::fusion = gpu::Fusion::never;  // see Recompute
+  for (const Case& of : {Case{Family::gpt2},
+                         {Family::qwen3},
+                         {Family::qwen2, Head::scalar},
+                         {Family::gpt2, Head::lm, 4},
+                         {Family::qwen3, Head::lm, 4}}) {
+    Config c = engine_config(of.family, of.head);
+    c.V = 300;  // 84 rows of padding
+    for (const bool bf16 : {false, true}) {
+      for (const bool masked : {false, true}) {
+        CAPTURE(int(of.family));
+        CAPTURE(of.lora);
+        CAPTURE(bf16);
+        CAPTURE(masked);
+        GptOptions options = bf16 ? kTrainBf16 : kTrainFp32;
+        options.lora = {of.lora, 8}, options.muon = of.family == Family::gpt2;
+        const Packed b = packed(c, {40, 1, 36}, masked);  // 77 rows, 128 with dead ones
+        gpu::rounds_up_batches = false;
+        const auto without = all_results(c, options, b, [](Packed&) {});
+        gpu::rounds_up_batches = true;
+        CHECK(same_bytes(all_results(c, options, b, [](Packed&) {}), without));
+        CHECK(same_bytes(all_results(c, options, b,
+                                     [](Packed& with) {  // a caller's own: to 113 rows
+                                       with.doc_starts.push_back(77 + 36);
+                                       for (int n = 0; n < 36; n++) with.tokens.push_back(n);
+                                       with.targets.resize(77 + 36, -1);
+                                       for (auto* w : {&with.dlogp, &with.dentropy, &with.dvalue})
+                                         w->resize(77 + 36, 0.f);
+                                     }),
+                         without));
+        for (const Recompute how : {Recompute::light, Recompute::full}) {
+          options.recompute = how;
+          CHECK(same_bytes(all_results(c, options, b, [](Packed&) {}), without));
+        }
+        for (const auto& x : without)
+          for (const float v : x) REQUIRE(std::isfinite(v));
+      }
+    }
+  }
+}
+
+TEST_CASE("cuda: batches whose sizes differ replay one graph, and rows that end replay a few") {
+  const Config c = engine_config(Family::qwen3);
+  const auto gpt = gpu::make_gpt(c, kTrainBf16);
+  randomize(*gpt, 3);
+  gpu::Graphs& graphs = dynamic_cast<CudaGpt<gpu::bf16>&>(*gpt).graphs();
+  OptimizerStep o;
+  o.lr.fill(.001f);
+  for (int n = 0; n < 40; n++) {  // an epoch
+    const Packed b = packed(c, {5 + n % 7, 64 - n - (5 + n % 7)}, true, uint64_t(n));
+    REQUIRE(int(b.tokens.size()) == 64 - n);
+    o.step = n + 1;
+    gpt->forward_backward(b.batch(), b.dlogp);
+    gpt->update(o);
+  }
+  CHECK(graphs.size() == 2);  // of all batches, and of the update
+  CHECK(graphs.replays == 2 * 38);
+  const auto cache = gpt->make_cache(64 * 40);
+  std::vector<int> sequences;
+  const std::vector<int> token = {5};
+  const auto step = [&](size_t rows) {
+    std::vector<DecodeRow> all;
+    for (size_t r = 0; r < rows; r++) all.push_back({sequences[r], token, {}, {}});
+    DecodeResult result;
+    gpt->decode(*cache, all, result);
+  };
+  for (int r = 0; r < 20; r++) sequences.push_back(cache->create());
+  step(20);  // a prefill, which records nothing
+  for (size_t rows = 20; rows > 0; rows--) step(rows), step(rows);
+  CHECK(graphs.size() == 2 + 6);  // 24, 16, 8, 4, 2, 1 rows
+  CHECK(graphs.replays == 2 * 38 + 40 - 2 * 6);
+}
+
+TEST_CASE("cuda: a row decodes to the same bytes beside dead rows and without them") {
+  Restore restore;
+  for (const bool bf16 : {false, true}) {
+    const Config c = engine_config(bf16 ? Family::qwen3 : Family::gpt2);
+    GptOptions options = bf16 ? kTrainBf16 : kTrainFp32;
+    options.mode = Mode::inference;
+    const auto run = [&](bool rounds_up) {
+      gpu::rounds_up_batches = rounds_up;
+      const auto gpt = gpu::make_gpt(c, options);
+      randomize(*gpt, 7);
+      const Packed text = packed(c, {66}, false);
+      const auto cache = gpt->make_cache(64 * 20);
+      std::vector<float> all;
+      std::vector<int> sequences;
+      std::vector<LogitBias> bias = {{3, 2.f}};
+      DecodeResult result;
+      for (size_t call = 0; call < 5; call++) {  // a prompt, then one token a row
+        const size_t tokens = call == 0 ? 9 : 1;
+        std::vector<DecodeRow> rows;
+        for (size_t r = 0; r < 5; r++) {
+          if (sequences.size() <= r) sequences.push_back(cache->create());
+          const auto next = std::span<const int>(text.tokens).subspan(8 * r + call, tokens);
+          rows.push_back({sequences[r], next, {.top_k = 20, .seed = 5, .stream = r}, text.tokens});
+          rows[r].sampling.repetition_penalty = r == 1 ? 1.2f : 1;
+          if (r == 2) rows[r].top = 3, rows[r].targets = next, rows[r].want_distribution = true;
+          if (r == 3) rows[r].biases = bias;
+        }
+        gpt->decode(*cache, rows, result, true);
+        all.insert(all.end(), result.logits.begin(), result.logits.end());
+        all.insert(all.end(), result.logp.begin(), result.logp.end());
+        all.insert(all.end(), result.ids.begin(), result.ids.end());
+        all.push_back(result.target_scores[2][0].logp);
+        for (const TopToken& t : result.scores[2].top) all.push_back(t.logp);
+        const std::vector<float>& p = result.distributions[2].probability;
+        all.insert(all.end(), p.begin(), p.end());
+      }
+      CHECK(cache->pages_in_memory() == 5);
+      return all;
+    };
+    const std::vector<float> without = run(false);
+    CHECK(largest_difference(run(true), without) == 0);
+  }
+}
+
+#ifdef CAKE_CUDA_ON_CPU
+TEST_CASE(
+    "cuda: a batch goes to the device by one copy, and a step of decoding comes back by one") {
+  const Config c = engine_config(Family::llama);
+  const auto gpt = gpu::make_gpt(c, kTrainBf16);
+  randomize(*gpt, 3);
+  const Packed b = packed(c, {20, 14}, true);
+  const auto copies = [&](auto&& work) {
+    work();  // takes memory and makes RoPE's table
+    const int64_t before = cuda_on_cpu::copies_with_host();
+    work();
+    return cuda_on_cpu::copies_with_host() - before;
+  };
+  CHECK(copies([&] { gpt->forward_backward(b.batch(), b.dlogp, {}, b.dentropy); }) == 1);
+  CHECK(copies([&] { gpt->forward(b.batch(), Pass::train); }) == 1);
+  const auto backward = [&] {
+    gpt->forward(b.batch(), Pass::train);
+    gpt->backward(b.dlogp, {}, b.dentropy);
+  };
+  CHECK(copies(backward) == 2);
+  CHECK(copies([&] { gpt->update({}); }) == 0);
+  const auto cache = gpt->make_cache(256);
+  const int sequence = cache->create();
+  DecodeResult result;
+  DecodeRow row{sequence, std::span(b.tokens).first(1), {.repetition_penalty = 1.1f}, b.tokens};
+  row.top = 3, row.targets = std::span(b.targets).last(1);
+  if (row.targets[0] < 0) row.targets = std::span(b.tokens).first(1);
+  CHECK(copies([&] { gpt->decode(*cache, std::span(&row, 1), result); }) == 2);
+}
+#endif
+
 TEST_CASE("cuda: when there are too many graphs, the one that was not used for longest goes") {
   cudaStream_t stream = nullptr;
   REQUIRE(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
@@ -2395,10 +2627,21 @@ TEST_CASE("cuda: recomputation of each kind changes no bit") {
       before = bytes;
     }
   }
-  gpu::fusion = gpu::Fusion::always;
   GptOptions options = kTrainBf16;
-  options.recompute = Recompute::full;  // runs the fused product again
   const Config c = engine_config(Family::gpt2);
+  const Packed b = packed(c, {20, 14}, true);
+  const auto logp = [&](gpu::Fusion fused, Recompute how) {
+    gpu::fusion = fused, options.recompute = how;
+    const auto gpt = gpu::make_gpt(c, options);
+    randomize(*gpt, 3);
+    gpt->forward(b.batch(), Pass::train);
+    return std::vector<float>(gpt->logp().begin(), gpt->logp().end());
+  };
+  const std::vector<float> separate = logp(gpu::Fusion::never, Recompute::none);
+  CHECK(logp(gpu::Fusion::always, Recompute::none) != separate);
+  CHECK(logp(gpu::Fusion::always, Recompute::light) == separate);  // its GELU is never fused
+  gpu::fusion = gpu::Fusion::always;
+  options.recompute = Recompute::full;  // runs the fused product again
   CHECK(run_steps(c, options, [](Gpt&) {}) == run_steps(c, kTrainBf16, [](Gpt&) {}));
 }
 
@@ -3158,7 +3401,7 @@ TEST_CASE("cuda: what cannot be done ends in one clear line") {
   }
   cuda_on_cpu::fail_next_malloc(1 << 30);  // none
   cuda_on_cpu::fail_next_launch(5);
-  const Packed other = packed(c, {34}, false);  // of a shape that no graph has
+  const Packed other = packed(c, {70}, false);  // of a shape that no graph has
   const std::string launch = forward(other.batch());
   CHECK(contains(launch, "cuda: kernel "));
   CHECK(contains(launch, "with grid ("));

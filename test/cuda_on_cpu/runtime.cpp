@@ -120,7 +120,7 @@ bool fails_now(int& until) {
 
 thread_local const char* next_launch = nullptr;
 thread_local cudaError_t last_error = cudaSuccess;
-std::atomic<int64_t> launches{0}, reductions_rounded{0};
+std::atomic<int64_t> launches{0}, host_copies{0}, reductions_rounded{0};
 
 cudaError_t result(cudaError_t status) {
   if (status != cudaSuccess) last_error = status;
@@ -199,6 +199,7 @@ void fail_next_malloc(int skip) { settings().malloc_until_failure = skip; }
 void fail_next_launch(int skip) { settings().launches_until_failure = skip; }
 void name_next_launch(const char* name) { next_launch = name; }
 int64_t kernels_launched() { return launches; }
+int64_t copies_with_host() { return host_copies; }
 int64_t rounded_reductions() { return reductions_rounded; }
 
 // =============================================================================================
@@ -1821,6 +1822,7 @@ cudaError_t cudaFreeHost(void* pointer) {
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream) {
   if (const cudaError_t status = check_copy(to, bytes, from, bytes, kind)) return result(status);
+  if (kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToHost) host_copies++;
   return enqueue(stream, [=] { std::memmove(to, from, bytes); });
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
