@@ -534,6 +534,7 @@ class FineTuning {
     run_.hooks = {.begin = [this](const Json* saved) { return begin(saved); },
                   .step = [this](int64_t n) { return step(n); },
                   .evaluate = [this](int64_t n) { evaluate_and_sample(n); },
+                  .evaluates = [this](int64_t n) { return evaluates(n) || samples(n); },
                   .finish = [this] { return finish(); },
                   .model = [this]() -> Gpt& { return *gpt_; },
                   .state = [this] { return state(); },
@@ -560,6 +561,13 @@ class FineTuning {
   void calibrate_speed();
   StepResult step(int64_t number);
   Score evaluate(int64_t positions);
+  bool evaluates(int64_t n) const {
+    return val_.size() > 0 && n % s_.eval_every == 0 && n != run_.steps;
+  }
+  int64_t sample_every() const {
+    return w_.sample_every > 0 ? w_.sample_every : std::max<int64_t>(1, run_.steps / 4);
+  }
+  bool samples(int64_t n) const { return n > 0 && n % sample_every() == 0; }
   void evaluate_and_sample(int64_t number);
   void sample(int64_t number);
   OrderedJson finish();
@@ -609,24 +617,24 @@ StepResult FineTuning::step(int64_t number) {
   const std::vector<Packed> batches = micro_batches(train_, bins, s_.micro_batch_tokens);
   int64_t tokens = 0, trained = 0;
   for (const Packed& b : batches) tokens += b.positions(), trained += b.trained;
-  double nats = 0;
   StepResult r;
   for (const Packed& b : batches) {
     gpt_->forward_backward(b.batch(), b.mean_loss_weights(trained));
-    for (const float logp : gpt_->logp()) nats -= logp;
     r.operations += training_operations(*gpt_, b.doc_starts);
   }
   const double factor = schedule_.at(number);
   gpt_->update(optimizer_step(s_.optimizer, number - run_.state.moments_since, factor));
-  const UpdateStats stats = gpt_->stats();
   positions_ += tokens, trained_ += trained;
-  r.loss = nats / double(trained);
   r.tokens = double(tokens);
-  r.skipped = stats.skipped;
   r.learning_rate = peak_rate(s_.optimizer) * factor;
-  r.metrics = {
-      {"loss", *r.loss}, {"tokens", tokens}, {"trained", trained}, {"grad_norm", stats.grad_norm}};
-  r.line = format("loss %.3f  grad %.2f", *r.loss, stats.grad_norm);
+  r.add_stats = [tokens, trained](StepResult& result, const UpdateStats& stats) {
+    result.loss = stats.loss, result.skipped = stats.skipped;
+    result.metrics = {{"loss", stats.loss},
+                      {"tokens", tokens},
+                      {"trained", trained},
+                      {"grad_norm", stats.grad_norm}};
+    result.line = format("loss %.3f  grad %.2f", stats.loss, stats.grad_norm);
+  };
   return r;
 }
 
@@ -652,8 +660,7 @@ Score FineTuning::evaluate(int64_t positions) {
 // About ten evaluations on the way and four samples. With --patience, keeps the best weights by
 // held-out loss and stops when it has not improved for too long.
 void FineTuning::evaluate_and_sample(int64_t n) {
-  const bool is_last = n == run_.steps;
-  if (val_.size() > 0 && n % s_.eval_every == 0 && !is_last) {
+  if (evaluates(n)) {
     const Score score = evaluate(s_.eval_some);
     run_.write_metrics("eval", n, {{"val_loss", score.loss}, {"val_tokens", score.trained}});
     run_.line.note(format("step %lld  held-out loss %.4f", (long long)n, score.loss));
@@ -662,9 +669,7 @@ void FineTuning::evaluate_and_sample(int64_t n) {
       run_.stopped = "the held-out loss has not improved";
     }
   }
-  const int64_t every =
-      w_.sample_every > 0 ? w_.sample_every : std::max<int64_t>(1, run_.steps / 4);
-  if (n > 0 && n % every == 0) try_sample(run_.line, [&] { sample(n / every); });
+  if (samples(n)) try_sample(run_.line, [&] { sample(n / sample_every()); });
 }
 
 // An answer to --prompt, or to what comes before the answer of a held-out example.
@@ -965,8 +970,11 @@ void FineTuning::load_grown(const std::filesystem::path& dir) {
 void FineTuning::calibrate_speed() {
   schedule_ = {.steps = 1 << 20, .warmup = 1 << 20};
   const int64_t bins = std::exchange(s_.bins, 0);
-  step_seconds_ =
-      double(s_.batch_tokens) * calibrate(s_.budget, [&](int i) { return step(i).tokens; });
+  step_seconds_ = double(s_.batch_tokens) * calibrate(s_.budget, [&](int i) {
+                    const double tokens = step(i).tokens;
+                    gpt_->stats();  // the device has done it
+                    return tokens;
+                  });
   s_.bins = bins;
   if (val_.size() > 0) {
     const int64_t positions = std::min(val_.all_positions(), 2 * s_.micro_batch_tokens);

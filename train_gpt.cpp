@@ -200,13 +200,15 @@ class CpuGpt final : public Gpt {
   // Clips the gradient, then every trainable tensor takes a step of its optimizer.
   void update(const OptimizerStep& step) override {
     if (!train_) fail("update: an inference model has no gradients");
-    stats_ = {.grad_norm = gradient_norm(), .loss = std::exchange(loss_, 0)};
-    stats_.skipped = !std::isfinite(stats_.grad_norm);
+    stats_[1] = stats_[0];
+    UpdateStats& stats = stats_[0];
+    stats = {.grad_norm = gradient_norm(), .loss = std::exchange(loss_, 0)};
+    stats.skipped = !std::isfinite(stats.grad_norm);
     gradients_are_zero_ = true;
     forward_is_live_ = false;
-    if (stats_.skipped) return;
-    const bool clipped = step.max_norm > 0 && stats_.grad_norm > step.max_norm;
-    const float scale = clipped ? float(step.max_norm / stats_.grad_norm) : 1.f;
+    if (stats.skipped) return;
+    const bool clipped = step.max_norm > 0 && stats.grad_norm > step.max_norm;
+    const float scale = clipped ? float(step.max_norm / stats.grad_norm) : 1.f;
     const std::vector<Piece> pieces = update_pieces();
     parallel_groups(int64_t(pieces.size()), 1, [&](int64_t i) {
       const auto& [t, offset, size] = pieces[size_t(i)];
@@ -221,7 +223,7 @@ class CpuGpt final : public Gpt {
     weights_changed();
   }
 
-  UpdateStats stats() override { return stats_; }
+  UpdateStats stats(int updates_ago) override { return stats_.at(size_t(updates_ago)); }
   void zero_gradients() override { gradients_are_zero_ = true, loss_ = 0; }
 
   std::span<const float> logp() override { return logp_; }
@@ -365,8 +367,8 @@ class CpuGpt final : public Gpt {
   mutable std::vector<float> inner_;  // (N, rank) scratch of one adapter
   std::shared_ptr<Weights> weights_;
   Arena gradients_, moment1_, moment2_;  // in the table's order
-  UpdateStats stats_;
-  double loss_ = 0;  // of the batches since the last update
+  std::array<UpdateStats, 2> stats_;     // of the last update, and of the one before
+  double loss_ = 0;                      // of the batches since the last update
   // All gradients are zero, whatever their arena holds: the next backward sets them.
   bool gradients_are_zero_ = true;
   Activations a_{};
@@ -3428,6 +3430,7 @@ class Pretraining {
     run_.hooks = {.begin = [this](const Json* saved) { return begin(saved); },
                   .step = [this](int64_t n) { return step(n); },
                   .evaluate = [this](int64_t n) { evaluate_and_sample(n); },
+                  .evaluates = [this](int64_t n) { return evaluates(n) || samples(n); },
                   .finish = [this] { return finish(); },
                   .model = [this]() -> Gpt& { return *gpt_; },
                   .state = [this] { return state(); },
@@ -3450,6 +3453,12 @@ class Pretraining {
   StepResult step(int64_t number);
   Score evaluate(int64_t tokens);
   void report(const char* kind, const Score& score);
+  bool is_time(int64_t n, int64_t every, int64_t times) const {  // every so many steps; 0: `times`
+    if (n == 0 || n == run_.steps) return false;                 // finish() evaluates at the end
+    return n % (every > 0 ? every : std::max<int64_t>(1, run_.steps / times)) == 0;
+  }
+  bool evaluates(int64_t n) const { return val_ && is_time(n, w_.eval_every, 10); }
+  bool samples(int64_t n) const { return is_time(n, w_.sample_every, 4); }
   void evaluate_and_sample(int64_t number);
   OrderedJson finish();
   OrderedJson state() const;
@@ -3510,15 +3519,16 @@ StepResult Pretraining::step(int64_t number) {
   }
   const double factor = schedule_.at(number);
   gpt_->update(optimizer_step(s_.optimizer, number - run_.state.moments_since, factor));
-  const UpdateStats stats = gpt_->stats();
-  const double bits_per_byte =
-      stats.loss * double(s_.batch_tokens) / (std::log(2.) * std::max(1., bytes));
-  r.loss = stats.loss, r.skipped = stats.skipped;
   r.learning_rate = peak_rate(s_.optimizer) * factor;
-  r.metrics = {
-      {"loss", stats.loss}, {"bits_per_byte", bits_per_byte}, {"grad_norm", stats.grad_norm}};
-  r.line =
-      format("loss %.3f  %.3f bits/byte  grad %.2f", stats.loss, bits_per_byte, stats.grad_norm);
+  r.add_stats = [bits = double(s_.batch_tokens) / (std::log(2.) * std::max(1., bytes))](
+                    StepResult& result, const UpdateStats& stats) {
+    const double bits_per_byte = stats.loss * bits;
+    result.loss = stats.loss, result.skipped = stats.skipped;
+    result.metrics = {
+        {"loss", stats.loss}, {"bits_per_byte", bits_per_byte}, {"grad_norm", stats.grad_norm}};
+    result.line =
+        format("loss %.3f  %.3f bits/byte  grad %.2f", stats.loss, bits_per_byte, stats.grad_norm);
+  };
   return r;
 }
 
@@ -3564,17 +3574,13 @@ void Pretraining::report(const char* kind, const Score& score) {
 // About ten evaluations on the way, each on a part of the validation that costs .3 % of the time,
 // and three samples.
 void Pretraining::evaluate_and_sample(int64_t n) {
-  if (n == 0 || n == run_.steps) return;  // finish() evaluates at the end
-  const auto every = [&](int64_t wanted, int64_t times) {
-    return n % (wanted > 0 ? wanted : std::max<int64_t>(1, run_.steps / times)) == 0;
-  };
-  if (val_ && every(w_.eval_every, 10)) {
+  if (evaluates(n)) {
     const int64_t tokens = eval_seconds_ > 0 && step_seconds_ > 0
                                ? int64_t(.003 * double(run_.steps) * step_seconds_ / eval_seconds_)
                                : s_.batch_tokens * run_.steps / 300;
     report("eval", evaluate(std::clamp<int64_t>(tokens, s_.context, w_.eval_tokens)));
   }
-  if (!every(w_.sample_every, 4)) return;
+  if (!samples(n)) return;
   const std::vector<int> prompt = sample_prompt();
   if (int(prompt.size()) >= config_.T) return;
   try_sample(run_.line, [&] { sample(prompt); });
@@ -3761,7 +3767,11 @@ void Pretraining::calibrate_speed() {
   schedule_ = {.steps = 1 << 20, .warmup = 1 << 20};
   // One micro-batch stands for a step: a large batch would take minutes to time.
   const int64_t batch = std::exchange(s_.batch_tokens, s_.micro_batch_tokens);
-  step_seconds_ = double(batch) * calibrate(s_.budget, [&](int i) { return step(i).tokens; });
+  step_seconds_ = double(batch) * calibrate(s_.budget, [&](int i) {
+                    const double tokens = step(i).tokens;
+                    gpt_->stats();  // the device has done it
+                    return tokens;
+                  });
   const double start = now();
   const Score score = val_ ? evaluate(2 * s_.micro_batch_tokens) : Score{};
   eval_seconds_ = score.tokens > 0 ? (now() - start) / double(score.tokens) : 0;

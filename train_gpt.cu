@@ -179,7 +179,7 @@ class CudaGpt final : public Gpt {
     muon_step(step);
     adamw_step(step);
     gradients_zeroed_ = true, forward_is_live_ = false;
-    optimizer_->stepped = true;
+    optimizer_->history.add(optimizer_->step.data(), stream_);
   }
 
  private:
@@ -383,7 +383,8 @@ class CudaGpt final : public Gpt {
   Slice slice(int tensor, Slot slot) const;
 
  public:
-  UpdateStats stats() override;
+  UpdateStats stats(int updates_ago) override;
+  bool queues_work() const override { return true; }
   void zero_gradients() override {
     gradients_zeroed_ = true;
     if (train_) clear(&optimizer_->step.data()->loss_so_far, sizeof(double));
@@ -3312,12 +3313,10 @@ void CudaGpt<A>::muon_step(const OptimizerStep& step) const {
 }
 
 template <class A>
-UpdateStats CudaGpt<A>::stats() {
-  if (!optimizer_ || !optimizer_->stepped) return {};
-  DeviceStep step{};
-  copy_to_host(&step, optimizer_->step.data(), 1, stream_, "the gradient's norm");
-  wait();
-  return {step.grad_norm, step.skip != 0, step.loss};
+UpdateStats CudaGpt<A>::stats(int updates_ago) {
+  const DeviceStep* step = optimizer_ ? optimizer_->history.find(updates_ago) : nullptr;
+  if (!step) return {};
+  return {step->grad_norm, step->skip != 0, step->loss};
 }
 
 // =============================================================================================
@@ -3425,8 +3424,8 @@ static void cache_prefill(A* out, const AttentionInput<A>& in, const PageTable<A
 }
 
 // out (., NH HS): each of N tokens, which[i] or all of a call, attends to positions 0 ..
-// position[n] of row row_of[n], which are in the cache already: one new token of each row. Row -1 is
-// a dead row, which gets zeros.
+// position[n] of row row_of[n], which are in the cache already: one new token of each row. Row -1
+// is a dead row, which gets zeros.
 //
 // One block a token and query head; the heads of a group run side by side and share the pages in
 // L2. 8 lanes form a split, which walks over its own part of the keys, kCacheKeys of them at a time
@@ -3927,6 +3926,7 @@ void CudaGpt<A>::decode(KvCache& cache, std::span<const DecodeRow> rows, DecodeR
                         biases * int64_t(sizeof(LogitBias)) + scores * int64_t(sizeof(ScoreRow));
   if (!d.fits(N, padded, bytes)) resources_->graphs.clear(kDecode);
   d.reserve(config_, table_.lora.rank, N, padded, bytes, 2 * R + scores * (2 + 2 * top_ld));
+  d.staging.begin(d.inputs.data(), d.inputs.bytes());
   extend_rope(1 + *std::max_element(added.positions.begin(), added.positions.end()));
 
   std::vector<PageCopy<A>> copies;
@@ -5255,6 +5255,42 @@ static std::vector<Stretch> added_gradients(const Config& c, const ParamTable& t
   return between;
 }
 
+// What the last two updates tell, copied to pinned memory behind each of them.
+class UpdateHistory {
+ public:
+  UpdateHistory() = default;
+  UpdateHistory(const UpdateHistory&) = delete;
+  UpdateHistory& operator=(const UpdateHistory&) = delete;
+  ~UpdateHistory() {
+    if (steps_) cudaFreeHost(steps_);
+    for (cudaEvent_t e : copied_)
+      if (e) cudaEventDestroy(e);
+  }
+  void add(const DeviceStep* step, cudaStream_t stream) {
+    if (!steps_) {
+      check(cudaMallocHost(reinterpret_cast<void**>(&steps_), 2 * sizeof(DeviceStep)),
+            "pinned memory");
+    }
+    cudaEvent_t& copied = copied_[updates_ % 2];
+    if (!copied) check(cudaEventCreateWithFlags(&copied, cudaEventDisableTiming), "an event");
+    copy_to_host(steps_ + updates_ % 2, step, 1, stream, "the gradient's norm");
+    check(cudaEventRecord(copied, stream), "an event");
+    updates_++;
+  }
+  // 0: of the last update, 1: of the one before. Waits for that update. Null: there was none.
+  const DeviceStep* find(int updates_ago) const {
+    if (updates_ago >= std::min<int64_t>(updates_, 2)) return nullptr;
+    const int64_t i = (updates_ - 1 - updates_ago) % 2;
+    check(cudaEventSynchronize(copied_[i]), "waiting for the device");
+    return steps_ + i;
+  }
+
+ private:
+  DeviceStep* steps_ = nullptr;  // (2)
+  cudaEvent_t copied_[2] = {};
+  int64_t updates_ = 0;
+};
+
 template <class A>
 struct CudaGpt<A>::Optimizer {
   static constexpr int64_t kLongStretch = 1 << 16;  // elements: cudaMemset is faster than a block
@@ -5272,7 +5308,7 @@ struct CudaGpt<A>::Optimizer {
   int64_t chunks = 0;                   // of all runs
   std::vector<Stretch> long_stretches;  // of the gradients, cleared before a step's first backward
   Buffer<Stretch> short_stretches;
-  bool stepped = false;
+  UpdateHistory history;
 
   Optimizer(const Config& config, const ParamTable& table, cudaStream_t stream)
       : layout(table),

@@ -484,7 +484,7 @@ struct OptimizerStep {
   float max_norm = 0;  // of the whole gradient, which is scaled down to it; 0: any
 };
 
-struct UpdateStats {     // of the last update
+struct UpdateStats {     // of an update
   double grad_norm = 0;  // before clipping
   bool skipped = false;  // the norm was not finite: weights and optimizer state are untouched
   double loss = 0;       // sum of dlogp logp over its batches: the mean when weights are -1/N
@@ -789,7 +789,10 @@ class Gpt {
                                 std::span<const float> dentropy = {}) = 0;
   // Clips, steps every trainable tensor by its optimizer, clears the gradients.
   virtual void update(const OptimizerStep&) = 0;
-  virtual UpdateStats stats() = 0;
+  // Of the last update, or of the one before it: waits for that update, not for what came after.
+  virtual UpdateStats stats(int updates_ago = 0) = 0;
+  // Whether calls return before the device has done what they ask for.
+  virtual bool queues_work() const { return false; }
   virtual void zero_gradients() = 0;
   // LoRA: off, the model computes as if it had no adapters, which is the model they were added to.
   // It only scores and decodes then: with Pass::train and in backward passes that is an Error.

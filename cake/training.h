@@ -309,6 +309,9 @@ struct StepResult {
   double learning_rate = 0;           // of matrices, or of adapters
   double tokens = 0, operations = 0;  // for the speed; 0: not told
   bool skipped = false;               // the gradient was not finite, nothing was updated
+  // Given, adds what the statistics of the step's update tell. Where the engine queues its work,
+  // run_loop() reads them once the next step is queued, so that the device does not wait for it.
+  std::function<void(StepResult&, const UpdateStats&)> add_stats;
 };
 
 // What a stage does. Each function is called with the run's state up to date.
@@ -319,7 +322,8 @@ struct RunHooks {
   std::function<StepResult(int64_t n)> step;
   // After step n (0: before the first): evaluates and samples, if it is time to.
   std::function<void(int64_t n)> evaluate;
-  std::function<OrderedJson()> finish;  // the last evaluation; returns what summary.json says
+  std::function<bool(int64_t n)> evaluates;  // whether it is; where steps have `add_stats`
+  std::function<OrderedJson()> finish;       // the last evaluation; returns what summary.json says
   std::function<Gpt&()> model;
   // Settings, and whatever else `begin` reads on resume.
   std::function<OrderedJson()> state;
@@ -621,10 +625,15 @@ inline bool run_loop(Run& run, double began) {
   const int64_t first = s.step + 1;
   double saved = now();
   evaluate_once(run);
-  for (int64_t n = first; n <= run.steps && !stop_signal && run.stopped.empty(); n++) {
-    const double t = now();
-    StepResult r = run.hooks.step(n);
-    const double took = now() - t;
+  const auto is_due = [&](int64_t n) {  // a checkpoint
+    return (o.save_every > 0 && n % o.save_every == 0) ||
+           (o.save_minutes > 0 && now() - saved > 60 * o.save_minutes);
+  };
+  double last_report = now();
+  const auto report = [&](int64_t n, StepResult& r, int updates_ago) {
+    if (r.add_stats) r.add_stats(r, run.hooks.model().stats(updates_ago));
+    const double took = now() - last_report;
+    last_report = now();
     s.step = n;
     s.skipped_in_a_row = r.skipped ? s.skipped_in_a_row + 1 : 0;
     const double pace = (now() - entered) / double(n - first + 1);  // with evaluations
@@ -632,15 +641,39 @@ inline bool run_loop(Run& run, double began) {
     if (r.loss) watch_loss(run, *r.loss);
     if (s.skipped_in_a_row >= 3) fail_diverged(run, "three gradients in a row were not finite");
     s.seconds = now() - began;
+  };
+  std::optional<StepResult> queued;  // of step s.step + 1, whose statistics have not been read
+  const auto report_queued = [&](int updates_ago) {
+    if (!queued) return;
+    StepResult r = std::move(*queued);
+    queued.reset();
+    report(s.step + 1, r, updates_ago);
+  };
+  for (int64_t n = first; n <= run.steps && !stop_signal && run.stopped.empty(); n++) {
+    StepResult r;
+    try {
+      r = run.hooks.step(n);
+    } catch (...) {  // the weights are those after the step before
+      report_queued(0);
+      throw;
+    }
+    report_queued(1);
+    const bool is_looked_at = n == run.steps || stop_signal || is_due(n);  // before the next step
+    if (r.add_stats && run.hooks.model().queues_work() && !is_looked_at &&
+        !run.hooks.evaluates(n)) {
+      queued = std::move(r);
+      continue;
+    }
+    report(n, r, 0);
     evaluate_once(run);
     s.seconds = now() - began;
-    const bool due = (o.save_every > 0 && n % o.save_every == 0) ||
-                     (o.save_minutes > 0 && now() - saved > 60 * o.save_minutes);
-    if ((due || stop_signal) && n < run.steps && run.stopped.empty()) {
+    if ((is_due(n) || stop_signal) && n < run.steps && run.stopped.empty()) {
       save_run(run, false);
       saved = now();
     }
+    last_report = now();
   }
+  report_queued(0);
   return s.step >= run.steps || !run.stopped.empty();
 }
 

@@ -221,7 +221,7 @@ class FakeGpt : public Gpt {
     none();
   }
   void update(const OptimizerStep&) override { none(); }
-  UpdateStats stats() override { none(); }
+  UpdateStats stats(int) override { none(); }
   void zero_gradients() override { none(); }
   std::span<const float> logp() override { none(); }
   std::span<const float> entropy() override { none(); }

@@ -5,6 +5,7 @@
 
 #include "cake/json.h"
 #include "cake/schedule.h"
+#include "cake/training.h"
 #include "test/support.h"
 
 using namespace cake;
@@ -96,6 +97,98 @@ TEST_CASE("sizes grow with depth, and every head size divides the width") {
   }
   CHECK(width_of_depth(4) == 128);
   CHECK(width_of_depth(12) == 768);
+}
+
+namespace {
+
+// An engine whose updates are numbered: what update n tells is n.
+class NumberedGpt : public FakeGpt {
+ public:
+  using FakeGpt::FakeGpt;
+  void update(const OptimizerStep&) override { updates_++; }
+  UpdateStats stats(int updates_ago) override {
+    const double n = updates_ - updates_ago;
+    return {.grad_norm = n, .skipped = n == 3, .loss = n == nan_at ? NAN : 1 / n};
+  }
+  bool queues_work() const override { return queues; }
+  int nan_at = -1;
+  bool queues = true;
+
+ private:
+  int updates_ = 0;
+};
+
+// A run of 10 steps that saves after step 7 and evaluates after step 4; `events` says in which
+// order it queues steps (q), reads their statistics (s), evaluates (e) and saves (w).
+struct NumberedRun {
+  TempDir dir;
+  NumberedGpt gpt;
+  Run run;
+  std::string events;
+
+  explicit NumberedRun(int interrupted_at = -1)
+      : gpt(Config{.V = 8, .T = 8, .L = 1, .C = 4, .NH = 1, .NKV = 1, .HS = 4, .F = 4}) {
+    const auto event = [this](char what, int64_t n) { events += concat(what, n, " "); };
+    run.stage = "test", run.steps = 10;
+    run.options.out = dir.path(), run.options.save_every = 7;
+    run.hooks.model = [this]() -> Gpt& { return gpt; };
+    run.hooks.evaluates = [](int64_t n) { return n == 4; };
+    run.hooks.evaluate = [event](int64_t n) {
+      if (n == 4) event('e', n);
+    };
+    run.hooks.state = [this, event] {
+      event('w', run.state.step);
+      return OrderedJson::object();
+    };
+    run.hooks.save_options = [](bool) { return SaveOptions(); };
+    run.hooks.step = [this, event, interrupted_at](int64_t n) {
+      if (n == interrupted_at) throw Interrupted();
+      event('q', n);
+      gpt.update({});
+      StepResult r;
+      r.add_stats = [event, n](StepResult& result, const UpdateStats& stats) {
+        event('s', n);
+        CHECK(stats.grad_norm == double(n));
+        result.loss = stats.loss, result.skipped = stats.skipped;
+        result.metrics = {{"norm", stats.grad_norm}};
+      };
+      return r;
+    };
+    run.metrics.open(dir / "metrics.jsonl", 0);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("a step's statistics are read once the next is queued, unless the model is looked at") {
+  NumberedRun r;
+  CHECK(run_loop(r.run, now()));
+  CHECK(r.events == "q1 q2 s1 q3 s2 q4 s3 s4 e4 q5 q6 s5 q7 s6 s7 w7 q8 q9 s8 q10 s9 s10 ");
+  std::istringstream lines(read_file(r.dir / "metrics.jsonl"));
+  std::string line;
+  int n = 0;
+  while (std::getline(lines, line)) {
+    const Json row = Json::parse(line);
+    CHECK(row.at("step") == ++n);
+    CHECK(row.at("norm") == n);
+    CHECK(row.contains("skipped") == (n == 3));
+  }
+  CHECK(n == 10);
+}
+
+TEST_CASE("a run that ends early has read the statistics of every update it made") {
+  NumberedRun immediate;
+  immediate.gpt.queues = false;
+  CHECK(run_loop(immediate.run, now()));
+  CHECK(immediate.events == "q1 s1 q2 s2 q3 s3 q4 s4 e4 q5 s5 q6 s6 q7 s7 w7 q8 s8 q9 s9 q10 s10 ");
+  NumberedRun diverged;
+  diverged.gpt.nan_at = 5;
+  CHECK(contains(error_of([&] { run_loop(diverged.run, now()); }), "step 5: the loss is nan"));
+  CHECK(diverged.events == "q1 q2 s1 q3 s2 q4 s3 s4 e4 q5 q6 s5 ");
+  NumberedRun interrupted(7);
+  CHECK_THROWS_AS(run_loop(interrupted.run, now()), Interrupted);
+  CHECK(interrupted.events == "q1 q2 s1 q3 s2 q4 s3 s4 e4 q5 q6 s5 s6 ");
+  CHECK(interrupted.run.state.step == 6);  // which a checkpoint would be of
 }
 
 TEST_CASE("--overwrite keeps the old run until another can begin") {
