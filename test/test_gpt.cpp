@@ -316,7 +316,7 @@ TEST_CASE("products with q8_0 equal their plain definition to the last bit") {
         CHECK(row == expected_row);
       }
       const auto bias = random_values<float>(size_t(out), "bias");
-      for (const int N : {1, 2, 3, 7, 64}) {
+      for (const int N : {1, 2, 3, 4, 5, 7, 8, 12, 13, 64}) {
         const auto x = all_kinds_of_rows(N, in);
         std::vector<float> expected(size_t(N * out));
         plain::linear_forward_q8_0(N, in, out, x.data(), blocks.data(), bias.data(),
@@ -333,6 +333,61 @@ TEST_CASE("products with q8_0 equal their plain definition to the last bit") {
           gemm(p);
           CHECK(y == expected);
         }
+      }
+    }
+  }
+  set_threads(threads);
+}
+
+TEST_CASE("a row has the same bits in panels of each type, alone and beside others") {
+  const int threads = omp_get_max_threads();
+  constexpr int kMost = kFewRows + 2;
+  for (const WeightType type : {WeightType::f32, WeightType::f16, WeightType::bf16}) {
+    // less than a turn of the streams, one and a part, several; fewer panels than streams and more
+    for (const int in : {24, 100, 400}) {
+      for (const int out : {1, kNR + 3, 11 * kNR + 5}) {
+        CAPTURE(kWeightTypeNames[int(type)]);
+        CAPTURE(in);
+        CAPTURE(out);
+        auto w = random_values<float>(size_t(out * in), "w");
+        std::vector<std::byte> memory(size_t(panels_bytes(type, out, in)));
+        const Panels panels{memory.data(), type};
+        for (int o = 0; o < out; o++) {
+          write_row(panels, in, o, &w[size_t(o * in)]);
+          read_row(panels, in, o, &w[size_t(o * in)]);  // what the type keeps of it
+        }
+        const auto x = random_values<float>(size_t(kMost * in), "x");
+        const auto bias = random_values<float>(size_t(out), "bias");
+        const auto residual = random_values<float>(size_t(kMost * out), "residual");
+        const auto product = [&](int rows, float* y) {
+          Product p = forward_product(rows, in, out, x.data(), w.data(), y);
+          p.bias = bias.data(), p.residual = residual.data();
+          return p;
+        };
+        std::vector<float> expected(size_t(kMost * out));
+        gemm(product(kMost, expected.data()));  // from rows of weights, as in training
+        for (int rows = 1; rows <= kMost; rows++) {
+          for (const int n : {1, 2, 3}) {
+            set_threads(n);
+            std::vector<float> y(size_t(rows * out) + 1, NAN);
+            Product p = product(rows, y.data());
+            p.b = {nullptr, 0, Inner::k, panels};
+            gemm(p);
+            CAPTURE(rows);
+            CAPTURE(n);
+            CHECK(std::equal(y.begin(), y.end() - 1, expected.begin()));
+            CHECK(std::isnan(y.back()));
+          }
+        }
+        // A thread may have some of the rows.
+        std::vector<float> y(size_t(kMost * out), NAN);
+        Product p = product(kMost, y.data());
+        p.b = {nullptr, 0, Inner::k, panels};
+        for (const int m : {0, 1, 4, 11}) {
+          const int end = m == 0 ? 1 : m == 1 ? 4 : m == 4 ? 11 : kMost;
+          gemm_rectangle(p, m, end, 0, out);
+        }
+        CHECK(y == expected);
       }
     }
   }

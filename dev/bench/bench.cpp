@@ -93,11 +93,18 @@ double read_bandwidth() {
   return best;
 }
 
+// The vectors that this build computes with.
+std::string vectors() {
+  return concat(kLanes == 16  ? "AVX-512"
+                : kLanes == 8 ? "AVX2"
+                              : "128 bits",
+                ", ", kLanes, " lanes");
+}
+
 void Bench::machine() {
   peak = measure_cpu_peak(), bandwidth = read_bandwidth();
-  std::printf(
-      "machine: %d cores, %d vector lanes, %.0f GFLOP/s of multiply-adds, reads %.1f GB/s\n\n",
-      omp_get_max_threads(), kLanes, peak / 1e9, bandwidth / 1e9);
+  std::printf("machine: %d cores, %s, %.0f GFLOP/s of multiply-adds, reads %.1f GB/s\n\n",
+              omp_get_max_threads(), vectors().c_str(), peak / 1e9, bandwidth / 1e9);
   figure("machine.gflops", peak / 1e9);
   figure("machine.read_gbs", bandwidth / 1e9);
 }
@@ -222,45 +229,66 @@ void Bench::step(const std::string& name, const Config& c, int B, int T, bool mu
   std::fflush(stdout);
 }
 
-// A row's next token reads every weight once: the bandwidth is the limit.
+// A step of decoding reads every weight once, and each row's keys and values. Its bound is the
+// larger of two: those bytes at the read bandwidth, and 2 operations a row and parameter at the
+// peak (of f32: with q8_0 the processor can do more, and shares may pass 100 %).
 void Bench::decoding() {
-  if (!wanted("decode")) return;
+  constexpr int kPrompt = 128;  // positions before the step's
   Config c;
   c.family = Family::gpt2, c.tied = true, c.norm_eps = 1e-5;
   c.V = 50257, c.T = 1024, c.L = 12, c.C = 768, c.NH = c.NKV = 12, c.HS = 64, c.F = 3072;
-  const auto gpt = random_gpt(c, {.mode = Mode::inference});
-  double one_row = 0;
-  std::printf("\ndecoding, 124M           tokens/s  share of bandwidth\n");
-  for (const int rows : {1, 8, 64}) {
-    const auto cache = gpt->make_cache(int64_t(rows) * 256);
-    std::vector<int> sequences;
-    std::vector<int> prompt(128);
-    for (int i = 0; i < 128; i++) prompt[size_t(i)] = i * 31 % c.V;
-    DecodeResult result;
-    for (int r = 0; r < rows; r++) {
-      sequences.push_back(cache->create());
-      const DecodeRow row{sequences.back(), prompt, {}, {}};
-      gpt->decode(*cache, {&row, 1}, result);
+  const ParamTable table = make_table(c);
+  bool titled = false;
+  for (int type = 0; type < kWeightTypes; type++) {
+    const std::string model = concat("decode.124m.", kWeightTypeNames[type]);
+    if (!wanted(model)) continue;
+    if (!titled)
+      std::printf("\ndecoding, 124M, %-16s tokens/s    memory  arithmetic       step  share\n",
+                  vectors().c_str());
+    titled = true;
+    GptOptions options{.mode = Mode::inference};
+    double bytes = 0;  // of the weights
+    for (const Tensor& t : table.tensors) {
+      const bool matrix = t.kind == Kind::matrix || t.name == "wte";
+      options.weights.push_back(matrix ? WeightType(type) : WeightType::f32);
+      if (matrix) bytes += double(panels_bytes(WeightType(type), t.out, t.in));
     }
-    std::vector<int> next(size_t(rows), 17);
-    const double t = best_time(
-        [&] {
-          std::vector<DecodeRow> batch;
-          for (int r = 0; r < rows; r++) {
-            cache->truncate(sequences[size_t(r)], 128);
-            batch.push_back({sequences[size_t(r)], std::span(next).subspan(size_t(r), 1), {}, {}});
-          }
-          gpt->decode(*cache, batch, result);
-        },
-        seconds / 2);
-    const double rate = rows / t;
-    if (rows == 1) one_row = rate;
-    const double bytes = 4. * double(gpt->table().matmul_parameters());  // all but position rows
-    const std::string name = concat("decode.124m.rows", rows);
-    figure(name + ".tokens_per_second", rate);
-    figure(name + ".bandwidth_share", bytes / t / bandwidth);
-    std::printf("%3d row%s                %9.1f %18.0f%%  x%.1f of one row\n", rows,
-                rows > 1 ? "s" : " ", rate, 100 * bytes / t / bandwidth, rate / one_row);
+    const auto gpt = random_gpt(c, options);
+    for (const int rows : {1, 2, 4, 8, 12, 64}) {
+      const auto cache = gpt->make_cache(int64_t(rows) * 256);
+      std::vector<int> sequences;
+      std::vector<int> prompt(kPrompt);
+      for (int i = 0; i < kPrompt; i++) prompt[size_t(i)] = i * 31 % c.V;
+      DecodeResult result;
+      for (int r = 0; r < rows; r++) {
+        sequences.push_back(cache->create());
+        const DecodeRow row{sequences.back(), prompt, {}, {}};
+        gpt->decode(*cache, {&row, 1}, result);
+      }
+      std::vector<int> next(size_t(rows), 17);
+      const double t = best_time(
+          [&] {
+            std::vector<DecodeRow> batch;
+            for (int r = 0; r < rows; r++) {
+              cache->truncate(sequences[size_t(r)], kPrompt);
+              batch.push_back(
+                  {sequences[size_t(r)], std::span(next).subspan(size_t(r), 1), {}, {}});
+            }
+            gpt->decode(*cache, batch, result);
+          },
+          seconds / 4);
+      const double keys = 4. * rows * kPrompt * 2 * c.L * c.NKV * c.HS;  // and values; f32
+      const double memory = (bytes + keys) / bandwidth;
+      const double arithmetic = 2. * rows * double(gpt->table().matmul_parameters()) / peak;
+      const double share = std::max(memory, arithmetic) / t;
+      const std::string name = concat(model, ".rows", rows);
+      figure(name + ".tokens_per_second", rows / t);
+      figure(name + ".bound_share", share);
+      std::printf("%-5s %2d row%-22s %8.1f %6.1f ms %8.1f ms %7.1f ms %5.0f%%\n",
+                  kWeightTypeNames[type], rows, rows > 1 ? "s" : "", rows / t, 1e3 * memory,
+                  1e3 * arithmetic, 1e3 * t, 100 * share);
+      std::fflush(stdout);
+    }
   }
 }
 
