@@ -412,7 +412,6 @@ void plan(PreferenceSettings& s, const PreferenceData& d, Run& run, double lr) {
   if (s.batch == 0) s.batch = std::clamp<int64_t>(int64_t(all * epochs / 40), 8, 64);
   s.comparisons = s.budget.steps > 0 ? s.budget.steps * s.batch
                                      : std::max<int64_t>(1, std::llround(epochs * all));
-  if (s.micro_batch_tokens == 0) s.micro_batch_tokens = 4096;
   if (s.eval_every == 0) s.eval_every = std::max<int64_t>(1, s.steps() / 5);
   if (s.optimizer.warmup < 0) s.optimizer.warmup = std::clamp<int64_t>(s.steps() / 20, 1, 40);
   // A model of a million parameters wants hundreds of times what InstructGPT gave billions.
@@ -421,7 +420,22 @@ void plan(PreferenceSettings& s, const PreferenceData& d, Run& run, double lr) {
   resumed_steps(run, s.budget, s.optimizer, planned, [&](const Budget&) { return s.steps(); });
 }
 
-void print_plan(const PreferenceSettings& s, const PreferenceData& d) {
+// What the trained model is made with. A comparison that is longer than a micro-batch is a batch of
+// its own.
+GptOptions training_options(const PreferenceData& d, int64_t micro_batch_tokens,
+                            const RunOptions& options) {
+  GptOptions o = gpt_options(options);
+  int64_t longest = micro_batch_tokens;
+  for (const std::vector<Comparison>* all : {&d.train, &d.val})
+    for (const Comparison& c : *all) longest = std::max(longest, c.tokens());
+  o.batch_tokens = int(longest);
+  return o;
+}
+constexpr int64_t kMicroBatchUnit = 256;  // tokens; what is chosen is a multiple of it
+
+// `memory`: of the trained model. `further_models`: ", reference 1.2 GB", or nothing.
+void print_plan(const PreferenceSettings& s, const PreferenceData& d, const MemoryPlan& memory,
+                const std::string& further_models = "") {
   std::printf("model   %s: %d layers, %d channels, context %d, %s parameters\n", d.source.c_str(),
               d.config.L, d.config.C, d.config.T,
               count_text(make_table(d.config).parameters()).c_str());
@@ -437,6 +451,9 @@ void print_plan(const PreferenceSettings& s, const PreferenceData& d) {
               count_text(s.steps()).c_str(), count_text(s.batch).c_str(),
               double(s.comparisons) / double(d.train.size()), s.optimizer.lr,
               s.optimizer.schedule.c_str());
+  std::printf("memory  %s (%s)%s, %s\n", bytes_text(double(memory.total())).c_str(),
+              memory.text().c_str(), further_models.c_str(),
+              micro_batch_text(s.micro_batch_tokens).c_str());
   std::fflush(stdout);
 }
 
@@ -927,11 +944,13 @@ void begin(RewardTraining& t, Run& run, const Json* saved) {
     fail(t.data.source.string(), ": found no <|spare_0|> among the special tokens, expected one ",
          "for pad_token_id: raw texts end with <|endoftext|>, where their score is read");
   }
-  print_plan(s, t.data);
+  const auto options = [&](int64_t n) { return training_options(t.data, n, run.options); };
+  choose_micro_batch(s.micro_batch_tokens, run.options, kMicroBatchUnit, kAnyMicroBatch,
+                     [&](int64_t n) { return plan_memory(t.data.config, options(n)).total(); });
+  const GptOptions o = options(s.micro_batch_tokens);
+  print_plan(s, t.data, plan_memory(t.data.config, o));
   if (saved) check_state(t, *saved);
   if (run.options.dry_run) return;
-  GptOptions o = gpt_options(run.options);
-  o.batch_tokens = int(s.micro_batch_tokens);
   t.gpt = make_gpt(t.data.config, o);
   if (!saved) return load_weights(t.data.source, *t.gpt, {.new_score = true, .seed = s.seed});
   load_run(run, *saved, *t.gpt);
@@ -998,6 +1017,7 @@ int run_folds(CLI::App& app, RewardSettings& settings, const RunOptions& options
     std::printf("fold %d of %d\n", fold, parts);
     if (const int status = run_training<RewardTraining>(app, "reward", settings, o)) return status;
     given.common.chat_template = settings.common.chat_template;  // one date for all folds
+    given.common.micro_batch_tokens = settings.common.micro_batch_tokens;
     if (options.dry_run) continue;
     remove_path(out / "summary.json");  // of earlier folds
     const auto path = o.out / "summary.json";
@@ -1349,12 +1369,15 @@ std::unique_ptr<Gpt> load_scorer(const std::filesystem::path& dir, GptOptions op
 }
 
 // With --lora the reference is the policy as training begins with it, adapters of `dir` included;
-// else a model of its own, which goes when its log-probabilities are known.
+// else a model of its own, which goes when its log-probabilities are known. ORPO has none.
+bool has_own_reference(const DpoSettings& s) { return s.lora == 0 && s.loss != "orpo"; }
+
 void load_references(DpoTraining& t, const std::filesystem::path& dir, const RunOptions& options) {
   const PreferenceSettings& s = t.settings.common;
   std::unique_ptr<Gpt> own;
-  if (t.settings.lora == 0 && t.settings.loss != "orpo")
-    own = load_scorer(dir, gpt_options(options));
+  if (has_own_reference(t.settings)) {
+    own = load_scorer(dir, training_options(t.data, s.micro_batch_tokens, options));
+  }
   Gpt* reference = t.settings.lora > 0 ? t.gpt.get() : own.get();
   for (std::vector<Comparison>* all : {&t.data.train, &t.data.val}) {
     const auto logps = logps_of(reference, *all, s.micro_batch_tokens);
@@ -1445,7 +1468,27 @@ void begin(DpoTraining& t, Run& run, const Json* saved) {
   const auto reference = model_dir(t.settings.reference.empty() ? s.model : t.settings.reference);
   if (!t.settings.reference.empty()) check_reference(t, reference);
   t.data.models["reference"] = {{"path", reference.string()}, {"hash", model_hash(reference)}};
-  print_plan(s, t.data);
+  // Two models are there at once while the log-probabilities of the reference are computed.
+  const bool has_reference = has_own_reference(t.settings);
+  const auto options = [&](int64_t n) {
+    GptOptions o = training_options(t.data, n, run.options);
+    if (lora > 0) o.lora = {lora, float(t.settings.lora_alpha)};
+    return o;
+  };
+  const Config reference_config = has_reference ? load_config(reference) : Config();
+  const auto reference_bytes = [&](int64_t n) {
+    GptOptions o = training_options(t.data, n, run.options);
+    o.mode = Mode::inference;
+    return has_reference ? plan_memory(reference_config, o).total() : 0;
+  };
+  choose_micro_batch(s.micro_batch_tokens, run.options, kMicroBatchUnit, kAnyMicroBatch,
+                     [&](int64_t n) {
+                       return plan_memory(t.data.config, options(n)).total() + reference_bytes(n);
+                     });
+  const GptOptions o = options(s.micro_batch_tokens);
+  const int64_t taken = reference_bytes(s.micro_batch_tokens);
+  print_plan(s, t.data, plan_memory(t.data.config, o),
+             taken > 0 ? ", reference " + bytes_text(double(taken)) : "");
   if (kto) print_balance(t.settings, t.data);
   if (t.data.counts.margins > 0) {
     std::printf("%s preferences have a margin: --loss %s does not use it, ./reward train does\n",
@@ -1453,9 +1496,6 @@ void begin(DpoTraining& t, Run& run, const Json* saved) {
   }
   if (saved) check_state(t, *saved);
   if (run.options.dry_run) return;
-  GptOptions o = gpt_options(run.options);
-  o.batch_tokens = int(s.micro_batch_tokens);
-  if (lora > 0) o.lora = {lora, float(t.settings.lora_alpha)};
   t.gpt = make_gpt(t.data.config, o);
   if (lora > 0) {
     t.base = adapter_base(t.data.source);
@@ -1665,7 +1705,7 @@ void add_preference_flags(CLI::App& app, PreferenceSettings& s) {
   budget->add_option("--epochs", s.budget.epochs, "times over the prompts");
   budget->add_option("--steps", s.budget.steps, "optimizer steps");
   app.add_option("--batch", s.batch, "prompts a step; 0: 64, or fewer of little data");
-  app.add_option("--micro-batch-tokens", s.micro_batch_tokens, "tokens in memory at once; 0: 4096");
+  app.add_option(kMicroBatchFlag, s.micro_batch_tokens, kMicroBatchHelp);
   app.add_option("--seed", s.seed, "of the order of the data and of new weights");
   app.add_option("--eval-every", s.eval_every, "steps between evaluations; 0: a fifth of the run");
   add_optimizer_flags(app, s.optimizer, "peak learning rate of AdamW; 0: by the model's width");

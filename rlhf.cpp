@@ -161,9 +161,9 @@ struct StepSettings {
   double clip_low = .2;             // the ratio's range is 1 - clip_low to 1 + clip_high
   double clip_high = -1;            // -1: as clip_low; dapo .28
   double entropy = 0;               // weight of the entropy bonus
-  int64_t micro_batch_tokens = 4096;
-  double beta = 0;       // price of the KL of the policy to the reference
-  double kl_target = 0;  // adapts beta; 0: beta stays
+  int64_t micro_batch_tokens = 0;   // 0: chosen
+  double beta = 0;                  // price of the KL of the policy to the reference
+  double kl_target = 0;             // adapts beta; 0: beta stays
   double kl_horizon = 10000;
   double kl_budget = 0;  // KL per response at which the run ends; 0: none
   OptimizerFlags optimizer{.warmup = 0, .warmdown = .5, .final_lr = .1};
@@ -1760,6 +1760,7 @@ struct RlParts {
   std::optional<Search> search;
   RolloutOptions options;
   Rewards rewards;
+  bool has_critic = false;  // PPO's
   Models models;
   AdapterBase base;  // of the policy's adapters
   PretrainingText text;
@@ -1833,6 +1834,7 @@ RlParts make_parts(const RlSettings& s, const std::string& stage, const RunOptio
             .config = load_config_with_head(dir, Head::lm),
             .tokenizer = Tokenizer::load(dir)};
   p.run.stage = stage, p.run.options = options, p.run.own_files = {kRollouts};
+  p.has_critic = stage == "ppo";
   // A run that is resumed has its template in its checkpoint, which best-of-n has none of.
   StageTemplateFlags& flags = p.s.data.chat_template;
   fix_date(flags);
@@ -1861,7 +1863,7 @@ void check_settings(RlSettings& s) {
   at_least("--minibatches", t.minibatches, 1), at_least("--epochs", t.epochs, 1);
   at_least("--kl-budget", t.kl_budget, 0), at_least("--kl-target", t.kl_target, 0);
   is_positive("--kl-horizon", t.kl_horizon), at_least("--beta", t.beta, 0);
-  at_least("--micro-batch-tokens", t.micro_batch_tokens, 1);
+  at_least(kMicroBatchFlag, t.micro_batch_tokens, 0);
   at_least("--eval-every", e.eval_every, 0), at_least("--eval-some", e.eval_some, 0);
   OptimizerFlags& o = t.optimizer;
   check_optimizer(o);
@@ -1919,7 +1921,7 @@ void check_reward_models(const RlParts& p) {
   }
 }
 
-GptOptions policy_options(const RlParts& p);
+GptOptions policy_options(const RlParts& p, int64_t micro_batch_tokens);
 
 // How rollouts are sampled, and how long they may be. The choice is kept in the settings: a run
 // that is resumed where other memory is free makes the same rollouts.
@@ -1932,11 +1934,24 @@ void choose_rollout_options(RlParts& p, Mode mode) {
                .temperature = float(p.s.step.temperature),
                .cache_bytes = int64_t(d.cache_mb) << 20};
   p.options.stops = d.stops;
-  GptOptions engine = policy_options(p);
+  const int64_t tokens = p.s.step.micro_batch_tokens;
+  GptOptions engine = policy_options(p, tokens > 0 ? tokens : kCpuMicroBatch);
   if (mode == Mode::inference) engine.mode = mode, engine.batch_tokens = 0;
   p.options.cache_page_bytes = cache_page_bytes(p.config, engine);
   p.options.context = choose_context(p.config, d.context, engine);
   d.context = p.options.context;
+}
+
+// The models of --reward and --gold.
+std::vector<std::filesystem::path> reward_models_of(const DataSettings& d) {
+  std::vector<std::filesystem::path> paths;
+  std::vector<std::string> rewards = d.rewards;
+  if (!d.gold.empty()) rewards.push_back(d.gold);
+  for (const std::string& text : rewards) {
+    const RewardSpec spec = parse_reward(text);
+    if (spec.name == "model" || spec.name == "probability") paths.push_back(spec.argument);
+  }
+  return paths;
 }
 
 void make_rewards(RlParts& p) {
@@ -2003,10 +2018,13 @@ std::string read_problems(RlParts& p) {
                        "; answers: ", keys_text(reader.answer_keys), "\n");
 }
 
+void plan_micro_batch(RlParts& p, Mode mode);
+
 void read_inputs(RlParts& p, Mode mode) {
   RlSettings& s = p.s;
   const DataSettings& d = s.data;
   choose_rollout_options(p, mode);
+  plan_micro_batch(p, mode);
   make_rewards(p);
   if (!d.search.empty()) p.search = Search::load(d.search);
   p.options.search = p.search ? &*p.search : nullptr;
@@ -2035,34 +2053,78 @@ void read_inputs(RlParts& p, Mode mode) {
                                            s.step.seed, tokenizer.document_separator());
 }
 
-// What the engine is asked for when all rows hold the longest answers.
+// What the engine is asked for when all rows hold the longest answers. Before the prompts are read,
+// an answer may fill the context.
 DecodePlan rollout_plan(const RlParts& p) {
-  return decode_plan(rollout_generator(p.options, longest_answer(p), p.options.rows));
+  const int64_t longest = p.prompts.all.empty() ? p.options.context : longest_answer(p);
+  return decode_plan(rollout_generator(p.options, longest, p.options.rows));
 }
 
-GptOptions training_options(const RlParts& p) {
+GptOptions training_options(const RlParts& p, int64_t micro_batch_tokens) {
   GptOptions o = gpt_options(p.run.options);
-  o.batch_tokens = int(p.s.step.micro_batch_tokens);
+  o.batch_tokens = int(micro_batch_tokens);
   return o;
 }
-GptOptions policy_options(const RlParts& p) {
-  GptOptions o = training_options(p);
+GptOptions policy_options(const RlParts& p, int64_t micro_batch_tokens) {
+  GptOptions o = training_options(p, micro_batch_tokens);
   if (p.s.data.lora > 0) o.lora = {p.s.data.lora, float(p.s.data.lora_alpha)};
   o.decode = rollout_plan(p);
   return o;
 }
 
+// With its adapters off the policy is the reference: its weights are there once. When the run began
+// from adapters, these belong to the reference, which then needs weights of its own.
+bool has_own_reference(const RlParts& p) { return p.s.data.lora == 0 || has_adapters(p.start); }
+
+Config config_of_critic(const RlParts& p, const std::filesystem::path& dir);
+std::filesystem::path start_of_critic(const RlParts& p);
+
+// All models that the run holds at once, with micro-batches of so many tokens; the policy is the
+// first. Known before any of them is made.
+struct PlannedModel {
+  std::string name;
+  MemoryPlan memory;
+};
+std::vector<PlannedModel> plan_models(const RlParts& p, Mode mode, int64_t micro_batch_tokens) {
+  GptOptions policy = policy_options(p, micro_batch_tokens);
+  if (mode == Mode::inference) policy.mode = mode, policy.batch_tokens = 0, policy.lora = {};
+  std::vector<PlannedModel> all{{"policy", plan_memory(p.config, policy)}};
+  const GptOptions trains = training_options(p, micro_batch_tokens);
+  if (mode == Mode::train && has_own_reference(p)) {
+    GptOptions reads = trains;
+    reads.mode = Mode::inference;
+    all.push_back({"reference", plan_memory(p.config, reads)});
+  }
+  if (mode == Mode::train && p.has_critic) {
+    all.push_back({"critic", plan_memory(config_of_critic(p, start_of_critic(p)), trains)});
+  }
+  for (const std::filesystem::path& path : reward_models_of(p.s.data)) {
+    const Config config = load_config_with_head(model_dir(path), Head::scalar);
+    all.push_back({"reward model", plan_memory(config, RewardModel::options(config, trains.device,
+                                                                            micro_batch_tokens))});
+  }
+  return all;
+}
+
+// Comes before the first model is made.
+void plan_micro_batch(RlParts& p, Mode mode) {
+  choose_micro_batch(p.s.step.micro_batch_tokens, p.run.options, 256, kAnyMicroBatch,
+                     [&](int64_t tokens) {
+                       int64_t bytes = 0;
+                       for (const PlannedModel& m : plan_models(p, mode, tokens)) {
+                         bytes += m.memory.total();
+                       }
+                       return bytes;
+                     });
+}
+
 // The policy as `dir` holds it, and the reference as the run began.
 void make_models(RlParts& p, const std::filesystem::path& dir) {
-  GptOptions o = policy_options(p);
+  GptOptions o = policy_options(p, p.s.step.micro_batch_tokens);
   p.models.policy = make_gpt(p.config, o);
   load_weights(dir, *p.models.policy, {.seed = p.s.step.seed});
-  if (o.lora.rank > 0) {
-    p.base = adapter_base(dir);
-    // With its adapters off the policy is the reference: its weights are there once. When the run
-    // began from adapters, these belong to the reference, which then needs weights of its own.
-    if (!has_adapters(p.start)) return;
-  }
+  if (o.lora.rank > 0) p.base = adapter_base(dir);
+  if (!has_own_reference(p)) return;
   o.mode = Mode::inference, o.decode = {}, o.lora = {};
   p.models.reference = make_gpt(p.config, o);
   load_weights(p.start, *p.models.reference);
@@ -2096,16 +2158,15 @@ void print_plan(const RlParts& p, const std::string& algorithm) {
   std::printf("updates %s: %lld steps, each of %d minibatches x %d epochs, learning rate %g\n",
               algorithm.c_str(), (long long)s.step.steps, s.step.minibatches, s.step.epochs,
               s.step.optimizer.lr);
-  const MemoryPlan memory = plan_memory(c, policy_options(p));
-  std::printf("memory  policy %s (%s)", bytes_text(double(memory.total())).c_str(),
-              memory.text().c_str());
-  const auto add_memory = [](const char* model, const Config& config, const GptOptions& o) {
-    std::printf(", %s %s", model, bytes_text(double(plan_memory(config, o).total())).c_str());
-  };
-  GptOptions inference = training_options(p);
-  inference.mode = Mode::inference;
-  if (m.reference) add_memory("reference", c, inference);
-  if (m.critic) add_memory("critic", m.critic->config(), training_options(p));
+  const int64_t tokens = s.step.micro_batch_tokens;
+  std::printf("memory  ");
+  for (const PlannedModel& planned : plan_models(p, Mode::train, tokens)) {
+    const bool is_first = planned.name == "policy";
+    std::printf("%s%s %s%s", is_first ? "" : ", ", planned.name.c_str(),
+                bytes_text(double(planned.memory.total())).c_str(),
+                is_first ? format(" (%s)", planned.memory.text().c_str()).c_str() : "");
+  }
+  std::printf(", %s", micro_batch_text(tokens).c_str());
   std::printf("\n");
   std::fflush(stdout);
 }
@@ -2209,12 +2270,7 @@ std::vector<std::filesystem::path> inputs_of(const RlSettings& s) {
   for (const auto* paths : {&d.prompts, &d.val}) {
     inputs.insert(inputs.end(), paths->begin(), paths->end());
   }
-  std::vector<std::string> rewards = d.rewards;
-  if (!d.gold.empty()) rewards.push_back(d.gold);
-  for (const std::string& text : rewards) {
-    const RewardSpec spec = parse_reward(text);
-    if (spec.name == "model" || spec.name == "probability") inputs.push_back(spec.argument);
-  }
+  for (const std::filesystem::path& path : reward_models_of(d)) inputs.push_back(path);
   return inputs;
 }
 
@@ -2696,10 +2752,17 @@ void choose_ppo(RlSettings& s, const Config& config) {
 // values are the log-odds.
 std::filesystem::path start_of_critic(const RlParts& p) {
   if (!p.s.ppo.critic.empty()) return model_dir(p.s.ppo.critic);
-  for (const RewardFunction& f : p.rewards.functions) {
-    if (f.spec.name == "model") return model_dir(f.spec.argument);
+  for (const std::string& text : p.s.data.rewards) {
+    const RewardSpec spec = parse_reward(text);
+    if (spec.name == "model") return model_dir(spec.argument);
   }
   return {};
+}
+// `dir`: where it begins, or continues; empty: it is shaped as the policy.
+Config config_of_critic(const RlParts& p, const std::filesystem::path& dir) {
+  Config config = dir.empty() ? p.config : load_config_with_head(dir, Head::scalar);
+  config.head = Head::scalar;
+  return config;
 }
 
 // The critic begins as a reward model, or as the policy with a head of zeros: then its first values
@@ -2711,11 +2774,10 @@ void begin_ppo(RlParts& p, const std::filesystem::path& saved) {
     expect_same_vocabulary(dir, p.tokenizer, p.start);
     if (has_chats(p)) expect_same_template(dir, p.chat.get());
   }
-  Config config = from_policy ? p.config : load_config_with_head(dir, Head::scalar);
-  config.head = Head::scalar;
+  const Config config = config_of_critic(p, dir);
   check_context(p, "critic", dir, config.T);
   p.models.critic_shift = float(config.reward_shift);
-  p.models.critic = make_gpt(config, training_options(p));
+  p.models.critic = make_gpt(config, training_options(p, p.s.step.micro_batch_tokens));
   Gpt& critic = *p.models.critic;
   load_weights(from_policy ? p.start : dir, critic, {.new_score = from_policy});
   if (from_policy) {
@@ -3203,7 +3265,7 @@ void add_step_flags(CLI::App& app, StepSettings& s, Budget& budget) {
                       "KL to the reference per response above which the run ends, with the last "
                       "weights that were within it, or the best; 0: any");
   updates->add_option("--entropy", s.entropy, "weight of an entropy bonus");
-  updates->add_option("--micro-batch-tokens", s.micro_batch_tokens, "tokens in memory at once");
+  updates->add_option(kMicroBatchFlag, s.micro_batch_tokens, kMicroBatchHelp);
   add_optimizer_flags(app, s.optimizer, "the policy's peak learning rate; 0: by the model's width");
 }
 

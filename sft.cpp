@@ -548,6 +548,7 @@ class FineTuning {
   void prepare_tokenizer();
   void read_data();
   void plan_run();
+  void plan_micro_batch();
   void plan_steps(double started);
   void plan_more_steps(const Json& saved);
   void plan_adapters();
@@ -811,8 +812,6 @@ void FineTuning::plan_run() {
     s_.batch_tokens = budget.minutes > 0 ? 2048 : int64_t(std::clamp(wanted, 2048., 65536.));
   }
   s_.batch_tokens = std::max<int64_t>(1, s_.batch_tokens / s_.context) * s_.context;
-  if (s_.micro_batch_tokens == 0) s_.micro_batch_tokens = 4096;
-  s_.micro_batch_tokens = std::clamp<int64_t>(s_.micro_batch_tokens, s_.context, s_.batch_tokens);
   if (budget.epochs > 0) {
     s_.bins = bins_of(budget.epochs);
     budget.steps = steps_of(s_.bins);
@@ -836,6 +835,18 @@ void FineTuning::plan_run() {
   for (double* lr : {&o.embedding_lr, &o.head_lr, &o.vector_lr}) {
     if (*lr == 0) *lr = muon ? adamw_lr : o.lr;
   }
+  plan_micro_batch();
+}
+
+// At least one bin, at most a batch.
+void FineTuning::plan_micro_batch() {
+  int64_t& tokens = s_.micro_batch_tokens;
+  choose_micro_batch(tokens, run_.options, s_.context, s_.batch_tokens, [&](int64_t n) {
+    GptOptions o = options();
+    o.batch_tokens = int(n);
+    return plan_memory(config_, o).total();
+  });
+  tokens = std::clamp<int64_t>(tokens, s_.context, s_.batch_tokens);
 }
 
 int64_t FineTuning::bins_of(double epochs) const {
@@ -925,8 +936,8 @@ void FineTuning::print_plan(double reserved) {
     std::printf(", %g embedding, %g head\n", o.embedding_lr * o.lr_scale, o.head_lr * o.lr_scale);
   }
   const MemoryPlan memory = plan_memory(config_, options());
-  std::printf("memory  %s (%s)\n", bytes_text(double(memory.total())).c_str(),
-              memory.text().c_str());
+  std::printf("memory  %s (%s), %s\n", bytes_text(double(memory.total())).c_str(),
+              memory.text().c_str(), micro_batch_text(s_.micro_batch_tokens).c_str());
   if (step_seconds_ > 0) {
     std::printf("time    %.0f ms a step, %s in all\n", step_seconds_ * 1e3,
                 duration_text(double(steps) * step_seconds_ / .97 + reserved).c_str());
@@ -995,6 +1006,7 @@ int64_t FineTuning::begin(const Json* saved) {
     }
     stream_ = std::make_unique<Stream>(train_, s_.context, s_.seed);
     stream_->set_state(saved->at("stream").get<StreamState>());
+    plan_micro_batch();
     make_model(run_.model());
     load_run(run_, *saved, *gpt_);
     positions_ = saved->at("positions").get<int64_t>();
@@ -1132,8 +1144,7 @@ void add_budget_flags(CLI::App& app, Settings& s) {
                      "stop after so many evaluations without a better held-out loss, and keep the "
                      "best weights; 0: never");
   budget->add_option("--batch-tokens", s.batch_tokens, "tokens an optimizer step; 0: chosen");
-  budget->add_option("--micro-batch-tokens", s.micro_batch_tokens,
-                     "tokens in memory at once; 0: 4,096");
+  budget->add_option(kMicroBatchFlag, s.micro_batch_tokens, kMicroBatchHelp);
 }
 
 int main_sft(int argc, char** argv) {

@@ -3580,6 +3580,7 @@ class Pretraining {
   void plan_model();
   void check_same_tokenizer(const std::filesystem::path& dir) const;
   void plan_run();
+  void plan_micro_batch();
   void plan_steps(double started);
   void plan_more_steps(const Json& saved);
   void print_plan(double reserved);
@@ -3817,9 +3818,6 @@ void Pretraining::plan_run() {
     s_.batch_tokens = budget.tokens > 0 ? batch_of_tokens(double(budget.tokens)) : 2048;
   }
   s_.batch_tokens = std::max<int64_t>(1, s_.batch_tokens / window) * window;
-  if (s_.micro_batch_tokens == 0) s_.micro_batch_tokens = 4096;
-  s_.micro_batch_tokens =
-      std::clamp<int64_t>(s_.micro_batch_tokens / window * window, window, s_.batch_tokens);
   if (budget.tokens > 0) budget.steps = std::max<int64_t>(1, budget.tokens / s_.batch_tokens);
 
   if (o.name.empty()) {
@@ -3839,6 +3837,23 @@ void Pretraining::plan_run() {
   if (o.final_lr < 0) o.final_lr = small_text() ? 0 : .03;
   if (o.lr_scale == 0) o.lr_scale = s_.init_from.empty() ? 1 : .1;
   if (o.weight_decay < 0) o.weight_decay = muon ? 0 : .1;
+  plan_micro_batch();
+}
+
+// In whole windows. Where it is chosen here, the micro-batches of a step are equal, or nearly.
+void Pretraining::plan_micro_batch() {
+  const int64_t window = loader_->window_length(), windows = s_.batch_tokens / window;
+  int64_t& tokens = s_.micro_batch_tokens;
+  const bool is_open = tokens == 0;
+  choose_micro_batch(tokens, run_.options, window, s_.batch_tokens, [&](int64_t n) {
+    GptOptions o = options();
+    o.batch_tokens = int(n);
+    return plan_memory(config_, o).total();
+  });
+  int64_t micro = std::clamp<int64_t>(tokens / window, 1, windows);
+  const int64_t parts = (windows + micro - 1) / micro;
+  if (is_open) micro = (windows + parts - 1) / parts;
+  tokens = micro * window;
 }
 
 // `reserved`: seconds of the last evaluation.
@@ -3868,8 +3883,8 @@ void Pretraining::print_plan(double reserved) {
               o.name.c_str(), o.schedule.c_str(), o.lr * o.lr_scale, o.embedding_lr * o.lr_scale,
               o.head_lr * o.lr_scale);
   const MemoryPlan memory = plan_memory(config_, options());
-  std::printf("memory  %s (%s)\n", bytes_text(double(memory.total())).c_str(),
-              memory.text().c_str());
+  std::printf("memory  %s (%s), %s\n", bytes_text(double(memory.total())).c_str(),
+              memory.text().c_str(), micro_batch_text(s_.micro_batch_tokens).c_str());
   std::printf(
       "disk    %s a checkpoint with the optimizer's state, twice while one replaces another\n",
       bytes_text(double(checkpoint_bytes(table, true))).c_str());
@@ -3920,9 +3935,10 @@ int64_t Pretraining::begin(const Json* saved) {
   if (saved) {
     started_from_ = model_dir(run_.options.out);
     config_ = load_config(started_from_);
+    loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, separator_);
+    plan_micro_batch();
     make_model();
     load_run(run_, *saved, *gpt_);
-    loader_ = std::make_unique<Loader>(train_, s_.context, s_.seed, separator_);
     const Json& loader = saved->at("loader");
     loader_->set_state({loader.at("epoch").get<int64_t>(), loader.at("window").get<int64_t>()});
     eval_seconds_ = saved->at("eval_seconds").get<double>();
@@ -4109,8 +4125,7 @@ void add_budget_flags(CLI::App& app, Settings& s) {
   budget->add_option("--steps", s.budget.steps, "optimizer steps");
   budget->add_option("--tokens", s.budget.tokens, "tokens seen");
   budget->add_option("--batch-tokens", s.batch_tokens, "tokens an optimizer step; 0: chosen");
-  budget->add_option("--micro-batch-tokens", s.micro_batch_tokens,
-                     "tokens in memory at once; 0: 4,096");
+  budget->add_option(kMicroBatchFlag, s.micro_batch_tokens, kMicroBatchHelp);
 }
 
 int main_train(int argc, char** argv) {

@@ -4325,7 +4325,16 @@ static void embed_backward(float* dtable, const A* dx, const int* ids, const int
 // Memory
 
 static constexpr const char* kModelFlags = "--depth, --layers, --channels";
-inline int64_t most_logit_rows = 8192;  // of logits made at a time; tests lower it
+inline int64_t most_logit_rows = 8192;  // tests lower it
+
+// Rows of logits that are made at a time where a batch may have `rows` of them: 8,192, or what 1
+// GiB holds of a large vocabulary, in steps of 128. The head's gradient is summed over them, so
+// that they decide its last bits: they are a function of the model alone wherever a batch has more.
+template <class A>
+int64_t logit_rows_of(const Config& c, int64_t rows) {
+  const int64_t in_memory = (int64_t(1) << 30) / (c.padded_V() * int64_t(sizeof(A)));
+  return std::min({most_logit_rows, std::max<int64_t>(128, in_memory / 128 * 128), rows});
+}
 
 // Device memory for a list of named arrays. With `measure` it only adds up their sizes, for the
 // memory plan.
@@ -4471,7 +4480,7 @@ struct Weights {
 template <class A>
 void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows, Saved saved,
                              Memory& memory) {
-  logit_rows = std::min(most_logit_rows, rows);
+  logit_rows = logit_rows_of<A>(c, rows);
   const int64_t up = c.has_gate() ? 2 * c.F : c.F, heads = int64_t(c.NH) * c.HS;
   const auto allocate = [&](auto*& p, const char* name, int64_t count) {
     memory.allocate(p, name, count);

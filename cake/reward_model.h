@@ -77,10 +77,13 @@ class RewardModel {
       : dir_(model_dir(path)), micro_batch_tokens_(micro_batch_tokens) {
     const Config config = load_config_with_head(dir_, Head::scalar);
     shift_ = float(config.reward_shift);
-    gpt_ = make_gpt(config, {.device = device,
-                             .mode = Mode::inference,
-                             .batch_tokens = int(std::max<int64_t>(micro_batch_tokens, config.T))});
+    gpt_ = make_gpt(config, options(config, device, micro_batch_tokens));
     load_weights(dir_, *gpt_);
+  }
+  static GptOptions options(const Config& config, Device device, int64_t micro_batch_tokens) {
+    return {.device = device,
+            .mode = Mode::inference,
+            .batch_tokens = int(std::max<int64_t>(micro_batch_tokens, config.T))};
   }
 
   // The reward of each sequence: the value after its last id, plus the config's reward_shift.

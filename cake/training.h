@@ -55,6 +55,7 @@ struct RunOptions {
   int keep_checkpoints = 0;  // beside the last one
   bool resume = false, overwrite = false, dry_run = false;
   bool new_budget = false;        // a resumed run got another one: see resume_settings
+  bool new_micro_batch = false;   // a resumed run got another one
   std::shared_ptr<RunLock> lock;  // of `out`, from begin_process on where it exists
 };
 
@@ -185,6 +186,67 @@ inline int64_t steps_in_minutes(const Budget& budget, double started, double ste
                                 double reserved) {
   const double left = 60 * budget.minutes - (now() - started) - reserved - .3;
   return std::max<int64_t>(1, int64_t(.95 * left / std::max(1e-6, step_seconds)));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Micro-batch: the tokens that a stage's models hold in memory at once. Its size decides the last
+// bits of gradients, since sums are taken in another order, and nothing else. It is therefore
+// chosen once, stored with the run's settings, and the same on resume.
+
+inline constexpr const char* kMicroBatchFlag = "--micro-batch-tokens";
+inline constexpr const char* kMicroBatchHelp =
+    "tokens in memory at once; 0: as many as fit in 90% of the free memory, up to 65,536 on a GPU "
+    "and 4,096 on the CPU";
+inline constexpr int64_t kAnyMicroBatch = std::numeric_limits<int64_t>::max();
+// A GPU's products reach their speed at some ten thousand rows. The CPU's are as fast at a
+// thousand.
+inline constexpr int64_t kCpuMicroBatch = 4096, kGpuMicroBatch = 65536;
+inline int64_t most_micro_batch_tokens(Device device) {
+  return find_device(device) == Device::cuda ? kGpuMicroBatch : kCpuMicroBatch;
+}
+
+// The largest multiple of `unit` up to `most`, but at least one unit, for which bytes_of(tokens) is
+// at most `bytes`. bytes_of never falls as tokens rise.
+template <class BytesOf>
+int64_t largest_micro_batch(int64_t unit, int64_t most, int64_t bytes, BytesOf&& bytes_of) {
+  int64_t fits = 1, too_large = std::max<int64_t>(1, most / unit) + 1;  // in units
+  while (too_large - fits > 1) {
+    const int64_t middle = fits + (too_large - fits) / 2;
+    (bytes_of(middle * unit) <= bytes ? fits : too_large) = middle;
+  }
+  return fits * unit;
+}
+
+// Chooses `tokens`, where it is 0: the largest micro-batch by largest_micro_batch, which leaves a
+// tenth of the free memory to other processes. `bytes_of(tokens)`: what all models of the stage
+// take by their memory plans. A resumed run whose own micro-batch does not fit here is an Error
+// that names one that does; where none does, making the models says what else would help. Comes
+// before the first model is made.
+template <class BytesOf>
+void choose_micro_batch(int64_t& tokens, const RunOptions& o, int64_t unit, int64_t most,
+                        BytesOf&& bytes_of) {
+  const Device device = parse_device(o.device);
+  const int64_t free_bytes = free_memory(device);
+  const auto largest = [&] {
+    most = std::min(most, most_micro_batch_tokens(device));
+    return largest_micro_batch(unit, most, free_bytes / 10 * 9, bytes_of);
+  };
+  if (tokens == 0) {
+    tokens = largest();
+  } else if (o.resume && bytes_of(tokens) > free_bytes) {
+    const int64_t smaller = largest();
+    if (bytes_of(smaller) > free_bytes) return;
+    fail("out of memory: micro-batches of ", tokens, " tokens",
+         o.new_micro_batch ? "" : ", with which the run was begun,", " take ",
+         bytes_text(double(bytes_of(tokens))), ", found ", bytes_text(double(free_bytes)),
+         " free; --resume with ", kMicroBatchFlag, " ", smaller,
+         " goes on, and the last bits of its updates differ");
+  }
+}
+
+// Of the plan that a run prints.
+inline std::string micro_batch_text(int64_t tokens) {
+  return format("micro-batches of %lld tokens (%s)", (long long)tokens, kMicroBatchFlag);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -515,9 +577,9 @@ inline std::vector<CLI::Option*> given_flags(CLI::App& app) {
 }
 
 // The settings of a resumed run: those it was begun with. The command line may give another budget,
-// and other values to the flags that are named `changeable`, which decide no update; any other flag
-// whose value differs is refused. `settings`: what the flags of `app` write to; `budget` is a part
-// of it.
+// another micro-batch, and other values to the flags that are named `changeable`, which decide no
+// update; any other flag whose value differs is refused. `settings`: what the flags of `app` write
+// to; `budget` is a part of it.
 template <class Settings>
 void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptions& options,
                      const Settings& saved, const std::set<std::string>& changeable = {}) {
@@ -532,6 +594,8 @@ void resume_settings(CLI::App& app, Settings& settings, Budget& budget, RunOptio
     const std::string name = flag->get_name();
     if (Json(budget) != saved_budget) {
       options.new_budget = true;
+    } else if (name == kMicroBatchFlag) {
+      options.new_micro_batch = true;
     } else if (!changeable.count(name)) {
       const Json::json_pointer key(patch[0].at("path").template get<std::string>());
       fail(name, ": found ", CLI::detail::join(flag->results(), " "),
@@ -784,6 +848,11 @@ inline int run_steps(Run& run) {
     fail((run.model() / "trainer_state.json").string(), ": ", json_complaint(e));
   }
   if (o.dry_run) return 0;
+  if (o.new_micro_batch) {
+    run.line.note(concat(kMicroBatchFlag,
+                         ": given on resume: sums are taken in another order, and ",
+                         "the last bits of updates may differ"));
+  }
   if (o.resume) {
     run.line.note(
         format("resumes after step %lld of %lld%s", (long long)run.state.step, (long long)run.steps,

@@ -841,6 +841,10 @@ TEST_CASE("what a device's speed decided comes back with the trainer's state") {
   save_checkpoint(dir / "m", a, {.trainer_state = {{"step", 7}}, .optimizer = true});
   CHECK(load_trainer_state(dir / "m", b)["step"] == 7);
   CHECK(b.chosen == a.chosen);
+  Timed begun(
+      tiny(Family::qwen3));  // a model to begin from may be anyone's: its plans are not read
+  load_weights(dir / "m", begun);
+  CHECK(begun.chosen.empty());
   FakeGpt elsewhere(tiny(Family::qwen3));  // an engine that times nothing
   CHECK(load_trainer_state(dir / "m", elsewhere)["step"] == 7);
   write_file(dir / "m/trainer_state.json", R"({"step": 7, "choices": {"gpu": 5}})");

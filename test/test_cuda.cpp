@@ -2457,6 +2457,29 @@ TEST_CASE("cuda: no two blocks of a launch write one place") {
   }
 }
 
+TEST_CASE("cuda: logits are made 8,192 rows at a time, or what 1 GiB holds") {
+  Config c = engine_config(Family::gpt2);
+  c.V = 50257;  // padded to 50,304
+  CHECK(gpu::logit_rows_of<gpu::bf16>(c, 65536) == 8192);
+  CHECK(gpu::logit_rows_of<gpu::bf16>(c, 640) == 640);
+  CHECK(gpu::logit_rows_of<float>(c, 65536) == 5248);  // 41 * 128 <= 2^30 / 201,216 < 42 * 128
+  c.V = 151936;
+  CHECK(gpu::logit_rows_of<gpu::bf16>(c, 65536) == 3456);
+  CHECK(gpu::logit_rows_of<gpu::bf16>(c, 1 << 20) == 3456);  // of the model alone
+  c.V = 10'000'000;
+  CHECK(gpu::logit_rows_of<float>(c, 65536) == 128);
+  const auto plan = [&](int64_t V) {
+    Config config = engine_config(Family::gpt2);
+    config.V = int(V), config.C = 16, config.L = 1, config.NH = config.NKV = 1, config.HS = 16;
+    GptOptions o = kTrainBf16;
+    o.batch_tokens = 1 << 14;
+    for (const MemoryPlan::Item& i : gpu::plan_memory(config, o).items)
+      if (i.what == "activations") return i.bytes;
+    return int64_t(-1);
+  };
+  CHECK(plan(151936) - plan(151936 / 2) < int64_t(300) << 20);  // both near 1 GiB
+}
+
 TEST_CASE("cuda: tuned plans are used again: a run's own, then those on disk") {
   struct Timing {  // as on a GPU, with a cache of its own
     Timing() {

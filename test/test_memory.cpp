@@ -8,6 +8,8 @@
 #include "cake/checkpoint.h"
 #include "cake/schedule.h"
 #include "cake/tokenizer.h"
+#include "cake/training.h"
+#include "test/cuda_on_cpu/control.h"
 #include "test/support.h"
 
 using namespace cake;
@@ -102,6 +104,37 @@ TEST_CASE(
   CAPTURE(tuning.text);
   CHECK(tuning.status == 0);
   CHECK(contains(tuning.text, "answer  "));
+}
+
+// The emulated device, which test_cuda.cpp has built in.
+TEST_CASE("a micro-batch is the largest whose plan fits, to the byte") {
+  const Config c = new_config(Family::qwen3, 2, 64, 1000, 64);
+  const auto bytes_of = [&](int64_t tokens) {
+    return gpu::plan_memory(c, {.device = Device::cuda, .batch_tokens = int(tokens)}).total();
+  };
+  constexpr int64_t kUnit = 64, kMost = 20 * kUnit + 10;  // 20 units
+  for (int64_t units = 1; units <= 20; units++) {
+    CAPTURE(units);
+    const int64_t bytes = bytes_of(units * kUnit);
+    CHECK(largest_micro_batch(kUnit, kMost, bytes, bytes_of) == units * kUnit);
+    CHECK(largest_micro_batch(kUnit, kMost, bytes - 1, bytes_of) ==
+          std::max<int64_t>(1, units - 1) * kUnit);
+  }
+  CHECK(largest_micro_batch(kUnit, kMost, int64_t(1) << 60, bytes_of) == 20 * kUnit);
+  CHECK(largest_micro_batch(kUnit, 1, int64_t(1) << 60, bytes_of) == kUnit);
+  // What fits by its plan is made, beside buffers of a few bytes that no plan counts; the next size
+  // is not.
+  struct SmallDevice {
+    explicit SmallDevice(int64_t bytes) { cuda_on_cpu::set_memory(size_t(bytes)); }
+    ~SmallDevice() { cuda_on_cpu::set_memory(size_t(16) << 30); }
+  } device(bytes_of(7 * kUnit) + (64 << 10) + int64_t(cuda_on_cpu::memory_in_use()));
+  const int64_t fits = largest_micro_batch(kUnit, kMost, gpu::free_memory(), bytes_of);
+  REQUIRE(fits == 7 * kUnit);
+  const auto make = [&](int64_t tokens) {
+    gpu::make_gpt(c, {.device = Device::cuda, .batch_tokens = int(tokens)});
+  };
+  make(fits);
+  CHECK(contains(error_of([&] { make(fits + kUnit); }), "out of memory on the GPU"));
 }
 
 TEST_CASE("--recompute trains the same weights") {

@@ -224,6 +224,77 @@ TEST_CASE("an error in the middle of a run saves what is done, and --resume goes
 // ---------------------------------------------------------------------------------------------
 // --resume with flags
 
+TEST_CASE("a run chooses its micro-batch once: printed, stored, and the same on resume") {
+  const TempDir dir;
+  const std::string whole = dir / "whole", printed = " (--micro-batch-tokens)";
+  // 320 windows of 32 tokens, at most 128 of them at once: in three nearly equal parts.
+  const Output o =
+      shell(pretrain(whole, "--batch-tokens 10240 --steps 4 --save-every 2 --keep-checkpoints 1"));
+  REQUIRE_MESSAGE(o.status == 0, o.text);
+  CHECK_MESSAGE(contains(o.text, "micro-batches of 3424 tokens" + printed), o.text);
+  const auto stored = [](const std::string& run) {
+    const Json state = read_json(run + "/model/trainer_state.json");
+    return state.at("settings").at("micro_batch_tokens").get<int64_t>();
+  };
+  CHECK(stored(whole) == 3424);
+  const auto after_two_steps = [&](const std::string& name, int64_t tokens) {
+    const std::string run = dir / name;
+    std::filesystem::create_directories(run);
+    std::filesystem::copy(whole + "/model-2", run + "/model",
+                          std::filesystem::copy_options::recursive);
+    Json state = read_json(run + "/model/trainer_state.json");
+    state["settings"]["micro_batch_tokens"] = tokens;
+    write_json(run + "/model/trainer_state.json", state);
+    return run;
+  };
+  const std::string same = after_two_steps("same", 3424);
+  const Output resumed = shell("./train_gpt --resume -o " + same);
+  REQUIRE_MESSAGE(resumed.status == 0, resumed.text);
+  CHECK(contains(resumed.text, "micro-batches of 3424 tokens" + printed));
+  CHECK(!contains(resumed.text, "last bits"));
+  CHECK(read_file(same + "/model/model.safetensors") ==
+        read_file(whole + "/model/model.safetensors"));
+  // Another size is an explicit choice.
+  const std::string other = after_two_steps("other", 3424);
+  const Output changed = shell(concat("./train_gpt --resume --micro-batch-tokens 1024 -o ", other));
+  REQUIRE_MESSAGE(changed.status == 0, changed.text);
+  CHECK(contains(changed.text, "the last bits of updates may differ"));
+  CHECK(stored(other) == 1024);
+  // On a machine with less memory: the error names a size that fits, and it is one.
+  const std::string large = after_two_steps("large", 1 << 30);
+  const std::string error = error_line("./train_gpt --resume -o " + large);
+  CHECK_MESSAGE(contains(error, "micro-batches of 1073741824 tokens, with which the run was begun"),
+                error);
+  CHECK_MESSAGE(contains(error, "--resume with --micro-batch-tokens 4096 goes on"), error);
+  CHECK(shell(concat("./train_gpt --resume --micro-batch-tokens 4096 -o ", large)).status == 0);
+}
+
+TEST_CASE("every stage that trains prints the micro-batch that it chose") {
+  write_file(material() / "problems.jsonl", R"({"question":"1 + 1?","answer":"2"})"
+                                            "\n");
+  write_file(material() / "pairs.jsonl", R"({"prompt":"a","chosen":" b","rejected":" c"})"
+                                         "\n"
+                                         R"({"prompt":"d","chosen":" e","rejected":" f"})"
+                                         "\n");
+  const std::string model = " --device cpu --dry-run --model " + (material() / "base").string(),
+                    pairs =
+                        model + " --val-fraction 0 --data " + (material() / "pairs.jsonl").string(),
+                    problems = model + " --reward number --max-tokens 8 --prompts " +
+                               (material() / "problems.jsonl").string();
+  for (const auto& [command, models] :
+       {std::pair("./sft" + model + " --batch-tokens 8192 --steps 1 --data " +
+                      (material() / "examples.jsonl").string(),
+                  ""),
+        std::pair("./reward train" + pairs, ""), std::pair("./reward dpo" + pairs, ", reference "),
+        std::pair("./rlhf grpo" + problems, ", reference "),
+        std::pair("./rlhf ppo" + problems, ", critic ")}) {
+    const Output o = shell(command);
+    CHECK_MESSAGE(o.status == 0, o.text);
+    CHECK_MESSAGE(contains(o.text, "micro-batches of 4096 tokens (--micro-batch-tokens)"), o.text);
+    CHECK_MESSAGE(contains(o.text.substr(o.text.find("\nmemory ")), models), o.text);
+  }
+}
+
 TEST_CASE("--resume refuses every flag that would change the run, by name") {
   const TempDir dir;
   const std::string out = dir / "run", tuned = dir / "tuned";

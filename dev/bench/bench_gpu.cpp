@@ -1,12 +1,16 @@
 // What a GPU does with the work of training GPT-2: dev/bench/gpu.sh builds and runs it.
 //
-//     bench_gpu [--smoke]      --smoke: tiny sizes, to see that it runs; also over
-//     test/cuda_on_cpu/
+//     bench_gpu [--decoding] [--smoke]
+//
+// --smoke: tiny sizes, to see that it runs; also over test/cuda_on_cpu/.
 //
 // Prints a line for each figure: name, value and unit, separated by tabs. Products and attention
 // are timed alone, on numbers like a model's (a GPU's clock depends on them), then whole steps;
 // floor.MODEL is the time of all products of a step as they were timed alone, over.MODEL the step's
-// time divided by it.
+// time divided by it, mfu.MODEL its share of what the datasheet promises. A model's name ends with
+// the documents of a step, as in 1558M.B16: half of them, and so on, where all do not fit the
+// memory that is free. --decoding: instead of these, tokens a second of decoding, and a step of
+// GRPO.
 //
 // The engine's source is part of this file: its inner functions are what is measured.
 #include "train_gpt.cu"
@@ -15,7 +19,7 @@ namespace cake::gpu {
 namespace {
 
 struct Model {
-  const char* name;
+  std::string name;
   Config config;
   int documents;  // of T tokens, in a step
   int64_t tokens() const { return int64_t(documents) * config.T; }
@@ -28,6 +32,32 @@ Model gpt2(const char* name, int layers, int channels, int heads, int documents,
   c.NH = c.NKV = smoke ? 2 : heads, c.HS = smoke ? 16 : channels / heads;
   c.C = c.NH * c.HS, c.F = 4 * c.C;
   return {name, c, smoke ? 2 : documents};
+}
+
+GptOptions step_options(const Model& m) {
+  GptOptions options{.device = Device::cuda, .precision = Precision::bf16};
+  options.batch_tokens = int(m.tokens());
+  return options;
+}
+
+// With as many documents as fit in 90 % of the free memory, by halves; the name says how many.
+Model fitted(Model m) {
+  const auto bytes = [&] { return gpu::plan_memory(m.config, step_options(m)).total(); };
+  while (m.documents > 1 && bytes() > gpu::free_memory() / 10 * 9) m.documents /= 2;
+  m.name += concat(".B", m.documents);
+  return m;
+}
+
+std::vector<int> random_tokens(const Config& c, int64_t count, Rng& rng) {
+  std::vector<int> tokens;
+  for (int64_t n = 0; n < count; n++) tokens.push_back(int(rng.below(uint64_t(c.V))));
+  return tokens;
+}
+
+void randomize(Gpt& gpt) {
+  const ParamTable& table = gpt.table();
+  for (size_t i = 0; i < table.tensors.size(); i++)
+    gpt.write(int(i), Slot::weight, initial_values(table.tensors[i], 1));
 }
 
 class Bench {
@@ -117,18 +147,13 @@ class Bench {
   }
 
   void step(const Model& m, double floor) const {
-    GptOptions options{.device = Device::cuda, .precision = Precision::bf16};
-    options.batch_tokens = int(m.tokens());
-    const auto gpt = gpu::make_gpt(m.config, options);
+    const auto gpt = gpu::make_gpt(m.config, step_options(m));
     const ParamTable& table = gpt->table();
-    for (size_t i = 0; i < table.tensors.size(); i++)
-      gpt->write(int(i), Slot::weight, initial_values(table.tensors[i], 1));
+    randomize(*gpt);
     Rng rng{1};
-    std::vector<int> tokens, targets, starts{0};
-    for (int64_t n = 0; n < m.tokens(); n++) {
-      tokens.push_back(int(rng.below(uint64_t(m.config.V))));
-      targets.push_back(int(rng.below(uint64_t(m.config.V))));
-    }
+    const std::vector<int> tokens = random_tokens(m.config, m.tokens(), rng),
+                           targets = random_tokens(m.config, m.tokens(), rng);
+    std::vector<int> starts{0};
     for (int d = 1; d <= m.documents; d++) starts.push_back(d * m.config.T);
     const std::vector<float> dlogp(size_t(m.tokens()), -1 / float(m.tokens()));
     OptimizerStep o{.decay = .1f, .max_norm = 1};
@@ -154,24 +179,101 @@ class Bench {
     const double operations = double(m.tokens()) * (6. * double(table.matmul_parameters()) +
                                                     6. * c.L * c.NH * c.HS * c.T);
     figure("speed." + name, operations / seconds * 1e-12, "TFLOP/s");
+    // As llm.c counts: all parameters, those of the embeddings too, and all of the attention
+    // matrix.
+    const double counted = 6. * double(table.parameters()) + 6. * c.L * c.C * c.T;
+    if (const double promised = gpt->datasheet_operations(); promised > 0) {
+      figure("mfu." + name, 100 * counted * double(m.tokens()) / seconds / promised, "%");
+    }
     figure("floor." + name, floor * 1e3, "ms");
     figure("over." + name, seconds / floor, "x");
   }
 
+  struct Rollouts {
+    double prompts = 0, tokens = 0;  // seconds: of the call that reads the prompts, of a later call
+  };
+  // `rows` sequences: prompts of `prompt` tokens, then `sampled` tokens each.
+  Rollouts roll_out(Gpt& gpt, int rows, int prompt, int sampled) const {
+    Rng rng{2};
+    const auto cache = gpt.make_cache(int64_t(rows) * round_up(prompt + sampled, kPage));
+    std::vector<int> tokens = random_tokens(gpt.config(), int64_t(rows) * prompt, rng);
+    std::vector<DecodeRow> batch(static_cast<size_t>(rows));
+    for (int r = 0; r < rows; r++) {
+      batch[size_t(r)].sequence = cache->create();
+      batch[size_t(r)].tokens = std::span(tokens).subspan(size_t(r * prompt), size_t(prompt));
+      batch[size_t(r)].sampling.stream = uint64_t(r);
+    }
+    DecodeResult result;
+    Rollouts took;
+    double start = now();
+    gpt.decode(*cache, batch, result);
+    took.prompts = now() - start;
+    start = now();
+    for (int i = 1; i < sampled; i++) {
+      const std::vector<int> last = result.ids;
+      for (int r = 0; r < rows; r++)
+        batch[size_t(r)].tokens = std::span(last).subspan(size_t(r), 1);
+      gpt.decode(*cache, batch, result);
+    }
+    took.tokens = (now() - start) / (sampled - 1);
+    return took;
+  }
+
+  // Decoding at several numbers of rows, then a step of GRPO as ./rlhf makes it, without a
+  // reference and rewards: 64 rollouts of 128 and 128 tokens, their log-probabilities, an update.
+  void decoding() const {
+    const Model m = gpt2("124M", 12, 768, 12, 16, smoke_);
+    const int prompt = smoke_ ? 8 : 128, sampled = smoke_ ? 4 : 128, rollouts = smoke_ ? 4 : 64;
+    GptOptions options = step_options(m);
+    options.batch_tokens = rollouts * (prompt + sampled);
+    options.decode = {rollouts, rollouts * prompt, int64_t(rollouts) * (prompt + sampled)};
+    const auto gpt = gpu::make_gpt(m.config, options);
+    randomize(*gpt);
+    for (const int rows : {1, 8, rollouts}) {
+      roll_out(*gpt, rows, prompt, sampled);  // products are chosen, graphs recorded
+      const Rollouts took = roll_out(*gpt, rows, prompt, sampled);
+      const std::string name = concat(m.name, ".R", rows);
+      figure("decode." + name, rows / took.tokens, "tokens/s");
+      figure("prefill." + name, double(rows) * prompt / took.prompts, "tokens/s");
+    }
+    const int64_t N = options.batch_tokens;
+    Rng rng{3};
+    const std::vector<int> tokens = random_tokens(m.config, N, rng),
+                           targets = random_tokens(m.config, N, rng);
+    std::vector<int> starts{0};
+    while (starts.back() < N) starts.push_back(starts.back() + prompt + sampled);
+    const std::vector<float> dlogp(size_t(N), -1 / float(N));
+    OptimizerStep o{.max_norm = 1};
+    o.lr.fill(1e-6f);
+    const auto step = [&] {
+      roll_out(*gpt, rollouts, prompt, sampled);
+      gpt->forward({tokens, targets, starts}, Pass::score);
+      gpt->logp();
+      gpt->forward({tokens, targets, starts}, Pass::train);
+      gpt->backward(dlogp);
+      gpt->update(o), o.step++;
+      if (!std::isfinite(gpt->stats().grad_norm)) fail("GRPO: the gradient is not finite");
+    };
+    step(), step();
+    const double start = now();
+    step();
+    figure(concat("grpo.", m.name, ".R", rollouts), (now() - start) * 1e3, "ms");
+  }
+
   void run() const {
     {
-      GptOptions options{
-          .device = Device::cuda, .mode = Mode::inference, .precision = Precision::bf16};
-      const auto gpt = gpu::make_gpt(gpt2("", 1, 64, 1, 1, true).config, options);
+      const auto gpt = gpu::make_gpt(
+          gpt2("", 1, 64, 1, 1, true).config,
+          {.device = Device::cuda, .mode = Mode::inference, .precision = Precision::bf16});
       figure("peak", gpu::measure_peak(*gpt) * 1e-12, "TFLOP/s");
     }
     std::vector<double> floors;
-    const std::vector<Model> models{gpt2("124M", 12, 768, 12, 64, smoke_),
-                                    gpt2("1558M", 48, 1600, 25, 32, smoke_)};
+    const std::vector<Model> models{fitted(gpt2("124M", 12, 768, 12, 64, smoke_)),
+                                    fitted(gpt2("1558M", 48, 1600, 25, 32, smoke_))};
     for (const Model& m : models) {
       const Config& c = m.config;
       const std::string name = m.name;
-      const int64_t N = m.tokens(), rows = std::min(N, most_logit_rows);
+      const int64_t N = m.tokens(), rows = logit_rows_of<bf16>(c, N);
       const double layer = linear(name + ".qkv", N, c.qkv(), c.C) +
                            linear(name + ".o", N, c.C, c.C) + linear(name + ".up", N, c.F, c.C) +
                            linear(name + ".down", N, c.C, c.F);
@@ -214,10 +316,17 @@ class Bench {
 
 int main(int argc, char** argv) {
   return cake::guarded_main([&] {
-    const bool smoke = argc == 2 && std::string(argv[1]) == "--smoke";
-    if (argc > 1 && !smoke) cake::fail(argv[1], ": expected --smoke or nothing");
+    bool smoke = false, decoding = false;
+    for (int i = 1; i < argc; i++) {
+      const std::string flag = argv[i];
+      if (flag != "--smoke" && flag != "--decoding") {
+        cake::fail(flag, ": expected --decoding, --smoke or nothing");
+      }
+      (flag == "--smoke" ? smoke : decoding) = true;
+    }
     if (const std::string why = cake::gpu::unavailable(); !why.empty()) cake::fail(why);
-    cake::gpu::Bench(smoke).run();
+    const cake::gpu::Bench bench(smoke);
+    decoding ? bench.decoding() : bench.run();
     return 0;
   });
 }

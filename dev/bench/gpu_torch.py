@@ -4,9 +4,10 @@
 
 GPT-2 124M (B=64) and 1558M (B=32) at T=1024: torch.compile of the model and its loss, autocast to
 bf16 over fp32 weights, flash attention, fused AdamW, gradients clipped to norm 1. The vocabulary is
-padded to 50,304, which is faster. Where a batch does not fit, half of it is taken, and the figure's
-name says so. Prints a line for each figure: name, value and unit, separated by tabs. --seconds 0:
-as few steps as there are, to fill the compiler's cache. --smoke: tiny sizes on the CPU.
+padded to 50,304, which is faster. A figure's name ends with the batch, as in 1558M.B32: half of it,
+and so on, where all of it does not fit 90 % of the memory. Prints a line for each figure: name,
+value and unit, separated by tabs. --seconds 0: as few steps as there are, to fill the compiler's
+cache. --smoke: tiny sizes on the CPU.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def measure(name, layers, channels, heads, batch, context, vocabulary, seconds, 
             batch //= 2
             if batch == 0:
                 raise
-            name = f"{name.split('.B')[0]}.B{batch}"
+    name = f"{name}.B{batch}"
     print(f"torch.step.{name}\t{took * 1e3:.6g}\tms")
     print(f"torch.tokens.{name}\t{batch * context / took:.6g}\ttokens/s", flush=True)
 
@@ -80,6 +81,8 @@ def main():
     args = parser.parse_args()
     device = "cpu" if args.smoke else "cuda"
     torch.set_default_device(device)
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(0.9)
     torch.set_float32_matmul_precision("high")
     backends = [SDPBackend.MATH] if args.smoke else [SDPBackend.FLASH_ATTENTION]
     with sdpa_kernel(backends):
