@@ -2885,7 +2885,7 @@ static inline __attribute__((always_inline)) void end_tile(const Product& p, int
 // take kStreamSteps of each stream in turn, by tiles of equal heights up to kMR, whose sums rest in
 // the first-level cache meanwhile. While tiles are computed the hardware fetches nothing by itself,
 // so that each tile asks for its share of the next turn's lines, one by one: a processor drops what
-// is asked for in a burst. Measured on two cores of a Zen 3, 8 rows of f32: 2.1 times as fast as
+// is asked for in a burst. Measured on one core of a Zen 3, 8 rows of f32: 2.1 times as fast as
 // asking for a share at the begin of each tile.
 inline constexpr int kFewRows = 24;
 inline constexpr int kStreamSteps = 64;
