@@ -183,7 +183,7 @@ class CudaGpt final : public Gpt {
   }
 
  private:
-  // From tokens to final_norm. A layer's second sum and the next one's first norm are one kernel.
+  // From tokens to final_norm. The products of o and down add the stream to what they make.
   // `attend` makes a.att from q, k and v: over documents, or over a KV cache.
   template <class Attend>
   void layers_forward(int64_t N, const Activations<A>& acts, const int* tokens,
@@ -191,23 +191,18 @@ class CudaGpt final : public Gpt {
     const LayerActivations<A>& layer0 = acts.layers[0];
     embed_forward(layer0.x, weights_->matrix(table_.wte), weights_->matrix(table_.wpe), tokens,
                   positions, int(N), config_.C, stream_);
-    norm(N, table_.blocks[0].norm1, layer0.x, layer0.norm1, layer0.mean1, layer0.rstd1);
     for (int l = 0; l < config_.L; l++) {
-      layer_forward(N, l, acts, positions, attend);
+      const Block& b = table_.blocks[size_t(l)];
       const LayerActivations<A>& a = acts.layers[size_t(l)];
-      linear(N, table_.blocks[size_t(l)].down, a.act, acts.delta, acts);
-      if (l + 1 < config_.L) {
-        const LayerActivations<A>& next = acts.layers[size_t(l) + 1];
-        residual_norm(N, table_.blocks[size_t(l) + 1].norm1, next.x, next.norm1, next.mean1,
-                      next.rstd1, a.mid, acts.delta);
-      } else {
-        residual_norm(N, table_.final_norm, acts.x, acts.final_norm, acts.final_mean,
-                      acts.final_rstd, a.mid, acts.delta);
-      }
+      norm(N, b.norm1, a.x, a.norm1, a.mean1, a.rstd1);
+      layer_forward(N, l, acts, positions, attend);
+      linear(N, b.down, a.act, l + 1 < config_.L ? acts.layers[size_t(l) + 1].x : acts.x, acts,
+             a.mid);
     }
+    norm(N, table_.final_norm, acts.x, acts.final_norm, acts.final_mean, acts.final_rstd);
   }
 
-  // One layer from a.norm1 to a.act; what it adds to the stream, its down product, is the caller's.
+  // One layer from a.norm1 to a.act: its down product is the caller's.
   template <class Attend>
   void layer_forward(int64_t N, int l, const Activations<A>& acts, const int* positions,
                      Attend&& attend) const {
@@ -216,8 +211,8 @@ class CudaGpt final : public Gpt {
     linear(N, b.qkv, a.norm1, a.qkv, acts);
     rotate(N, positions, b, a.qkv, a.rotated);
     attend(heads_of(a.qkv, a.rotated), a, l);
-    linear(N, b.o, a.att, acts.delta, acts);
-    residual_norm(N, b.norm2, a.mid, a.norm2, a.mean2, a.rstd2, a.x, acts.delta);
+    linear(N, b.o, a.att, a.mid, acts, a.x);
+    norm(N, b.norm2, a.mid, a.norm2, a.mean2, a.rstd2);
     if (config_.has_gate()) {
       linear(N, b.up, a.norm2, a.up, acts);
       swiglu_forward(a.act, a.up, int(N), config_.F, stream_);
@@ -293,20 +288,18 @@ class CudaGpt final : public Gpt {
   }
   void begin_gradients();
 
-  // x, y, sum, delta, dy (N, C); mean, rstd (N)
+  // x, y, dy (N, C); mean, rstd (N)
   float eps() const { return float(config_.norm_eps); }
-  void norm(int64_t N, const Norm& n, const A* x, A* y, float* mean, float* rstd) const {
-    residual_norm(N, n, nullptr, y, mean, rstd, x, nullptr);
-  }
-  void residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* mean, float* rstd, const A* x,
-                     const A* delta) const;
+  void norm(int64_t N, const Norm& n, const A* x, A* y, float* mean, float* rstd) const;
   // summand: the linear layer whose output the stream took in last before this norm (null: none);
   // the stream's gradient is also its output's, so that the kernel adds the gradient of its bias.
   void stream_norm_backward(const Norm& n, const A* dy, const A* x, const float* mean,
                             const float* rstd, const Linear* summand);
 
-  // x, dx (N, in); y, dy (N, out). bias: add the bias's gradient too
-  void linear(int64_t N, const Linear& l, const A* x, A* y, const Activations<A>& acts) const;
+  // x, dx (N, in); y, residual, dy (N, out). residual (not y): what is added to y, or null. bias:
+  // add the bias's gradient too
+  void linear(int64_t N, const Linear& l, const A* x, A* y, const Activations<A>& acts,
+              const A* residual = nullptr) const;
   void linear_backward(const Linear& l, const A* x, const A* dy, A* dx, bool bias = true) const;
   void weight_backward(const Linear& l, const A* x, const A* dy, bool bias) const;
   void add_weight_gradient(const Linear& l, const A* x, const A* dy, float* dweight,
@@ -750,7 +743,6 @@ struct Activations {
   A* x;           // (N, C) the stream that leaves the last layer
   A* final_norm;  // (N, C)
   float *final_mean, *final_rstd;
-  A* delta;                // (N, C) what a half-layer adds to the stream
   A* head_in;              // (logit_rows, C) rows of final_norm that have a target
   A* logits;               // (logit_rows, padded V)
   A* dhead_in;             // (logit_rows, C)
@@ -928,16 +920,15 @@ static void embed_forward(A* x, const A* wte, const A* wpe, const int* tokens, c
 }
 
 // ---------------------------------------------------------------------------------------------
-// Norms. x and delta are read once, sum and y written once: a lane keeps its part of the row in
-// shared memory, where mean, variance and y find it, whatever C is.
+// Norms. x is read once, y written once: a lane keeps its part of the row in shared memory, where
+// mean, variance and y find it, whatever C is.
 
-// plain::norm_forward of sum = x + delta, rounded to A: y = (sum - mean) rstd w + b; RMSNorm (bias
-// null): mean 0, no b. sum (which may be x), y, x, delta (N, C); mean, rstd (N) or null; weight
-// (C). delta null: of x itself, and sum is not written.
+// plain::norm_forward: y = (x - mean) rstd w + b; RMSNorm (bias null): mean 0, no b. y, x (N, C);
+// mean, rstd (N) or null; weight (C)
 template <class A, int W>
-__global__ void norm_forward_kernel(A* sum, A* y, float* mean_out, float* rstd_out, const A* x,
-                                    const A* delta, const float* weight, const float* bias,
-                                    float eps, int N, int C) {
+__global__ void norm_forward_kernel(A* y, float* mean_out, float* rstd_out, const A* x,
+                                    const float* weight, const float* bias, float eps, int N,
+                                    int C) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t n = blockIdx.x * (blockDim.x / 32) + warp;
   if (n >= N) return;
@@ -945,11 +936,6 @@ __global__ void norm_forward_kernel(A* sum, A* y, float* mean_out, float* rstd_o
   float v[W], w[W], total = 0, square = 0;
   for (int c = lane * W; c < C; c += 32 * W) {
     load_floats(v, x + n * C + c);
-    if (delta) {
-      load_floats(w, delta + n * C + c);
-      for (int j = 0; j < W; j++) v[j] = to_float(from_float<A>(v[j] + w[j]));
-      store_floats(sum + n * C + c, v);
-    }
     store_floats(row + c, v);
     for (int j = 0; j < W; j++) total += v[j];
   }
@@ -973,16 +959,15 @@ __global__ void norm_forward_kernel(A* sum, A* y, float* mean_out, float* rstd_o
   if (lane == 0 && rstd_out) rstd_out[n] = rstd;
 }
 template <class A>
-static void norm_forward(A* sum, A* y, float* mean, float* rstd, const A* x, const A* delta,
-                         const float* weight, const float* bias, float eps, int N, int C,
-                         cudaStream_t stream) {
+static void norm_forward(A* y, float* mean, float* rstd, const A* x, const float* weight,
+                         const float* bias, float eps, int N, int C, cudaStream_t stream) {
   const size_t row = size_t(C) * sizeof(A);
   const int warps = int(std::clamp<size_t>(kRowShared / row, 1, kRowThreads / 32));
   launch("norm_forward",
-         by_packs<A>(C, sum, y, x, delta, weight, bias) ? norm_forward_kernel<A, Pack<A>::kSize>
-                                                        : norm_forward_kernel<A, 1>,
-         blocks_for(N, warps), 32 * warps, warps * row, stream, sum, y, mean, rstd, x, delta,
-         weight, bias, eps, N, C);
+         by_packs<A>(C, y, x, weight, bias) ? norm_forward_kernel<A, Pack<A>::kSize>
+                                            : norm_forward_kernel<A, 1>,
+         blocks_for(N, warps), 32 * warps, warps * row, stream, y, mean, rstd, x, weight, bias, eps,
+         N, C);
 }
 // Where in shared memory a lane keeps a float for each of its columns: the W floats of lane l as
 // packs of 4, lanes side by side, so that 16-byte accesses meet all banks.
@@ -1088,10 +1073,9 @@ static void norm_backward(A* dx, float* dweight, float* dbias, float* dx_sums, c
 }
 
 template <class A>
-void CudaGpt<A>::residual_norm(int64_t N, const Norm& n, A* sum, A* y, float* mean, float* rstd,
-                               const A* x, const A* delta) const {
-  norm_forward<A>(sum, y, mean, rstd, x, delta, weights_->vector(n.weight),
-                  weights_->vector(n.bias), eps(), int(N), config_.C, stream_);
+void CudaGpt<A>::norm(int64_t N, const Norm& n, const A* x, A* y, float* mean, float* rstd) const {
+  norm_forward<A>(y, mean, rstd, x, weights_->vector(n.weight), weights_->vector(n.bias), eps(),
+                  int(N), config_.C, stream_);
 }
 template <class A>
 void CudaGpt<A>::stream_norm_backward(const Norm& n, const A* dy, const A* x, const float* mean,
@@ -1212,9 +1196,11 @@ Product CudaGpt<A>::linear_product(int64_t N, const Linear& l, const A* x, A* y)
   return p;
 }
 template <class A>
-void CudaGpt<A>::linear(int64_t N, const Linear& l, const A* x, A* y,
-                        const Activations<A>& acts) const {
-  matmul(linear_product(N, l, x, y));
+void CudaGpt<A>::linear(int64_t N, const Linear& l, const A* x, A* y, const Activations<A>& acts,
+                        const A* residual) const {
+  Product p = linear_product(N, l, x, y);
+  if (residual) p.c = residual, p.beta = 1;
+  matmul(p);
   adapters_forward(N, l, x, y, acts);
 }
 
@@ -4519,7 +4505,6 @@ void Activations<A>::lay_out(const Config& c, int rank, int64_t N, int64_t rows,
   allocate(x, "x", N * c.C);
   allocate(final_norm, "final_norm", N * c.C);
   allocate(final_mean, "final_mean", means), allocate(final_rstd, "final_rstd", N);
-  allocate(delta, "delta", N * c.C);
   allocate(inner, "inner", N * rank);
   if (c.head == Head::lm) {
     allocate(head_in, "head_in", logit_rows * c.C);
