@@ -997,10 +997,10 @@ __device__ inline void add_to_slots(float* slots, int c, const float (&d)[W]) {
 // is a mean) and the columns of dx as it is stored (when sums_dx), stay in shared memory until the
 // end.
 template <class A, int W>
-__global__ void norm_backward_kernel(A* dx, float* partials, const A* dy, const A* x,
-                                     const float* mean_in, const float* rstd_in,
-                                     const float* weight, int N, int C, int padded, int sets,
-                                     bool sums_dx) {
+__global__ void __launch_bounds__(kRowThreads)
+    norm_backward_kernel(A* dx, float* partials, const A* dy, const A* x, const float* mean_in,
+                         const float* rstd_in, const float* weight, int N, int C, int padded,
+                         int sets, bool sums_dx) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const bool bias = mean_in != nullptr;
   float* shared = shared_memory<float>();  // (warps, sets, padded)
@@ -2420,7 +2420,6 @@ __global__ void __launch_bounds__(kFlashThreads)
     for (int i = 0; i < MT; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        __syncwarp();  // one row's numbers at a time, too
         const float2 row = row_tile[warp_row + i * 16 + half * 8 + lane_row()];
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++)
@@ -2428,6 +2427,7 @@ __global__ void __launch_bounds__(kFlashThreads)
           for (int e = 2 * half; e < 2 * half + 2; e++) {
             ds[i][j][e] = exp2_approx(fmaf(p[i][j][e], scale, -row.x)) * (ds[i][j][e] - row.y);
           }
+        __syncwarp();  // one row's numbers at a time, too
       }
     uint32_t a[MT][KEYS / 8][2];
     pack_fragments(a, ds);
@@ -3427,8 +3427,11 @@ __global__ void __launch_bounds__(kCacheThreads)
                            const int* row_of, const int* position, int NH, int NKV, int HS,
                            float scale) {
   constexpr int kSplits = kCacheThreads / 8, kWarps = kCacheThreads / 32;
-  const int i = int(blockIdx.x) / NH, n = which ? which[i] : i, h = int(blockIdx.x) % NH,
-            kv = h / (NH / NKV);
+  const auto token = [&] {  // read at the end again: no register is left to keep it in
+    const int i = int(blockIdx.y);
+    return which ? which[i] : i;
+  };
+  const int n = token(), h = int(blockIdx.x), kv = h / (NH / NKV);
   const int split = int(threadIdx.x) / 8, lane = int(threadIdx.x) % 8, warp = int(threadIdx.x) / 32;
   const int keys = position[n] + 1, row = row_of[n];
   if (row < 0) {
@@ -3515,7 +3518,7 @@ __global__ void __launch_bounds__(kCacheThreads)
       value += factor * sums[w * HS + threadIdx.x];
       weight += factor * totals[w];
     }
-    out[(int64_t(n) * NH + h) * HS + threadIdx.x] = from_float<A>(value / weight);
+    out[(int64_t(token()) * NH + h) * HS + threadIdx.x] = from_float<A>(value / weight);
   }
 }
 template <class A>
@@ -3527,7 +3530,7 @@ static void cache_attention(A* out, const A* q, int64_t q_ld, const PageTable<A>
   launch(
       "cache_attention",
       by_packs<A>(HS | q_ld, q) ? cache_attention_kernel<A, kSize> : cache_attention_kernel<A, 1>,
-      unsigned(N) * unsigned(NH), kCacheThreads,
+      dim3(unsigned(NH), unsigned(N)), kCacheThreads,
       sizeof(float) * size_t(kCacheThreads / 32 * (HS + 2)), stream, out, q, q_ld, table, which,
       row_of, position, NH, NKV, HS, kLog2E / sqrtf(float(HS)));
 }
