@@ -2938,32 +2938,43 @@ static void stream_row(const Product& p, int m, int n, int distance, int end) {
   end_tile(p, m, n, distance, end, acc);
 }
 
-// Steps of a panel in which each of T tiles asks for a line of each of S streams.
-template <WeightType Type, int S, int T>
-inline constexpr int steps_per_line = S* T * 64 / (kNR * (Type == WeightType::f32 ? 4 : 2));
+// Steps of P panels in which each of T tiles asks for a line of each of S streams.
+template <WeightType Type, int S, int T, int P>
+inline constexpr int steps_per_line = std::max(1,
+                                               S* T * 64 /
+                                                   (P * kNR * (Type == WeightType::f32 ? 4 : 2)));
 
-// A tile of R rows advances over `depth` steps of a panel; a (R, lda), sums (R, kNR). It asks for
-// one T-th of as many bytes of each of S streams, which begin at `ahead`, `stride` bytes apart.
-template <WeightType Type, int S, int T, int R>
+// A tile of R rows advances over `depth` steps of P panels, `stride` bytes apart; a (R, lda), sums
+// (P, R, kNR) with `sums_stride` floats between panels. It asks for one T-th of as many bytes of
+// each of S streams, which begin at `ahead`, `stride` bytes apart.
+template <WeightType Type, int S, int T, int P, int R>
 static void stream_tile(int depth, const float* a, int64_t lda, const std::byte* steps, float* sums,
-                        const std::byte* ahead, int64_t stride) {
-  vec acc[R][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-    acc[r][0] = load(sums + r * kNR), acc[r][1] = load(sums + r * kNR + kLanes);
-  const auto advance = [&](int k) __attribute__((always_inline)) {
-    vec low, high;
-    load_step<Type>(steps, k, low, high);
-    hold(low), hold(high);
+                        int sums_stride, const std::byte* ahead, int64_t stride) {
+  vec acc[P][R][2];
+#pragma GCC unroll 2
+  for (int j = 0; j < P; j++) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const vec x = splat(a[r * lda + k]);
-      acc[r][0] = fused(x, low, acc[r][0]);
-      acc[r][1] = fused(x, high, acc[r][1]);
+      const float* sum = sums + j * sums_stride + r * kNR;
+      acc[j][r][0] = load(sum), acc[j][r][1] = load(sum + kLanes);
+    }
+  }
+  const auto advance = [&](int k) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int j = 0; j < P; j++) {
+      vec low, high;
+      load_step<Type>(steps + j * stride, k, low, high);
+      hold(low), hold(high);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const vec x = splat(a[r * lda + k]);
+        acc[j][r][0] = fused(x, low, acc[j][r][0]);
+        acc[j][r][1] = fused(x, high, acc[j][r][1]);
+      }
     }
   };
   int k = 0;
-  constexpr int kGroup = steps_per_line<Type, S, T>;
+  constexpr int kGroup = steps_per_line<Type, S, T, P>;
   for (; k + kGroup <= depth; k += kGroup, ahead += 64) {
 #pragma GCC unroll 16
     for (int i = 0; i < kGroup; i++) {
@@ -2974,15 +2985,20 @@ static void stream_tile(int depth, const float* a, int64_t lda, const std::byte*
     }
   }
   for (; k < depth; k++) advance(k);
+#pragma GCC unroll 2
+  for (int j = 0; j < P; j++) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-    store(sums + r * kNR, acc[r][0]), store(sums + r * kNR + kLanes, acc[r][1]);
+    for (int r = 0; r < R; r++) {
+      float* sum = sums + j * sums_stride + r * kNR;
+      store(sum, acc[j][r][0]), store(sum + kLanes, acc[j][r][1]);
+    }
+  }
 }
-using StreamTile = void (*)(int, const float*, int64_t, const std::byte*, float*, const std::byte*,
-                            int64_t);
+using StreamTile = void (*)(int, const float*, int64_t, const std::byte*, float*, int,
+                            const std::byte*, int64_t);
 template <WeightType Type, int S, int T, int... R>
 static constexpr std::array<StreamTile, kMR> stream_tiles(std::integer_sequence<int, R...>) {
-  return {stream_tile<Type, S, T, R + 1>...};
+  return {stream_tile<Type, S, T, 1, R + 1>...};
 }
 template <WeightType Type, int S, int T>
 inline constexpr auto kStreamTiles =
@@ -3007,14 +3023,21 @@ static void stream_panels(const Product& p, int m0, int m1, int n, int distance,
   for (int k0 = 0; k0 < p.K; k0 += kStreamSteps) {
     const int depth = std::min(kStreamSteps, p.K - k0);
     const std::byte* ahead = panels + (k0 + kStreamSteps) * step;
-    for (int s = 0; s < streams; s++)
+    for (int s = 0; s < streams;) {
+      // Two rows of one panel have too few chains to keep pace with weights of two bytes.
+      const bool two = Type != WeightType::f32 && M == 2 && s + 1 < streams;
       for (int t = 0; t < tiles; t++) {
         const int m = M * t / tiles, rows = M * (t + 1) / tiles - m;
-        kStreamTiles<Type, S, T>[size_t(rows - 1)](depth, p.a.data + (m0 + m) * p.a.ld + k0, p.a.ld,
-                                                   panels + s * stride + k0 * step, sums_of(s, m),
-                                                   ahead, stride);
-        if (t < T) ahead += depth / steps_per_line<Type, S, T> * 64;
+        const StreamTile tile =
+            two ? stream_tile<Type, S, T, 2, 2> : kStreamTiles<Type, S, T>[size_t(rows - 1)];
+        tile(depth, p.a.data + (m0 + m) * p.a.ld + k0, p.a.ld, panels + s * stride + k0 * step,
+             sums_of(s, m), M * kNR, ahead, stride);
+        if (t >= T) continue;
+        ahead += 64 * (two ? depth / steps_per_line<Type, S, T, 2>
+                           : depth / steps_per_line<Type, S, T, 1>);
       }
+      s += two ? 2 : 1;
+    }
   }
   for (int s = 0; s < streams; s++)
     for (int m = 0; m < M; m++) {
