@@ -568,6 +568,7 @@ static void parallel_groups(int64_t n, int group, Visit&& visit, const char* whe
     for (int64_t begin; (begin = next.fetch_add(chunk)) < n;) visit_chunk(begin);
   });
 }
+// x[0 .. n - 1] = 0, on all threads.
 static void clear(float* x, int64_t n) {
   constexpr int64_t kChunk = 1 << 14;
   parallel_for((n + kChunk - 1) / kChunk, [&](int64_t i) {
@@ -3062,7 +3063,7 @@ static void few_rows(const Product& p, int m0, int m1, int n0, int n1) {
     });
     return;
   }
-  // Two turns of the streams and the rows are to fit the first-level cache.
+  // Two turns of the streams and the rows fit the first-level cache.
   if (m1 - m0 <= 4) return stream_rows<Type, 4, 1>(p, m0, m1, n0, n1);
   if (m1 - m0 <= kMR) return stream_rows<Type, 2, 1>(p, m0, m1, n0, n1);
   stream_rows<Type, 2, 2>(p, m0, m1, n0, n1);

@@ -769,7 +769,7 @@ inline void expect_sampled(const DecodeResult& result, const NewTokens& added) {
 // ---------------------------------------------------------------------------------------------
 // The engine
 
-inline constexpr int kPrefillTokens = 512;
+inline constexpr int kPrefillTokens = 512;  // of an engine that names no other number
 
 class Gpt {
  public:

@@ -711,7 +711,13 @@ inline bool run_loop(Run& run, double began) {
     if (!queued) return;
     StepResult r = std::move(*queued);
     queued.reset();
-    report(s.step + 1, r, updates_ago);
+    const int64_t n = s.step + 1;
+    try {
+      report(n, r, updates_ago);
+    } catch (...) {  // a checkpoint of now has the weights of the updates that came after
+      s.step = n + updates_ago;
+      throw;
+    }
   };
   for (int64_t n = first; n <= run.steps && !stop_signal && run.stopped.empty(); n++) {
     StepResult r;

@@ -112,6 +112,7 @@ class NumberedGpt : public FakeGpt {
   }
   bool queues_work() const override { return queues; }
   int nan_at = -1;
+  int64_t unwritten_at = -1;  // the step whose line finds a full disk
   bool queues = true;
 
  private:
@@ -146,8 +147,9 @@ struct NumberedRun {
       event('q', n);
       gpt.update({});
       StepResult r;
-      r.add_stats = [event, n](StepResult& result, const UpdateStats& stats) {
+      r.add_stats = [this, event, n](StepResult& result, const UpdateStats& stats) {
         event('s', n);
+        if (n == gpt.unwritten_at) fail("metrics.jsonl: no space left");
         CHECK(stats.grad_norm == double(n));
         result.loss = stats.loss, result.skipped = stats.skipped;
         result.metrics = {{"norm", stats.grad_norm}};
@@ -189,6 +191,12 @@ TEST_CASE("a run that ends early has read the statistics of every update it made
   CHECK_THROWS_AS(run_loop(interrupted.run, now()), Interrupted);
   CHECK(interrupted.events == "q1 q2 s1 q3 s2 q4 s3 s4 e4 q5 q6 s5 s6 ");
   CHECK(interrupted.run.state.step == 6);  // which a checkpoint would be of
+  NumberedRun unwritten;
+  unwritten.gpt.unwritten_at = 5;
+  CHECK(contains(error_of([&] { run_loop(unwritten.run, now()); }), "no space left"));
+  CHECK(unwritten.events == "q1 q2 s1 q3 s2 q4 s3 s4 e4 q5 q6 s5 ");
+  CHECK(unwritten.run.state.step ==
+        6);  // whose weights there are: resumed, step 6 is not done again
 }
 
 TEST_CASE("--overwrite keeps the old run until another can begin") {

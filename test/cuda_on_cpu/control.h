@@ -39,8 +39,8 @@ size_t memory_in_use();
 // heuristic offers one first, unless CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK forbids it.
 int64_t rounded_reductions();
 int64_t kernels_launched();  // since the start; each replay of a graph counts
-int64_t
-copies_with_host();  // to the device and from it, since the start; those of graphs do not count
+// To the device and from it, since the start; those of graphs do not count.
+int64_t copies_with_host();
 
 // The allocation (cudaMalloc) or launch after `skip` more of them fails.
 void fail_next_malloc(int skip = 0);
